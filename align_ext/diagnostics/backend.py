@@ -1,0 +1,50 @@
+"""What runs here: versions, devices, and the path that each operator takes."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+
+from align_ext.ops._native import _C
+
+OPS = {  # operator -> what is below it in torch's dispatcher
+    "grouped_lora": ("grouped_lora", "grouped_lora_backward"),
+    "gaussian_kl": ("gaussian_kl", "gaussian_kl_backward", "task_moments", "gaussian_kl_tables"),
+}
+
+
+def has_kernel(op: str, device: str) -> bool:
+    """Whether this build has native kernels of an operator, both passes, for "cpu" or "cuda"."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}[device]
+    return all(torch._C._dispatch_has_kernel_for_dispatch_key(f"align_ext::{name}", key) for name in OPS[op])
+
+
+def backend() -> dict[str, Any]:
+    """Describes the build and this machine.
+
+    Returns:
+        versions: of align_ext, torch, Python.
+        built_with: torch version, C++ compiler and CUDA architectures of the extension.
+        devices: those that torch sees.
+        ops: operator -> device -> "native" or "none" (no kernel in this build).
+    """
+    from align_ext import __version__
+
+    devices = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"}
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        devices[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}"
+    return {
+        "versions": {"align_ext": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "built_with": {
+            "torch": _C.built_with_torch,
+            "compiler": _C.compiler,
+            "cuda_archs": _C.cuda_archs.split(),
+        },
+        "devices": devices,
+        "ops": {
+            op: {device: "native" if has_kernel(op, device) else "none" for device in ("cpu", "cuda")} for op in OPS
+        },
+    }

@@ -1,0 +1,100 @@
+"""align-lora doctor: does this installation compute what it should, on every device present?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from align_ext import ops, reference
+from align_ext.diagnostics.backend import OPS, backend, has_kernel
+
+# Largest error of a result against the float64 reference, relative to its largest element.
+_ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def run(console: Console | None = None) -> bool:
+    """Prints what is installed and tests every operator on every device; True if all is well."""
+    console = console or Console()
+    facts = backend()
+    for title in ("versions", "built_with", "devices"):
+        console.print(f"[bold]{title}[/bold]  " + "  ".join(f"{k}={_plain(v)}" for k, v in facts[title].items()))
+    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    table = Table("operator", "device", "path", "self-test", title="operators")
+    healthy = True
+    for device in devices:
+        for op in OPS:
+            if not has_kernel(op, device.split(":")[0]):
+                table.add_row(op, device, "none", "[yellow]not in this build[/yellow]")
+                continue
+            verdict = _verdict(op, torch.device(device))
+            healthy = healthy and verdict is None
+            table.add_row(op, device, "native", "[green]ok[/green]" if verdict is None else f"[red]{verdict}[/red]")
+    console.print(table)
+    console.print("[green]healthy[/green]" if healthy else "[red]broken: rebuild with `pip install .`[/red]")
+    return healthy
+
+
+def _plain(value: object) -> str:
+    return " ".join(value) or "none" if isinstance(value, list) else str(value)
+
+
+def _verdict(op: str, device: torch.device) -> str | None:
+    """What is wrong with an operator, or None."""
+    for dtype, allowed in _ALLOWED.items():
+        try:
+            error = _TESTS[op](device, dtype)
+        except Exception as failure:  # a self-test reports whatever happens
+            return f"{dtype}: {type(failure).__name__}: {failure}"
+        if not error <= allowed:
+            return f"{dtype}: relative error {error:.1e} > {allowed:.0e}"
+    return None
+
+
+def _error(actual: list[Tensor], exact: list[Tensor]) -> float:
+    pairs = zip(actual, exact, strict=True)
+    return max(((a.cpu().double() - e).abs().max() / e.abs().max().clamp_min(1e-30)).item() for a, e in pairs)
+
+
+def _gradients(call: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    outputs = call(*leaves)
+    torch.autograd.backward(outputs, [g.to(o) for g, o in zip(grads, outputs, strict=True)])
+    return [*(output.detach() for output in outputs), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def _test_grouped_lora(device: torch.device, dtype: torch.dtype) -> float:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(37, 67), (3, 5, 67), (3, 45, 5), (37, 45)]
+    x, A, B, base = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    grads = [torch.randn(37, 45, generator=generator), torch.randn(37, 5, generator=generator)]
+    group, rng = torch.arange(37) % 3, torch.tensor([12345, 678])
+
+    def call(op: Callable[..., tuple[Tensor, Tensor]], place: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
+        options = {"group": group.to(place), "dropout_p": 0.2, "rng": rng.to(place)}
+        return lambda x, A, B, base: op(x, A, B, 0.5, base_out=base, **options)
+
+    exact = _gradients(call(reference.grouped_lora, torch.device("cpu")), [t.double() for t in (x, A, B, base)], grads)
+    inputs = [t.to(device) for t in (x, A, B, base)]
+    return _error(_gradients(call(ops.grouped_lora, device), inputs, grads), exact)
+
+
+def _test_gaussian_kl(device: torch.device, dtype: torch.dtype) -> float:
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(200, 7, generator=generator).to(dtype)
+    task = torch.arange(200) % 5 - 1
+
+    def call(op: Callable[..., Tensor], place: torch.device) -> Callable[[Tensor], tuple[Tensor]]:
+        return lambda z: (op(z, task.to(place), 4),)
+
+    exact = _gradients(call(reference.gaussian_kl, torch.device("cpu")), [z.double()], [torch.ones(())])
+    return _error(_gradients(call(ops.gaussian_kl, device), [z.to(device)], [torch.ones(())]), exact)
+
+
+_TESTS: dict[str, Callable[[torch.device, torch.dtype], float]] = {
+    "grouped_lora": _test_grouped_lora,
+    "gaussian_kl": _test_gaussian_kl,
+}

@@ -1,0 +1,229 @@
+"""Scores a model on held-out examples: loss per task, accuracy per task, and the alignment of the tasks' latents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from align_ext.batch import align_step, find_state
+from align_ext.hf.collator import TaskCollator
+from align_ext.hf.replace import adapted_layers
+from align_ext.hf.tasks import Example, encode, features
+from align_ext.losses.align import align_kl, merge_moments
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One task's result.
+
+    Attributes:
+        loss: negative log-likelihood of the gold answer per token, over all answer tokens of the task.
+        score: share of right choices, or mean score of generated answers.
+        examples: how many were scored.
+    """
+
+    loss: float
+    score: float
+    examples: int
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One answer to one prompt: the gold one (choice == label) or another choice."""
+
+    example: int
+    choice: int
+    prompt: list[int]
+    answer: list[int]
+
+
+def answer_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Computes the negative log-likelihood of each supervised token.
+
+    Args:
+        logits: [B, S, vocab], of the next token.
+        labels: int64 [B, S], -100 where unsupervised.
+
+    Returns:
+        nll: float32 [K], K supervised tokens (the first position of a row predicts nothing and never counts).
+        rows: int64 [K], the row of each.
+    """
+    targets = labels[:, 1:].to(logits.device)
+    rows, columns = torch.nonzero(targets != -100, as_tuple=True)
+    nll = nn.functional.cross_entropy(logits[rows, columns].float(), targets[rows, columns], reduction="none")
+    return nll, rows
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> dict[str, TaskScore]:
+    """Scores a causal language model on each task, in eval mode.
+
+    With choices, the answer with the smallest negative log-likelihood per token is the model's; without, it
+    generates greedily, up to a few tokens more than the longest gold answer, and the example's scorer judges.
+
+    Args:
+        model: any transformers model that generates.
+        tokenizer: its tokenizer.
+        examples: of any number of tasks.
+        batch_size: rows in a forward.
+        progress: a running rich display to which a bar is added.
+    """
+    rows = _rows(tokenizer, examples)
+    free = [i for i, example in enumerate(examples) if not example.choices]
+    bar = None if progress is None else progress.add_task("evaluating", total=len(rows) + len(free))
+
+    def advance(count: int) -> None:
+        if progress is not None and bar is not None:
+            progress.advance(bar, count)
+
+    with _eval_mode(model):
+        sums = _choice_nll(model, tokenizer, rows, batch_size, advance)
+        scores = _generated_scores(model, tokenizer, examples, free, batch_size, advance)
+    if progress is not None and bar is not None:
+        progress.remove_task(bar)
+
+    results = {}
+    for task in dict.fromkeys(example.task for example in examples):
+        mine = [i for i, example in enumerate(examples) if example.task == task]
+        gold = [sums[i, max(examples[i].label, 0)] for i in mine]
+        for i in mine:
+            if examples[i].choices:
+                per_token = [sums[i, c][0] / sums[i, c][1] for c in range(len(examples[i].choices))]
+                scores[i] = float(min(range(len(per_token)), key=per_token.__getitem__) == examples[i].label)
+        results[task] = TaskScore(
+            loss=sum(nll for nll, _ in gold) / sum(tokens for _, tokens in gold),
+            score=sum(scores[i] for i in mine) / len(mine),
+            examples=len(mine),
+        )
+    return results
+
+
+@torch.no_grad()
+def alignment(
+    model: nn.Module, tokenizer: Any, examples: Sequence[Example], ids: dict[str, int], batch_size: int = 16
+) -> float | None:
+    """Computes the alignment loss over all tokens of some examples, without dropout; None if alignment is off."""
+    state = find_state(model)
+    if state is None or state.config.align is None:
+        return None
+    state.tasks = max(state.tasks, len(ids))  # batches without the last task record moments of the same shape
+    rows = sorted(features(tokenizer, examples, ids), key=lambda row: len(row["input_ids"]))
+    collate, moments = TaskCollator(tokenizer), None
+    with _eval_mode(model), _recording(model):
+        for batch in _batches(rows, batch_size):
+            inputs = {name: x.to(_device(model)) for name, x in collate(batch).items()}
+            with align_step(model, inputs.pop("task_ids")) as step:
+                model(**inputs)
+            moments = step.stats if moments is None else merge_moments(moments, step.stats)
+    return None if moments is None else float(align_kl(moments, state.config).value)
+
+
+@contextmanager
+def _recording(model: nn.Module) -> Iterator[None]:
+    """Lets the adapters record in an eval-mode model: in their training mode, but without dropout."""
+    layers = list(adapted_layers(model).values())
+    before = [layer.dropout_p for layer in layers]
+    for layer in layers:
+        layer.training, layer.dropout_p = True, 0.0  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for layer, dropout_p in zip(layers, before, strict=True):
+            layer.dropout_p = dropout_p
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _rows(tokenizer: Any, examples: Sequence[Example]) -> list[_Row]:
+    """Every answer to every prompt, longest first, so that too large a batch fails at once and padding is little."""
+    rows = []
+    for i, example in enumerate(examples):
+        for choice, answer in enumerate(example.choices or (example.answer,)):
+            rows.append(_Row(i, choice, *encode(tokenizer, example.prompt, answer)))
+    return sorted(rows, key=lambda row: -len(row.prompt) - len(row.answer))
+
+
+def _choice_nll(
+    model: Any, tokenizer: Any, rows: list[_Row], batch_size: int, advance: Any
+) -> dict[tuple[int, int], tuple[float, int]]:
+    """(sum of the NLL, number of tokens) of each answer, by (example, choice)."""
+    sums = {}
+    for batch in _batches(rows, batch_size):
+        width = max(len(row.prompt) + len(row.answer) for row in batch)
+        ids = torch.full((len(batch), width), tokenizer.pad_token_id)
+        labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
+        for i, row in enumerate(batch):
+            start, end = len(row.prompt), len(row.prompt) + len(row.answer)
+            ids[i, :end] = torch.tensor(row.prompt + row.answer)
+            labels[i, start:end] = ids[i, start:end]
+            mask[i, :end] = 1
+        device = _device(model)
+        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+        nll, where = answer_nll(logits, labels)
+        per_row = torch.zeros(len(batch), device=nll.device).index_add_(0, where, nll).tolist()
+        for row, value in zip(batch, per_row, strict=True):
+            sums[row.example, row.choice] = (value, len(row.answer))
+        advance(len(batch))
+    return sums
+
+
+def _generated_scores(
+    model: Any, tokenizer: Any, examples: Sequence[Example], free: list[int], batch_size: int, advance: Any
+) -> dict[int, float]:
+    """The score of a greedy answer to each free-text example."""
+    scores = {}
+    encoded = {i: encode(tokenizer, examples[i].prompt, examples[i].answer) for i in free}
+    # Task by task: a batch generates as long as its longest answer.
+    free = sorted(free, key=lambda i: (examples[i].task, len(encoded[i][0])))
+    for batch in _batches(free, batch_size):
+        width = max(len(encoded[i][0]) for i in batch)
+        ids = torch.full((len(batch), width), tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, i in enumerate(batch):
+            prompt = encoded[i][0]
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        out = model.generate(
+            input_ids=ids.to(_device(model)),
+            attention_mask=mask.to(_device(model)),
+            max_new_tokens=max(len(encoded[i][1]) for i in batch) + 4,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        for i, text in zip(batch, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True), strict=True):
+            scores[i] = examples[i].score(text)
+        advance(len(batch))
+    return scores
+
+
+def _batches(rows: Sequence[Any], size: int) -> Iterator[Any]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

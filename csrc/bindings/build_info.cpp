@@ -1,0 +1,12 @@
+// The Python module align_ext._C: build information only. The operators register themselves when it is loaded.
+#include <pybind11/pybind11.h>
+
+PYBIND11_MODULE(_C, m) {
+#ifdef ALIGN_WITH_CUDA
+  m.attr("cuda_archs") = ALIGN_CUDA_ARCHS;
+#else
+  m.attr("cuda_archs") = "";
+#endif
+  m.attr("built_with_torch") = ALIGN_BUILT_WITH_TORCH;
+  m.attr("compiler") = __VERSION__;
+}

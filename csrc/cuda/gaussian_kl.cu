@@ -1,0 +1,269 @@
+// Moments: a block of threads takes 256 rows and up to 32 dimensions. A thread owns one dimension of every k-th row
+// and keeps its sums for 16 tasks at a time in its own column of shared memory, so that no two threads add to one
+// address; columns are then added in a fixed order. A second kernel merges the blocks' moments in their order (Chan).
+// Tables: a block a layer, a thread a dimension. Backward: one element a thread and step.
+#include "ops/gaussian_kl.h"
+
+#include "cuda/launch.cuh"
+#include "ops/convert.h"
+
+namespace align::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kBlockRows = 256;
+constexpr int kTaskTile = 16;  // 2 * 16 * 256 floats of shared memory: 32 KiB
+constexpr int kTableThreads = 128;
+
+constexpr int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+
+// Threads along a row: the power of two that covers rank, at most a warp.
+int lanes_for(int64_t rank) {
+  int lanes = 1;
+  while (lanes < rank && lanes < kWarp) lanes *= 2;
+  return lanes;
+}
+
+// ---- Moments
+
+template <typename T>
+struct MomentsJob {
+  TaskMomentsArgs<T> args;
+  Acc<T>* partial;  // [blocks, tasks, 2 rank + 1]
+  int lanes;        // threads along a row
+};
+
+// Sum over the block's row groups of one dimension.
+__device__ float column_sum(const float* column, int lanes) {
+  float sum = 0;
+  for (int i = 0; i < kThreads; i += lanes) sum += column[i];
+  return sum;
+}
+
+// First pass: count and mean of each task of the tile. Second pass: sums of differences from that mean and of their
+// squares; the former corrects the mean's rounding.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) block_moments_kernel(MomentsJob<T> job) {
+  __shared__ float first[kTaskTile][kThreads];   // sums of z, then of differences
+  __shared__ float second[kTaskTile][kThreads];  // counts, then sums of squares
+  __shared__ float mean[kTaskTile][kWarp];
+  __shared__ float count[kTaskTile];
+  __shared__ int task[kBlockRows];  // within the tile, or -1
+
+  const TaskMomentsArgs<T>& args = job.args;
+  const int thread = threadIdx.x, lanes = job.lanes, groups = kThreads / lanes;
+  const int lane = thread % lanes, group = thread / lanes;
+  const int64_t begin = int64_t(blockIdx.x) * kBlockRows;
+  const int rows = int(args.tokens - begin < kBlockRows ? args.tokens - begin : kBlockRows);
+  const int64_t d = int64_t(blockIdx.y) * lanes + lane;
+  const T* z = args.z + begin * args.rank + d;
+  const int64_t width = 2 * args.rank + 1;
+
+  for (int64_t tile = 0; tile < args.tasks; tile += kTaskTile) {
+    const int tile_tasks = int(args.tasks - tile < kTaskTile ? args.tasks - tile : kTaskTile);
+    if (thread < rows) {
+      const int64_t id = args.task[begin + thread] - tile;
+      task[thread] = id >= 0 && id < tile_tasks ? int(id) : -1;
+    }
+    for (int i = 0; i < tile_tasks; ++i) first[i][thread] = second[i][thread] = 0;
+    __syncthreads();  // task is complete
+    for (int t = group; t < rows; t += groups) {
+      if (task[t] < 0) continue;
+      if (d < args.rank) first[task[t]][thread] += widen(z[t * args.rank]);
+      second[task[t]][thread] += 1;
+    }
+    __syncthreads();  // all columns are complete
+    for (int pair = thread; pair < tile_tasks * lanes; pair += kThreads) {
+      const int i = pair / lanes, l = pair % lanes;
+      const float n = column_sum(second[i] + l, lanes);
+      mean[i][l] = column_sum(first[i] + l, lanes) / (n > 0 ? n : 1);
+      if (l == 0) count[i] = n;
+    }
+    __syncthreads();  // the columns have been read, mean and count are complete
+    for (int i = 0; i < tile_tasks; ++i) first[i][thread] = second[i][thread] = 0;
+    for (int t = group; t < rows && d < args.rank; t += groups) {
+      if (task[t] < 0) continue;
+      const float difference = widen(z[t * args.rank]) - mean[task[t]][lane];
+      first[task[t]][thread] += difference;
+      second[task[t]][thread] += difference * difference;
+    }
+    __syncthreads();  // all columns are complete
+    for (int pair = thread; pair < tile_tasks * lanes; pair += kThreads) {
+      const int i = pair / lanes, l = pair % lanes;
+      const int64_t dim = int64_t(blockIdx.y) * lanes + l;
+      const float n = count[i], residual = column_sum(first[i] + l, lanes) / (n > 0 ? n : 1);
+      const float squares = column_sum(second[i] + l, lanes);
+      float* out = job.partial + (blockIdx.x * args.tasks + tile + i) * width;
+      if (dim == 0) out[0] = n;
+      if (dim >= args.rank) continue;
+      out[1 + dim] = mean[i][l] + residual;
+      out[1 + args.rank + dim] = squares - residual * residual * n;
+    }
+    __syncthreads();  // everything shared may be overwritten for the next tile
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) merge_moments_kernel(MomentsJob<T> job, int64_t blocks) {
+  const TaskMomentsArgs<T>& args = job.args;
+  const int64_t dims = args.rank > 0 ? args.rank : 1;
+  const int64_t pair = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (pair >= args.tasks * dims) return;
+  const int64_t i = pair / dims, d = pair % dims, width = 2 * args.rank + 1;
+  float n = 0, mean = 0, m2 = 0;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const float* part = job.partial + (block * args.tasks + i) * width;
+    const float total = n + part[0];
+    if (part[0] > 0 && d < args.rank) {
+      const float delta = part[1 + d] - mean, share = part[0] / total;
+      mean += delta * share;
+      m2 += part[1 + args.rank + d] + delta * delta * n * share;
+    }
+    n = total;
+  }
+  float* out = args.moments + i * width;
+  if (d == 0) out[0] = n;
+  if (d < args.rank) {
+    out[1 + d] = mean;
+    out[1 + args.rank + d] = m2;
+  }
+}
+
+// ---- Tables, in double: there are few of them
+
+template <typename A>
+struct LayerMoments {
+  const GaussianKlTablesArgs<A>& args;
+  const A* moments;  // [tasks, 2 rank + 1]
+
+  __device__ const A* task(int64_t i) const { return moments + i * (2 * args.rank + 1); }
+  __device__ double n(int64_t i) const { return task(i)[0]; }
+  __device__ double mu(int64_t i, int64_t d) const { return task(i)[1 + d]; }
+  __device__ double v(int64_t i, int64_t d) const {
+    return task(i)[1 + args.rank + d] / (n(i) - args.ddof) + args.eps;
+  }
+  __device__ bool active(int64_t i) const { return n(i) >= 2; }  // max(2, 1 + ddof), ddof being 0 or 1
+};
+
+// Sums over the active tasks of one dimension.
+struct TaskSums {
+  double v, mu;          // means
+  double p, pc, c2;      // sums of p, p c, c^2
+  double spread, weighted;  // sums of (v - mean v)^2 p, p c^2
+};
+
+template <typename A>
+__device__ TaskSums sum_tasks(const LayerMoments<A>& layer, double active, int64_t d) {
+  TaskSums s = {};
+  for (int64_t i = 0; i < layer.args.tasks; ++i) {
+    if (!layer.active(i)) continue;
+    s.v += layer.v(i, d);
+    s.mu += layer.mu(i, d);
+  }
+  s.v /= active;
+  s.mu /= active;
+  for (int64_t i = 0; i < layer.args.tasks; ++i) {
+    if (!layer.active(i)) continue;
+    const double v = layer.v(i, d), p = 1 / v, c = layer.mu(i, d) - s.mu;
+    s.p += p;
+    s.pc += p * c;
+    s.c2 += c * c;
+    s.spread += (v - s.v) * (v - s.v) * p;
+    s.weighted += p * c * c;
+  }
+  return s;
+}
+
+template <typename A>
+__global__ void __launch_bounds__(kTableThreads) tables_kernel(GaussianKlTablesArgs<A> args) {
+  const int64_t rank = args.rank;
+  const LayerMoments<A> layer{args, args.moments + blockIdx.x * args.tasks * (2 * rank + 1)};
+  A* tables = args.tables + blockIdx.x * args.tasks * 2 * rank;
+  double active = 0, loss = 0;
+  for (int64_t i = 0; i < args.tasks; ++i) active += layer.active(i);
+  const double scale = active < 2 ? 0 : args.mean_pairs ? 2 / (active * (active - 1)) : 1;
+  for (int64_t d = threadIdx.x; d < rank; d += kTableThreads) {
+    TaskSums s = {};
+    if (active >= 2) {
+      s = sum_tasks(layer, active, d);
+      loss += active / s.v * s.spread + active * s.weighted + s.p * s.c2;
+    }
+    for (int64_t i = 0; i < args.tasks; ++i) {
+      double a = 0, b = 0;
+      if (active >= 2 && layer.active(i)) {
+        const double mu = layer.mu(i, d), p = 1 / layer.v(i, d), c = mu - s.mu;
+        const double d_mu = 0.5 * (active * p * c + c * s.p - s.pc);
+        const double d_var = 0.25 * (s.p - p * p * (active * s.v + active * c * c + s.c2));
+        b = 2 * d_var / (layer.n(i) - args.ddof);
+        a = d_mu / layer.n(i) - b * mu;
+      }
+      tables[i * 2 * rank + d] = A(scale * a);
+      tables[i * 2 * rank + rank + d] = A(scale * b);
+    }
+  }
+  loss = block_sum(loss);
+  if (threadIdx.x == 0) args.loss[blockIdx.x] = A(0.25 * scale * loss);
+}
+
+// ---- Backward
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) backward_kernel(GaussianKlBackwardArgs<T> args, int lanes) {
+  const int64_t t = int64_t(blockIdx.x) * (kThreads / lanes) + threadIdx.x / lanes;
+  if (t >= args.tokens) return;
+  const int64_t id = args.task[t];
+  const bool counts = id >= 0 && id < args.tasks;
+  const float* a = args.tables + (counts ? id * 2 * args.rank : 0);
+  const float* b = a + args.rank;
+  const float d_loss = args.d_loss[0];
+  for (int64_t d = threadIdx.x % lanes; d < args.rank; d += lanes) {
+    const int64_t e = t * args.rank + d;
+    args.dz[e] = narrow<T>(counts ? d_loss * (a[d] + b[d] * widen(args.z[e])) : 0.f);
+  }
+}
+
+}  // namespace
+
+template <typename T>
+int64_t task_moments_workspace(int64_t tokens, int64_t rank, int64_t tasks) {
+  return ceil_div(tokens, kBlockRows) * tasks * (2 * rank + 1) * int64_t(sizeof(Acc<T>));
+}
+
+template <typename T>
+void task_moments(const TaskMomentsArgs<T>& args, Stream stream) {
+  if (args.tasks == 0) return;
+  const int64_t blocks = ceil_div(args.tokens, kBlockRows), dims = args.rank > 0 ? args.rank : 1;
+  const MomentsJob<T> job{args, static_cast<Acc<T>*>(args.workspace), lanes_for(args.rank)};
+  if (blocks > 0) {
+    launch(block_moments_kernel<T>, dim3(unsigned(blocks), unsigned(ceil_div(dims, job.lanes))), dim3(kThreads),
+           stream, job);
+  }
+  launch(merge_moments_kernel<T>, dim3(unsigned(ceil_div(args.tasks * dims, kThreads))), dim3(kThreads), stream, job,
+         blocks);
+}
+
+template <typename A>
+void gaussian_kl_tables(const GaussianKlTablesArgs<A>& args, Stream stream) {
+  if (args.layers == 0) return;
+  launch(tables_kernel<A>, dim3(unsigned(args.layers)), dim3(kTableThreads), stream, args);
+}
+
+template <typename T>
+void gaussian_kl_backward(const GaussianKlBackwardArgs<T>& args, Stream stream) {
+  if (args.tokens == 0 || args.rank == 0) return;
+  const int lanes = lanes_for(args.rank);
+  launch(backward_kernel<T>, dim3(unsigned(ceil_div(args.tokens, kThreads / lanes))), dim3(kThreads), stream, args,
+         lanes);
+}
+
+#define ALIGN_INSTANTIATE(T)                                             \
+  template int64_t task_moments_workspace<T>(int64_t, int64_t, int64_t); \
+  template void task_moments(const TaskMomentsArgs<T>&, Stream);         \
+  template void gaussian_kl_backward(const GaussianKlBackwardArgs<T>&, Stream);
+ALIGN_INSTANTIATE(float)
+ALIGN_INSTANTIATE(bfloat16)
+ALIGN_INSTANTIATE(float16)
+#undef ALIGN_INSTANTIATE
+template void gaussian_kl_tables(const GaussianKlTablesArgs<float>&, Stream);
+
+}  // namespace align::cuda

@@ -1,0 +1,95 @@
+// Grouped LoRA: the low-rank path of LoRA, Align-LoRA (one group) and Multi-Adapter (one group per task).
+//
+//   xd     = x * mask                                  input dropout, mask already scaled by 1/(1-p)
+//   z[t]   = A_k xd[t]                                  k = group of row t
+//   y[t]  += scaling * B_k z[t]
+//
+// Backward, with g = dL/dy and the gradient dzin that reaches z from outside (alignment, a user's loss):
+//   dz[t]  = scaling * B_k^T g[t] + dzin[t]
+//   dB_k   = scaling * sum_{t in k} g[t] z[t]^T
+//   dA_k   = sum_{t in k} dz[t] xd[t]^T
+//   dx[t] += (A_k^T dz[t]) * mask[t]
+//
+// Products take operands in T and accumulate in Acc<T>; z keeps Acc<T>. Element (t, c) of x has dropout element
+// number t * in_dim + c (philox.h), whatever the grouping. Every size may be 0.
+// Floating-point operations: forward 2 T r (n + m), backward 4 T r (n + m). Bytes moved (floor): forward x + 2y + z,
+// backward g + x + 2dx + z, in the sizes of their types.
+#pragma once
+
+#include <cstdint>
+
+#include "ops/dtype.h"
+
+namespace align {
+
+struct GroupedLoraShape {
+  int64_t tokens;
+  int64_t in_dim;
+  int64_t out_dim;
+  int64_t rank;
+  int64_t groups;
+};
+
+// Rows of x in group order: group k owns rows[offsets[k] .. offsets[k+1]).
+struct RowGroups {
+  const int64_t* rows;     // [tokens] row numbers, or null: row i of the order is row i of x
+  const int64_t* offsets;  // [groups + 1], offsets[0] = 0, offsets[groups] = tokens
+};
+
+struct InputDropout {
+  double p;             // 0: no dropout, rng is not read
+  const uint64_t* rng;  // [2] seed, offset
+};
+
+template <typename T>
+struct GroupedLoraForwardArgs {
+  GroupedLoraShape shape;
+  RowGroups row_groups;
+  InputDropout dropout;
+  double scaling;
+  // inputs
+  const T* x;     // [tokens, in_dim]
+  const T* A;     // [groups, rank, in_dim]
+  const T* B;     // [groups, out_dim, rank]
+  const T* y_in;  // [tokens, out_dim] what the low-rank term is added to; may be y itself
+  // outputs
+  Acc<T>* z;  // [tokens, rank], assigned
+  T* y;       // [tokens, out_dim], assigned y_in + low rank, one rounding
+  void* workspace;
+};
+
+template <typename T>
+struct GroupedLoraBackwardArgs {
+  GroupedLoraShape shape;
+  RowGroups row_groups;
+  InputDropout dropout;
+  double scaling;
+  // inputs
+  const T* x;          // [tokens, in_dim]
+  const Acc<T>* z;     // [tokens, rank] of the forward
+  const T* A;          // [groups, rank, in_dim]
+  const T* B;          // [groups, out_dim, rank]
+  const T* dx_in;      // [tokens, in_dim] what dx starts from (may be dx itself), or null: zero
+  // grad outputs
+  const T* dy;         // [tokens, out_dim]
+  const Acc<T>* dz_in;  // [tokens, rank], or null: zero
+  // grad inputs
+  T* dx;       // [tokens, in_dim], assigned dx_in + low rank, or null: not wanted
+  Acc<T>* dA;  // [groups, rank, in_dim], assigned (zero for empty groups)
+  Acc<T>* dB;  // [groups, out_dim, rank], assigned (zero for empty groups)
+  void* workspace;
+};
+
+namespace cpu {
+int64_t grouped_lora_forward_workspace(const GroupedLoraShape& shape, bool dropout);   // bytes
+int64_t grouped_lora_backward_workspace(const GroupedLoraShape& shape, bool dropout);  // bytes
+template <typename T>
+void grouped_lora_forward(const GroupedLoraForwardArgs<T>& args);
+template <typename T>
+void grouped_lora_backward(const GroupedLoraBackwardArgs<T>& args);
+
+// Stable counting sort of per-row group numbers (each in 0 .. groups-1) into RowGroups' two arrays.
+void group_rows(const int64_t* group, int64_t tokens, int64_t groups, int64_t* rows, int64_t* offsets);
+}  // namespace cpu
+
+}  // namespace align

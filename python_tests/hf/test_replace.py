@@ -1,0 +1,277 @@
+"""replace_linear_with_align_lora on real models: what is adapted, what is left alone, and what it says."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from align_ext import AlignLoraConfig, adapter_report, align_parts, replace_linear_with_align_lora
+from align_ext.nn.lora import LoraLinear
+from python_tests.tiny import VOCAB, batch, llama
+
+
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=VOCAB, n_positions=32, bos_token_id=0))
+
+
+def qwen2():
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    return Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2, vocab_size=VOCAB))
+
+
+def mistral():
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    return MistralForCausalLM(
+        MistralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, vocab_size=VOCAB)
+    )
+
+
+@pytest.mark.parametrize("make", [llama, qwen2, mistral])
+def test_no_argument_but_the_model_is_needed(make):
+    model = make()
+    names = {n for n, m in model.named_modules() if n.endswith(("gate_proj", "up_proj", "down_proj"))}
+    before = model.eval()(**batch()[0]).logits
+    assert replace_linear_with_align_lora(model) is model
+    assert {n for n, m in model.named_modules() if isinstance(m, LoraLinear)} == names
+    assert torch.equal(model(**batch()[0]).logits, before)  # B = 0
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {f"{n}.lora_{part}.weight" for n in names for part in "AB"}
+    layer = model.get_submodule("model.layers.0.mlp.down_proj")
+    assert layer.lora_A.weight.shape == (8, layer.in_features)
+    assert layer.lora_B.weight.shape == (layer.out_features, 8)
+
+
+def test_conv1d_of_gpt2_is_adapted():
+    model, (inputs, tasks) = gpt2(), batch()
+    before = model.eval()(**inputs).logits
+    replace_linear_with_align_lora(model, target_modules=["c_fc", "c_proj"], num_tasks=3)
+    assert len(adapter_report(model).replaced) == 6
+    assert torch.equal(model(**inputs).logits, before)
+    model.train()(**inputs, task_ids=tasks).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "count"),
+    [
+        (["q_proj", "v_proj"], 4),
+        (r".*\.layers\.1\..*_proj", 7),
+        ("all-linear", 14),
+        (["model.layers.0.mlp.up_proj"], 1),
+    ],
+)
+def test_target_modules_follow_peft(patterns, count):
+    from peft import LoraConfig, get_peft_model
+
+    model = replace_linear_with_align_lora(llama(), target_modules=patterns)
+    ours = set(adapter_report(model).replaced)
+    peft = get_peft_model(llama(), LoraConfig(target_modules=patterns))
+    theirs = {n.removeprefix("base_model.model.") for n, m in peft.named_modules() if hasattr(m, "lora_A")}
+    assert ours == theirs
+    assert len(ours) == count
+
+
+def test_excluded_modules_are_left_alone():
+    model = replace_linear_with_align_lora(llama(), target_modules="all-linear", exclude_modules=["q_proj", "k_proj"])
+    assert not any(name.endswith(("q_proj", "k_proj", "lm_head")) for name in adapter_report(model).replaced)
+    assert len(adapter_report(model).replaced) == 10
+
+
+def test_the_head_and_tied_weights_are_left_alone_and_reported():
+    model = replace_linear_with_align_lora(llama(), target_modules=["lm_head", "up_proj"])
+    report = adapter_report(model)
+    assert "output head" in report.skipped["lm_head"]
+    assert "left alone lm_head" in str(report)
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.out, self.other = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False), nn.Linear(4, 4)
+            self.out.weight = self.embed.weight
+
+    model = replace_linear_with_align_lora(Tied(), target_modules=["out", "other"])
+    assert adapter_report(model).skipped == {"out": "its weight is tied to embed"}
+
+
+def test_multihead_attention_is_left_alone():
+    model = nn.TransformerEncoderLayer(8, 2)
+    replace_linear_with_align_lora(model, target_modules=["out_proj", "linear1"])
+    assert "never calls its forward" in adapter_report(model).skipped["self_attn.out_proj"]
+    assert adapter_report(model).replaced == ["linear1"]
+
+
+def test_nothing_matched_lists_the_models_linears():
+    with pytest.raises(ValueError, match=r"target_modules=\('gate_prj',\).*down_proj \(2\), gate_proj \(2\).*all-linear"):
+        replace_linear_with_align_lora(llama(), target_modules=["gate_prj"])
+
+
+def test_a_refused_call_changes_nothing():
+    model = llama()
+    before = [(n, type(m)) for n, m in model.named_modules()], [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match="no layer was adapted"):
+        replace_linear_with_align_lora(model, target_modules=["nope"])
+    assert before == ([(n, type(m)) for n, m in model.named_modules()], [p.requires_grad for p in model.parameters()])
+
+
+def test_a_second_call_changes_nothing_and_says_so(caplog):
+    model = replace_linear_with_align_lora(llama())
+    names = [n for n, _ in model.named_parameters()]
+    assert replace_linear_with_align_lora(model, r=4) is model
+    assert [n for n, _ in model.named_parameters()] == names
+    assert "has adapters already" in caplog.text
+    assert len(model._forward_pre_hooks) == 1
+
+
+def test_config_and_options_exclude_each_other():
+    with pytest.raises(ValueError, match="either config or single options"):
+        replace_linear_with_align_lora(llama(), AlignLoraConfig(), r=4)
+    with pytest.raises(ValueError, match="unknown option 'rank'"):
+        replace_linear_with_align_lora(llama(), rank=4)
+
+
+def test_a_wrapped_model_is_refused_with_advice():
+    with pytest.raises(ValueError, match="OptimizedModule.*plain model first, then wrap"):
+        replace_linear_with_align_lora(torch.compile(llama()))
+
+
+class PackedLinear(nn.Module):
+    """A quantised linear as GPTQ and AWQ have them: shape attributes, packed integers, no float weight."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.scale = linear.weight.detach().abs().max().item() / 127
+        self.register_buffer("qweight", (linear.weight / self.scale).round().to(torch.int8))
+
+    def forward(self, x):
+        return x @ (self.qweight.to(x.dtype) * self.scale).T
+
+
+def test_a_quantised_linear_is_adapted_through_its_own_forward():
+    model, (inputs, tasks) = llama(), batch()
+    for layer in model.model.layers:
+        layer.mlp.up_proj = PackedLinear(layer.mlp.up_proj)
+    before = model.eval()(**inputs).logits
+    replace_linear_with_align_lora(model, num_tasks=3)
+    assert torch.equal(model(**inputs).logits, before)
+    model.train()(**inputs, task_ids=tasks).loss.backward()
+    assert model.model.layers[0].mlp.up_proj.lora_B.weight.grad.abs().sum() > 0
+
+
+def test_a_subclass_of_linear_keeps_its_forward():
+    class Doubling(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = nn.Sequential(Doubling(4, 3))
+    x = torch.randn(2, 4)
+    before = model(x)
+    replace_linear_with_align_lora(model, target_modules=["0"], align=None)
+    assert torch.equal(model(x), before)
+
+
+def test_hooks_of_the_base_layer_still_run():
+    model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(2, 4)
+    model[0].register_forward_hook(lambda m, a, y: y + 1)
+    before = model(x)
+    replace_linear_with_align_lora(model, target_modules=["0"], align=None)
+    assert torch.equal(model(x), before)
+
+
+def test_adapters_are_float32_on_a_16_bit_base():
+    model = replace_linear_with_align_lora(llama().bfloat16())
+    layer = model.model.layers[0].mlp.up_proj
+    assert layer.lora_A.weight.dtype == torch.float32
+    assert model(**batch()[0], task_ids=batch()[1]).logits.dtype == torch.bfloat16
+    model = replace_linear_with_align_lora(llama().bfloat16(), adapter_dtype="base")
+    assert model.model.layers[0].mlp.up_proj.lora_A.weight.dtype == torch.bfloat16
+
+
+def test_a_model_on_the_meta_device_gets_meta_adapters():
+    with torch.device("meta"):
+        model = llama()
+    replace_linear_with_align_lora(model, num_tasks=3)
+    assert all(p.is_meta for p in model.parameters())
+    model.to_empty(device="cpu")
+    fresh = llama()
+    model.load_state_dict(fresh.state_dict(), strict=False)
+    for module in model.modules():
+        if isinstance(module, LoraLinear):
+            module.reset_lora_parameters()
+    inputs, tasks = batch()
+    model.model.rotary_emb = fresh.model.rotary_emb
+    assert torch.equal(model.eval()(**inputs).logits, fresh.eval()(**inputs).logits)
+    model.train()(**inputs, task_ids=tasks).loss.backward()
+
+
+def test_accelerates_device_map_with_offloading_is_respected(tmp_path):
+    from accelerate import dispatch_model
+
+    model, (inputs, tasks) = llama(), batch()
+    before = copy.deepcopy(model).eval()(**inputs).logits
+    device_map = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu"}
+    device_map |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    dispatch_model(model, device_map, main_device="cpu", offload_dir=tmp_path)
+    assert model.model.layers[0].mlp.up_proj.weight.is_meta
+    replace_linear_with_align_lora(model, num_tasks=3)
+    assert model.model.layers[0].mlp.up_proj.lora_A.weight.device.type == "cpu"
+    torch.testing.assert_close(model.eval()(**inputs).logits, before)
+    model.train()(**inputs, task_ids=tasks).loss.backward()
+    assert model.model.layers[0].mlp.up_proj.lora_B.weight.grad.abs().sum() > 0
+
+
+def test_the_checkpoint_of_the_plain_base_still_loads():
+    model, other = replace_linear_with_align_lora(llama()), llama()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.5)
+    result = model.load_state_dict(other.state_dict(), strict=False)
+    assert result.unexpected_keys == []
+    assert all("lora_" in key for key in result.missing_keys)
+    inputs, _ = batch()
+    assert torch.equal(model.eval()(**inputs).logits, other.eval()(**inputs).logits)
+
+
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
+def test_a_peft_model_is_adopted_with_its_weights(base_dtype):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(3)
+    peft = get_peft_model(
+        llama().to(base_dtype), LoraConfig(r=4, lora_alpha=12, lora_dropout=0.0, target_modules=["q_proj", "up_proj"])
+    )
+    for name, p in peft.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.1)
+    inputs, tasks = batch()
+    before = peft.eval()(**inputs).logits
+    parameters = {id(p) for p in peft.parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD([p for p in peft.parameters() if p.requires_grad], lr=0.1)
+    assert replace_linear_with_align_lora(peft, num_tasks=3) is peft
+    report = adapter_report(peft)
+    assert len(report.adopted) == len(report.replaced) == 4
+    assert {id(p) for p in peft.parameters() if p.requires_grad} == parameters
+    eps = torch.finfo(base_dtype).eps
+    assert (peft(**inputs).logits - before).abs().max() <= 8 * eps * before.abs().max()
+    peft.train()(**inputs, task_ids=tasks).loss.backward()
+    optimizer.step()
+    assert align_parts(peft).align > 0
+    assert (peft.eval()(**inputs).logits - before).abs().max() > 0
+
+
+def test_a_peft_variant_is_left_alone_and_named():
+    from peft import LoraConfig, get_peft_model
+
+    peft = get_peft_model(llama(), LoraConfig(use_dora=True, target_modules=["up_proj"]))
+    with pytest.raises(ValueError, match="DoRA"):
+        replace_linear_with_align_lora(peft)

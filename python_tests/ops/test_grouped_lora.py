@@ -1,0 +1,245 @@
+"""grouped_lora: forward and every gradient against the float64 reference."""
+
+import itertools
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from align_ext import ops, reference
+from python_tests.closeness import assert_as_close_as_torch
+
+RNG = torch.tensor([123456789, 42])
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# tokens, in, out, rank, groups: ordinary, odd, degenerate
+SHAPES = [
+    (64, 128, 96, 8, 1),
+    (65, 67, 45, 5, 3),
+    (33, 31, 129, 17, 2),
+    (9, 200, 24, 70, 1),
+    (7, 1, 1, 1, 1),
+    (0, 16, 8, 4, 1),
+    (5, 24, 16, 4, 7),
+]
+
+
+def make(tokens, n, m, r, groups, dtype, adapter_dtype=None, seed=0):
+    """Inputs whose low-rank term is as large as the base: the tolerance must see it."""
+    g = torch.Generator().manual_seed(seed)
+    lead = (groups,) if groups > 1 else ()
+    adapter_dtype = adapter_dtype or dtype
+    x = torch.randn(tokens, n, generator=g).to(dtype)
+    A = (torch.randn(*lead, r, n, generator=g) / n**0.5).to(adapter_dtype)
+    B = (torch.randn(*lead, m, r, generator=g) / r**0.5).to(adapter_dtype)
+    W = (torch.randn(m, n, generator=g) / n**0.5).to(dtype)
+    bias = torch.randn(m, generator=g).to(dtype)
+    base = torch.randn(tokens, m, generator=g).to(dtype)
+    dy = torch.randn(tokens, m, generator=g)
+    dz = torch.randn(tokens, r, generator=g)
+    return x, A, B, W, bias, base, dy, dz
+
+
+def grouping(tokens, groups, kind):
+    if groups == 1:
+        return {}
+    if kind == "group":
+        return {"group": torch.arange(tokens) * 5 % groups}
+    cuts = torch.linspace(0, tokens, groups).round().long()
+    return {"offsets": torch.cat([cuts[:1], cuts])}  # the first group is empty
+
+
+def run(op, inputs, dtype, *, weight_form, p, kind, groups, scaling=0.75, with_dz=True):
+    """y, z and the gradients of x, A, B (and base_out) of one op in one dtype."""
+    x, A, B, W, bias, base, dy, dz = inputs
+    if dtype is not None:  # the reference in float64 on the very same inputs: adapters rounded as the op rounds them
+        A, B = (t.to(x.dtype).to(dtype) for t in (A, B))
+        x, W, bias, base = (t.to(dtype) for t in (x, W, bias, base))
+    x, A, B, base = (t.detach().clone().requires_grad_() for t in (x, A, B, base))
+    form = {"weight": W, "bias": bias} if weight_form else {"base_out": base}
+    options = grouping(x.shape[0], groups, kind)
+    y, z = op(x, A, B, scaling, dropout_p=p, rng=RNG if p else None, **options, **form)
+    outputs, grads = ([y, z], [dy.to(y.dtype), dz.to(z.dtype)]) if with_dz else ([y], [dy.to(y.dtype)])
+    torch.autograd.backward(outputs, grads)
+    result = {"y": y, "z": z, "dx": x.grad, "dA": A.grad, "dB": B.grad}
+    if not weight_form:
+        result["dbase"] = base.grad
+    return {name: tensor.detach() for name, tensor in result.items()}
+
+
+def compare(inputs, **options):
+    actual = run(ops.grouped_lora, inputs, None, **options)
+    same = run(reference.grouped_lora, inputs, inputs[0].dtype, **options)
+    exact = run(reference.grouped_lora, inputs, torch.float64, **options)
+    for name, tensor in actual.items():
+        assert_as_close_as_torch(tensor, same[name].to(tensor.dtype), exact[name])
+
+
+def test_a_hand_computed_case():
+    x = torch.tensor([[1.0, 2.0], [3.0, -1.0]], requires_grad=True)
+    A = torch.tensor([[1.0, 1.0]], requires_grad=True)
+    B = torch.tensor([[2.0], [0.0], [-1.0]], requires_grad=True)
+    base = torch.zeros(2, 3, requires_grad=True)
+    y, z = ops.grouped_lora(x, A, B, 0.5, base_out=base)
+    assert z.tolist() == [[3.0], [2.0]]
+    assert y.tolist() == [[3.0, 0.0, -1.5], [2.0, 0.0, -1.0]]
+    y.backward(torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 2.0]]))
+    # dz = 0.5 dy B = [1, -1];  dA = dzᵀ x;  dB = 0.5 dyᵀ z;  dx = dz A
+    assert A.grad.tolist() == [[-2.0, 3.0]]
+    assert B.grad.tolist() == [[1.5], [1.5], [2.0]]
+    assert x.grad.tolist() == [[1.0, 1.0], [-1.0, -1.0]]
+    assert base.grad.tolist() == [[1.0, 1.0, 0.0], [0.0, 0.0, 2.0]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("weight_form", [True, False])
+def test_forward_and_every_gradient_match_the_reference(dtype, shape, p, weight_form):
+    tokens, n, m, r, groups = shape
+    for kind in ("group", "offsets") if groups > 1 else (None,):
+        compare(make(*shape, dtype), weight_form=weight_form, p=p, kind=kind, groups=groups)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_adapters_on_a_16_bit_input(dtype):
+    inputs = make(40, 72, 56, 8, 1, dtype, torch.float32)
+    compare(inputs, weight_form=True, p=0.1, kind=None, groups=1)
+    assert run(ops.grouped_lora, inputs, None, weight_form=True, p=0.1, kind=None, groups=1)["dA"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_low_rank_term_alone_is_right(dtype):
+    """With W = 0 nothing of the base can hide an error of the low-rank term."""
+    inputs = list(make(50, 90, 70, 9, 1, dtype))
+    inputs[3], inputs[4] = torch.zeros_like(inputs[3]), torch.zeros_like(inputs[4])
+    compare(inputs, weight_form=True, p=0.2, kind=None, groups=1)
+
+
+def test_strided_views_and_leading_dimensions():
+    x, A, B, W, bias, *_ = make(24, 40, 32, 6, 1, torch.float32)
+    wide = torch.randn(2, 12, 80)
+    wide[..., ::2] = x.view(2, 12, 40)
+    views = {"strided": wide[..., ::2], "transposed": x.view(2, 12, 40).transpose(0, 1).contiguous().transpose(0, 1)}
+    y, z = ops.grouped_lora(x, A.T.contiguous().T, B, weight=W, bias=bias)
+    for name, view in views.items():
+        assert not view.is_contiguous()
+        yv, zv = ops.grouped_lora(view, A, B, weight=W, bias=bias)
+        assert yv.shape == (2, 12, 32), name
+        assert torch.equal(yv.reshape(24, 32), y), name
+        assert torch.equal(zv, z), name
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_gradcheck_of_y_and_z_together(p):
+    x, A, B, W, bias, base, *_ = (t.double() for t in make(6, 5, 4, 3, 2, torch.float32))
+    leaves = [t.requires_grad_() for t in (x, A, B, base)]
+    group = torch.tensor([0, 1, 1, 0, 1, 1])
+
+    def call(x, A, B, base):
+        return ops.grouped_lora(x, A, B, 0.7, group=group, dropout_p=p, rng=RNG, base_out=base)
+
+    assert torch.autograd.gradcheck(call, leaves)
+    x1, A1, B1 = (t.detach().requires_grad_() for t in (x, A[0], B[0]))
+    assert torch.autograd.gradcheck(
+        lambda x, A, B: ops.grouped_lora(x, A, B, 0.7, dropout_p=p, rng=RNG, weight=W, bias=bias), (x1, A1, B1)
+    )
+
+
+@pytest.mark.parametrize(("weight_form", "groups", "p"), list(itertools.product([True, False], [1, 3], [0.0, 0.2])))
+def test_opcheck(weight_form, groups, p):
+    x, A, B, W, bias, base, *_ = make(12, 10, 8, 4, groups, torch.float32)
+    for t in (x, A, B, base):
+        t.requires_grad_()
+    group = torch.arange(12) % groups if groups > 1 else None
+    weight, bias, base = (W, bias, None) if weight_form else (None, None, base)
+    args = (x, A, B, 0.5, None, group, p, RNG if p else None, weight, bias, base, None, None, None)
+    opcheck(torch.ops.align_ext.grouped_lora.default, args)
+    y, z = torch.ops.align_ext.grouped_lora(*args)
+    detached = [None if t is None else t.detach() for t in (x, z, A, B)]
+    opcheck(
+        torch.ops.align_ext.grouped_lora_backward.default,
+        (y.detach(), z.detach(), *detached, 0.5, None, group, p, RNG if p else None, weight, True),
+    )
+
+
+def test_compiles_without_a_graph_break():
+    x, A, B, W, bias, _, dy, _ = make(16, 12, 10, 4, 1, torch.float32)
+
+    def loss(x, A, B):
+        y, z = ops.grouped_lora(x, A, B, 0.5, dropout_p=0.25, rng=RNG, weight=W, bias=bias)
+        return (y * dy).sum() + z.square().sum()
+
+    def gradients(f):
+        leaves = [t.detach().clone().requires_grad_() for t in (x, A, B)]
+        f(*leaves).backward()
+        return [t.grad for t in leaves]
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for a, b in zip(gradients(compiled), gradients(loss), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_same_bits_twice_and_for_any_number_of_threads(dtype):
+    inputs, before = make(301, 130, 70, 8, 3, dtype), torch.get_num_threads()
+    options = {"weight_form": False, "p": 0.1, "kind": "group", "groups": 3}
+    try:
+        results = []
+        for threads in (1, 1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(run(ops.grouped_lora, inputs, None, **options))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for name, tensor in results[0].items():
+            assert torch.equal(tensor, other[name]), name
+
+
+def test_inputs_are_not_modified():
+    x, A, B, _, _, base, *_ = make(12, 10, 8, 4, 1, torch.float32)
+    copy = base.clone()
+    ops.grouped_lora(x, A, B, base_out=base)
+    assert torch.equal(base, copy)
+
+
+def test_the_dropout_mask_follows_torchs_generator():
+    x, A, B, _, _, base, *_ = make(32, 64, 8, 4, 1, torch.float32)
+    torch.manual_seed(3)
+    first, second = (ops.grouped_lora(x, A, B, dropout_p=0.5, base_out=base)[1] for _ in range(2))
+    torch.manual_seed(3)
+    again = ops.grouped_lora(x, A, B, dropout_p=0.5, base_out=base)[1]
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+
+
+BAD = {
+    "A must be": {"A": torch.zeros(4, 9)},
+    "B must be": {"B": torch.zeros(8, 5)},
+    "base_out must have shape": {"base_out": torch.zeros(12, 9)},
+    "base_out must be of the dtype": {"base_out": torch.zeros(12, 8, dtype=torch.float64)},
+    "exactly one of": {"weight": torch.zeros(8, 10)},
+    "must be frozen": {"weight": torch.zeros(8, 10, requires_grad=True), "base_out": None},
+    "dropout_p must be in": {"dropout_p": 1.0},
+    "group must be in 0..0": {"group": torch.ones(12, dtype=torch.int64)},
+    "group must have shape": {"group": torch.zeros(11, dtype=torch.int64)},
+    "group must be int64": {"group": torch.zeros(12, dtype=torch.int32)},
+    "offsets must rise": {"offsets": torch.tensor([0, 11])},
+    "rng must have shape": {"dropout_p": 0.5, "rng": torch.zeros(3, dtype=torch.int64)},
+    "x must be float32": {
+        "x": torch.zeros(12, 10, dtype=torch.int32),
+        "base_out": torch.zeros(12, 8, dtype=torch.int32),
+    },
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_arguments_are_named(message):
+    arguments = {"x": torch.zeros(12, 10), "A": torch.zeros(4, 10), "B": torch.zeros(8, 4)}
+    arguments |= {"base_out": torch.zeros(12, 8)} | BAD[message]
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        ops.grouped_lora(arguments.pop("x"), arguments.pop("A"), arguments.pop("B"), **arguments)
+
+
+def test_several_groups_need_a_grouping():
+    with pytest.raises(RuntimeError, match="A holds 2 groups: give offsets or group"):
+        ops.grouped_lora(torch.zeros(3, 4), torch.zeros(2, 1, 4), torch.zeros(2, 5, 1), base_out=torch.zeros(3, 5))

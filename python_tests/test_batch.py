@@ -1,0 +1,404 @@
+"""The alignment reaches every adapter exactly, whatever the training loop does (docs/numerics.md)."""
+
+import copy
+import functools
+import itertools
+import pickle
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from align_ext import align_parts, align_step, replace_linear_with_align_lora
+from python_tests.tiny import TASKS, WEIGHT, Oracle, adapted, batch, error, gradients, literal_kl, llama
+
+EXACT = 1e-11  # float64; the oracle is the literal sum over pairs, differentiated by autograd
+CHECKPOINTING = (None, "non-reentrant", "reentrant")
+
+
+@functools.cache
+def oracle_gradients(*weights, union=False):
+    return Oracle(adapted()).gradients(list(weights), union)
+
+
+def checkpointed(model, mode):
+    if mode is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": mode == "reentrant"})
+        model.enable_input_require_grads()
+    return model
+
+
+def by_context(model, seed):
+    inputs, tasks = batch(seed)
+    with align_step(model, tasks, inputs["attention_mask"]) as step:
+        lm = model(**inputs).loss
+    return lambda: step.total(lm)
+
+
+def by_keyword(model, seed):
+    inputs, tasks = batch(seed)
+    loss = model(**inputs, task_ids=tasks).loss
+    return lambda: loss
+
+
+def single(forward):
+    forward(0)().backward()
+
+
+def scaled(forward):
+    (65536.0 * forward(0)()).backward()
+
+
+def accumulated(forward):
+    for seed in range(2):
+        (forward(seed)() / 2).backward()
+
+
+def two_pending_summed(forward):
+    first, second = forward(0), forward(1)
+    (first() + 2 * second()).backward()
+
+
+def two_pending_reversed(forward):
+    first, second = forward(0)(), forward(1)()
+    (2 * second).backward()
+    first.backward()
+
+
+FLOWS = {
+    single: (1,),
+    scaled: (65536,),
+    accumulated: (0.5, 0.5),
+    two_pending_summed: (1, 2),
+    two_pending_reversed: (1, 2),
+}
+
+
+@pytest.mark.parametrize("way", [by_context, by_keyword])
+@pytest.mark.parametrize("mode", CHECKPOINTING)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_gradient_is_exact_in_every_mode(compiled, mode, way):
+    torch._dynamo.reset()
+    model = checkpointed(adapted(), mode)
+    call = torch.compile(model, backend="aot_eager") if compiled else model
+    for flow, weights in FLOWS.items():
+        model.zero_grad()
+        flow(functools.partial(way, call))
+        assert error(gradients(model), oracle_gradients(*weights)) < EXACT, flow.__name__
+
+
+def test_the_weight_moves_the_gradient_of_A_by_the_reference_amount():
+    expected = {weight: Oracle(adapted()).gradients([1], align=weight) for weight in (0.0, WEIGHT, 10 * WEIGHT)}
+    for weight, grads in expected.items():
+        model = adapted(align_weight=weight)
+        by_keyword(model, 0)().backward()
+        assert error(gradients(model), grads) < EXACT
+    with_align, without = expected[WEIGHT], expected[0.0]
+    moved = [(with_align[n] - without[n]).norm() / without[n].norm() for n in without if "lora_A" in n]
+    assert len(moved) == 6
+    assert min(moved) > 1e-3  # every layer's A feels it
+
+
+def test_a_second_backward_over_a_retained_graph_gives_the_same_gradient():
+    model = adapted()
+    loss = by_keyword(model, 0)()
+    loss.backward(retain_graph=True)
+    once = gradients(model)
+    loss.backward()
+    assert error(gradients(model), {n: 2 * g for n, g in once.items()}) < EXACT
+
+
+def test_saved_tensor_hooks_change_nothing():
+    model = adapted()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t.clone()):
+        loss = by_keyword(model, 0)()
+    loss.backward()
+    assert error(gradients(model), oracle_gradients(1)) < EXACT
+
+
+def test_a_checkpoint_function_of_the_users_own_is_exact():
+    class Checkpointed(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *args, **kwargs):
+            return torch.utils.checkpoint.checkpoint(self.inner, *args, use_reentrant=False, **kwargs)
+
+    model = adapted()
+    model.model.layers[0] = Checkpointed(model.model.layers[0])
+    by_keyword(model, 0)().backward()
+    actual = {name.replace("inner.", ""): grad for name, grad in gradients(model).items()}
+    assert error(actual, oracle_gradients(1)) < EXACT
+
+
+@pytest.mark.parametrize("mode", CHECKPOINTING)
+def test_dropout_and_alignment_survive_recomputation(mode):
+    plain, recomputed = adapted(lora_dropout=0.3), checkpointed(adapted(lora_dropout=0.3), mode)
+    for model in (plain, recomputed):
+        torch.manual_seed(7)
+        by_keyword(model, 0)().backward()
+    assert error(gradients(recomputed), gradients(plain)) < EXACT
+
+
+@pytest.mark.parametrize("mode", CHECKPOINTING)
+def test_autocast_moves_the_gradient_towards_the_float32_one(mode):
+    """Under bf16 autocast the alignment's part of A's gradient is the float32 one up to bf16's rounding."""
+
+    def part(**autocast):
+        grads = []
+        for weight in (0.0, 10.0):
+            model = checkpointed(adapted(dtype=torch.float32, align_weight=weight), mode)
+            with torch.autocast("cpu", torch.bfloat16, **autocast):
+                loss = by_keyword(model, 0)()
+            loss.backward()
+            grads.append(gradients(model))
+        return {name: grads[1][name] - grads[0][name] for name in grads[0] if "lora_A" in name}
+
+    low, full = part(enabled=True), part(enabled=False)
+    for name in full:
+        cosine = nn.functional.cosine_similarity(low[name].flatten(), full[name].flatten(), dim=0)
+        assert cosine > 0.99, name
+        assert abs(low[name].norm() / full[name].norm() - 1) < 0.05, name
+
+
+def test_torch_compile_does_not_recompile_from_step_to_step():
+    torch._dynamo.reset()
+    model = adapted()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    counts = []
+    for seed in range(4):
+        by_context(compiled, seed)().backward()
+        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert counts[0] == counts[-1]
+
+
+def test_ids_per_token_equal_ids_per_sample():
+    model, (inputs, tasks) = adapted(), batch()
+    model(**inputs, task_ids=tasks[:, None].expand(6, 10)).loss.backward()
+    assert error(gradients(model), oracle_gradients(1)) < EXACT
+
+
+def test_padding_is_taken_from_the_models_own_mask():
+    model, (inputs, tasks) = adapted(), batch()
+    with align_step(model, tasks) as step:
+        lm = model(**inputs).loss
+    step.total(lm).backward()
+    assert error(gradients(model), oracle_gradients(1)) < EXACT
+
+
+def test_response_only_counts_the_tokens_with_a_label():
+    inputs, tasks = batch()
+    inputs["labels"][:, :5] = -100
+    model = adapted(response_only=True)
+    model(**inputs, task_ids=tasks)
+    oracle = Oracle(adapted())
+    oracle.model(**inputs)
+    token_tasks = torch.where(inputs["labels"] != -100, tasks[:, None], -1).flatten()
+    expected = torch.stack([literal_kl(z, token_tasks) for z in oracle.latents]).mean()
+    assert align_parts(model).align == pytest.approx(expected.item(), rel=1e-10)
+
+
+def test_the_parts_add_up():
+    model, (inputs, tasks) = adapted(), batch()
+    total = model(**inputs, task_ids=tasks).loss
+    parts = align_parts(model)
+    oracle = Oracle(adapted())
+    lm, latents, token_tasks = oracle.losses(0)
+    kls = [literal_kl(z, token_tasks).item() for z in latents]
+    assert parts.lm == pytest.approx(lm.item(), rel=1e-6)  # transformers computes it in float32
+    assert list(parts.per_layer.values()) == pytest.approx(kls, rel=1e-10)
+    assert parts.align == pytest.approx(sum(kls) / len(kls), rel=1e-10)
+    assert sum(parts.per_task) == pytest.approx(2 * parts.align, rel=1e-10)
+    assert total.item() == pytest.approx(parts.lm + WEIGHT * parts.align, rel=1e-6)
+    assert len(parts.per_task) == TASKS
+    assert "model.layers.0.mlp.gate_proj" in parts.per_layer
+
+
+def test_scale_and_weight_multiply_the_alignment():
+    model = adapted()
+    inputs, tasks = batch()
+    with align_step(model, tasks) as step:
+        lm = model(**inputs).loss
+    step.total(lm, weight=10 * WEIGHT, scale=0.1).backward()
+    assert error(gradients(model), oracle_gradients(1)) < EXACT
+
+
+def test_evaluation_and_generation_need_no_ids():
+    model, (inputs, tasks) = adapted(), batch()
+    model.eval()
+    assert torch.equal(model(**inputs).loss, model(**inputs, task_ids=tasks).loss)
+    prompt = inputs["input_ids"][:1, :4]
+    out = model.generate(prompt, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    model.train()
+    assert torch.equal(out, model.generate(prompt, max_new_tokens=3, do_sample=False, pad_token_id=0))
+
+
+# ---------------------------------------------------------------------------------------------- loud, never silent
+
+
+def test_training_without_ids_is_an_error():
+    model, (inputs, _) = adapted(), batch()
+    with pytest.raises(RuntimeError, match="no task ids"):
+        model(**inputs)
+
+
+@pytest.mark.parametrize("mode", CHECKPOINTING)
+def test_a_recorded_loss_that_is_not_differentiated_is_an_error(mode):
+    model, (inputs, tasks) = checkpointed(adapted(), mode), batch()
+    with align_step(model, tasks):
+        lm = model(**inputs).loss
+    with pytest.raises(RuntimeError, match="not the alignment loss"):
+        lm.backward()
+
+
+def test_not_strict_allows_a_loss_without_alignment():
+    model, (inputs, tasks) = adapted(), batch()
+    with align_step(model, tasks, strict=False):
+        lm = model(**inputs).loss
+    lm.backward()
+    assert error(gradients(model), Oracle(adapted()).gradients([1], align=0.0)) < EXACT
+
+
+def test_a_step_that_is_gone_is_an_error():
+    model, (inputs, tasks) = adapted(), batch()
+    with align_step(model, tasks) as step:
+        lm = model(**inputs).loss
+    model.align_state.last = None
+    del step  # as after the next step's opening
+    with pytest.raises(RuntimeError, match="its alignment step is gone"):
+        lm.backward()
+
+
+def test_two_forwards_in_one_step_are_an_error():
+    model, (inputs, tasks) = adapted(), batch()
+    with align_step(model, tasks):
+        model(**inputs)
+        with pytest.raises(RuntimeError, match=r"'model\.layers\.0\.mlp\.gate_proj' ran twice"):
+            model(**inputs)
+
+
+def test_ids_given_twice_are_an_error():
+    model, (inputs, tasks) = adapted(), batch()
+    with align_step(model, tasks), pytest.raises(RuntimeError, match="given twice"):
+        model(**inputs, task_ids=tasks)
+
+
+def test_a_layer_that_did_not_run_is_named():
+    model, (inputs, tasks) = adapted(), batch()
+    with align_step(model, tasks) as step:
+        x = model.model.embed_tokens(inputs["input_ids"]).requires_grad_()
+        loss = model.model.layers[0].mlp(x).sum()
+    with pytest.raises(RuntimeError, match=r"3 of 6 aligned layers did not run.*model\.layers\.1\.mlp\.gate_proj"):
+        step.total(loss)
+
+
+def test_a_loss_without_a_graph_is_an_error():
+    model, (inputs, tasks) = adapted(), batch()
+    with align_step(model, tasks) as step, torch.no_grad():
+        lm = model(**inputs).loss
+    with pytest.raises(RuntimeError, match="no graph"):
+        step.total(lm)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.tensor([0, 1, 2, 3, 0, 1]), "0 .. num_tasks-1 = 2"),
+        (torch.tensor([0, 1, 2, -2, 0, 1]), "0 .. num_tasks-1 = 2"),
+        (torch.tensor([0.0] * 6), "must be integers"),
+        (torch.tensor(1), "must be integers"),
+        (torch.tensor([0, 1, 2]), "do not fit a batch of"),
+        (torch.zeros(6, 9, dtype=torch.int64), "do not fit a batch of"),
+    ],
+)
+def test_bad_ids_are_named(ids, message):
+    model, (inputs, _) = adapted(), batch()
+    with pytest.raises(ValueError, match=message):
+        model(**inputs, task_ids=ids)
+    assert model.align_state.current is None
+
+
+def test_ids_of_another_number_of_tokens_are_an_error():
+    model, (inputs, _) = adapted(), batch()
+    del inputs["attention_mask"]
+    with pytest.raises(RuntimeError, match="7 ids, but an aligned layer saw 60 tokens"):
+        model(**inputs, task_ids=torch.zeros(7, dtype=torch.int64))
+
+
+def test_a_model_without_alignment_says_so():
+    model, (inputs, tasks) = adapted(align=None), batch()
+    model(**inputs).loss.backward()
+    with pytest.raises(ValueError, match="alignment is off"), align_step(model, tasks):
+        pass
+    with pytest.raises(ValueError, match="no adapters"), align_step(llama(), tasks):
+        pass
+
+
+def test_an_exception_in_the_forward_closes_the_step():
+    model, (inputs, tasks) = adapted(), batch()
+    handle = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(**inputs, task_ids=tasks)
+    handle.remove()
+    assert model.align_state.current is None
+    model(**inputs, task_ids=tasks).loss.backward()
+    assert error(gradients(model), oracle_gradients(1)) < EXACT
+
+
+# ------------------------------------------------------------------------------------------------------ the model
+
+
+def test_the_number_of_tasks_can_be_learned_from_the_ids():
+    model = adapted(num_tasks=None)
+    by_keyword(model, 0)().backward()
+    assert error(gradients(model), oracle_gradients(1)) < EXACT
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_trains_by_itself(duplicate):
+    model = adapted()
+    by_keyword(model, 1)()  # a step has been there
+    twin = duplicate(model)
+    assert twin.align_state is not model.align_state
+    assert all(m.state is twin.align_state for m in twin.modules() if hasattr(m, "slot"))
+    by_keyword(twin, 0)().backward()
+    assert error(gradients(twin), oracle_gradients(1)) < EXACT
+    assert gradients(model) == {}
+
+
+def test_layers_of_different_rank_share_a_step():
+    from peft import LoraConfig, get_peft_model
+
+    peft = LoraConfig(r=4, lora_alpha=8, target_modules=["up_proj", "down_proj"], rank_pattern={"down_proj": 2})
+    torch.manual_seed(5)
+    model = get_peft_model(llama().double(), peft).double()
+    replace_linear_with_align_lora(model, align_weight=WEIGHT, num_tasks=TASKS)
+    model.train()
+    twin = copy.deepcopy(model)
+    by_keyword(model, 0)().backward()
+    assert error(gradients(model), Oracle(twin).gradients([1])) < EXACT
+
+
+# -------------------------------------------------------------------------------------------- several processes
+
+
+def _train_on_rank(rank, port):
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    for wrap, mode in itertools.product(("ddp", "fsdp2"), CHECKPOINTING):
+        model = checkpointed(adapted(), mode)
+        if wrap == "ddp":
+            call = nn.parallel.DistributedDataParallel(model)
+        else:
+            call = [fully_shard(part) for part in (*model.model.layers, model)][-1]
+        by_context(call, rank)().backward()
+        assert error(gradients(model), oracle_gradients(0.5, 0.5, union=True)) < EXACT, (wrap, mode)
+    dist.destroy_process_group()
+
+
+def test_two_processes_give_the_gradient_of_the_union_batch(unused_port):
+    torch.multiprocessing.spawn(_train_on_rank, (unused_port,), nprocs=2)
