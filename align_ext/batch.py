@@ -4,7 +4,7 @@
         lm = model(**batch).loss
     step.total(lm).backward()                                      # lm + weight * align, one autograd node
 
-or, the same behind forward hooks:  model(**batch, task_ids=task_ids).loss.backward().
+or, the same behind forward hooks (align_ext/hooks.py):  model(**batch, task_ids=task_ids).loss.backward().
 
 In backward the loss node runs first, since everything else hangs below it, and arms the step's tables (the gradient
 in z, a | b per task and layer, times what came in). Each layer's backward finds the step by its key and adds
@@ -169,7 +169,7 @@ class Step:
         self.seen.add(slot)
 
     def tables_of(self, slot: int, rank: int) -> Tensor | None:
-        """a | b of one layer, [tasks, 2 rank], while the loss is being differentiated."""
+        """A | b of one layer, [tasks, 2 rank], while the loss is being differentiated."""
         if self._tables is None:
             if self.strict and not self._differentiated:
                 raise RuntimeError(_NOT_DIFFERENTIATED)
@@ -253,7 +253,7 @@ def _world_size() -> int:
 
 
 def _all_moments(stats: Tensor, world: int) -> Tensor:
-    """The moments over all processes: one collective for all layers, merged in rank order (the same bits everywhere)."""
+    """The moments over all processes: one collective for all layers, merged in rank order: the same bits everywhere."""
     if world == 1:
         return stats
     parts = [torch.empty_like(stats) for _ in range(world)]
@@ -304,12 +304,13 @@ def _state_of(model: nn.Module) -> AlignState:
     return state
 
 
-def _open(model: nn.Module, state: AlignState, ids: Tensor, **options: bool) -> Step:
+def open_step(model: nn.Module, state: AlignState, ids: Tensor, **options: bool) -> Step:
+    """A new step for a model's next forward; the model's checkpoint functions will find it again."""
     adapter = next(p for name, p in model.named_parameters() if "lora_A" in name)
     for module in model.modules():
         checkpoint = module.__dict__.get("_gradient_checkpointing_func")
         if checkpoint is not None and not isinstance(checkpoint, BoundCheckpoint):
-            module._gradient_checkpointing_func = BoundCheckpoint(state, checkpoint)
+            module._gradient_checkpointing_func = BoundCheckpoint(state, checkpoint)  # type: ignore[assignment]
     state.armed.clear()
     state.last = Step(state, torch.as_tensor(ids), adapter, **options)
     return state.last
@@ -341,7 +342,7 @@ def align_step(
         ValueError: no adapters, alignment off, or ids of a wrong shape, dtype or range.
     """
     state = _state_of(model)
-    step = _open(model, state, task_ids, strict=strict)
+    step = open_step(model, state, task_ids, strict=strict)
     if attention_mask is not None or labels is not None:
         step.mask(attention_mask, labels)
     outer, state.current = state.current, step
@@ -357,60 +358,3 @@ def align_parts(model: nn.Module) -> AlignParts | None:
     if state is None or state.last is None or state.last.alignment is None:
         return None
     return state.last.parts()
-
-
-def _argument(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
-    """An argument of a model's forward, whichever way it was passed."""
-    if name in kwargs or not args:
-        return kwargs.get(name)
-    code = type(module).forward.__code__
-    names = code.co_varnames[1 : code.co_argcount]
-    return dict(zip(names, args, strict=False)).get(name)
-
-
-@torch.compiler.disable
-def _open_by_keyword(module: nn.Module, state: AlignState, ids: Tensor, mask: Any, labels: Any) -> None:
-    if state.current is not None:
-        raise RuntimeError("task ids were given twice: by align_step and by task_ids=")
-    if state.config.align is None or not module.training:
-        return  # evaluation: ids are optional and nothing is recorded
-    step = _open(module, state, ids, by_keyword=True)
-    step.mask(mask, labels)
-    state.current = step
-
-
-@torch.compiler.disable
-def _close_by_keyword(state: AlignState, output: Any) -> Any:
-    step, state.current = state.current, None
-    if isinstance(output, dict) and output.get("loss") is not None:
-        assert step is not None
-        output["loss"] = step.total(output["loss"])
-    return output
-
-
-def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-    """Forward pre-hook of the model: takes task_ids= out of the arguments and opens the step."""
-    state: AlignState = module.align_state  # type: ignore[assignment]
-    step = state.current
-    if "task_ids" in kwargs:
-        ids = kwargs.pop("task_ids")
-        if ids is not None:
-            mask, labels = (_argument(module, args, kwargs, n) for n in ("attention_mask", "labels"))
-            _open_by_keyword(module, state, ids, mask, labels)
-        return args, kwargs
-    if step is not None and not step.masked:
-        mask = _argument(module, args, kwargs, "attention_mask")
-        if mask is not None and torch.compiler.is_compiling():
-            raise RuntimeError("under torch.compile give align_step the attention_mask: align_step(model, ids, mask)")
-        step.mask(mask, _argument(module, args, kwargs, "labels"))
-    elif state.config.align is not None and module.training:
-        state.find()  # raises if training has no step, before any layer ran
-    return None
-
-
-def after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Forward hook of the model: closes a step that task_ids= opened; the output's loss becomes the total."""
-    state: AlignState = module.align_state  # type: ignore[assignment]
-    if state.current is not None and state.current.by_keyword:
-        return _close_by_keyword(state, output)
-    return None

@@ -53,7 +53,7 @@ class AlignLoraConfig:
     target_modules: tuple[str, ...] | str = ("gate_proj", "up_proj", "down_proj")
     exclude_modules: tuple[str, ...] | str = ()
     use_rslora: bool = False
-    align: Align | None | Literal["auto"] = _FROM_ARCHITECTURE  # type: ignore[assignment]
+    align: Align | Literal["auto"] | None = _FROM_ARCHITECTURE  # type: ignore[assignment]
     align_weight: float | None = None
     num_tasks: int | None = None
     align_eps: float = 1e-6
@@ -116,7 +116,7 @@ class AlignLoraConfig:
 
     @property
     def scaling(self) -> float:
-        """s = alpha / r, or alpha / sqrt(r) with use_rslora."""
+        """S = alpha / r, or alpha / sqrt(r) with use_rslora."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     def to_dict(self) -> dict[str, Any]:

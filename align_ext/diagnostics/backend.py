@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from align_ext.ops._native import _C
+from align_ext.ops._native import build_info
 
 OPS = {  # operator -> what is below it in torch's dispatcher
     "grouped_lora": ("grouped_lora", "grouped_lora_backward"),
@@ -32,16 +32,22 @@ def backend() -> dict[str, Any]:
     """
     from align_ext import __version__
 
-    devices = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"}
+    devices = {
+        "cpu": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    }
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
         devices[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}"
     return {
-        "versions": {"align_ext": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {
+            "align_ext": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
         "built_with": {
-            "torch": _C.built_with_torch,
-            "compiler": _C.compiler,
-            "cuda_archs": _C.cuda_archs.split(),
+            "torch": build_info.built_with_torch,
+            "compiler": build_info.compiler,
+            "cuda_archs": build_info.cuda_archs.split(),
         },
         "devices": devices,
         "ops": {

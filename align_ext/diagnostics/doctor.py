@@ -63,7 +63,10 @@ def _gradients(call: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor], gr
     leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
     outputs = call(*leaves)
     torch.autograd.backward(outputs, [g.to(o) for g, o in zip(grads, outputs, strict=True)])
-    return [*(output.detach() for output in outputs), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+    return [
+        *(output.detach() for output in outputs),
+        *(leaf.grad for leaf in leaves if leaf.grad is not None),
+    ]
 
 
 def _test_grouped_lora(device: torch.device, dtype: torch.dtype) -> float:

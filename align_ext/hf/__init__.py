@@ -1,0 +1,1 @@
+"""Adapters in Hugging Face models: the only folder that imports transformers, peft and datasets."""

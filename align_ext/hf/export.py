@@ -19,10 +19,15 @@ from torch import Tensor, nn
 from align_ext.batch import AlignState
 from align_ext.config import AlignLoraConfig
 from align_ext.hf.replace import adapted_layers, replace_linear_with_align_lora
+from align_ext.hooks import remove_hooks
 from align_ext.nn.base import AdaptedLinear, is_conv1d
 from align_ext.nn.lora import LoraLinear
 
-WEIGHTS, PEFT_CONFIG, OUR_CONFIG = "adapter_model.safetensors", "adapter_config.json", "align_lora_config.json"
+WEIGHTS, PEFT_CONFIG, OUR_CONFIG = (
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "align_lora_config.json",
+)
 _PREFIX = "base_model.model."  # PEFT's name for the plain model inside a PeftModel
 
 
@@ -135,19 +140,14 @@ def _put_back(model: nn.Module, bases: dict[str, nn.Module]) -> nn.Module:
     for name, base in bases.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, base)
-    for hooks in (model._forward_pre_hooks, model._forward_hooks):
-        for key in [key for key, hook in hooks.items() if hook.__module__ == AlignState.__module__]:
-            del hooks[key]
-    for extra in ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
-        table, hooks = getattr(model, extra), model._forward_pre_hooks if "pre" in extra else model._forward_hooks
-        for key in [key for key in table if key not in hooks]:
-            del table[key]
-    del model.align_state, model.align_report
+    remove_hooks(model)
+    del model.align_report
     return model
 
 
 def _state(model: nn.Module) -> AlignState:
-    return model.align_state  # type: ignore[return-value]
+    state: Any = model.align_state
+    return state
 
 
 def _plain_name(name: str) -> str:
@@ -185,7 +185,13 @@ def _peft_config(
     }
     if ranks is not None:
         r = max(ranks.values())
-        content |= {"r": r, "lora_alpha": r, "use_rslora": False, "rank_pattern": ranks, "alpha_pattern": ranks}
+        content |= {
+            "r": r,
+            "lora_alpha": r,
+            "use_rslora": False,
+            "rank_pattern": ranks,
+            "alpha_pattern": ranks,
+        }
     return content
 
 

@@ -32,9 +32,7 @@ _LOG = logging.getLogger(__name__)
 Say = Callable[[str], None]
 
 
-def load_model(
-    name: str | None = None, dtype: str | torch.dtype = "auto", say: Say = _LOG.info
-) -> tuple[Any, Any]:
+def load_model(name: str | None = None, dtype: str | torch.dtype = "auto", say: Say = _LOG.info) -> tuple[Any, Any]:
     """Loads a causal language model and its tokenizer from safetensors, never running code that comes with them.
 
     Args:

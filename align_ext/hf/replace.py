@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from align_ext.batch import AlignState, after_forward, before_forward
+from align_ext.batch import AlignState
 from align_ext.config import AlignLoraConfig
+from align_ext.hooks import register_hooks
 from align_ext.nn.base import AdaptedLinear, has_float_weight, is_conv1d
 from align_ext.nn.lora import LoraLinear
 
@@ -102,9 +103,8 @@ def replace_linear_with_align_lora(
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
         report.replaced.append(name)
-    model.align_state, model.align_report = state, report  # type: ignore[assignment]
-    model.register_forward_pre_hook(before_forward, with_kwargs=True)
-    model.register_forward_hook(after_forward, with_kwargs=True, always_call=True)
+    register_hooks(model, state)
+    model.align_report = report  # type: ignore[assignment]
     logger.info("%s", report)
     return model
 
@@ -226,7 +226,7 @@ def _unfit_peft(module: Any) -> str | None:
 
 
 def _adapt(module: nn.Module, config: AlignLoraConfig) -> LoraLinear:
-    weight_dtype = module.weight.dtype if has_float_weight(module) else torch.float32
+    weight_dtype: Any = module.weight.dtype if has_float_weight(module) else torch.float32
     # Double bases are for tests of exactness: their adapters are double too.
     dtype = weight_dtype if config.adapter_dtype == "base" else torch.promote_types(torch.float32, weight_dtype)
     return LoraLinear(module, config.r, config.scaling, config.lora_dropout, dtype)

@@ -1,0 +1,1 @@
+"""What sits where an nn.Linear sat."""

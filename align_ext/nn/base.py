@@ -18,14 +18,14 @@ def is_conv1d(module: nn.Module) -> bool:
 def features_of(base: nn.Module) -> tuple[int, int]:
     """(in_features, out_features) of a linear-like layer, quantised or not."""
     if is_conv1d(base):
-        in_features, out_features = base.weight.shape  # type: ignore[union-attr, misc]
+        in_features, out_features = base.weight.shape  # type: ignore[misc]
         return int(in_features), int(out_features)
     return int(base.in_features), int(base.out_features)  # type: ignore[arg-type]
 
 
 def has_float_weight(base: nn.Module) -> bool:
     """Whether the layer's weight is an ordinary floating-point tensor: not quantised, not a tensor subclass."""
-    weight = getattr(base, "weight", None)
+    weight: Any = getattr(base, "weight", None)
     return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and weight.element_size() >= 2
 
 

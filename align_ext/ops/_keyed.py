@@ -24,7 +24,7 @@ class KeyedStep(Protocol):
         """Notes that a layer ran; a second time is an error."""
 
     def tables_of(self, slot: int, rank: int) -> Tensor | None:
-        """a | b [tasks, 2 rank] of a layer while its loss is being differentiated, else None."""
+        """A | b [tasks, 2 rank] of a layer while its loss is being differentiated, else None."""
 
 
 _STEPS: "WeakValueDictionary[int, KeyedStep]" = WeakValueDictionary()

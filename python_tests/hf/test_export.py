@@ -4,15 +4,15 @@ import json
 
 import pytest
 import torch
+from hf.test_replace import gpt2, qwen2
 from safetensors.torch import load_file, save_file
+from tiny import adapted, batch, llama
 from torch import nn
 
 from align_ext import load_adapter, merge_and_unload, replace_linear_with_align_lora, save_adapter, unload
 from align_ext.hf.replace import adapted_layers
 from align_ext.nn.base import is_conv1d
 from align_ext.nn.lora import LoraLinear
-from python_tests.hf.test_replace import gpt2, qwen2
-from python_tests.tiny import adapted, batch, llama
 
 CASES = {
     "llama": (llama, {}),
@@ -96,7 +96,7 @@ def test_merging_a_16_bit_base_rounds_once(case):
 
 
 def test_a_layer_that_cannot_be_merged_stops_before_anything_changed():
-    from python_tests.hf.test_replace import PackedLinear
+    from hf.test_replace import PackedLinear
 
     model = llama()
     model.model.layers[1].mlp.down_proj = PackedLinear(model.model.layers[1].mlp.down_proj)

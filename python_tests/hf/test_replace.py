@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
+from tiny import VOCAB, batch, llama
 from torch import nn
 
 from align_ext import AlignLoraConfig, adapter_report, align_parts, replace_linear_with_align_lora
 from align_ext.nn.lora import LoraLinear
-from python_tests.tiny import VOCAB, batch, llama
 
 
 def gpt2():
@@ -31,9 +31,7 @@ def mistral():
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    return MistralForCausalLM(
-        MistralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, vocab_size=VOCAB)
-    )
+    return MistralForCausalLM(MistralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, vocab_size=VOCAB))
 
 
 @pytest.mark.parametrize("make", [llama, qwen2, mistral])
@@ -96,7 +94,11 @@ def test_the_head_and_tied_weights_are_left_alone_and_reported():
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
-            self.embed, self.out, self.other = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False), nn.Linear(4, 4)
+            self.embed, self.out, self.other = (
+                nn.Embedding(5, 4),
+                nn.Linear(4, 5, bias=False),
+                nn.Linear(4, 4),
+            )
             self.out.weight = self.embed.weight
 
     model = replace_linear_with_align_lora(Tied(), target_modules=["out", "other"])
@@ -111,7 +113,9 @@ def test_multihead_attention_is_left_alone():
 
 
 def test_nothing_matched_lists_the_models_linears():
-    with pytest.raises(ValueError, match=r"target_modules=\('gate_prj',\).*down_proj \(2\), gate_proj \(2\).*all-linear"):
+    with pytest.raises(
+        ValueError, match=r"target_modules=\('gate_prj',\).*down_proj \(2\), gate_proj \(2\).*all-linear"
+    ):
         replace_linear_with_align_lora(llama(), target_modules=["gate_prj"])
 
 
@@ -120,7 +124,10 @@ def test_a_refused_call_changes_nothing():
     before = [(n, type(m)) for n, m in model.named_modules()], [p.requires_grad for p in model.parameters()]
     with pytest.raises(ValueError, match="no layer was adapted"):
         replace_linear_with_align_lora(model, target_modules=["nope"])
-    assert before == ([(n, type(m)) for n, m in model.named_modules()], [p.requires_grad for p in model.parameters()])
+    assert before == (
+        [(n, type(m)) for n, m in model.named_modules()],
+        [p.requires_grad for p in model.parameters()],
+    )
 
 
 def test_a_second_call_changes_nothing_and_says_so(caplog):
@@ -140,7 +147,7 @@ def test_config_and_options_exclude_each_other():
 
 
 def test_a_wrapped_model_is_refused_with_advice():
-    with pytest.raises(ValueError, match="OptimizedModule.*plain model first, then wrap"):
+    with pytest.raises(ValueError, match=r"OptimizedModule.*plain model first, then wrap"):
         replace_linear_with_align_lora(torch.compile(llama()))
 
 
@@ -248,7 +255,8 @@ def test_a_peft_model_is_adopted_with_its_weights(base_dtype):
 
     torch.manual_seed(3)
     peft = get_peft_model(
-        llama().to(base_dtype), LoraConfig(r=4, lora_alpha=12, lora_dropout=0.0, target_modules=["q_proj", "up_proj"])
+        llama().to(base_dtype),
+        LoraConfig(r=4, lora_alpha=12, lora_dropout=0.0, target_modules=["q_proj", "up_proj"]),
     )
     for name, p in peft.named_parameters():
         if "lora_B" in name:

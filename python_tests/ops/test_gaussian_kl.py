@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from closeness import assert_as_close_as_torch
 from torch.library import opcheck
 
 from align_ext import ops, reference
-from python_tests.closeness import assert_as_close_as_torch
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -42,7 +42,9 @@ def test_a_hand_computed_case():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("tokens", "rank", "tasks"), [(256, 8, 5), (301, 7, 3), (64, 70, 2), (3000, 16, 25), (40, 1, 2)])
+@pytest.mark.parametrize(
+    ("tokens", "rank", "tasks"), [(256, 8, 5), (301, 7, 3), (64, 70, 2), (3000, 16, 25), (40, 1, 2)]
+)
 def test_value_and_gradient_match_the_literal_pairs(dtype, tokens, rank, tasks):
     z, task = make(tokens, rank, tasks, dtype)
     compare(z, task, tasks)
@@ -117,7 +119,9 @@ def test_the_gradient_sums_to_zero_over_the_tokens():
 @pytest.mark.parametrize("ddof", [0, 1])
 def test_gradcheck(ddof):
     z, task = make(30, 3, 3)
-    assert torch.autograd.gradcheck(lambda z: ops.gaussian_kl(z, task, 3, ddof=ddof, pairs="mean"), z.double().requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda z: ops.gaussian_kl(z, task, 3, ddof=ddof, pairs="mean"), z.double().requires_grad_()
+    )
 
 
 def test_opcheck():

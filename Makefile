@@ -1,0 +1,30 @@
+# Every command a developer needs; PYTHON is the environment that has torch.
+PYTHON ?= python
+SOURCES := $(shell find csrc cpp_tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: build check format test check-full bench
+
+build:  ## the extension, in place
+	$(PYTHON) -m pip install --no-build-isolation -e ".[dev]"
+
+check:  ## formatting, lint, types, import contracts, layout: no build needed
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	clang-format --dry-run --Werror $(SOURCES)
+	$(PYTHON) -m mypy
+	lint-imports
+	pytest -q python_tests/test_layout.py
+
+format:  ## rewrites the sources in the project's style
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+	clang-format -i $(SOURCES)
+
+test:  ## all Python tests; they build and run the C++ tests too
+	pytest
+
+check-full: check test  ## and what takes longer: torch versions, mutations, the demo run
+	$(PYTHON) benchmarks/check_full.py
+
+bench:  ## each operator against plain PyTorch
+	for bench in benchmarks/bench_*.py; do $(PYTHON) $$bench || exit 1; done

@@ -1,0 +1,117 @@
+"""What goes wrong with task ids is loud, never a silent zero."""
+
+import pytest
+import torch
+from test_batch import CHECKPOINTING, EXACT, checkpointed, oracle_gradients
+from tiny import Oracle, adapted, batch, error, gradients, llama
+
+from align_ext import align_step
+
+
+def test_training_without_ids_is_an_error():
+    model, (inputs, _) = adapted(), batch()
+    with pytest.raises(RuntimeError, match="no task ids"):
+        model(**inputs)
+
+
+@pytest.mark.parametrize("mode", CHECKPOINTING)
+def test_a_recorded_loss_that_is_not_differentiated_is_an_error(mode):
+    model, (inputs, tasks) = checkpointed(adapted(), mode), batch()
+    with align_step(model, tasks):
+        lm = model(**inputs).loss
+    with pytest.raises(RuntimeError, match="not the alignment loss"):
+        lm.backward()
+
+
+def test_not_strict_allows_a_loss_without_alignment():
+    model, (inputs, tasks) = adapted(), batch()
+    with align_step(model, tasks, strict=False):
+        lm = model(**inputs).loss
+    lm.backward()
+    assert error(gradients(model), Oracle(adapted()).gradients([1], align=0.0)) < EXACT
+
+
+def test_a_step_that_is_gone_is_an_error():
+    model, (inputs, tasks) = adapted(), batch()
+    with align_step(model, tasks) as step:
+        lm = model(**inputs).loss
+    model.align_state.last = None
+    del step  # as after the next step's opening
+    with pytest.raises(RuntimeError, match="its alignment step is gone"):
+        lm.backward()
+
+
+def test_two_forwards_in_one_step_are_an_error():
+    model, (inputs, tasks) = adapted(), batch()
+    with align_step(model, tasks):
+        model(**inputs)
+        with pytest.raises(RuntimeError, match=r"'model\.layers\.0\.mlp\.gate_proj' ran twice"):
+            model(**inputs)
+
+
+def test_ids_given_twice_are_an_error():
+    model, (inputs, tasks) = adapted(), batch()
+    with align_step(model, tasks), pytest.raises(RuntimeError, match="given twice"):
+        model(**inputs, task_ids=tasks)
+
+
+def test_a_layer_that_did_not_run_is_named():
+    model, (inputs, tasks) = adapted(), batch()
+    with align_step(model, tasks) as step:
+        x = model.model.embed_tokens(inputs["input_ids"]).requires_grad_()
+        loss = model.model.layers[0].mlp(x).sum()
+    with pytest.raises(RuntimeError, match=r"3 of 6 aligned layers did not run.*model\.layers\.1\.mlp\.gate_proj"):
+        step.total(loss)
+
+
+def test_a_loss_without_a_graph_is_an_error():
+    model, (inputs, tasks) = adapted(), batch()
+    with align_step(model, tasks) as step, torch.no_grad():
+        lm = model(**inputs).loss
+    with pytest.raises(RuntimeError, match="no graph"):
+        step.total(lm)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.tensor([0, 1, 2, 3, 0, 1]), "0 .. num_tasks-1 = 2"),
+        (torch.tensor([0, 1, 2, -2, 0, 1]), "0 .. num_tasks-1 = 2"),
+        (torch.tensor([0.0] * 6), "must be integers"),
+        (torch.tensor(1), "must be integers"),
+        (torch.tensor([0, 1, 2]), "do not fit a batch of"),
+        (torch.zeros(6, 9, dtype=torch.int64), "do not fit a batch of"),
+    ],
+)
+def test_bad_ids_are_named(ids, message):
+    model, (inputs, _) = adapted(), batch()
+    with pytest.raises(ValueError, match=message):
+        model(**inputs, task_ids=ids)
+    assert model.align_state.current is None
+
+
+def test_ids_of_another_number_of_tokens_are_an_error():
+    model, (inputs, _) = adapted(), batch()
+    del inputs["attention_mask"]
+    with pytest.raises(RuntimeError, match="7 ids, but an aligned layer saw 60 tokens"):
+        model(**inputs, task_ids=torch.zeros(7, dtype=torch.int64))
+
+
+def test_a_model_without_alignment_says_so():
+    model, (inputs, tasks) = adapted(align=None), batch()
+    model(**inputs).loss.backward()
+    with pytest.raises(ValueError, match="alignment is off"), align_step(model, tasks):
+        pass
+    with pytest.raises(ValueError, match="no adapters"), align_step(llama(), tasks):
+        pass
+
+
+def test_an_exception_in_the_forward_closes_the_step():
+    model, (inputs, tasks) = adapted(), batch()
+    handle = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(**inputs, task_ids=tasks)
+    handle.remove()
+    assert model.align_state.current is None
+    model(**inputs, task_ids=tasks).loss.backward()
+    assert error(gradients(model), oracle_gradients(1)) < EXACT
