@@ -58,8 +58,8 @@ void run(const Problem& problem, Data<T>& data, double d_loss = 0.7) {
   const int64_t bytes = cpu::task_moments_workspace<T>(tokens, rank, tasks);
   std::vector<char> workspace(bytes + 64, kCanary);
   data.moments.assign(tasks * (2 * rank + 1), NAN);
-  cpu::task_moments(TaskMomentsArgs<T>{tokens, rank, tasks, data.z.data(), data.task.data(), data.moments.data(),
-                                       workspace.data()});
+  cpu::task_moments(
+      TaskMomentsArgs<T>{tokens, rank, tasks, data.z.data(), data.task.data(), data.moments.data(), workspace.data()});
   CHECK(std::all_of(workspace.begin() + bytes, workspace.end(), [](char c) { return c == kCanary; }));
   data.loss.assign(1, NAN);
   data.tables.assign(tasks * 2 * rank, NAN);
@@ -165,13 +165,13 @@ void check_problem(const Problem& problem) {
     CHECK_CLOSE(part(moments, 1, problem.rank), part(want.moments, 1, problem.rank), 8 * last_place);
     // M2 is as wrong as the distances of n values, or of blocks of them, to means that are off in the last place.
     const auto want_m2 = part(want.moments, 1 + problem.rank, problem.rank);
-    CHECK_CLOSE(part(moments, 1 + problem.rank, problem.rank), want_m2,
-                32 * test::kEpsilon<Acc<T>> * largest(want_m2) +
-                    2 * last_place * std::sqrt(problem.tokens * largest(want_m2)));
+    CHECK_CLOSE(
+        part(moments, 1 + problem.rank, problem.rank), want_m2,
+        32 * test::kEpsilon<Acc<T>> * largest(want_m2) + 2 * last_place * std::sqrt(problem.tokens * largest(want_m2)));
     // Loss and gradient move by a mean's error over the spread, which is about 1/2.
     const double sensitive = 32 * last_place;
     CHECK_CLOSE(test::to_double(data.loss), std::vector<double>{want.loss}, sensitive * (want.loss + 1e-3));
-    CHECK_CLOSE(test::to_double(data.dz), want.dz, (sensitive + 0.51 * test::kEpsilon<T>) * largest(want.dz));
+    CHECK_CLOSE(test::to_double(data.dz), want.dz, (sensitive + 0.51 * test::kEpsilon<T>)*largest(want.dz));
   });
 }
 
@@ -271,11 +271,12 @@ TEST(layers_are_independent) {
     moments.insert(moments.end(), each.back().moments.begin(), each.back().moments.end());
   }
   test::for_each_parallel_for([&] {
-    cpu::gaussian_kl_tables(GaussianKlTablesArgs<float>{layers, rank, tasks, kEps, 0, false, moments.data(),
-                                                        loss.data(), tables.data()});
+    cpu::gaussian_kl_tables(
+        GaussianKlTablesArgs<float>{layers, rank, tasks, kEps, 0, false, moments.data(), loss.data(), tables.data()});
     for (int64_t layer = 0; layer < layers; ++layer) {
       CHECK(loss[layer] == each[layer].loss[0]);
-      CHECK(std::equal(each[layer].tables.begin(), each[layer].tables.end(), tables.begin() + layer * tasks * 2 * rank));
+      CHECK(
+          std::equal(each[layer].tables.begin(), each[layer].tables.end(), tables.begin() + layer * tasks * 2 * rank));
     }
   });
   CHECK(int64_t(moments.size()) == layers * size);

@@ -14,7 +14,7 @@ namespace {
 struct Problem {
   GroupedLoraShape shape;
   double p = 0;
-  bool permuted = true;     // rows of the groups interleaved, else sorted and rows == null
+  bool permuted = true;      // rows of the groups interleaved, else sorted and rows == null
   bool gradients_in = true;  // dz_in and dx_in given
   bool in_place = false;     // y_in == y and dx_in == dx
   double scaling = 1.5;
@@ -80,22 +80,20 @@ void run(const Problem& problem, Data<T>& data) {
   const bool in_place = problem.in_place;
   data.z = unassigned<Acc<T>>(shape.tokens * shape.rank);
   data.y = in_place ? data.y_in : unassigned<T>(shape.tokens * shape.out_dim);
-  run_in_workspace(
-      GroupedLoraForwardArgs<T>{shape, row_groups, dropout, problem.scaling, data.x.data(), data.A.data(),
-                                data.B.data(), in_place ? data.y.data() : data.y_in.data(), data.z.data(),
-                                data.y.data(), nullptr},
-      cpu::grouped_lora_forward_workspace(shape, problem.p > 0), cpu::grouped_lora_forward<T>);
+  run_in_workspace(GroupedLoraForwardArgs<T>{shape, row_groups, dropout, problem.scaling, data.x.data(), data.A.data(),
+                                             data.B.data(), in_place ? data.y.data() : data.y_in.data(), data.z.data(),
+                                             data.y.data(), nullptr},
+                   cpu::grouped_lora_forward_workspace(shape, problem.p > 0), cpu::grouped_lora_forward<T>);
 
   data.dx = in_place ? data.dx_in : unassigned<T>(shape.tokens * shape.in_dim);
   data.dA = unassigned<Acc<T>>(shape.groups * shape.rank * shape.in_dim);
   data.dB = unassigned<Acc<T>>(shape.groups * shape.out_dim * shape.rank);
   const T* dx_in = !problem.gradients_in ? nullptr : in_place ? data.dx.data() : data.dx_in.data();
-  run_in_workspace(
-      GroupedLoraBackwardArgs<T>{shape, row_groups, dropout, problem.scaling, data.x.data(), data.z.data(),
-                                 data.A.data(), data.B.data(), dx_in, data.dy.data(),
-                                 problem.gradients_in ? data.dz_in.data() : nullptr, data.dx.data(), data.dA.data(),
-                                 data.dB.data(), nullptr},
-      cpu::grouped_lora_backward_workspace(shape, problem.p > 0), cpu::grouped_lora_backward<T>);
+  run_in_workspace(GroupedLoraBackwardArgs<T>{shape, row_groups, dropout, problem.scaling, data.x.data(), data.z.data(),
+                                              data.A.data(), data.B.data(), dx_in, data.dy.data(),
+                                              problem.gradients_in ? data.dz_in.data() : nullptr, data.dx.data(),
+                                              data.dA.data(), data.dB.data(), nullptr},
+                   cpu::grouped_lora_backward_workspace(shape, problem.p > 0), cpu::grouped_lora_backward<T>);
 }
 
 // A sum of products and the sum of their magnitudes, which bounds its rounding error.
@@ -211,9 +209,9 @@ TEST(a_tiny_case_gives_the_numbers_worked_out_by_hand) {
   data.dz_in = {0.5f, 0};
   data.dx_in = {10, 20, 30, 40};
   run(problem, data);
-  CHECK((data.z == std::vector<float>{8, -1}));              // (2,3).(1,2), (1,-1).(3,4)
-  CHECK((data.y == std::vector<float>{212, 190}));           // 100 + 2*7*8, 200 - 2*5*1
-  CHECK((data.dB == std::vector<float>{4, 16}));             // 2*-2*-1, 2*1*8
+  CHECK((data.z == std::vector<float>{8, -1}));                 // (2,3).(1,2), (1,-1).(3,4)
+  CHECK((data.y == std::vector<float>{212, 190}));              // 100 + 2*7*8, 200 - 2*5*1
+  CHECK((data.dB == std::vector<float>{4, 16}));                // 2*-2*-1, 2*1*8
   CHECK((data.dA == std::vector<float>{-60, -80, 14.5f, 29}));  // dz = 2*5*-2 = -20 and 2*7*1 + 0.5 = 14.5
   CHECK((data.dx == std::vector<float>{39, 63.5f, 10, 60}));
 }
@@ -249,9 +247,9 @@ TEST(outputs_may_overwrite_what_they_add_to) {
 }
 
 TEST(every_size_may_be_zero) {
-  for (const GroupedLoraShape& shape : {GroupedLoraShape{0, 8, 8, 4, 2}, GroupedLoraShape{5, 0, 8, 4, 1},
-                                        GroupedLoraShape{5, 8, 0, 4, 1}, GroupedLoraShape{5, 8, 8, 0, 1},
-                                        GroupedLoraShape{0, 8, 8, 4, 0}}) {
+  for (const GroupedLoraShape& shape :
+       {GroupedLoraShape{0, 8, 8, 4, 2}, GroupedLoraShape{5, 0, 8, 4, 1}, GroupedLoraShape{5, 8, 0, 4, 1},
+        GroupedLoraShape{5, 8, 8, 0, 1}, GroupedLoraShape{0, 8, 8, 4, 0}}) {
     check_all_types({shape, 0.5});
     check_all_types({shape, 0, false});
   }
@@ -265,10 +263,21 @@ TEST(dx_may_be_unwanted) {
   const RowGroups row_groups{data.rows.data(), data.offsets.data()};
   data.dA = unassigned<float>(dA.size());
   data.dB = unassigned<float>(dB.size());
-  run_in_workspace(GroupedLoraBackwardArgs<float>{problem.shape, row_groups, {problem.p, data.rng.data()},
-                                                  problem.scaling, data.x.data(), data.z.data(), data.A.data(),
-                                                  data.B.data(), nullptr, data.dy.data(), data.dz_in.data(), nullptr,
-                                                  data.dA.data(), data.dB.data(), nullptr},
+  run_in_workspace(GroupedLoraBackwardArgs<float>{problem.shape,
+                                                  row_groups,
+                                                  {problem.p, data.rng.data()},
+                                                  problem.scaling,
+                                                  data.x.data(),
+                                                  data.z.data(),
+                                                  data.A.data(),
+                                                  data.B.data(),
+                                                  nullptr,
+                                                  data.dy.data(),
+                                                  data.dz_in.data(),
+                                                  nullptr,
+                                                  data.dA.data(),
+                                                  data.dB.data(),
+                                                  nullptr},
                    cpu::grouped_lora_backward_workspace(problem.shape, true), cpu::grouped_lora_backward<float>);
   CHECK(check::same_bits(data.dA, dA) && check::same_bits(data.dB, dB));
 }

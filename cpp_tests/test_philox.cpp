@@ -49,6 +49,20 @@ TEST(vectorised_bits_are_philox_s_decisions) {
   });
 }
 
+TEST(a_lane_equal_to_the_threshold_is_kept) {
+  for (int64_t e = 0; e < 64; ++e) {
+    const uint32_t word = philox(9, e / 8, 10).word[e % 8 / 2];
+    const uint32_t lane = e % 2 ? word >> 16 : word & 0xFFFF;
+    std::vector<uint8_t> bits(cpu::dropout_bits_bytes(64));
+    test::for_each_vector_width([&] {
+      cpu::fill_dropout_bits(9, 10, lane, 64, bits.data());
+      CHECK(bits[e / 8] >> (e % 8) & 1);
+      cpu::fill_dropout_bits(9, 10, lane + 1, 64, bits.data());
+      CHECK(!(bits[e / 8] >> (e % 8) & 1));
+    });
+  }
+}
+
 TEST(bits_do_not_depend_on_how_ranges_are_cut) {
   std::vector<uint8_t> serial;
   test::for_each_parallel_for([&] {

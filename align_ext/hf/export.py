@@ -111,10 +111,9 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         for key, parameter in wanted.items():
             parameter.copy_(tensors[key])
     scaling = peft["lora_alpha"] / (peft["r"] ** 0.5 if peft.get("use_rslora") else peft["r"])
+    folded = peft.get("rank_pattern") or {}  # these layers' scaling is in B
     for name, layer in layers.items():
-        if _plain_name(name) in peft.get("rank_pattern", {}):
-            scaling = 1.0
-        layer.scaling = scaling  # type: ignore[assignment]
+        layer.scaling = 1.0 if _plain_name(name) in folded else scaling
     return model
 
 

@@ -24,10 +24,7 @@ BUILTIN_TASKS: dict[str, dict[str, Any]] = {
     "word_sequence_reversal": {"max_words": 5},
     "time_intervals": {"task_types": ["time_seconds"]},
 }
-_CHOICES = {
-    "syllogism": ("Yes", "No"),
-    "calendar_arithmetic": ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
-}
+_CHOICES = {"syllogism": ("Yes", "No")}
 # Item i of a generator comes from seed + i, so that seeds this far apart never share an item.
 _TEST_SEED = 1_000_000_000
 

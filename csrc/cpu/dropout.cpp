@@ -56,8 +56,8 @@ ALIGN_INLINE void philox_blocks(const DropoutJob& job, const PhiloxConstants<W>&
 
 // Keep bits of W / 8 blocks.
 template <int W>
-ALIGN_INLINE void keep_bytes(const DropoutJob& job, const PhiloxConstants<W>& constants,
-                             const Vec<uint64_t, W>& block, uint8_t* bytes) {
+ALIGN_INLINE void keep_bytes(const DropoutJob& job, const PhiloxConstants<W>& constants, const Vec<uint64_t, W>& block,
+                             uint8_t* bytes) {
   using U = Vec<uint64_t, W>;
   using Lanes16 = Vec<uint16_t, W>;
   constexpr uint64_t kLaneBits = 0x0008000400020001u;  // 16-bit lane l holds 1 << l

@@ -151,9 +151,9 @@ void merge_task(const MomentsJob<T>& job, int64_t blocks, int64_t i) {
 
 // Sums over the active tasks, of kDims dimensions.
 struct TaskSums {
-  double v[kDims] = {}, mu[kDims] = {};                        // then their means
-  double p[kDims] = {}, pc[kDims] = {}, c2[kDims] = {};        // sum p, p c, c^2
-  double spread[kDims] = {}, weighted[kDims] = {};             // sum (v - mean v)^2 p, p c^2
+  double v[kDims] = {}, mu[kDims] = {};                  // then their means
+  double p[kDims] = {}, pc[kDims] = {}, c2[kDims] = {};  // sum p, p c, c^2
+  double spread[kDims] = {}, weighted[kDims] = {};       // sum (v - mean v)^2 p, p c^2
 };
 
 template <typename A>
@@ -282,8 +282,7 @@ void gaussian_kl_tables(const GaussianKlTablesArgs<A>& args) {
 
 template <typename T>
 void gaussian_kl_backward(const GaussianKlBackwardArgs<T>& args) {
-  parallel_for(0, args.tokens, 2048,
-               [&args](int64_t begin, int64_t end) { backward_rows(args, begin, end); });
+  parallel_for(0, args.tokens, 2048, [&args](int64_t begin, int64_t end) { backward_rows(args, begin, end); });
 }
 
 #define ALIGN_INSTANTIATE(T)                                             \

@@ -104,13 +104,9 @@ void prepare_columns(const PrepareJob<T>& job, int64_t begin, int64_t end) {
 
 template <typename T>
 void prepare_group(const GroupedLoraShape& shape, const T* A, const T* B, const Scratch<Acc<T>>& s, int64_t k) {
-  const PrepareJob<T> job{shape.rank,
-                          shape.in_dim,
-                          shape.out_dim,
-                          A + k * shape.rank * shape.in_dim,
-                          B + k * shape.out_dim * shape.rank,
-                          s.a,
-                          s.bt};
+  const PrepareJob<T> job{
+      shape.rank, shape.in_dim, shape.out_dim, A + k * shape.rank * shape.in_dim, B + k * shape.out_dim * shape.rank,
+      s.a,        s.bt};
   parallel_for(0, ceil_div(std::max(s.a.stride, s.bt.stride), kPrepareColumns), 4,
                [&job](int64_t begin, int64_t end) { prepare_columns(job, begin, end); });
 }
@@ -275,7 +271,7 @@ void group_rows(const int64_t* group, int64_t tokens, int64_t groups, int64_t* r
   offsets[0] = 0;
 }
 
-#define ALIGN_INSTANTIATE(T)                                              \
+#define ALIGN_INSTANTIATE(T)                                               \
   template void grouped_lora_forward<T>(const GroupedLoraForwardArgs<T>&); \
   template void grouped_lora_backward<T>(const GroupedLoraBackwardArgs<T>&);
 ALIGN_INSTANTIATE(float)

@@ -210,28 +210,25 @@ ALIGN_INLINE void outer_add_tiles(const OuterAdd<T>& op, int64_t begin, int64_t 
 
 template <typename T>
 void rows_dot(const RowsDot<T>& op, int64_t begin, int64_t end) {
-  dispatch<T>(op.keep, [&](auto width, auto masked) ALIGN_INLINE_LAMBDA {
-    rows_dot_tiles<width(), masked(), T>(op, begin, end);
-  });
+  dispatch<T>(op.keep, [&](auto width, auto masked)
+                           ALIGN_INLINE_LAMBDA { rows_dot_tiles<width(), masked(), T>(op, begin, end); });
 }
 
 template <typename T>
 void rank_add(const RankAdd<T>& op, int64_t begin, int64_t end) {
-  dispatch<T>(op.keep, [&](auto width, auto masked) ALIGN_INLINE_LAMBDA {
-    rank_add_tiles<width(), masked(), T>(op, begin, end);
-  });
+  dispatch<T>(op.keep, [&](auto width, auto masked)
+                           ALIGN_INLINE_LAMBDA { rank_add_tiles<width(), masked(), T>(op, begin, end); });
 }
 
 template <typename T>
 void outer_add(const OuterAdd<T>& op, int64_t begin, int64_t end, int64_t first, int64_t last) {
-  dispatch<T>(op.keep, [&](auto width, auto masked) ALIGN_INLINE_LAMBDA {
-    outer_add_tiles<width(), masked(), T>(op, begin, end, first, last);
-  });
+  dispatch<T>(op.keep, [&](auto width, auto masked)
+                           ALIGN_INLINE_LAMBDA { outer_add_tiles<width(), masked(), T>(op, begin, end, first, last); });
 }
 
-#define ALIGN_INSTANTIATE(T)                                      \
-  template void rows_dot(const RowsDot<T>&, int64_t, int64_t);    \
-  template void rank_add(const RankAdd<T>&, int64_t, int64_t);    \
+#define ALIGN_INSTANTIATE(T)                                   \
+  template void rows_dot(const RowsDot<T>&, int64_t, int64_t); \
+  template void rank_add(const RankAdd<T>&, int64_t, int64_t); \
   template void outer_add(const OuterAdd<T>&, int64_t, int64_t, int64_t, int64_t);
 ALIGN_INSTANTIATE(float)
 ALIGN_INSTANTIATE(double)

@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kThreads) merge_moments_kernel(MomentsJob<T> j
   }
 }
 
-// ---- Tables, in double: there are few of them
+// ---- Tables, in double: there are few of them. Loops over tasks stay rolled, for double divisions need registers.
 
 template <typename A>
 struct LayerMoments {
@@ -139,22 +139,21 @@ struct LayerMoments {
   __device__ const A* task(int64_t i) const { return moments + i * (2 * args.rank + 1); }
   __device__ double n(int64_t i) const { return task(i)[0]; }
   __device__ double mu(int64_t i, int64_t d) const { return task(i)[1 + d]; }
-  __device__ double v(int64_t i, int64_t d) const {
-    return task(i)[1 + args.rank + d] / (n(i) - args.ddof) + args.eps;
-  }
+  __device__ double v(int64_t i, int64_t d) const { return task(i)[1 + args.rank + d] / (n(i) - args.ddof) + args.eps; }
   __device__ bool active(int64_t i) const { return n(i) >= 2; }  // max(2, 1 + ddof), ddof being 0 or 1
 };
 
 // Sums over the active tasks of one dimension.
 struct TaskSums {
-  double v, mu;          // means
-  double p, pc, c2;      // sums of p, p c, c^2
+  double v, mu;             // means
+  double p, pc, c2;         // sums of p, p c, c^2
   double spread, weighted;  // sums of (v - mean v)^2 p, p c^2
 };
 
 template <typename A>
 __device__ TaskSums sum_tasks(const LayerMoments<A>& layer, double active, int64_t d) {
   TaskSums s = {};
+#pragma unroll 1
   for (int64_t i = 0; i < layer.args.tasks; ++i) {
     if (!layer.active(i)) continue;
     s.v += layer.v(i, d);
@@ -162,6 +161,7 @@ __device__ TaskSums sum_tasks(const LayerMoments<A>& layer, double active, int64
   }
   s.v /= active;
   s.mu /= active;
+#pragma unroll 1
   for (int64_t i = 0; i < layer.args.tasks; ++i) {
     if (!layer.active(i)) continue;
     const double v = layer.v(i, d), p = 1 / v, c = layer.mu(i, d) - s.mu;
@@ -188,6 +188,7 @@ __global__ void __launch_bounds__(kTableThreads) tables_kernel(GaussianKlTablesA
       s = sum_tasks(layer, active, d);
       loss += active / s.v * s.spread + active * s.weighted + s.p * s.c2;
     }
+#pragma unroll 1
     for (int64_t i = 0; i < args.tasks; ++i) {
       double a = 0, b = 0;
       if (active >= 2 && layer.active(i)) {
@@ -235,8 +236,8 @@ void task_moments(const TaskMomentsArgs<T>& args, Stream stream) {
   const int64_t blocks = ceil_div(args.tokens, kBlockRows), dims = args.rank > 0 ? args.rank : 1;
   const MomentsJob<T> job{args, static_cast<Acc<T>*>(args.workspace), lanes_for(args.rank)};
   if (blocks > 0) {
-    launch(block_moments_kernel<T>, dim3(unsigned(blocks), unsigned(ceil_div(dims, job.lanes))), dim3(kThreads),
-           stream, job);
+    launch(block_moments_kernel<T>, dim3(unsigned(blocks), unsigned(ceil_div(dims, job.lanes))), dim3(kThreads), stream,
+           job);
   }
   launch(merge_moments_kernel<T>, dim3(unsigned(ceil_div(args.tasks * dims, kThreads))), dim3(kThreads), stream, job,
          blocks);

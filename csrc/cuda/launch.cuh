@@ -4,7 +4,6 @@
 
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
-
 #include <stdexcept>
 #else
 #include "simt.h"

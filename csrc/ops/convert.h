@@ -61,7 +61,7 @@ ALIGN_CONVERT U float_to_float16(const F& value) {
   const U normal = (a + 0xFFFu + ((a >> 13) & 1u) - (112u << 23)) >> 13;
   // Adding 1/2, whose last place is float16's smallest subnormal, rounds to it.
   const U subnormal = bit_cast<U>(bit_cast<F>(a) + 0.5f) - 0x3F000000u;
-  const U finite = a < 0x38800000u ? subnormal : normal;              // below 2^-14
+  const U finite = a < 0x38800000u ? subnormal : normal;  // below 2^-14
   const U overflow = a > 0x7F800000u ? (a & 0u) + 0x7E00u : (a & 0u) + 0x7C00u;
   return (a >= 0x477FF000u ? overflow : finite) | ((u >> 16) & 0x8000u);  // 65520 rounds to infinity
 }

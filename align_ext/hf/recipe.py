@@ -1,0 +1,326 @@
+"""The training job: load, score, train, score again, save, and prove that the saved adapter is the trained one."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch.utils.data import Subset
+
+from align_ext.hf.collator import TaskCollator
+from align_ext.hf.evaluate import TaskScore, alignment, evaluate
+from align_ext.hf.export import merge_and_unload, save_adapter
+from align_ext.hf.models import load_model
+from align_ext.hf.options import TrainOptions
+from align_ext.hf.replace import adapter_report, replace_linear_with_align_lora
+from align_ext.hf.tasks import TaskData, encode, features, fitting, load_tasks, mixing_order
+from align_ext.hf.trainer import AlignTrainer, align_training_arguments
+
+# Largest difference of two models' float32 logits, relative to the largest logit, that is rounding and nothing else.
+_SAME = 1e-4
+
+
+@dataclass
+class Job:
+    """Everything a run needs, checked: what can be wrong with the options or the data is wrong before it exists."""
+
+    options: TrainOptions
+    target: Path
+    data: TaskData
+    left_out: int
+    model: Any
+    tokenizer: Any
+    device: str
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The model's state at one time: by task, and the alignment of all tasks (None: alignment is off)."""
+
+    tasks: dict[str, TaskScore]
+    align: float | None
+
+
+@dataclass(frozen=True)
+class Check:
+    """Whether two models compute the same: largest difference of their logits relative to the largest logit."""
+
+    passed: bool
+    difference: float
+    detail: str = ""
+
+
+def prepare(options: TrainOptions, console: Console) -> Job:
+    """Loads data and model and adapts the model.
+
+    Raises:
+        ValueError: the options, the data or the model cannot be used; the message is one line, and nothing is written.
+    """
+    target = _free_target(options)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but torch sees no GPU here: use --device cpu")
+    data = load_tasks(
+        options.data,
+        tasks=options.tasks,
+        train_per_task=options.train_examples,
+        test_per_task=options.eval_examples,
+        seed=options.seed,
+    )
+    config = options.adapter_config(num_tasks=len(data.names))
+    if config.align is not None and len(data.names) < 2:
+        raise ValueError(f"alignment needs two tasks or more, found only {data.names[0]!r}: use --align none")
+    model, tokenizer = load_model(options.model, options.dtype, say=lambda line: console.print(line, highlight=False))
+    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    train = fitting(tokenizer, data.train, options.seq_len)
+    test = fitting(tokenizer, data.test, options.seq_len)
+    for name in data.names:
+        for examples, purpose in ((train, "train on"), (test, "score on")):
+            if not any(example.task == name for example in examples):
+                raise ValueError(
+                    f"no example of the task {name!r} to {purpose} fits into seq_len={options.seq_len} tokens"
+                )
+    transformers.set_seed(options.seed)
+    replace_linear_with_align_lora(model.to(device), config)
+    left_out = len(data.train) + len(data.test) - len(train) - len(test)
+    return Job(options, target, TaskData(data.names, train, test), left_out, model, tokenizer, device)
+
+
+def train(job: Job, console: Console) -> dict[str, Any]:
+    """Runs a prepared job and writes its folder: adapter/, results.json, losses.png (with matplotlib).
+
+    The folder appears in one step, and only with a trained adapter in it; after training it is kept whatever fails.
+
+    Returns:
+        The content of results.json.
+    """
+    started = time.perf_counter()
+    results: dict[str, Any] = {"options": job.options.to_dict(), "versions": _versions(), "tasks": job.data.names}
+    report = adapter_report(job.model)
+    console.print(f"{len(job.data.names)} tasks, {len(job.data.train)} examples to train on and {len(job.data.test)} "
+                  f"to score on ({job.left_out} too long); {str(report).splitlines()[0]}", highlight=False)
+    with _new_folder(job) as folder, _bars(console) as bars:
+        before = score(job, bars)
+        results["losses"] = _fit(job, folder.path / "trainer", bars, console)
+        shutil.rmtree(folder.path / "trainer", ignore_errors=True)
+        save_adapter(job.model, folder.path / "adapter")
+        folder.keep = True
+        try:
+            after = score(job, bars)
+            results["before"], results["after"] = asdict(before), asdict(after)
+            results["checks"] = {name: asdict(check) for name, check in verify(job, folder.path / "adapter").items()}
+            results["plot"] = plot_losses(results["losses"], folder.path / "losses.png")
+        finally:
+            results["seconds"] = round(time.perf_counter() - started, 1)
+            (folder.path / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    _summarise(results, job.target, console)
+    return results
+
+
+def score(job: Job, bars: Progress | None = None) -> Scores:
+    """Scores the model as it is on the held-out examples."""
+    size = job.options.eval_batch_size
+    return Scores(
+        evaluate(job.model, job.tokenizer, job.data.test, size, bars),
+        alignment(job.model, job.tokenizer, job.data.test, job.data.ids(), size),
+    )
+
+
+def _fit(job: Job, scratch: Path, bars: Progress, console: Console) -> list[dict[str, float]]:
+    """Trains the adapters and returns the log: one entry per logging step."""
+    options, ids = job.options, job.data.ids()
+    order = mixing_order(
+        [ids[x.task] for x in job.data.train], options.batch_size, options.steps * options.accumulation, options.seed
+    )
+    trainer = AlignTrainer(
+        model=job.model,
+        args=align_training_arguments(
+            str(scratch),
+            learning_rate=options.lr,
+            warmup_steps=options.warmup,
+            max_steps=options.steps,
+            per_device_train_batch_size=options.batch_size,
+            gradient_accumulation_steps=options.accumulation,
+            gradient_checkpointing=options.gradient_checkpointing,
+            train_sampling_strategy="sequential",  # the mix of tasks is in the order already
+            logging_steps=options.log_steps,
+            logging_first_step=True,
+            save_strategy="no",
+            use_cpu=job.device == "cpu",
+            seed=options.seed,
+            disable_tqdm=True,
+        ),
+        train_dataset=Subset(features(job.tokenizer, job.data.train, ids), order),  # type: ignore[arg-type]
+        data_collator=TaskCollator(job.tokenizer),
+        task_names=job.data.names,
+        callbacks=[_ShowProgress(bars, console, options.steps)],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train()
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def verify(job: Job, adapter: Path) -> dict[str, Check]:
+    """Compares, in float32, the trained model with stock PEFT's reading of the adapter and with the merged model.
+
+    Uses the job's model up. A check that cannot be made has failed and says why.
+    """
+    rows = [encode(job.tokenizer, example.prompt, example.answer) for example in job.data.test[::5][:4]]
+    ids = [torch.tensor([prompt + answer], device=job.device) for prompt, answer in rows]
+
+    @torch.no_grad()
+    def logits(model: Any) -> torch.Tensor:
+        return torch.cat([model(input_ids=x, use_cache=False).logits[0].cpu() for x in ids])
+
+    def check(other: Any) -> Check:
+        difference = float((logits(other()) - trained).abs().max() / trained.abs().max())
+        return Check(difference <= _SAME, difference)
+
+    def stock() -> Any:
+        base = load_model(job.options.model, torch.float32)[0].to(job.device)
+        return peft.PeftModel.from_pretrained(base, str(adapter)).eval()
+
+    trained = logits(job.model.float().eval())
+    checks = {}
+    for name, other in (("merged", lambda: merge_and_unload(job.model)), ("stock PEFT", stock)):
+        try:
+            checks[name] = check(other)
+        except Exception as error:  # the training is done and kept; a check reports whatever stops it
+            checks[name] = Check(False, float("nan"), f"{type(error).__name__}: {error}")
+    return checks
+
+
+def plot_losses(losses: list[dict[str, float]], file: Path) -> str | None:
+    """Draws the logged losses over the steps; returns the file's name, or None without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps = [entry["step"] for entry in losses]
+    for name in sorted({key for entry in losses for key in entry if key.startswith("loss/")} | {"lm_loss"}):
+        style = {"color": "black", "linewidth": 2} if name == "lm_loss" else {"alpha": 0.7}
+        left.plot(steps, [entry.get(name, float("nan")) for entry in losses], label=name.removeprefix("loss/"), **style)
+    left.set(xlabel="step", ylabel="loss per answer token")
+    left.legend(fontsize="small")
+    right.plot(steps, [entry.get("align_loss", float("nan")) for entry in losses], color="black")
+    right.set(xlabel="step", ylabel="alignment loss")
+    figure.savefig(file, dpi=120)
+    return file.name
+
+
+class _ShowProgress(transformers.TrainerCallback):
+    """A rich bar for the optimizer steps, or lines where there is no terminal."""
+
+    def __init__(self, bars: Progress, console: Console, steps: int) -> None:
+        self.bars, self.console = bars, console
+        self.bar = bars.add_task("training", total=steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bars.advance(self.bar)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        if "lm_loss" not in logs:
+            return
+        text = f"loss {logs['lm_loss']:.3f}"
+        if "align_loss" in logs:
+            text += f", align {logs['align_loss']:.3g}"
+        self.bars.update(self.bar, description=f"training  {text}")
+        if self.bars.disable:
+            self.console.print(f"step {state.global_step}/{state.max_steps}  {text}", highlight=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bars.remove_task(self.bar)
+
+
+def _bars(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _summarise(results: dict[str, Any], target: Path, console: Console) -> None:
+    table = Table("task", title="held-out examples, before -> after training")
+    for title in ("examples", "loss", "score"):
+        table.add_column(title, justify="right")
+    before, after = results["before"], results["after"]
+    for name, old in before["tasks"].items():
+        new = after["tasks"][name]
+        table.add_row(
+            name,
+            str(old["examples"]),
+            f"{old['loss']:.3f} -> {new['loss']:.3f}",
+            f"{old['score']:.2f} -> {new['score']:.2f}",
+        )
+    console.print(table)
+    if before["align"] is not None:
+        console.print(f"alignment loss {before['align']:.4g} -> {after['align']:.4g}", highlight=False)
+    for name, check in results["checks"].items():
+        verdict = "same logits" if check["passed"] else check["detail"] or "OTHER LOGITS"
+        console.print(f"{name}: {verdict} (relative difference {check['difference']:.1e})", highlight=False)
+    if results["plot"] is None:
+        console.print("no loss plot: matplotlib is not installed", highlight=False)
+    console.print(f"wrote {target} in {results['seconds']:.0f} s", highlight=False, soft_wrap=True)
+
+
+def _versions() -> dict[str, str]:
+    from align_ext import __version__
+
+    modules = {"torch": torch, "transformers": transformers, "peft": peft}
+    versions = {name: module.__version__ for name, module in modules.items()}
+    return {"align_ext": __version__, "python": platform.python_version(), **versions}
+
+
+def _free_target(options: TrainOptions) -> Path:
+    """The output folder, which must be new, empty or, with overwrite, a folder at all."""
+    if options.output is None:
+        names = ["align_lora_run", *(f"align_lora_run-{n}" for n in range(2, 10_000))]
+        return Path(next(name for name in names if not Path(name).exists()))
+    target = Path(options.output).expanduser()
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"the output {options.output!r} is a file")
+    if target.is_dir() and any(target.iterdir()) and not options.overwrite:
+        raise ValueError(f"the output folder {options.output!r} is not empty: use --overwrite, or another --output")
+    parent = next(p for p in target.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"the output folder {options.output!r} cannot be made: {parent} is not writable")
+    return target
+
+
+@dataclass
+class _Folder:
+    path: Path
+    keep: bool = False
+
+
+@contextmanager
+def _new_folder(job: Job) -> Iterator[_Folder]:
+    """A folder beside the target that takes its place at the end if `keep` is set, and vanishes otherwise."""
+    job.target.parent.mkdir(parents=True, exist_ok=True)
+    folder = _Folder(Path(tempfile.mkdtemp(prefix=f".{job.target.name}-", dir=job.target.parent)))
+    try:
+        yield folder
+    finally:
+        if folder.keep:
+            folder.path.chmod(0o755)
+            old = Path(tempfile.mkdtemp(prefix=f".{job.target.name}-old-", dir=job.target.parent))
+            if job.target.exists():
+                job.target.rename(old / "old")
+            folder.path.rename(job.target)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            shutil.rmtree(folder.path, ignore_errors=True)
