@@ -7,8 +7,8 @@
 or, the same behind forward hooks (align_ext/hooks.py):  model(**batch, task_ids=task_ids).loss.backward().
 
 In backward the loss node runs first, since everything else hangs below it, and arms the step's tables (the gradient
-in z, a | b per task and layer, times what came in). Each layer's backward finds the step by its key and adds
-a[task] + b[task] * z to dz (align_ext/ops/_keyed.py). So the gradient is exact whatever the training loop does:
+in z, affine per task and layer) and what came in. Each layer's backward finds the step by its key and adds
+a[task] + b[task] * (z - mu[task]) to dz (align_ext/ops/_keyed.py). So the gradient is exact whatever the training loop does:
 activation checkpointing of either kind, accumulation, loss scaling, pending forwards, compilation, data parallelism.
 docs/numerics.md derives the tables; docs/architecture.md follows one batch through these files.
 """
@@ -114,7 +114,7 @@ class Step:
         self.key = register_step(self)
         self.seen: set[int] = set()
         self.alignment: Alignment | None = None
-        self._tables: Tensor | None = None
+        self._d_align: Tensor | None = None  # what the tables are multiplied by, inside backward
         self._differentiated = False
         self._lm: Tensor | None = None
         self._weight = 0.0
@@ -168,23 +168,25 @@ class Step:
             )
         self.seen.add(slot)
 
-    def tables_of(self, slot: int, rank: int) -> Tensor | None:
-        """A | b of one layer, [tasks, 2 rank], while the loss is being differentiated."""
-        if self._tables is None:
+    def tables_of(self, slot: int, rank: int) -> tuple[Tensor, Tensor] | None:
+        """The incoming gradient and a | b | mu of one layer, [tasks, 3 rank], while the loss is being differentiated."""
+        if self._d_align is None or self.alignment is None:
             if self.strict and not self._differentiated:
                 raise RuntimeError(_NOT_DIFFERENTIATED)
             return None
-        table, width = self._tables[slot], self.state.rank
-        return table if rank == width else torch.cat([table[:, :rank], table[:, width : width + rank]], dim=1)
+        table = self.alignment.tables[slot]
+        if rank < self.state.rank:
+            table = table.unflatten(1, (3, -1))[..., :rank].flatten(1)
+        return self._d_align, table
 
-    def arm(self, tables: Tensor) -> None:
-        """Sets the tables until the running backward ends."""
-        self._tables, self._differentiated = tables, True
+    def arm(self, d_align: Tensor) -> None:
+        """Lets the tables act, times d_align, until the running backward ends."""
+        self._d_align, self._differentiated = d_align, True
         self.state.armed.append(self)
         torch.autograd.Variable._execution_engine.queue_callback(self._disarm)
 
     def _disarm(self) -> None:
-        self._tables = None
+        self._d_align = None
         self.state.armed[:] = [step for step in self.state.armed if step is not self]
 
     @torch.compiler.disable
@@ -217,7 +219,7 @@ class Step:
         self._lm, self._weight = loss.detach(), float(weight or 0.0)
         factor = self._weight * scale
         # Data parallelism averages gradients over the processes; the tables are of the whole batch already.
-        return _Total.apply(loss, factor * self.alignment.value, self, factor * world * self.alignment.tables)
+        return _Total.apply(loss, factor * self.alignment.value, self, factor * world * self.alignment.share)
 
     def parts(self) -> AlignParts:
         """The losses of this step, as numbers; after total(loss)."""
@@ -237,14 +239,14 @@ class _Total(torch.autograd.Function):
     """loss + align, whose backward arms the step's tables before the loss's own backward runs."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, align: Tensor, step: Step, tables: Tensor) -> Tensor:
-        ctx.step, ctx.tables = step, tables
+    def forward(ctx: Any, loss: Tensor, align: Tensor, step: Step, factor: float) -> Tensor:
+        ctx.step, ctx.factor = step, factor
         return loss + align.to(loss.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor, None, None, None]:
-        ctx.step.arm(ctx.tables * d_total)
+        ctx.step.arm(ctx.factor * d_total.double())
         return d_total, None, None, None
 
 

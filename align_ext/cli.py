@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from dataclasses import fields
-from typing import Annotated, Any, Optional, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 import yaml
@@ -91,7 +91,7 @@ def _flags() -> list[inspect.Parameter]:
         return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
     flags = [
-        flag("config", Optional[str], "YAML file of these options; flags override it"),
+        flag("config", str | None, "YAML file of these options; flags override it"),
         flag("print_config", bool, "print the options as such a file, and stop", default=False),
     ]
     types = get_type_hints(TrainOptions)
@@ -100,7 +100,7 @@ def _flags() -> list[inspect.Parameter]:
         kind = kind if kind in (bool, int, float) and types[option.name] != tuple[str, ...] else str
         value = ",".join(option.default) if isinstance(option.default, tuple) else option.default
         shown = "" if value in (None, "", False) else f" [{value}]"
-        flags.append(flag(option.name, Optional[kind], option.metadata["help"] + shown))
+        flags.append(flag(option.name, kind | None, option.metadata["help"] + shown))
     return flags
 
 
@@ -112,7 +112,7 @@ app.command()(train)
 def main() -> None:
     """Runs the command line and exits."""
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name="align-lora")
     except KeyboardInterrupt:
         print("align-lora: interrupted", file=sys.stderr)
         sys.exit(130)

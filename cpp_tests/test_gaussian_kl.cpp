@@ -62,7 +62,7 @@ void run(const Problem& problem, Data<T>& data, double d_loss = 0.7) {
       TaskMomentsArgs<T>{tokens, rank, tasks, data.z.data(), data.task.data(), data.moments.data(), workspace.data()});
   CHECK(std::all_of(workspace.begin() + bytes, workspace.end(), [](char c) { return c == kCanary; }));
   data.loss.assign(1, NAN);
-  data.tables.assign(tasks * 2 * rank, NAN);
+  data.tables.assign(tasks * 3 * rank, NAN);
   cpu::gaussian_kl_tables(GaussianKlTablesArgs<Acc<T>>{1, rank, tasks, kEps, ddof, mean_pairs, data.moments.data(),
                                                        data.loss.data(), data.tables.data()});
   data.dz.assign(tokens * rank, narrow<T>(Acc<T>(NAN)));
@@ -262,7 +262,7 @@ TEST(tokens_that_do_not_count_may_hold_nan) {
 
 TEST(layers_are_independent) {
   const int64_t layers = 40, rank = 9, tasks = 5, size = tasks * (2 * rank + 1);
-  std::vector<float> moments, loss(layers, NAN), tables(layers * tasks * 2 * rank, NAN);
+  std::vector<float> moments, loss(layers, NAN), tables(layers * tasks * 3 * rank, NAN);
   std::vector<Data<float>> each;
   for (int64_t layer = 0; layer < layers; ++layer) {
     const Problem problem{200 + 10 * layer, rank, tasks};
@@ -276,7 +276,7 @@ TEST(layers_are_independent) {
     for (int64_t layer = 0; layer < layers; ++layer) {
       CHECK(loss[layer] == each[layer].loss[0]);
       CHECK(
-          std::equal(each[layer].tables.begin(), each[layer].tables.end(), tables.begin() + layer * tasks * 2 * rank));
+          std::equal(each[layer].tables.begin(), each[layer].tables.end(), tables.begin() + layer * tasks * 3 * rank));
     }
   });
   CHECK(int64_t(moments.size()) == layers * size);

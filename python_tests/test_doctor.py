@@ -56,8 +56,10 @@ def test_a_missing_extension_names_the_build_command(tmp_path):
 
     source = Path(__file__).parents[1] / "align_ext"
     shutil.copytree(source, tmp_path / "align_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import align_ext"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    # -S leaves out the environment's own align_ext, and only then are torch's folder and the sources put back.
+    path = [str(tmp_path), str(Path(torch.__file__).parents[1])]
+    command = [sys.executable, "-S", "-c", f"import sys; sys.path[:0] = {path}; import align_ext"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert result.returncode != 0
     assert "pip install ." in result.stderr
     assert "align_ext._C is missing" in result.stderr

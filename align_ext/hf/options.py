@@ -1,4 +1,4 @@
-"""Every option of the training job: what it means, its default, its check. Imports no torch, so that --help is quick."""
+"""Every option of the training job: what it means, its default, its check."""
 
 from __future__ import annotations
 
@@ -66,7 +66,9 @@ class TrainOptions:
             self._require(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
         config = self.adapter_config(num_tasks=2)
         if config.align is not None:
-            self._require("batch_size", self.batch_size >= 4, "at least 4 to hold two examples of two tasks (or --align none)")
+            self._require(
+                "batch_size", self.batch_size >= 4, "at least 4 to hold two examples of two tasks (or --align none)"
+            )
 
     def _require(self, name: str, valid: bool, allowed: str) -> None:
         if not valid:
@@ -76,7 +78,9 @@ class TrainOptions:
         """The adapters' options."""
         align = {} if self.align == "auto" else {"align": None if self.align == "none" else self.align}
         names = ("architecture", "r", "lora_alpha", "lora_dropout", "target_modules", "align_weight", "response_only")
-        return AlignLoraConfig.from_dict({name: getattr(self, name) for name in names} | align | {"num_tasks": num_tasks})
+        return AlignLoraConfig.from_dict(
+            {name: getattr(self, name) for name in names} | align | {"num_tasks": num_tasks}
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """A YAML- and JSON-ready dictionary; from_mapping(to_dict()) is equal."""

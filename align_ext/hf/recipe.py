@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 import tempfile
@@ -84,7 +83,7 @@ def prepare(options: TrainOptions, console: Console) -> Job:
     config = options.adapter_config(num_tasks=len(data.names))
     if config.align is not None and len(data.names) < 2:
         raise ValueError(f"alignment needs two tasks or more, found only {data.names[0]!r}: use --align none")
-    model, tokenizer = load_model(options.model, options.dtype, say=lambda line: console.print(line, highlight=False))
+    model, tokenizer = load_model(options.model, options.dtype, lambda line: _say(console, line))
     device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     train = fitting(tokenizer, data.train, options.seq_len)
     test = fitting(tokenizer, data.test, options.seq_len)
@@ -110,9 +109,9 @@ def train(job: Job, console: Console) -> dict[str, Any]:
     """
     started = time.perf_counter()
     results: dict[str, Any] = {"options": job.options.to_dict(), "versions": _versions(), "tasks": job.data.names}
-    report = adapter_report(job.model)
-    console.print(f"{len(job.data.names)} tasks, {len(job.data.train)} examples to train on and {len(job.data.test)} "
-                  f"to score on ({job.left_out} too long); {str(report).splitlines()[0]}", highlight=False)
+    left_out = f" ({job.left_out} too long, left out)" if job.left_out else ""
+    sizes = f"{len(job.data.train)} examples to train on, {len(job.data.test)} to score on{left_out}"
+    _say(console, f"{len(job.data.names)} tasks: {sizes}; {str(adapter_report(job.model)).splitlines()[0]}")
     with _new_folder(job) as folder, _bars(console) as bars:
         before = score(job, bars)
         results["losses"] = _fit(job, folder.path / "trainer", bars, console)
@@ -242,7 +241,7 @@ class _ShowProgress(transformers.TrainerCallback):
             text += f", align {logs['align_loss']:.3g}"
         self.bars.update(self.bar, description=f"training  {text}")
         if self.bars.disable:
-            self.console.print(f"step {state.global_step}/{state.max_steps}  {text}", highlight=False)
+            _say(self.console, f"step {state.global_step}/{state.max_steps}  {text}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bars.remove_task(self.bar)
@@ -268,13 +267,17 @@ def _summarise(results: dict[str, Any], target: Path, console: Console) -> None:
         )
     console.print(table)
     if before["align"] is not None:
-        console.print(f"alignment loss {before['align']:.4g} -> {after['align']:.4g}", highlight=False)
+        _say(console, f"alignment loss {before['align']:.4g} -> {after['align']:.4g}")
     for name, check in results["checks"].items():
         verdict = "same logits" if check["passed"] else check["detail"] or "OTHER LOGITS"
-        console.print(f"{name}: {verdict} (relative difference {check['difference']:.1e})", highlight=False)
+        _say(console, f"{name}: {verdict} (relative difference {check['difference']:.1e})")
     if results["plot"] is None:
-        console.print("no loss plot: matplotlib is not installed", highlight=False)
-    console.print(f"wrote {target} in {results['seconds']:.0f} s", highlight=False, soft_wrap=True)
+        _say(console, "no loss plot: matplotlib is not installed")
+    _say(console, f"wrote {target} in {results['seconds']:.0f} s")
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, soft_wrap=True)
 
 
 def _versions() -> dict[str, str]:
@@ -296,8 +299,10 @@ def _free_target(options: TrainOptions) -> Path:
     if target.is_dir() and any(target.iterdir()) and not options.overwrite:
         raise ValueError(f"the output folder {options.output!r} is not empty: use --overwrite, or another --output")
     parent = next(p for p in target.absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"the output folder {options.output!r} cannot be made: {parent} is not writable")
+    try:
+        tempfile.TemporaryDirectory(dir=parent).cleanup()
+    except OSError as error:
+        raise ValueError(f"the output folder {options.output!r} cannot be made: {error}") from error
     return target
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import EntryNotFoundError
+
 from align_ext.config import unknown_name
 
 # reasoning-gym's generators and options: short prompts, and an answer of another form in each.
@@ -132,14 +134,16 @@ def builtin_examples(name: str, count: int, seed: int) -> list[Example]:
 
 def example_of(row: dict[str, Any], where: str) -> Example:
     """Reads one row of a file or dataset; `where` opens the message of a ValueError."""
-    task = row.get("task")
-    prompt = next((str(row[c]) for c in _PROMPTS if row.get(c) not in (None, "")), None)
-    column = next((c for c in _ANSWERS if row.get(c) not in (None, "")), None)
-    for value, wanted in ((task, "task"), (prompt, " or ".join(_PROMPTS)), (column, " or ".join(_ANSWERS))):
-        if value in (None, ""):
-            raise ValueError(f"{where}: no column {wanted}; found {', '.join(map(str, row)) or 'none'}")
-    assert prompt is not None and column is not None
-    answer, label = str(row[column]), row.get("label")
+
+    def first(columns: tuple[str, ...]) -> str:
+        present = next((column for column in columns if row.get(column) not in (None, "")), None)
+        if present is None:
+            found = ", ".join(map(str, row)) or "none"
+            raise ValueError(f"{where}: no column {' or '.join(columns)}; found {found}")
+        return present
+
+    task, prompt, answer = (str(row[first(columns)]) for columns in (("task",), _PROMPTS, _ANSWERS))
+    label = row.get("label")
     texts = [str(choice) for choice in row.get("choices") or ()]
     label = label if isinstance(label, int) and 0 <= label < len(texts) else -1
     if texts and "instruction" not in row and "prompt" not in row:
@@ -147,7 +151,7 @@ def example_of(row: dict[str, Any], where: str) -> Example:
     choices = _answer_choices(answer, texts, label)
     final = str(row.get("answer") or answer)
     scorer = None if choices else functools.partial(final_answer_score, final)
-    return Example(str(task), prompt, answer, choices, label if choices else -1, scorer)
+    return Example(task, prompt, answer, choices, label if choices else -1, scorer)
 
 
 def final_answer_score(gold: str, text: str) -> float:
@@ -280,37 +284,49 @@ def _is_rows(path: Path) -> bool:
 
 def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each row of a file with the words that say where it stands."""
-    opened = gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8")
     number = 0
     try:
-        with opened as lines:
+        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     row = json.loads(line)
                     if not isinstance(row, dict):
                         raise ValueError("not a JSON object")
                     yield f"{file.name}, line {number}", row
-    except (ValueError, OSError, EOFError) as error:
-        if isinstance(error, ValueError) and str(error).startswith(file.name):
-            raise
+    except (ValueError, OSError, EOFError) as error:  # broken JSON, text or compression
         raise ValueError(f"{file.name}, line {number}: cannot be read ({error})") from error
 
 
 def _hub_splits(name: str) -> dict[str, list[Example]]:
+    """The rows of a hub dataset (or of a copy in the local cache), through the datasets package."""
     import datasets
 
+    from align_ext.hf.models import ask_hub
+
     repository, _, configuration = name.partition(":")
-    try:
-        loaded = datasets.load_dataset(repository, configuration or None)
-    except Exception as error:  # connection, configuration, format: datasets has no common class for them
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"there is no data file or folder {name!r}, and the hub gives no dataset: {reason}") from error
+    cached = Path(datasets.config.HF_DATASETS_CACHE, repository.replace("/", "___")).is_dir()
+    # Asked first, because load_dataset retries for half a minute on a dead network.
+    error = None if cached else ask_hub(repository, "README.md", "dataset")
+    if error is None or isinstance(error, EntryNotFoundError):
+        try:
+            loaded = datasets.load_dataset(repository, configuration or None)
+        except Exception as failure:  # connection, configuration, format: datasets has no common class for them
+            error = failure
+        else:
+            return _named_splits(name, loaded)
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    raise ValueError(f"there is no data file or folder {name!r}, and the hub gives no such dataset: {reason}")
+
+
+def _named_splits(name: str, loaded: Any) -> dict[str, list[Example]]:
+    """The rows of a DatasetDict: its train split, and the first split to test on that it has."""
     test = next((split for split in _TEST_SPLITS if split in loaded), None)
-    splits = {"train" if test else "": "train", "test": test}
+    parts = {"train" if test else "": "train", **({"test": test} if test else {})}
+    if "train" not in loaded:
+        raise ValueError(f"the dataset {name!r} has no split train (it has {', '.join(loaded)})")
     return {
         split: [example_of(row, f"{name}, {part}, row {i}") for i, row in enumerate(loaded[part])]
-        for split, part in splits.items()
-        if part in loaded
+        for split, part in parts.items()
     }
 
 

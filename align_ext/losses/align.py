@@ -16,11 +16,13 @@ class Alignment:
     Attributes:
         value: scalar, the mean (or sum) over the layers.
         per_layer: [layers].
-        tables: [layers, tasks, 2 rank] = a | b with d value / d z_t = a[task] + b[task] * z_t in each layer.
+        share: of one layer's loss in the value, 1 / layers for the mean.
+        tables: [layers, tasks, 3 rank] = a | b | mu: d value / d z_t = share * (a[task] + b[task] * (z_t - mu[task])).
     """
 
     value: Tensor
     per_layer: Tensor
+    share: float
     tables: Tensor
 
 
@@ -35,7 +37,7 @@ def align_kl(moments: Tensor, config: AlignLoraConfig) -> Alignment:
         moments, eps=config.align_eps, ddof=config.align_ddof, pairs=config.align_pairs
     )
     share = 1 / len(per_layer) if config.align_layers == "mean" else 1.0
-    return Alignment(per_layer.sum() * share, per_layer, tables * share)
+    return Alignment(per_layer.sum() * share, per_layer, share, tables)
 
 
 def merge_moments(first: Tensor, second: Tensor) -> Tensor:

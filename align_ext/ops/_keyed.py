@@ -4,7 +4,7 @@ A step is a Python object; a layer sees only its key, an int64 CPU tensor, and i
 Compilers and saved-tensor hooks may copy, save or offload both: only their values count.
 
     record_(stats!, z, ids, step, slot)      forward:  writes the moments of z into stats[slot]
-    injected_dz(z, ids, step, slot) -> dz    backward: a[task] + b[task] * z from the step's tables
+    injected_dz(z, ids, step, slot) -> dz    backward: the gradient that the step's tables hold
 """
 
 import itertools
@@ -23,8 +23,13 @@ class KeyedStep(Protocol):
     def see(self, slot: int) -> None:
         """Notes that a layer ran; a second time is an error."""
 
-    def tables_of(self, slot: int, rank: int) -> Tensor | None:
-        """A | b [tasks, 2 rank] of a layer while its loss is being differentiated, else None."""
+    def tables_of(self, slot: int, rank: int) -> tuple[Tensor, Tensor] | None:
+        """What a layer adds to dz while its loss is being differentiated, else None.
+
+        Returns:
+            d_align: scalar, the gradient that came in; it multiplies the tables.
+            tables: a | b | mu [tasks, 3 rank] of the layer.
+        """
 
 
 _STEPS: "WeakValueDictionary[int, KeyedStep]" = WeakValueDictionary()
@@ -77,10 +82,11 @@ def _injected_dz(z: Tensor, ids: Tensor, step: Tensor, slot: Tensor) -> Tensor:
             "backward reached an aligned layer, but its alignment step is gone: differentiate step.total(loss), "
             "or the loss of model(..., task_ids=ids), not a loss beside it"
         )
-    tables = owner.tables_of(int(slot), z.shape[1])
-    if tables is None:
+    armed = owner.tables_of(int(slot), z.shape[1])
+    if armed is None:
         return torch.zeros_like(z)
-    return torch.ops.align_ext.gaussian_kl_backward(z.new_ones(()), z, _token_ids(ids, z), tables.to(z.device))
+    d_align, tables = (tensor.to(z.device) for tensor in armed)
+    return torch.ops.align_ext.gaussian_kl_backward(d_align, z, _token_ids(ids, z), tables)
 
 
 def _no_output(stats: Tensor, z: Tensor, ids: Tensor, step: Tensor, slot: Tensor) -> None:

@@ -24,7 +24,7 @@ def gaussian_kl(
 
     L = Σ_{i<j} ¼ Σ_d [v_i/v_j + v_j/v_i - 2 + (mu_i - mu_j)² (1/v_i + 1/v_j)],  v_i = var_i + eps
     (Align-LoRA, 2508.05078, eq. 5), evaluated in O(num_tasks * rank) by a closed form of non-negative terms.
-    The gradient is affine in z: dz_t = a_i + b_i z_t, i = task[t]. Fewer than two tasks with at least
+    The gradient is affine in z: dz_t = a_i + b_i (z_t - mu_i), i = task[t]. Fewer than two tasks with at least
     max(2, 1 + ddof) tokens: loss 0, gradient 0.
 
     Args:
@@ -66,7 +66,7 @@ def task_moments(z: Tensor, task: Tensor, num_tasks: int) -> Tensor:
 def gaussian_kl_tables(
     moments: Tensor, *, eps: float = 1e-6, ddof: int = 0, pairs: Literal["sum", "mean"] = "sum"
 ) -> tuple[Tensor, Tensor]:
-    """Computes the KL loss of every layer from its moments, and the tables a | b of its gradient in z.
+    """Computes the KL loss of every layer from its moments, and the tables a | b | mu of its gradient in z.
 
     Args:
         moments: [layers, tasks, 2 rank + 1] = n | mean | M2.
@@ -76,7 +76,7 @@ def gaussian_kl_tables(
 
     Returns:
         loss: [layers].
-        tables: [layers, tasks, 2 rank], so that dL/dz_t = a[task] + b[task] * z_t.
+        tables: [layers, tasks, 3 rank] = a | b | mu, so that dL/dz_t = a[task] + b[task] * (z_t - mu[task]).
     """
     return torch.ops.align_ext.gaussian_kl_tables(moments, eps, ddof, pairs == "mean")
 
@@ -93,12 +93,12 @@ def _(z: Tensor, task: Tensor, num_tasks: int) -> Tensor:
 @torch.library.register_fake("align_ext::gaussian_kl_tables")
 def _(moments: Tensor, eps: float, ddof: int, mean_pairs: bool) -> tuple[Tensor, Tensor]:
     layers, tasks, width = moments.shape
-    return moments.new_empty((layers,)), moments.new_empty((layers, tasks, width - 1))
+    return moments.new_empty((layers,)), moments.new_empty((layers, tasks, width // 2 * 3))
 
 
 @torch.library.register_fake("align_ext::gaussian_kl")
 def _(z: Tensor, task: Tensor, num_tasks: int, eps: float, ddof: int, mean_pairs: bool) -> tuple[Tensor, Tensor]:
-    return z.new_empty((), dtype=_acc(z)), z.new_empty((num_tasks, 2 * z.shape[1]), dtype=_acc(z))
+    return z.new_empty((), dtype=_acc(z)), z.new_empty((num_tasks, 3 * z.shape[1]), dtype=_acc(z))
 
 
 @torch.library.register_fake("align_ext::gaussian_kl_backward")

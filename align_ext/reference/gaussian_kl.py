@@ -37,7 +37,7 @@ def task_moments(z: Tensor, task: Tensor, num_tasks: int) -> Tensor:
 def gaussian_kl_tables(
     moments: Tensor, *, eps: float = 1e-6, ddof: int = 0, pairs: str = "sum"
 ) -> tuple[Tensor, Tensor]:
-    """Computes the loss of each layer from its moments and, by autograd, a | b with dL/dz_t = a + b z_t."""
+    """Computes the loss of each layer from its moments and, by autograd, a | b | mu: dL/dz_t = a + b (z_t - mu)."""
     rank = moments.shape[-1] // 2
     n, mean, m2 = moments.detach().split([1, rank, rank], dim=-1)
     mean, var = mean.clone().requires_grad_(), (m2 / (n - ddof).clamp_min(1)).requires_grad_()
@@ -53,6 +53,5 @@ def gaussian_kl_tables(
         losses.append(torch.stack(terms).sum() / max(count, 1))
     loss = torch.stack(losses)
     d_mean, d_var = torch.autograd.grad(loss.sum(), (mean, var))
-    b = 2 * d_var / (n - ddof).clamp_min(1)
-    a = d_mean / n.clamp_min(1) - b * mean.detach()
-    return loss.detach(), torch.cat([a, b], dim=-1)
+    a, b = d_mean / n.clamp_min(1), 2 * d_var / (n - ddof).clamp_min(1)
+    return loss.detach(), torch.cat([a, b, mean.detach()], dim=-1)

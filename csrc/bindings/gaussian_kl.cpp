@@ -21,11 +21,11 @@ std::tuple<Tensor, Tensor> gaussian_kl_tables(const Tensor& moments, double eps,
   const int64_t layers = moments.size(0), tasks = moments.size(1), rank = moments.size(2) / 2;
   const Tensor mc = contiguous_as(moments, acc_type(moments));
   Tensor loss = torch::stable::new_empty(mc, {layers});
-  Tensor tables = torch::stable::new_empty(mc, {layers, tasks, 2 * rank});
+  Tensor tables = torch::stable::new_empty(mc, {layers, tasks, 3 * rank});
   const auto run = [&](auto type) {
     using A = decltype(type);
-    cpu::gaussian_kl_tables<A>({layers, rank, tasks, eps, int(ddof), mean_pairs, data<A>(mc), mutable_data<A>(loss),
-                                mutable_data<A>(tables)});
+    cpu::gaussian_kl_tables<A>(
+        {layers, rank, tasks, eps, int(ddof), mean_pairs, data<A>(mc), mutable_data<A>(loss), mutable_data<A>(tables)});
   };
   mc.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
   return {loss, tables};

@@ -15,15 +15,15 @@ inline void check_latent(const Tensor& z, const Tensor& task) {
 }
 
 inline void check_moments(const Tensor& moments, int64_t ddof) {
-  STD_TORCH_CHECK(moments.dim() == 3 && moments.size(2) % 2 == 1,
-                  "moments must be [layers, tasks, 2 rank + 1], got ", shape_of(moments));
+  STD_TORCH_CHECK(moments.dim() == 3 && moments.size(2) % 2 == 1, "moments must be [layers, tasks, 2 rank + 1], got ",
+                  shape_of(moments));
   STD_TORCH_CHECK(ddof == 0 || ddof == 1, "ddof must be 0 or 1, got ", ddof);
 }
 
 inline int64_t check_tables(const Tensor& d_loss, const Tensor& z, const Tensor& task, const Tensor& tables) {
   check_latent(z, task);
   STD_TORCH_CHECK(d_loss.numel() == 1, "d_loss must hold one value, got ", shape_of(d_loss));
-  STD_TORCH_CHECK(tables.dim() == 2 && tables.size(1) == 2 * z.size(1), "tables must be [tasks, 2 rank], got ",
+  STD_TORCH_CHECK(tables.dim() == 2 && tables.size(1) == 3 * z.size(1), "tables must be [tasks, 3 rank], got ",
                   shape_of(tables));
   return tables.size(0);
 }

@@ -12,10 +12,14 @@ using torch::stable::accelerator::DeviceGuard;
 template <typename Body>
 void dispatch_cuda_dtype(const Tensor& tensor, const char* name, const Body& body) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return body(float{});
-    case ScalarType::BFloat16: return body(bfloat16{});
-    case ScalarType::Half: return body(float16{});
-    default: STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16 on CUDA");
+    case ScalarType::Float:
+      return body(float{});
+    case ScalarType::BFloat16:
+      return body(bfloat16{});
+    case ScalarType::Half:
+      return body(float16{});
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16 on CUDA");
   }
 }
 
@@ -40,7 +44,7 @@ std::tuple<Tensor, Tensor> gaussian_kl_tables(const Tensor& moments, double eps,
   const int64_t layers = moments.size(0), tasks = moments.size(1), rank = moments.size(2) / 2;
   const Tensor mc = contiguous_as(moments, ScalarType::Float);
   Tensor loss = torch::stable::new_empty(mc, {layers});
-  Tensor tables = torch::stable::new_empty(mc, {layers, tasks, 2 * rank});
+  Tensor tables = torch::stable::new_empty(mc, {layers, tasks, 3 * rank});
   cuda::gaussian_kl_tables<float>({layers, rank, tasks, eps, int(ddof), mean_pairs, data<float>(mc),
                                    mutable_data<float>(loss), mutable_data<float>(tables)},
                                   current_stream(moments.get_device_index()));

@@ -4,6 +4,7 @@
 
 #include "bindings/compose.h"
 #include "bindings/tensors.h"
+#include "ops/philox.h"
 
 namespace align {
 namespace {
@@ -20,10 +21,9 @@ GroupedLoraShape check_inputs(const Tensor& x, const Tensor& A, const Tensor& B)
   shape.rank = A.size(A.dim() - 2);
   STD_TORCH_CHECK(A.size(A.dim() - 1) == shape.in_dim, "A must be [", A.dim() == 3 ? "groups, " : "",
                   "rank, in_dim] with in_dim ", shape.in_dim, " as in x, got ", shape_of(A));
-  STD_TORCH_CHECK(B.dim() == A.dim() && B.size(B.dim() - 1) == shape.rank &&
-                      (B.dim() == 2 || B.size(0) == shape.groups),
-                  "B must be [", A.dim() == 3 ? "groups, " : "", "out_dim, rank] to match A ", shape_of(A), ", got ",
-                  shape_of(B));
+  STD_TORCH_CHECK(
+      B.dim() == A.dim() && B.size(B.dim() - 1) == shape.rank && (B.dim() == 2 || B.size(0) == shape.groups),
+      "B must be [", A.dim() == 3 ? "groups, " : "", "out_dim, rank] to match A ", shape_of(A), ", got ", shape_of(B));
   shape.out_dim = B.size(B.dim() - 2);
   return shape;
 }
@@ -77,7 +77,7 @@ struct GroupedRows {
 };
 
 InputDropout check_dropout(double p, const OptionalTensor& rng) {
-  STD_TORCH_CHECK(p >= 0 && p < 1, "p must be in [0, 1), got ", p);
+  STD_TORCH_CHECK(p >= 0 && dropout_threshold(p) < 65536, "p must be in [0, 1 - 2^-17), got ", p);
   if (p == 0) return {0, nullptr};
   STD_TORCH_CHECK(rng, "rng must be given when p > 0");
   check_shape(*rng, {2}, "rng");
@@ -92,8 +92,8 @@ std::vector<int64_t> with_last_dim(const Tensor& x, int64_t last) {
 }
 
 // What the low-rank term is added to, [tokens, out_dim]: base(x) into a new tensor, or base_out.
-Tensor base_of(const Tensor& x, const GroupedLoraShape& shape, const OptionalTensor& weight,
-               const OptionalTensor& bias, const OptionalTensor& base_out) {
+Tensor base_of(const Tensor& x, const GroupedLoraShape& shape, const OptionalTensor& weight, const OptionalTensor& bias,
+               const OptionalTensor& base_out) {
   STD_TORCH_CHECK(weight.has_value() != base_out.has_value(), "give exactly one of weight and base_out");
   const ScalarType dtype = x.scalar_type();
   if (base_out) {
@@ -166,9 +166,8 @@ std::tuple<Tensor, Tensor, Tensor> grouped_lora_backward(const Tensor& dy, const
     Tensor workspace = empty_bytes(x, cpu::grouped_lora_backward_workspace(shape, p > 0));
     T* dx_data = need_dx ? mutable_data<T>(dx) : nullptr;
     cpu::grouped_lora_backward<T>({shape, rows.view, dropout, scaling, data<T>(xc), data<Acc<T>>(zc), data<T>(Ac),
-                                   data<T>(Bc), has_base ? dx_data : nullptr, data<T>(dyc), data<Acc<T>>(dzc),
-                                   dx_data, mutable_data<Acc<T>>(dA), mutable_data<Acc<T>>(dB),
-                                   workspace.mutable_data_ptr()});
+                                   data<T>(Bc), has_base ? dx_data : nullptr, data<T>(dyc), data<Acc<T>>(dzc), dx_data,
+                                   mutable_data<Acc<T>>(dA), mutable_data<Acc<T>>(dB), workspace.mutable_data_ptr()});
   });
   return {dx, dA, dB};
 }

@@ -13,8 +13,7 @@ STABLE_TORCH_LIBRARY(align_ext, m) {
       "-> (Tensor dx, Tensor dA, Tensor dB)");
 
   m.def("task_moments(Tensor z, Tensor task, int num_tasks) -> Tensor");
-  m.def(
-      "gaussian_kl_tables(Tensor moments, float eps, int ddof, bool mean_pairs) -> (Tensor loss, Tensor tables)");
+  m.def("gaussian_kl_tables(Tensor moments, float eps, int ddof, bool mean_pairs) -> (Tensor loss, Tensor tables)");
   m.def(
       "gaussian_kl(Tensor z, Tensor task, int num_tasks, float eps, int ddof, bool mean_pairs) "
       "-> (Tensor loss, Tensor tables)");

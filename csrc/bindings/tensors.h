@@ -1,14 +1,14 @@
 // What every binding needs of torch: optional tensors, dtype dispatch, checks that name the argument.
 #pragma once
 
+#include <optional>
+#include <string>
+#include <vector>
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-
-#include <optional>
-#include <string>
-#include <vector>
 
 #include "ops/dtype.h"
 
@@ -67,11 +67,16 @@ T* mutable_data(Tensor& tensor) {
 template <typename Body>
 void dispatch_dtype(const Tensor& tensor, const char* name, const Body& body) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return body(float{});
-    case ScalarType::BFloat16: return body(bfloat16{});
-    case ScalarType::Half: return body(float16{});
-    case ScalarType::Double: return body(double{});
-    default: STD_TORCH_CHECK(false, name, " must be float32, bfloat16, float16 or float64");
+    case ScalarType::Float:
+      return body(float{});
+    case ScalarType::BFloat16:
+      return body(bfloat16{});
+    case ScalarType::Half:
+      return body(float16{});
+    case ScalarType::Double:
+      return body(double{});
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, bfloat16, float16 or float64");
   }
 }
 

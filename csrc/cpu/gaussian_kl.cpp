@@ -204,15 +204,15 @@ void fill_tables(const LayerMoments<A>& layer, double active, double scale, int6
   const int64_t rank = layer.args.rank;
   for (int64_t i = 0; i < layer.args.tasks; ++i) {
     if (!layer.active(i)) continue;
-    A* a = tables + i * 2 * rank + first;
-    A* b = a + rank;
+    A* a = tables + i * 3 * rank + first;
+    A *b = a + rank, *center = b + rank;
     for (int64_t l = 0; l < count; ++l) {
       const double mu = layer.mu(i, first + l), p = 1 / layer.v(i, first + l), c = mu - sums.mu[l];
       const double d_mu = 0.5 * (active * p * c + c * sums.p[l] - sums.pc[l]);
       const double d_var = 0.25 * (sums.p[l] - p * p * (active * sums.v[l] + active * c * c + sums.c2[l]));
-      const double slope = 2 * d_var / (layer.n(i) - layer.args.ddof);
-      b[l] = A(scale * slope);
-      a[l] = A(scale * (d_mu / layer.n(i) - slope * mu));
+      a[l] = A(scale * d_mu / layer.n(i));
+      b[l] = A(scale * 2 * d_var / (layer.n(i) - layer.args.ddof));
+      center[l] = A(mu);
     }
   }
 }
@@ -221,8 +221,8 @@ template <typename A>
 void layer_tables(const GaussianKlTablesArgs<A>& args, int64_t index) {
   const int64_t rank = args.rank, tasks = args.tasks;
   const LayerMoments<A> layer{args, args.moments + index * tasks * (2 * rank + 1)};
-  A* tables = args.tables + index * tasks * 2 * rank;
-  std::fill_n(tables, tasks * 2 * rank, A(0));
+  A* tables = args.tables + index * tasks * 3 * rank;
+  std::fill_n(tables, tasks * 3 * rank, A(0));
   double active = 0, loss = 0;
   for (int64_t i = 0; i < tasks; ++i) active += layer.active(i);
   const double scale = args.mean_pairs ? 2 / (active * (active - 1)) : 1;
@@ -246,11 +246,12 @@ void backward_rows(const GaussianKlBackwardArgs<T>& args, int64_t begin, int64_t
     for (int64_t t = begin; t < end; ++t) {
       const int64_t id = args.task[t];
       const bool counts = id >= 0 && id < args.tasks;
-      const A* a = args.tables + (counts ? id * 2 * rank : 0);
+      const A* a = args.tables + (counts ? id * 3 * rank : 0);
+      const A *b = a + rank, *mu = b + rank;
       for_dims(rank, [&](auto width, int64_t d) ALIGN_INLINE_LAMBDA {
         for (int l = 0; l < width(); ++l) {
           const int64_t e = t * rank + d + l;
-          const A dz = counts ? d_loss * (a[d + l] + a[rank + d + l] * widen(args.z[e])) : A(0);
+          const A dz = counts ? d_loss * (a[d + l] + b[d + l] * (widen(args.z[e]) - mu[d + l])) : A(0);
           args.dz[e] = narrow<T>(dz);
         }
       });

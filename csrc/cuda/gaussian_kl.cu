@@ -178,7 +178,7 @@ template <typename A>
 __global__ void __launch_bounds__(kTableThreads) tables_kernel(GaussianKlTablesArgs<A> args) {
   const int64_t rank = args.rank;
   const LayerMoments<A> layer{args, args.moments + blockIdx.x * args.tasks * (2 * rank + 1)};
-  A* tables = args.tables + blockIdx.x * args.tasks * 2 * rank;
+  A* tables = args.tables + blockIdx.x * args.tasks * 3 * rank;
   double active = 0, loss = 0;
   for (int64_t i = 0; i < args.tasks; ++i) active += layer.active(i);
   const double scale = active < 2 ? 0 : args.mean_pairs ? 2 / (active * (active - 1)) : 1;
@@ -190,16 +190,19 @@ __global__ void __launch_bounds__(kTableThreads) tables_kernel(GaussianKlTablesA
     }
 #pragma unroll 1
     for (int64_t i = 0; i < args.tasks; ++i) {
-      double a = 0, b = 0;
+      double a = 0, b = 0, mu = 0;
       if (active >= 2 && layer.active(i)) {
-        const double mu = layer.mu(i, d), p = 1 / layer.v(i, d), c = mu - s.mu;
+        mu = layer.mu(i, d);
+        const double p = 1 / layer.v(i, d), c = mu - s.mu;
         const double d_mu = 0.5 * (active * p * c + c * s.p - s.pc);
         const double d_var = 0.25 * (s.p - p * p * (active * s.v + active * c * c + s.c2));
+        a = d_mu / layer.n(i);
         b = 2 * d_var / (layer.n(i) - args.ddof);
-        a = d_mu / layer.n(i) - b * mu;
       }
-      tables[i * 2 * rank + d] = A(scale * a);
-      tables[i * 2 * rank + rank + d] = A(scale * b);
+      A* table = tables + i * 3 * rank + d;
+      table[0] = A(scale * a);
+      table[rank] = A(scale * b);
+      table[2 * rank] = A(mu);
     }
   }
   loss = block_sum(loss);
@@ -214,12 +217,12 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(GaussianKlBackwardAr
   if (t >= args.tokens) return;
   const int64_t id = args.task[t];
   const bool counts = id >= 0 && id < args.tasks;
-  const float* a = args.tables + (counts ? id * 2 * args.rank : 0);
-  const float* b = a + args.rank;
+  const float* a = args.tables + (counts ? id * 3 * args.rank : 0);
+  const float *b = a + args.rank, *mu = b + args.rank;
   const float d_loss = args.d_loss[0];
   for (int64_t d = threadIdx.x % lanes; d < args.rank; d += lanes) {
     const int64_t e = t * args.rank + d;
-    args.dz[e] = narrow<T>(counts ? d_loss * (a[d] + b[d] * widen(args.z[e])) : 0.f);
+    args.dz[e] = narrow<T>(counts ? d_loss * (a[d] + b[d] * (widen(args.z[e]) - mu[d])) : 0.f);
   }
 }
 

@@ -8,11 +8,11 @@
 //   sum_{i<j} D_ij = 1/4 sum_d [ (Ma/vb) sum_i (v_i-vb)^2 p_i  +  Ma sum_i p_i c_i^2  +  (sum p)(sum c^2) ]
 //   dL/dmu_i  = 1/2 [ Ma p_i c_i + c_i sum p - sum(p c) ]
 //   dL/dvar_i = 1/4 [ sum p - p_i^2 (Ma vb + Ma c_i^2 + sum c^2) ]
-//   dz_t      = a_i + b_i z_t,   b_i = 2 dL/dvar_i / (n_i - ddof),   a_i = dL/dmu_i / n_i - b_i mu_i
+//   dz_t      = a_i + b_i (z_t - mu_i),   a_i = dL/dmu_i / n_i,   b_i = 2 dL/dvar_i / (n_i - ddof)
 //
-// O(tasks * rank) instead of O(tasks^2 * rank), every term non-negative. Fewer than two active tasks: loss and tables 0.
-// "mean" pairs divides everything by Ma (Ma - 1) / 2.
-// Bytes moved (floor): moments z once, backward z and dz once; the tables are of the size of the moments.
+// O(tasks * rank) instead of O(tasks^2 * rank), every term non-negative. Fewer than two active tasks: loss and tables
+// 0. "mean" pairs divides everything by Ma (Ma - 1) / 2. Bytes moved (floor): moments z once, backward z and dz once;
+// the tables are of the size of the moments.
 #pragma once
 
 #include <cstdint>
@@ -39,11 +39,11 @@ struct GaussianKlTablesArgs {
   int64_t rank;
   int64_t tasks;
   double eps;
-  int ddof;         // 0 or 1
-  bool mean_pairs;  // average over the active pairs instead of summing
+  int ddof;          // 0 or 1
+  bool mean_pairs;   // average over the active pairs instead of summing
   const A* moments;  // [layers, tasks, 2 rank + 1]
   A* loss;           // [layers], assigned
-  A* tables;         // [layers, tasks, 2 rank] = a | b, assigned
+  A* tables;         // [layers, tasks, 3 rank] = a | b | mu, assigned
 };
 
 template <typename T>
@@ -53,9 +53,9 @@ struct GaussianKlBackwardArgs {
   int64_t tasks;
   const T* z;            // [tokens, rank]
   const int64_t* task;   // [tokens]
-  const Acc<T>* tables;  // [tasks, 2 rank] = a | b
+  const Acc<T>* tables;  // [tasks, 3 rank] = a | b | mu
   // grad outputs
-  const Acc<T>* d_loss;  // [1], multiplies the tables
+  const Acc<T>* d_loss;  // [1], multiplies a and b
   // grad inputs
   T* dz;  // [tokens, rank], assigned; zero where the token does not count
 };

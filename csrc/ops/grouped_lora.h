@@ -65,13 +65,13 @@ struct GroupedLoraBackwardArgs {
   InputDropout dropout;
   double scaling;
   // inputs
-  const T* x;          // [tokens, in_dim]
-  const Acc<T>* z;     // [tokens, rank] of the forward
-  const T* A;          // [groups, rank, in_dim]
-  const T* B;          // [groups, out_dim, rank]
-  const T* dx_in;      // [tokens, in_dim] what dx starts from (may be dx itself), or null: zero
+  const T* x;       // [tokens, in_dim]
+  const Acc<T>* z;  // [tokens, rank] of the forward
+  const T* A;       // [groups, rank, in_dim]
+  const T* B;       // [groups, out_dim, rank]
+  const T* dx_in;   // [tokens, in_dim] what dx starts from (may be dx itself), or null: zero
   // grad outputs
-  const T* dy;         // [tokens, out_dim]
+  const T* dy;          // [tokens, out_dim]
   const Acc<T>* dz_in;  // [tokens, rank], or null: zero
   // grad inputs
   T* dx;       // [tokens, in_dim], assigned dx_in + low rank, or null: not wanted
