@@ -23,8 +23,8 @@ format:  ## rewrites the sources in the project's style
 test:  ## all Python tests; they build and run the C++ tests too
 	pytest
 
-check-full: check test  ## and what takes longer: torch versions, mutations, the demo run
-	$(PYTHON) benchmarks/check_full.py
+check-full: check test  ## and what takes longer: torch versions, ways to install, mutations
+	.ci/check-full
 
 bench:  ## each operator against plain PyTorch
 	for bench in benchmarks/bench_*.py; do $(PYTHON) $$bench || exit 1; done

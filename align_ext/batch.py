@@ -7,9 +7,10 @@
 or, the same behind forward hooks (align_ext/hooks.py):  model(**batch, task_ids=task_ids).loss.backward().
 
 In backward the loss node runs first, since everything else hangs below it, and arms the step's tables (the gradient
-in z, affine per task and layer) and what came in. Each layer's backward finds the step by its key and adds
-a[task] + b[task] * (z - mu[task]) to dz (align_ext/ops/_keyed.py). So the gradient is exact whatever the training loop does:
-activation checkpointing of either kind, accumulation, loss scaling, pending forwards, compilation, data parallelism.
+in z, affine per task and layer) with what came in. Each layer's backward finds the step by its key and adds
+a[task] + b[task] * (z - mu[task]) to dz (align_ext/ops/_keyed.py). So the gradient is exact whatever the training
+loop does: activation checkpointing of either kind, accumulation, loss scaling, pending forwards, compilation, data
+parallelism.
 docs/numerics.md derives the tables; docs/architecture.md follows one batch through these files.
 """
 
@@ -169,7 +170,7 @@ class Step:
         self.seen.add(slot)
 
     def tables_of(self, slot: int, rank: int) -> tuple[Tensor, Tensor] | None:
-        """The incoming gradient and a | b | mu of one layer, [tasks, 3 rank], while the loss is being differentiated."""
+        """The incoming gradient and a | b | mu of one layer, [tasks, 3 rank]; None outside the loss's backward."""
         if self._d_align is None or self.alignment is None:
             if self.strict and not self._differentiated:
                 raise RuntimeError(_NOT_DIFFERENTIATED)

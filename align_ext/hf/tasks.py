@@ -138,7 +138,7 @@ def example_of(row: dict[str, Any], where: str) -> Example:
     def first(columns: tuple[str, ...]) -> str:
         present = next((column for column in columns if row.get(column) not in (None, "")), None)
         if present is None:
-            found = ", ".join(map(str, row)) or "none"
+            found = ", ".join(str(c) for c in row if row[c] not in (None, "")) or "none"
             raise ValueError(f"{where}: no column {' or '.join(columns)}; found {found}")
         return present
 
@@ -146,7 +146,7 @@ def example_of(row: dict[str, Any], where: str) -> Example:
     label = row.get("label")
     texts = [str(choice) for choice in row.get("choices") or ()]
     label = label if isinstance(label, int) and 0 <= label < len(texts) else -1
-    if texts and "instruction" not in row and "prompt" not in row:
+    if texts and not row.get("instruction") and not row.get("prompt"):
         prompt = "\n".join([prompt, *(f"- {text}" for text in texts)])
     choices = _answer_choices(answer, texts, label)
     final = str(row.get("answer") or answer)

@@ -1,0 +1,224 @@
+"""Breaks the code on purpose, one place at a time, and sees that some test falls each time.
+
+Python mutants run the Python tests named with them; C++ mutants run a C++ test. Works on a copy of the tree. Exits
+with 1 if a mutant survives, with 2 if a mutation does not apply any more. Usage: python .ci/mutations.py [word]
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Mutant(NamedTuple):
+    """A change of the sources and the test that must notice it."""
+
+    what: str
+    file: str
+    before: str
+    after: str
+    test: str  # pytest arguments, or the name of a C++ test
+
+
+BATCH = "python_tests/test_batch.py -k 'exact_in_every_mode and False or reference_amount'"
+OP = "python_tests/ops/test_grouped_lora.py -k 'hand_computed or match_the_reference'"
+MUTANTS = [
+    Mutant(
+        "drop the KL term", "align_ext/batch.py", "return _Total.apply(", "return loss\n        _Total.apply(", BATCH
+    ),
+    Mutant("the KL without a gradient", "align_ext/batch.py", "ctx.step.arm(ctx.factor *", "ctx.step.arm(0 *", BATCH),
+    Mutant(
+        "detach z",
+        "align_ext/ops/grouped_lora.py",
+        "dz = injected if dz is None else dz + injected",
+        "pass",
+        BATCH,
+    ),
+    Mutant(
+        "ignore the attention mask",
+        "align_ext/batch.py",
+        "self.ids = torch.where(keep.to(ids.device), ids, NO_TASK)",
+        "self.ids = ids.expand(keep.shape)",
+        BATCH,
+    ),
+    Mutant(
+        "ignore the incoming gradient",
+        "align_ext/batch.py",
+        "ctx.factor * d_total",
+        "ctx.factor * d_total / d_total",
+        BATCH,
+    ),
+    Mutant(
+        "record again in recomputation",
+        "align_ext/ops/_keyed.py",
+        "_current_graph_task_id() != -1",
+        "_current_graph_task_id() == -2",
+        BATCH,
+    ),
+    Mutant(
+        "recompute in the wrong step",
+        "align_ext/batch.py",
+        "outer, state.current = state.current, step\n            try:\n                return function",
+        "outer = state.current\n            try:\n                return function",
+        BATCH,
+    ),
+    Mutant(
+        "tables stay armed",
+        "align_ext/batch.py",
+        "self._d_align = None\n        self.state.armed[:]",
+        "self.state.armed[:]",
+        "python_tests/test_batch.py python_tests/test_batch_errors.py -k 'disarmed'",
+    ),
+    Mutant(
+        "forget the number of processes",
+        "align_ext/batch.py",
+        "factor * world * self",
+        "factor * self",
+        "python_tests/test_batch.py -k two_processes",
+    ),
+    Mutant(
+        "merge moments without the shift of means",
+        "align_ext/losses/align.py",
+        "m1 + m2 + delta * delta * n1 * share",
+        "m1 + m2",
+        "python_tests/test_batch.py -k two_processes",
+    ),
+    Mutant("mean over layers becomes a sum", "align_ext/losses/align.py", "1 / len(per_layer) if", "1.0 if", BATCH),
+    Mutant(
+        "merge without the scaling",
+        "align_ext/nn/lora.py",
+        "return self.scaling * (B",
+        "return (B",
+        "python_tests/hf/test_export.py -k merging",
+    ),
+    Mutant(
+        "A is not saved as trained",
+        "align_ext/hf/export.py",
+        '("lora_A", layer.lora_A.weight)',
+        '("lora_A", layer.lora_A.weight * 1.01)',
+        "python_tests/hf/test_export.py -k peft",
+    ),
+    Mutant(
+        "non-finite weights load",
+        "align_ext/hf/export.py",
+        "        _finite(tensors[key], key)",
+        "        pass",
+        "python_tests/hf/test_export.py -k strict",
+    ),
+    Mutant(
+        "dropout in evaluation",
+        "align_ext/nn/lora.py",
+        "self.dropout_p if self.training else 0.0",
+        "self.dropout_p",
+        "python_tests/test_batch.py -k evaluation",
+    ),
+    Mutant(
+        "another mask in every recomputation",
+        "align_ext/ops/grouped_lora.py",
+        "torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device)",
+        "torch.tensor([id(object()), __import__('time').time_ns()])",
+        "python_tests/test_batch.py -k dropout_and_alignment",
+    ),
+    Mutant(
+        "ignore the dropout mask in z",
+        "csrc/cpu/skinny.cpp",
+        "xd[i] = mask<kMasked, W, A>(load_x(op.x + element[i] + c), op.keep, element[i] + c);",
+        "xd[i] = load_x(op.x + element[i] + c);",
+        "test_grouped_lora",
+    ),
+    Mutant(
+        "ignore the dropout mask in dx",
+        "csrc/cpu/skinny.cpp",
+        "op.scale * mask<kMasked, W, A>(sum[i][v], op.keep, e)",
+        "op.scale * sum[i][v]",
+        "test_grouped_lora",
+    ),
+    Mutant(
+        "forget the scale of kept elements",
+        "csrc/cpu/grouped_lora.cpp",
+        "saved[j] = latent[j] *= job.dropout_scale",
+        "saved[j] = latent[j] *= 1",
+        "test_grouped_lora",
+    ),
+    Mutant(
+        "forget the scaling in dz",
+        "csrc/cpu/grouped_lora.cpp",
+        "dz[j] *= Acc<T>(args.scaling)",
+        "dz[j] *= 1",
+        "test_grouped_lora",
+    ),
+    Mutant(
+        "drop the variances' term of the KL",
+        "csrc/cpu/gaussian_kl.cpp",
+        "active / sums.v[l] * sums.spread[l] + ",
+        "",
+        "test_gaussian_kl",
+    ),
+    Mutant(
+        "drop a term of dL/dmu",
+        "csrc/cpu/gaussian_kl.cpp",
+        "c * sums.p[l] - sums.pc[l]",
+        "c * sums.p[l]",
+        "test_gaussian_kl",
+    ),
+    Mutant(
+        "ignore ddof",
+        "csrc/cpu/gaussian_kl.cpp",
+        "scale * 2 * d_var / (layer.n(i) - layer.args.ddof)",
+        "scale * 2 * d_var / layer.n(i)",
+        "test_gaussian_kl",
+    ),
+]
+
+
+def apply(mutant: Mutant, tree: Path) -> bool:
+    """Writes the mutant into a tree; False if its place is not there exactly once."""
+    path = tree / mutant.file
+    text = path.read_text()
+    if text.count(mutant.before) != 1:
+        return False
+    path.write_text(text.replace(mutant.before, mutant.after))
+    return True
+
+
+def falls(mutant: Mutant, tree: Path) -> bool:
+    """Whether the mutant's test fails in a tree."""
+    environment = os.environ | {"PYTHONPATH": str(tree), "HF_HUB_OFFLINE": "1"}
+    if mutant.file.startswith("csrc"):
+        build = f"cmake -S . -B build -G Ninja -DALIGN_TESTS=ON && cmake --build build --target {mutant.test}"
+        subprocess.run(build, shell=True, cwd=tree, check=True, capture_output=True)
+        command = f"build/{mutant.test}"
+    else:
+        command = f"{sys.executable} -m pytest -x -q -p no:cacheprovider {mutant.test}"
+    return (
+        subprocess.run(command, shell=True, cwd=tree, env=environment, capture_output=True, check=False).returncode == 1
+    )
+
+
+def main() -> int:
+    """Runs all mutants, or those whose description holds the word given."""
+    word = sys.argv[1] if len(sys.argv) > 1 else ""
+    survived, stale = [], []
+    for mutant in (m for m in MUTANTS if word in m.what):
+        with tempfile.TemporaryDirectory() as folder:
+            tree = Path(folder) / "tree"
+            shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", "build", "__pycache__"))
+            if not apply(mutant, tree):
+                stale.append(mutant.what)
+                verdict = "does not apply"
+            elif falls(mutant, tree):
+                verdict = "killed"
+            else:
+                survived.append(mutant.what)
+                verdict = "SURVIVED"
+        print(f"{verdict:15s}{mutant.what} ({mutant.file})", flush=True)
+    return 2 if stale else 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""The command line: mistakes are one line and exit code 2, files and flags combine, and train and doctor run."""
+
+import json
+import subprocess
+import sys
+
+import huggingface_hub
+import pytest
+import yaml
+from hf.words import model_folder, write_rows
+
+from align_ext import __version__, cli
+from align_ext.diagnostics import doctor
+from align_ext.hf.options import TrainOptions
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs align-lora in an empty folder without a hub; returns (exit code, stdout, stderr)."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["align-lora", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return ended.value.code, captured.out, captured.err
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--bathc-size", 3], "--bathc-size"),
+        (["train", "--steps"], "--steps"),
+        (["train", "--steps", "many"], "--steps"),
+        (["train", "--steps", -3], "steps must be a positive integer, got -3"),
+        (["train", "--align", "mmmd"], "align must be one of"),
+        (["train", "--data", "absent.jsonl"], "no data file or folder 'absent.jsonl'"),
+        (["train", "--model", "/absent"], "no model folder '/absent'"),
+        (["train", "--tasks", "chain_sun"], "'chain_sum'"),
+        (["train", "--config", "absent.yaml"], "cannot read the configuration 'absent.yaml'"),
+        (["tarin"], "tarin"),
+    ],
+)
+def test_a_mistake_is_one_line_on_stderr_exit_code_2_and_nothing_written(run, arguments, message, tmp_path):
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("align-lora: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_an_unknown_key_of_a_file_is_named_with_the_nearest(run, tmp_path):
+    (tmp_path / "x.yaml").write_text("step: 3\n")
+    code, _, err = run("train", "--config", tmp_path / "x.yaml")
+    assert code == 2
+    assert "'step'; did you mean 'steps'" in err
+
+
+def test_flags_override_the_file_and_the_printed_configuration_is_such_a_file(run, tmp_path):
+    (tmp_path / "x.yaml").write_text("steps: 3\nbatch-size: 6\nlr: 1e-3\n")
+    code, out, _ = run("train", "--config", tmp_path / "x.yaml", "--batch-size", 4, "--tasks", "a,b", "--print-config")
+    assert code == 0
+    options = TrainOptions.from_mapping(yaml.safe_load(out))
+    assert options == TrainOptions(steps=3, batch_size=4, lr=1e-3, tasks=("a", "b"))
+
+
+def test_every_option_is_a_flag_with_its_default_in_the_help(run):
+    code, out, _ = run("train", "--help")
+    assert code == 0
+    text = " ".join(out.split())
+    for name, value in TrainOptions().to_dict().items():
+        assert f"--{name.replace('_', '-')} " in text
+        if isinstance(value, int | float) and value:
+            assert f"[{value}]" in text, name
+
+
+def test_train_runs_a_local_model_on_local_rows(run, tmp_path):
+    model_folder(tmp_path / "model", chat=True)
+    write_rows(tmp_path / "rows.jsonl")
+    flags = ["--steps", 2, "--eval-examples", 2, "--dtype", "float32", "--output", "out", "--device", "cpu"]
+    code, out, err = run("train", "--model", tmp_path / "model", "--data", tmp_path / "rows.jsonl", *flags)
+    assert code == 0, err
+    results = json.loads((tmp_path / "work/out/results.json").read_text())
+    assert set(results["after"]["tasks"]) == {"next", "threes"}
+    for expected in ("step 2/2", "next", "threes", "alignment loss", "stock PEFT: same logits", "wrote out"):
+        assert expected in out
+
+
+def test_a_failed_check_is_exit_code_1(run, tmp_path, monkeypatch):
+    from align_ext.hf import recipe
+
+    model_folder(tmp_path / "model")
+    write_rows(tmp_path / "rows.jsonl")
+    monkeypatch.setattr(recipe, "_SAME", -1.0)
+    flags = ["--steps", 1, "--eval-examples", 2, "--output", "out", "--device", "cpu"]
+    code, out, _ = run("train", "--model", tmp_path / "model", "--data", tmp_path / "rows.jsonl", *flags)
+    assert code == 1
+    assert "OTHER LOGITS" in out
+    assert (tmp_path / "work/out/adapter").is_dir()
+
+
+def test_ctrl_c_is_exit_code_130_without_a_traceback(run, monkeypatch):
+    from align_ext.hf import recipe
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe, "prepare", interrupted)
+    code, _, err = run("train")
+    assert code == 130
+    assert err == "align-lora: interrupted\n"
+
+
+def test_an_error_of_our_own_keeps_its_traceback(run, tmp_path, monkeypatch):
+    from align_ext.hf import recipe
+
+    def broken(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(recipe, "prepare", broken)
+    monkeypatch.setattr(sys, "argv", ["align-lora", "train"])
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main()
+
+
+@pytest.mark.parametrize("healthy", [True, False])
+def test_the_doctors_verdict_is_the_exit_code(run, healthy, monkeypatch):
+    monkeypatch.setattr(doctor, "run", lambda: healthy)
+    assert run("doctor")[0] == (0 if healthy else 1)
+
+
+def test_help_needs_no_transformers():
+    code = (
+        "import sys; sys.argv = ['align-lora', '--version']\n"
+        "from align_ext.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "assert not {'transformers', 'peft', 'datasets', 'reasoning_gym'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"align-lora {__version__}\n"

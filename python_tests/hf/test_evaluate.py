@@ -1,0 +1,142 @@
+"""Scoring: losses, choices and generations as a naive loop has them; the alignment as its definition has it."""
+
+import pytest
+import torch
+from hf.words import llama, tokenizer
+
+from align_ext import align_parts, replace_linear_with_align_lora
+from align_ext.hf.evaluate import alignment, answer_nll, evaluate
+from align_ext.hf.replace import adapted_layers
+from align_ext.hf.tasks import Example, encode
+
+CHOICES = ("red", "green", "very dark blue")
+
+
+def examples(said=None):
+    """Nine examples with choices and seven with free text, of many lengths."""
+
+    def keep(text):
+        said.append(text)
+        return float(len(text) % 2)
+
+    colours = [Example("colour", "c" * (3 * i + 1), CHOICES[i % 3], CHOICES, i % 3) for i in range(9)]
+    scorer = None if said is None else keep
+    return colours + [Example("copy", "x" * (2 * i + 1), "y" * (i % 3 + 1), scorer=scorer) for i in range(7)]
+
+
+@pytest.fixture
+def model():
+    return llama()
+
+
+def naive_nll(model, prompt, answer):
+    """Negative log-likelihoods of an answer's tokens, one sequence, no padding."""
+    prompt, answer = encode(tokenizer(), prompt, answer)
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([prompt + answer])).logits[0].double().log_softmax(-1)
+    return [-logits[len(prompt) + i - 1, token].item() for i, token in enumerate(answer)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_losses_and_choices_are_those_of_one_sequence_at_a_time(model, batch_size):
+    result = evaluate(model, tokenizer(), examples(), batch_size)
+    assert list(result) == ["colour", "copy"]
+    for task, score in result.items():
+        mine = [example for example in examples() if example.task == task]
+        tokens = [nll for example in mine for nll in naive_nll(model, example.prompt, example.answer)]
+        assert score.loss == pytest.approx(sum(tokens) / len(tokens), rel=1e-5)
+        assert score.examples == len(mine)
+    right = 0
+    for example in examples()[:9]:
+        means = [sum(nll) / len(nll) for nll in (naive_nll(model, example.prompt, choice) for choice in CHOICES)]
+        right += means.index(min(means)) == example.label
+    assert result["colour"].score == pytest.approx(right / 9)
+    assert 0 < right < 9, "neither always nor never right, so that a wrong rule shows"
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_generation_is_greedy_whatever_the_padding(model, batch_size):
+    said, expected = [], []
+    result = evaluate(model, tokenizer(), examples(said), batch_size)
+    free = examples()[9:]
+    for i, example in enumerate(free):
+        batch = free[i - i % batch_size :][:batch_size]
+        ids, _ = encode(tokenizer(), example.prompt, example.answer)
+        start = len(ids)
+        for _ in range(max(len(other.answer) + 1 for other in batch) + 4):
+            with torch.no_grad():
+                ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] == tokenizer().eos_token_id:
+                break
+        expected.append(tokenizer().decode(ids[start:], skip_special_tokens=True).strip())
+    assert said == expected
+    assert len(set(said)) > 3
+    assert result["copy"].score == pytest.approx(sum(len(text) % 2 for text in said) / 7)
+
+
+def test_scoring_leaves_the_model_in_the_mode_it_found(model):
+    model.train()
+    evaluate(model, tokenizer(), examples())
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_first_position_of_a_row_is_never_counted():
+    logits, labels = torch.randn(2, 4, 7), torch.tensor([[3, -100, 2, 1], [5, -100, -100, -100]])
+    nll, rows = answer_nll(logits, labels)
+    assert rows.tolist() == [0, 0]
+    torch.testing.assert_close(nll, -logits.log_softmax(-1)[0, [1, 2], [2, 1]])
+
+
+def adapted(model, **options):
+    replace_linear_with_align_lora(model, r=4, lora_dropout=0.5, **options)
+    return model
+
+
+def test_the_alignment_is_the_kl_of_all_examples_latents_without_dropout(model):
+    adapted(model, num_tasks=2)
+    latents, task_of = {name: [] for name in adapted_layers(model)}, []
+    for example in examples():
+        prompt, answer = encode(tokenizer(), example.prompt, example.answer)
+        task_of += [example.task == "copy"] * len(prompt + answer)
+        inputs = {}
+        hooks = [
+            layer.register_forward_pre_hook(lambda _, args, name=name, inputs=inputs: inputs.update({name: args[0]}))
+            for name, layer in adapted_layers(model).items()
+        ]
+        with torch.no_grad():
+            model.eval()(input_ids=torch.tensor([prompt + answer]))
+        for hook in hooks:
+            hook.remove()
+        for name, layer in adapted_layers(model).items():
+            latents[name].append((inputs[name][0] @ layer.lora_A.weight.T).detach().double())
+    mask, total = torch.tensor(task_of), 0.0
+    for rows in latents.values():
+        z = torch.cat(rows)
+        a, b = (
+            torch.distributions.Normal(z[m].mean(0), (z[m].var(0, correction=0) + 1e-6).sqrt()) for m in (mask, ~mask)
+        )
+        kl = torch.distributions.kl_divergence
+        total += 0.5 * (kl(a, b) + kl(b, a)).sum().item() / len(latents)
+    model.train()
+    for batch_size in (3, 64):
+        value = alignment(model, tokenizer(), examples(), {"colour": 0, "copy": 1}, batch_size)
+        assert value == pytest.approx(total, rel=1e-4)
+    assert model.training
+    assert all(layer.training and layer.dropout_p == 0.5 for layer in adapted_layers(model).values())
+    assert align_parts(model) is None, "measuring is no training step"
+
+
+def test_batches_that_lack_a_task_still_merge_when_the_number_of_tasks_is_not_told(model):
+    adapted(model)
+    one_by_one = alignment(model, tokenizer(), examples(), {"colour": 0, "copy": 1}, 1)
+    assert one_by_one == pytest.approx(
+        alignment(model, tokenizer(), examples(), {"colour": 0, "copy": 1}, 64), rel=1e-4
+    )
+    assert one_by_one > 0
+
+
+def test_there_is_no_alignment_to_measure_without_one(model):
+    ids = {"colour": 0, "copy": 1}
+    assert alignment(model, tokenizer(), examples(), ids) is None
+    assert alignment(adapted(model, architecture="lora"), tokenizer(), examples(), ids) is None

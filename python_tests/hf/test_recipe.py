@@ -1,0 +1,186 @@
+"""The training job end to end on a tiny model: what it writes, what it proves, and what stays when it fails."""
+
+import io
+import json
+import shutil
+
+import pytest
+import torch
+from hf.words import model_folder, tokenizer, write_rows
+from peft import PeftModel
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from align_ext.hf import recipe
+from align_ext.hf.models import load_model
+from align_ext.hf.options import TrainOptions
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    model_folder(tmp_path / "model")
+    write_rows(tmp_path / "rows.jsonl")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path
+
+
+def options(place, **changed):
+    values = {
+        "model": str(place / "model"),
+        "data": str(place / "rows.jsonl"),
+        "output": "out",
+        "steps": 12,
+        "lr": 2e-2,
+        "eval_examples": 4,
+        "log_steps": 3,
+        "dtype": "float32",
+        "device": "cpu",
+    }
+    return TrainOptions(**(values | changed))
+
+
+def console():
+    return Console(file=io.StringIO(), width=200)
+
+
+def run(place, **changed):
+    out = console()
+    results = recipe.train(recipe.prepare(options(place, **changed), out), out)
+    return results, out.file.getvalue()
+
+
+def test_a_run_lowers_every_loss_and_writes_an_adapter_that_stock_peft_reads(place):
+    results, said = run(place)
+    out = place / "work/out"
+    assert sorted(p.name for p in out.iterdir()) == ["adapter", "losses.png", "results.json"]
+    assert list((place / "work").iterdir()) == [out], "nothing else is left behind"
+    assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
+    for task in ("threes", "next"):
+        assert results["after"]["tasks"][task]["loss"] < 0.9 * results["before"]["tasks"][task]["loss"]
+        assert f"{results['after']['tasks'][task]['loss']:.3f}" in said
+    assert results["before"]["align"] > 0
+    assert results["after"]["align"] != results["before"]["align"]
+    assert [entry["step"] for entry in results["losses"]] == [1, 3, 6, 9, 12]
+    assert {"lm_loss", "align_loss", "loss/threes", "loss/next"} <= results["losses"][0].keys()
+    assert {name: check["passed"] for name, check in results["checks"].items()} == {"merged": True, "stock PEFT": True}
+    plain, _ = load_model(str(place / "model"), "float32")
+    ids = torch.tensor([tokenizer()("after 3 comes\n4")["input_ids"]])
+    with torch.no_grad():
+        before = plain(input_ids=ids).logits
+        after = PeftModel.from_pretrained(plain, out / "adapter")(input_ids=ids).logits
+    assert (after - before).abs().max() > 0.1
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(place):
+    first, _ = run(place, output="a", steps=3)
+    second, _ = run(place, output="b", steps=3)
+    third, _ = run(place, output="c", steps=3, seed=1)
+    losses = [[entry["loss"] for entry in results["losses"]] for results in (first, second, third)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_accumulation_and_checkpointing_run_and_plain_lora_has_no_alignment(place):
+    results, _ = run(place, steps=2, accumulation=2, gradient_checkpointing=True)
+    assert results["losses"][0]["align_loss"] > 0
+    results, said = run(place, output="lora", steps=2, architecture="lora", batch_size=2, tasks=("next",))
+    assert results["before"]["align"] is None
+    assert "alignment" not in said
+    assert "align_loss" not in results["losses"][0]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"data": "absent.jsonl"}, "no data file or folder 'absent.jsonl'"),
+        ({"model": "/absent"}, "no model folder '/absent'"),
+        ({"tasks": ("next",)}, "alignment needs two tasks"),
+        ({"tasks": ("nexd",)}, "did you mean 'next'"),
+        ({"seq_len": 3}, "fits into seq_len=3 tokens"),
+        ({"target_modules": ("absent",)}, "no layer was adapted"),
+        ({"output": "file"}, "is a file"),
+        ({"output": "full"}, "not empty: use --overwrite"),
+        ({"output": "file/below"}, "cannot be made"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(place, changed, message):
+    (place / "work/file").write_text("mine")
+    (place / "work/full").mkdir()
+    (place / "work/full/mine").write_text("mine")
+    before = sorted(place.rglob("*"))
+    with pytest.raises(ValueError, match=message) as caught:
+        recipe.prepare(options(place, **changed), console())
+    assert "\n" not in str(caught.value)
+    assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(place):
+    with pytest.raises(ValueError, match="device=cuda"):
+        recipe.prepare(options(place, device="cuda"), console())
+
+
+class Interrupt(Exception):
+    pass
+
+
+def fails(*_, **__):
+    raise Interrupt
+
+
+@pytest.mark.parametrize("where", ["evaluate", "_fit", "save_adapter"])
+def test_an_interrupt_before_the_adapter_is_saved_leaves_nothing(place, where, monkeypatch):
+    job = recipe.prepare(options(place, steps=1), console())
+    monkeypatch.setattr(recipe, where, fails)
+    with pytest.raises(Interrupt):
+        recipe.train(job, console())
+    assert list((place / "work").iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["verify", "plot_losses"])
+def test_a_failure_after_training_keeps_what_was_trained(place, where, monkeypatch):
+    job = recipe.prepare(options(place, steps=1), console())
+    monkeypatch.setattr(recipe, where, fails)
+    with pytest.raises(Interrupt):
+        recipe.train(job, console())
+    assert (place / "work/out/adapter/adapter_model.safetensors").is_file()
+    assert len(json.loads((place / "work/out/results.json").read_text())["losses"]) == 1
+    assert [p.name for p in (place / "work").iterdir()] == ["out"]
+
+
+def test_a_saved_adapter_that_differs_from_the_trained_one_fails_its_check(place):
+    job = recipe.prepare(options(place, steps=3), console())
+    recipe.train(job, console())
+    job = recipe.prepare(options(place, output="again", steps=3), console())
+    folder = place / "work/out/adapter"
+    tensors = load_file(folder / "adapter_model.safetensors")
+    layers = dict(job.model.named_modules())
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            layers[key.removeprefix("base_model.model.").removesuffix(".weight")].weight.copy_(tensor)
+    good = {name: check.passed for name, check in recipe.verify(job, folder).items()}
+    assert good == {"merged": True, "stock PEFT": True}
+
+    save_file({key: tensor * 1.01 for key, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+    job = recipe.prepare(options(place, output="again", steps=3), console())
+    bad = recipe.verify(job, folder)
+    assert bad["merged"].passed
+    assert not bad["stock PEFT"].passed
+    assert bad["stock PEFT"].difference > 1e-3
+
+    shutil.rmtree(folder)
+    job = recipe.prepare(options(place, output="again", steps=3), console())
+    gone = recipe.verify(job, folder)["stock PEFT"]
+    assert not gone.passed
+    assert gone.detail
+
+
+def test_overwrite_replaces_a_folder_and_a_default_output_never_does(place):
+    (place / "work/out").mkdir()
+    (place / "work/out/old").write_text("old")
+    run(place, steps=1, overwrite=True)
+    assert not (place / "work/out/old").exists()
+    (place / "work/align_lora_run").mkdir()
+    run(place, steps=1, output=None)
+    assert (place / "work/align_lora_run-2/results.json").is_file()
+    assert list((place / "work/align_lora_run").iterdir()) == []

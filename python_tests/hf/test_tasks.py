@@ -1,0 +1,219 @@
+"""Tasks: the built-in ones, rows of files, tokens with labels on the answer alone, and the order that mixes them."""
+
+import gzip
+import json
+import re
+from collections import Counter
+
+import datasets
+import huggingface_hub
+import pytest
+from hf.words import rows, tokenizer, write_rows
+
+from align_ext.hf import tasks
+from align_ext.hf.tasks import Example, load_tasks, mixing_order
+
+FORMS = {
+    "chain_sum": r"-?\d+",
+    "syllogism": r"Yes|No",
+    "calendar_arithmetic": r"[A-Z][a-z]+day",
+    "word_sequence_reversal": r"\S+(, \S+)+",
+    "time_intervals": r"\d+:\d\d:\d\d",
+}
+
+
+@pytest.fixture(scope="module")
+def builtin():
+    return load_tasks(train_per_task=60, test_per_task=12)
+
+
+def test_five_built_in_tasks_each_answer_in_a_form_of_their_own(builtin):
+    assert set(builtin.names) == set(FORMS)
+    for example in builtin.train + builtin.test:
+        matching = [name for name, form in FORMS.items() if re.fullmatch(form, example.answer)]
+        assert matching == [example.task], example
+
+
+def test_a_built_in_task_scores_its_own_answer_right_and_rubbish_wrong(builtin):
+    for example in builtin.test:
+        assert example.score(example.answer) == 1.0
+        assert example.score("\N{SNOWMAN} no idea") < 0.2
+        assert example.choices == () or example.choices[example.label] == example.answer
+
+
+def test_what_is_tested_is_never_trained_on_and_depends_on_no_seed(builtin):
+    train = {(x.task, x.prompt) for x in builtin.train}
+    assert not train & {(x.task, x.prompt) for x in builtin.test}
+    other = load_tasks(train_per_task=60, test_per_task=12, seed=7)
+    assert other.test == builtin.test
+    assert other.train != builtin.train
+    assert load_tasks(train_per_task=60, test_per_task=12).train == builtin.train
+
+
+def test_a_scorer_that_stumbles_over_generated_text_means_wrong():
+    def scorer(text):
+        return 1 / len(text)
+
+    assert Example("t", "p", "a", scorer=scorer).score("") == 0.0
+
+
+def test_a_choice_is_put_into_the_form_of_the_gold_answer():
+    def choices(**row):
+        base = {"task": "t", "instruction": "i", "label": 2, "choices": ["red", "blue", "green"]}
+        return tasks.example_of(base | row, "row").choices
+
+    assert choices(output="the correct answer is answer3") == tuple(
+        f"the correct answer is answer{i}" for i in (1, 2, 3)
+    )
+    assert choices(output="It is green") == ("It is red", "It is blue", "It is green")
+    assert choices(output="the correct answer is answer1") == ()
+    assert choices(output="it is answer3", label=-1) == ()
+    assert choices(output="it is answer3", label=3) == ()
+
+
+def test_a_question_without_an_instruction_shows_its_choices():
+    row = {"task": "t", "question": "which?", "choices": ["red", "blue"], "label": 1, "answer": "blue"}
+    example = tasks.example_of(row, "row")
+    assert example.prompt == "which?\n- red\n- blue"
+    assert (example.choices, example.label) == (("red", "blue"), 1)
+
+
+@pytest.mark.parametrize(
+    ("gold", "text", "score"),
+    [
+        ("16", "8 + 8 = 16 miles.\nThe answer is 16.", 1),
+        ("16", "The answer is 16.0", 1),
+        ("1200", "the answer is $1,200.", 1),
+        ("16", "The answer is 17. 16 was wrong", 0),
+        ("16", "8 + 8 = 16 miles", 0),
+        ("blue", "Blue", 1),
+        ("blue", "blue whale", 0),
+    ],
+)
+def test_a_generated_rationale_is_scored_by_its_final_answer(gold, text, score):
+    assert tasks.final_answer_score(gold, text) == score
+
+
+def test_a_file_without_splits_keeps_some_examples_of_each_task_apart(tmp_path):
+    data = load_tasks(str(write_rows(tmp_path / "x.jsonl")), test_per_task=5)
+    assert data.names == ("next", "threes")
+    assert Counter(x.task for x in data.test) == {"next": 5, "threes": 5}
+    assert Counter(x.task for x in data.train) == {"next": 19, "threes": 19}
+    assert not {x.prompt for x in data.train} & {x.prompt for x in data.test}
+
+
+def test_a_folder_is_split_by_the_names_of_its_files_and_reads_gzip(tmp_path):
+    everything = list(rows())
+    write_rows(tmp_path / "tiny.train.jsonl", everything[:40])
+    with gzip.open(tmp_path / "tiny.test.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in everything[30:])
+    data = load_tasks(str(tmp_path), test_per_task=100)
+    assert {x.prompt for x in data.test} == {row.get("prompt") or row["instruction"] for row in everything[30:]}
+    assert len(data.train) == 30, "what stands in the test file is not trained on"
+
+
+def test_the_examples_chosen_do_not_depend_on_the_order_of_the_rows(tmp_path):
+    write_rows(tmp_path / "a.jsonl", list(rows()))
+    write_rows(tmp_path / "b.jsonl", list(rows())[::-1])
+    one, two = (load_tasks(str(tmp_path / name), test_per_task=4, train_per_task=6) for name in ("a.jsonl", "b.jsonl"))
+    assert one == two
+    assert load_tasks(str(tmp_path / "a.jsonl"), test_per_task=4, seed=1).test != one.test
+
+
+def test_some_tasks_can_be_chosen_and_an_unknown_one_is_named_with_the_nearest(tmp_path):
+    file = str(write_rows(tmp_path / "x.jsonl"))
+    assert load_tasks(file, tasks=["threes"]).names == ("threes",)
+    with pytest.raises(ValueError, match=r"'three'.*'threes'"):
+        load_tasks(file, tasks=["three"])
+
+
+GOOD = '{"task": "t", "prompt": "p", "completion": "c"}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"prompt": "p", "completion": "c"}\n', r"x\.jsonl, line 1: no column task; found prompt, completion"),
+        (
+            GOOD + '{"task": "t", "text": "p"}\n',
+            r"line 2: no column prompt or instruction or question; found task, text",
+        ),
+        ('{"task": "t", "prompt": "p"}\n', "line 1: no column completion or output or answer; found task, prompt"),
+        (GOOD + GOOD + "{broken\n", r"x\.jsonl, line 3: cannot be read"),
+        ("[1, 2]\n", "line 1: cannot be read .not a JSON object"),
+        ("\n", "holds no examples"),
+        (GOOD, "the task 't' .* has no examples to train on"),
+    ],
+)
+def test_a_file_that_cannot_be_used_says_where_and_why(content, message, tmp_path):
+    (tmp_path / "x.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_tasks(str(tmp_path / "x.jsonl"))
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_compression_is_an_error_too(tmp_path):
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(GOOD.encode() * 999)[:-9])
+    with pytest.raises(ValueError, match=r"x\.jsonl\.gz, line \d+: cannot be read"):
+        load_tasks(str(tmp_path / "x.jsonl.gz"))
+
+
+def test_data_that_is_not_there_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "x.csv").write_text("a,b")
+    for data in ("absent.jsonl", "some/absent.jsonl", "empty", "x.csv", "owner/name", "/no/such/folder"):
+        with pytest.raises(ValueError, match=data) as caught:
+            load_tasks(data)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_dataset_of_the_hub_gives_its_train_and_its_test_split():
+    part = datasets.Dataset.from_list([row for row in rows() if row["task"] == "threes"])
+    splits = tasks._named_splits("owner/name", datasets.DatasetDict(train=part, validation=part.select(range(6))))
+    assert {name: len(examples) for name, examples in splits.items()} == {"train": 24, "test": 6}
+    alone = tasks._named_splits("owner/name", datasets.DatasetDict(train=part))
+    assert set(alone) == {""}
+    assert alone[""][0].choices == ("the answer is yes", "the answer is no")
+    with pytest.raises(ValueError, match=r"no split train \(it has corpus"):
+        tasks._named_splits("owner/name", datasets.DatasetDict(corpus=part))
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_labels_stand_on_the_answer_and_the_end_token_alone(chat):
+    words = tokenizer(chat)
+    (row,) = tasks.features(words, [Example("t", "2+2=", "four")], {"t": 3})
+    text = words.decode(row["input_ids"])
+    assert text == ("<user>2+2=<bot>four[END]" if chat else "2+2=\nfour[END]")
+    supervised = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+    assert words.decode(supervised) == "four[END]"
+    assert row["labels"][-len(supervised) :] == supervised
+    assert (row["task_ids"], sum(row["attention_mask"])) == (3, len(row["input_ids"]))
+
+
+def test_an_example_that_does_not_fit_is_left_out_whole():
+    short, long = Example("t", "12345", "67"), Example("t", "12345", "678")
+    choice = Example("t", "1", "2", ("2", "3" * 9), 0)
+    assert tasks.fitting(tokenizer(), [short, long, choice], 9) == [short]
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(1, 4), (2, 4), (3, 8), (5, 8), (5, 5), (5, 4), (25, 8), (3, 7)])
+def test_every_batch_holds_two_examples_of_two_tasks_and_all_tasks_come_equally_often(count, batch_size):
+    ids = [task for task in range(count) for _ in range(5 + 3 * task)]
+    order = mixing_order(ids, batch_size, 100)
+    assert len(order) == 100 * batch_size
+    drawn = Counter(ids[i] for i in order)
+    assert max(drawn.values()) - min(drawn.values()) <= batch_size / min(count, batch_size // 2) + 1
+    for start in range(0, len(order), batch_size):
+        batch = Counter(ids[i] for i in order[start : start + batch_size])
+        assert min(batch.values()) >= 2
+        assert len(batch) >= min(count, 2)
+
+
+def test_a_task_is_gone_through_before_an_example_comes_again():
+    order = mixing_order([0] * 6 + [1] * 6, 4, 6, seed=3)
+    assert sorted(order[:12]) == list(range(12))
+    assert order[:12] != order[12:]
+    assert order == mixing_order([0] * 6 + [1] * 6, 4, 6, seed=3)
+    assert order != mixing_order([0] * 6 + [1] * 6, 4, 6, seed=4)

@@ -1,0 +1,245 @@
+"""AlignTrainer: ids arrive, the alignment has its exact weight under accumulation, and losses are logged by task."""
+
+import datasets
+import pytest
+import torch
+from hf.words import llama, tokenizer
+from tiny import error, gradients
+from transformers import TrainerCallback
+
+from align_ext import AlignTrainer, TaskCollator, align_step, replace_linear_with_align_lora
+from align_ext.hf.trainer import align_training_arguments
+
+WEIGHT, NAMES = 0.3, ("even", "odd", "other")
+ROUNDING = 1e-6  # the models are float64, but transformers computes their loss from float32 logits
+
+
+def features(count=24, seed=0):
+    """Texts of different lengths, of which a different share is supervised."""
+    generator = torch.Generator().manual_seed(seed)
+    result = []
+    for i in range(count):
+        length = int(torch.randint(5, 12, (), generator=generator))
+        ids = torch.randint(3, 100, (length,), generator=generator).tolist()
+        prompt = int(torch.randint(1, 4, (), generator=generator))
+        labels = [-100] * prompt + ids[prompt:]
+        result.append({"input_ids": ids, "attention_mask": [1] * length, "labels": labels, "task_ids": i // 2 % 3})
+    return result
+
+
+def adapted(align="kl", dtype=torch.float64):
+    model = llama(dtype)
+    replace_linear_with_align_lora(model, align=align, align_weight=WEIGHT, num_tasks=3, r=4, lora_dropout=0.0)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradients that each optimizer step meets."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+        self.steps.append(gradients(model))
+
+
+def trainer(tmp_path, model, rows, callbacks=(), eval_rows=None, **options):
+    arguments = {
+        "per_device_train_batch_size": 6,
+        "max_steps": 1,
+        "learning_rate": 0.0,
+        "max_grad_norm": 0.0,
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    result = AlignTrainer(
+        model=model,
+        args=align_training_arguments(str(tmp_path), **(arguments | options)),
+        train_dataset=rows,
+        eval_dataset=eval_rows,
+        data_collator=TaskCollator(tokenizer()),
+        task_names=NAMES,
+        callbacks=list(callbacks),
+    )
+    return result
+
+
+def logged(ran):
+    return [entry for entry in ran.state.log_history if "lm_loss" in entry]
+
+
+def micro_batch(rows, start):
+    return TaskCollator(tokenizer())(rows[start : start + 6])
+
+
+def own_gradients(model, batch, weight):
+    """The gradients of lm + weight * align of one micro-batch alone."""
+    ids = batch.pop("task_ids")
+    model.train().zero_grad()
+    with align_step(model, ids) as step:
+        loss = model(**batch).loss
+    step.total(loss, weight=weight).backward()
+    return gradients(model)
+
+
+def expected_gradients(rows, starts, lm_shares):
+    """Σ share * lm gradient + the mean of the micro-batches' alignment gradients."""
+    total = {}
+    for start, share in zip(starts, lm_shares, strict=True):
+        lm = own_gradients(adapted(), micro_batch(rows, start), 0.0)
+        both = own_gradients(adapted(), micro_batch(rows, start), WEIGHT)
+        for name in lm:
+            part = share * lm[name] + (both[name] - lm[name]) / len(starts)
+            total[name] = total.get(name, 0) + part
+    return total
+
+
+def supervised(rows, start):
+    return sum(label != -100 for row in rows[start : start + 6] for label in row["labels"][1:])
+
+
+def test_under_accumulation_the_alignment_gradient_is_the_mean_of_the_micro_batches_own(tmp_path):
+    rows, kept = features(), Gradients()
+    trainer(tmp_path, adapted(), rows, [kept], gradient_accumulation_steps=2).train()
+    tokens = [supervised(rows, 0), supervised(rows, 6)]
+    assert tokens[0] != tokens[1]
+    expected = expected_gradients(rows, [0, 6], [n / sum(tokens) for n in tokens])
+    assert error(kept.steps[0], expected) < ROUNDING
+    plain = expected_gradients(rows, [0, 6], [1, 1])
+    assert error(kept.steps[0], plain) > 1e-2
+
+
+def test_a_model_whose_loss_is_a_mean_per_batch_gets_the_same_alignment_gradient(tmp_path):
+    rows, kept = features(), Gradients()
+    ran = trainer(tmp_path, adapted(), rows, [kept], gradient_accumulation_steps=2)
+    ran.model_accepts_loss_kwargs = False
+    ran.train()
+    assert error(kept.steps[0], expected_gradients(rows, [0, 6], [0.5, 0.5])) < ROUNDING
+
+
+def test_a_last_step_with_fewer_micro_batches_divides_by_those_it_has(tmp_path):
+    rows, kept = features(18), Gradients()
+    options = {"gradient_accumulation_steps": 2, "max_steps": -1, "num_train_epochs": 1}
+    trainer(tmp_path, adapted(), rows, [kept], **options).train()
+    assert len(kept.steps) == 2
+    assert error(kept.steps[1], expected_gradients(rows, [12], [1.0])) < ROUNDING
+
+
+def test_the_log_splits_the_loss_into_its_parts_and_by_task(tmp_path):
+    rows = features(12)
+    ran = trainer(tmp_path, adapted(), rows, max_steps=2)
+    ran.train()
+    first, second = logged(ran)
+    for entry in (first, second):
+        assert entry["loss"] == pytest.approx(entry["lm_loss"] + WEIGHT * entry["align_loss"], rel=1e-5)
+        assert entry["align_loss"] > 0
+    sums = dict.fromkeys(range(3), (0.0, 0))
+    model = adapted().eval()
+    for row in rows[:6]:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+        count = int((labels[:, 1:] != -100).sum())
+        with torch.no_grad():
+            nll = model(input_ids=ids, labels=labels).loss.item() * count
+        old = sums[row["task_ids"]]
+        sums[row["task_ids"]] = (old[0] + nll, old[1] + count)
+    for task, name in enumerate(NAMES):
+        assert first[f"loss/{name}"] == pytest.approx(sums[task][0] / sums[task][1], rel=1e-5)
+
+
+def test_between_logs_the_parts_are_means_and_accumulation_does_not_inflate_them(tmp_path):
+    rows = features(24)
+    fine = logged_after(tmp_path, rows, logging_steps=1, max_steps=4)
+    coarse = logged_after(tmp_path, rows, logging_steps=4, max_steps=4)
+    accumulated = logged_after(tmp_path, rows, logging_steps=1, max_steps=1, gradient_accumulation_steps=4)
+    mean = sum(entry["align_loss"] for entry in fine) / 4
+    assert coarse[0]["align_loss"] == pytest.approx(mean, rel=1e-5)
+    assert coarse[0]["lm_loss"] == pytest.approx(sum(entry["lm_loss"] for entry in fine) / 4, rel=1e-5)
+    assert accumulated[0]["align_loss"] == pytest.approx(mean, rel=1e-5)
+    tokens = [supervised(rows, start) for start in (0, 6, 12, 18)]
+    by_token = sum(entry["lm_loss"] * n for entry, n in zip(fine, tokens, strict=True)) / sum(tokens)
+    assert accumulated[0]["lm_loss"] == pytest.approx(by_token, rel=1e-5)
+
+
+def logged_after(tmp_path, rows, **options):
+    ran = trainer(tmp_path, adapted(), rows, **options)
+    ran.train()
+    return logged(ran)
+
+
+def test_evaluation_logs_the_loss_of_each_task_per_token(tmp_path):
+    rows = features(20)
+    ran = trainer(tmp_path, adapted(), rows, eval_rows=rows, per_device_eval_batch_size=7)
+    metrics = ran.evaluate()
+    for task, name in enumerate(NAMES):
+        mine = [row for row in rows if row["task_ids"] == task]
+        batch = TaskCollator(tokenizer())(mine)
+        del batch["task_ids"]
+        with torch.no_grad():
+            exact = adapted().eval()(**batch).loss.item()
+        assert metrics[f"eval_loss/{name}"] == pytest.approx(exact, rel=1e-5)
+    assert ran.evaluate().keys() == metrics.keys()
+
+
+def test_the_ids_column_of_a_dataset_survives_and_other_columns_do_not(tmp_path):
+    rows = datasets.Dataset.from_list([row | {"note": "x"} for row in features()])
+    ran = trainer(tmp_path, adapted(), rows)
+    ran.train()
+    assert logged(ran)[0]["align_loss"] > 0
+    columns = next(iter(ran.get_train_dataloader())).keys()
+    assert set(columns) == {"input_ids", "attention_mask", "labels", "task_ids"}
+
+
+def test_a_training_batch_without_ids_is_an_error_when_alignment_is_on(tmp_path):
+    ran = trainer(tmp_path, adapted(), features())
+    collate = ran.data_collator
+    ran.data_collator = lambda rows: {k: v for k, v in collate(rows).items() if k != "task_ids"}
+    with pytest.raises(ValueError, match="no task_ids"):
+        ran.train()
+
+
+def test_plain_lora_trains_with_ids_and_without(tmp_path):
+    for keep in (True, False):
+        ran = trainer(tmp_path, adapted(align=None), features())
+        collate = ran.data_collator
+        ran.data_collator = lambda rows, keep=keep, collate=collate: {
+            k: v for k, v in collate(rows).items() if keep or k != "task_ids"
+        }
+        ran.train()
+        entry = logged(ran)[0]
+        assert "align_loss" not in entry
+        assert entry["loss"] == pytest.approx(entry["lm_loss"], rel=1e-5)
+        assert ("loss/even" in entry) is keep
+
+
+def test_samples_of_no_task_count_in_the_loss_but_in_no_tasks_loss(tmp_path):
+    rows = [row | {"task_ids": -1 if i % 2 else row["task_ids"]} for i, row in enumerate(features())]
+    ran = trainer(tmp_path, adapted(), rows)
+    ran.train()
+    with torch.no_grad():
+        batch = TaskCollator(tokenizer())([rows[0]])
+        del batch["task_ids"]
+        exact = adapted().eval()(**batch).loss.item()
+    assert logged(ran)[0]["loss/even"] == pytest.approx(exact, rel=1e-5)
+
+
+def test_data_parallel_is_refused_with_advice(tmp_path):
+    ran = trainer(tmp_path, adapted(), features())
+    ran.args._n_gpu = 2
+    with pytest.raises(ValueError, match="torchrun"):
+        AlignTrainer(model=ran.model, args=ran.args, train_dataset=features(), data_collator=ran.data_collator)
+
+
+def test_the_arguments_default_to_the_papers_recipe_and_can_be_overridden(tmp_path):
+    arguments = align_training_arguments(str(tmp_path), max_steps=200, use_cpu=True)
+    assert arguments.learning_rate == 2e-4
+    assert arguments.lr_scheduler_type == "cosine"
+    assert arguments.get_warmup_steps(200) == 6
+    assert arguments.report_to == []
+    assert align_training_arguments(str(tmp_path), learning_rate=1e-3, use_cpu=True).learning_rate == 1e-3

@@ -1,0 +1,65 @@
+"""A tiny tokenizer that knows every printable character, a tiny Llama that speaks it, and rows of two tasks."""
+
+import json
+import string
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<bot>{% endif %}"
+)
+
+
+def tokenizer(chat=False):
+    vocabulary = ["[PAD]", "[END]", "[UNK]", *string.printable]
+    inner = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    inner.decoder = decoders.Fuse()
+    result = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="[PAD]",
+        eos_token="[END]",
+        unk_token="[UNK]",
+        clean_up_tokenization_spaces=False,
+    )
+    if chat:
+        result.chat_template = TEMPLATE
+    return result
+
+
+def llama(dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(
+        **sizes, vocab_size=len(tokenizer()), pad_token_id=0, eos_token_id=1, bos_token_id=None, initializer_range=0.2
+    )
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def model_folder(folder, chat=False):
+    llama().save_pretrained(folder)
+    tokenizer(chat).save_pretrained(folder)
+    return folder
+
+
+def rows(count=24):
+    """Rows of two tasks: one with choices, one with free text."""
+    for i in range(count):
+        yes = i % 3 == 0
+        yield {
+            "task": "threes",
+            "instruction": f"does 3 divide {i}?",
+            "choices": ["yes", "no"],
+            "label": 0 if yes else 1,
+            "answer": "yes" if yes else "no",
+            "output": f"the answer is {'yes' if yes else 'no'}",
+        }
+        yield {"task": "next", "prompt": f"after {i} comes", "completion": str(i + 1)}
+
+
+def write_rows(file, content=None):
+    file.write_text("".join(json.dumps(row) + "\n" for row in (rows() if content is None else content)))
+    return file
