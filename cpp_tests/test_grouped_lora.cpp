@@ -25,7 +25,7 @@ template <typename T>
 struct Data {
   std::vector<int64_t> group, rows, offsets;
   std::vector<uint64_t> rng{0x0123456789abcdefull, 17};
-  std::vector<T> x, A, B, y_in, dy, dx_in;
+  std::vector<T> x, A, B, y_in, bias, dy, dx_in;  // bias may be empty: none
   std::vector<Acc<T>> dz_in;
   // results
   std::vector<T> y, dx;
@@ -50,6 +50,7 @@ Data<T> make_data(const Problem& problem) {
   data.A = test::random_values<T>(groups * rank * in_dim, 2);
   data.B = test::random_values<T>(groups * out_dim * rank, 3);
   data.y_in = test::random_values<T>(tokens * out_dim, 4);
+  data.bias = test::random_values<T>(out_dim, 8);
   data.dy = test::random_values<T>(tokens * out_dim, 5);
   data.dx_in = test::random_values<T>(tokens * in_dim, 6);
   data.dz_in = test::random_values<Acc<T>>(tokens * rank, 7);
@@ -80,10 +81,11 @@ void run(const Problem& problem, Data<T>& data) {
   const bool in_place = problem.in_place;
   data.z = unassigned<Acc<T>>(shape.tokens * shape.rank);
   data.y = in_place ? data.y_in : unassigned<T>(shape.tokens * shape.out_dim);
-  run_in_workspace(GroupedLoraForwardArgs<T>{shape, row_groups, dropout, problem.scaling, data.x.data(), data.A.data(),
-                                             data.B.data(), in_place ? data.y.data() : data.y_in.data(), data.z.data(),
-                                             data.y.data(), nullptr},
-                   cpu::grouped_lora_forward_workspace(shape, problem.p > 0), cpu::grouped_lora_forward<T>);
+  run_in_workspace(
+      GroupedLoraForwardArgs<T>{shape, row_groups, dropout, problem.scaling, data.x.data(), data.A.data(),
+                                data.B.data(), in_place ? data.y.data() : data.y_in.data(),
+                                data.bias.empty() ? nullptr : data.bias.data(), data.z.data(), data.y.data(), nullptr},
+      cpu::grouped_lora_forward_workspace(shape, problem.p > 0), cpu::grouped_lora_forward<T>);
 
   data.dx = in_place ? data.dx_in : unassigned<T>(shape.tokens * shape.in_dim);
   data.dA = unassigned<Acc<T>>(shape.groups * shape.rank * shape.in_dim);
@@ -114,7 +116,8 @@ template <typename T>
 Expected expect(const Problem& problem, const Data<T>& data) {
   const auto& [tokens, in_dim, out_dim, rank, groups] = problem.shape;
   const auto x = test::to_double(data.x), A = test::to_double(data.A), B = test::to_double(data.B);
-  const auto dy = test::to_double(data.dy), y_in = test::to_double(data.y_in), dx_in = test::to_double(data.dx_in);
+  const auto dy = test::to_double(data.dy), bias = test::to_double(data.bias);
+  const auto y_in = test::to_double(data.y_in), dx_in = test::to_double(data.dx_in);
   const uint32_t threshold = dropout_threshold(problem.p);
   const auto mask = [&](int64_t e) {
     return dropout_keep(data.rng[0], data.rng[1], e, threshold) ? dropout_scale(threshold) : 0.0;
@@ -128,7 +131,7 @@ Expected expect(const Problem& problem, const Data<T>& data) {
   for (int64_t t = 0; t < tokens; ++t) {
     const int64_t a0 = data.group[t] * rank * in_dim, b0 = data.group[t] * out_dim * rank;
     for (int64_t c = 0; c < in_dim; ++c) want.dx[t * in_dim + c].add(problem.gradients_in ? dx_in[t * in_dim + c] : 0);
-    for (int64_t o = 0; o < out_dim; ++o) want.y[t * out_dim + o].add(y_in[t * out_dim + o]);
+    for (int64_t o = 0; o < out_dim; ++o) want.y[t * out_dim + o].add(y_in[t * out_dim + o] + bias[o]);
     for (int64_t j = 0; j < rank; ++j) {
       Sum& z = want.z[t * rank + j];
       for (int64_t c = 0; c < in_dim; ++c) z.add(x[t * in_dim + c] * mask(t * in_dim + c) * A[a0 + j * in_dim + c]);

@@ -51,17 +51,15 @@ def _token_ids(ids: Tensor, z: Tensor) -> Tensor:
     if ids.numel() == 0 or tokens % ids.numel():
         raise RuntimeError(
             f"task_ids holds {ids.numel()} ids, but an aligned layer saw {tokens} tokens: give one id per sample, "
-            "[B], or one per token, [B, S], of the batch that the model gets"
+            "[B], or one per token, [B, S], of a batch-first model all of whose adapted layers see the same tokens"
         )
     return ids.repeat_interleave(tokens // ids.numel())
 
 
 _library = torch.library.Library("align_ext", "FRAGMENT")
-_library.define("record_(Tensor(a!) stats, Tensor z, Tensor ids, Tensor step, Tensor slot) -> ()")
-_library.define(
-    "injected_dz(Tensor z, Tensor ids, Tensor step, Tensor slot) -> Tensor",
-    tags=(torch.Tag.cudagraph_unsafe,),  # reads host state
-)
+_HOST_STATE = (torch.Tag.cudagraph_unsafe,)
+_library.define("record_(Tensor(a!) stats, Tensor z, Tensor ids, Tensor step, Tensor slot) -> ()", tags=_HOST_STATE)
+_library.define("injected_dz(Tensor z, Tensor ids, Tensor step, Tensor slot) -> Tensor", tags=_HOST_STATE)
 
 
 def _record_(stats: Tensor, z: Tensor, ids: Tensor, step: Tensor, slot: Tensor) -> None:

@@ -113,6 +113,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError("gaussian_kl cannot be differentiated twice: call backward without create_graph=True")
     z, task, tables = ctx.saved_tensors
     return torch.ops.align_ext.gaussian_kl_backward(d_loss, z, task, tables), None, None, None, None, None
 

@@ -3,6 +3,7 @@
 Native side: csrc/ops/grouped_lora.h. Oracle: align_ext/reference/grouped_lora.py.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -88,8 +89,10 @@ def _(
     x: Tensor, A: Tensor, B: Tensor, scaling: float, offsets: Any, group: Any, p: float, rng: Any,
     weight: Any, bias: Any, base_out: Any, ids: Any, step: Any, slot: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    tokens = x.numel() // x.shape[-1] if x.shape[-1] else x[..., :1].numel()
-    z = x.new_empty((tokens, A.shape[-2]), dtype=_latent_dtype(x))
+    for name, tensor in {"A": A, "B": B, "weight": weight, "bias": bias, "base_out": base_out}.items():
+        if tensor is not None and tensor.device != x.device:
+            raise RuntimeError(f"{name} is on {tensor.device}, but x is on {x.device}: they must be on one device")
+    z = x.new_empty((math.prod(x.shape[:-1]), A.shape[-2]), dtype=_latent_dtype(x))
     return x.new_empty((*x.shape[:-1], B.shape[-2])), z
 
 
@@ -112,6 +115,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, dy: Tensor | None, dz: Tensor | None) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError("grouped_lora cannot be differentiated twice: call backward without create_graph=True")
     x, z, A, B, offsets, group, rng, weight = ctx.saved_tensors
     if ctx.keyed is not None:
         injected = torch.ops.align_ext.injected_dz(z, *ctx.keyed)

@@ -11,6 +11,7 @@ namespace align {
 inline void check_latent(const Tensor& z, const Tensor& task) {
   STD_TORCH_CHECK(z.dim() == 2, "z must be [tokens, rank], got ", shape_of(z));
   check_shape(task, {z.size(0)}, "task");
+  check_device(task, z, "task");
   check_dtype(task, ScalarType::Long, "task", "int64");
 }
 
@@ -22,6 +23,8 @@ inline void check_moments(const Tensor& moments, int64_t ddof) {
 
 inline int64_t check_tables(const Tensor& d_loss, const Tensor& z, const Tensor& task, const Tensor& tables) {
   check_latent(z, task);
+  check_device(d_loss, z, "d_loss");
+  check_device(tables, z, "tables");
   STD_TORCH_CHECK(d_loss.numel() == 1, "d_loss must hold one value, got ", shape_of(d_loss));
   STD_TORCH_CHECK(tables.dim() == 2 && tables.size(1) == 3 * z.size(1), "tables must be [tasks, 3 rank], got ",
                   shape_of(tables));

@@ -36,6 +36,14 @@ inline void check_dtype(const Tensor& tensor, ScalarType expected, const char* n
   STD_TORCH_CHECK(tensor.scalar_type() == expected, name, " must be ", what);
 }
 
+inline void check_device(const Tensor& tensor, const Tensor& like, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu() == like.is_cpu() && tensor.get_device_index() == like.get_device_index(), name,
+                  " must be on the device of the other tensors");
+}
+inline void check_device(const OptionalTensor& tensor, const Tensor& like, const char* name) {
+  if (tensor) check_device(*tensor, like, name);
+}
+
 // The accumulation type of a tensor's dtype, as torch names it.
 inline ScalarType acc_type(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;

@@ -130,7 +130,7 @@ void forward_rows(const ForwardJob<T>& job, int64_t first_block, int64_t last_bl
   const RowOrder y{args.row_groups.rows, args.shape.out_dim};
   const RowOrder z{args.row_groups.rows, rank};
   const RowsDot<T> shrink{x, args.x, s.keep, s.a, s.latent};
-  const RankAdd<T> expand{y, args.y_in, args.y, nullptr, s.latent, s.bt, rank, Acc<T>(args.scaling)};
+  const RankAdd<T> expand{y, args.y_in, args.y, nullptr, s.latent, s.bt, rank, Acc<T>(args.scaling), args.bias};
   for (int64_t block = first_block; block < last_block; ++block) {
     const int64_t begin = job.begin + block * kRowBlock, end = std::min(begin + kRowBlock, job.end);
     rows_dot(shrink, begin, end);

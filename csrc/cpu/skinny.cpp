@@ -124,6 +124,10 @@ ALIGN_INLINE void add_tile(const RankAdd<T>& op, int64_t t, int64_t end, const i
       const int64_t e = element[i] + c + v * kLane;
       Vec<A, W> y = {};
       if (op.in) y = kWhole ? load<W>(op.in + e) : load_first<W>(op.in + e, lanes);
+      if (op.bias) {
+        const T* bias = op.bias + c + v * kLane;
+        y += kWhole ? load<W>(bias) : load_first<W>(bias, lanes);
+      }
       y += op.scale * mask<kMasked, W, A>(sum[i][v], op.keep, e);
       if (kWhole) {
         store<W>(op.out + e, y);

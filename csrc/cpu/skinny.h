@@ -1,7 +1,7 @@
 // Products with one small dimension, the rank, over rows of a big operand x or y:
 //
 //   rows_dot   out[t,j]  = sum_c xd[t,c] a[j,c]                            shrink, and its twin dz = dy B
-//   rank_add   y[t,c]    = y_in[t,c] + scale m[t,c] sum_j g[t,j] b[j,c]    expand, and dx
+//   rank_add   y[t,c]    = y_in[t,c] + bias[c] + scale m[t,c] sum_j g[t,j] b[j,c]    expand, and dx
 //   outer_add  w[j,c]   += scale sum_t g[t,j] xd[t,c]                      dA and dB
 //
 // xd is x with dropped elements zeroed and m is 0 or 1; dropout's 1/(1-p) is part of the scales. Big operands are of
@@ -62,6 +62,7 @@ struct RankAdd {
   Small<const Acc<T>> b;
   int64_t rank;
   Acc<T> scale;
+  const T* bias = nullptr;  // [columns], added to every row, or null: zero
 };
 template <typename T>
 void rank_add(const RankAdd<T>& op, int64_t begin, int64_t end);

@@ -52,9 +52,10 @@ struct GroupedLoraForwardArgs {
   const T* A;     // [groups, rank, in_dim]
   const T* B;     // [groups, out_dim, rank]
   const T* y_in;  // [tokens, out_dim] what the low-rank term is added to; may be y itself
+  const T* bias;  // [out_dim] added too, or null: zero
   // outputs
   Acc<T>* z;  // [tokens, rank], assigned
-  T* y;       // [tokens, out_dim], assigned y_in + low rank, one rounding
+  T* y;       // [tokens, out_dim], assigned y_in + bias + low rank, one rounding
   void* workspace;
 };
 
