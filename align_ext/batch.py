@@ -6,7 +6,7 @@
 
 or, the same behind forward hooks (align_ext/hooks.py):  model(**batch, task_ids=task_ids).loss.backward().
 
-In backward the loss node runs first, since everything else hangs below it, and arms the step's tables (the gradient
+In backward the loss node runs first, since the model's own loss hangs below it, and arms the step's tables (the gradient
 in z, affine per task and layer) with what came in. Each layer's backward finds the step by its key and adds
 a[task] + b[task] * (z - mu[task]) to dz (align_ext/ops/_keyed.py). So the gradient is exact whatever the training
 loop does: activation checkpointing of either kind, accumulation, loss scaling, pending forwards, compilation, data
@@ -17,6 +17,7 @@ docs/numerics.md derives the tables; docs/architecture.md follows one batch thro
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -115,6 +116,7 @@ class Step:
         self.key = register_step(self)
         self.seen: set[int] = set()
         self.alignment: Alignment | None = None
+        self._reached: set[int] = set()  # slots whose backward ran since the tables were armed
         self._d_align: Tensor | None = None  # what the tables are multiplied by, inside backward
         self._differentiated = False
         self._lm: Tensor | None = None
@@ -123,7 +125,7 @@ class Step:
     def _check(self, ids: Tensor) -> Tensor:
         if ids.dim() not in (1, 2) or ids.is_floating_point() or ids.dtype == torch.bool:
             raise ValueError(f"task_ids must be integers, [B] or [B, S], got {ids.dtype} {list(ids.shape)}")
-        config, state = self.state.config, self.state
+        config, state, ids = self.state.config, self.state, ids.long()
         if config.num_tasks is None:
             if _world_size() > 1:
                 raise ValueError("num_tasks must be given when several processes train: every process needs the same")
@@ -134,14 +136,18 @@ class Step:
             torch._assert_async(valid, allowed)  # does not wait for the device
         elif not valid:
             raise ValueError(f"{allowed}; got {int(ids.min())} .. {int(ids.max())}")
-        return ids.long()
+        return ids
 
     def mask(self, attention_mask: Tensor | None, labels: Tensor | None) -> None:
         """Takes padding, and with response_only tokens without a label, out of the statistics."""
         keep = None
         if attention_mask is not None:
-            if attention_mask.dim() != 2:
-                raise ValueError(f"attention_mask must be [B, S] to tell padding, got {list(attention_mask.shape)}")
+            shape = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+            if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+                raise ValueError(
+                    f"attention_mask must be [B, S] to tell padding, got {shape}: for other masks give ids per token, "
+                    "-1 where a token does not count, and align_step(model, ids, attention_mask=ones)"
+                )
             keep = attention_mask != 0
         if self.state.config.response_only:
             if labels is None:
@@ -175,6 +181,7 @@ class Step:
             if self.strict and not self._differentiated:
                 raise RuntimeError(_NOT_DIFFERENTIATED)
             return None
+        self._reached.add(slot)
         table = self.alignment.tables[slot]
         if rank < self.state.rank:
             table = table.unflatten(1, (3, -1))[..., :rank].flatten(1)
@@ -183,10 +190,18 @@ class Step:
     def arm(self, d_align: Tensor) -> None:
         """Lets the tables act, times d_align, until the running backward ends."""
         self._d_align, self._differentiated = d_align, True
+        self._reached.clear()
         self.state.armed.append(self)
         torch.autograd.Variable._execution_engine.queue_callback(self._disarm)
 
     def _disarm(self) -> None:
+        unreached = [self.state.names[slot] for slot in sorted(self.seen - self._reached)]
+        if unreached and self.strict:
+            warnings.warn(
+                f"the alignment did not reach {len(unreached)} layers, the first is {unreached[0]!r}: the loss does "
+                "not depend on them, or their adapters are frozen; leave them out by exclude_modules",
+                stacklevel=1,
+            )
         self._d_align = None
         self.state.armed[:] = [step for step in self.state.armed if step is not self]
 
@@ -200,7 +215,7 @@ class Step:
             scale: a further factor on the alignment (1 / accumulation steps where the loss is divided already).
 
         Raises:
-            RuntimeError: the loss has no graph, or an aligned layer did not run.
+            RuntimeError: the loss has no graph, an aligned layer did not run, or the step has its total already.
         """
         if not loss.requires_grad:
             raise RuntimeError(
@@ -213,10 +228,13 @@ class Step:
                 f"{len(missing)} of {len(self.state.names)} aligned layers did not run in this step, the first "
                 f"is {missing[0]!r}: leave layers that the model skips out by exclude_modules"
             )
+        if self.alignment is not None:
+            raise RuntimeError("this step has its total already: add the losses first, then step.total(sum) once")
         weight = self.state.config.align_weight if weight is None else weight
         with torch.no_grad():
             world = _world_size()
-            self.alignment = align_kl(_all_moments(self.stats, world), self.state.config)
+            self.stats = _all_moments(self.stats, world)
+            self.alignment = align_kl(self.stats, self.state.config)
         self._lm, self._weight = loss.detach(), float(weight or 0.0)
         factor = self._weight * scale
         # Data parallelism averages gradients over the processes; the tables are of the whole batch already.
@@ -312,7 +330,9 @@ def open_step(model: nn.Module, state: AlignState, ids: Tensor, **options: bool)
     adapter = next(p for name, p in model.named_parameters() if "lora_A" in name)
     for module in model.modules():
         checkpoint = module.__dict__.get("_gradient_checkpointing_func")
-        if checkpoint is not None and not isinstance(checkpoint, BoundCheckpoint):
+        if isinstance(checkpoint, BoundCheckpoint):
+            checkpoint.state = state
+        elif checkpoint is not None:
             module._gradient_checkpointing_func = BoundCheckpoint(state, checkpoint)  # type: ignore[assignment]
     state.armed.clear()
     state.last = Step(state, torch.as_tensor(ids), adapter, **options)
@@ -331,7 +351,8 @@ def align_step(
     """Opens an alignment step for one forward of the model; then differentiate step.total(loss).
 
     Args:
-        model: adapted by replace_linear_with_align_lora; may be wrapped by DDP, FSDP2 or torch.compile.
+        model: adapted by replace_linear_with_align_lora; may be wrapped by DDP, FSDP2 or torch.compile. Batch first,
+            and all adapted layers see the same tokens.
         task_ids: int64 [B] (one task a sample) or [B, S] (one a token); -1: belongs to no task.
         attention_mask: [B, S], 0 = padding, which does not count. Taken from the model's own arguments if not given
             (torch.compile: give it here).
@@ -345,6 +366,8 @@ def align_step(
         ValueError: no adapters, alignment off, or ids of a wrong shape, dtype or range.
     """
     state = _state_of(model)
+    if not model.training:
+        raise ValueError("align_step is for training, but the model is in eval mode: call model.train() first")
     step = open_step(model, state, task_ids, strict=strict)
     if attention_mask is not None or labels is not None:
         step.mask(attention_mask, labels)

@@ -5,17 +5,26 @@ The hooks also hand the model's attention_mask and labels to a step that align_s
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from align_ext.batch import AlignState, open_step
+from align_ext.batch import AlignState, BoundCheckpoint, open_step
+
+_EVAL = (
+    "the loss of a model in eval mode was differentiated: nothing is aligned and nothing dropped out there; call "
+    "model.train() first (from_pretrained returns a model in eval mode)"
+)
 
 
 def register_hooks(model: nn.Module, state: AlignState) -> None:
     """Gives the model's forward the argument task_ids."""
     model.align_state = state  # type: ignore[assignment]
+    # Taken from the outermost signature: transformers' decorators hide the names from the code object.
+    model.align_arguments = tuple(inspect.signature(type(model).forward).parameters)[1:]  # type: ignore[assignment]
     model.align_hooks = (  # type: ignore[assignment]
         model.register_forward_pre_hook(_before_forward, with_kwargs=True),
         model.register_forward_hook(_after_forward, with_kwargs=True, always_call=True),
@@ -23,19 +32,37 @@ def register_hooks(model: nn.Module, state: AlignState) -> None:
 
 
 def remove_hooks(model: nn.Module) -> None:
-    """Undoes register_hooks."""
+    """Undoes register_hooks, and takes activation checkpointing back from the step."""
     for handle in model.align_hooks:  # type: ignore[union-attr]
         handle.remove()
-    del model.align_hooks, model.align_state
+    for module in model.modules():
+        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+        if isinstance(checkpoint, BoundCheckpoint):
+            module._gradient_checkpointing_func = checkpoint.checkpoint  # type: ignore[assignment]
+    del model.align_hooks, model.align_arguments, model.align_state
 
 
 def _argument(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
     """An argument of a model's forward, whichever way it was passed."""
-    if name in kwargs or not args:
-        return kwargs.get(name)
-    code = type(module).forward.__code__
-    names = code.co_varnames[1 : code.co_argcount]
-    return dict(zip(names, args, strict=False)).get(name)
+    names: Any = module.align_arguments
+    return kwargs[name] if name in kwargs else dict(zip(names, args, strict=False)).get(name)
+
+
+def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Takes task_ids= out of the arguments and opens the step; or gives an open step the padding."""
+    state: Any = module.align_state
+    ids, step = kwargs.pop("task_ids", None), state.current
+    if ids is not None:
+        mask, labels = (_argument(module, args, kwargs, name) for name in ("attention_mask", "labels"))
+        _open_by_keyword(module, state, ids, mask, labels)
+    elif step is not None and not step.masked:
+        mask = _argument(module, args, kwargs, "attention_mask")
+        if mask is not None and torch.compiler.is_compiling():
+            raise RuntimeError("under torch.compile give align_step the attention_mask: align_step(model, ids, mask)")
+        step.mask(mask, _argument(module, args, kwargs, "labels"))
+    elif state.config.align is not None and module.training:
+        state.find()  # raises if training has no step, before any layer ran
+    return args, kwargs
 
 
 @torch.compiler.disable
@@ -49,38 +76,33 @@ def _open_by_keyword(module: nn.Module, state: AlignState, ids: Tensor, mask: An
     state.current = step
 
 
+def _after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Closes a step that task_ids= opened; the output's loss becomes the total."""
+    state: Any = module.align_state
+    if state.current is not None and state.current.by_keyword:
+        return _close_by_keyword(state, output, _argument(module, args, kwargs, "labels") is not None)
+    if state.config.align is not None and not module.training and not torch.compiler.is_compiling():
+        _watch_evaluation(output)
+    return None
+
+
 @torch.compiler.disable
-def _close_by_keyword(state: AlignState, output: Any) -> Any:
+def _close_by_keyword(state: AlignState, output: Any, has_loss: bool) -> Any:
     step, state.current = state.current, None
+    assert step is not None
     if isinstance(output, dict) and output.get("loss") is not None:
-        assert step is not None
         output["loss"] = step.total(output["loss"])
+    elif isinstance(output, tuple) and has_loss:  # return_dict=False
+        output = (step.total(output[0]), *output[1:])
     return output
 
 
-def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-    """Forward pre-hook of the model: takes task_ids= out of the arguments and opens the step."""
-    state: AlignState = module.align_state  # type: ignore[assignment]
-    step = state.current
-    if "task_ids" in kwargs:
-        ids = kwargs.pop("task_ids")
-        if ids is not None:
-            mask, labels = (_argument(module, args, kwargs, n) for n in ("attention_mask", "labels"))
-            _open_by_keyword(module, state, ids, mask, labels)
-        return args, kwargs
-    if step is not None and not step.masked:
-        mask = _argument(module, args, kwargs, "attention_mask")
-        if mask is not None and torch.compiler.is_compiling():
-            raise RuntimeError("under torch.compile give align_step the attention_mask: align_step(model, ids, mask)")
-        step.mask(mask, _argument(module, args, kwargs, "labels"))
-    elif state.config.align is not None and module.training:
-        state.find()  # raises if training has no step, before any layer ran
-    return None
+def _watch_evaluation(output: Any) -> None:
+    """A loss of a model in eval mode that is differentiated after all was meant for training, as a rule."""
+    loss = output.get("loss") if isinstance(output, dict) else None
+    if isinstance(loss, Tensor) and loss.requires_grad:
+        loss.register_hook(_warn_evaluation)
 
 
-def _after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Forward hook of the model: closes a step that task_ids= opened; the output's loss becomes the total."""
-    state: AlignState = module.align_state  # type: ignore[assignment]
-    if state.current is not None and state.current.by_keyword:
-        return _close_by_keyword(state, output)
-    return None
+def _warn_evaluation(gradient: Tensor) -> None:
+    warnings.warn(_EVAL, stacklevel=2)

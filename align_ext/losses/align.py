@@ -55,7 +55,7 @@ def task_divergences(moments: Tensor, config: AlignLoraConfig) -> Tensor:
 
     Args:
         moments: [layers, tasks, 2 rank + 1] = n | mean | M2.
-        config: align_eps, align_ddof, align_layers.
+        config: align_eps, align_ddof, align_pairs, align_layers.
 
     Returns:
         [tasks, tasks], symmetric, 0 on the diagonal and for pairs with an inactive task.
@@ -69,4 +69,7 @@ def task_divergences(moments: Tensor, config: AlignLoraConfig) -> Tensor:
     divergence = 0.25 * (vi * pj + vj * pi - 2 + gap * (pi + pj)).sum(-1)
     active = (n[..., 0] >= max(2, 1 + config.align_ddof)).double()
     divergence = divergence * active[:, :, None] * active[:, None]
+    if config.align_pairs == "mean":
+        count = active.sum(1)[:, None, None]
+        divergence = divergence / (count * (count - 1) / 2).clamp_min(1)
     return divergence.mean(0) if config.align_layers == "mean" else divergence.sum(0)

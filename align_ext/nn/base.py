@@ -62,6 +62,7 @@ class AdaptedLinear(nn.Module):
             type(base) is nn.Linear
             and type(weight) is nn.Parameter
             and weight.dtype == x.dtype
+            and weight.device == x.device
             and not weight.requires_grad
             and (base.bias is None or not base.bias.requires_grad)
             and not torch.is_autocast_enabled(x.device.type)
@@ -79,8 +80,15 @@ class AdaptedLinear(nn.Module):
 
     def cannot_merge(self) -> str | None:
         """Why the adapter cannot be merged into the base weight, or None if it can."""
-        if not has_float_weight(self.base_layer):
+        base: Any = self.base_layer
+        if not has_float_weight(base):
             return "the base weight is quantised: load the base in a floating-point dtype to merge"
+        if not isinstance(base._parameters.get("weight"), nn.Parameter):
+            return "the base weight is computed from others (parametrised, pruned)"
+        if not is_conv1d(base) and type(base).forward is not nn.Linear.forward:
+            return f"{type(base).__name__} has a forward of its own"
+        if any(getattr(base, hooks) for hooks in _HOOKS):
+            return "the base layer has hooks, which may change its output"
         if self.weight.is_meta:
             return "the base weight is on the meta device or offloaded: load it first"
         return None
@@ -95,8 +103,9 @@ class AdaptedLinear(nn.Module):
         return self.base_layer
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Accepts a checkpoint of the plain base layer too: its keys are moved to base_layer."""
-        for name in [name for name, _ in self.base_layer.named_parameters(recurse=False)]:
+        """Accepts a checkpoint of the plain base layer too: its keys become base_layer's."""
+        own = (*self.base_layer._parameters, *self.base_layer._buffers)
+        for name in own:
             plain, ours = f"{prefix}{name}", f"{prefix}base_layer.{name}"
             if plain in state_dict and ours not in state_dict:
                 state_dict[ours] = state_dict.pop(plain)

@@ -25,7 +25,8 @@ class LoraLinear(AdaptedLinear):
     def __init__(self, base_layer: nn.Module, r: int, scaling: float, dropout_p: float, dtype: torch.dtype) -> None:
         super().__init__(base_layer)
         self.r, self.scaling, self.dropout_p = r, scaling, dropout_p
-        device = next((p.device for p in base_layer.parameters()), torch.device("cpu"))
+        tensors = (*base_layer.parameters(), *base_layer.buffers())  # packed weights are buffers
+        device = tensors[0].device if tensors else torch.device("cpu")
         hook = getattr(base_layer, "_hf_hook", None)  # offloaded weights rest on meta and run elsewhere
         device = torch.device(getattr(hook, "execution_device", None) or device)
         self.lora_A = nn.Linear(self.in_features, r, bias=False, device=device, dtype=dtype)
