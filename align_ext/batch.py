@@ -6,8 +6,8 @@
 
 or, the same behind forward hooks (align_ext/hooks.py):  model(**batch, task_ids=task_ids).loss.backward().
 
-In backward the loss node runs first, since the model's own loss hangs below it, and arms the step's tables (the gradient
-in z, affine per task and layer) with what came in. Each layer's backward finds the step by its key and adds
+In backward the loss node runs first, since the model's own loss hangs below it, and arms the step's tables (the
+gradient in z, affine per task and layer) with what came in. Each layer's backward finds the step by its key and adds
 a[task] + b[task] * (z - mu[task]) to dz (align_ext/ops/_keyed.py). So the gradient is exact whatever the training
 loop does: activation checkpointing of either kind, accumulation, loss scaling, pending forwards, compilation, data
 parallelism.

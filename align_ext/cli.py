@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import warnings
 from dataclasses import fields
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -20,6 +21,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+_INTERRUPTED = 130  # what a shell reports for Ctrl-C, and typer returns
 
 
 class Mistake(Exception):
@@ -48,6 +52,7 @@ def train(config: str | None, print_config: bool, **flags: Any) -> None:
         raise Mistake(f"training needs {error.name}: pip install 'align_ext[train]'") from error
     from rich.console import Console
 
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     console = Console()
@@ -113,14 +118,15 @@ def main() -> None:
     """Runs the command line and exits."""
     try:
         code = app(standalone_mode=False, prog_name="align-lora")
-    except KeyboardInterrupt:
-        print("align-lora: interrupted", file=sys.stderr)
-        sys.exit(130)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _INTERRUPTED
     except Exception as error:
         # typer's own errors (unknown flags, missing values) have no common public class over its versions.
         if not isinstance(error, Mistake) and not hasattr(error, "format_message"):
             raise
         text = error.format_message() if hasattr(error, "format_message") else str(error)
         print("align-lora: error: " + " ".join(text.split()), file=sys.stderr)
-        sys.exit(2)
+        code = 2
+    if code == _INTERRUPTED:
+        print("align-lora: interrupted", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)

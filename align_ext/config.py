@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
@@ -66,7 +67,15 @@ class AlignLoraConfig:
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
-            object.__setattr__(self, name, value if isinstance(value, str) else tuple(value))
+            if isinstance(value, str):
+                try:
+                    re.compile(value)
+                except re.error as error:
+                    raise ValueError(f"{name}={value!r} is no regular expression: {error}") from error
+            elif isinstance(value, Iterable):
+                object.__setattr__(self, name, tuple(value))
+            else:
+                raise ValueError(f"{name} must be module names or a regular expression, got {value!r}")
         if self.architecture not in get_args(Architecture):
             raise ValueError(unknown_name("architecture", str(self.architecture), get_args(Architecture)))
         if self.align == _FROM_ARCHITECTURE:
@@ -106,6 +115,8 @@ class AlignLoraConfig:
             ),
             "align_eps": (is_finite(self.align_eps) and self.align_eps > 0, "a positive number"),
             "align_ddof": (self.align_ddof in (0, 1), "0 or 1"),
+            "use_rslora": (isinstance(self.use_rslora, bool), "true or false"),
+            "response_only": (isinstance(self.response_only, bool), "true or false"),
             "align_pairs": (self.align_pairs in ("sum", "mean"), '"sum" or "mean"'),
             "align_layers": (self.align_layers in ("mean", "sum"), '"mean" or "sum"'),
             "adapter_dtype": (self.adapter_dtype in ("float32", "base"), '"float32" or "base"'),

@@ -188,6 +188,70 @@ def test_padding_is_taken_from_the_models_own_mask():
     assert error(gradients(model), oracle_gradients(1)) < EXACT
 
 
+def test_padding_is_found_in_positional_arguments_too():
+    inputs, tasks = batch()
+    ids, mask, labels = inputs.values()
+    model = adapted()
+    model(ids, mask, labels=labels, task_ids=tasks).loss.backward()
+    assert error(gradients(model), oracle_gradients(1)) < EXACT
+    model.zero_grad()
+    with align_step(model, tasks) as step:
+        lm = model(ids, mask, labels=labels, task_ids=None).loss
+    step.total(lm).backward()
+    assert error(gradients(model), oracle_gradients(1)) < EXACT
+
+
+def test_a_tuple_of_outputs_holds_the_total_too():
+    model, (inputs, tasks) = adapted(), batch()
+    model(**inputs, task_ids=tasks, return_dict=False)[0].backward()
+    assert error(gradients(model), oracle_gradients(1)) < EXACT
+
+
+def test_a_backward_inside_autocast_changes_nothing():
+    model = adapted()
+    loss = by_keyword(model, 0)()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss.backward()
+    assert error(gradients(model), oracle_gradients(1)) < 1e-2  # the model's own products round to bf16 there
+    single, double = adapted(dtype=torch.float32), adapted(dtype=torch.float32)
+    for m, region in ((single, False), (double, True)):
+        loss = by_keyword(m, 0)()
+        with torch.autocast("cpu", torch.bfloat16, enabled=region):
+            loss.backward()
+    assert error(gradients(double), gradients(single)) < 2e-2
+
+
+def test_the_default_compiler_trains_with_alignment():
+    torch._dynamo.reset()
+    plain, model = adapted(dtype=torch.float32), adapted(dtype=torch.float32)
+    by_context(plain, 0)().backward()
+    by_context(torch.compile(model), 0)().backward()
+    assert error(gradients(model), gradients(plain)) < 1e-4
+
+
+def test_the_default_compilers_forward_and_backward_drop_the_same():
+    """The gradient along itself is the slope of the loss: masks that differ would give another."""
+    torch._dynamo.reset()
+    model = adapted(dtype=torch.float32, lora_dropout=0.3)
+    compiled = torch.compile(model)
+
+    def loss():
+        torch.manual_seed(3)
+        return by_context(compiled, 0)()
+
+    loss().backward()
+    A = model.get_submodule("model.layers.0.mlp.gate_proj").lora_A.weight
+    step = 2e-3 * A.grad / A.grad.norm()
+    values = []
+    with torch.no_grad():
+        for sign in (1, -1):
+            A.add_(sign * step)
+            with torch.enable_grad():
+                values.append(loss().item())
+            A.sub_(sign * step)
+    assert (values[0] - values[1]) / 4e-3 == pytest.approx(A.grad.norm().item(), rel=2e-2)
+
+
 def test_response_only_counts_the_tokens_with_a_label():
     inputs, tasks = batch()
     inputs["labels"][:, :5] = -100
@@ -296,8 +360,10 @@ def _train_on_rank(rank, port):
             call = nn.parallel.DistributedDataParallel(model)
         else:
             call = [fully_shard(part) for part in (*model.model.layers, model)][-1]
-        by_context(call, rank)().backward()
-        assert error(gradients(model), oracle_gradients(0.5, 0.5, union=True)) < EXACT, (wrap, mode)
+        for way in (by_context, by_keyword):
+            model.zero_grad()
+            way(call, rank)().backward()
+            assert error(gradients(model), oracle_gradients(0.5, 0.5, union=True)) < EXACT, (wrap, mode, way)
     dist.destroy_process_group()
 
 

@@ -128,3 +128,42 @@ def test_the_tables_are_disarmed_when_a_backward_ends():
     oracle = Oracle(adapted())
     oracle.model(**inputs).logits.square().mean().backward()
     assert error(gradients(model), gradients(oracle.model)) < EXACT
+
+
+def test_a_second_total_of_a_step_is_an_error():
+    model, (inputs, tasks) = adapted(), batch()
+    with align_step(model, tasks) as step:
+        out = model(**inputs)
+    step.total(out.loss)
+    with pytest.raises(RuntimeError, match="has its total already"):
+        step.total(out.logits.mean())
+
+
+def test_layers_that_the_loss_does_not_reach_are_named():
+    model, (inputs, tasks) = adapted(), batch()
+    with align_step(model, tasks) as step:
+        hidden = model(**inputs, output_hidden_states=True).hidden_states[1]
+    with pytest.warns(UserWarning, match=r"did not reach 3 layers, the first is 'model\.layers\.1\.mlp\.gate_proj'"):
+        step.total(hidden.square().mean()).backward()
+
+
+def test_a_model_in_eval_mode_that_is_trained_is_noticed():
+    model, (inputs, tasks) = adapted().eval(), batch()
+    with pytest.warns(UserWarning, match=r"call model\.train\(\) first"):
+        model(**inputs, task_ids=tasks).loss.backward()
+    with pytest.raises(ValueError, match=r"call model\.train\(\) first"), align_step(model, tasks):
+        pass
+
+
+def test_a_mask_that_is_not_a_matrix_is_named():
+    model, (inputs, tasks) = adapted(), batch()
+    inputs["attention_mask"] = torch.ones(6, 1, 10, 10, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"attention_mask must be \[B, S\] to tell padding, got \[6, 1, 10, 10\]"):
+        model(**inputs, task_ids=tasks)
+
+
+def test_differentiating_twice_is_an_error():
+    model, (inputs, tasks) = adapted(), batch()
+    loss = model(**inputs, task_ids=tasks).loss
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        loss.backward(create_graph=True)

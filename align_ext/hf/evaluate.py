@@ -132,9 +132,10 @@ def alignment(
 
 @contextmanager
 def _recording(model: nn.Module) -> Iterator[None]:
-    """Lets the adapters record in an eval-mode model: in their training mode, but without dropout."""
+    """Lets an eval-mode model's adapters record: they, and the model itself, count as training, without dropout."""
     layers = list(adapted_layers(model).values())
     before = [layer.dropout_p for layer in layers]
+    model.training = True  # this flag alone: the layers between stay in eval mode
     for layer in layers:
         layer.training, layer.dropout_p = True, 0.0  # type: ignore[assignment]
     try:

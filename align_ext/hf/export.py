@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from align_ext.batch import AlignState
+from align_ext.batch import AlignState, find_state
 from align_ext.config import AlignLoraConfig
-from align_ext.hf.replace import adapted_layers, replace_linear_with_align_lora
+from align_ext.hf.adopt import PEFT_PREFIX
+from align_ext.hf.replace import adapt, adapted_layers
 from align_ext.hooks import remove_hooks
 from align_ext.nn.base import AdaptedLinear, is_conv1d
 from align_ext.nn.lora import LoraLinear
@@ -28,13 +29,14 @@ WEIGHTS, PEFT_CONFIG, OUR_CONFIG = (
     "adapter_config.json",
     "align_lora_config.json",
 )
-_PREFIX = "base_model.model."  # PEFT's name for the plain model inside a PeftModel
 
 
 @contextmanager
 def atomic_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """A new folder beside the target that takes its place when the block ends well, and vanishes otherwise."""
     target = Path(folder)
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file, not a folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -68,7 +70,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         # Ranks or scalings that differ between layers (an adopted adapter): the scaling goes into B, alpha = r.
         B = layer.lora_B.weight * (1.0 if uniform else layer.scaling)
         for part, weight in (("lora_A", layer.lora_A.weight), ("lora_B", B)):
-            tensors[f"{_PREFIX}{name}.{part}.weight"] = _finite(weight.detach(), f"{name}.{part}").cpu().contiguous()
+            tensors[f"{PEFT_PREFIX}{name}.{part}.weight"] = (
+                _finite(weight.detach(), f"{name}.{part}").cpu().contiguous()
+            )
         ranks[name] = layer.r
     options = state.config.to_dict()
     with atomic_folder(folder) as path:
@@ -98,14 +102,24 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         tensors = load_file(path / WEIGHTS)
     except SafetensorError as error:
         raise ValueError(f"{path / WEIGHTS} is damaged: {error}") from error
-    if getattr(model, "align_state", None) is None:
-        replace_linear_with_align_lora(model, _config_of(path))
-    layers, peft = adapted_layers(model), json.loads((path / PEFT_CONFIG).read_text())
+    peft = json.loads((path / PEFT_CONFIG).read_text())
+    if find_state(model) is not None:
+        return _load(model, tensors, peft)
+    adapt(model, _config_of(path), peft.get("rank_pattern"))
+    try:
+        return _load(model, tensors, peft)
+    except ValueError:
+        unload(model)
+        raise
+
+
+def _load(model: nn.Module, tensors: dict[str, Tensor], peft: dict[str, Any]) -> nn.Module:
+    layers = adapted_layers(model)
     wanted: dict[str, nn.Parameter] = {}
     for name, layer in layers.items():
         assert isinstance(layer, LoraLinear)
         for part in ("lora_A", "lora_B"):
-            wanted[f"{_PREFIX}{_plain_name(name)}.{part}.weight"] = getattr(layer, part).weight
+            wanted[f"{PEFT_PREFIX}{_plain_name(name)}.{part}.weight"] = getattr(layer, part).weight
     _check_tensors(tensors, wanted)
     with torch.no_grad():
         for key, parameter in wanted.items():
@@ -113,6 +127,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     scaling = peft["lora_alpha"] / (peft["r"] ** 0.5 if peft.get("use_rslora") else peft["r"])
     folded = peft.get("rank_pattern") or {}  # these layers' scaling is in B
     for name, layer in layers.items():
+        assert isinstance(layer, LoraLinear)
         layer.scaling = 1.0 if _plain_name(name) in folded else scaling
     return model
 
@@ -141,6 +156,7 @@ def _put_back(model: nn.Module, bases: dict[str, nn.Module]) -> nn.Module:
         setattr(model.get_submodule(parent), child, base)
     remove_hooks(model)
     del model.align_report
+    model.__dict__.pop("save_pretrained", None)  # an adopted PeftModel's
     return model
 
 
@@ -151,7 +167,7 @@ def _state(model: nn.Module) -> AlignState:
 
 def _plain_name(name: str) -> str:
     """A module name without the PeftModel around an adopted model."""
-    return name.removeprefix(_PREFIX)
+    return name.removeprefix(PEFT_PREFIX)
 
 
 def _finite(weight: Tensor, name: str) -> Tensor:

@@ -58,9 +58,13 @@ def load_model(name: str | None = None, dtype: str | torch.dtype = "auto", say: 
     return model.eval(), tokenizer
 
 
-def best_dtype() -> torch.dtype:
-    """Returns bfloat16 where the hardware multiplies in it (AVX512-BF16, AMX, a GPU that has it), else float32."""
-    if torch.cuda.is_available():
+def best_dtype(device: str | None = None) -> torch.dtype:
+    """Returns bfloat16 where the hardware multiplies in it (AVX512-BF16, AMX, a GPU that has it), else float32.
+
+    Args:
+        device: "cpu" or "cuda"; None: a GPU if there is one.
+    """
+    if device == "cuda" or (device is None and torch.cuda.is_available()):
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         # Absent on CPUs that are not x86 and in some versions of torch; float32 is always right.
@@ -182,10 +186,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     loaded = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
     # A model read from GGUF counts as quantised and refuses save_pretrained; a fresh one takes its weights instead.
-    config = AutoConfig.from_pretrained(**place)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**place), dtype=torch.bfloat16)
     plain.load_state_dict(loaded.state_dict())
     plain.generation_config = loaded.generation_config
     plain.save_pretrained(folder)

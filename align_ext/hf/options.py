@@ -118,6 +118,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"cannot read the configuration {str(path)!r}: {error}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{str(path)!r} is not YAML: {' '.join(str(error).split())}") from error
+    if content is None:
+        return {}
     if not isinstance(content, dict):
         raise ValueError(f"{str(path)!r} must hold `option: value` lines")
     return content

@@ -21,10 +21,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch.utils.data import Subset
 
+from align_ext.diagnostics.backend import has_kernel
 from align_ext.hf.collator import TaskCollator
 from align_ext.hf.evaluate import TaskScore, alignment, evaluate
 from align_ext.hf.export import merge_and_unload, save_adapter
-from align_ext.hf.models import load_model
+from align_ext.hf.models import best_dtype, load_model
 from align_ext.hf.options import TrainOptions
 from align_ext.hf.replace import adapter_report, replace_linear_with_align_lora
 from align_ext.hf.tasks import TaskData, encode, features, fitting, load_tasks, mixing_order
@@ -32,6 +33,12 @@ from align_ext.hf.trainer import AlignTrainer, align_training_arguments
 
 # Largest difference of two models' float32 logits, relative to the largest logit, that is rounding and nothing else.
 _SAME = 1e-4
+# transformers renamed the argument within version 5 and warns of the old name.
+_CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if hasattr(transformers.TrainingArguments, name)
+)
 
 
 @dataclass
@@ -60,7 +67,7 @@ class Check:
     """Whether two models compute the same: largest difference of their logits relative to the largest logit."""
 
     passed: bool
-    difference: float
+    difference: float | None
     detail: str = ""
 
 
@@ -70,9 +77,7 @@ def prepare(options: TrainOptions, console: Console) -> Job:
     Raises:
         ValueError: the options, the data or the model cannot be used; the message is one line, and nothing is written.
     """
-    target = _free_target(options)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda, but torch sees no GPU here: use --device cpu")
+    target, device = _free_target(options), _device(options)
     data = load_tasks(
         options.data,
         tasks=options.tasks,
@@ -83,8 +88,8 @@ def prepare(options: TrainOptions, console: Console) -> Job:
     config = options.adapter_config(num_tasks=len(data.names))
     if config.align is not None and len(data.names) < 2:
         raise ValueError(f"alignment needs two tasks or more, found only {data.names[0]!r}: use --align none")
-    model, tokenizer = load_model(options.model, options.dtype, lambda line: _say(console, line))
-    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = best_dtype(device) if options.dtype == "auto" else options.dtype
+    model, tokenizer = load_model(options.model, dtype, lambda line: _say(console, line))
     train = fitting(tokenizer, data.train, options.seq_len)
     test = fitting(tokenizer, data.test, options.seq_len)
     for name in data.names:
@@ -107,31 +112,46 @@ def train(job: Job, console: Console) -> dict[str, Any]:
     Returns:
         The content of results.json.
     """
-    started = time.perf_counter()
-    results: dict[str, Any] = {"options": job.options.to_dict(), "versions": _versions(), "tasks": job.data.names}
+    model = {"name": job.model.name_or_path, "dtype": str(job.model.dtype), "device": job.device}
+    results: dict[str, Any] = {"options": job.options.to_dict(), "versions": _versions(), "model": model}
     left_out = f" ({job.left_out} too long, left out)" if job.left_out else ""
     sizes = f"{len(job.data.train)} examples to train on, {len(job.data.test)} to score on{left_out}"
-    _say(console, f"{len(job.data.names)} tasks: {sizes}; {str(adapter_report(job.model)).splitlines()[0]}")
+    _say(console, f"{len(job.data.names)} tasks: {sizes}")
+    _say(console, f"{str(adapter_report(job.model)).splitlines()[0]}, {job.model.dtype} on {job.device}")
+    seconds: dict[str, float] = results.setdefault("seconds", {})
     with _new_folder(job) as folder, _bars(console) as bars:
-        before = score(job, bars)
-        results["losses"] = _fit(job, folder.path / "trainer", bars, console)
+        with _timed(seconds, "score before"):
+            before = score(job, bars)
+        with _timed(seconds, "train"):
+            results["losses"] = _fit(job, folder.path / "trainer", bars, console)
         shutil.rmtree(folder.path / "trainer", ignore_errors=True)
         save_adapter(job.model, folder.path / "adapter")
         folder.keep = True
         try:
-            after = score(job, bars)
+            with _timed(seconds, "score after"):
+                after = score(job, bars)
             results["before"], results["after"] = asdict(before), asdict(after)
-            results["checks"] = {name: asdict(check) for name, check in verify(job, folder.path / "adapter").items()}
+            with _timed(seconds, "checks"):
+                checks = verify(job, folder.path / "adapter")
+            results["checks"] = {name: asdict(check) for name, check in checks.items()}
             results["plot"] = plot_losses(results["losses"], folder.path / "losses.png")
         finally:
-            results["seconds"] = round(time.perf_counter() - started, 1)
             (folder.path / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     _summarise(results, job.target, console)
     return results
 
 
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - start, 1)
+
+
 def score(job: Job, bars: Progress | None = None) -> Scores:
     """Scores the model as it is on the held-out examples."""
+    if bars is not None and bars.disable:
+        _say(bars.console, "scoring")
     size = job.options.eval_batch_size
     return Scores(
         evaluate(job.model, job.tokenizer, job.data.test, size, bars),
@@ -154,7 +174,7 @@ def _fit(job: Job, scratch: Path, bars: Progress, console: Console) -> list[dict
             max_steps=options.steps,
             per_device_train_batch_size=options.batch_size,
             gradient_accumulation_steps=options.accumulation,
-            gradient_checkpointing=options.gradient_checkpointing,
+            **({_CHECKPOINTING: True} if options.gradient_checkpointing else {}),
             train_sampling_strategy="sequential",  # the mix of tasks is in the order already
             logging_steps=options.log_steps,
             logging_first_step=True,
@@ -200,7 +220,7 @@ def verify(job: Job, adapter: Path) -> dict[str, Check]:
         try:
             checks[name] = check(other)
         except Exception as error:  # the training is done and kept; a check reports whatever stops it
-            checks[name] = Check(False, float("nan"), f"{type(error).__name__}: {error}")
+            checks[name] = Check(False, None, f"{type(error).__name__}: {error}")
     return checks
 
 
@@ -270,11 +290,12 @@ def _summarise(results: dict[str, Any], target: Path, console: Console) -> None:
     if before["align"] is not None:
         _say(console, f"alignment loss {before['align']:.4g} -> {after['align']:.4g}")
     for name, check in results["checks"].items():
-        verdict = "same logits" if check["passed"] else check["detail"] or "OTHER LOGITS"
-        _say(console, f"{name}: {verdict} (relative difference {check['difference']:.1e})")
+        verdict = "same logits" if check["passed"] else "OTHER LOGITS"
+        _say(console, f"{name}: " + (check["detail"] or f"{verdict} (relative difference {check['difference']:.1e})"))
     if results["plot"] is None:
         _say(console, "no loss plot: matplotlib is not installed")
-    _say(console, f"wrote {target} in {results['seconds']:.0f} s")
+    times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in results["seconds"].items())
+    _say(console, f"wrote {target} ({times})")
 
 
 def _say(console: Console, line: str) -> None:
@@ -287,6 +308,19 @@ def _versions() -> dict[str, str]:
     modules = {"torch": torch, "transformers": transformers, "peft": peft}
     versions = {name: module.__version__ for name, module in modules.items()}
     return {"align_ext": __version__, "python": platform.python_version(), **versions}
+
+
+def _device(options: TrainOptions) -> str:
+    """The device to train on: a GPU only where this build has the adapters' kernels for it."""
+    if not torch.cuda.is_available():
+        missing = "torch sees no GPU here"
+    elif not has_kernel("grouped_lora", "cuda"):
+        missing = "this build has no CUDA kernels of the adapters"
+    else:
+        return "cpu" if options.device == "cpu" else "cuda"
+    if options.device == "cuda":
+        raise ValueError(f"device=cuda, but {missing}: use --device cpu")
+    return "cpu"
 
 
 def _free_target(options: TrainOptions) -> Path:

@@ -5,15 +5,23 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from align_ext.batch import AlignState
+from align_ext.batch import AlignState, find_state
 from align_ext.config import AlignLoraConfig
+from align_ext.hf.adopt import (
+    adopt,
+    adopted_config,
+    is_peft_lora,
+    refuse_other_training,
+    refuse_save_pretrained,
+    unfit_peft,
+)
 from align_ext.hooks import register_hooks
 from align_ext.nn.base import AdaptedLinear, has_float_weight, is_conv1d
 from align_ext.nn.lora import LoraLinear
@@ -30,11 +38,13 @@ class ReplaceReport:
         replaced: names of the adapted layers.
         adopted: those of them that took over a PEFT adapter's weights.
         skipped: name -> reason, for layers that matched target_modules but were left alone.
+        unmatched: what else may have been meant: patterns that match nothing, experts that are no linear layers.
     """
 
     replaced: list[str] = field(default_factory=list)
     adopted: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    unmatched: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         kinds = Counter(name.rpartition(".")[2] for name in self.replaced)
@@ -43,7 +53,7 @@ class ReplaceReport:
         if self.adopted:
             lines.append(f"of them {len(self.adopted)} with the weights of a PEFT adapter")
         lines += [f"left alone {name}: {reason}" for name, reason in self.skipped.items()]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.unmatched])
 
 
 def replace_linear_with_align_lora(
@@ -72,16 +82,19 @@ def replace_linear_with_align_lora(
         raise ValueError("give either config or single options, not both")
     config = config or AlignLoraConfig.from_dict(options)
     _refuse_wrapped(model)
-    state = getattr(model, "align_state", None)
-    if isinstance(state, AlignState):
+    if find_state(model) is not None:
         logger.warning("the model has adapters already: nothing was changed (unload(model) removes them)")
         return model
+    return adapt(model, config)
 
+
+def adapt(model: nn.Module, config: AlignLoraConfig, ranks: Mapping[str, int] | None = None) -> nn.Module:
+    """Puts adapters into a plain model or a PeftModel; ranks, by module name, where they are not config.r."""
     report, targets = ReplaceReport(), {}
     candidates = dict(_linear_like(model))
-    adopting = [module for module in candidates.values() if _is_peft_lora(module)]
-    for name, module in candidates.items():
-        if not (module in adopting if adopting else _matches(name, config, module, model)):
+    adopting = {name: module for name, module in candidates.items() if is_peft_lora(module)}
+    for name, module in (adopting or candidates).items():
+        if not adopting and not _matches(name, config, module, model):
             continue
         reason = _unfit(name, module, model)
         if reason is None:
@@ -89,14 +102,19 @@ def replace_linear_with_align_lora(
         else:
             report.skipped[name] = reason
     if not targets:
-        raise ValueError(_nothing_matched(model, config, report))
+        raise ValueError(_nothing_matched(model, candidates, config, report))
 
     if adopting:
-        config, report.adopted = _adopted_config(config, next(iter(targets.values()))), list(targets)
+        refuse_other_training(model, targets)
+        config, report.adopted = adopted_config(config, targets), list(targets)
+        logger.info("r, lora_alpha, lora_dropout and target_modules are the PEFT adapter's: %s", config)
+        model.save_pretrained = refuse_save_pretrained  # type: ignore[assignment]
+    else:
+        report.unmatched = _unmatched(config, candidates, model)
     state = AlignState(config)
     model.requires_grad_(False)
     for name, module in targets.items():
-        layer = _adopt(module) if adopting else _adapt(module, config)
+        layer = adopt(module) if adopting else _adapted(module, config, (ranks or {}).get(name, config.r))
         if config.align is not None:
             layer.align(state, name)
         layer.train(module.training)
@@ -105,7 +123,7 @@ def replace_linear_with_align_lora(
         report.replaced.append(name)
     register_hooks(model, state)
     model.align_report = report  # type: ignore[assignment]
-    logger.info("%s", report)
+    (logger.warning if report.unmatched else logger.info)("%s", report)
     return model
 
 
@@ -130,7 +148,13 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
-    wrappers = ("DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule", "DeepSpeedEngine")
+    wrappers = (
+        "DistributedDataParallel",
+        "FullyShardedDataParallel",
+        "OptimizedModule",
+        "DataParallel",
+        "DeepSpeedEngine",
+    )
     if type(model).__name__ in wrappers or any(type(m).__name__ == "FSDPModule" for m in type(model).__mro__):
         raise ValueError(
             f"the model is wrapped already ({type(model).__name__}): call replace_linear_with_align_lora on the plain "
@@ -138,17 +162,13 @@ def _refuse_wrapped(model: nn.Module) -> None:
         )
 
 
-def _is_peft_lora(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("peft.tuners.lora") and hasattr(module, "base_layer")
-
-
 def _linear_like(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every linear layer, quantised ones and PEFT's included, without the parts of adapters."""
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        if name.startswith(inside) if inside else False:
+        if name.startswith(inside):
             continue
-        if _is_peft_lora(module):
+        if is_peft_lora(module):
             inside = (*inside, f"{name}.")
             yield name, module
         elif isinstance(module, nn.Linear) or is_conv1d(module) or _is_quantised_linear(module):
@@ -176,9 +196,13 @@ def _name_matches(name: str, patterns: tuple[str, ...] | str) -> bool:
 def _matches(name: str, config: AlignLoraConfig, module: nn.Module, model: nn.Module) -> bool:
     if _name_matches(name, config.exclude_modules):
         return False
-    if config.target_modules in (ALL_LINEAR, (ALL_LINEAR,)):
+    if _all_linear(config):
         return module is not _output_embeddings(model)
     return _name_matches(name, config.target_modules)
+
+
+def _all_linear(config: AlignLoraConfig) -> bool:
+    return config.target_modules in (ALL_LINEAR, (ALL_LINEAR,))
 
 
 def _output_embeddings(model: nn.Module) -> nn.Module | None:
@@ -196,62 +220,56 @@ def _unfit(name: str, module: nn.Module, model: nn.Module) -> str | None:
         return "nn.MultiheadAttention reads its weight and never calls its forward"
     if module is _output_embeddings(model):
         return "it is the output head (lm_head), often tied to the embeddings"
-    if _is_peft_lora(module):
-        return _unfit_peft(module)
+    if is_peft_lora(module):
+        return unfit_peft(module)
     weight = getattr(module, "weight", None)
     if isinstance(weight, nn.Parameter):
+        if weight.is_meta and not hasattr(module, "_hf_hook") and _is_offloaded_with(name, model):
+            return "its weight is offloaded together with its parent's: offload layer by layer instead"
         owners = [n for n, m in model.named_modules() if m is not module and weight in _own(m)]
         if owners:
             return f"its weight is tied to {owners[0] or 'the model'}"
     return None
 
 
+def _is_offloaded_with(name: str, model: nn.Module) -> bool:
+    """Whether accelerate loads a layer's weight by an ancestor's hook."""
+    parts = name.split(".")
+    ancestors = (model.get_submodule(".".join(parts[:i])) for i in range(len(parts)))
+    return any(getattr(getattr(m, "_hf_hook", None), "place_submodules", False) for m in ancestors)
+
+
 def _own(module: nn.Module) -> set[nn.Parameter]:
     return set(module.parameters(recurse=False))
 
 
-def _unfit_peft(module: Any) -> str | None:
-    if len(module.active_adapters) != 1:
-        return f"it has {len(module.active_adapters)} active PEFT adapters, and one can be adopted"
-    adapter = module.active_adapters[0]
-    if module.merged:
-        return "its PEFT adapter is merged: unmerge it first"
-    if adapter not in module.lora_A:
-        return "its PEFT adapter has no Linear lora_A"
-    if module.use_dora.get(adapter) or getattr(module, "lora_variant", {}).get(adapter) is not None:
-        return "its PEFT adapter is a variant (DoRA, ...) that plain LoRA cannot take over"
-    if module.lora_B[adapter].bias is not None:
-        return "its PEFT adapter has lora_bias, which plain LoRA cannot take over"
-    return None
-
-
-def _adapt(module: nn.Module, config: AlignLoraConfig) -> LoraLinear:
+def _adapted(module: nn.Module, config: AlignLoraConfig, r: int) -> LoraLinear:
     weight_dtype: Any = module.weight.dtype if has_float_weight(module) else torch.float32
     # Double bases are for tests of exactness: their adapters are double too.
     dtype = weight_dtype if config.adapter_dtype == "base" else torch.promote_types(torch.float32, weight_dtype)
-    return LoraLinear(module, config.r, config.scaling, config.lora_dropout, dtype)
+    return LoraLinear(module, r, config.scaling, config.lora_dropout, dtype)
 
 
-def _adopt(module: Any) -> LoraLinear:
-    """Takes over a PEFT LoRA layer: its base layer, its Parameters themselves, its scaling and dropout."""
-    adapter = module.active_adapters[0]
-    A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
-    dropout_p = getattr(module.lora_dropout[adapter], "p", 0.0)
-    layer = LoraLinear(module.base_layer, A.shape[0], module.scaling[adapter], dropout_p, A.dtype)
-    layer.lora_A.weight, layer.lora_B.weight = A.requires_grad_(True), B.requires_grad_(True)
-    return layer
+def _unmatched(config: AlignLoraConfig, candidates: Mapping[str, nn.Module], model: nn.Module) -> list[str]:
+    """What the user may have meant to adapt and nothing was: patterns without a match, experts in one tensor."""
+    patterns = () if isinstance(config.target_modules, str) or _all_linear(config) else config.target_modules
+    lines = [
+        f"target_modules: {pattern!r} matches no linear layer"
+        for pattern in patterns
+        if not any(_name_matches(name, (pattern,)) for name in candidates)
+    ]
+    experts = [name for name, p in model.named_parameters() if p.dim() == 3 and "expert" in name]
+    if experts:
+        lines.append(
+            f"{len(experts)} tensors of experts, such as {experts[0]}, are no linear layers and stay as they are"
+        )
+    return lines
 
 
-def _adopted_config(config: AlignLoraConfig, module: Any) -> AlignLoraConfig:
-    """The options with the rank and scaling of a PEFT layer."""
-    adapter = module.active_adapters[0]
-    r = module.lora_A[adapter].weight.shape[0]
-    return replace(config, r=r, lora_alpha=module.scaling[adapter] * r, use_rslora=False)
-
-
-def _nothing_matched(model: nn.Module, config: AlignLoraConfig, report: ReplaceReport) -> str:
-    names = [name for name, _ in _linear_like(model)]
-    kinds = Counter(name.rpartition(".")[2] for name in names)
+def _nothing_matched(
+    model: nn.Module, candidates: Mapping[str, nn.Module], config: AlignLoraConfig, report: ReplaceReport
+) -> str:
+    kinds = Counter(name.rpartition(".")[2] for name in candidates)
     found = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items())) or "none at all"
     skipped = "".join(f"; {name} matched, but {reason}" for name, reason in list(report.skipped.items())[:5])
     return (

@@ -20,11 +20,11 @@ from align_ext.config import unknown_name
 
 # reasoning-gym's generators and options: short prompts, and an answer of another form in each.
 BUILTIN_TASKS: dict[str, dict[str, Any]] = {
-    "chain_sum": {"max_terms": 3, "max_digits": 2},
+    "chain_sum": {"max_terms": 2, "max_digits": 2},
     "syllogism": {},
     "calendar_arithmetic": {"tasks": ["weekday_of_date"]},
-    "word_sequence_reversal": {"max_words": 5},
     "time_intervals": {"task_types": ["time_seconds"]},
+    "prime_factorization": {"max_value": 300},
 }
 _CHOICES = {"syllogism": ("Yes", "No")}
 # Item i of a generator comes from seed + i, so that seeds this far apart never share an item.

@@ -89,7 +89,7 @@ def test_train_runs_a_local_model_on_local_rows(run, tmp_path):
     assert code == 0, err
     results = json.loads((tmp_path / "work/out/results.json").read_text())
     assert set(results["after"]["tasks"]) == {"next", "threes"}
-    for expected in ("step 2/2", "next", "threes", "alignment loss", "stock PEFT: same logits", "wrote out"):
+    for expected in ("step 1/2", "next", "threes", "alignment loss", "stock PEFT: same logits", "wrote out"):
         assert expected in out
 
 

@@ -19,7 +19,8 @@ def examples(said=None):
         said.append(text)
         return float(len(text) % 2)
 
-    colours = [Example("colour", "c" * (3 * i + 1), CHOICES[i % 3], CHOICES, i % 3) for i in range(9)]
+    labels = (0, 0, 0, 0, 0, 1, 1, 2, 2)
+    colours = [Example("colour", "c" * (3 * i + 1), CHOICES[k], CHOICES, k) for i, k in enumerate(labels)]
     scorer = None if said is None else keep
     return colours + [Example("copy", "x" * (2 * i + 1), "y" * (i % 3 + 1), scorer=scorer) for i in range(7)]
 
@@ -46,12 +47,13 @@ def test_losses_and_choices_are_those_of_one_sequence_at_a_time(model, batch_siz
         tokens = [nll for example in mine for nll in naive_nll(model, example.prompt, example.answer)]
         assert score.loss == pytest.approx(sum(tokens) / len(tokens), rel=1e-5)
         assert score.examples == len(mine)
-    right = 0
+    means, sums = [], []
     for example in examples()[:9]:
-        means = [sum(nll) / len(nll) for nll in (naive_nll(model, example.prompt, choice) for choice in CHOICES)]
-        right += means.index(min(means)) == example.label
-    assert result["colour"].score == pytest.approx(right / 9)
-    assert 0 < right < 9, "neither always nor never right, so that a wrong rule shows"
+        nlls = [naive_nll(model, example.prompt, choice) for choice in CHOICES]
+        means.append(min(range(3), key=lambda i, nlls=nlls: sum(nlls[i]) / len(nlls[i])) == example.label)
+        sums.append(min(range(3), key=lambda i, nlls=nlls: sum(nlls[i])) == example.label)
+    assert result["colour"].score == pytest.approx(sum(means) / 9)
+    assert sum(means) not in (0, 9, sum(sums)), "so that a wrong rule would show"
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -129,10 +131,9 @@ def test_the_alignment_is_the_kl_of_all_examples_latents_without_dropout(model):
 
 def test_batches_that_lack_a_task_still_merge_when_the_number_of_tasks_is_not_told(model):
     adapted(model)
-    one_by_one = alignment(model, tokenizer(), examples(), {"colour": 0, "copy": 1}, 1)
-    assert one_by_one == pytest.approx(
-        alignment(model, tokenizer(), examples(), {"colour": 0, "copy": 1}, 64), rel=1e-4
-    )
+    ids = {"copy": 0, "colour": 1}
+    one_by_one = alignment(model, tokenizer(), examples(), ids, 1)
+    assert one_by_one == pytest.approx(alignment(model, tokenizer(), examples(), ids, 64), rel=1e-4)
     assert one_by_one > 0
 
 

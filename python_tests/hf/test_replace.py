@@ -283,3 +283,57 @@ def test_a_peft_variant_is_left_alone_and_named():
     peft = get_peft_model(llama(), LoraConfig(use_dora=True, target_modules=["up_proj"]))
     with pytest.raises(ValueError, match="DoRA"):
         replace_linear_with_align_lora(peft)
+
+
+def test_a_peft_model_that_trains_more_than_lora_is_refused():
+    from peft import LoraConfig, get_peft_model
+
+    peft = get_peft_model(llama(), LoraConfig(target_modules=["up_proj"], modules_to_save=["lm_head"]))
+    with pytest.raises(ValueError, match=r"also trains .*lm_head"):
+        replace_linear_with_align_lora(peft)
+
+
+def test_an_adopted_peft_model_does_not_save_an_empty_adapter(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    peft = replace_linear_with_align_lora(get_peft_model(llama(), LoraConfig(target_modules=["up_proj"])))
+    with pytest.raises(RuntimeError, match=r"align_ext\.save_adapter"):
+        peft.save_pretrained(tmp_path)
+
+
+def test_a_part_that_is_adapted_already_is_not_adapted_again(caplog):
+    inner = replace_linear_with_align_lora(llama())
+    outer = nn.Sequential(inner)
+    names = [n for n, _ in outer.named_parameters()]
+    replace_linear_with_align_lora(outer, target_modules="all-linear")
+    assert [n for n, _ in outer.named_parameters()] == names
+    assert "has adapters already" in caplog.text
+
+
+def test_what_was_meant_and_not_found_is_reported(caplog):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_local_experts": 2}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, vocab_size=VOCAB))
+    replace_linear_with_align_lora(model, target_modules=["q_proj", "gate_prj"])
+    assert "'gate_prj' matches no linear layer" in caplog.text
+    assert "tensors of experts" in caplog.text
+
+
+def test_adapters_of_packed_layers_are_where_the_packed_weight_is():
+    with torch.device("meta"):
+        packed = PackedLinear.__new__(PackedLinear)
+        nn.Module.__init__(packed)
+        packed.in_features = packed.out_features = 4
+        packed.register_buffer("qweight", torch.zeros(4, 4, dtype=torch.int8))
+    model = replace_linear_with_align_lora(nn.Sequential(packed), target_modules=["0"], align=None)
+    assert model[0].lora_A.weight.is_meta
+
+
+def test_weights_offloaded_with_their_parent_are_left_alone():
+    from accelerate import cpu_offload
+
+    model = llama()
+    cpu_offload(model, execution_device="cpu", preload_module_classes=["LlamaMLP"])
+    with pytest.raises(ValueError, match="offloaded together with its parent"):
+        replace_linear_with_align_lora(model)

@@ -17,8 +17,8 @@ FORMS = {
     "chain_sum": r"-?\d+",
     "syllogism": r"Yes|No",
     "calendar_arithmetic": r"[A-Z][a-z]+day",
-    "word_sequence_reversal": r"\S+(, \S+)+",
     "time_intervals": r"\d+:\d\d:\d\d",
+    "prime_factorization": "\\d+( \N{MULTIPLICATION SIGN} \\d+)*",
 }
 
 
@@ -30,8 +30,9 @@ def builtin():
 def test_five_built_in_tasks_each_answer_in_a_form_of_their_own(builtin):
     assert set(builtin.names) == set(FORMS)
     for example in builtin.train + builtin.test:
-        matching = [name for name, form in FORMS.items() if re.fullmatch(form, example.answer)]
-        assert matching == [example.task], example
+        others = [name for name, form in FORMS.items() if re.fullmatch(form, example.answer) and name != example.task]
+        assert re.fullmatch(FORMS[example.task], example.answer), example
+        assert others == [] or example.answer.lstrip("-").isdigit(), "a prime is its own factorization"
 
 
 def test_a_built_in_task_scores_its_own_answer_right_and_rubbish_wrong(builtin):
@@ -44,6 +45,7 @@ def test_a_built_in_task_scores_its_own_answer_right_and_rubbish_wrong(builtin):
 def test_what_is_tested_is_never_trained_on_and_depends_on_no_seed(builtin):
     train = {(x.task, x.prompt) for x in builtin.train}
     assert not train & {(x.task, x.prompt) for x in builtin.test}
+    assert Counter(x.task for x in builtin.train)["time_intervals"] == 60, "their generators' seeds do not overlap"
     other = load_tasks(train_per_task=60, test_per_task=12, seed=7)
     assert other.test == builtin.test
     assert other.train != builtin.train

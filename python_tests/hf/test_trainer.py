@@ -122,6 +122,8 @@ def test_a_model_whose_loss_is_a_mean_per_batch_gets_the_same_alignment_gradient
     ran.model_accepts_loss_kwargs = False
     ran.train()
     assert error(kept.steps[0], expected_gradients(rows, [0, 6], [0.5, 0.5])) < ROUNDING
+    (entry,) = logged(ran)
+    assert entry["loss"] == pytest.approx(entry["lm_loss"] + WEIGHT * entry["align_loss"], rel=1e-5)
 
 
 def test_a_last_step_with_fewer_micro_batches_divides_by_those_it_has(tmp_path):
@@ -184,7 +186,8 @@ def test_evaluation_logs_the_loss_of_each_task_per_token(tmp_path):
         with torch.no_grad():
             exact = adapted().eval()(**batch).loss.item()
         assert metrics[f"eval_loss/{name}"] == pytest.approx(exact, rel=1e-5)
-    assert ran.evaluate().keys() == metrics.keys()
+    one_by_one = trainer(tmp_path, adapted(), rows).evaluate(rows[:6], metric_key_prefix="few")
+    assert ran.evaluate(rows[:6], metric_key_prefix="few")["few_loss/odd"] == one_by_one["few_loss/odd"]
 
 
 def test_the_ids_column_of_a_dataset_survives_and_other_columns_do_not(tmp_path):

@@ -201,6 +201,34 @@ def test_the_same_bits_twice_and_for_any_number_of_threads(dtype):
             assert torch.equal(tensor, other[name]), name
 
 
+def test_autocast_does_not_reach_into_the_op():
+    x, A, B, W, bias, _, dy, _ = make(16, 12, 10, 4, 1, torch.float32)
+    leaves = [t.requires_grad_() for t in (x, A, B)]
+    y, _ = ops.grouped_lora(*leaves, weight=W, bias=bias)
+    y.backward(dy)
+    expected = [y.detach(), *(t.grad.clone() for t in leaves)]
+    for t in leaves:
+        t.grad = None
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _ = ops.grouped_lora(*leaves, weight=W, bias=bias)
+        y.backward(dy)
+    for a, b in zip([y, *(t.grad for t in leaves)], expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_strided_rng_is_read_as_it_is():
+    x, A, B, _, _, base, *_ = make(16, 64, 8, 4, 1, torch.float32)
+    wide = torch.stack([RNG, RNG + 1], dim=1).reshape(-1)
+    z = [ops.grouped_lora(x, A, B, dropout_p=0.5, rng=rng, base_out=base)[1] for rng in (wide[::2], RNG)]
+    assert torch.equal(*z)
+
+
+def test_tensors_of_another_device_are_named():
+    x, A, B, W, *_ = make(4, 8, 8, 4, 1, torch.float32)
+    with pytest.raises(RuntimeError, match="weight is on meta, but x is on cpu"):
+        ops.grouped_lora(x, A, B, weight=W.to("meta"))
+
+
 def test_inputs_are_not_modified():
     x, A, B, _, _, base, *_ = make(12, 10, 8, 4, 1, torch.float32)
     copy = base.clone()
