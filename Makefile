@@ -5,7 +5,7 @@ SOURCES := $(shell find csrc cpp_tests -name '*.h' -o -name '*.cpp' -o -name '*.
 .PHONY: build check format test check-full bench
 
 build:  ## the extension, in place
-	$(PYTHON) -m pip install --no-build-isolation -e ".[dev]"
+	$(PYTHON) -m pip install -e ".[dev]"
 
 check:  ## formatting, lint, types, import contracts, layout: no build needed
 	$(PYTHON) -m ruff check .
