@@ -1,5 +1,6 @@
 """Multi-task LoRA training: fused adapters and alignment losses with exact gradients. Start: README.md."""
 
+from importlib.metadata import version
 from typing import Any
 
 from align_ext.batch import AlignParts, align_parts, align_step
@@ -23,11 +24,11 @@ __all__ = [
     "save_adapter",
     "unload",
 ]
-__version__ = "0.1.0"
+__version__ = version("align_ext")
 
 
 def __getattr__(name: str) -> Any:
-    """AlignTrainer and TaskCollator import transformers; everything else does with torch alone."""
+    """AlignTrainer and TaskCollator import transformers; everything else does without."""
     if name == "AlignTrainer":
         from align_ext.hf.trainer import AlignTrainer
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import batch, llama
 
 from align_ext import align_parts, align_step
-from tiny import batch, llama
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -30,8 +31,6 @@ def backend() -> dict[str, Any]:
         devices: those that torch sees.
         ops: operator -> device -> "native" or "none" (no kernel in this build).
     """
-    from align_ext import __version__
-
     devices = {
         "cpu": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     }
@@ -40,7 +39,7 @@ def backend() -> dict[str, Any]:
         devices[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}"
     return {
         "versions": {
-            "align_ext": __version__,
+            "align_ext": version("align_ext"),
             "torch": torch.__version__,
             "python": platform.python_version(),
         },

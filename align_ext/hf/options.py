@@ -44,7 +44,7 @@ class TrainOptions:
     align: str = _option("auto", "alignment of the tasks: kl, none, or auto (kl for align_lora)")
     align_weight: float | None = _option(None, "weight of the alignment in the loss; none: 0.1 for kl")
     response_only: bool = _option(False, "align the tokens of the answers alone")
-    dtype: str = _option("auto", "auto (bfloat16 where the hardware is good at it), float32, bfloat16 or float16")
+    dtype: str = _option("auto", "auto (bfloat16 where it is faster), float32, bfloat16 or float16")
     device: str = _option("auto", "auto (a GPU if there is one), cpu or cuda")
     gradient_checkpointing: bool = _option(False, "recompute activations in the backward pass to save memory")
     log_steps: int = _option(5, "log the losses every so many steps")

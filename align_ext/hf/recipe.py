@@ -175,7 +175,6 @@ def _fit(job: Job, scratch: Path, bars: Progress, console: Console) -> list[dict
             per_device_train_batch_size=options.batch_size,
             gradient_accumulation_steps=options.accumulation,
             **({_CHECKPOINTING: True} if options.gradient_checkpointing else {}),
-            train_sampling_strategy="sequential",  # the mix of tasks is in the order already
             logging_steps=options.log_steps,
             logging_first_step=True,
             save_strategy="no",
@@ -186,6 +185,7 @@ def _fit(job: Job, scratch: Path, bars: Progress, console: Console) -> list[dict
         train_dataset=Subset(features(job.tokenizer, job.data.train, ids), order),  # type: ignore[arg-type]
         data_collator=TaskCollator(job.tokenizer),
         task_names=job.data.names,
+        in_order=True,
         callbacks=[_ShowProgress(bars, console, options.steps)],
     )
     trainer.remove_callback(transformers.PrinterCallback)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
@@ -47,15 +48,16 @@ class AlignTrainer(Trainer):
     Args:
         *args: as for Trainer.
         task_names: names for the log, by task id; the id itself where there is none.
+        in_order: take the training examples in the dataset's own order (`mixing_order` makes one) instead of shuffling.
         **kwargs: as for Trainer.
 
     Raises:
         ValueError: nn.DataParallel would be used with alignment on; or, in training, a batch without task_ids.
     """
 
-    def __init__(self, *args: Any, task_names: Sequence[str] = (), **kwargs: Any) -> None:
+    def __init__(self, *args: Any, task_names: Sequence[str] = (), in_order: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.task_names = tuple(task_names)
+        self.task_names, self.in_order = tuple(task_names), in_order
         self._train_sums = _LossSums()
         self._eval_sums = _LossSums()
         if self._aligned() and self.args.n_gpu > 1:
@@ -69,6 +71,9 @@ class AlignTrainer(Trainer):
         super()._set_signature_columns_if_needed()
         if "task_ids" not in self._signature_columns:
             self._signature_columns.append("task_ids")
+
+    def _get_train_sampler(self, *args: Any) -> Sampler | None:
+        return SequentialSampler(self.train_dataset) if self.in_order else super()._get_train_sampler(*args)
 
     def compute_loss(
         self,

