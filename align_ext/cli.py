@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import signal
 import sys
 import warnings
 from dataclasses import fields
@@ -55,6 +56,7 @@ def train(config: str | None, print_config: bool, **flags: Any) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a job that is ended cleans up, as on Ctrl-C
     console = Console()
     try:
         job = recipe.prepare(options, console)

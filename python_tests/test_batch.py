@@ -2,12 +2,10 @@
 
 import copy
 import functools
-import itertools
 import pickle
 
 import pytest
 import torch
-import torch.distributed as dist
 from tiny import TASKS, WEIGHT, Oracle, adapted, batch, error, gradients, literal_kl, llama
 from torch import nn
 
@@ -349,23 +347,7 @@ def test_layers_of_different_rank_share_a_step():
 # -------------------------------------------------------------------------------------------- several processes
 
 
-def _train_on_rank(rank, port):
-    from torch.distributed.fsdp import fully_shard
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    for wrap, mode in itertools.product(("ddp", "fsdp2"), CHECKPOINTING):
-        model = checkpointed(adapted(), mode)
-        if wrap == "ddp":
-            call = nn.parallel.DistributedDataParallel(model)
-        else:
-            call = [fully_shard(part) for part in (*model.model.layers, model)][-1]
-        for way in (by_context, by_keyword):
-            model.zero_grad()
-            way(call, rank)().backward()
-            assert error(gradients(model), oracle_gradients(0.5, 0.5, union=True)) < EXACT, (wrap, mode, way)
-    dist.destroy_process_group()
-
-
 def test_two_processes_give_the_gradient_of_the_union_batch(unused_port):
-    torch.multiprocessing.spawn(_train_on_rank, (unused_port,), nprocs=2)
+    from ranks import train_on_rank  # a module of its own, which the processes can import by name
+
+    torch.multiprocessing.spawn(train_on_rank, (unused_port,), nprocs=2)

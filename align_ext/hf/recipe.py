@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import shutil
@@ -28,7 +29,7 @@ from align_ext.hf.export import merge_and_unload, save_adapter
 from align_ext.hf.models import best_dtype, load_model
 from align_ext.hf.options import TrainOptions
 from align_ext.hf.replace import adapter_report, replace_linear_with_align_lora
-from align_ext.hf.tasks import TaskData, encode, features, fitting, load_tasks, mixing_order
+from align_ext.hf.tasks import TaskData, encode, features, fits, mixing_order, read_tasks, select
 from align_ext.hf.trainer import AlignTrainer, align_training_arguments
 
 # Largest difference of two models' float32 logits, relative to the largest logit, that is rounding and nothing else.
@@ -48,7 +49,6 @@ class Job:
     options: TrainOptions
     target: Path
     data: TaskData
-    left_out: int
     model: Any
     tokenizer: Any
     device: str
@@ -78,30 +78,18 @@ def prepare(options: TrainOptions, console: Console) -> Job:
         ValueError: the options, the data or the model cannot be used; the message is one line, and nothing is written.
     """
     target, device = _free_target(options), _device(options)
-    data = load_tasks(
-        options.data,
-        tasks=options.tasks,
-        train_per_task=options.train_examples,
-        test_per_task=options.eval_examples,
-        seed=options.seed,
-    )
-    config = options.adapter_config(num_tasks=len(data.names))
-    if config.align is not None and len(data.names) < 2:
-        raise ValueError(f"alignment needs two tasks or more, found only {data.names[0]!r}: use --align none")
+    count = max(options.train_examples, options.eval_examples)
+    pools = read_tasks(options.data, options.tasks, count=count, seed=options.seed)
+    config = options.adapter_config(num_tasks=len(pools))
+    if config.align is not None and len(pools) < 2:
+        raise ValueError(f"alignment needs two tasks or more, found only {next(iter(pools))!r}: use --align none")
     dtype = best_dtype(device) if options.dtype == "auto" else options.dtype
     model, tokenizer = load_model(options.model, dtype, lambda line: _say(console, line))
-    train = fitting(tokenizer, data.train, options.seq_len)
-    test = fitting(tokenizer, data.test, options.seq_len)
-    for name in data.names:
-        for examples, purpose in ((train, "train on"), (test, "score on")):
-            if not any(example.task == name for example in examples):
-                raise ValueError(
-                    f"no example of the task {name!r} to {purpose} fits into seq_len={options.seq_len} tokens"
-                )
+    fit = functools.partial(fits, tokenizer, max_tokens=options.seq_len)
+    data = select(pools, options.train_examples, options.eval_examples, fit)
     transformers.set_seed(options.seed)
     replace_linear_with_align_lora(model.to(device), config)
-    left_out = len(data.train) + len(data.test) - len(train) - len(test)
-    return Job(options, target, TaskData(data.names, train, test), left_out, model, tokenizer, device)
+    return Job(options, target, data, model, tokenizer, device)
 
 
 def train(job: Job, console: Console) -> dict[str, Any]:
@@ -114,7 +102,7 @@ def train(job: Job, console: Console) -> dict[str, Any]:
     """
     model = {"name": job.model.name_or_path, "dtype": str(job.model.dtype), "device": job.device}
     results: dict[str, Any] = {"options": job.options.to_dict(), "versions": _versions(), "model": model}
-    left_out = f" ({job.left_out} too long, left out)" if job.left_out else ""
+    left_out = f" ({job.data.left_out} too long, left out)" if job.data.left_out else ""
     sizes = f"{len(job.data.train)} examples to train on, {len(job.data.test)} to score on{left_out}"
     _say(console, f"{len(job.data.names)} tasks: {sizes}")
     _say(console, f"{str(adapter_report(job.model)).splitlines()[0]}, {job.model.dtype} on {job.device}")

@@ -10,7 +10,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,42 +73,35 @@ class TaskData:
     names: tuple[str, ...]
     train: list[Example]
     test: list[Example]
+    left_out: int = 0
 
     def ids(self) -> dict[str, int]:
         """Each task's id by its name."""
         return {name: i for i, name in enumerate(self.names)}
 
 
-def load_tasks(
-    data: str | None = None,
-    *,
-    tasks: Sequence[str] = (),
-    train_per_task: int = 2000,
-    test_per_task: int = 16,
-    seed: int = 0,
-) -> TaskData:
-    """Loads the examples of several tasks.
+# task -> split ("train", "test" or "", undivided) -> examples, in the order in which they are to be taken
+Pools = dict[str, dict[str, list[Example]]]
+
+
+def read_tasks(data: str | None, tasks: Sequence[str] = (), *, count: int = 500, seed: int = 0) -> Pools:
+    """Reads the examples of several tasks.
 
     Args:
         data: a .jsonl or .jsonl.gz file, a folder of such files, or the id of a hub dataset ("owner/name", or
             "owner/name:configuration"); None: the built-in tasks. A row needs a task, a prompt (or instruction, or
-            question) and a completion (or output, or answer), and may have choices and label. Files named after a
-            split (x.train.jsonl, x.test.jsonl) are kept apart; without a test split, examples are held out.
+            question) and a completion (or output, or answer), and may have choices and label. Files of a folder that
+            are named after a split (x.train.jsonl, x.test.jsonl) are kept apart.
         tasks: names of the tasks to keep, all if empty.
-        train_per_task: at most so many examples of each task to train on.
-        test_per_task: at most so many of each to score on.
-        seed: of the generators and of every choice of examples.
+        count: how many examples to generate for a split of a built-in task.
+        seed: of the generators (to train on; the test is the same for every seed) and of the order.
 
     Raises:
-        ValueError: no such data, a missing column (the message names those found), a task without examples, or an
-            unknown task.
+        ValueError: no such data, a missing column (the message names those found), no examples, or an unknown task.
     """
     if data is None:
-        chosen = _chosen(tuple(BUILTIN_TASKS), tasks)
-        train = [x for name in chosen for x in builtin_examples(name, train_per_task, seed)]
-        # The same test for every seed: scores of different runs compare.
-        test = [x for name in chosen for x in builtin_examples(name, test_per_task, _TEST_SEED)]
-        return TaskData(chosen, _without(train, test), test)
+        chosen, seeds = _chosen(tuple(BUILTIN_TASKS), tasks), {"train": seed, "test": _TEST_SEED}
+        return {name: {split: builtin_examples(name, count, at) for split, at in seeds.items()} for name in chosen}
     source = Path(data).expanduser()
     if source.exists():
         splits = _local_splits(source)
@@ -116,7 +109,53 @@ def load_tasks(
         splits = _hub_splits(data)
     else:
         raise ValueError(f"there is no data file or folder {data!r}")
-    return _arranged(data, splits, tasks, train_per_task, test_per_task, seed)
+    found = sorted({example.task for examples in splits.values() for example in examples})
+    if not found:
+        raise ValueError(f"{data!r} holds no examples")
+    return {
+        name: {split: _shuffled([x for x in examples if x.task == name], seed) for split, examples in splits.items()}
+        for name in _chosen(found, tasks)
+    }
+
+
+def select(
+    pools: Pools, train_per_task: int, test_per_task: int, fits: Callable[[Example], bool] = lambda _: True
+) -> TaskData:
+    """Takes the first fitting examples of each task; what is tested is never trained on.
+
+    Args:
+        pools: as read_tasks gives them; an undivided pool is tested on its first examples and trained on the others.
+        train_per_task: at most so many examples of each task to train on.
+        test_per_task: at most so many of each to score on.
+        fits: which examples can be used; the others are counted in left_out.
+
+    Raises:
+        ValueError: a task has nothing to train or to score on.
+    """
+    result, left_out = TaskData(tuple(pools), [], []), 0
+    for name, splits in pools.items():
+        tested: list[Example] = []
+        trained: list[Example] = []
+        for taken, split, most in ((tested, "test", test_per_task), (trained, "train", train_per_task)):
+            prompts, too_long = {example.prompt for example in tested}, 0
+            for example in splits.get(split) or splits.get("", []):
+                if len(taken) == most:
+                    break
+                if example.prompt in prompts and split == "train":
+                    continue
+                if fits(example):
+                    taken.append(example)
+                else:
+                    too_long += 1
+            if not taken:
+                why = f": all {too_long} are too long (seq_len)" if too_long else ""
+                raise ValueError(
+                    f"the task {name!r} has no examples to {'train' if split == 'train' else 'score'} on{why}"
+                )
+            left_out += too_long
+        result.train.extend(trained)
+        result.test.extend(tested)
+    return replace(result, left_out=left_out)
 
 
 def builtin_examples(name: str, count: int, seed: int) -> list[Example]:
@@ -178,13 +217,10 @@ def encode(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[in
     return list(prompt_ids), list(answer_ids) + end
 
 
-def fitting(tokenizer: Any, examples: Iterable[Example], max_tokens: int) -> list[Example]:
-    """The examples whose prompt and every possible answer fit into so many tokens; none is ever cut."""
-
-    def tokens(example: Example) -> int:
-        return max(sum(map(len, encode(tokenizer, example.prompt, a))) for a in (example.answer, *example.choices))
-
-    return [example for example in examples if tokens(example) <= max_tokens]
+def fits(tokenizer: Any, example: Example, max_tokens: int) -> bool:
+    """Whether the prompt and each possible answer are at most so many tokens; nothing is ever cut."""
+    answers = (example.answer, *example.choices)
+    return all(sum(map(len, encode(tokenizer, example.prompt, answer))) <= max_tokens for answer in answers)
 
 
 def features(tokenizer: Any, examples: Iterable[Example], ids: dict[str, int]) -> list[dict[str, Any]]:
@@ -244,12 +280,6 @@ def _chosen(found: Sequence[str], wanted: Sequence[str]) -> tuple[str, ...]:
         if name not in found:
             raise ValueError(unknown_name("task", name, found))
     return tuple(name for name in found if not wanted or name in wanted)
-
-
-def _without(train: list[Example], test: list[Example]) -> list[Example]:
-    """Drops training examples whose prompt is also tested."""
-    tested = {(x.task, x.prompt) for x in test}
-    return [x for x in train if (x.task, x.prompt) not in tested]
 
 
 def _answer_choices(answer: str, texts: list[str], label: int) -> tuple[str, ...]:
@@ -328,26 +358,6 @@ def _named_splits(name: str, loaded: Any) -> dict[str, list[Example]]:
         split: [example_of(row, f"{name}, {part}, row {i}") for i, row in enumerate(loaded[part])]
         for split, part in parts.items()
     }
-
-
-def _arranged(
-    data: str, splits: dict[str, list[Example]], tasks: Sequence[str], train: int, test: int, seed: int
-) -> TaskData:
-    """Takes each task's share of the splits, the same for the same seed; what is tested is never trained on."""
-    found = tuple(sorted({x.task for examples in splits.values() for x in examples}))
-    if not found:
-        raise ValueError(f"{data!r} holds no examples")
-    names, result = _chosen(found, tasks), TaskData((), [], [])
-    for name in names:
-        pools = {split: _shuffled([x for x in xs if x.task == name], seed) for split, xs in splits.items()}
-        tested = (pools.get("test") or pools.get("", []))[:test]
-        trained = _without(pools.get("train", []) + pools.get("", []), tested)[:train]
-        if not trained or not tested:
-            lacking = "train on" if not trained else "score on"
-            raise ValueError(f"the task {name!r} of {data!r} has no examples to {lacking}")
-        result.train.extend(trained)
-        result.test.extend(tested)
-    return TaskData(names, result.train, result.test)
 
 
 def _shuffled(examples: list[Example], seed: int) -> list[Example]:

@@ -1,8 +1,11 @@
 """The command line: mistakes are one line and exit code 2, files and flags combine, and train and doctor run."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import huggingface_hub
 import pytest
@@ -106,14 +109,20 @@ def test_a_failed_check_is_exit_code_1(run, tmp_path, monkeypatch):
     assert (tmp_path / "work/out/adapter").is_dir()
 
 
-def test_ctrl_c_is_exit_code_130_without_a_traceback(run, monkeypatch):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_an_ended_job_are_exit_code_130_without_a_traceback(run, sent, monkeypatch):
     from align_ext.hf import recipe
 
     def interrupted(*_):
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), sent)
+        time.sleep(5)
 
     monkeypatch.setattr(recipe, "prepare", interrupted)
-    code, _, err = run("train")
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        code, _, err = run("train")
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert code == 130
     assert err == "align-lora: interrupted\n"
 
@@ -136,7 +145,7 @@ def test_the_doctors_verdict_is_the_exit_code(run, healthy, monkeypatch):
     assert run("doctor")[0] == (0 if healthy else 1)
 
 
-def test_help_needs_no_transformers():
+def test_help_needs_no_transformers(tmp_path):
     code = (
         "import sys; sys.argv = ['align-lora', '--version']\n"
         "from align_ext.cli import main\n"
@@ -144,6 +153,7 @@ def test_help_needs_no_transformers():
         "except SystemExit as end: assert end.code == 0\n"
         "assert not {'transformers', 'peft', 'datasets', 'reasoning_gym'} & set(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    # Elsewhere than in the source folder, whose bare sources python -c would import.
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"align-lora {__version__}\n"

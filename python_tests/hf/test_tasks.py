@@ -11,7 +11,7 @@ import pytest
 from hf.words import rows, tokenizer, write_rows
 
 from align_ext.hf import tasks
-from align_ext.hf.tasks import Example, load_tasks, mixing_order
+from align_ext.hf.tasks import Example, mixing_order, read_tasks, select
 
 FORMS = {
     "chain_sum": r"-?\d+",
@@ -20,6 +20,11 @@ FORMS = {
     "time_intervals": r"\d+:\d\d:\d\d",
     "prime_factorization": "\\d+( \N{MULTIPLICATION SIGN} \\d+)*",
 }
+
+
+def load_tasks(data=None, tasks=(), train_per_task=2000, test_per_task=16, seed=0, **options):
+    pools = read_tasks(data, tasks, count=min(train_per_task, 60), seed=seed)
+    return select(pools, train_per_task, test_per_task, **options)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +149,7 @@ GOOD = '{"task": "t", "prompt": "p", "completion": "c"}\n'
         (GOOD + GOOD + "{broken\n", r"x\.jsonl, line 3: cannot be read"),
         ("[1, 2]\n", "line 1: cannot be read .not a JSON object"),
         ("\n", "holds no examples"),
-        (GOOD, "the task 't' .* has no examples to train on"),
+        (GOOD, "the task 't' has no examples to train on"),
     ],
 )
 def test_a_file_that_cannot_be_used_says_where_and_why(content, message, tmp_path):
@@ -194,10 +199,21 @@ def test_labels_stand_on_the_answer_and_the_end_token_alone(chat):
     assert (row["task_ids"], sum(row["attention_mask"])) == (3, len(row["input_ids"]))
 
 
-def test_an_example_that_does_not_fit_is_left_out_whole():
-    short, long = Example("t", "12345", "67"), Example("t", "12345", "678")
-    choice = Example("t", "1", "2", ("2", "3" * 9), 0)
-    assert tasks.fitting(tokenizer(), [short, long, choice], 9) == [short]
+def test_an_example_fits_whole_with_each_of_its_answers_or_not_at_all():
+    assert tasks.fits(tokenizer(), Example("t", "12345", "67"), 9)
+    assert not tasks.fits(tokenizer(), Example("t", "12345", "678"), 9)
+    assert not tasks.fits(tokenizer(), Example("t", "1", "2", ("2", "3" * 9), 0), 9)
+
+
+def test_examples_that_do_not_fit_make_room_for_others(tmp_path):
+    file = str(write_rows(tmp_path / "x.jsonl"))
+    data = load_tasks(file, test_per_task=4, train_per_task=5, fits=lambda x: "1" not in x.prompt)
+    assert Counter(x.task for x in data.test) == {"next": 4, "threes": 4}
+    assert Counter(x.task for x in data.train) == {"next": 5, "threes": 5}
+    assert not any("1" in x.prompt for x in data.train + data.test)
+    assert data.left_out > 0
+    with pytest.raises(ValueError, match="'next' has no examples to score on: all 24 are too long"):
+        load_tasks(file, fits=lambda x: x.task != "next")
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(1, 4), (2, 4), (3, 8), (5, 8), (5, 5), (5, 4), (25, 8), (3, 7)])
