@@ -96,9 +96,12 @@ class AlignTrainer(Trainer):
                 model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
             )
         total = self._record(step, loss, num_items_in_batch) if model.training else loss
-        sums = self._train_sums if model.training else self._eval_sums
         if ids is not None and labels is not None and (not model.training or self._is_logging_step()):
-            sums.add_tasks(outputs, labels, ids)
+            rows = _row_losses(outputs, labels, ids)
+            if model.training:
+                self._train_sums.add_rows(rows)
+            else:  # without the samples that fill up the last batch of several processes
+                self._eval_sums.add_rows(self.accelerator.gather_for_metrics(rows))
         return (total, outputs) if return_outputs else total
 
     def _record(self, step: Step | None, loss: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
@@ -132,7 +135,7 @@ class AlignTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the parts of the loss to a training log."""
         if "loss" in logs:
-            logs.update(self._train_sums.means(self.accelerator, self.task_names))
+            logs.update(self._train_sums.over_processes(self.accelerator).means(self.task_names))
             self._train_sums = _LossSums()
         super().log(logs, start_time)
 
@@ -140,9 +143,27 @@ class AlignTrainer(Trainer):
         """Runs Trainer's loop and adds `<prefix>_loss/<task>`, the mean loss per supervised token, to its metrics."""
         self._eval_sums = _LossSums()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        means = self._eval_sums.means(self.accelerator, self.task_names)
+        means = self._eval_sums.means(self.task_names)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
+
+
+def _row_losses(outputs: Any, labels: Tensor, ids: Tensor) -> Tensor:
+    """[B, 3] of a batch: NLL summed over the row's supervised tokens | their number | the row's task.
+
+    Args:
+        outputs: the model's, with logits [B, S, vocab].
+        labels: [B, S].
+        ids: [B]. Rows of no task count nothing, as all do where there are no logits (a fused loss) or ids per token.
+    """
+    rows = torch.zeros(len(labels), 3, device=labels.device)
+    logits = outputs.get("logits") if isinstance(outputs, dict) else None
+    if logits is None or logits.shape[:2] != labels.shape or ids.dim() != 1:
+        return rows
+    nll, where = answer_nll(logits.detach(), labels)
+    rows[:, :2].index_add_(0, where, torch.stack([nll, torch.ones_like(nll)], dim=1))
+    rows[:, 2] = ids
+    return rows * (ids >= 0)[:, None]
 
 
 class _LossSums:
@@ -151,32 +172,33 @@ class _LossSums:
     def __init__(self) -> None:
         self.steps = 0.0  # optimizer steps, of which each micro-batch is a share
         self.sums: dict[str, Tensor] = {}
-        self.tasks: Tensor | None = None  # [tasks, 2]: NLL summed over supervised tokens | their number
+        self.rows: list[Tensor] = []  # of _row_losses
 
     def add(self, name: str, value: Tensor) -> None:
         """Adds one loss of one micro-batch."""
         self.sums[name] = self.sums.get(name, 0.0) + value.detach().float()
 
-    def add_tasks(self, outputs: Any, labels: Tensor, ids: Tensor) -> None:
-        """Adds a batch's NLL by task: logits of outputs [B, S, vocab], labels [B, S], ids [B]."""
-        logits = outputs.get("logits") if isinstance(outputs, dict) else None
-        if logits is None or logits.shape[:2] != labels.shape or ids.dim() != 1:
-            return  # a fused loss returns no logits; ids per token name no task per example
-        nll, rows = answer_nll(logits.detach(), labels)
-        tasks = ids.to(rows.device)[rows]
-        pairs = torch.stack([nll, torch.ones_like(nll)], dim=1) * (tasks >= 0)[:, None]
-        size = max(int(ids.max()) + 1, 1, 0 if self.tasks is None else len(self.tasks))
-        table = pairs.new_zeros(size, 2).index_add_(0, tasks.clamp_min(0), pairs)
-        if self.tasks is not None:
-            table[: len(self.tasks)] += self.tasks
-        self.tasks = table
+    def add_rows(self, rows: Tensor) -> None:
+        """Adds a batch's `_row_losses`."""
+        self.rows.append(rows)
 
-    def means(self, accelerator: Any, names: Sequence[str]) -> dict[str, float]:
-        """The sums per optimizer step and `loss/<task>` per supervised token, over all processes."""
-        result = {name: float(accelerator.reduce(x, "mean")) / self.steps for name, x in self.sums.items()}
-        table = torch.zeros(1, 2, device=accelerator.device) if self.tasks is None else self.tasks
-        table = accelerator.reduce(accelerator.pad_across_processes(table, dim=0), "sum")
-        for task, (nll, tokens) in enumerate(table.tolist()):
+    def over_processes(self, accelerator: Any) -> _LossSums:
+        """The sums of all processes: what is a mean over a process's samples averaged, rows put together."""
+        result = _LossSums()
+        result.steps = self.steps
+        result.sums = {name: accelerator.reduce(value, "mean") for name, value in self.sums.items()}
+        result.rows = [accelerator.gather(rows) for rows in self.rows]
+        return result
+
+    def means(self, names: Sequence[str]) -> dict[str, float]:
+        """The sums per optimizer step, and `loss/<task>` per supervised token."""
+        result = {name: float(value) / self.steps for name, value in self.sums.items()}
+        totals: dict[int, list[float]] = {}
+        for nll, tokens, task in torch.cat(self.rows).tolist() if self.rows else ():
+            total = totals.setdefault(int(task), [0.0, 0.0])
+            total[0] += nll
+            total[1] += tokens
+        for task, (nll, tokens) in sorted(totals.items()):
             if tokens > 0:
                 result[f"loss/{names[task] if task < len(names) else task}"] = nll / tokens
         return result

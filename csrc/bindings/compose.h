@@ -11,7 +11,8 @@ namespace align {
 inline void mm_out(const Tensor& a, const Tensor& b, Tensor& out) {
   std::array<StableIValue, 3> stack = {torch::stable::detail::from(a), torch::stable::detail::from(b),
                                        torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  const auto status = torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION);
+  STD_TORCH_CHECK(status == AOTI_TORCH_SUCCESS, "the base layer's product failed");
   out = torch::stable::detail::to<Tensor>(stack[0]);
 }
 

