@@ -1,82 +1,19 @@
 """AlignTrainer: ids arrive, the alignment has its exact weight under accumulation, and losses are logged by task."""
 
 import json
-import os
 
 import datasets
 import pytest
 import torch
-from hf.words import llama, tokenizer
-from safetensors.torch import load_file, save_file
+from hf.trainers import NAMES, WEIGHT, Gradients, adapted, features, logged, step_and_evaluation, step_on_rank, trainer
+from hf.words import tokenizer
+from safetensors.torch import load_file
 from tiny import error, gradients
-from transformers import TrainerCallback
 
-from align_ext import AlignTrainer, TaskCollator, align_step, replace_linear_with_align_lora
+from align_ext import AlignTrainer, TaskCollator, align_step
 from align_ext.hf.trainer import align_training_arguments
 
-WEIGHT, NAMES = 0.3, ("even", "odd", "other")
 ROUNDING = 1e-6  # the models are float64, but transformers computes their loss from float32 logits
-
-
-def features(count=24, seed=0):
-    """Texts of different lengths, of which a different share is supervised."""
-    generator = torch.Generator().manual_seed(seed)
-    result = []
-    for i in range(count):
-        length = int(torch.randint(5, 12, (), generator=generator))
-        ids = torch.randint(3, 100, (length,), generator=generator).tolist()
-        prompt = int(torch.randint(1, 4, (), generator=generator))
-        labels = [-100] * prompt + ids[prompt:]
-        result.append({"input_ids": ids, "attention_mask": [1] * length, "labels": labels, "task_ids": i // 2 % 3})
-    return result
-
-
-def adapted(align="kl", dtype=torch.float64):
-    model = llama(dtype)
-    replace_linear_with_align_lora(model, align=align, align_weight=WEIGHT, num_tasks=3, r=4, lora_dropout=0.0)
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model
-
-
-class Gradients(TrainerCallback):
-    """Keeps the gradients that each optimizer step meets."""
-
-    def __init__(self):
-        self.steps = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
-        self.steps.append(gradients(model))
-
-
-def trainer(tmp_path, model, rows, callbacks=(), eval_rows=None, **options):
-    arguments = {
-        "per_device_train_batch_size": 6,
-        "max_steps": 1,
-        "learning_rate": 0.0,
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    result = AlignTrainer(
-        model=model,
-        args=align_training_arguments(str(tmp_path), **(arguments | options)),
-        train_dataset=rows,
-        eval_dataset=eval_rows,
-        data_collator=TaskCollator(tokenizer()),
-        task_names=NAMES,
-        in_order=True,
-        callbacks=list(callbacks),
-    )
-    return result
-
-
-def logged(ran):
-    return [entry for entry in ran.state.log_history if "lm_loss" in entry]
 
 
 def micro_batch(rows, start):
@@ -194,29 +131,8 @@ def test_evaluation_logs_the_loss_of_each_task_per_token(tmp_path):
     assert ran.evaluate(rows[:6], metric_key_prefix="few")["few_loss/odd"] == one_by_one["few_loss/odd"]
 
 
-def step_and_evaluation(folder, world):
-    """One optimizer step and an evaluation: its gradients, and every loss that was logged."""
-    kept, rows = Gradients(), features()
-    options = {"per_device_train_batch_size": 6 // world, "gradient_accumulation_steps": 2}
-    ran = trainer(folder, adapted(), rows, [kept], eval_rows=rows[:21], **options)
-    ran.train()
-    losses = {name: value for name, value in (ran.evaluate() | logged(ran)[0]).items() if "loss" in name}
-    del losses["eval_loss"]  # transformers averages it over batches, whose sizes differ
-    return kept.steps[0], losses
-
-
-def in_process(rank, port, folder):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    found, losses = step_and_evaluation(folder, 2)
-    if rank == 0:
-        save_file(found, folder / "gradients.safetensors")
-        (folder / "losses.json").write_text(json.dumps(losses))
-
-
 def test_two_processes_get_the_gradient_and_the_losses_of_one(tmp_path, unused_port):
-    torch.multiprocessing.spawn(in_process, (unused_port, tmp_path), nprocs=2)
+    torch.multiprocessing.spawn(step_on_rank, (unused_port, tmp_path), nprocs=2)
     expected, losses = step_and_evaluation(tmp_path, 1)
     assert error(load_file(tmp_path / "gradients.safetensors"), expected) < ROUNDING
     assert len(losses) == 9
