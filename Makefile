@@ -2,7 +2,7 @@
 PYTHON ?= python
 SOURCES := $(shell find csrc cpp_tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build check format test check-full bench
+.PHONY: build check format test check-full gpu-check bench
 
 build:  ## the extension, in place
 	$(PYTHON) -m pip install -e ".[dev]"
@@ -26,5 +26,8 @@ test:  ## all Python tests; they build and run the C++ tests too
 check-full: check test  ## and what takes longer: torch versions, ways to install, mutations
 	.ci/check-full
 
-bench:  ## each operator against plain PyTorch
+gpu-check:  ## on a machine with a GPU: tests, compute-sanitizer, benchmarks; writes benchmarks/results/gpu-*.md
+	PYTHON=$(PYTHON) .ci/gpu-check
+
+bench:  ## each operator against plain PyTorch and PEFT, on the CPU
 	for bench in benchmarks/bench_*.py; do $(PYTHON) $$bench || exit 1; done

@@ -3,12 +3,17 @@
 from collections.abc import Callable
 
 import torch
-from timing import main, measure
+from timing import Comparison, main, measure
 from torch import Tensor
 
 from align_ext import ops, reference
 
-TOKENS, ROUNDS = 2048, 30
+# tokens, rounds, (tasks, rank)
+SIZES = {
+    "cpu": (2048, 30, [(5, 8), (25, 8), (5, 64)]),
+    "cuda": (8192, 50, [(5, 8), (25, 8), (5, 64)]),
+    "quick": (64, 2, [(3, 8)]),
+}
 
 
 def step(loss: Callable[[Tensor], Tensor], z: Tensor) -> Callable[[], None]:
@@ -22,18 +27,20 @@ def step(loss: Callable[[Tensor], Tensor], z: Tensor) -> Callable[[], None]:
     return run
 
 
-def run() -> dict[str, dict[str, list[float]]]:
-    """Times by title and variant."""
+def run(device: str, size: str) -> dict[str, Comparison]:
+    """Comparisons by title."""
     torch.manual_seed(0)
     results = {}
-    for tasks, rank in ((5, 8), (25, 8), (5, 64)):
-        z, task = torch.randn(TOKENS, rank), torch.arange(TOKENS) % tasks
-        results[f"M={tasks}, T={TOKENS}, r={rank}"] = measure(
+    tokens, rounds, cases = SIZES[size]
+    for tasks, rank in cases:
+        z, task = torch.randn(tokens, rank).to(device), (torch.arange(tokens) % tasks).to(device)
+        results[f"gaussian_kl, M={tasks}, T={tokens}, r={rank}"] = measure(
             {
                 "gaussian_kl": step(lambda z, t=task, m=tasks: ops.gaussian_kl(z, t, m), z),
                 "pairs in plain PyTorch": step(lambda z, t=task, m=tasks: reference.gaussian_kl(z, t, m), z),
             },
-            ROUNDS,
+            rounds,
+            device,
         )
     return results
 

@@ -1,67 +1,11 @@
 #include <algorithm>
-#include <cmath>
-#include <string>
 
-#include "check.h"
-#include "ops/grouped_lora.h"
-#include "ops/philox.h"
-#include "support.h"
+#include "grouped_lora_problem.h"
 
 using namespace align;
+using namespace align::test;
 
 namespace {
-
-struct Problem {
-  GroupedLoraShape shape;
-  double p = 0;
-  bool permuted = true;      // rows of the groups interleaved, else sorted and rows == null
-  bool gradients_in = true;  // dz_in and dx_in given
-  bool in_place = false;     // y_in == y and dx_in == dx
-  double scaling = 1.5;
-};
-
-// Everything of one problem in type T.
-template <typename T>
-struct Data {
-  std::vector<int64_t> group, rows, offsets;
-  std::vector<uint64_t> rng{0x0123456789abcdefull, 17};
-  std::vector<T> x, A, B, y_in, bias, dy, dx_in;  // bias may be empty: none
-  std::vector<Acc<T>> dz_in;
-  // results
-  std::vector<T> y, dx;
-  std::vector<Acc<T>> z, dA, dB;
-};
-
-template <typename T>
-Data<T> make_data(const Problem& problem) {
-  const auto& [tokens, in_dim, out_dim, rank, groups] = problem.shape;
-  Data<T> data;
-  std::mt19937 generator(3);
-  // The last of several groups stays empty, and so does the second of many.
-  for (int64_t t = 0; t < tokens; ++t) {
-    const int64_t id = generator() % std::max<int64_t>(groups - 1, 1);
-    data.group.push_back(groups > 3 && id == 1 ? 0 : id);
-  }
-  if (!problem.permuted) std::sort(data.group.begin(), data.group.end());
-  data.rows.resize(tokens);
-  data.offsets.resize(groups + 1);
-  cpu::group_rows(data.group.data(), tokens, groups, data.rows.data(), data.offsets.data());
-  data.x = test::random_values<T>(tokens * in_dim, 1);
-  data.A = test::random_values<T>(groups * rank * in_dim, 2);
-  data.B = test::random_values<T>(groups * out_dim * rank, 3);
-  data.y_in = test::random_values<T>(tokens * out_dim, 4);
-  data.bias = test::random_values<T>(out_dim, 8);
-  data.dy = test::random_values<T>(tokens * out_dim, 5);
-  data.dx_in = test::random_values<T>(tokens * in_dim, 6);
-  data.dz_in = test::random_values<Acc<T>>(tokens * rank, 7);
-  return data;
-}
-
-// Storage for count elements that starts out as NaN, so that whatever is not assigned shows.
-template <typename T>
-std::vector<T> unassigned(int64_t count) {
-  return std::vector<T>(count, narrow<T>(Acc<T>(NAN)));
-}
 
 constexpr char kCanary = 0x5A;
 
@@ -98,75 +42,6 @@ void run(const Problem& problem, Data<T>& data) {
                    cpu::grouped_lora_backward_workspace(shape, problem.p > 0), cpu::grouped_lora_backward<T>);
 }
 
-// A sum of products and the sum of their magnitudes, which bounds its rounding error.
-struct Sum {
-  double value = 0, magnitude = 0;
-  void add(double term) {
-    value += term;
-    magnitude += std::fabs(term);
-  }
-};
-
-struct Expected {
-  std::vector<Sum> z, y, dx, dA, dB;
-};
-
-// The formulas of ops/grouped_lora.h, in double, with the dropout of ops/philox.h.
-template <typename T>
-Expected expect(const Problem& problem, const Data<T>& data) {
-  const auto& [tokens, in_dim, out_dim, rank, groups] = problem.shape;
-  const auto x = test::to_double(data.x), A = test::to_double(data.A), B = test::to_double(data.B);
-  const auto dy = test::to_double(data.dy), bias = test::to_double(data.bias);
-  const auto y_in = test::to_double(data.y_in), dx_in = test::to_double(data.dx_in);
-  const uint32_t threshold = dropout_threshold(problem.p);
-  const auto mask = [&](int64_t e) {
-    return dropout_keep(data.rng[0], data.rng[1], e, threshold) ? dropout_scale(threshold) : 0.0;
-  };
-  Expected want;
-  want.z.resize(tokens * rank);
-  want.y.resize(tokens * out_dim);
-  want.dx.resize(tokens * in_dim);
-  want.dA.resize(groups * rank * in_dim);
-  want.dB.resize(groups * out_dim * rank);
-  for (int64_t t = 0; t < tokens; ++t) {
-    const int64_t a0 = data.group[t] * rank * in_dim, b0 = data.group[t] * out_dim * rank;
-    for (int64_t c = 0; c < in_dim; ++c) want.dx[t * in_dim + c].add(problem.gradients_in ? dx_in[t * in_dim + c] : 0);
-    for (int64_t o = 0; o < out_dim; ++o) want.y[t * out_dim + o].add(y_in[t * out_dim + o] + bias[o]);
-    for (int64_t j = 0; j < rank; ++j) {
-      Sum& z = want.z[t * rank + j];
-      for (int64_t c = 0; c < in_dim; ++c) z.add(x[t * in_dim + c] * mask(t * in_dim + c) * A[a0 + j * in_dim + c]);
-      double dz = problem.gradients_in ? double(data.dz_in[t * rank + j]) : 0;
-      for (int64_t o = 0; o < out_dim; ++o) {
-        const double g = problem.scaling * dy[t * out_dim + o];
-        want.y[t * out_dim + o].add(problem.scaling * B[b0 + o * rank + j] * z.value);
-        want.dB[b0 + o * rank + j].add(g * z.value);
-        dz += g * B[b0 + o * rank + j];
-      }
-      for (int64_t c = 0; c < in_dim; ++c) {
-        const double m = mask(t * in_dim + c);
-        want.dA[a0 + j * in_dim + c].add(dz * x[t * in_dim + c] * m);
-        want.dx[t * in_dim + c].add(A[a0 + j * in_dim + c] * dz * m);
-      }
-    }
-  }
-  return want;
-}
-
-// Rounding: each tensor's largest sum of magnitudes, in eps of the accumulator, times the depth of the sums it stands
-// on; and one rounding to the storage type. A lost row, rank or column is orders of magnitude more.
-template <typename S, typename T>
-void check_tensor(const std::vector<S>& got, const std::vector<Sum>& want, const char* name) {
-  std::vector<double> value;
-  double magnitude = 0, largest = 0;
-  for (const Sum& sum : want) {
-    value.push_back(sum.value);
-    magnitude = std::max(magnitude, sum.magnitude);
-    largest = std::max(largest, std::fabs(sum.value));
-  }
-  const double tolerance = 12 * test::kEpsilon<Acc<T>> * magnitude + 0.51 * test::kEpsilon<S> * largest;
-  if (!CHECK_CLOSE(test::to_double(got), value, tolerance)) std::printf("    in %s\n", name);
-}
-
 template <typename T>
 void check_problem(const Problem& problem) {
   Data<T> data = make_data<T>(problem);
@@ -187,12 +62,7 @@ void check_all_types(const Problem& problem) {
   check_problem<double>(problem);
   check_problem<bfloat16>(problem);
   check_problem<float16>(problem);
-  const auto& [tokens, in_dim, out_dim, rank, groups] = problem.shape;
-  if (check::failures() != before) {
-    std::printf("    tokens %ld in_dim %ld out_dim %ld rank %ld groups %ld p %g permuted %d gradients_in %d\n",
-                long(tokens), long(in_dim), long(out_dim), long(rank), long(groups), problem.p, problem.permuted,
-                problem.gradients_in);
-  }
+  if (check::failures() != before) print(problem);
 }
 
 }  // namespace

@@ -1,8 +1,78 @@
-"""What all tests share."""
+"""What all tests share, and where the operators' tests run: `pytest python_tests/ops --device cpu|cuda|simt`.
 
+cpu (default) is the CPU kernels, cuda the CUDA kernels on the first GPU, simt the CUDA kernels on tensors of the CPU,
+executed by the engine of cpp_tests/simt in an extension that was built with it. Tests make their tensors on the CPU and
+move what the operator gets to `device`; the reference stays on the CPU. What a device lacks (LACKS) is marked where a
+test needs it, `@pytest.mark.needs("float64")` or `pytest.param(..., marks=...)`; there the test is skipped with the
+reason.
+"""
+
+import os
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+CUDA_LACKS = {
+    "float64": "the CUDA kernels have no float64",
+    "values": "group and offsets are checked inside the CUDA kernels: a bad value is no Python error",
+}
+LACKS = {"cpu": {}, "cuda": CUDA_LACKS, "simt": CUDA_LACKS | {"size": "too large for the SIMT engine"}}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", choices=LACKS, default="cpu", help="where the operators' tests run")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "needs(what): skipped on a --device that lacks it (conftest.LACKS)")
+    if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch sees no CUDA device here")
+
+
+def pytest_collection_modifyitems(config, items):
+    lacks = LACKS[config.getoption("--device")]
+    for item in items:
+        for mark in list(item.iter_markers("needs")):
+            for what in mark.args:
+                if what in lacks:
+                    item.add_marker(pytest.mark.skip(reason=lacks[what]))
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    """Where an operator's arguments are."""
+    name = request.config.getoption("--device")
+    if name == "simt":
+        from align_ext.ops._native import build_info
+
+        assert hasattr(build_info, "launches"), "--device simt: align_ext._C was built without ALIGN_SIMT"
+    return torch.device("cuda", 0) if name == "cuda" else torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def native_build(tmp_path_factory):
+    """A build folder of the C++ tests, and of the extension whose CUDA kernels the SIMT engine runs."""
+    import pybind11
+
+    folder = tmp_path_factory.mktemp("native")
+    options = {
+        "ALIGN_TESTS": "ON",
+        "ALIGN_SIMT": "ON",
+        "ALIGN_TORCH_DIR": Path(torch.__file__).parent,
+        "ALIGN_TORCH_VERSION": torch.__version__,
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+    }
+    configure = ["cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", *(f"-D{k}={v}" for k, v in options.items())]
+    for command in configure, ["cmake", "--build", folder, "--parallel", str(os.cpu_count() or 1)]:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+    return folder
 
 
 @pytest.fixture

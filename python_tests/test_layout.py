@@ -16,7 +16,7 @@ HOMES = [
     "cpp_tests/test_{}.cpp",
     "benchmarks/bench_{}.py",
 ]
-CUDA_OPS = {"gaussian_kl"}  # operators with CUDA kernels
+CUDA_OPS = {"gaussian_kl", "grouped_lora"}  # operators with CUDA kernels
 TOP_LEVEL = {
     "csrc", "align_ext", "python_tests", "cpp_tests", "benchmarks", "examples", "docs", "build_support", ".ci",
     "CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "CONTRIBUTING.md", "LICENSE", "Makefile",

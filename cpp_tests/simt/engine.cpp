@@ -153,6 +153,13 @@ void sync_block(Where where) {
   pause();
 }
 
+void require(bool condition) {
+  if (condition) return;
+  EngineScope scope;
+  add_error(ErrorKind::kTrap, "a require() does not hold", __builtin_return_address(0));
+  abort_launch();
+}
+
 uint3 thread_index() { return engine.current->index; }
 uint3 block_index() { return engine.block_index; }
 dim3 block_dim() { return engine.block; }

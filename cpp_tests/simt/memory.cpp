@@ -66,6 +66,7 @@ Region* find(uintptr_t address) {
 
 // `static thread_local` variables of the module that the engine is linked into, for this OS thread.
 void find_static_shared() {
+  asm volatile("" : : "r"(&in_kernel));  // a thread's segment of a shared library comes into being at the first use
   const auto visit = [](dl_phdr_info* module, size_t, void*) {
     for (int i = 0; i < module->dlpi_phnum; ++i) {
       const auto& header = module->dlpi_phdr[i];
@@ -269,8 +270,8 @@ void atomic_access(const void* address, unsigned bytes, const void* pc) {
   access(reinterpret_cast<uintptr_t>(address), bytes, Op::kAtomic, pc, true);
 }
 
-void device_register(void* begin, size_t bytes, const std::string& name) {
-  add_region(reinterpret_cast<uintptr_t>(begin), bytes, name, true);
+void device_register(void* begin, size_t bytes, const std::string& name, bool initialised) {
+  add_region(reinterpret_cast<uintptr_t>(begin), bytes, name, initialised);
 }
 
 void device_unregister(void* begin) { remove_region(reinterpret_cast<uintptr_t>(begin)); }

@@ -30,6 +30,8 @@ const char* name(ErrorKind kind) {
       return "deadlock";
     case ErrorKind::kAsyncHazard:
       return "cp.async hazard";
+    case ErrorKind::kTrap:
+      return "trap";
     case ErrorKind::kBadLaunch:
       return "bad launch";
   }

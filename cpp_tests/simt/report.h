@@ -24,6 +24,7 @@ enum class ErrorKind {
   kBadMask,           // caller, source lane or awaited lane does not take part
   kDeadlock,
   kAsyncHazard,  // a cp.async that nobody waited for
+  kTrap,         // a require() that does not hold
   kBadLaunch,    // a grid, block or amount of shared memory that CUDA refuses
 };
 
@@ -80,6 +81,9 @@ struct Options {
   uint64_t seed = 1;                        // of the order of blocks and threads
   int preempt_every = 100;                  // accesses between forced switches, on average; 0: never
   int64_t access_limit = int64_t(1) << 31;  // of a launch; beyond it threads count as stuck
+  int multiprocessors = 4;                  // of the device that launchers plan for
+  int major = 9;                            // of its compute capability
+  int shared_bytes = 227 << 10;             // of shared memory that a block may have
 };
 
 Options& options();
@@ -90,8 +94,8 @@ std::string describe(const Report& report);  // its errors, one a line
 // Device memory. All of it is known to the engine; a red zone lies around each allocation.
 void* device_alloc(size_t bytes, const std::string& name, bool initialised);
 void device_free(void* memory);
-// Memory of someone else (initialised), for the time in between. It must not overlap other memory that is known.
-void device_register(void* memory, size_t bytes, const std::string& name);
+// Memory of someone else, for the time in between. It must not overlap other memory that is known.
+void device_register(void* memory, size_t bytes, const std::string& name, bool initialised = true);
 void device_unregister(void* memory);
 
 template <typename T>

@@ -48,6 +48,7 @@ uint64_t shuffle(Shuffle mode, unsigned mask, uint64_t value, int argument, int 
 unsigned ballot(unsigned mask, bool predicate, Where where);
 void atomic_access(const void* address, unsigned bytes, const void* pc);
 void* dynamic_shared();  // 128-byte aligned
+void require(bool condition);  // else the launch ends with an error
 
 template <typename T>
 T shuffle_as(Shuffle mode, unsigned mask, T value, int argument, int width, Where where) {

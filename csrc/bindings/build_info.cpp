@@ -1,6 +1,10 @@
 // The Python module align_ext._C: build information only. The operators register themselves when it is loaded.
 #include <pybind11/pybind11.h>
 
+#ifdef ALIGN_SIMT
+#include "report.h"
+#endif
+
 PYBIND11_MODULE(_C, m) {
 #ifdef ALIGN_WITH_CUDA
   m.attr("cuda_archs") = ALIGN_CUDA_ARCHS;
@@ -9,4 +13,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.attr("built_with_torch") = ALIGN_BUILT_WITH_TORCH;
   m.attr("compiler") = __VERSION__;
+#ifdef ALIGN_SIMT
+  m.def("launches", [] { return simt::reports().size(); }, "Kernels that the SIMT engine has run in this process.");
+#endif
 }

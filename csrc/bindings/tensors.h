@@ -12,6 +12,13 @@
 
 #include "ops/dtype.h"
 
+#ifdef ALIGN_SIMT
+#include "bindings/device_simt.h"
+#define ALIGN_SEE(tensor, pointer, given) align::Device::see(tensor, pointer, given)
+#else
+#define ALIGN_SEE(tensor, pointer, given)
+#endif
+
 namespace align {
 
 using torch::headeronly::ScalarType;
@@ -58,9 +65,13 @@ inline Tensor empty_bytes(const Tensor& like, int64_t bytes) {
   return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
 }
 
+// Memory for kernels. What a kernel reads before it writes is taken by data(), what it writes first (outputs,
+// workspaces: mutable_data<void>) by mutable_data(), and what is read and written in place by both.
 template <typename T>
 const T* data(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
+  const void* const pointer = tensor.const_data_ptr();
+  ALIGN_SEE(tensor, pointer, /*given=*/true);
+  return static_cast<const T*>(pointer);
 }
 template <typename T>
 const T* data(const OptionalTensor& tensor) {
@@ -68,7 +79,9 @@ const T* data(const OptionalTensor& tensor) {
 }
 template <typename T>
 T* mutable_data(Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
+  void* const pointer = tensor.mutable_data_ptr();
+  ALIGN_SEE(tensor, pointer, /*given=*/false);
+  return static_cast<T*>(pointer);
 }
 
 // Calls body(T{}) with the kernel type of a tensor's dtype.

@@ -15,8 +15,6 @@ constexpr int kBlockRows = 256;
 constexpr int kTaskTile = 16;  // 2 * 16 * 256 floats of shared memory: 32 KiB
 constexpr int kTableThreads = 128;
 
-constexpr int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
-
 // Threads along a row: the power of two that covers rank, at most a warp.
 int lanes_for(int64_t rank) {
   int lanes = 1;
@@ -239,24 +237,24 @@ void task_moments(const TaskMomentsArgs<T>& args, Stream stream) {
   const int64_t blocks = ceil_div(args.tokens, kBlockRows), dims = args.rank > 0 ? args.rank : 1;
   const MomentsJob<T> job{args, static_cast<Acc<T>*>(args.workspace), lanes_for(args.rank)};
   if (blocks > 0) {
-    launch(block_moments_kernel<T>, dim3(unsigned(blocks), unsigned(ceil_div(dims, job.lanes))), dim3(kThreads), stream,
-           job);
+    const dim3 grid(unsigned(blocks), unsigned(ceil_div(dims, job.lanes)));
+    launch(block_moments_kernel<T>, grid, dim3(kThreads), 0, stream, job);
   }
-  launch(merge_moments_kernel<T>, dim3(unsigned(ceil_div(args.tasks * dims, kThreads))), dim3(kThreads), stream, job,
+  launch(merge_moments_kernel<T>, dim3(unsigned(ceil_div(args.tasks * dims, kThreads))), dim3(kThreads), 0, stream, job,
          blocks);
 }
 
 template <typename A>
 void gaussian_kl_tables(const GaussianKlTablesArgs<A>& args, Stream stream) {
   if (args.layers == 0) return;
-  launch(tables_kernel<A>, dim3(unsigned(args.layers)), dim3(kTableThreads), stream, args);
+  launch(tables_kernel<A>, dim3(unsigned(args.layers)), dim3(kTableThreads), 0, stream, args);
 }
 
 template <typename T>
 void gaussian_kl_backward(const GaussianKlBackwardArgs<T>& args, Stream stream) {
   if (args.tokens == 0 || args.rank == 0) return;
   const int lanes = lanes_for(args.rank);
-  launch(backward_kernel<T>, dim3(unsigned(ceil_div(args.tokens, kThreads / lanes))), dim3(kThreads), stream, args,
+  launch(backward_kernel<T>, dim3(unsigned(ceil_div(args.tokens, kThreads / lanes))), dim3(kThreads), 0, stream, args,
          lanes);
 }
 

@@ -1,28 +1,69 @@
-// Kernel launch and block-wide sums. The only file that knows which compiler is at work: nvcc gets the real <<<>>>, a
-// host compiler gets the SIMT engine of cpp_tests/simt.
+// Kernel launch, shared memory, facts about the device, and block-wide sums. The only file that knows which compiler is
+// at work: nvcc gets the real <<<>>>, a host compiler gets the SIMT engine of cpp_tests/simt.
 #pragma once
 
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
 #include <stdexcept>
 #else
+#define ALIGN_ON_SIMT
 #include "simt.h"
 #endif
+
+#include "cuda/plan.h"
 
 namespace align::cuda {
 
 constexpr int kWarp = 32;
 
 #ifdef __CUDACC__
+inline void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
+}
+
+// shared_bytes of dynamic shared memory for each block; what exceeds the default limit is asked for.
 template <typename... Params, typename... Args>
-void launch(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t stream, Args... args) {
-  kernel<<<grid, block, 0, stream>>>(args...);
-  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) {
-    throw std::runtime_error(cudaGetErrorString(error));
+void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, Args... args) {
+  constexpr size_t kDefaultLimit = 48 << 10;
+  if (shared_bytes > kDefaultLimit) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
   }
+  kernel<<<grid, block, shared_bytes, stream>>>(args...);
+  check(cudaGetLastError());
+}
+
+// Where the dynamic shared memory of the block begins.
+__device__ inline void* dynamic_shared() {
+  extern __shared__ __align__(128) char bytes[];
+  return bytes;
+}
+
+// The device that the calling thread has chosen.
+inline Device current_device() {
+  int index = 0;
+  Device device = {};
+  check(cudaGetDevice(&index));
+  check(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index));
+  check(cudaDeviceGetAttribute(&device.major, cudaDevAttrComputeCapabilityMajor, index));
+  check(cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
+  return device;
+}
+
+// Stops the program: an index that came from a tensor is out of its range.
+__device__ inline void require(bool condition) {
+  if (!condition) __trap();
 }
 #else
-using simt::launch;
+template <typename... Params, typename... Args>
+void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, Args... args) {
+  simt::launch_shared(kernel, grid, block, shared_bytes, args...);
+}
+using simt::dynamic_shared;
+inline Device current_device() {
+  const simt::Options& device = simt::options();
+  return {device.multiprocessors, device.major, device.shared_bytes};
+}
+inline void require(bool condition) { simt::require(condition); }
 #endif
 
 // Sum over the block in an order that depends on the block's size alone; every thread receives it. All threads must

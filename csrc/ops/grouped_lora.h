@@ -10,8 +10,8 @@
 //   dA_k   = sum_{t in k} dz[t] xd[t]^T
 //   dx[t] += (A_k^T dz[t]) * mask[t]
 //
-// Products take operands in T and accumulate in Acc<T>; z keeps Acc<T>. Element (t, c) of x has dropout element
-// number t * in_dim + c (philox.h), whatever the grouping. Every size may be 0.
+// Products take operands in T (adapters in float are rounded to it) and accumulate in Acc<T>; z keeps Acc<T>. Element
+// (t, c) of x has dropout element number t * in_dim + c (philox.h), whatever the grouping. Every size may be 0.
 // Floating-point operations: forward 2 T r (n + m), backward 4 T r (n + m). Bytes moved (floor): forward x + 2y + z,
 // backward g + x + 2dx + z, in the sizes of their types.
 #pragma once
@@ -19,6 +19,7 @@
 #include <cstdint>
 
 #include "ops/dtype.h"
+#include "ops/stream.h"
 
 namespace align {
 
@@ -33,7 +34,7 @@ struct GroupedLoraShape {
 // Rows of x in group order: group k owns rows[offsets[k] .. offsets[k+1]).
 struct RowGroups {
   const int64_t* rows;     // [tokens] row numbers, or null: row i of the order is row i of x
-  const int64_t* offsets;  // [groups + 1], offsets[0] = 0, offsets[groups] = tokens
+  const int64_t* offsets;  // [groups + 1], offsets[0] = 0, offsets[groups] = tokens; on CUDA null: one group
 };
 
 struct InputDropout {
@@ -41,7 +42,7 @@ struct InputDropout {
   const uint64_t* rng;  // [2] seed, offset
 };
 
-template <typename T>
+template <typename T, typename W = T>  // W: of the adapters, T or float
 struct GroupedLoraForwardArgs {
   GroupedLoraShape shape;
   RowGroups row_groups;
@@ -49,8 +50,8 @@ struct GroupedLoraForwardArgs {
   double scaling;
   // inputs
   const T* x;     // [tokens, in_dim]
-  const T* A;     // [groups, rank, in_dim]
-  const T* B;     // [groups, out_dim, rank]
+  const W* A;     // [groups, rank, in_dim]
+  const W* B;     // [groups, out_dim, rank]
   const T* y_in;  // [tokens, out_dim] what the low-rank term is added to; may be y itself
   const T* bias;  // [out_dim] added too, or null: zero
   // outputs
@@ -59,7 +60,7 @@ struct GroupedLoraForwardArgs {
   void* workspace;
 };
 
-template <typename T>
+template <typename T, typename W = T>
 struct GroupedLoraBackwardArgs {
   GroupedLoraShape shape;
   RowGroups row_groups;
@@ -68,8 +69,8 @@ struct GroupedLoraBackwardArgs {
   // inputs
   const T* x;       // [tokens, in_dim]
   const Acc<T>* z;  // [tokens, rank] of the forward
-  const T* A;       // [groups, rank, in_dim]
-  const T* B;       // [groups, out_dim, rank]
+  const W* A;       // [groups, rank, in_dim]
+  const W* B;       // [groups, out_dim, rank]
   const T* dx_in;   // [tokens, in_dim] what dx starts from (may be dx itself), or null: zero
   // grad outputs
   const T* dy;          // [tokens, out_dim]
@@ -92,5 +93,17 @@ void grouped_lora_backward(const GroupedLoraBackwardArgs<T>& args);
 // Stable counting sort of per-row group numbers (each in 0 .. groups-1) into RowGroups' two arrays.
 void group_rows(const int64_t* group, int64_t tokens, int64_t groups, int64_t* rows, int64_t* offsets);
 }  // namespace cpu
+
+namespace cuda {  // T: float, bfloat16, float16; W: T or float
+int64_t grouped_lora_forward_workspace(const GroupedLoraShape& shape, int64_t element_bytes);   // bytes
+int64_t grouped_lora_backward_workspace(const GroupedLoraShape& shape, int64_t element_bytes);  // bytes
+template <typename T, typename W>
+void grouped_lora_forward(const GroupedLoraForwardArgs<T, W>& args, Stream stream);
+template <typename T, typename W>
+void grouped_lora_backward(const GroupedLoraBackwardArgs<T, W>& args, Stream stream);
+
+// As cpu::group_rows. A group number out of range stops the program.
+void group_rows(const int64_t* group, int64_t tokens, int64_t groups, int64_t* rows, int64_t* offsets, Stream stream);
+}  // namespace cuda
 
 }  // namespace align

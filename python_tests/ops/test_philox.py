@@ -31,12 +31,12 @@ def test_the_reference_gives_the_published_words(counter, key, expected):
 
 @pytest.mark.parametrize("in_dim", [1, 3, 8, 64, 67])
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_the_op_drops_what_the_reference_drops(in_dim, p):
+def test_the_op_drops_what_the_reference_drops(device, in_dim, p):
     rng = torch.tensor([-(2**62) + 12345, 2**61 + 77])
-    x = torch.ones(29, in_dim)
-    eye = torch.eye(in_dim)
-    _, z = ops.grouped_lora(x, eye, eye, dropout_p=p, rng=rng, base_out=torch.zeros_like(x))
-    mask = dropout_mask(rng, p, x.shape, torch.float32)
+    x = torch.ones(29, in_dim, device=device)
+    eye = torch.eye(in_dim, device=device)
+    _, z = ops.grouped_lora(x, eye, eye, dropout_p=p, rng=rng.to(device), base_out=torch.zeros_like(x))
+    z, mask = z.cpu(), dropout_mask(rng, p, x.shape, torch.float32)
     assert torch.equal(z != 0, mask != 0)
     torch.testing.assert_close(z, mask, rtol=1e-6, atol=0)
 

@@ -1,0 +1,274 @@
+// The CUDA kernels of grouped_lora, unmodified, under the SIMT engine: no error in any thread order, the numbers of
+// naive loops in double, the same bits in every order, and the bytes of the data sheets.
+#include "cuda/plan.h"
+#include "grouped_lora_problem.h"
+#include "simt_support.h"
+
+using namespace align;
+using namespace align::test;
+using simt::Buffer;
+using simt::Op;
+
+namespace {
+
+// W: the type of the adapters.
+template <typename T, typename W = T>
+void run_cuda(const Problem& problem, Data<T>& data) {
+  const GroupedLoraShape& shape = problem.shape;
+  const Buffer<int64_t> rows("rows", data.rows), offsets("offsets", data.offsets);
+  const Buffer<uint64_t> rng("rng", data.rng);
+  const RowGroups row_groups{problem.permuted ? rows.data() : nullptr, shape.groups == 1 ? nullptr : offsets.data()};
+  const InputDropout dropout{problem.p, rng.data()};
+  const Buffer<T> x("x", data.x), y_in("y_in", data.y_in), bias("bias", data.bias), dy("dy", data.dy);
+  const Buffer<T> dx_in("dx_in", data.dx_in), fresh_y("y", data.y_in.size()), fresh_dx("dx", data.x.size());
+  const Buffer<W> A("A", cast<W>(data.A)), B("B", cast<W>(data.B));
+  const Buffer<float> dz_in("dz_in", data.dz_in), z("z", data.dz_in.size()), dA("dA", data.A.size());
+  const Buffer<float> dB("dB", data.B.size());
+  const Buffer<T>&y = problem.in_place ? y_in : fresh_y, &dx = problem.in_place ? dx_in : fresh_dx;
+  {
+    const Buffer<char> workspace("parts", cuda::grouped_lora_forward_workspace(shape, sizeof(T)));
+    cuda::grouped_lora_forward<T, W>(
+        {shape, row_groups, dropout, problem.scaling, x.data(), A.data(), B.data(), y_in.data(),
+         data.bias.empty() ? nullptr : bias.data(), z.data(), y.data(), workspace.data()},
+        nullptr);
+  }
+  const Buffer<char> workspace("parts", cuda::grouped_lora_backward_workspace(shape, sizeof(T)));
+  cuda::grouped_lora_backward<T, W>(
+      {shape, row_groups, dropout, problem.scaling, x.data(), z.data(), A.data(), B.data(),
+       problem.gradients_in ? dx_in.data() : nullptr, dy.data(), problem.gradients_in ? dz_in.data() : nullptr,
+       problem.dx_wanted ? dx.data() : nullptr, dA.data(), dB.data(), workspace.data()},
+      nullptr);
+  data.z = z.host(), data.y = y.host(), data.dx = dx.host(), data.dA = dA.host(), data.dB = dB.host();
+}
+
+template <typename T>
+void check_results(const Problem& problem, const Data<T>& data, const Expected& want) {
+  const int64_t before = check::failures();
+  check_tensor<float, T>(data.z, want.z, "z");
+  check_tensor<T, T>(data.y, want.y, "y", true);
+  if (problem.dx_wanted) check_tensor<T, T>(data.dx, want.dx, "dx", true);
+  check_tensor<float, T>(data.dA, want.dA, "dA", true);
+  check_tensor<float, T>(data.dB, want.dB, "dB", true);
+  CHECK(clean());
+  if (check::failures() != before) print(problem);
+}
+
+// One thread order.
+template <typename T, typename W = T>
+void check_problem(const Problem& problem, int major = 9) {
+  Data<T> data = make_data<T>(problem);
+  const Expected want = expect(problem, data);
+  simt::options() = {};
+  simt::options().major = major;
+  simt::reports().clear();
+  run_cuda<T, W>(problem, data);
+  check_results(problem, data, want);
+}
+
+void check_all_types(const Problem& problem) {
+  check_problem<float>(problem);
+  check_problem<bfloat16>(problem);
+  check_problem<float16>(problem);
+}
+
+constexpr int64_t kWide = 9 * 64 + 24;  // columns of ten tiles of 16-bit elements: two slabs, with a tail
+
+}  // namespace
+
+// Two tokens of two groups, in_dim 2, rank 1, out_dim 1, all integers.
+TEST(a_tiny_case_gives_the_numbers_worked_out_by_hand) {
+  Problem problem{{2, 2, 1, 1, 2}};
+  problem.scaling = 2;
+  Data<float> data;
+  data.rows = {1, 0};  // token 1 is of group 0, token 0 of group 1
+  data.offsets = {0, 1, 2};
+  data.x = {1, 2, 3, 4};
+  data.A = {1, -1, 2, 3};
+  data.B = {5, 7};
+  data.y_in = {100, 200};
+  data.dy = {1, -2};
+  data.dz_in = {0.5f, 0};
+  data.dx_in = {10, 20, 30, 40};
+  for (int major : {7, 9}) {
+    simt::options().major = major;
+    simt::reports().clear();
+    run_cuda(problem, data);
+    CHECK(clean());
+    CHECK((data.z == std::vector<float>{8, -1}));
+    CHECK((data.y == std::vector<float>{212, 190}));
+    CHECK((data.dB == std::vector<float>{4, 16}));
+    CHECK((data.dA == std::vector<float>{-60, -80, 14.5f, 29}));
+    CHECK((data.dx == std::vector<float>{39, 63.5f, 10, 60}));
+  }
+}
+
+TEST(kernels_agree_with_naive_loops_for_every_padded_rank) {
+  for (int64_t rank : {1, 8, 13, 16}) check_all_types({{150, 72, 136, rank, 1}, 0.3});
+  for (int64_t rank : {17, 32, 33, 64}) check_all_types({{60, 72, 80, rank, 1}, 0.3});
+  check_all_types({{20, 72, 40, 70, 2}, 0.3});  // two chunks of 64
+}
+
+TEST(kernels_agree_with_naive_loops_for_every_tail) {
+  for (int64_t dim : {1, 7, 8, 31, 33, 63, 65, 129}) check_all_types({{9, dim, dim + 1, 5, 3}, 0.4});
+  for (int64_t tokens : {1, 15, 16, 17, 127, 128, 129, 257}) check_all_types({{tokens, 24, 40, 8, 1}, 0.2});
+}
+
+// More tiles than twice the stages, several slabs (split-K), two row tiles, more than one piece of the small matrix.
+TEST(kernels_agree_with_naive_loops_where_columns_are_split) {
+  for (int64_t rank : {8, 24}) {
+    check_problem<bfloat16>({{140, kWide, kWide + 8, rank, 1}, 0.1});
+    check_problem<float16>({{140, kWide, kWide + 8, rank, 1}, 0});
+    check_problem<float>({{140, kWide / 2, kWide / 2 + 4, rank, 1}, 0.1});
+  }
+  check_problem<bfloat16>({{30, 3 * 128 + 8, 2 * 128 + 8, 40, 1}, 0.1});
+}
+
+TEST(groups_may_be_empty_interleaved_or_sorted) {
+  for (bool permuted : {false, true}) {
+    for (int64_t groups : {1, 2, 5, 25}) check_all_types({{70, 24, 40, 8, groups}, 0.25, permuted});
+  }
+  check_all_types({{300, 24, 40, 20, 3}, 0.25});  // groups of more than one row tile, in two passes
+}
+
+TEST(adapters_may_be_float_on_16_bit_inputs) {
+  for (int64_t rank : {8, 20}) {
+    check_problem<bfloat16, float>({{40, 72, 56, rank, 2}, 0.2});
+    check_problem<float16, float>({{40, 71, 57, rank, 2}, 0.2});
+  }
+}
+
+TEST(before_sm_80_ordinary_multiply_adds_do_the_same) {
+  for (int64_t rank : {8, 20}) {
+    check_problem<float>({{140, 72, 56, rank, 2}, 0.2}, 7);
+    check_problem<bfloat16>({{140, 72, 57, rank, 1}, 0.2}, 7);
+    check_problem<float16>({{40, 320, 72, rank, 1}, 0.2}, 7);
+  }
+}
+
+TEST(optional_gradients_may_be_absent) {
+  for (double p : {0.0, 0.5}) check_all_types({{40, 50, 60, 8, 2}, p, true, /*gradients_in=*/false});
+  Problem without_dx{{40, 50, 60, 8, 2}, 0.3};
+  without_dx.dx_wanted = false;
+  check_all_types(without_dx);
+}
+
+TEST(outputs_may_overwrite_what_they_add_to) {
+  check_all_types({{45, 56, 72, 8, 2}, 0.3, true, true, /*in_place=*/true});
+}
+
+TEST(every_size_may_be_zero) {
+  for (const GroupedLoraShape& shape : {GroupedLoraShape{0, 8, 8, 4, 2}, GroupedLoraShape{5, 0, 8, 4, 1},
+                                        GroupedLoraShape{5, 8, 0, 4, 1}, GroupedLoraShape{5, 8, 8, 0, 1}}) {
+    check_all_types({shape, 0.5});
+    check_all_types({shape, 0, false});
+  }
+}
+
+namespace {
+
+template <typename T>
+void check_every_order(const Problem& problem) {
+  Data<T> data = make_data<T>(problem);
+  const Expected want = expect(problem, data);
+  std::vector<Data<T>> all;
+  for_each_order([&] {
+    run_cuda(problem, data);
+    check_results(problem, data, want);
+    all.push_back(data);
+  });
+  for (const Data<T>& one : all) {
+    CHECK(check::same_bits(one.z, all[0].z) && check::same_bits(one.dA, all[0].dA) &&
+          check::same_bits(one.dB, all[0].dB));
+    CHECK(std::memcmp(one.y.data(), all[0].y.data(), one.y.size() * sizeof(T)) == 0);
+    CHECK(std::memcmp(one.dx.data(), all[0].dx.data(), one.dx.size() * sizeof(T)) == 0);
+  }
+}
+
+}  // namespace
+
+TEST(no_order_of_threads_makes_an_error_or_changes_a_bit) {
+  for (const Problem& problem : {Problem{{140, kWide, 200, 8, 1}, 0.1}, Problem{{140, 72, 264, 24, 2}, 0.1}}) {
+    check_every_order<bfloat16>(problem);
+    check_every_order<float>(problem);
+  }
+  check_every_order<float16>({{20, 72, 264, 70, 1}, 0.1});
+}
+
+TEST(group_rows_sorts_stably) {
+  for (const auto& [tokens, groups] : {std::pair<int64_t, int64_t>{5, 5}, {700, 3}, {0, 2}, {256, 1}}) {
+    std::vector<int64_t> group(tokens), want_rows(tokens), want_offsets(groups + 1);
+    std::mt19937 generator(2);
+    for (int64_t& k : group) k = int64_t(generator() % groups);
+    cpu::group_rows(group.data(), tokens, groups, want_rows.data(), want_offsets.data());
+    for_each_order([&, groups = groups, tokens = tokens] {
+      const Buffer<int64_t> ids("group", group), rows("rows", tokens), offsets("offsets", groups + 1);
+      cuda::group_rows(ids.data(), tokens, groups, rows.data(), offsets.data(), nullptr);
+      CHECK(clean());
+      CHECK(rows.host() == want_rows && offsets.host() == want_offsets);
+    });
+  }
+}
+
+TEST(a_group_number_out_of_range_stops_the_program) {
+  for (int64_t bad : {-1, 3}) {
+    const Buffer<int64_t> ids("group", std::vector<int64_t>{0, bad, 2}), rows("rows", 3), offsets("offsets", 4);
+    simt::reports().clear();
+    cuda::group_rows(ids.data(), 3, 3, rows.data(), offsets.data(), nullptr);
+    CHECK(simt::reports().back().has(simt::ErrorKind::kTrap));
+  }
+}
+
+// ---- The bytes
+
+namespace {
+
+template <typename T>
+constexpr int64_t sectors(int64_t elements) {
+  return elements * int64_t(sizeof(T)) / 32;
+}
+
+bool within(int64_t measured, int64_t formula, double factor = 1.03) {
+  const bool ok = double(measured) <= factor * double(formula) && measured >= formula;
+  if (!ok) std::printf("    %ld sectors, formula %ld\n", long(measured), long(formula));
+  return ok;
+}
+
+// Sectors of all launches since reports() was cleared.
+int64_t moved(Op op, const char* buffer) {
+  int64_t total = 0;
+  for (const simt::Report& report : simt::reports()) total += report.global(op, buffer).sectors;
+  return total;
+}
+
+template <typename T>
+void check_ledger(const Problem& problem) {
+  const auto& [tokens, in_dim, out_dim, rank, groups] = problem.shape;
+  Data<T> data = make_data<T>(problem);
+  simt::options() = {};
+  simt::options().multiprocessors = 2;
+  simt::reports().clear();
+  run_cuda(problem, data);
+  CHECK(clean());
+  const cuda::Plan plan = cuda::plan(tokens, in_dim, out_dim, rank, groups, sizeof(T), {2, 9});
+  // Streamed: x in shrink and again for dA; y; dy once or twice; dx.
+  CHECK(within(moved(Op::kLoad, "x"), 2 * sectors<T>(tokens * in_dim)));
+  CHECK(within(moved(Op::kLoad, "y_in"), sectors<T>(tokens * out_dim)));
+  CHECK(within(moved(Op::kStore, "y"), sectors<T>(tokens * out_dim)));
+  CHECK(within(moved(Op::kLoad, "dy"), (plan.one_pass ? 1 : 2) * sectors<T>(tokens * out_dim)));
+  CHECK(within(moved(Op::kLoad, "dx_in"), sectors<T>(tokens * in_dim)));
+  CHECK(within(moved(Op::kStore, "dx"), sectors<T>(tokens * in_dim)));
+  for (const simt::Report& report : simt::reports()) {
+    CHECK(report.global(Op::kAtomic).requests == 0);
+  }
+}
+
+}  // namespace
+
+TEST(streamed_operands_move_as_often_as_they_must) {
+  for (int64_t rank : {8, 32}) {
+    check_ledger<bfloat16>({{256, 1024, 512, rank, 1}, 0.1, false});
+    check_ledger<float>({{256, 512, 256, rank, 1}, 0, false});
+  }
+}
+
+int main() { return check::run_tests(); }

@@ -1,0 +1,112 @@
+// expand: out[t, c] = in[t, c] + bias[c] + scale * keep[t, c] * sum_j g[t, j] m[j, c], for a row tile and a slab of
+// columns a block, with one rounding; g = mix(row, rank). Forward: y from z and B. Backward: dx from dz and A.
+//
+// Bytes: in and out once. The small matrix is read by every row tile, latent rows by every slab. Ranks beyond kRank go
+// in chunks, for which small matrix and latent rows are read again for every tile of columns.
+#pragma once
+
+#include "cuda/tile.cuh"
+
+namespace align::cuda {
+
+template <typename T>
+struct ExpandJob {
+  GroupedLoraShape shape;  // tokens, rank and groups count
+  RowGroups groups;
+  TallMatrix<T> in;
+  T* out;  // [tokens, cols], assigned; may be in itself
+  bool out_aligned;
+  const T* bias;  // [cols], or null: zero
+  SmallMatrix<T> m;
+  InputDropout dropout;
+  float scale;
+  Cut cut;
+};
+
+constexpr int kExpandStages = 2;  // each tile is also written
+
+template <class Math>
+constexpr size_t kExpandShared = sizeof(typename Math::Element) *
+                                     (Math::kRank * Math::kPieceRow + kTileRows * Math::kLatentRow +
+                                      kExpandStages * kTileSize<typename Math::Element>)+sizeof(float) *
+                                     kPieceCols<typename Math::Element, Math::kRank> +
+                                 kTileRows * Units<typename Math::Element>::kPerRow;
+
+template <class Math, class Mix>
+__device__ __forceinline__ void expand_tiles(const ExpandJob<typename Math::Element>& job, const Mix& mix,
+                                             int64_t tile_index, int64_t slab) {
+  using T = typename Math::Element;
+  constexpr int kRank = Math::kRank;
+  RowTile tile;
+  if (!find_tile(job.groups, job.shape, tile_index, &tile)) return;
+
+  const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp, first_row = warp * kWarpRows;
+  const int64_t begin = slab * job.cut.slab_tiles * kTileCols<T>;
+  const int64_t slab_end = begin + job.cut.slab_tiles * kTileCols<T>;
+  const int64_t end = slab_end < job.in.cols ? slab_end : job.in.cols;
+  // With several chunks of ranks the piece is one tile wide, and read again for every chunk.
+  const bool one_chunk = job.shape.rank <= kRank;
+  const int piece_tiles = one_chunk ? kPieceTiles<kRank> : 1;
+  SharedArena arena;
+  T* piece = arena.take<T>(kRank * kPieceStride<T, kRank>);
+  T* g = arena.take<T>(kTileRows * kLatentStride<T, kRank>);
+  T* stages = arena.take<T>(kExpandStages * kTileSize<T>);
+  float* bias = arena.take<float>(kPieceCols<T, kRank>);
+  uint8_t* keep = arena.take<uint8_t>(kTileRows * Units<T>::kPerRow);
+  const Dropout dropout(job.dropout);
+  Units<T> units(lane, kWarp, first_row);
+  units.enter(tile);
+
+  units.copy(stages, job.in, begin);
+  cp_async_commit();
+  if (slab == 0) mix.save(tile, first_row, kWarpRows, lane, kWarp);
+  if (one_chunk) fill_latent<T, kRank>(g, mix, tile, first_row, kWarpRows, 0, lane, kWarp);
+  int stage = 0, in_piece = piece_tiles;
+  for (int64_t col = begin; col < end; col += kTileCols<T>) {
+    T* y = stages + stage * kTileSize<T>;
+    cp_async_wait<0>();
+    if (dropout.threshold > 0) units.decide(keep, dropout, job.in.cols, col);
+    __syncwarp();  // the warp's rows of this tile and their decisions are complete, those of the last are written
+    if (col + kTileCols<T> < end) units.copy(stages + (1 - stage) * kTileSize<T>, job.in, col + kTileCols<T>);
+    cp_async_commit();
+    typename Math::Add acc = {};
+    const bool new_piece = in_piece == piece_tiles;
+    if (new_piece) in_piece = 0;
+    for (int64_t first_rank = 0; first_rank == 0 || first_rank < job.shape.rank; first_rank += kRank) {
+      if (new_piece) {
+        __syncthreads();  // all warps are done with the piece, the bias and their latent rows
+        load_piece<T, kRank>(piece, job.m, tile.group, first_rank, col, piece_tiles * kTileCols<T>);
+        for (int c = int(threadIdx.x); c < piece_tiles * kTileCols<T>; c += kThreads) {
+          bias[c] = job.bias && col + c < job.in.cols ? widen(job.bias[col + c]) : 0.f;
+        }
+        if (!one_chunk) fill_latent<T, kRank>(g, mix, tile, first_row, kWarpRows, first_rank, lane, kWarp);
+        __syncthreads();  // piece, bias and latent rows are complete
+      }
+      Math::add(acc, g + first_row * kLatentStride<T, kRank>, piece + in_piece * kTileCols<T>);
+    }
+    Math::apply(acc, y + first_row * kTileStride<T>, bias + in_piece * kTileCols<T>, job.scale, [&](int row, int unit) {
+      return dropout.threshold > 0 ? keep[(first_row + row) * Units<T>::kPerRow + unit] : 0xFFu;
+    });
+    __syncwarp();  // the sums of the warp's rows are complete
+    units.write(y, job.out, job.out_aligned, job.in.cols, col);
+    stage = 1 - stage;
+    ++in_piece;
+  }
+  cp_async_wait<0>();
+}
+
+// Grid: row tiles, slabs.
+template <class Math, class Mix>
+__global__ void __launch_bounds__(kThreads, 2) expand_kernel(ExpandJob<typename Math::Element> job, Mix mix) {
+  if (compiled_here<Math>()) expand_tiles<Math>(job, mix, blockIdx.x, blockIdx.y);
+}
+
+template <class Math, class Mix>
+void expand(const ExpandJob<typename Math::Element>& job, const Mix& mix, Stream stream) {
+  const int64_t rows = row_tiles(job.shape.tokens, job.shape.groups);
+  if (rows == 0) return;
+  launch(expand_kernel<Math, Mix>, dim3(unsigned(rows), unsigned(job.cut.slabs)), dim3(kThreads), kExpandShared<Math>,
+         stream, job, mix);
+}
+
+}  // namespace align::cuda

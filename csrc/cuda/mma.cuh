@@ -1,0 +1,151 @@
+// The three products of a tile on tensor cores (sm_80 and later), accumulated in float. Same functions as ffma.cuh.
+//
+//   dot    [16 rows, rank]    += x m^T     a warp's rows of a tile times the small matrix
+//   add    [16 rows, columns] += g m       a warp's latent rows times the small matrix
+//   outer  [rank, 8 columns]  += g^T x     half the rows of a tile, a warp's columns
+//
+// Fragments of mma.m16n8k16: lane 4 g + q holds rows g and g + 8, columns 2 q and 2 q + 1 of an accumulator.
+#pragma once
+
+#include "cuda/tile.cuh"
+
+namespace align::cuda {
+
+template <typename T, int kRank_>
+struct Mma {
+  using Element = T;
+  static constexpr int kRank = kRank_;
+  static constexpr bool kTensorCores = true;
+  static constexpr int kStages = 3;
+  static constexpr int kStride = kTileStride<T>, kPieceRow = kPieceStride<T, kRank>,
+                       kLatentRow = kLatentStride<T, kRank>;
+  static constexpr int kColumnTiles = kTileCols<T> / 8;
+
+  struct Dot {
+    float v[kRank / 8][4];
+  };
+  struct Add {
+    float v[kColumnTiles][4];
+  };
+  struct Outer {
+    float v[kRank / 16][4];
+  };
+
+#if ALIGN_HAS_SM80
+  static __device__ __forceinline__ int lane() { return int(threadIdx.x) % kWarp; }
+  static __device__ __forceinline__ int warp() { return int(threadIdx.x) / kWarp; }
+
+  // x: the warp's rows of a tile; m: [rank][piece's columns], from the tile's first column on.
+  static __device__ __forceinline__ void dot(Dot& acc, const T* x, const T* m) {
+#pragma unroll
+    for (int k = 0; k < kTileCols<T>; k += 16) {
+      uint32_t a[4], b[4];
+      ldmatrix_x4(a, x + lane() % 16 * kStride + k + lane() / 16 * 8);
+#pragma unroll
+      for (int j = 0; j < kRank; j += 16) {
+        ldmatrix_x4(b, m + (j + lane() % 8 + lane() / 16 * 8) * kPieceRow + k + lane() / 8 % 2 * 8);
+        mma(acc.v[j / 8], a, b[0], b[1], T{});
+        mma(acc.v[j / 8 + 1], a, b[2], b[3], T{});
+      }
+    }
+  }
+
+  // g: the warp's latent rows.
+  static __device__ __forceinline__ void add(Add& acc, const T* g, const T* m) {
+#pragma unroll
+    for (int k = 0; k < kRank; k += 16) {
+      uint32_t a[4], b[4];
+      ldmatrix_x4(a, g + lane() % 16 * kLatentRow + k + lane() / 16 * 8);
+#pragma unroll
+      for (int c = 0; c < kTileCols<T>; c += 16) {
+        ldmatrix_x4_trans(b, m + (k + lane() % 16) * kPieceRow + c + lane() / 16 * 8);
+        mma(acc.v[c / 8], a, b[0], b[1], T{});
+        mma(acc.v[c / 8 + 1], a, b[2], b[3], T{});
+      }
+    }
+  }
+
+  // g: 64 latent rows; x: the rows of the tile that they belong to.
+  static __device__ __forceinline__ void outer(Outer& acc, const T* g, const T* x) {
+#pragma unroll 2
+    for (int k = 0; k < kTileRows / 2; k += 32) {
+      uint32_t b[4];
+      ldmatrix_x4_trans(b, x + (k + lane()) * kStride + warp() * 8);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int j = 0; j < kRank; j += 16) {
+          uint32_t a[4];
+          ldmatrix_x4_trans(a,
+                            g + (k + 16 * half + lane() % 8 + lane() / 16 * 8) * kLatentRow + j + lane() / 8 % 2 * 8);
+          mma(acc.v[j / 16], a, b[2 * half], b[2 * half + 1], T{});
+        }
+      }
+    }
+  }
+
+  // Writes scale * acc to row(i)[j], j < ranks, where row(i) is not null.
+  template <typename Row>
+  static __device__ __forceinline__ void store(const Dot& acc, float scale, int64_t ranks, const Row& row) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float* out = row(lane() / 4 + 8 * half);
+      if (out == nullptr) continue;
+#pragma unroll
+      for (int j = 0; j < kRank / 8; ++j) {
+        const int at = 8 * j + lane() % 4 * 2;
+        const float first = scale * acc.v[j][2 * half], second = scale * acc.v[j][2 * half + 1];
+        if (at + 1 < ranks && reinterpret_cast<uintptr_t>(out + at) % sizeof(float2) == 0) {
+          *reinterpret_cast<float2*>(out + at) = make_float2(first, second);
+        } else {
+          if (at < ranks) out[at] = first;
+          if (at + 1 < ranks) out[at + 1] = second;
+        }
+      }
+    }
+  }
+
+  // Adds bias + scale * acc to the warp's rows of a tile, where keep has the bit of (row, column); one rounding.
+  template <typename Keep>
+  static __device__ __forceinline__ void apply(const Add& acc, T* y, const float* bias, float scale, const Keep& keep) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = lane() / 4 + 8 * half;
+#pragma unroll
+      for (int i = 0; i < kColumnTiles; ++i) {
+        const int col = 8 * i + lane() % 4 * 2;
+        const uint32_t bits = keep(row, i) >> (lane() % 4 * 2);
+        uint32_t* pair = reinterpret_cast<uint32_t*>(y + row * kStride + col);
+        const float first = bits & 1u ? scale * acc.v[i][2 * half] : 0.f;
+        const float second = bits & 2u ? scale * acc.v[i][2 * half + 1] : 0.f;
+        const uint32_t old = *pair;
+        *pair = pack<T>(low_half(old, T{}) + bias[col] + first, high_half(old, T{}) + bias[col + 1] + second);
+      }
+    }
+  }
+
+  // Calls out(rank, column of the tile, value) for each element that this thread holds.
+  template <typename Out>
+  static __device__ __forceinline__ void finish(const Outer& acc, const Out& out) {
+#pragma unroll
+    for (int j = 0; j < kRank / 16; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        out(16 * j + lane() / 4 + i / 2 * 8, warp() * 8 + lane() % 4 * 2 + i % 2, acc.v[j][i]);
+      }
+    }
+  }
+#else
+  static __device__ void dot(Dot&, const T*, const T*) {}
+  static __device__ void add(Add&, const T*, const T*) {}
+  static __device__ void outer(Outer&, const T*, const T*) {}
+  template <typename Row>
+  static __device__ void store(const Dot&, float, int64_t, const Row&) {}
+  template <typename Keep>
+  static __device__ void apply(const Add&, T*, const float*, float, const Keep&) {}
+  template <typename Out>
+  static __device__ void finish(const Outer&, const Out&) {}
+#endif
+};
+
+}  // namespace align::cuda

@@ -1,0 +1,168 @@
+// outer: out[j, c] = scale * sum over a group's rows of g[t, j] xd[t, c], g = mix(row, rank); a block owns the columns
+// of kOuterTiles tiles and runs through all rows, so that its sums stay in registers and nothing is added up later.
+// Backward: dB from z and dy, dA from dz and x.
+//
+// With kDot the block also has its columns' part of dz = scaling B^T dy, in the same pass over dy ("sweep").
+//
+// Bytes: x once for each chunk of ranks (and parts once); latent rows by every block of columns.
+#pragma once
+
+#include "cuda/tile.cuh"
+
+namespace align::cuda {
+
+template <typename T>
+struct OuterJob {
+  GroupedLoraShape shape;  // tokens, rank and groups count
+  RowGroups groups;
+  TallMatrix<T> x;
+  InputDropout dropout;
+  float scale;
+  float* out;  // [groups, rank, cols] by the strides, assigned
+  int64_t rank_stride, col_stride;
+  // sweep
+  SmallMatrix<T> m;
+  float* parts;  // [blocks of columns, tokens, rank], assigned
+};
+
+template <class Math, bool kDot>
+constexpr size_t kOuterShared =
+    sizeof(typename Math::Element) * (Math::kStages * kTileSize<typename Math::Element> +
+                                      2 * kTileRows * Math::kLatentRow + (kDot ? Math::kRank * Math::kPieceRow : 0));
+
+// A tile's latent rows come in parts, two for each tile of x that is summed meanwhile: registers are scarce.
+constexpr int kLatentParts = 2 * kOuterTiles;
+
+// A thread's share of one part, on its way from global to shared memory.
+template <class Math>
+struct LatentShare {
+  using T = typename Math::Element;
+  static constexpr int kRank = Math::kRank, kRows = kTileRows / kLatentParts, kCount = kRows * kRank / kThreads;
+  float v[kCount];
+
+  template <class Mix>
+  __device__ __forceinline__ void load(const Mix& mix, const RowTile& tile, int part, int64_t first_rank) {
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) {
+      const int i = int(threadIdx.x) + u * kThreads, row = part * kRows + i / kRank;
+      v[u] = row < tile.count ? mix(tile.row(row), first_rank + i % kRank) : 0.f;
+    }
+  }
+  __device__ __forceinline__ void store(T* g, int part) const {
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) {
+      const int i = int(threadIdx.x) + u * kThreads, row = part * kRows + i / kRank;
+      g[row * kLatentStride<T, kRank> + i % kRank] = to_element<T>(v[u]);
+    }
+  }
+};
+
+template <class Math, bool kDot, class Mix>
+__device__ __forceinline__ void outer_columns(const OuterJob<typename Math::Element>& job, const Mix& mix,
+                                              int64_t block, int64_t group, int64_t chunk) {
+  using T = typename Math::Element;
+  constexpr int kRank = Math::kRank, kStages = Math::kStages;
+  int64_t begin, end;
+  group_bounds(job.groups, job.shape.tokens, group, &begin, &end);
+  const int64_t first_rank = chunk * kRank, first_col = block * kOuterTiles * kTileCols<T>;
+  const int64_t steps = (end - begin + kTileRows - 1) / kTileRows * kOuterTiles;
+  const auto tile_at = [&](int64_t step) {
+    return tile_of(job.groups, group, begin + step / kOuterTiles * kTileRows, end);
+  };
+  const auto col_at = [&](int64_t step) { return first_col + step % kOuterTiles * kTileCols<T>; };
+
+  const int first_row = int(threadIdx.x) / kWarp * kWarpRows;
+  SharedArena arena;
+  T* stages = arena.take<T>(kStages * kTileSize<T>);
+  T* latent = arena.take<T>(2 * kTileRows * kLatentStride<T, kRank>);
+  T* piece = nullptr;
+  if constexpr (kDot) {
+    piece = arena.take<T>(kRank * kPieceStride<T, kRank>);
+    load_piece<T, kRank>(piece, job.m, group, first_rank, first_col, kOuterTiles * kTileCols<T>);
+  }
+  const Dropout dropout(job.dropout);
+  Units<T> units(int(threadIdx.x), kThreads, 0);
+  const auto copy = [&](int64_t step) {
+    if (step < steps) {
+      units.enter(tile_at(step));
+      units.copy(stages + step % kStages * kTileSize<T>, job.x, col_at(step));
+    }
+    cp_async_commit();
+  };
+
+  // A part is loaded, then stored when the next one is due, all while the tile before is summed.
+  LatentShare<Math> share;
+  const auto latent_at = [&](int64_t step) {
+    return latent + step / kOuterTiles % 2 * kTileRows * kLatentStride<T, kRank>;
+  };
+  if (steps > 0) {
+    for (int part = 0; part < kLatentParts; ++part) {
+      if (part > 0) share.store(latent, part - 1);
+      share.load(mix, tile_at(0), part, first_rank);
+    }
+  }
+  for (int s = 0; s < kStages - 1; ++s) copy(s);
+  typename Math::Outer acc[kOuterTiles] = {};
+  for (int64_t step = 0; step < steps; step += kOuterTiles) {
+    const RowTile tile = tile_at(step);
+    const T* g = latent_at(step);
+    typename Math::Dot dot = {};
+#pragma unroll
+    for (int side = 0; side < kOuterTiles; ++side) {
+      T* x = stages + (step + side) % kStages * kTileSize<T>;
+      cp_async_wait<kStages - 2>();
+      if (dropout.threshold > 0) {
+        units.enter(tile);
+        units.mask(x, dropout, job.x.cols, col_at(step + side));
+      }
+      if (side == 0) share.store(latent_at(step), kLatentParts - 1);
+      __syncthreads();  // tile and latent rows are complete; all warps are done with the last tile
+      copy(step + side + kStages - 1);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int part = 2 * side + half, first = half * kTileRows / 2;
+        if (step + kOuterTiles < steps) {
+          if (part > 0) share.store(latent_at(step + kOuterTiles), part - 1);
+          share.load(mix, tile_at(step + kOuterTiles), part, first_rank);
+        }
+        Math::outer(acc[side], g + first * kLatentStride<T, kRank>, x + first * kTileStride<T>);
+      }
+      if constexpr (kDot) Math::dot(dot, x + first_row * kTileStride<T>, piece + side * kTileCols<T>);
+    }
+    if constexpr (kDot) {
+      float* parts = job.parts + block * job.shape.tokens * job.shape.rank;
+      Math::store(dot, job.scale, job.shape.rank - first_rank, [&](int i) {
+        return first_row + i < tile.count ? parts + tile.row(first_row + i) * job.shape.rank + first_rank : nullptr;
+      });
+    }
+  }
+  cp_async_wait<0>();
+
+  float* out = job.out + group * job.shape.rank * job.x.cols;
+#pragma unroll
+  for (int side = 0; side < kOuterTiles; ++side) {
+    Math::finish(acc[side], [&](int j, int c, float value) {
+      const int64_t rank = first_rank + j, col = first_col + side * kTileCols<T> + c;
+      if (rank < job.shape.rank && col < job.x.cols) {
+        out[rank * job.rank_stride + col * job.col_stride] = job.scale * value;
+      }
+    });
+  }
+}
+
+// Grid: blocks of columns, groups.
+template <class Math, class Mix>
+__global__ void __launch_bounds__(kThreads, 2) sweep_kernel(OuterJob<typename Math::Element> job, Mix mix) {
+  if (compiled_here<Math>()) outer_columns<Math, true>(job, mix, blockIdx.x, blockIdx.y, 0);
+}
+
+// One pass over the tall matrix for both: the outer products, and the parts of its product with the small matrix.
+template <class Math, class Mix>
+void sweep(const OuterJob<typename Math::Element>& job, const Mix& mix, Stream stream) {
+  const int64_t blocks = outer_blocks(job.x.cols, sizeof(typename Math::Element));
+  if (blocks == 0 || job.shape.groups == 0 || job.shape.rank == 0) return;
+  launch(sweep_kernel<Math, Mix>, dim3(unsigned(blocks), unsigned(job.shape.groups)), dim3(kThreads),
+         kOuterShared<Math, true>, stream, job, mix);
+}
+
+}  // namespace align::cuda

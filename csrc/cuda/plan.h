@@ -1,0 +1,91 @@
+// How a projection op's work is cut: pure functions of sizes and device, tested without a GPU
+// (cpp_tests/test_plan.cpp).
+//
+// A tile is 128 rows of 128 bytes (64 columns of 16 bits, 32 of float), 16 KiB: with its padding, three stages of it,
+// the small matrix and the latent rows a block needs 72 to 93 KiB, so that two blocks share a multiprocessor of sm_80
+// and sm_90, each with 32 KiB of loads under way; a multiprocessor's share of an H100's bandwidth times its latency is
+// about 20 KiB. Rows of 128 bytes fill whole sectors and all 32 banks. 128 rows are 16, one mma, for each of 8 warps.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace align::cuda {
+
+struct Device {
+  int multiprocessors;
+  int major;         // of the compute capability
+  int shared_bytes;  // of shared memory that a block may ask for
+};
+
+constexpr int kTileRows = 128;
+constexpr int kTileBytes = 128;         // of a row of a tile
+constexpr int kOuterTiles = 2;          // side by side, whose outer products one block keeps in registers
+constexpr int64_t kMinSlabTiles = 4;    // fewer would not pay for a block's prologue
+constexpr int64_t kMaxShrinkSlabs = 8;  // every one is read again by each block of expand
+constexpr int64_t kBlocksPerMultiprocessor = 2;
+
+constexpr int kSharedForFloat64 = 104 << 10;  // of a block, for float at padded rank 64
+
+constexpr int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+
+// Row tiles of all groups together, at most: each group but one may end in the middle of a tile.
+constexpr int64_t row_tiles(int64_t tokens, int64_t groups) {
+  return tokens == 0 ? 0 : ceil_div(tokens, kTileRows) + std::max<int64_t>(groups, 1) - 1;
+}
+
+// A tall matrix cut for a grid: slabs of slab_tiles tiles each, the last maybe smaller.
+struct Cut {
+  int64_t slabs;
+  int64_t slab_tiles;
+};
+
+// Enough slabs for two blocks a multiprocessor, together with the row tiles.
+inline Cut cut_columns(int64_t cols, int64_t element_bytes, int64_t row_tiles, int64_t max_slabs,
+                       const Device& device) {
+  const int64_t tiles = ceil_div(cols * element_bytes, kTileBytes);
+  const int64_t wanted = ceil_div(device.multiprocessors * kBlocksPerMultiprocessor, std::max<int64_t>(row_tiles, 1));
+  const int64_t slabs =
+      std::clamp<int64_t>(std::min(wanted, max_slabs), 1, std::max<int64_t>(tiles / kMinSlabTiles, 1));
+  const int64_t slab_tiles = std::max<int64_t>(ceil_div(tiles, slabs), 1);
+  return {std::max<int64_t>(ceil_div(tiles, slab_tiles), 1), slab_tiles};
+}
+
+struct Plan {
+  bool tensor_cores;    // mma.sync, for 16-bit types from sm_80 on; else FFMA
+  int padded_rank;      // 16, 32 or 64: what the kernels are compiled for; wider ranks go in chunks of it
+  int64_t rank_chunks;  // each reads the tall matrix again
+  Cut shrink;           // of x: ordered split-K
+  Cut expand;           // of y
+  Cut shrink_dy;        // of dy, in two passes
+  Cut expand_dx;        // of dx
+  // One pass over dy gives dz and dB. A block then keeps dB of kOuterTiles tiles in registers and writes its part of
+  // dz: 4 rank bytes a row, written and read, against a second read of the row: 8 rank < 2 * 128 bytes. At ranks from
+  // 17 to 31 less than half of that read would be gained; they are not compiled.
+  bool one_pass;
+};
+
+inline Plan plan(int64_t tokens, int64_t in_dim, int64_t out_dim, int64_t rank, int64_t groups, int64_t element_bytes,
+                 const Device& device) {
+  const int64_t rows = row_tiles(tokens, groups), any = int64_t(1) << 15;
+  Plan p;
+  p.tensor_cores = element_bytes == 2 && device.major >= 8;
+  // FFMA keeps latent rows in float: sm_75's 64 KiB are enough for rank 16, in two passes, the 99 KiB of sm_86, sm_89
+  // and sm_120 for rank 32.
+  const bool fits_64 = element_bytes == 2 || device.shared_bytes >= kSharedForFloat64;
+  p.padded_rank = rank <= 16 || device.major < 8 ? 16 : rank <= 32 || !fits_64 ? 32 : 64;
+  p.rank_chunks = ceil_div(rank, p.padded_rank);
+  p.shrink = cut_columns(in_dim, element_bytes, rows, kMaxShrinkSlabs, device);
+  p.expand = cut_columns(out_dim, element_bytes, rows, any, device);
+  p.shrink_dy = cut_columns(out_dim, element_bytes, rows, any, device);
+  p.expand_dx = cut_columns(in_dim, element_bytes, rows, any, device);
+  p.one_pass = rank <= 16 && out_dim > 0 && device.major >= 8;
+  return p;
+}
+
+// Blocks of columns whose outer products are summed by one block each.
+inline int64_t outer_blocks(int64_t cols, int64_t element_bytes) {
+  return ceil_div(cols * element_bytes, kTileBytes * kOuterTiles);
+}
+
+}  // namespace align::cuda

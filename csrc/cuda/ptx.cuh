@@ -1,0 +1,156 @@
+// The only inline assembly: tensor-core products, the loads that feed them, asynchronous copies and conversions. Each
+// instruction has a twin in the SIMT engine, or in plain C++. Most of it needs sm_80; what is compiled for less does
+// without.
+#pragma once
+
+#include "cuda/launch.cuh"
+#include "ops/convert.h"
+
+namespace align::cuda {
+
+#ifdef ALIGN_ON_SIMT
+#define ALIGN_HAS_SM80 1
+using simt::cp_async16;
+using simt::cp_async_commit;
+using simt::ldmatrix_x4;
+using simt::ldmatrix_x4_trans;
+
+template <int kGroupsLeft>
+void cp_async_wait() {
+  simt::cp_async_wait(kGroupsLeft);
+}
+
+inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bfloat16) {
+  const uint32_t b[2] = {b0, b1};
+  simt::mma_m16n8k16_bf16(d, a, b);
+}
+inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float16) {
+  const uint32_t b[2] = {b0, b1};
+  simt::mma_m16n8k16_f16(d, a, b);
+}
+
+template <typename T>
+uint32_t pack(float low, float high) {
+  return uint32_t(narrow<T>(low).bits) | uint32_t(narrow<T>(high).bits) << 16;
+}
+template <typename T>
+T round_to(float value) {
+  return narrow<T>(value);
+}
+template <typename T>
+float low_half(uint32_t pair, T) {
+  return widen(T{uint16_t(pair)});
+}
+template <typename T>
+float high_half(uint32_t pair, T) {
+  return widen(T{uint16_t(pair >> 16)});
+}
+#else
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#define ALIGN_HAS_SM80 1
+#else
+#define ALIGN_HAS_SM80 0
+#endif
+
+__device__ inline uint32_t shared_address(const void* pointer) { return uint32_t(__cvta_generic_to_shared(pointer)); }
+
+// Copies source_bytes (0 .. 16) and zeros to 16 bytes of shared memory; complete when the thread has waited. Both
+// addresses are multiples of 16. Before sm_80: at once.
+__device__ inline void cp_async16(void* shared, const void* global, int source_bytes) {
+#if ALIGN_HAS_SM80
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(source_bytes)
+               : "memory");
+#else
+  *static_cast<uint4*>(shared) = source_bytes == 16 ? *static_cast<const uint4*>(global) : make_uint4(0, 0, 0, 0);
+#endif
+}
+
+__device__ inline void cp_async_commit() {
+#if ALIGN_HAS_SM80
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Until at most kGroupsLeft of the thread's latest groups are under way.
+template <int kGroupsLeft>
+__device__ inline void cp_async_wait() {
+#if ALIGN_HAS_SM80
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroupsLeft) : "memory");
+#endif
+}
+
+#if ALIGN_HAS_SM80
+// Four 8 x 8 matrices of 16-bit elements; matrix i takes its rows of 16 bytes from lanes 8 i .. 8 i + 7.
+__device__ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+__device__ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// d += a b for a 16 x 16 (row), b 16 x 8 (col) and d 16 x 8, accumulated in float.
+__device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bfloat16) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float16) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Two floats rounded to nearest even, the first in the low half.
+template <typename T>
+__device__ uint32_t pack(float low, float high);
+template <>
+__device__ inline uint32_t pack<bfloat16>(float low, float high) {
+  uint32_t both;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+}
+template <>
+__device__ inline uint32_t pack<float16>(float low, float high) {
+  uint32_t both;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+}
+#endif
+
+// One float, rounded to nearest even.
+template <typename T>
+__device__ inline T round_to(float value) {
+#if ALIGN_HAS_SM80
+  return {uint16_t(pack<T>(value, 0.f))};
+#else
+  return narrow<T>(value);
+#endif
+}
+
+// The halves of 32 bits as floats.
+__device__ inline float low_half(uint32_t pair, bfloat16) { return __uint_as_float(pair << 16); }
+__device__ inline float high_half(uint32_t pair, bfloat16) { return __uint_as_float(pair & 0xFFFF0000u); }
+__device__ inline float low_half(uint32_t pair, float16) {
+  float value;
+  asm("{ .reg .b16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, low; }" : "=f"(value) : "r"(pair));
+  return value;
+}
+__device__ inline float high_half(uint32_t pair, float16) {
+  float value;
+  asm("{ .reg .b16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, high; }" : "=f"(value) : "r"(pair));
+  return value;
+}
+#endif
+
+}  // namespace align::cuda

@@ -1,0 +1,95 @@
+"""The CUDA path, from Python to the kernels, without a GPU: an extension that runs them on the SIMT engine.
+
+Whatever the engine finds in a kernel (races, bounds, memory read before it is written) is an error of the operator.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import adapted, batch
+
+from align_ext import align_parts
+
+TESTS = Path(__file__).parent
+OPS = sorted(path.stem.removesuffix("_cuda") for path in (TESTS.parent / "csrc/bindings").glob("*_cuda.cpp"))
+STEPS = 3
+
+
+@pytest.fixture(scope="session")
+def simt_python(native_build, tmp_path_factory):
+    """Runs this Python with that extension as align_ext._C; returns what it printed."""
+    (extension,) = native_build.glob("_C.*.so")
+    environment = os.environ | {"ALIGN_SIMT_EXTENSION": str(extension), "PYTHONPATH": str(TESTS)}
+    elsewhere = tmp_path_factory.mktemp("elsewhere")  # the sources beside the tests are not the installed package
+
+    def run(*arguments):
+        command = [sys.executable, *map(str, arguments)]
+        result = subprocess.run(
+            command, env=environment, cwd=elsewhere, capture_output=True, text=True, errors="replace", check=False
+        )
+        assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+        return result.stdout
+
+    return run
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_tests_of_the_operators_pass_on_the_cuda_kernels(simt_python, op):
+    tests = TESTS / f"ops/test_{op}.py"
+    output = simt_python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "simt_extension", "--device=simt", tests)
+    passed, kernels = (int(re.search(text, output)[1]) for text in (r"(\d+) passed", r"SIMT engine: (\d+) kernels"))
+    skipped = Counter()
+    for number, reason in re.findall(r"SKIPPED \[(\d+)\] .*?: (.*)", output):
+        skipped[reason] += int(number)
+    print(f"{op}: {passed} passed, {kernels} kernels, skipped:", dict(skipped))
+    assert passed > sum(skipped.values())
+    assert kernels > passed / 2  # few tests stop before the kernels, at a bad argument say
+
+
+def train():
+    """Steps of a tiny Llama with alignment, dropout and SGD: losses, gradients and the adapters at the end, by name.
+
+    SGD, for Adam divides by the gradients' own size, which turns the rounding of a tiny one into a whole step.
+    """
+    model = adapted(dtype=torch.float32, lora_dropout=0.1)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    optimizer = torch.optim.SGD(trained.values(), lr=0.2)
+    torch.manual_seed(0)  # the dropout masks'
+    results = {}
+    for step in range(STEPS):
+        inputs, tasks = batch(step)
+        optimizer.zero_grad()
+        model(**inputs, task_ids=tasks).loss.backward()
+        parts = align_parts(model)
+        results |= {f"{step} lm": torch.tensor(parts.lm), f"{step} align": torch.tensor(parts.align)}
+        results |= {f"{step} gradient of {name}": p.grad.clone() for name, p in trained.items()}
+        optimizer.step()
+    return results | {f"change of {name}": p.detach() - before[name] for name, p in trained.items()}
+
+
+TRAINING = """
+import simt_extension, sys, torch
+from test_simt_backend import train
+torch.save(train(), sys.argv[1])
+print(simt_extension.launches())
+"""
+
+
+def test_training_on_the_cuda_kernels_is_training_on_the_cpu_kernels(simt_python, tmp_path):
+    kernels = int(simt_python("-c", TRAINING, tmp_path / "results.pt"))
+    actual, expected = torch.load(tmp_path / "results.pt", weights_only=True), train()
+    assert kernels >= STEPS * len(OPS)
+    assert actual.keys() == expected.keys()
+    errors = {name: ((actual[name] - e).abs().max() / e.abs().max()).item() for name, e in expected.items()}
+    worst = max(errors, key=errors.get)
+    print(f"{kernels} kernels; the largest difference is {errors[worst]:.1e}, of {worst}")
+    # Both sum in float32 (eps 6e-8), in other orders: sqrt(1000) roundings of one sum, amplified by the division by
+    # small variances in the alignment and carried through two layers and three steps.
+    assert errors[worst] < 1e-4, worst
