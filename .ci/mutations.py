@@ -7,10 +7,12 @@ Usage: python .ci/mutations.py [word]
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -178,14 +180,32 @@ MUTANTS = [
 ]
 
 
-def apply(mutant: Mutant, tree: Path) -> bool:
-    """Writes the mutant into a tree; False if its place is not there exactly once."""
+# What orders the threads of a kernel. ptx.cuh defines cp_async_wait, and does not use it.
+BARRIER = re.compile(r"^ *(?:__syncthreads|__syncwarp|cp_async_wait<.*>)\(.*\);.*$", re.MULTILINE)
+
+
+def barriers() -> Iterator[Mutant]:
+    """Each barrier and wait of the CUDA kernels, taken out; the SIMT engine must notice."""
+    for path in sorted((ROOT / "csrc/cuda").glob("*.cu*")):
+        if path.name == "ptx.cuh":
+            continue
+        text, file = path.read_text(), str(path.relative_to(ROOT))
+        test = {".cu": f"test_{path.stem}_cuda"}.get(path.suffix, "test_grouped_lora_cuda")
+        test = "test_simt_block_sum" if path.name == "launch.cuh" else test
+        for found in BARRIER.finditer(text):
+            number, begin = text.count("\n", 0, found.start()) + 1, max(found.start() - 200, 0)
+            before, end = text[begin : found.end()], text[begin : found.start()]
+            yield Mutant(f"without the barrier in line {number}", file, before, end, test)
+
+
+def apply(mutant: Mutant, tree: Path) -> str | None:
+    """Writes the mutant into a tree and returns the file's text as it was; None if its place is not there just once."""
     path = tree / mutant.file
     text = path.read_text()
     if text.count(mutant.before) != 1:
-        return False
+        return None
     path.write_text(text.replace(mutant.before, mutant.after))
-    return True
+    return text
 
 
 def outcome(mutant: Mutant, tree: Path) -> int:
@@ -206,20 +226,21 @@ def main() -> int:
     verdicts = {0: "SURVIVED", 1: "killed"}
     sound: set[str] = set()  # tests seen to pass without a mutation: only then does a failure mean something
     failed = 0
-    for mutant in (m for m in MUTANTS if word in m.what):
-        with tempfile.TemporaryDirectory() as folder:
-            tree = Path(folder) / "tree"
-            shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", "build", "__pycache__"))
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", "build", "__pycache__"))
+        for mutant in (m for m in (*MUTANTS, *barriers()) if word in m.what):
             if mutant.test not in sound and outcome(mutant, tree) == 0:
                 sound.add(mutant.test)
             if mutant.test not in sound:
                 verdict = "TEST IS BROKEN"
-            elif not apply(mutant, tree):
+            elif (original := apply(mutant, tree)) is None:
                 verdict = "DOES NOT APPLY"
             else:
                 verdict = verdicts.get(outcome(mutant, tree), "NO VERDICT")
-        failed += verdict != "killed"
-        print(f"{verdict:16s}{mutant.what} ({mutant.file})", flush=True)
+                (tree / mutant.file).write_text(original)
+            failed += verdict != "killed"
+            print(f"{verdict:16s}{mutant.what} ({mutant.file})", flush=True)
     return 1 if failed else 0
 
 

@@ -218,6 +218,17 @@ TEST(a_group_number_out_of_range_stops_the_program) {
   }
 }
 
+TEST(offsets_that_do_not_cover_the_rows_stop_the_program) {
+  for (const std::vector<int64_t>& bad : {std::vector<int64_t>{0, 5, 9}, {1, 5, 10}, {0, 11, 10}, {0, 5, 11}}) {
+    const Problem problem{{10, 8, 8, 4, 2}, 0, false};
+    Data<float> data = make_data<float>(problem);
+    data.offsets = bad;
+    simt::reports().clear();
+    run_cuda(problem, data);
+    CHECK(simt::reports().front().has(simt::ErrorKind::kTrap));
+  }
+}
+
 // ---- The bytes
 
 namespace {

@@ -136,7 +136,6 @@ __device__ __forceinline__ void outer_columns(const OuterJob<typename Math::Elem
       });
     }
   }
-  cp_async_wait<0>();
 
   float* out = job.out + group * job.shape.rank * job.x.cols;
 #pragma unroll

@@ -71,7 +71,6 @@ __global__ void __launch_bounds__(kThreads, 2) shrink_kernel(ShrinkJob<typename 
     stage = stage + 1 == kStages ? 0 : stage + 1;
     ++in_piece;
   }
-  cp_async_wait<0>();
 
   float* parts = job.parts + int64_t(blockIdx.y) * job.shape.tokens * job.shape.rank;
   Math::store(acc, job.scale, job.shape.rank - first_rank, [&](int i) {

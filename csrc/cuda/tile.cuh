@@ -78,6 +78,8 @@ __device__ inline RowTile tile_of(const RowGroups& groups, int64_t group, int64_
 
 // The index-th row tile, counted through all groups; false if there are fewer.
 __device__ inline bool find_tile(const RowGroups& groups, const GroupedLoraShape& shape, int64_t index, RowTile* tile) {
+  // A row of no group would never be written.
+  require(!groups.offsets || (groups.offsets[0] == 0 && groups.offsets[shape.groups] == shape.tokens));
   for (int64_t k = 0; k < shape.groups; ++k) {
     int64_t begin, end;
     group_bounds(groups, shape.tokens, k, &begin, &end);

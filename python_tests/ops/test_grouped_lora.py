@@ -251,6 +251,28 @@ def test_inputs_are_not_modified(device):
     assert torch.equal(base, copy)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@FORMS
+def test_backward_keeps_x_and_the_latent_alone(device, dtype, weight_form):
+    """At most x, which the base keeps anyway, and 4 T r bytes: no mask, no dropped copy of x, nothing of size T m."""
+    tokens, n, m, r = 64, 40, 72, 6
+    inputs = [t.to(device) for t in make(tokens, n, m, r, 1, dtype)]
+    x, A, B, W, bias, base, *_ = inputs
+    leaves = [t.detach().requires_grad_() for t in (x, A, B, base)]
+    given = {t.data_ptr() for t in (*leaves, W, bias)}
+    kept = {}
+
+    def pack(t):
+        kept[t.data_ptr()] = t.numel() * t.element_size()
+        return t
+
+    form = {"weight": W, "bias": bias} if weight_form else {"base_out": leaves[3]}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        ops.grouped_lora(*leaves[:3], dropout_p=0.3, rng=RNG.to(device), **form)
+    kept = {pointer: size for pointer, size in kept.items() if pointer not in given}
+    assert 0 < sum(kept.values()) <= 4 * tokens * r + RNG.nbytes
+
+
 def test_the_dropout_mask_follows_torchs_generator(device):
     x, A, B, _, _, base, *_ = make(32, 64, 8, 4, 1, torch.float32, device=device)
     torch.manual_seed(3)

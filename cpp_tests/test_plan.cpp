@@ -1,0 +1,93 @@
+// How the projection kernels' work is cut: pure functions, so that a plan that always falls back fails here.
+#include "check.h"
+#include "cuda/plan.h"
+
+using namespace align::cuda;
+
+namespace {
+
+constexpr Device kH100 = {132, 9, 227 << 10}, kA100 = {108, 8, 163 << 10}, kRtx4090 = {128, 8, 99 << 10};
+constexpr Device kT4 = {40, 7, 64 << 10};
+constexpr int64_t kHalf = 2, kFloat = 4;
+
+// A layer of a model of 3 billion parameters.
+Plan wide(int64_t rank, int64_t element_bytes, const Device& device, int64_t tokens = 8192) {
+  return plan(tokens, 4096, 11008, rank, 1, element_bytes, device);
+}
+
+}  // namespace
+
+TEST(sixteen_bits_take_tensor_cores_from_sm_80_on) {
+  for (const Device& device : {kH100, kA100, kRtx4090}) CHECK(wide(8, kHalf, device).tensor_cores);
+  CHECK(!wide(8, kHalf, kT4).tensor_cores);
+  CHECK(!wide(8, kFloat, kH100).tensor_cores);
+}
+
+TEST(ranks_are_padded_as_little_as_the_kernels_allow) {
+  const auto padded = [](int64_t rank, int64_t bytes, const Device& device) {
+    return wide(rank, bytes, device).padded_rank;
+  };
+  for (int64_t bytes : {kHalf, kFloat}) {
+    CHECK(padded(1, bytes, kH100) == 16 && padded(16, bytes, kH100) == 16 && padded(17, bytes, kH100) == 32);
+    CHECK(padded(32, bytes, kH100) == 32 && padded(33, bytes, kH100) == 64 && padded(200, bytes, kH100) == 64);
+    CHECK(padded(200, bytes, kT4) == 16);
+  }
+  CHECK(padded(64, kHalf, kRtx4090) == 64 && padded(64, kFloat, kRtx4090) == 32);
+  CHECK(wide(64, kHalf, kH100).rank_chunks == 1 && wide(65, kHalf, kH100).rank_chunks == 2);
+  CHECK(wide(64, kHalf, kT4).rank_chunks == 4 && wide(0, kHalf, kH100).rank_chunks == 0);
+}
+
+// 8 rank bytes of parts, written and read, against 256 bytes of a second read of dy.
+TEST(dy_is_read_once_where_its_parts_are_smaller_than_a_second_read) {
+  for (const Device& device : {kH100, kA100, kRtx4090}) {
+    CHECK(wide(8, kHalf, device).one_pass && wide(16, kFloat, device).one_pass);
+    CHECK(!wide(32, kHalf, device).one_pass && !wide(64, kFloat, device).one_pass);
+  }
+  CHECK(!wide(8, kHalf, kT4).one_pass);
+  CHECK(!plan(8192, 4096, 0, 8, 1, kHalf, kH100).one_pass);
+}
+
+TEST(a_long_batch_needs_no_split_and_a_short_one_is_split_to_fill_the_device) {
+  CHECK(wide(8, kHalf, kH100, 1 << 16).shrink.slabs == 1);
+  const Plan decode = wide(8, kHalf, kH100, 1);
+  CHECK(decode.shrink.slabs == kMaxShrinkSlabs);
+  CHECK(decode.expand.slabs > decode.shrink.slabs && decode.expand.slab_tiles >= kMinSlabTiles);
+  for (int64_t tokens : {1, 128, 2048, 8192, 1 << 16}) {
+    const Plan p = wide(8, kHalf, kH100, tokens);
+    const int64_t blocks = row_tiles(tokens, 1) * p.expand.slabs;
+    CHECK(blocks >= 132 || p.expand.slab_tiles <= 2 * kMinSlabTiles);
+  }
+}
+
+// Every column in just one slab, no slab empty.
+TEST(slabs_cover_the_columns_once) {
+  for (int64_t bytes : {kHalf, kFloat}) {
+    for (int64_t cols : {0, 1, 63, 64, 65, 255, 256, 257, 512, 576, 1000, 4096, 11008}) {
+      for (int64_t rows : {1, 3, 16, 500}) {
+        for (int64_t limit : {int64_t(1), kMaxShrinkSlabs, int64_t(1) << 15}) {
+          const Cut cut = cut_columns(cols, bytes, rows, limit, kH100);
+          const int64_t tiles = ceil_div(cols * bytes, kTileBytes);
+          CHECK(cut.slabs >= 1 && cut.slabs <= limit && cut.slabs <= 65535);
+          CHECK(cut.slabs * cut.slab_tiles >= tiles && (cut.slabs - 1) * cut.slab_tiles < std::max<int64_t>(tiles, 1));
+        }
+      }
+    }
+  }
+}
+
+TEST(row_tiles_are_enough_for_any_groups) {
+  CHECK(row_tiles(0, 5) == 0 && row_tiles(1, 1) == 1 && row_tiles(128, 1) == 1 && row_tiles(129, 1) == 2);
+  for (int64_t first : {0, 1, 127, 128, 129, 300}) {
+    for (int64_t second : {0, 1, 128, 255}) {
+      const int64_t needed = ceil_div(first, kTileRows) + ceil_div(second, kTileRows);
+      CHECK(row_tiles(first + second, 2) >= needed);
+    }
+  }
+}
+
+TEST(outer_blocks_own_256_bytes_of_columns) {
+  CHECK(outer_blocks(0, kHalf) == 0 && outer_blocks(1, kHalf) == 1 && outer_blocks(128, kHalf) == 1);
+  CHECK(outer_blocks(129, kHalf) == 2 && outer_blocks(65, kFloat) == 2);
+}
+
+int main() { return check::run_tests(); }
