@@ -47,7 +47,7 @@ void sync_warp(unsigned mask, Where where);
 uint64_t shuffle(Shuffle mode, unsigned mask, uint64_t value, int argument, int width, Where where);
 unsigned ballot(unsigned mask, bool predicate, Where where);
 void atomic_access(const void* address, unsigned bytes, const void* pc);
-void* dynamic_shared();  // 128-byte aligned
+void* dynamic_shared();        // 128-byte aligned
 void require(bool condition);  // else the launch ends with an error
 
 template <typename T>

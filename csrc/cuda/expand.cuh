@@ -5,7 +5,7 @@
 // in chunks, for which small matrix and latent rows are read again for every tile of columns.
 #pragma once
 
-#include "cuda/tile.cuh"
+#include "cuda/small.cuh"
 
 namespace align::cuda {
 
@@ -72,7 +72,7 @@ __device__ __forceinline__ void expand_tiles(const ExpandJob<typename Math::Elem
     typename Math::Add acc = {};
     const bool new_piece = in_piece == piece_tiles;
     if (new_piece) in_piece = 0;
-    for (int64_t first_rank = 0; first_rank == 0 || first_rank < job.shape.rank; first_rank += kRank) {
+    for (int first_rank = 0; first_rank == 0 || first_rank < job.shape.rank; first_rank += kRank) {
       if (new_piece) {
         __syncthreads();  // all warps are done with the piece, the bias and their latent rows
         load_piece<T, kRank>(piece, job.m, tile.group, first_rank, col, piece_tiles * kTileCols<T>);

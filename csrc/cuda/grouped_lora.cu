@@ -90,11 +90,13 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename T, typename W>
 SmallMatrix<T> small_a(const GroupedLoraShape& shape, const W* A) {
-  return {A, std::is_same_v<W, float>, shape.rank, shape.in_dim, shape.in_dim, 1};
+  const Layout layout = layout_of_a(shape.rank, shape.in_dim);
+  return alone<T>({A, std::is_same_v<W, float>, int(shape.rank), layout, shape.rank * shape.in_dim}, shape.in_dim);
 }
 template <typename T, typename W>
 SmallMatrix<T> small_b(const GroupedLoraShape& shape, const W* B) {
-  return {B, std::is_same_v<W, float>, shape.rank, shape.out_dim, 1, shape.rank};
+  const Layout layout = layout_of_b(shape.rank, shape.out_dim);
+  return alone<T>({B, std::is_same_v<W, float>, int(shape.rank), layout, shape.rank * shape.out_dim}, shape.out_dim);
 }
 
 Plan plan_for(const GroupedLoraShape& shape, int64_t element_bytes) {
@@ -177,7 +179,7 @@ void grouped_lora_backward(const GroupedLoraBackwardArgs<T, W>& args, Stream str
   with_math<T>(plan, [&](auto math) {
     using Math = decltype(math);
     const TallMatrix<T> x = tall(args.x, shape.in_dim, args.z), dy = tall(args.dy, shape.out_dim, args.z);
-    const OuterJob<T> d_b{shape, args.row_groups, dy, none, scaling, args.dB, 1, shape.rank, b, parts};
+    const OuterJob<T> d_b{shape, args.row_groups, dy, none, scaling, args.dB, b.first.layout, b, parts};
     if constexpr (Math::kRank == 16 && (Math::kTensorCores || std::is_same_v<T, float>)) {
       if (plan.one_pass) sweep<Math>(d_b, latent_z, stream);
     }
@@ -190,7 +192,7 @@ void grouped_lora_backward(const GroupedLoraBackwardArgs<T, W>& args, Stream str
     }
     backward<Math>(
         BackwardJob<Math, LatentRows>{
-            {shape, args.row_groups, x, args.dropout, kept, args.dA, shape.in_dim, 1, a, nullptr},
+            {shape, args.row_groups, x, args.dropout, kept, args.dA, a.first.layout, a, nullptr},
             d_b,
             {shape, args.row_groups, tall(args.dx_in, shape.in_dim, args.z), args.dx,
              rows_aligned(args.dx, shape.in_dim), nullptr, a, args.dropout, kept, plan.expand_dx},

@@ -7,7 +7,7 @@
 // Bytes: x once for each chunk of ranks (and parts once); latent rows by every block of columns.
 #pragma once
 
-#include "cuda/tile.cuh"
+#include "cuda/small.cuh"
 
 namespace align::cuda {
 
@@ -18,8 +18,8 @@ struct OuterJob {
   TallMatrix<T> x;
   InputDropout dropout;
   float scale;
-  float* out;  // [groups, rank, cols] by the strides, assigned
-  int64_t rank_stride, col_stride;
+  float* out;  // the adapter's gradient, assigned
+  Layout layout;
   // sweep
   SmallMatrix<T> m;
   float* parts;  // [blocks of columns, tokens, rank], assigned
@@ -41,7 +41,7 @@ struct LatentShare {
   float v[kCount];
 
   template <class Mix>
-  __device__ __forceinline__ void load(const Mix& mix, const RowTile& tile, int part, int64_t first_rank) {
+  __device__ __forceinline__ void load(const Mix& mix, const RowTile& tile, int part, int first_rank) {
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
       const int i = int(threadIdx.x) + u * kThreads, row = part * kRows + i / kRank;
@@ -64,7 +64,8 @@ __device__ __forceinline__ void outer_columns(const OuterJob<typename Math::Elem
   constexpr int kRank = Math::kRank, kStages = Math::kStages;
   int64_t begin, end;
   group_bounds(job.groups, job.shape.tokens, group, &begin, &end);
-  const int64_t first_rank = chunk * kRank, first_col = block * kOuterTiles * kTileCols<T>;
+  const int first_rank = int(chunk) * kRank;
+  const int64_t first_col = block * kOuterTiles * kTileCols<T>;
   const int64_t steps = (end - begin + kTileRows - 1) / kTileRows * kOuterTiles;
   const auto tile_at = [&](int64_t step) {
     return tile_of(job.groups, group, begin + step / kOuterTiles * kTileRows, end);
@@ -141,9 +142,10 @@ __device__ __forceinline__ void outer_columns(const OuterJob<typename Math::Elem
 #pragma unroll
   for (int side = 0; side < kOuterTiles; ++side) {
     Math::finish(acc[side], [&](int j, int c, float value) {
-      const int64_t rank = first_rank + j, col = first_col + side * kTileCols<T> + c;
+      const int rank = first_rank + j;
+      const int64_t col = first_col + side * kTileCols<T> + c;
       if (rank < job.shape.rank && col < job.x.cols) {
-        out[rank * job.rank_stride + col * job.col_stride] = job.scale * value;
+        out[job.layout.offset(rank, col)] = job.scale * value;
       }
     });
   }

@@ -5,7 +5,7 @@
 // Bytes: x once for each chunk of ranks; parts are written once. The small matrix is read by every row tile.
 #pragma once
 
-#include "cuda/tile.cuh"
+#include "cuda/small.cuh"
 
 namespace align::cuda {
 
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreads, 2) shrink_kernel(ShrinkJob<typename 
   if (!find_tile(job.groups, job.shape, blockIdx.x, &tile)) return;
 
   const int warp = int(threadIdx.x) / kWarp, first_row = warp * kWarpRows;
-  const int64_t first_rank = int64_t(blockIdx.z) * kRank;
+  const int first_rank = int(blockIdx.z) * kRank;
   const int64_t begin = int64_t(blockIdx.y) * job.cut.slab_tiles * kTileCols<T>;
   const int64_t slab_end = begin + job.cut.slab_tiles * kTileCols<T>;
   const int64_t end = slab_end < job.x.cols ? slab_end : job.x.cols;

@@ -1,5 +1,5 @@
-// What all projection kernels share: tiles of a tall matrix [rows, columns] that stream through shared memory, a small
-// matrix [rank, columns] that stays there a piece at a time, latent rows [rows, rank], and dropout.
+// What all projection kernels share: tiles of a tall matrix [rows, columns] that stream through shared memory, latent
+// rows [rows, rank], and dropout.
 //
 // A block has 8 warps; a tile has 16 rows for each. Where a product runs along a row (shrink, expand) a warp streams
 // its own rows and waits for nobody but itself. Padding of 16 bytes a row keeps ldmatrix free of bank conflicts.
@@ -247,9 +247,9 @@ class Units {
   int rows_[kCount];  // of the matrix, or -1; 32 bits, for registers are scarce
 };
 
-// ---- The small matrix
+// ---- Latent rows
 
-// Adapters in float are rounded to T.
+// What is made in float, or given in float, is rounded to T.
 template <typename T, typename S>
 __device__ __forceinline__ T to_element(S value) {
   if constexpr (std::is_same_v<S, T>) {
@@ -259,64 +259,10 @@ __device__ __forceinline__ T to_element(S value) {
   }
 }
 
-// A [rank, cols] or B [cols, rank] of a group, in T or in float. One of the strides is 1.
-template <typename T>
-struct SmallMatrix {
-  const void* data;
-  bool is_float;
-  int64_t rank, cols;
-  int64_t rank_stride, col_stride;
-};
-
-template <typename S, typename T, int kRank>
-__device__ __forceinline__ void load_piece_of(T* piece, const SmallMatrix<T>& m, const S* data, int64_t first_rank,
-                                              int64_t first_col, int cols) {
-  constexpr int kVector = 16 / int(sizeof(S));
-  const bool along_cols = m.col_stride == 1;
-  const int64_t stride = along_cols ? m.rank_stride : m.col_stride, length = along_cols ? m.cols : m.rank;
-  const bool vectors = stride % kVector == 0 && length % kVector == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
-  const int step = vectors ? kVector : 1;
-  const int across = (along_cols ? cols : kRank) / step;  // vectors, or elements, of a line
-  const int lines = along_cols ? kRank : cols;
-#pragma unroll 4
-  for (int i = int(threadIdx.x); i < across * lines; i += kThreads) {
-    const int line = i / across, at = i % across * step;
-    const int j = along_cols ? line : at, c = along_cols ? at : line;
-    const bool inside = first_rank + j < m.rank && first_col + c < m.cols;
-    const S* from = data + (first_rank + j) * m.rank_stride + (first_col + c) * m.col_stride;
-    T* to = piece + j * kPieceStride<T, kRank> + c;
-    const int next = along_cols ? 1 : kPieceStride<T, kRank>;
-    if (vectors) {
-      uint4 bits = make_uint4(0, 0, 0, 0);
-      if (inside) bits = *reinterpret_cast<const uint4*>(from);
-      S values[kVector];
-      memcpy(values, &bits, sizeof(bits));
-#pragma unroll
-      for (int e = 0; e < kVector; ++e) to[e * next] = to_element<T>(values[e]);
-    } else {
-      *to = inside ? to_element<T>(*from) : T{};
-    }
-  }
-}
-
-// All threads: ranks first_rank .. and columns first_col .. of the matrix, zeros beyond it, as [kRank][cols].
-template <typename T, int kRank>
-__device__ __forceinline__ void load_piece(T* piece, const SmallMatrix<T>& m, int64_t group, int64_t first_rank,
-                                           int64_t first_col, int cols) {
-  const int64_t offset = group * m.rank * m.cols;
-  if (m.is_float) {
-    load_piece_of<float, T, kRank>(piece, m, static_cast<const float*>(m.data) + offset, first_rank, first_col, cols);
-  } else {
-    load_piece_of<T, T, kRank>(piece, m, static_cast<const T*>(m.data) + offset, first_rank, first_col, cols);
-  }
-}
-
-// ---- Latent rows
-
 // Rows first .. first + count of a tile as g [.., kRank]: mix(row, j) for ranks first_rank .., zeros beyond.
 template <typename T, int kRank, typename Mix>
 __device__ __forceinline__ void fill_latent(T* g, const Mix& mix, const RowTile& tile, int first, int count,
-                                            int64_t first_rank, int thread, int threads) {
+                                            int first_rank, int thread, int threads) {
 #pragma unroll 2
   for (int i = thread; i < count * kRank; i += threads) {
     const int row = first + i / kRank, j = i % kRank;

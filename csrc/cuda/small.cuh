@@ -1,0 +1,106 @@
+// The small matrix of a projection, [ranks, columns]: one or two adapters, stacked. It stays in shared memory a piece
+// of its columns at a time.
+#pragma once
+
+#include "cuda/tile.cuh"
+
+namespace align::cuda {
+
+// Where rank j, column c of an adapter lies. A: [ranks, cols]; B: [heads, cols, inner], rank j being the j % inner-th
+// of head j / inner. Gradients lie as their adapters do.
+struct Layout {
+  int inner;
+  int64_t rank_stride, head_stride, col_stride;
+
+  __device__ int64_t offset(int j, int64_t c) const {
+    const int head = j / inner;
+    return head * head_stride + (j - head * inner) * rank_stride + c * col_stride;
+  }
+};
+
+inline Layout layout_of_a(int64_t ranks, int64_t cols) { return {std::max(int(ranks), 1), cols, 0, 1}; }
+inline Layout layout_of_b(int64_t inner, int64_t cols) { return {std::max(int(inner), 1), 1, cols * inner, inner}; }
+
+struct Adapter {
+  const void* data;  // of group 0
+  bool is_float;     // else T
+  int ranks;
+  Layout layout;
+  int64_t group_stride;
+};
+
+template <typename T>
+struct SmallMatrix {
+  Adapter first, second;  // A and A, or B and B; the second may have no ranks
+  int64_t cols;
+  bool vectors;  // kUnit<T> neighbours lie together, aligned to 16 bytes, all inside or all outside
+
+  __device__ int ranks() const { return first.ranks + second.ranks; }
+};
+
+template <typename T>
+SmallMatrix<T> stack(const Adapter& first, const Adapter& second, int64_t cols) {
+  const auto vectors = [&](const Adapter& a) {
+    const Layout& l = a.layout;
+    const bool along_cols = l.col_stride == 1;
+    const int64_t line = along_cols ? cols : l.inner, stride = along_cols ? l.rank_stride : l.col_stride;
+    return a.ranks == 0 || (line % kUnit<T> == 0 && stride % kUnit<T> == 0 && l.head_stride % kUnit<T> == 0 &&
+                            a.group_stride % kUnit<T> == 0 && reinterpret_cast<uintptr_t>(a.data) % 16 == 0);
+  };
+  return {first, second, cols, vectors(first) && vectors(second)};
+}
+
+template <typename T>
+SmallMatrix<T> alone(const Adapter& adapter, int64_t cols) {
+  return stack<T>(adapter, {nullptr, false, 0, adapter.layout, 0}, cols);
+}
+
+// kUnit<T> neighbours of an adapter in S.
+template <typename S, typename T>
+__device__ __forceinline__ void load_unit(T (&to)[kUnit<T>], const S* from) {
+  constexpr int kVector = 16 / int(sizeof(S));
+#pragma unroll
+  for (int e = 0; e < kUnit<T>; e += kVector) {
+    const uint4 bits = *reinterpret_cast<const uint4*>(from + e);
+    S values[kVector];
+    memcpy(values, &bits, sizeof(bits));
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) to[e + v] = to_element<T>(values[v]);
+  }
+}
+
+// All threads: ranks first_rank .. and columns first_col .. of the matrix, zeros beyond it, as [kRank][cols].
+template <typename T, int kRank>
+__device__ __forceinline__ void load_piece(T* piece, const SmallMatrix<T>& m, int64_t group, int first_rank,
+                                           int64_t first_col, int cols) {
+  const bool along_cols = m.first.layout.col_stride == 1;
+  const int step = m.vectors ? kUnit<T> : 1;
+  const int across = (along_cols ? cols : kRank) / step;  // units, or elements, of a line
+  const int lines = along_cols ? kRank : cols;
+#pragma unroll 2
+  for (int i = int(threadIdx.x); i < across * lines; i += kThreads) {
+    const int line = i / across, at = i % across * step;
+    const int j = along_cols ? line : at, c = along_cols ? at : line;
+    const int rank = first_rank + j;
+    const int64_t col = first_col + c;
+    const bool in_first = rank < m.first.ranks, inside = rank < m.ranks() && col < m.cols;
+    const Adapter& adapter = in_first ? m.first : m.second;
+    const int64_t offset =
+        adapter.layout.offset(in_first ? rank : rank - m.first.ranks, col) + group * adapter.group_stride;
+    T* to = piece + j * kPieceStride<T, kRank> + c;
+    const int next = along_cols ? 1 : kPieceStride<T, kRank>;
+    T unit[kUnit<T>] = {};
+    if (!m.vectors) {
+      if (inside && adapter.is_float) unit[0] = to_element<T>(static_cast<const float*>(adapter.data)[offset]);
+      if (inside && !adapter.is_float) unit[0] = static_cast<const T*>(adapter.data)[offset];
+      *to = unit[0];
+      continue;
+    }
+    if (inside && adapter.is_float) load_unit(unit, static_cast<const float*>(adapter.data) + offset);
+    if (inside && !adapter.is_float) load_unit(unit, static_cast<const T*>(adapter.data) + offset);
+#pragma unroll
+    for (int e = 0; e < kUnit<T>; ++e) to[e * next] = unit[e];
+  }
+}
+
+}  // namespace align::cuda
