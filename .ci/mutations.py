@@ -35,7 +35,7 @@ MUTANTS = [
     Mutant(
         "drop the KL term", "align_ext/batch.py", "return _Total.apply(", "return loss\n        _Total.apply(", BATCH
     ),
-    Mutant("the KL without a gradient", "align_ext/batch.py", "ctx.step.arm(ctx.factor *", "ctx.step.arm(0 *", BATCH),
+    Mutant("the KL without a gradient", "align_ext/batch.py", "arm(d_total, ctx", "arm(d_total, 0 * ctx", BATCH),
     Mutant(
         "detach z",
         "align_ext/ops/grouped_lora.py",
@@ -46,22 +46,22 @@ MUTANTS = [
     Mutant(
         "ignore the attention mask",
         "align_ext/batch.py",
-        "self.ids = torch.where(keep.to(ids.device), ids, NO_TASK)",
-        "self.ids = ids.expand(keep.shape)",
+        "TokenTasks(torch.where(keep.to(ids.device), ids, NO_TASK))",
+        "TokenTasks(ids.expand(keep.shape))",
         BATCH,
     ),
     Mutant(
         "ignore the incoming gradient",
         "align_ext/batch.py",
-        "ctx.factor * d_total",
-        "ctx.factor * d_total / d_total",
+        "arm(d_total, ctx.factor",
+        "arm(d_total / d_total, ctx.factor",
         BATCH,
     ),
     Mutant(
         "record again in recomputation",
-        "align_ext/ops/_keyed.py",
-        "_current_graph_task_id() != -1",
-        "_current_graph_task_id() == -2",
+        "align_ext/batch.py",
+        "_current_graph_task_id() != -1:\n            return",
+        "_current_graph_task_id() == -2:\n            return",
         BATCH,
     ),
     Mutant(
@@ -74,7 +74,7 @@ MUTANTS = [
     Mutant(
         "tables stay armed",
         "align_ext/batch.py",
-        "self._d_align = None\n        self.state.armed[:]",
+        "self._dz = None\n        self.state.armed[:]",
         "self.state.armed[:]",
         "python_tests/test_batch.py python_tests/test_batch_errors.py -k 'disarmed'",
     ),
@@ -92,7 +92,13 @@ MUTANTS = [
         "m1 + m2",
         "python_tests/test_batch.py -k two_processes",
     ),
-    Mutant("mean over layers becomes a sum", "align_ext/losses/align.py", "1 / len(per_layer) if", "1.0 if", BATCH),
+    Mutant(
+        "mean over layers becomes a sum",
+        "align_ext/losses/align.py",
+        "per_layer.mean(), per_layer, 1 / len(per_layer)",
+        "per_layer.sum(), per_layer, 1.0",
+        BATCH,
+    ),
     Mutant(
         "merge without the scaling",
         "align_ext/nn/lora.py",
@@ -123,7 +129,7 @@ MUTANTS = [
     ),
     Mutant(
         "another mask in every recomputation",
-        "align_ext/ops/grouped_lora.py",
+        "align_ext/ops/_projection.py",
         "torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device)",
         "torch.tensor([id(object()), __import__('time').time_ns()])",
         "python_tests/test_batch.py -k dropout_and_alignment",
@@ -131,15 +137,15 @@ MUTANTS = [
     Mutant(
         "ignore the dropout mask in z",
         "csrc/cpu/skinny.cpp",
-        "xd[i] = mask<kMasked, W, A>(load_x(op.x + element[i] + c), op.keep, element[i] + c);",
+        "xd[i] = mask<kMasked, W, A>(load_x(op.x + element[i] + c), op.keep, op.keep.index(op.order, element[i], c));",
         "xd[i] = load_x(op.x + element[i] + c);",
         "test_grouped_lora",
     ),
     Mutant(
         "ignore the dropout mask in dx",
         "csrc/cpu/skinny.cpp",
-        "op.scale * mask<kMasked, W, A>(sum[i][v], op.keep, e)",
-        "op.scale * sum[i][v]",
+        "term.scale * mask<kMasked, W, A>(sum, term.keep, term.keep.index(op.order, element[i], c + v * kLane))",
+        "term.scale * sum",
         "test_grouped_lora",
     ),
     Mutant(
@@ -155,6 +161,41 @@ MUTANTS = [
         "dz[j] *= Acc<T>(args.scaling)",
         "dz[j] *= 1",
         "test_grouped_lora",
+    ),
+    Mutant(
+        "give every head the first head's mask on x",
+        "csrc/cpu/skinny.h",
+        "first * heads + head * order.columns + c",
+        "first * heads + c",
+        "test_dropout_sum",
+    ),
+    Mutant(
+        "mask the offset path with the first head's mask",
+        "csrc/cpu/heads.cpp",
+        "shared = masked && shape.site == DropoutSite::kInput",
+        "shared = masked",
+        "test_dropout_sum",
+    ),
+    Mutant(
+        "leave the last term out of dx",
+        "csrc/cpu/heads.cpp",
+        "args.dx_in, args.dx, s.terms, plan.terms()}",
+        "args.dx_in, args.dx, s.terms, std::max<int64_t>(plan.terms() - 1, 1)}",
+        "test_routed_lora",
+    ),
+    Mutant(
+        "forget the mean in the softmax's backward",
+        "csrc/cpu/routed_lora.cpp",
+        "w[i] * (d[i] - mean)",
+        "w[i] * d[i]",
+        "test_routed_lora",
+    ),
+    Mutant(
+        "forget the routing weights in dB",
+        "csrc/cpu/skinny.cpp",
+        "op.g.row(t)[j + k] * op.v.row(t)[(j + k) / op.width]",
+        "op.g.row(t)[j + k]",
+        "test_routed_lora",
     ),
     Mutant(
         "drop the variances' term of the KL",

@@ -1,16 +1,17 @@
-"""One training step's alignment: task ids in, recorded moments, one loss node, gradient tables out.
+"""One training step's alignment: task ids in, the layers' latents, one loss node, their gradients out.
 
-    with align_step(model, task_ids, attention_mask) as step:      # forward: layers record the moments of z
+    with align_step(model, task_ids, attention_mask) as step:      # forward: layers hand over their latent z
         lm = model(**batch).loss
     step.total(lm).backward()                                      # lm + weight * align, one autograd node
 
 or, the same behind forward hooks (align_ext/hooks.py):  model(**batch, task_ids=task_ids).loss.backward().
 
-In backward the loss node runs first, since the model's own loss hangs below it, and arms the step's tables (the
-gradient in z, affine per task and layer) with what came in. Each layer's backward finds the step by its key and adds
-a[task] + b[task] * (z - mu[task]) to dz (align_ext/ops/_keyed.py). So the gradient is exact whatever the training
-loop does: activation checkpointing of either kind, accumulation, loss scaling, pending forwards, compilation, data
-parallelism.
+In backward the loss node runs first, since the model's own loss hangs below it, and arms the step: it computes the
+gradient in every latent, times what came in. Each layer's backward finds the step by its key and adds its share to dz
+(align_ext/ops/_keyed.py). So the gradient is exact whatever the training loop does: activation checkpointing of either
+kind, accumulation, loss scaling, pending forwards, compilation, data parallelism.
+The latents are the layers' own tensors, not copies (a compiled graph's are). The step holds them until total, then the
+loss node does, as what it saved for backward: they go when autograd frees the loss's graph.
 docs/numerics.md derives the tables; docs/architecture.md follows one batch through these files.
 """
 
@@ -27,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from align_ext.config import AlignLoraConfig
-from align_ext.losses.align import Alignment, align_kl, merge_moments, task_divergences
+from align_ext.losses.align import Alignment, TokenTasks, align_kl, merge_moments, task_divergences
 from align_ext.ops._keyed import register_step
 
 NO_TASK = -1
@@ -72,7 +73,7 @@ class AlignState:
         self.rank = 0  # the widest layer's
         self.tasks = config.num_tasks or 0
         self.current: Step | None = None  # between a step's opening and closing
-        self.armed: list[Step] = []  # whose tables are set: inside a backward
+        self.armed: list[Step] = []  # inside a backward: those whose layers are owed gradients
         self.last: Step | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -102,22 +103,21 @@ class AlignState:
 
 
 class Step:
-    """One forward's task ids, recorded moments and, inside backward, gradient tables."""
+    """One forward's task ids, the layers' latents and, inside backward, the gradients of these."""
 
     def __init__(
         self, state: AlignState, ids: Tensor, like: Tensor, *, strict: bool = True, by_keyword: bool = False
     ) -> None:
         self.state, self.strict, self.by_keyword = state, strict, by_keyword
         self.masked = False
-        self.ids = self._check(ids.to(like.device))
-        shape = (len(state.names), state.tasks, 2 * state.rank + 1)
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        self.stats = torch.zeros(shape, dtype=dtype, device=like.device)
+        self.tokens = TokenTasks(self._check(ids.to(like.device)))
         self.key = register_step(self)
+        self.door = torch.zeros((), dtype=torch.int64, device="cpu")  # of keep_ (align_ext/ops/_keyed.py)
         self.seen: set[int] = set()
         self.alignment: Alignment | None = None
-        self._reached: set[int] = set()  # slots whose backward ran since the tables were armed
-        self._d_align: Tensor | None = None  # what the tables are multiplied by, inside backward
+        self._latents: dict[int, Tensor] = {}  # of the layers that ran, by slot, until total
+        self._moments: Tensor | None = None
+        self._dz: dict[int, Tensor] | None = None  # what no layer has taken yet, inside backward
         self._differentiated = False
         self._lm: Tensor | None = None
         self._weight = 0.0
@@ -156,53 +156,63 @@ class Step:
         self.masked = True
         if keep is None:
             return
-        ids = self.ids[:, None] if self.ids.dim() == 1 else self.ids
+        given = self.tokens.ids
+        ids = given[:, None] if given.dim() == 1 else given
         if ids.shape[0] != keep.shape[0] or ids.shape[1] not in (1, keep.shape[1]):
-            raise ValueError(f"task_ids {list(self.ids.shape)} do not fit a batch of {list(keep.shape)} tokens")
-        self.ids = torch.where(keep.to(ids.device), ids, NO_TASK)
+            raise ValueError(f"task_ids {list(given.shape)} do not fit a batch of {list(keep.shape)} tokens")
+        self.tokens = TokenTasks(torch.where(keep.to(ids.device), ids, NO_TASK))
 
-    @property
-    def token_ids(self) -> Tensor:
-        """int64, flat: one id per token, or one per sample that every token of it takes."""
-        return self.ids.reshape(-1)
+    def keep(self, slot: Tensor, z: Tensor) -> None:
+        """Takes the latent of a layer that ran, without a graph."""
+        if torch.compiler.is_compiling():
+            torch.ops.align_ext.keep_(self.door, z, self.key, slot)
+        else:
+            self.receive(int(slot), z)
 
-    def see(self, slot: int) -> None:
-        """Notes that a layer ran."""
+    def receive(self, slot: int, z: Tensor) -> None:
+        """Keeps the latent of a layer that ran; a second time is an error."""
+        if torch._C._current_graph_task_id() != -1:
+            return  # activation checkpointing recomputes the layer inside backward: its z is here already
         if slot in self.seen:
             raise RuntimeError(
                 f"the aligned layer {self.state.names[slot]!r} ran twice in one step: use one align_step (or one "
                 "task_ids= call) per forward"
             )
+        self.tokens.check(len(z))
         self.seen.add(slot)
+        self._latents[slot] = z
 
-    def tables_of(self, slot: int, rank: int) -> tuple[Tensor, Tensor] | None:
-        """The incoming gradient and a | b | mu of one layer, [tasks, 3 rank]; None outside the loss's backward."""
-        if self._d_align is None or self.alignment is None:
+    def moments(self) -> Tensor:
+        """Computes n | mean | M2 of this process's tokens, [layers, tasks, 2 rank + 1]; before total."""
+        return self.tokens.moments(self._latents, len(self.state.names), self.state.tasks, self.state.rank)
+
+    def take(self, slot: int) -> Tensor | None:
+        """What a layer adds to dz, the caller's own from now on; None outside the loss's backward."""
+        if self._dz is None:
             if self.strict and not self._differentiated:
                 raise RuntimeError(_NOT_DIFFERENTIATED)
             return None
-        self._reached.add(slot)
-        table = self.alignment.tables[slot]
-        if rank < self.state.rank:
-            table = table.unflatten(1, (3, -1))[..., :rank].flatten(1)
-        return self._d_align, table
+        if slot not in self._dz:
+            raise RuntimeError(f"one backward reached the aligned layer {self.state.names[slot]!r} twice")
+        return self._dz.pop(slot)
 
-    def arm(self, d_align: Tensor) -> None:
-        """Lets the tables act, times d_align, until the running backward ends."""
-        self._d_align, self._differentiated = d_align, True
-        self._reached.clear()
+    def arm(self, d_total: Tensor, factor: float, latents: dict[int, Tensor]) -> None:
+        """Computes the gradients in all latents, for the layers to take until the running backward ends."""
+        assert self.alignment is not None
+        self._dz = self.tokens.gradients(latents, self.alignment.tables, d_total, factor)
+        self._differentiated = True
         self.state.armed.append(self)
         torch.autograd.Variable._execution_engine.queue_callback(self._disarm)
 
     def _disarm(self) -> None:
-        unreached = [self.state.names[slot] for slot in sorted(self.seen - self._reached)]
+        unreached = [self.state.names[slot] for slot in sorted(self._dz or ())]
         if unreached and self.strict:
             warnings.warn(
                 f"the alignment did not reach {len(unreached)} layers, the first is {unreached[0]!r}: the loss does "
                 "not depend on them, or their adapters are frozen; leave them out by exclude_modules",
                 stacklevel=1,
             )
-        self._d_align = None
+        self._dz = None
         self.state.armed[:] = [step for step in self.state.armed if step is not self]
 
     @torch.compiler.disable
@@ -231,20 +241,21 @@ class Step:
         if self.alignment is not None:
             raise RuntimeError("this step has its total already: add the losses first, then step.total(sum) once")
         weight = self.state.config.align_weight if weight is None else weight
+        world = _world_size()
         with torch.no_grad():
-            world = _world_size()
-            self.stats = _all_moments(self.stats, world)
-            self.alignment = align_kl(self.stats, self.state.config)
+            self._moments = _all_moments(self.moments(), world)
+            self.alignment = align_kl(self._moments, self.state.config)
+        latents, self._latents = self._latents, {}
         self._lm, self._weight = loss.detach(), float(weight or 0.0)
         factor = self._weight * scale
         # Data parallelism averages gradients over the processes; the tables are of the whole batch already.
-        return _Total.apply(loss, factor * self.alignment.value, self, factor * world * self.alignment.share)
+        return _Total.apply(loss, self.alignment.value, factor, factor * world * self.alignment.share, self, latents)
 
     def parts(self) -> AlignParts:
         """The losses of this step, as numbers; after total(loss)."""
-        if self.alignment is None or self._lm is None:
+        if self.alignment is None or self._moments is None or self._lm is None:
             raise RuntimeError("this step has no losses yet: call step.total(loss) first")
-        pairs = task_divergences(self.stats, self.state.config)
+        pairs = task_divergences(self._moments, self.state.config)
         return AlignParts(
             lm=float(self._lm),
             align=float(self.alignment.value),
@@ -255,30 +266,33 @@ class Step:
 
 
 class _Total(torch.autograd.Function):
-    """loss + align, whose backward arms the step's tables before the loss's own backward runs."""
+    """loss + factor * align, whose backward arms the step before the loss's own backward runs."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, align: Tensor, step: Step, factor: float) -> Tensor:
-        ctx.step, ctx.factor = step, factor
-        return loss + align.to(loss.dtype)
+    def forward(
+        ctx: Any, loss: Tensor, align: Tensor, factor: float, d_factor: float, step: Step, latents: dict[int, Tensor]
+    ) -> Tensor:
+        ctx.step, ctx.factor, ctx.slots = step, d_factor, tuple(latents)
+        ctx.save_for_backward(*latents.values())  # freed when the graph of the loss is
+        return torch.add(loss, align, alpha=factor).to(loss.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor, None, None, None]:
-        ctx.step.arm(ctx.factor * d_total.double())
-        return d_total, None, None, None
+    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.step.arm(d_total, ctx.factor, dict(zip(ctx.slots, ctx.saved_tensors, strict=True)))
+        return d_total, *[None] * 5
 
 
 def _world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _all_moments(stats: Tensor, world: int) -> Tensor:
+def _all_moments(moments: Tensor, world: int) -> Tensor:
     """The moments over all processes: one collective for all layers, merged in rank order: the same bits everywhere."""
     if world == 1:
-        return stats
-    parts = [torch.empty_like(stats) for _ in range(world)]
-    dist.all_gather(parts, stats)
+        return moments
+    parts = [torch.empty_like(moments) for _ in range(world)]
+    dist.all_gather(parts, moments)
     merged = parts[0]
     for part in parts[1:]:
         merged = merge_moments(merged, part)

@@ -89,6 +89,20 @@ def measure(
     return Comparison(times, bytes_moved)
 
 
+def training_step(
+    call: Callable[..., torch.Tensor], leaves: list[torch.Tensor], dy: torch.Tensor
+) -> Callable[[], None]:
+    """Forward and backward of y = call(*leaves), with new gradients each time."""
+    trained = [leaf.detach().requires_grad_() for leaf in leaves]
+
+    def run() -> None:
+        for leaf in trained:
+            leaf.grad = None
+        call(*trained).backward(dy)
+
+    return run
+
+
 def report(title: str, comparison: Comparison) -> None:
     """Prints a table: the ratio to the first variant with its quartiles over the rounds, the median time, and GB/s."""
     baseline, moved = next(iter(comparison.times_ms.values())), comparison.bytes_moved

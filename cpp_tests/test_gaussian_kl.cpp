@@ -51,24 +51,34 @@ Data<T> make_data(const Problem& problem) {
   return data;
 }
 
+// The latents of one layer.
+template <typename T>
+struct OneLayer {
+  const T* z;
+  int64_t rank;
+
+  Latents<T> latents(int64_t tokens, const int64_t* task) const { return {1, tokens, rank, &z, &rank, task}; }
+};
+
 template <typename T>
 void run(const Problem& problem, Data<T>& data, double d_loss = 0.7) {
   const auto [tokens, rank, tasks, ddof, mean_pairs, offset, ids_in_a_row] = problem;
   constexpr char kCanary = 0x5A;
-  const int64_t bytes = cpu::task_moments_workspace<T>(tokens, rank, tasks);
+  const OneLayer<T> layer{data.z.data(), rank};
+  const Latents<T> latents = layer.latents(tokens, data.task.data());
+  const int64_t bytes = cpu::task_moments_workspace(latents, tasks);
   std::vector<char> workspace(bytes + 64, kCanary);
   data.moments.assign(tasks * (2 * rank + 1), NAN);
-  cpu::task_moments(
-      TaskMomentsArgs<T>{tokens, rank, tasks, data.z.data(), data.task.data(), data.moments.data(), workspace.data()});
+  cpu::task_moments(TaskMomentsArgs<T>{latents, tasks, data.moments.data(), workspace.data()});
   CHECK(std::all_of(workspace.begin() + bytes, workspace.end(), [](char c) { return c == kCanary; }));
   data.loss.assign(1, NAN);
   data.tables.assign(tasks * 3 * rank, NAN);
   cpu::gaussian_kl_tables(GaussianKlTablesArgs<Acc<T>>{1, rank, tasks, kEps, ddof, mean_pairs, data.moments.data(),
                                                        data.loss.data(), data.tables.data()});
   data.dz.assign(tokens * rank, narrow<T>(Acc<T>(NAN)));
-  const Acc<T> gradient = Acc<T>(d_loss);
-  cpu::gaussian_kl_backward(GaussianKlBackwardArgs<T>{tokens, rank, tasks, data.z.data(), data.task.data(),
-                                                      data.tables.data(), &gradient, data.dz.data()});
+  const Acc<T> gradient = Acc<T>(d_loss / 2);
+  cpu::gaussian_kl_backward(
+      GaussianKlBackwardArgs<T>{latents, tasks, data.tables.data(), &gradient, 2.0, data.dz.data(), tokens * rank});
 }
 
 struct Expected {
@@ -260,7 +270,7 @@ TEST(tokens_that_do_not_count_may_hold_nan) {
   CHECK(check::same_bits(data.loss, clean.loss) && check::same_bits(data.dz, clean.dz));
 }
 
-TEST(layers_are_independent) {
+TEST(tables_of_layers_are_independent) {
   const int64_t layers = 40, rank = 9, tasks = 5, size = tasks * (2 * rank + 1);
   std::vector<float> moments, loss(layers, NAN), tables(layers * tasks * 3 * rank, NAN);
   std::vector<Data<float>> each;
@@ -303,6 +313,45 @@ TEST(results_do_not_depend_on_how_ranges_are_cut) {
   check_same_bits<double>();
   check_same_bits<bfloat16>();
   check_same_bits<float16>();
+}
+
+// Every layer of a call that holds layers of several ranks gives what a call of its own gives, and zeros beyond its
+// rank.
+TEST(layers_of_any_ranks_share_a_call) {
+  const std::vector<int64_t> ranks = {8, 1, 33, 0, 8, 40};
+  const int64_t layers = int64_t(ranks.size()), tokens = 2500, tasks = 5, rank = 40, stride = tokens * rank + 7;
+  std::vector<Data<float>> each;
+  std::vector<const float*> z;
+  for (int64_t r : ranks) each.push_back(make_data<float>({tokens, r, tasks}));
+  for (Data<float>& data : each) {
+    data.task = each[0].task;
+    z.push_back(data.z.data());
+  }
+  const Latents<float> latents{layers, tokens, rank, z.data(), ranks.data(), each[0].task.data()};
+  std::vector<char> workspace(cpu::task_moments_workspace(latents, tasks));
+  std::vector<float> loss(layers), tables(layers * tasks * 3 * rank);
+  test::for_each_parallel_for([&] {
+    std::vector<float> moments(layers * tasks * (2 * rank + 1), NAN), dz(layers * stride, NAN);
+    cpu::task_moments<float>({latents, tasks, moments.data(), workspace.data()});
+    cpu::gaussian_kl_tables<float>({layers, rank, tasks, kEps, 0, false, moments.data(), loss.data(), tables.data()});
+    const float d_loss = 0.7f;
+    cpu::gaussian_kl_backward<float>({latents, tasks, tables.data(), &d_loss, 1.0, dz.data(), stride});
+    for (int64_t layer = 0; layer < layers; ++layer) {
+      Data<float>& alone = each[layer];
+      run({tokens, ranks[layer], tasks}, alone);
+      CHECK(std::equal(alone.dz.begin(), alone.dz.end(), dz.begin() + layer * stride));
+      for (int64_t i = 0; i < tasks; ++i) {
+        const float* row = moments.data() + (layer * tasks + i) * (2 * rank + 1);
+        const float* one = alone.moments.data() + i * (2 * ranks[layer] + 1);
+        CHECK(row[0] == one[0]);
+        for (int64_t d = 0; d < rank; ++d) {
+          const bool has = d < ranks[layer];
+          CHECK(row[1 + d] == (has ? one[1 + d] : 0));
+          CHECK(row[1 + rank + d] == (has ? one[1 + ranks[layer] + d] : 0));
+        }
+      }
+    }
+  });
 }
 
 int main() { return check::run_tests(); }

@@ -7,16 +7,6 @@ using namespace align::test;
 
 namespace {
 
-constexpr char kCanary = 0x5A;
-
-template <typename Args, typename Kernel>
-void run_in_workspace(Args args, int64_t bytes, const Kernel& kernel) {
-  std::vector<char> workspace(bytes + 64, kCanary);
-  args.workspace = workspace.data();
-  kernel(args);
-  CHECK(std::all_of(workspace.begin() + bytes, workspace.end(), [](char c) { return c == kCanary; }));
-}
-
 template <typename T>
 void run(const Problem& problem, Data<T>& data) {
   const GroupedLoraShape& shape = problem.shape;

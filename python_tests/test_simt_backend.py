@@ -3,6 +3,7 @@
 Whatever the engine finds in a kernel (races, bounds, memory read before it is written) is an error of the operator.
 """
 
+import json
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import adapted, batch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from align_ext import align_parts
 
@@ -93,3 +95,41 @@ def test_training_on_the_cuda_kernels_is_training_on_the_cpu_kernels(simt_python
     # Both sum in float32 (eps 6e-8), in other orders: sqrt(1000) roundings of one sum, amplified by the division by
     # small variances in the alignment and carried through two layers and three steps.
     assert errors[worst] < 1e-4, worst
+
+
+def count_launches(launches):
+    """The kernels that each operator launches in a step, call by call."""
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            before = launches()
+            result = operator(*args, **(kwargs or {}))
+            if launches() > before:
+                counts.setdefault(operator.name(), []).append(launches() - before)
+            return result
+
+    steps = []
+    for dtype, rank in ((torch.float32, 4), (torch.bfloat16, 4), (torch.bfloat16, 24)):
+        model, (inputs, tasks) = adapted(dtype=dtype, r=rank, lora_dropout=0.1), batch()
+        counts = {}
+        with Count():
+            model(**inputs, task_ids=tasks).loss.backward()
+        steps.append(counts)
+    return steps
+
+
+COUNTING = """
+import json, simt_extension
+from test_simt_backend import count_launches
+print(json.dumps(count_launches(simt_extension.launches)))
+"""
+
+
+def test_the_alignment_of_all_layers_takes_four_launches_and_an_adapted_layer_five(simt_python):
+    """Two more of a layer are the vendor's: the base layer's product, forward and backward."""
+    for counts in json.loads(simt_python("-c", COUNTING).splitlines()[-1]):
+        print(counts)
+        forward, backward = counts.pop("align_ext::grouped_lora"), counts.pop("align_ext::grouped_lora_backward")
+        assert len(forward) == len(backward) == 6  # layers
+        assert max(forward) + max(backward) <= 5
+        assert sum(map(sum, counts.values())) == 4

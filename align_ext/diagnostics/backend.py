@@ -12,7 +12,10 @@ from align_ext.ops._native import build_info
 
 OPS = {  # operator -> what is below it in torch's dispatcher
     "grouped_lora": ("grouped_lora", "grouped_lora_backward"),
+    "dropout_sum": ("dropout_sum", "dropout_sum_backward"),
+    "routed_lora": ("routed_lora", "routed_lora_backward"),
     "gaussian_kl": ("gaussian_kl", "gaussian_kl_backward", "task_moments", "gaussian_kl_tables"),
+    "mk_mmd": ("mk_mmd", "mk_mmd_backward"),
 }
 
 

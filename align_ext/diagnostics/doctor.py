@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -69,20 +70,43 @@ def _gradients(call: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor], gr
     ]
 
 
-def _test_grouped_lora(device: torch.device, dtype: torch.dtype) -> float:
+def _projection_error(
+    op: str, device: torch.device, inputs: list[Tensor], grads: list[Tensor], options: dict[str, Any]
+) -> float:
+    """The error of a projection of inputs x, adapters, base_out; tensors among the options follow the device."""
+
+    def call(namespace: Any, place: torch.device) -> Callable[..., tuple[Tensor, ...]]:
+        placed = {name: o.to(place) if isinstance(o, Tensor) else o for name, o in options.items()}
+        function = getattr(namespace, op)
+        return lambda *leaves: function(*leaves[:-1], 0.5, base_out=leaves[-1], **placed)
+
+    exact = _gradients(call(reference, torch.device("cpu")), [t.double() for t in inputs], grads)
+    return _error(_gradients(call(ops, device), [t.to(device) for t in inputs], grads), exact)
+
+
+def _normal(*shapes: tuple[int, ...]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    shapes = [(37, 67), (3, 5, 67), (3, 45, 5), (37, 45)]
-    x, A, B, base = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
-    grads = [torch.randn(37, 45, generator=generator), torch.randn(37, 5, generator=generator)]
-    group, rng = torch.arange(37) % 3, torch.tensor([12345, 678])
+    return [torch.randn(shape, generator=generator) for shape in shapes]
 
-    def call(op: Callable[..., tuple[Tensor, Tensor]], place: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
-        options = {"group": group.to(place), "dropout_p": 0.2, "rng": rng.to(place)}
-        return lambda x, A, B, base: op(x, A, B, 0.5, base_out=base, **options)
 
-    exact = _gradients(call(reference.grouped_lora, torch.device("cpu")), [t.double() for t in (x, A, B, base)], grads)
-    inputs = [t.to(device) for t in (x, A, B, base)]
-    return _error(_gradients(call(ops.grouped_lora, device), inputs, grads), exact)
+def _test_grouped_lora(device: torch.device, dtype: torch.dtype) -> float:
+    tensors = _normal((37, 67), (3, 5, 67), (3, 45, 5), (37, 45), (37, 45), (37, 5))
+    options = {"group": torch.arange(37) % 3, "dropout_p": 0.2, "rng": torch.tensor([12345, 678])}
+    return _projection_error("grouped_lora", device, [t.to(dtype) for t in tensors[:4]], tensors[4:], options)
+
+
+def _test_dropout_sum(device: torch.device, dtype: torch.dtype) -> float:
+    tensors = _normal((37, 67), (5, 67), (3, 45, 5), (37, 45), (37, 45), (37, 5))
+    options = {"site": "latent", "dropout_p": 0.2, "rng": torch.tensor([12345, 678])}
+    return _projection_error("dropout_sum", device, [t.to(dtype) for t in tensors[:4]], tensors[4:], options)
+
+
+def _test_routed_lora(device: torch.device, dtype: torch.dtype) -> float:
+    sizes = [(37, 67), (4, 5, 67), (4, 45, 5), (3 * 4, 67), (37, 45)]
+    x, A, B, R, base, *grads = _normal(*sizes, (37, 45), (37, 4, 5), (37, 3, 4))
+    options = {"site": "input", "top_k": 2, "dropout_p": 0.2, "rng": torch.tensor([12345, 678])}
+    inputs = [t.to(dtype) for t in (x, A, B, R / 67**0.5, base)]
+    return _projection_error("routed_lora", device, inputs, grads, options)
 
 
 def _test_gaussian_kl(device: torch.device, dtype: torch.dtype) -> float:
@@ -97,7 +121,22 @@ def _test_gaussian_kl(device: torch.device, dtype: torch.dtype) -> float:
     return _error(_gradients(call(ops.gaussian_kl, device), [z.to(device)], [torch.ones(())]), exact)
 
 
+def _test_mk_mmd(device: torch.device, dtype: torch.dtype) -> float:
+    generator = torch.Generator().manual_seed(0)
+    task = torch.arange(200) % 5 - 1
+    z = (torch.randn(200, 7, generator=generator) + 0.3 * task[:, None]).to(dtype)
+
+    def call(op: Callable[..., Tensor], place: torch.device) -> Callable[[Tensor], tuple[Tensor]]:
+        return lambda z: (op(z, task.to(place), 4, n_max=30),)
+
+    exact = _gradients(call(reference.mk_mmd, torch.device("cpu")), [z.double()], [torch.ones(())])
+    return _error(_gradients(call(ops.mk_mmd, device), [z.to(device)], [torch.ones(())]), exact)
+
+
 _TESTS: dict[str, Callable[[torch.device, torch.dtype], float]] = {
     "grouped_lora": _test_grouped_lora,
+    "dropout_sum": _test_dropout_sum,
+    "routed_lora": _test_routed_lora,
     "gaussian_kl": _test_gaussian_kl,
+    "mk_mmd": _test_mk_mmd,
 }

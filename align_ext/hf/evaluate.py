@@ -126,7 +126,8 @@ def alignment(
             inputs = {name: x.to(_device(model)) for name, x in collate(batch).items()}
             with align_step(model, inputs.pop("task_ids")) as step:
                 model(**inputs)
-            moments = step.stats if moments is None else merge_moments(moments, step.stats)
+            part = step.moments()
+            moments = part if moments is None else merge_moments(moments, part)
     return None if moments is None else float(align_kl(moments, state.config).value)
 
 

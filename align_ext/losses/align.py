@@ -1,4 +1,8 @@
-"""Alignment of the tasks' latents over all adapted layers of a model: one value and the tables of its gradient."""
+"""Alignment of the tasks' latents over all adapted layers of a model: moments, one value, the gradient in each latent.
+
+All layers take one call each for moments, tables and gradients: 4 kernel launches on a GPU. Layers of one model may be
+on several devices; then moments and gradients take one call a device.
+"""
 
 from dataclasses import dataclass
 
@@ -6,7 +10,8 @@ import torch
 from torch import Tensor
 
 from align_ext.config import AlignLoraConfig
-from align_ext.ops import gaussian_kl_tables
+from align_ext.ops import gaussian_kl_tables, task_moments
+from align_ext.ops.gaussian_kl import gaussian_kl_backward
 
 
 @dataclass(frozen=True)
@@ -36,8 +41,69 @@ def align_kl(moments: Tensor, config: AlignLoraConfig) -> Alignment:
     per_layer, tables = gaussian_kl_tables(
         moments, eps=config.align_eps, ddof=config.align_ddof, pairs=config.align_pairs
     )
-    share = 1 / len(per_layer) if config.align_layers == "mean" else 1.0
-    return Alignment(per_layer.sum() * share, per_layer, share, tables)
+    if config.align_layers == "mean":
+        return Alignment(per_layer.mean(), per_layer, 1 / len(per_layer), tables)
+    return Alignment(per_layer.sum(), per_layer, 1.0, tables)
+
+
+class TokenTasks:
+    """The task of every token, from ids of samples or of tokens, and what all layers' latents give with it.
+
+    Latents are a dictionary of [T, rank] by slot, the layer's place in the model.
+    """
+
+    def __init__(self, ids: Tensor) -> None:
+        self.ids = ids  # int64 [B] or [B, S]
+        self._expanded: dict[tuple[torch.device, int], Tensor] = {}
+
+    def check(self, tokens: int) -> None:
+        """Raises RuntimeError if a layer cannot have seen so many tokens."""
+        count = self.ids.numel()
+        if count != tokens and (count == 0 or tokens % count):
+            raise RuntimeError(
+                f"task_ids holds {count} ids, but an aligned layer saw {tokens} tokens: give one id per sample, [B], "
+                "or one per token, [B, S], of a batch-first model all of whose adapted layers see the same tokens"
+            )
+
+    def expand(self, device: torch.device, tokens: int) -> Tensor:
+        """int64 [T]: the ids as they are, or each of [B] repeated over its S = T / B positions; made once."""
+        if (device, tokens) not in self._expanded:
+            ids = self.ids.reshape(-1)
+            ids = ids if len(ids) == tokens else ids.repeat_interleave(tokens // len(ids), output_size=tokens)
+            self._expanded[device, tokens] = ids.to(device)
+        return self._expanded[device, tokens]
+
+    def _groups(self, latents: dict[int, Tensor]) -> list[tuple[list[int], list[Tensor], Tensor]]:
+        """Slots, latents and token ids of the layers that one call serves, as a rule all of them."""
+        groups: dict[tuple[torch.device, int, torch.dtype], list[int]] = {}
+        for slot in sorted(latents):
+            z = latents[slot]
+            groups.setdefault((z.device, len(z), z.dtype), []).append(slot)
+        return [
+            (slots, [latents[slot] for slot in slots], self.expand(device, tokens))
+            for (device, tokens, _), slots in groups.items()
+        ]
+
+    def moments(self, latents: dict[int, Tensor], layers: int, tasks: int, rank: int) -> Tensor:
+        """Computes n | mean | M2, [layers, tasks, 2 rank + 1]; zero for layers without a latent."""
+        groups = self._groups(latents)
+        parts = [task_moments(z, ids, tasks, rank=rank) for _, z, ids in groups]
+        if len(parts) == 1 and len(parts[0]) == layers:
+            return parts[0]
+        dtype = max((part.dtype for part in parts), key=lambda dtype: dtype.itemsize, default=torch.float32)
+        moments = torch.zeros((layers, tasks, 2 * rank + 1), dtype=dtype, device=self.ids.device)
+        for (slots, _, _), part in zip(groups, parts, strict=True):
+            moments[slots] = part.to(moments)
+        return moments
+
+    def gradients(self, latents: dict[int, Tensor], tables: Tensor, d_align: Tensor, scale: float) -> dict[int, Tensor]:
+        """Computes dz of each latent, scale * d_align times what the tables of all layers say."""
+        gradients: dict[int, Tensor] = {}
+        for slots, z, ids in self._groups(latents):
+            own = tables if len(slots) == len(tables) else tables[slots]
+            dz = gaussian_kl_backward(d_align.to(ids.device), z, ids, own.to(ids.device), scale=scale)
+            gradients |= zip(slots, dz, strict=True)
+        return gradients
 
 
 def merge_moments(first: Tensor, second: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ class LoraLinear(AdaptedLinear):
         z = A dropout(x)            [T, r]
         y = base(x) + s B z         [..., out]
 
-    With alignment on (Align-LoRA), a training forward records the moments of z in the current step, and backward adds
-    the alignment's gradient to dz.
+    With alignment on (Align-LoRA), a training forward hands z to the current step, and backward adds the alignment's
+    gradient to dz.
     """
 
     def __init__(self, base_layer: nn.Module, r: int, scaling: float, dropout_p: float, dtype: torch.dtype) -> None:
@@ -50,11 +50,10 @@ class LoraLinear(AdaptedLinear):
         A, B = self.lora_A.weight, self.lora_B.weight
         dropout_p = self.dropout_p if self.training else 0.0
         step = self.state.find() if self.training and self.state is not None else None
-        if step is None:
+        if step is None or self.slot is None:
             return grouped_lora(x, A, B, self.scaling, dropout_p=dropout_p, **base)[0]
-        keyed = {"ids": step.token_ids, "step": step.key, "slot": self.slot}
-        y, z = grouped_lora(x, A, B, self.scaling, dropout_p=dropout_p, **base, **keyed)
-        torch.ops.align_ext.record_(step.stats, z.detach(), *keyed.values())
+        y, z = grouped_lora(x, A, B, self.scaling, dropout_p=dropout_p, **base, step=step.key, slot=self.slot)
+        step.keep(self.slot, z.detach())
         return y
 
     def delta_weight(self) -> Tensor:

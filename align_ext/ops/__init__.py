@@ -1,6 +1,19 @@
 """The operators: tensors in, tensors out, no modules and no models."""
 
+from align_ext.ops._projection import dropout_rng
+from align_ext.ops.dropout_sum import dropout_sum
 from align_ext.ops.gaussian_kl import gaussian_kl, gaussian_kl_tables, task_moments
-from align_ext.ops.grouped_lora import dropout_rng, grouped_lora
+from align_ext.ops.grouped_lora import grouped_lora
+from align_ext.ops.mk_mmd import mk_mmd
+from align_ext.ops.routed_lora import routed_lora
 
-__all__ = ["dropout_rng", "gaussian_kl", "gaussian_kl_tables", "grouped_lora", "task_moments"]
+__all__ = [
+    "dropout_rng",
+    "dropout_sum",
+    "gaussian_kl",
+    "gaussian_kl_tables",
+    "grouped_lora",
+    "mk_mmd",
+    "routed_lora",
+    "task_moments",
+]

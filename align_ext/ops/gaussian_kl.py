@@ -3,6 +3,7 @@
 Native side: csrc/ops/gaussian_kl.h. Oracle: align_ext/reference/gaussian_kl.py.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -49,18 +50,23 @@ def gaussian_kl(
     return torch.ops.align_ext.gaussian_kl(z, task, num_tasks, eps, ddof, pairs == "mean")[0]
 
 
-def task_moments(z: Tensor, task: Tensor, num_tasks: int) -> Tensor:
+def task_moments(z: Tensor | Sequence[Tensor], task: Tensor, num_tasks: int, *, rank: int | None = None) -> Tensor:
     """Computes n | mean | M2 of z per task, M2 = Σ (z - mean)², in one deterministic pass; not differentiable.
 
     Args:
-        z: [T, rank].
+        z: [T, rank], or a list of the [T, rank] of several layers, whose ranks may differ.
         task: int64 [T]; values outside 0 .. num_tasks-1 do not count.
         num_tasks: how many tasks there are.
+        rank: of the result, at least the widest layer's, which is the default.
 
     Returns:
-        [num_tasks, 2 rank + 1], float32 (float64 for float64); zero for tasks without tokens.
+        [num_tasks, 2 rank + 1], float32 (float64 for float64); zero for tasks without tokens and in the dimensions
+        that a layer lacks. For a list [layers, num_tasks, 2 rank + 1].
     """
-    return torch.ops.align_ext.task_moments(z.detach(), task, num_tasks)
+    if isinstance(z, Tensor):
+        return task_moments([z], task, num_tasks, rank=rank)[0]
+    rank = max((layer.shape[-1] for layer in z), default=0) if rank is None else rank
+    return torch.ops.align_ext.task_moments([layer.detach() for layer in z], task, num_tasks, rank)
 
 
 def gaussian_kl_tables(
@@ -81,13 +87,32 @@ def gaussian_kl_tables(
     return torch.ops.align_ext.gaussian_kl_tables(moments, eps, ddof, pairs == "mean")
 
 
+def gaussian_kl_backward(
+    d_loss: Tensor, z: Sequence[Tensor], task: Tensor, tables: Tensor, *, scale: float = 1.0
+) -> list[Tensor]:
+    """Computes dz_t = scale * d_loss * (a[task] + b[task] * (z_t - mu[task])) of all layers.
+
+    Args:
+        d_loss: one value, the gradient that came in.
+        z: the layers' latents, [T, rank] each; the ranks may differ.
+        task: int64 [T].
+        tables: [layers, tasks, 3 rank] of gaussian_kl_tables; rank is at least the widest layer's.
+        scale: a further factor.
+
+    Returns:
+        dz of each layer, like its z; parts of one buffer that do not overlap.
+    """
+    dz = torch.ops.align_ext.gaussian_kl_backward(d_loss, scale, z, task, tables)
+    return [torch.as_strided(dz, t.shape, (t.shape[1], 1), i * dz.shape[1]) for i, t in enumerate(z)]
+
+
 def _acc(z: Tensor) -> torch.dtype:
     return torch.float64 if z.dtype == torch.float64 else torch.float32
 
 
 @torch.library.register_fake("align_ext::task_moments")
-def _(z: Tensor, task: Tensor, num_tasks: int) -> Tensor:
-    return z.new_empty((num_tasks, 2 * z.shape[1] + 1), dtype=_acc(z))
+def _(z: Sequence[Tensor], task: Tensor, num_tasks: int, rank: int) -> Tensor:
+    return z[0].new_empty((len(z), num_tasks, 2 * rank + 1), dtype=_acc(z[0]))
 
 
 @torch.library.register_fake("align_ext::gaussian_kl_tables")
@@ -102,8 +127,9 @@ def _(z: Tensor, task: Tensor, num_tasks: int, eps: float, ddof: int, mean_pairs
 
 
 @torch.library.register_fake("align_ext::gaussian_kl_backward")
-def _(d_loss: Tensor, z: Tensor, task: Tensor, tables: Tensor) -> Tensor:
-    return z.new_empty(z.shape)
+def _(d_loss: Tensor, scale: float, z: Sequence[Tensor], task: Tensor, tables: Tensor) -> Tensor:
+    size = z[0].shape[0] * (tables.shape[2] // 3)
+    return z[0].new_empty((len(z), (size + 15) // 16 * 16))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -116,7 +142,7 @@ def _backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError("gaussian_kl cannot be differentiated twice: call backward without create_graph=True")
     z, task, tables = ctx.saved_tensors
-    return torch.ops.align_ext.gaussian_kl_backward(d_loss, z, task, tables), None, None, None, None, None
+    return gaussian_kl_backward(d_loss, [z], task, tables[None])[0], None, None, None, None, None
 
 
 torch.library.register_autograd("align_ext::gaussian_kl", _backward, setup_context=_setup_context)

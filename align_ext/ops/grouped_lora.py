@@ -3,21 +3,12 @@
 Native side: csrc/ops/grouped_lora.h. Oracle: align_ext/reference/grouped_lora.py.
 """
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from align_ext.ops import _keyed  # noqa: F401  (defines injected_dz)
-
-
-def dropout_rng(device: torch.device) -> Tensor:
-    """Draws (seed, offset) of a dropout mask, int64 [2], from torch's generator of the device.
-
-    So activation checkpointing's preserved RNG state and a resumed run reproduce the same masks.
-    """
-    return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device)
+from align_ext.ops import _projection as projection
 
 
 def grouped_lora(
@@ -67,21 +58,10 @@ def grouped_lora(
         ValueError: arguments that contradict each other.
         RuntimeError: shapes or dtypes that do not match; the message names the argument.
     """
-    if (weight is None) == (base_out is None):
-        raise ValueError("give exactly one of weight (a frozen linear) and base_out (what the base returned)")
-    if weight is not None and (weight.requires_grad or (bias is not None and bias.requires_grad)):
-        raise ValueError("weight and bias must be frozen (requires_grad=False); for a trained base, give base_out")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    if dropout_p > 0 and rng is None:
-        rng = dropout_rng(x.device)
+    rng = projection.checked_rng(x, dropout_p, rng, weight, bias, base_out)
     return torch.ops.align_ext.grouped_lora(
         x, A, B, scaling, offsets, group, dropout_p, rng, weight, bias, base_out, ids, step, slot
     )
-
-
-def _latent_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 @torch.library.register_fake("align_ext::grouped_lora")
@@ -89,47 +69,30 @@ def _(
     x: Tensor, A: Tensor, B: Tensor, scaling: float, offsets: Any, group: Any, p: float, rng: Any,
     weight: Any, bias: Any, base_out: Any, ids: Any, step: Any, slot: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    for name, tensor in {"A": A, "B": B, "weight": weight, "bias": bias, "base_out": base_out}.items():
-        if tensor is not None and tensor.device != x.device:
-            raise RuntimeError(f"{name} is on {tensor.device}, but x is on {x.device}: they must be on one device")
-    z = x.new_empty((math.prod(x.shape[:-1]), A.shape[-2]), dtype=_latent_dtype(x))
-    return x.new_empty((*x.shape[:-1], B.shape[-2])), z
+    return projection.empty_outputs(x, B, (A.shape[-2],), A=A, weight=weight, bias=bias, base_out=base_out)
 
 
 @torch.library.register_fake("align_ext::grouped_lora_backward")
 def _(
     dy: Tensor, dz: Any, x: Tensor, z: Tensor, A: Tensor, B: Tensor, scaling: float, offsets: Any, group: Any,
     p: float, rng: Any, weight: Any, need_dx: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    acc = _latent_dtype(x)
-    dx = x.new_empty(x.shape if need_dx else (0,))
-    return dx, A.new_empty(A.shape, dtype=acc), B.new_empty(B.shape, dtype=acc)
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return projection.empty_gradients(x, need_dx, A, B)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, A, B, ctx.scaling, offsets, group, ctx.p, rng, weight, _, _, ids, step, slot = inputs
+    x, A, B, ctx.scaling, offsets, group, ctx.p, rng, weight, _, _, _, step, slot = inputs
     ctx.save_for_backward(x, output[1], A, B, offsets, group, rng, weight)
-    # Not through save_for_backward: a saved-tensor hook may move or copy what it sees, and these only carry values.
-    ctx.keyed = None if step is None else (ids, step, slot)
-    ctx.set_materialize_grads(False)
+    projection.keep_keyed(ctx, step, slot)
 
 
 def _backward(ctx: Any, dy: Tensor | None, dz: Tensor | None) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError("grouped_lora cannot be differentiated twice: call backward without create_graph=True")
     x, z, A, B, offsets, group, rng, weight = ctx.saved_tensors
-    if ctx.keyed is not None:
-        injected = torch.ops.align_ext.injected_dz(z, *ctx.keyed)
-        dz = injected if dz is None else dz + injected
-    if dy is None:
-        dy = x.new_zeros((*x.shape[:-1], B.shape[-2]))
-    dx, dA, dB = torch.ops.align_ext.grouped_lora_backward(
+    dz, dy = projection.latent_gradient(ctx, "grouped_lora", z, dz), projection.output_gradient(dy, x, B)
+    grads = torch.ops.align_ext.grouped_lora_backward(
         dy, dz, x, z, A, B, ctx.scaling, offsets, group, ctx.p, rng, weight, ctx.needs_input_grad[0]
     )
-    d_base_out = dy if ctx.needs_input_grad[10] else None
-    return (
-        dx if ctx.needs_input_grad[0] else None, dA.to(A.dtype), dB.to(B.dtype), *[None] * 7, d_base_out, *[None] * 3,
-    )  # fmt: skip
+    return projection.gradients(ctx, dy, grads, (A, B), positions=(10, 14))
 
 
 torch.library.register_autograd("align_ext::grouped_lora", _backward, setup_context=_setup_context)

@@ -1,6 +1,9 @@
 """The oracle: every operator in plain PyTorch, same names and signatures, ten lines each. Read by tests only."""
 
+from align_ext.reference.dropout_sum import dropout_sum
 from align_ext.reference.gaussian_kl import gaussian_kl, gaussian_kl_tables, task_moments
 from align_ext.reference.grouped_lora import grouped_lora
+from align_ext.reference.mk_mmd import mk_mmd
+from align_ext.reference.routed_lora import routed_lora
 
-__all__ = ["gaussian_kl", "gaussian_kl_tables", "grouped_lora", "task_moments"]
+__all__ = ["dropout_sum", "gaussian_kl", "gaussian_kl_tables", "grouped_lora", "mk_mmd", "routed_lora", "task_moments"]

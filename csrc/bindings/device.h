@@ -6,6 +6,9 @@
 // STABLE_TORCH_LIBRARY_IMPL(align_ext, ALIGN_DEVICE_KEY, m): the dispatch key of the tensors that such a build takes.
 #pragma once
 
+#include <initializer_list>
+#include <limits>
+
 #include "bindings/tensors.h"
 #include "ops/stream.h"
 
@@ -57,6 +60,26 @@ void dispatch_cuda_dtype(const Tensor& tensor, const char* name, const Body& bod
     default:
       STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16 on CUDA");
   }
+}
+
+// The dtype in which kernels take adapters: float32 if all are, else x's. They round them while they load them.
+inline ScalarType adapter_type(const Tensor& x, std::initializer_list<Tensor> adapters) {
+  for (const Tensor& adapter : adapters) {
+    if (adapter.scalar_type() != ScalarType::Float) return x.scalar_type();
+  }
+  return ScalarType::Float;
+}
+
+// Calls body(T{}, W{}) with the kernel types of x and of the adapters.
+template <typename Body>
+void dispatch_cuda_types(const Tensor& x, ScalarType adapters, const Body& body) {
+  dispatch_cuda_dtype(x, "x",
+                      [&](auto type) { adapters == ScalarType::Float ? body(type, float{}) : body(type, type); });
+}
+
+inline void check_rows(int64_t tokens) {
+  STD_TORCH_CHECK(tokens <= std::numeric_limits<int32_t>::max(), "x has ", tokens,
+                  " rows; on CUDA there may be 2^31 - 1: split x");
 }
 
 }  // namespace align

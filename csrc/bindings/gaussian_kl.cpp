@@ -3,15 +3,15 @@
 namespace align {
 namespace {
 
-Tensor task_moments(const Tensor& z, const Tensor& task, int64_t num_tasks) {
-  check_latent(z, task);
-  const Tensor zc = torch::stable::contiguous(z), taskc = torch::stable::contiguous(task);
-  Tensor moments = empty_moments(z, num_tasks);
-  dispatch_dtype(z, "z", [&](auto type) {
+Tensor task_moments(const std::vector<Tensor>& z, const Tensor& task, int64_t num_tasks, int64_t rank) {
+  const LatentTensors latents(z, task, rank);
+  Tensor moments = empty_moments(latents, num_tasks);
+  dispatch_dtype(z[0], "z", [&](auto type) {
     using T = decltype(type);
-    Tensor workspace = empty_bytes(z, cpu::task_moments_workspace<T>(z.size(0), z.size(1), num_tasks));
-    cpu::task_moments<T>({z.size(0), z.size(1), num_tasks, data<T>(zc), data<int64_t>(taskc),
-                          mutable_data<Acc<T>>(moments), workspace.mutable_data_ptr()});
+    latents.with<T>([&](const Latents<T>& all) {
+      Tensor workspace = empty_bytes(z[0], cpu::task_moments_workspace(all, num_tasks));
+      cpu::task_moments<T>({all, num_tasks, mutable_data<Acc<T>>(moments), workspace.mutable_data_ptr()});
+    });
   });
   return moments;
 }
@@ -33,18 +33,22 @@ std::tuple<Tensor, Tensor> gaussian_kl_tables(const Tensor& moments, double eps,
 
 std::tuple<Tensor, Tensor> gaussian_kl(const Tensor& z, const Tensor& task, int64_t num_tasks, double eps, int64_t ddof,
                                        bool mean_pairs) {
-  return only_layer(gaussian_kl_tables(as_only_layer(task_moments(z, task, num_tasks)), eps, ddof, mean_pairs));
+  STD_TORCH_CHECK(z.dim() == 2, "z must be [tokens, rank], got ", shape_of(z));
+  return only_layer(gaussian_kl_tables(task_moments({z}, task, num_tasks, z.size(1)), eps, ddof, mean_pairs));
 }
 
-Tensor gaussian_kl_backward(const Tensor& d_loss, const Tensor& z, const Tensor& task, const Tensor& tables) {
-  const int64_t tasks = check_tables(d_loss, z, task, tables);
-  const Tensor zc = torch::stable::contiguous(z), taskc = torch::stable::contiguous(task);
-  const Tensor tc = contiguous_as(tables, acc_type(z)), gc = contiguous_as(d_loss, acc_type(z));
-  Tensor dz = torch::stable::empty_like(zc);
-  dispatch_dtype(z, "z", [&](auto type) {
+Tensor gaussian_kl_backward(const Tensor& d_loss, double scale, const std::vector<Tensor>& z, const Tensor& task,
+                            const Tensor& tables) {
+  const LatentTensors latents(z, task, check_tables(d_loss, z, tables));
+  const int64_t tasks = tables.size(1);
+  const Tensor tc = contiguous_as(tables, acc_type(z[0])), gc = contiguous_as(d_loss, acc_type(z[0]));
+  Tensor dz = empty_gradients(latents);
+  dispatch_dtype(z[0], "z", [&](auto type) {
     using T = decltype(type);
-    cpu::gaussian_kl_backward<T>({z.size(0), z.size(1), tasks, data<T>(zc), data<int64_t>(taskc), data<Acc<T>>(tc),
-                                  data<Acc<T>>(gc), mutable_data<T>(dz)});
+    latents.with<T>([&](const Latents<T>& all) {
+      cpu::gaussian_kl_backward<T>(
+          {all, tasks, data<Acc<T>>(tc), data<Acc<T>>(gc), scale, mutable_data<T>(dz), dz.size(1)});
+    });
   });
   return dz;
 }

@@ -4,17 +4,17 @@
 namespace align {
 namespace {
 
-Tensor task_moments(const Tensor& z, const Tensor& task, int64_t num_tasks) {
-  check_latent(z, task);
-  const Device device(z);
-  const Tensor zc = torch::stable::contiguous(z), taskc = torch::stable::contiguous(task);
-  Tensor moments = empty_moments(z, num_tasks);
-  dispatch_cuda_dtype(z, "z", [&](auto type) {
+Tensor task_moments(const std::vector<Tensor>& z, const Tensor& task, int64_t num_tasks, int64_t rank) {
+  const LatentTensors latents(z, task, rank);
+  const Device device(z[0]);
+  Tensor moments = empty_moments(latents, num_tasks);
+  dispatch_cuda_dtype(z[0], "z", [&](auto type) {
     using T = decltype(type);
-    Tensor workspace = empty_bytes(z, cuda::task_moments_workspace<T>(z.size(0), z.size(1), num_tasks));
-    cuda::task_moments<T>({z.size(0), z.size(1), num_tasks, data<T>(zc), data<int64_t>(taskc),
-                           mutable_data<float>(moments), mutable_data<void>(workspace)},
-                          device.stream());
+    latents.with<T>([&](const Latents<T>& all) {
+      Tensor workspace = empty_bytes(z[0], cuda::task_moments_workspace(all, num_tasks));
+      cuda::task_moments<T>({all, num_tasks, mutable_data<Acc<T>>(moments), mutable_data<void>(workspace)},
+                            device.stream());
+    });
   });
   return moments;
 }
@@ -34,20 +34,23 @@ std::tuple<Tensor, Tensor> gaussian_kl_tables(const Tensor& moments, double eps,
 
 std::tuple<Tensor, Tensor> gaussian_kl(const Tensor& z, const Tensor& task, int64_t num_tasks, double eps, int64_t ddof,
                                        bool mean_pairs) {
-  return only_layer(gaussian_kl_tables(as_only_layer(task_moments(z, task, num_tasks)), eps, ddof, mean_pairs));
+  STD_TORCH_CHECK(z.dim() == 2, "z must be [tokens, rank], got ", shape_of(z));
+  return only_layer(gaussian_kl_tables(task_moments({z}, task, num_tasks, z.size(1)), eps, ddof, mean_pairs));
 }
 
-Tensor gaussian_kl_backward(const Tensor& d_loss, const Tensor& z, const Tensor& task, const Tensor& tables) {
-  const int64_t tasks = check_tables(d_loss, z, task, tables);
-  const Device device(z);
-  const Tensor zc = torch::stable::contiguous(z), taskc = torch::stable::contiguous(task);
+Tensor gaussian_kl_backward(const Tensor& d_loss, double scale, const std::vector<Tensor>& z, const Tensor& task,
+                            const Tensor& tables) {
+  const LatentTensors latents(z, task, check_tables(d_loss, z, tables));
+  const int64_t tasks = tables.size(1);
+  const Device device(z[0]);
   const Tensor tc = contiguous_as(tables, ScalarType::Float), gc = contiguous_as(d_loss, ScalarType::Float);
-  Tensor dz = torch::stable::empty_like(zc);
-  dispatch_cuda_dtype(z, "z", [&](auto type) {
+  Tensor dz = empty_gradients(latents);
+  dispatch_cuda_dtype(z[0], "z", [&](auto type) {
     using T = decltype(type);
-    cuda::gaussian_kl_backward<T>({z.size(0), z.size(1), tasks, data<T>(zc), data<int64_t>(taskc), data<float>(tc),
-                                   data<float>(gc), mutable_data<T>(dz)},
-                                  device.stream());
+    latents.with<T>([&](const Latents<T>& all) {
+      cuda::gaussian_kl_backward<T>(
+          {all, tasks, data<Acc<T>>(tc), data<Acc<T>>(gc), scale, mutable_data<T>(dz), dz.size(1)}, device.stream());
+    });
   });
   return dz;
 }

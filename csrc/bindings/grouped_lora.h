@@ -1,23 +1,19 @@
-// The device-independent half of the grouped_lora bindings: checks, the base layer and outputs.
+// The device-independent half of the grouped_lora bindings: checks.
 #pragma once
 
 #include <tuple>
 
-#include "bindings/compose.h"
-#include "bindings/tensors.h"
+#include "bindings/projection.h"
 #include "ops/grouped_lora.h"
-#include "ops/philox.h"
 
 namespace align {
 
 inline GroupedLoraShape check_inputs(const Tensor& x, const Tensor& A, const Tensor& B) {
-  STD_TORCH_CHECK(x.dim() >= 1, "x must be [..., in_dim], got a scalar");
   STD_TORCH_CHECK(A.dim() == 2 || A.dim() == 3, "A must be [rank, in_dim] or [groups, rank, in_dim], got ",
                   shape_of(A));
   GroupedLoraShape shape;
+  shape.tokens = tokens_of(x);
   shape.in_dim = x.size(x.dim() - 1);
-  shape.tokens = 1;
-  for (int64_t d = 0; d + 1 < x.dim(); ++d) shape.tokens *= x.size(d);
   shape.groups = A.dim() == 3 ? A.size(0) : 1;
   shape.rank = A.size(A.dim() - 2);
   STD_TORCH_CHECK(A.size(A.dim() - 1) == shape.in_dim, "A must be [", A.dim() == 3 ? "groups, " : "",
@@ -30,6 +26,8 @@ inline GroupedLoraShape check_inputs(const Tensor& x, const Tensor& A, const Ten
   check_device(B, x, "B");
   return shape;
 }
+
+inline std::vector<int64_t> latent_sizes(const GroupedLoraShape& shape) { return {shape.tokens, shape.rank}; }
 
 // What says to which group a row belongs: checked shapes, not values.
 inline void check_groups(const GroupedLoraShape& shape, const Tensor& like, const OptionalTensor& offsets,
@@ -46,84 +44,6 @@ inline void check_groups(const GroupedLoraShape& shape, const Tensor& like, cons
     check_shape(*group, {shape.tokens}, "group");
     check_dtype(*group, ScalarType::Long, "group", "int64");
   }
-}
-
-// The dropout arguments. Owns the tensor that InputDropout points to.
-struct Dropout {
-  Tensor rng;
-  InputDropout view = {0, nullptr};
-
-  Dropout(double p, const OptionalTensor& given, const Tensor& like) {
-    STD_TORCH_CHECK(p >= 0 && dropout_threshold(p) < 65536, "p must be in [0, 1 - 2^-17), got ", p);
-    if (p == 0) return;
-    STD_TORCH_CHECK(given, "rng must be given when p > 0");
-    check_shape(*given, {2}, "rng");
-    check_dtype(*given, ScalarType::Long, "rng", "int64 (seed, offset)");
-    check_device(*given, like, "rng");
-    rng = torch::stable::contiguous(*given);
-    view = {p, reinterpret_cast<const uint64_t*>(data<int64_t>(rng))};
-  }
-};
-
-inline std::vector<int64_t> with_last_dim(const Tensor& x, int64_t last) {
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() = last;
-  return sizes;
-}
-
-inline Tensor rows_of(const Tensor& x, int64_t tokens) { return torch::stable::view(x, {tokens, x.size(x.dim() - 1)}); }
-
-// What the low-rank term is added to, [tokens, out_dim]: base(x) into a new tensor, or base_out.
-inline Tensor base_of(const Tensor& x, const GroupedLoraShape& shape, const OptionalTensor& weight,
-                      const OptionalTensor& bias, const OptionalTensor& base_out) {
-  STD_TORCH_CHECK(weight.has_value() != base_out.has_value(), "give exactly one of weight and base_out");
-  const ScalarType dtype = x.scalar_type();
-  check_device(weight, x, "weight");
-  check_device(bias, x, "bias");
-  check_device(base_out, x, "base_out");
-  if (base_out) {
-    STD_TORCH_CHECK(!bias, "bias goes with weight; base_out already holds it");
-    check_shape(*base_out, with_last_dim(x, shape.out_dim), "base_out");
-    check_dtype(*base_out, dtype, "base_out", "of the dtype of x");
-    return torch::stable::contiguous(*base_out);
-  }
-  check_shape(*weight, {shape.out_dim, shape.in_dim}, "weight");
-  check_dtype(*weight, dtype, "weight", "of the dtype of x");
-  if (bias) {
-    check_shape(*bias, {shape.out_dim}, "bias");
-    check_dtype(*bias, dtype, "bias", "of the dtype of x");
-  }
-  const Tensor out = base_forward(rows_of(x, shape.tokens), *weight);
-  return torch::stable::view(out, with_last_dim(x, shape.out_dim));
-}
-
-inline void check_gradients(const GroupedLoraShape& shape, const Tensor& x, const Tensor& dy, const OptionalTensor& dz,
-                            const Tensor& z, const OptionalTensor& weight) {
-  check_shape(dy, with_last_dim(x, shape.out_dim), "dy");
-  check_shape(z, {shape.tokens, shape.rank}, "z");
-  check_device(dy, x, "dy");
-  check_device(z, x, "z");
-  check_device(dz, x, "dz");
-  check_device(weight, x, "weight");
-  if (dz) check_shape(*dz, {shape.tokens, shape.rank}, "dz");
-  if (weight) {
-    check_shape(*weight, {shape.out_dim, shape.in_dim}, "weight");
-    check_dtype(*weight, x.scalar_type(), "weight", "of the dtype of x");
-  }
-}
-
-// Where dx goes: base_backward's result, if there is a base (the kernels then add to it), or new.
-inline Tensor dx_of(const GroupedLoraShape& shape, const Tensor& x, const Tensor& dy, const OptionalTensor& weight,
-                    bool need_dx) {
-  if (!need_dx) return torch::stable::new_empty(x, {0});
-  if (!weight) return torch::stable::empty_like(x);
-  return torch::stable::view(base_backward(rows_of(dy, shape.tokens), *weight), with_last_dim(x, shape.in_dim));
-}
-
-// The gradient of an adapter, in the accumulation type.
-inline Tensor like_adapter(const Tensor& adapter, const Tensor& x) {
-  return torch::stable::new_empty(adapter, std::vector<int64_t>(adapter.sizes().begin(), adapter.sizes().end()),
-                                  acc_type(x));
 }
 
 }  // namespace align

@@ -15,8 +15,7 @@ struct GroupedRows {
   GroupedRows(const GroupedLoraShape& shape, const Tensor& like, const OptionalTensor& offsets,
               const OptionalTensor& group, Stream stream) {
     check_groups(shape, like, offsets, group);
-    STD_TORCH_CHECK(shape.tokens <= std::numeric_limits<int32_t>::max(), "x has ", shape.tokens,
-                    " rows; on CUDA there may be 2^31 - 1: split x");
+    check_rows(shape.tokens);
     if (offsets) {
       given = torch::stable::contiguous(*offsets);
       view.offsets = data<int64_t>(given);
@@ -30,26 +29,6 @@ struct GroupedRows {
   }
 };
 
-// Adapters in x's dtype, or both in float32: the kernels round them while they load them.
-struct Adapters {
-  Tensor A, B;
-  bool are_float;
-
-  Adapters(const Tensor& x, const Tensor& given_A, const Tensor& given_B) {
-    const auto is_float = [](const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Float; };
-    are_float = is_float(given_A) && is_float(given_B);
-    const ScalarType dtype = are_float ? ScalarType::Float : x.scalar_type();
-    A = contiguous_as(given_A, dtype);
-    B = contiguous_as(given_B, dtype);
-  }
-};
-
-// Calls body(T{}, W{}) with the kernel types of x and of the adapters.
-template <typename Body>
-void dispatch_types(const Tensor& x, const Adapters& adapters, const Body& body) {
-  dispatch_cuda_dtype(x, "x", [&](auto type) { return adapters.are_float ? body(type, float{}) : body(type, type); });
-}
-
 std::tuple<Tensor, Tensor> grouped_lora(const Tensor& x, const Tensor& A, const Tensor& B, double scaling,
                                         const OptionalTensor& offsets, const OptionalTensor& group, double p,
                                         const OptionalTensor& rng, const OptionalTensor& weight,
@@ -58,20 +37,21 @@ std::tuple<Tensor, Tensor> grouped_lora(const Tensor& x, const Tensor& A, const 
   const GroupedLoraShape shape = check_inputs(x, A, B);
   const Device device(x);
   const Tensor xc = torch::stable::contiguous(x);
-  const Adapters adapters(x, A, B);
+  const ScalarType adapters = adapter_type(x, {A, B});
+  const Tensor Ac = contiguous_as(A, adapters), Bc = contiguous_as(B, adapters);
   const Dropout dropout(p, rng, x);
   const GroupedRows rows(shape, x, offsets, group, device.stream());
   const Tensor base = base_of(xc, shape, weight, bias, base_out);
   const OptionalTensor biasc = bias ? OptionalTensor(torch::stable::contiguous(*bias)) : std::nullopt;
   Tensor y = weight ? base : torch::stable::empty_like(base);
   Tensor z = torch::stable::new_empty(x, {shape.tokens, shape.rank}, ScalarType::Float);
-  dispatch_types(x, adapters, [&](auto type, auto adapter) {
+  dispatch_cuda_types(x, adapters, [&](auto type, auto adapter) {
     using T = decltype(type);
     using W = decltype(adapter);
     Tensor workspace = empty_bytes(x, cuda::grouped_lora_forward_workspace(shape, sizeof(T)));
     cuda::grouped_lora_forward<T, W>(
-        {shape, rows.view, dropout.view, scaling, data<T>(xc), data<W>(adapters.A), data<W>(adapters.B), data<T>(base),
-         data<T>(biasc), mutable_data<float>(z), mutable_data<T>(y), mutable_data<void>(workspace)},
+        {shape, rows.view, dropout.view, scaling, data<T>(xc), data<W>(Ac), data<W>(Bc), data<T>(base), data<T>(biasc),
+         mutable_data<float>(z), mutable_data<T>(y), mutable_data<void>(workspace)},
         device.stream());
   });
   return {y, z};
@@ -89,21 +69,22 @@ std::tuple<Tensor, Tensor, Tensor> grouped_lora_backward(const Tensor& dy, const
   const Tensor xc = torch::stable::contiguous(x), zc = contiguous_as(z, ScalarType::Float);
   const Tensor dyc = contiguous_as(dy, x.scalar_type());
   const OptionalTensor dzc = dz ? OptionalTensor(contiguous_as(*dz, ScalarType::Float)) : std::nullopt;
-  const Adapters adapters(x, A, B);
+  const ScalarType adapters = adapter_type(x, {A, B});
+  const Tensor Ac = contiguous_as(A, adapters), Bc = contiguous_as(B, adapters);
   const Dropout dropout(p, rng, x);
   const GroupedRows rows(shape, x, offsets, group, device.stream());
   const bool has_base = need_dx && weight.has_value();
   Tensor dx = dx_of(shape, xc, dyc, weight, need_dx);
   Tensor dA = like_adapter(A, x), dB = like_adapter(B, x);
-  dispatch_types(x, adapters, [&](auto type, auto adapter) {
+  dispatch_cuda_types(x, adapters, [&](auto type, auto adapter) {
     using T = decltype(type);
     using W = decltype(adapter);
     Tensor workspace = empty_bytes(x, cuda::grouped_lora_backward_workspace(shape, sizeof(T)));
-    cuda::grouped_lora_backward<T, W>({shape, rows.view, dropout.view, scaling, data<T>(xc), data<float>(zc),
-                                       data<W>(adapters.A), data<W>(adapters.B), has_base ? data<T>(dx) : nullptr,
-                                       data<T>(dyc), data<float>(dzc), need_dx ? mutable_data<T>(dx) : nullptr,
-                                       mutable_data<float>(dA), mutable_data<float>(dB), mutable_data<void>(workspace)},
-                                      device.stream());
+    cuda::grouped_lora_backward<T, W>(
+        {shape, rows.view, dropout.view, scaling, data<T>(xc), data<float>(zc), data<W>(Ac), data<W>(Bc),
+         has_base ? data<T>(dx) : nullptr, data<T>(dyc), data<float>(dzc), need_dx ? mutable_data<T>(dx) : nullptr,
+         mutable_data<float>(dA), mutable_data<float>(dB), mutable_data<void>(workspace)},
+        device.stream());
   });
   return {dx, dA, dB};
 }

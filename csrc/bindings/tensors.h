@@ -61,6 +61,10 @@ inline Tensor contiguous_as(const Tensor& tensor, ScalarType dtype) {
   return torch::stable::contiguous(cast);
 }
 
+inline OptionalTensor contiguous_as(const OptionalTensor& tensor, ScalarType dtype) {
+  return tensor ? OptionalTensor(contiguous_as(*tensor, dtype)) : std::nullopt;
+}
+
 inline Tensor empty_bytes(const Tensor& like, int64_t bytes) {
   return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
 }

@@ -108,4 +108,11 @@ void fill_dropout_bits(uint64_t seed, uint64_t offset, uint32_t threshold, int64
                [&job](int64_t begin, int64_t end) { fill_chunks(job, begin, end); });
 }
 
+double draw_dropout(double p, const uint64_t* rng, int64_t count, uint8_t* bits) {
+  if (p <= 0) return 1;
+  const uint32_t threshold = dropout_threshold(p);
+  fill_dropout_bits(rng[0], rng[1], threshold, count, bits);
+  return dropout_scale(threshold);
+}
+
 }  // namespace align::cpu

@@ -20,6 +20,9 @@ constexpr int64_t dropout_bits_bytes(int64_t count) {
 // Bits of elements 0 .. count-1, on all threads. threshold is dropout_threshold(p), at most 65535.
 void fill_dropout_bits(uint64_t seed, uint64_t offset, uint32_t threshold, int64_t count, uint8_t* bits);
 
+// The same for p and rng (seed, offset); returns the scale of kept elements. p = 0: reads and fills nothing, returns 1.
+double draw_dropout(double p, const uint64_t* rng, int64_t count, uint8_t* bits);
+
 // v with the lanes of dropped elements zeroed; lane l is element first_element + l.
 template <int W, typename A>
 ALIGN_INLINE Vec<A, W> zero_dropped(const Vec<A, W>& v, const uint8_t* bits, int64_t first_element) {

@@ -1,5 +1,5 @@
-// Moments: blocks of 1024 rows, each with a mean about a pivot and then squares about that mean, merged in block
-// order (Chan). Tables: one layer after the other, in double. Backward: one pass over z.
+// Moments: blocks of 1024 rows of a layer, each with a mean about a pivot and then squares about that mean, merged in
+// block order (Chan). Tables: one layer after the other, in double. Backward: one pass over z.
 #include "ops/gaussian_kl.h"
 
 #include <algorithm>
@@ -43,17 +43,31 @@ struct Moments {
   ALIGN_INLINE A* m2() const { return data + 1 + rank; }
 };
 
+// One layer's part of the latents.
 template <typename T>
-ALIGN_INLINE Moments<Acc<T>> moments_of(const TaskMomentsArgs<T>& args, Acc<T>* all, int64_t i) {
-  return {all + i * (2 * args.rank + 1), args.rank};
+struct Layer {
+  const T* z;  // [tokens, rank]
+  int64_t rank;
+  const int64_t* task;
+  int64_t tasks;
+};
+
+template <typename T>
+ALIGN_INLINE Layer<T> layer_of(const Latents<T>& latents, int64_t tasks, int64_t index) {
+  return {latents.z[index], latents.ranks[index], latents.task, tasks};
+}
+
+template <typename T>
+ALIGN_INLINE Moments<Acc<T>> moments_of(const Layer<T>& layer, Acc<T>* all, int64_t i) {
+  return {all + i * (2 * layer.rank + 1), layer.rank};
 }
 
 // Calls body(id, first row, last row) for every run of rows of a task that counts.
 template <typename T, typename Body>
-ALIGN_INLINE void for_runs(const TaskMomentsArgs<T>& args, int64_t begin, int64_t end, const Body& body) {
+ALIGN_INLINE void for_runs(const Layer<T>& layer, int64_t begin, int64_t end, const Body& body) {
   for (int64_t t = begin; t < end;) {
-    const int64_t last = run_end(args.task, t, end), id = args.task[t];
-    if (id >= 0 && id < args.tasks) body(id, t, last);
+    const int64_t last = run_end(layer.task, t, end), id = layer.task[t];
+    if (id >= 0 && id < layer.tasks) body(id, t, last);
     t = last;
   }
 }
@@ -61,25 +75,25 @@ ALIGN_INLINE void for_runs(const TaskMomentsArgs<T>& args, int64_t begin, int64_
 // Row pivot of each task is its first row in the block: while sums are collected M2 holds it, and mean the sum of
 // differences from it.
 template <typename T>
-ALIGN_INLINE void block_means(const TaskMomentsArgs<T>& args, int64_t begin, int64_t end, Acc<T>* out) {
+ALIGN_INLINE void block_means(const Layer<T>& layer, int64_t begin, int64_t end, Acc<T>* out) {
   using A = Acc<T>;
-  const int64_t rank = args.rank;
-  for_runs(args, begin, end, [&](int64_t id, int64_t first, int64_t last) ALIGN_INLINE_LAMBDA {
-    const Moments<A> m = moments_of(args, out, id);
+  const int64_t rank = layer.rank;
+  for_runs(layer, begin, end, [&](int64_t id, int64_t first, int64_t last) ALIGN_INLINE_LAMBDA {
+    const Moments<A> m = moments_of(layer, out, id);
     if (m.count() == 0) {
-      for (int64_t d = 0; d < rank; ++d) m.m2()[d] = widen(args.z[first * rank + d]);
+      for (int64_t d = 0; d < rank; ++d) m.m2()[d] = widen(layer.z[first * rank + d]);
     }
     m.count() += A(last - first);
     for_dims(rank, [&](auto width, int64_t d) ALIGN_INLINE_LAMBDA {
       A sum[width()] = {};
       for (int64_t t = first; t < last; ++t) {
-        for (int l = 0; l < width(); ++l) sum[l] += widen(args.z[t * rank + d + l]) - m.m2()[d + l];
+        for (int l = 0; l < width(); ++l) sum[l] += widen(layer.z[t * rank + d + l]) - m.m2()[d + l];
       }
       for (int l = 0; l < width(); ++l) m.mean()[d + l] += sum[l];
     });
   });
-  for (int64_t i = 0; i < args.tasks; ++i) {
-    const Moments<A> m = moments_of(args, out, i);
+  for (int64_t i = 0; i < layer.tasks; ++i) {
+    const Moments<A> m = moments_of(layer, out, i);
     for (int64_t d = 0; d < rank && m.count() > 0; ++d) {
       m.mean()[d] = m.m2()[d] + m.mean()[d] / m.count();
       m.m2()[d] = 0;
@@ -88,16 +102,16 @@ ALIGN_INLINE void block_means(const TaskMomentsArgs<T>& args, int64_t begin, int
 }
 
 template <typename T>
-ALIGN_INLINE void block_squares(const TaskMomentsArgs<T>& args, int64_t begin, int64_t end, Acc<T>* out) {
+ALIGN_INLINE void block_squares(const Layer<T>& layer, int64_t begin, int64_t end, Acc<T>* out) {
   using A = Acc<T>;
-  const int64_t rank = args.rank;
-  for_runs(args, begin, end, [&](int64_t id, int64_t first, int64_t last) ALIGN_INLINE_LAMBDA {
-    const Moments<A> m = moments_of(args, out, id);
+  const int64_t rank = layer.rank;
+  for_runs(layer, begin, end, [&](int64_t id, int64_t first, int64_t last) ALIGN_INLINE_LAMBDA {
+    const Moments<A> m = moments_of(layer, out, id);
     for_dims(rank, [&](auto width, int64_t d) ALIGN_INLINE_LAMBDA {
       A sum[width()] = {};
       for (int64_t t = first; t < last; ++t) {
         for (int l = 0; l < width(); ++l) {
-          const A difference = widen(args.z[t * rank + d + l]) - m.mean()[d + l];
+          const A difference = widen(layer.z[t * rank + d + l]) - m.mean()[d + l];
           sum[l] += difference * difference;
         }
       }
@@ -109,36 +123,42 @@ ALIGN_INLINE void block_squares(const TaskMomentsArgs<T>& args, int64_t begin, i
 template <typename T>
 struct MomentsJob {
   const TaskMomentsArgs<T>& args;
-  Acc<T>* partial;  // [blocks, tasks, 2 rank + 1]
+  int64_t blocks;   // of rows, in a layer
+  Acc<T>* partial;  // [layers, blocks], each with room for [tasks, 2 rank + 1] of the widest layer
+
+  Acc<T>* part(int64_t layer, int64_t block) const {
+    return partial + (layer * blocks + block) * args.tasks * (2 * args.latents.rank + 1);
+  }
 };
 
+// Pieces [first, last) of layers x blocks.
 template <typename T>
 void moments_blocks(const MomentsJob<T>& job, int64_t first, int64_t last) {
   run_widest([&](auto) ALIGN_INLINE_LAMBDA {
-    const auto& args = job.args;
-    const int64_t size = args.tasks * (2 * args.rank + 1);
-    for (int64_t block = first; block < last; ++block) {
-      const int64_t begin = block * kBlockRows, end = std::min(begin + kBlockRows, args.tokens);
-      Acc<T>* out = job.partial + block * size;
-      std::fill_n(out, size, Acc<T>(0));
-      block_means(args, begin, end, out);
-      block_squares(args, begin, end, out);
+    for (int64_t piece = first; piece < last; ++piece) {
+      const int64_t index = piece / job.blocks, block = piece % job.blocks;
+      const Layer<T> layer = layer_of(job.args.latents, job.args.tasks, index);
+      const int64_t begin = block * kBlockRows, end = std::min(begin + kBlockRows, job.args.latents.tokens);
+      Acc<T>* out = job.part(index, block);
+      std::fill_n(out, layer.tasks * (2 * layer.rank + 1), Acc<T>(0));
+      block_means(layer, begin, end, out);
+      block_squares(layer, begin, end, out);
     }
   });
 }
 
-// Chan's merge of the blocks of one task, in their order.
+// Chan's merge of the blocks of one layer's task, in their order.
 template <typename T>
-void merge_task(const MomentsJob<T>& job, int64_t blocks, int64_t i) {
-  const auto& args = job.args;
-  const int64_t size = args.tasks * (2 * args.rank + 1);
-  const Moments<Acc<T>> out = moments_of(args, args.moments, i);
-  std::fill_n(out.data, 2 * args.rank + 1, Acc<T>(0));
-  for (int64_t block = 0; block < blocks; ++block) {
-    const Moments<Acc<T>> b = moments_of(args, job.partial + block * size, i);
+void merge_task(const MomentsJob<T>& job, int64_t index, int64_t i) {
+  const Layer<T> layer = layer_of(job.args.latents, job.args.tasks, index);
+  const int64_t rank = job.args.latents.rank;
+  const Moments<Acc<T>> out{job.args.moments + (index * layer.tasks + i) * (2 * rank + 1), rank};
+  std::fill_n(out.data, 2 * rank + 1, Acc<T>(0));
+  for (int64_t block = 0; block < job.blocks; ++block) {
+    const Moments<Acc<T>> b = moments_of(layer, job.part(index, block), i);
     if (b.count() == 0) continue;
     const Acc<T> total = out.count() + b.count(), share = b.count() / total;
-    for (int64_t d = 0; d < args.rank; ++d) {
+    for (int64_t d = 0; d < layer.rank; ++d) {
       const Acc<T> delta = b.mean()[d] - out.mean()[d];
       out.mean()[d] += delta * share;
       out.m2()[d] += b.m2()[d] + delta * delta * out.count() * share;
@@ -237,41 +257,51 @@ void layer_tables(const GaussianKlTablesArgs<A>& args, int64_t index) {
 
 // ---- Backward
 
+// Rows [begin, end) of one layer.
 template <typename T>
-void backward_rows(const GaussianKlBackwardArgs<T>& args, int64_t begin, int64_t end) {
+void backward_rows(const GaussianKlBackwardArgs<T>& args, int64_t index, int64_t begin, int64_t end) {
   run_widest([&](auto) ALIGN_INLINE_LAMBDA {
     using A = Acc<T>;
-    const int64_t rank = args.rank;
-    const A d_loss = args.d_loss[0];
+    const Layer<T> layer = layer_of(args.latents, args.tasks, index);
+    const int64_t width = args.latents.rank;
+    const A* tables = args.tables + index * layer.tasks * 3 * width;
+    T* dz = args.dz + index * args.dz_stride;
+    const A d_loss = args.d_loss[0] * A(args.scale);
     for (int64_t t = begin; t < end; ++t) {
-      const int64_t id = args.task[t];
-      const bool counts = id >= 0 && id < args.tasks;
-      const A* a = args.tables + (counts ? id * 3 * rank : 0);
-      const A *b = a + rank, *mu = b + rank;
-      for_dims(rank, [&](auto width, int64_t d) ALIGN_INLINE_LAMBDA {
-        for (int l = 0; l < width(); ++l) {
-          const int64_t e = t * rank + d + l;
-          const A dz = counts ? d_loss * (a[d + l] + b[d + l] * (widen(args.z[e]) - mu[d + l])) : A(0);
-          args.dz[e] = narrow<T>(dz);
+      const int64_t id = layer.task[t];
+      const bool counts = id >= 0 && id < layer.tasks;
+      const A* a = tables + (counts ? id * 3 * width : 0);
+      const A *b = a + width, *mu = b + width;
+      for_dims(layer.rank, [&](auto dims, int64_t d) ALIGN_INLINE_LAMBDA {
+        for (int l = 0; l < dims(); ++l) {
+          const int64_t e = t * layer.rank + d + l;
+          const A value = counts ? d_loss * (a[d + l] + b[d + l] * (widen(layer.z[e]) - mu[d + l])) : A(0);
+          dz[e] = narrow<T>(value);
         }
       });
     }
   });
 }
 
+int64_t row_blocks(int64_t tokens) { return (tokens + kBlockRows - 1) / kBlockRows; }
+
 }  // namespace
 
 template <typename T>
-int64_t task_moments_workspace(int64_t tokens, int64_t rank, int64_t tasks) {
-  return (tokens + kBlockRows - 1) / kBlockRows * tasks * (2 * rank + 1) * int64_t(sizeof(Acc<T>));
+int64_t task_moments_workspace(const Latents<T>& latents, int64_t tasks) {
+  return latents.layers * row_blocks(latents.tokens) * tasks * (2 * latents.rank + 1) * int64_t(sizeof(Acc<T>));
 }
 
 template <typename T>
 void task_moments(const TaskMomentsArgs<T>& args) {
-  const MomentsJob<T> job{args, static_cast<Acc<T>*>(args.workspace)};
-  const int64_t blocks = (args.tokens + kBlockRows - 1) / kBlockRows;
-  parallel_for(0, blocks, 4, [&job](int64_t begin, int64_t end) { moments_blocks(job, begin, end); });
-  for (int64_t i = 0; i < args.tasks; ++i) merge_task(job, blocks, i);
+  const MomentsJob<T> job{args, row_blocks(args.latents.tokens), static_cast<Acc<T>*>(args.workspace)};
+  const int64_t layers = args.latents.layers;
+  parallel_for(0, layers * job.blocks, 4, [&job](int64_t begin, int64_t end) { moments_blocks(job, begin, end); });
+  parallel_for(0, layers, 16, [&job](int64_t begin, int64_t end) {
+    for (int64_t layer = begin; layer < end; ++layer) {
+      for (int64_t i = 0; i < job.args.tasks; ++i) merge_task(job, layer, i);
+    }
+  });
 }
 
 template <typename A>
@@ -283,12 +313,19 @@ void gaussian_kl_tables(const GaussianKlTablesArgs<A>& args) {
 
 template <typename T>
 void gaussian_kl_backward(const GaussianKlBackwardArgs<T>& args) {
-  parallel_for(0, args.tokens, 2048, [&args](int64_t begin, int64_t end) { backward_rows(args, begin, end); });
+  const int64_t tokens = args.latents.tokens;
+  parallel_for(0, args.latents.layers * tokens, 2048, [&args, tokens](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t layer = begin / tokens, first = layer * tokens, last = std::min(end, first + tokens);
+      backward_rows(args, layer, begin - first, last - first);
+      begin = last;
+    }
+  });
 }
 
-#define ALIGN_INSTANTIATE(T)                                             \
-  template int64_t task_moments_workspace<T>(int64_t, int64_t, int64_t); \
-  template void task_moments(const TaskMomentsArgs<T>&);                 \
+#define ALIGN_INSTANTIATE(T)                                           \
+  template int64_t task_moments_workspace(const Latents<T>&, int64_t); \
+  template void task_moments(const TaskMomentsArgs<T>&);               \
   template void gaussian_kl_backward(const GaussianKlBackwardArgs<T>&);
 ALIGN_INSTANTIATE(float)
 ALIGN_INSTANTIATE(double)

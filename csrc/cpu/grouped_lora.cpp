@@ -6,32 +6,14 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cpu/arena.h"
 #include "cpu/dropout.h"
+#include "cpu/operands.h"
 #include "cpu/parallel.h"
 #include "cpu/skinny.h"
 
 namespace align::cpu {
 namespace {
-
-constexpr int64_t kAlignment = 64;
-
-// Hands out pieces of the workspace; with a null base it only measures.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(round_up(int64_t(reinterpret_cast<intptr_t>(base)), kAlignment)) {}
-
-  template <typename A>
-  A* take(int64_t count) {
-    A* piece = reinterpret_cast<A*>(base_ + used_);
-    used_ += round_up(count * int64_t(sizeof(A)), kAlignment);
-    return piece;
-  }
-  int64_t bytes() const { return used_ + kAlignment; }
-
- private:
-  int64_t base_;
-  int64_t used_ = 0;
-};
 
 template <typename A>
 struct Scratch {
@@ -46,7 +28,7 @@ struct Scratch {
 template <typename A>
 Scratch<A> carve(Arena& arena, const GroupedLoraShape& shape, bool dropout, bool backward) {
   const int64_t rank = round_up(shape.rank, kRankAlign);
-  const auto matrix = [&](int64_t rows, int64_t columns) { return Small<A>{arena.take<A>(rows * columns), columns}; };
+  const auto matrix = [&](int64_t rows, int64_t columns) { return arena.take_small<A>(rows, columns); };
   Scratch<A> s;
   if (dropout) s.keep = arena.take<uint8_t>(dropout_bits_bytes(shape.tokens * shape.in_dim));
   s.a = matrix(rank, round_up(shape.in_dim, kColumnAlign));
@@ -65,50 +47,19 @@ int64_t workspace_bytes(const GroupedLoraShape& shape, bool dropout, bool backwa
   return arena.bytes();
 }
 
-// Fills keep and returns the scale of kept elements; 1 without dropout.
-double draw_dropout(const InputDropout& dropout, int64_t elements, uint8_t* keep) {
-  if (dropout.p <= 0) return 1;
-  const uint32_t threshold = dropout_threshold(dropout.p);
-  fill_dropout_bits(dropout.rng[0], dropout.rng[1], threshold, elements, keep);
-  return dropout_scale(threshold);
-}
-
-// ---- Small operands of one group, in Acc
-
-template <typename T>
-struct PrepareJob {
-  int64_t rank, in_dim, out_dim;
-  const T* A;
-  const T* B;
-  Small<Acc<T>> a, bt;
-};
-
-constexpr int64_t kPrepareColumns = 256;
-
-// Blocks [begin, end) of 256 columns of a and bt; padding becomes zero.
-template <typename T>
-void prepare_columns(const PrepareJob<T>& job, int64_t begin, int64_t end) {
-  const int64_t first = begin * kPrepareColumns, last = end * kPrepareColumns;
-  for (int64_t j = 0; j < round_up(job.rank, kRankAlign); ++j) {
-    const bool real = j < job.rank;
-    Acc<T>* a = job.a.row(j);
-    for (int64_t c = first; c < std::min(last, job.a.stride); ++c) {
-      a[c] = real && c < job.in_dim ? widen(job.A[j * job.in_dim + c]) : Acc<T>(0);
-    }
-    Acc<T>* bt = job.bt.row(j);
-    for (int64_t c = first; c < std::min(last, job.bt.stride); ++c) {
-      bt[c] = real && c < job.out_dim ? widen(job.B[c * job.rank + j]) : Acc<T>(0);
-    }
-  }
-}
-
 template <typename T>
 void prepare_group(const GroupedLoraShape& shape, const T* A, const T* B, const Scratch<Acc<T>>& s, int64_t k) {
-  const PrepareJob<T> job{
-      shape.rank, shape.in_dim, shape.out_dim, A + k * shape.rank * shape.in_dim, B + k * shape.out_dim * shape.rank,
-      s.a,        s.bt};
-  parallel_for(0, ceil_div(std::max(s.a.stride, s.bt.stride), kPrepareColumns), 4,
-               [&job](int64_t begin, int64_t end) { prepare_columns(job, begin, end); });
+  const auto& [tokens, in_dim, out_dim, rank, groups] = shape;
+  const Operand<T> a{A + k * rank * in_dim, rank, in_dim, in_dim, 1};
+  const Operand<T> bt{B + k * out_dim * rank, rank, out_dim, 1, rank};
+  const int64_t padded = round_up(rank, kRankAlign);
+  parallel_for(0, ceil_div(std::max(s.a.stride, s.bt.stride), kPrepareColumns), 4, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kPrepareColumns, last = end * kPrepareColumns;
+    clear_columns(s.a, padded, first, last);
+    clear_columns(s.bt, padded, first, last);
+    add_columns(a, s.a, first, last);
+    add_columns(bt, s.bt, first, last);
+  });
 }
 
 // ---- Forward
@@ -129,8 +80,9 @@ void forward_rows(const ForwardJob<T>& job, int64_t first_block, int64_t last_bl
   const RowOrder x{args.row_groups.rows, args.shape.in_dim};
   const RowOrder y{args.row_groups.rows, args.shape.out_dim};
   const RowOrder z{args.row_groups.rows, rank};
-  const RowsDot<T> shrink{x, args.x, s.keep, s.a, s.latent};
-  const RankAdd<T> expand{y, args.y_in, args.y, nullptr, s.latent, s.bt, rank, Acc<T>(args.scaling), args.bias};
+  const RowsDot<T> shrink{x, args.x, {s.keep}, s.a, s.latent};
+  const RankTerm<Acc<T>> low_rank{{}, s.latent, s.bt, rank, Acc<T>(args.scaling)};
+  const RankAdd<T> expand{y, args.y_in, args.y, &low_rank, 1, args.bias};
   for (int64_t block = first_block; block < last_block; ++block) {
     const int64_t begin = job.begin + block * kRowBlock, end = std::min(begin + kRowBlock, job.end);
     rows_dot(shrink, begin, end);
@@ -164,8 +116,9 @@ void backward_rows(const BackwardJob<T>& job, int64_t first_block, int64_t last_
   const RowOrder y{args.row_groups.rows, args.shape.out_dim};
   const RowOrder x{args.row_groups.rows, args.shape.in_dim};
   const RowOrder z{args.row_groups.rows, rank};
-  const RowsDot<T> shrink{y, args.dy, nullptr, s.bt, s.latent};
-  const RankAdd<T> expand{x, args.dx_in, args.dx, s.keep, s.latent, s.a, rank, job.dropout_scale};
+  const RowsDot<T> shrink{y, args.dy, {}, s.bt, s.latent};
+  const RankTerm<Acc<T>> low_rank{{s.keep}, s.latent, s.a, rank, job.dropout_scale};
+  const RankAdd<T> expand{x, args.dx_in, args.dx, &low_rank, 1};
   for (int64_t block = first_block; block < last_block; ++block) {
     const int64_t begin = job.begin + block * kRowBlock, end = std::min(begin + kRowBlock, job.end);
     rows_dot(shrink, begin, end);
@@ -194,7 +147,7 @@ void backward_a(const BackwardJob<T>& job, int64_t first_block, int64_t last_blo
   const auto& [tokens, in_dim, out_dim, rank, groups] = job.args.shape;
   const auto& s = job.scratch;
   const RowOrder x{job.args.row_groups.rows, in_dim};
-  const OuterAdd<T> op{x, job.args.x, s.keep, s.latent, rank, job.dropout_scale, {job.dA, in_dim}};
+  const OuterAdd<T> op{x, job.args.x, {s.keep}, s.latent, rank, job.dropout_scale, {job.dA, in_dim}};
   outer(job, op, first_block * kColumnBlock, std::min(last_block * kColumnBlock, in_dim));
 }
 
@@ -204,7 +157,7 @@ void backward_b(const BackwardJob<T>& job, int64_t first_block, int64_t last_blo
   const auto& [tokens, in_dim, out_dim, rank, groups] = job.args.shape;
   const auto& s = job.scratch;
   const RowOrder y{job.args.row_groups.rows, out_dim};
-  const OuterAdd<T> op{y, job.args.dy, nullptr, s.z, rank, Acc<T>(job.args.scaling), s.dbt};
+  const OuterAdd<T> op{y, job.args.dy, {}, s.z, rank, Acc<T>(job.args.scaling), s.dbt};
   const int64_t first = first_block * kColumnBlock, last = std::min(last_block * kColumnBlock, out_dim);
   outer(job, op, first, last);
   for (int64_t c = first; c < last; ++c) {
@@ -227,7 +180,7 @@ void grouped_lora_forward(const GroupedLoraForwardArgs<T>& args) {
   const GroupedLoraShape& shape = args.shape;
   Arena arena(args.workspace);
   const auto scratch = carve<Acc<T>>(arena, shape, args.dropout.p > 0, /*backward=*/false);
-  const auto scale = Acc<T>(draw_dropout(args.dropout, shape.tokens * shape.in_dim, scratch.keep));
+  const auto scale = Acc<T>(draw_dropout(args.dropout.p, args.dropout.rng, shape.tokens * shape.in_dim, scratch.keep));
   for (int64_t k = 0; k < shape.groups; ++k) {
     const ForwardJob<T> job{args, scratch, scale, args.row_groups.offsets[k], args.row_groups.offsets[k + 1]};
     if (job.begin == job.end) continue;
@@ -242,7 +195,7 @@ void grouped_lora_backward(const GroupedLoraBackwardArgs<T>& args) {
   const GroupedLoraShape& shape = args.shape;
   Arena arena(args.workspace);
   const auto scratch = carve<Acc<T>>(arena, shape, args.dropout.p > 0, /*backward=*/true);
-  const auto scale = Acc<T>(draw_dropout(args.dropout, shape.tokens * shape.in_dim, scratch.keep));
+  const auto scale = Acc<T>(draw_dropout(args.dropout.p, args.dropout.rng, shape.tokens * shape.in_dim, scratch.keep));
   for (int64_t k = 0; k < shape.groups; ++k) {
     const BackwardJob<T> job{args,
                              scratch,

@@ -20,10 +20,11 @@ constexpr int kTile = 16;
 #endif
 constexpr int kRanks = kRankAlign;  // ranks of a tile of rows_dot and outer_add
 
+// v with the lanes of dropped elements zeroed; lane l has the bit first_bit + l.
 template <bool kMasked, int W, typename A>
-ALIGN_INLINE Vec<A, W> mask(const Vec<A, W>& v, const uint8_t* keep, int64_t element) {
+ALIGN_INLINE Vec<A, W> mask(const Vec<A, W>& v, const KeepBits& keep, int64_t first_bit) {
   if constexpr (kMasked) {
-    return zero_dropped<W, A>(v, keep, element);
+    return zero_dropped<W, A>(v, keep.bits, first_bit);
   } else {
     return v;
   }
@@ -62,7 +63,7 @@ ALIGN_INLINE void dot_tile(const RowsDot<T>& op, int64_t t, int64_t end, int64_t
   const auto add_columns = [&](int64_t c, auto load_x) ALIGN_INLINE_LAMBDA {
     Vec<A, W> xd[kRows];
     for (int i = 0; i < kRows; ++i) {
-      xd[i] = mask<kMasked, W, A>(load_x(op.x + element[i] + c), op.keep, element[i] + c);
+      xd[i] = mask<kMasked, W, A>(load_x(op.x + element[i] + c), op.keep, op.keep.index(op.order, element[i], c));
     }
     for (int k = 0; k < kRanks; ++k) {
       const auto a = load<W>(op.a.row(j + k) + c);
@@ -102,22 +103,44 @@ ALIGN_INLINE void rows_dot_tiles(const RowsDot<T>& op, int64_t begin, int64_t en
 
 // ---- rank_add
 
-// Rows t .. t+3, kVecs vectors of columns from c on; unless kWhole only lanes columns of the last vector exist.
-template <int W, int kRows, int kVecs, bool kWhole, bool kMasked, typename T>
-ALIGN_INLINE void add_tile(const RankAdd<T>& op, int64_t t, int64_t end, const int64_t (&element)[kRows], int64_t c,
-                           int64_t lanes) {
-  using A = Acc<T>;
-  constexpr int kLane = kLanes<A, W>;
-  Vec<A, W> sum[kRows][kVecs] = {};
+// sum[i][v] = the products of one term, before scale and mask, for kRows rows and kVecs vectors of columns from c on.
+template <int W, int kRows, int kVecs, typename A>
+ALIGN_INLINE void term_products(const RankTerm<A>& term, int64_t t, int64_t end, int64_t c,
+                                Vec<A, W> (&sum)[kRows][kVecs]) {
   const A* g[kRows];
-  for (int i = 0; i < kRows; ++i) g[i] = op.g.row(t + i < end ? t + i : t);
-  for (int64_t j = 0; j < op.rank; ++j) {
+  for (int i = 0; i < kRows; ++i) {
+    g[i] = term.g.row(t + i < end ? t + i : t);
+    for (int v = 0; v < kVecs; ++v) sum[i][v] = Vec<A, W>{};
+  }
+  for (int64_t j = 0; j < term.rank; ++j) {
     Vec<A, W> b[kVecs];
-    for (int v = 0; v < kVecs; ++v) b[v] = load<W>(op.b.row(j) + c + v * kLane);
+    for (int v = 0; v < kVecs; ++v) b[v] = load<W>(term.b.row(j) + c + v * kLanes<A, W>);
     for (int i = 0; i < kRows; ++i) {
       for (int v = 0; v < kVecs; ++v) sum[i][v] += b[v] * g[i][j];
     }
   }
+}
+
+// Rows t .. t+3, kVecs vectors of columns from c on; unless kWhole only lanes columns of the last vector exist. The
+// sums of the first term stay in registers; those of further terms (kMany) go through the stack.
+template <int W, int kRows, int kVecs, bool kWhole, bool kMasked, bool kMany, typename T>
+ALIGN_INLINE void add_tile(const RankAdd<T>& op, int64_t t, int64_t end, const int64_t (&element)[kRows], int64_t c,
+                           int64_t lanes) {
+  using A = Acc<T>;
+  constexpr int kLane = kLanes<A, W>;
+  const auto term_value = [&](const RankTerm<A>& term, const Vec<A, W>& sum, int i, int v) ALIGN_INLINE_LAMBDA {
+    if (kMasked && !term.keep.bits) return term.scale * sum;
+    return term.scale * mask<kMasked, W, A>(sum, term.keep, term.keep.index(op.order, element[i], c + v * kLane));
+  };
+  Vec<A, W> sum[kRows][kVecs];
+  Vec<A, W> further[kRows][kVecs] = {};
+  for (int64_t k = 1; kMany && k < op.count; ++k) {
+    term_products<W>(op.terms[k], t, end, c, sum);
+    for (int i = 0; i < kRows; ++i) {
+      for (int v = 0; v < kVecs; ++v) further[i][v] += term_value(op.terms[k], sum[i][v], i, v);
+    }
+  }
+  term_products<W>(op.terms[0], t, end, c, sum);
   for (int i = 0; i < kRows; ++i) {
     if (t + i >= end) break;
     for (int v = 0; v < kVecs; ++v) {
@@ -128,7 +151,8 @@ ALIGN_INLINE void add_tile(const RankAdd<T>& op, int64_t t, int64_t end, const i
         const T* bias = op.bias + c + v * kLane;
         y += kWhole ? load<W>(bias) : load_first<W>(bias, lanes);
       }
-      y += op.scale * mask<kMasked, W, A>(sum[i][v], op.keep, e);
+      y += term_value(op.terms[0], sum[i][v], i, v);
+      if (kMany) y += further[i][v];
       if (kWhole) {
         store<W>(op.out + e, y);
       } else {
@@ -138,7 +162,7 @@ ALIGN_INLINE void add_tile(const RankAdd<T>& op, int64_t t, int64_t end, const i
   }
 }
 
-template <int W, bool kMasked, typename T>
+template <int W, bool kMasked, bool kMany, typename T>
 ALIGN_INLINE void rank_add_tiles(const RankAdd<T>& op, int64_t begin, int64_t end) {
   constexpr int kRows = 4, kVecs = kTile<W> / kRows;
   constexpr int64_t kLane = kLanes<Acc<T>, W>, kWide = kVecs * kLane;
@@ -150,10 +174,10 @@ ALIGN_INLINE void rank_add_tiles(const RankAdd<T>& op, int64_t begin, int64_t en
       first_elements(op.order, t, end, element);
       int64_t c = first;
       for (; c + kWide <= last; c += kWide) {
-        add_tile<W, kRows, kVecs, true, kMasked, T>(op, t, end, element, c, kLane);
+        add_tile<W, kRows, kVecs, true, kMasked, kMany, T>(op, t, end, element, c, kLane);
       }
       for (; c < last; c += kLane) {
-        add_tile<W, kRows, 1, false, kMasked, T>(op, t, end, element, c, std::min(kLane, last - c));
+        add_tile<W, kRows, 1, false, kMasked, kMany, T>(op, t, end, element, c, std::min(kLane, last - c));
       }
     }
   }
@@ -161,22 +185,26 @@ ALIGN_INLINE void rank_add_tiles(const RankAdd<T>& op, int64_t begin, int64_t en
 
 // ---- outer_add
 
-// Ranks j .. j+7, kVecs vectors of columns from c on; unless kWhole only lanes columns of the last vector exist.
+// Ranks j .. j+7, kVecs vectors of columns from c on; unless kWhole only lanes columns of the last vector exist. g is
+// that of rows begin .. end-1 and of these ranks.
 template <int W, int kVecs, bool kWhole, bool kMasked, typename T>
-ALIGN_INLINE void outer_tile(const OuterAdd<T>& op, int64_t begin, int64_t end, int64_t j, int64_t c, int64_t lanes) {
+ALIGN_INLINE void outer_tile(const OuterAdd<T>& op, Small<const Acc<T>> g, int64_t begin, int64_t end, int64_t j,
+                             int64_t c, int64_t lanes) {
   using A = Acc<T>;
   constexpr int kLane = kLanes<A, W>;
   Vec<A, W> sum[kRanks][kVecs] = {};
   for (int64_t t = begin; t < end; ++t) {
-    const int64_t element = op.order.first_element(t) + c;
-    const A* g = op.g.row(t) + j;
+    const int64_t element = op.order.first_element(t);
+    const A* factor = g.row(t - begin);
     Vec<A, W> xd[kVecs];
     for (int v = 0; v < kVecs; ++v) {
-      const int64_t e = element + v * kLane;
-      xd[v] = mask<kMasked, W, A>(kWhole ? load<W>(op.x + e) : load_first<W>(op.x + e, lanes), op.keep, e);
+      const int64_t column = c + v * kLane;
+      const T* x = op.x + element + column;
+      xd[v] = mask<kMasked, W, A>(kWhole ? load<W>(x) : load_first<W>(x, lanes), op.keep,
+                                  op.keep.index(op.order, element, column));
     }
     for (int k = 0; k < kRanks; ++k) {
-      for (int v = 0; v < kVecs; ++v) sum[k][v] += xd[v] * g[k];
+      for (int v = 0; v < kVecs; ++v) sum[k][v] += xd[v] * factor[k];
     }
   }
   for (int k = 0; k < kRanks; ++k) {
@@ -192,20 +220,36 @@ ALIGN_INLINE void outer_tile(const OuterAdd<T>& op, int64_t begin, int64_t end, 
   }
 }
 
+constexpr int64_t kOuterRows = 64;
+
+// Ranks j .. j+7 of g in rows begin .. end-1, times their factors v if there are any; then they lie in product.
+template <typename T, typename A = Acc<T>>
+ALIGN_INLINE Small<const A> outer_factors(const OuterAdd<T>& op, int64_t begin, int64_t end, int64_t j,
+                                          A (&product)[kOuterRows * kRanks]) {
+  if (!op.v.data) return {op.g.row(begin) + j, op.g.stride};
+  const int64_t ranks = std::min<int64_t>(kRanks, op.rank - j);
+  for (int64_t t = begin; t < end; ++t) {
+    A* row = product + (t - begin) * kRanks;
+    std::fill_n(row, kRanks, A(0));
+    for (int64_t k = 0; k < ranks; ++k) row[k] = op.g.row(t)[j + k] * op.v.row(t)[(j + k) / op.width];
+  }
+  return {product, kRanks};
+}
+
 // Partial sums over blocks of rows keep the rounding error of a long sum small, and their rows in the cache.
 template <int W, bool kMasked, typename T>
 ALIGN_INLINE void outer_add_tiles(const OuterAdd<T>& op, int64_t begin, int64_t end, int64_t first, int64_t last) {
-  constexpr int64_t kRows = 64;
   constexpr int64_t kVecs = kTile<W> / kRanks, kLane = kLanes<Acc<T>, W>, kWide = kVecs * kLane;
-  for (int64_t t = begin; t < end; t += kRows) {
-    const int64_t stop = std::min(t + kRows, end);
-    int64_t c = first;
-    for (; c + kWide <= last; c += kWide) {
-      for (int64_t j = 0; j < op.rank; j += kRanks) outer_tile<W, kVecs, true, kMasked, T>(op, t, stop, j, c, kLane);
-    }
-    for (; c < last; c += kLane) {
-      const int64_t lanes = std::min(kLane, last - c);
-      for (int64_t j = 0; j < op.rank; j += kRanks) outer_tile<W, 1, false, kMasked, T>(op, t, stop, j, c, lanes);
+  Acc<T> product[kOuterRows * kRanks];
+  for (int64_t t = begin; t < end; t += kOuterRows) {
+    const int64_t stop = std::min(t + kOuterRows, end);
+    for (int64_t j = 0; j < op.rank; j += kRanks) {
+      const auto g = outer_factors(op, t, stop, j, product);
+      int64_t c = first;
+      for (; c + kWide <= last; c += kWide) outer_tile<W, kVecs, true, kMasked, T>(op, g, t, stop, j, c, kLane);
+      for (; c < last; c += kLane) {
+        outer_tile<W, 1, false, kMasked, T>(op, g, t, stop, j, c, std::min(kLane, last - c));
+      }
     }
   }
 }
@@ -214,20 +258,27 @@ ALIGN_INLINE void outer_add_tiles(const OuterAdd<T>& op, int64_t begin, int64_t 
 
 template <typename T>
 void rows_dot(const RowsDot<T>& op, int64_t begin, int64_t end) {
-  dispatch<T>(op.keep, [&](auto width, auto masked)
-                           ALIGN_INLINE_LAMBDA { rows_dot_tiles<width(), masked(), T>(op, begin, end); });
+  dispatch<T>(op.keep.bits, [&](auto width, auto masked)
+                                ALIGN_INLINE_LAMBDA { rows_dot_tiles<width(), masked(), T>(op, begin, end); });
 }
 
 template <typename T>
 void rank_add(const RankAdd<T>& op, int64_t begin, int64_t end) {
-  dispatch<T>(op.keep, [&](auto width, auto masked)
-                           ALIGN_INLINE_LAMBDA { rank_add_tiles<width(), masked(), T>(op, begin, end); });
+  const bool masked_terms = std::any_of(op.terms, op.terms + op.count, [](const auto& term) { return term.keep.bits; });
+  if (op.count > 1) {
+    dispatch<T>(masked_terms, [&](auto width, auto masked)
+                                  ALIGN_INLINE_LAMBDA { rank_add_tiles<width(), masked(), true, T>(op, begin, end); });
+  } else {
+    dispatch<T>(masked_terms, [&](auto width, auto masked)
+                                  ALIGN_INLINE_LAMBDA { rank_add_tiles<width(), masked(), false, T>(op, begin, end); });
+  }
 }
 
 template <typename T>
 void outer_add(const OuterAdd<T>& op, int64_t begin, int64_t end, int64_t first, int64_t last) {
-  dispatch<T>(op.keep, [&](auto width, auto masked)
-                           ALIGN_INLINE_LAMBDA { outer_add_tiles<width(), masked(), T>(op, begin, end, first, last); });
+  dispatch<T>(op.keep.bits, [&](auto width, auto masked) ALIGN_INLINE_LAMBDA {
+    outer_add_tiles<width(), masked(), T>(op, begin, end, first, last);
+  });
 }
 
 #define ALIGN_INSTANTIATE(T)                                   \

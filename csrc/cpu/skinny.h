@@ -1,8 +1,8 @@
 // Products with one small dimension, the rank, over rows of a big operand x or y:
 //
 //   rows_dot   out[t,j]  = sum_c xd[t,c] a[j,c]                            shrink, and its twin dz = dy B
-//   rank_add   y[t,c]    = y_in[t,c] + bias[c] + scale m[t,c] sum_j g[t,j] b[j,c]    expand, and dx
-//   outer_add  w[j,c]   += scale sum_t g[t,j] xd[t,c]                      dA and dB
+//   rank_add   y[t,c]    = y_in[t,c] + bias[c] + sum over terms of scale m[t,c] sum_j g[t,j] b[j,c]    expand, and dx
+//   outer_add  w[j,c]   += scale sum_t v[t, j / width] g[t,j] xd[t,c]      dA and dB
 //
 // xd is x with dropped elements zeroed and m is 0 or 1; dropout's 1/(1-p) is part of the scales. Big operands are of
 // type T; the small ones (a, b, g, w) are Acc<T>. They run on the calling thread, on the widest vectors there are,
@@ -37,31 +37,52 @@ struct Small {
 struct RowOrder {
   const int64_t* rows;  // or null: i itself
   int64_t columns;
+  int64_t stride = columns;  // elements from one row of memory to the next
 
-  int64_t first_element(int64_t i) const { return (rows ? rows[i] : i) * columns; }
+  int64_t first_element(int64_t i) const { return (rows ? rows[i] : i) * stride; }
+};
+
+// The dropout bits of a big matrix: of the whole of it, or of one of several heads, each with a mask of its own, in
+// the order (row, head, column); the matrix has no gaps between its rows.
+struct KeepBits {
+  const uint8_t* bits = nullptr;  // or null: no dropout
+  int64_t heads = 1;
+  int64_t head = 0;
+
+  // The bit of element first + c of a row that begins at first.
+  int64_t index(const RowOrder& order, int64_t first, int64_t c) const {
+    return first * heads + head * order.columns + c;
+  }
 };
 
 template <typename T>
 struct RowsDot {
   RowOrder order;
   const T* x;
-  const uint8_t* keep;  // dropout bits of x, or null: no dropout
+  KeepBits keep;  // of x
   Small<const Acc<T>> a;
   Small<Acc<T>> out;  // assigned, columns 0 .. stride-1
 };
 template <typename T>
 void rows_dot(const RowsDot<T>& op, int64_t begin, int64_t end);
 
+// m * scale * g b; m is that of keep.
+template <typename A>
+struct RankTerm {
+  KeepBits keep;  // of out
+  Small<A> g;
+  Small<A> b;
+  int64_t rank;
+  A scale;
+};
+
 template <typename T>
 struct RankAdd {
   RowOrder order;
-  const T* in;          // or null: zero; may be out
-  T* out;               // assigned
-  const uint8_t* keep;  // dropout bits of out, or null: no dropout
-  Small<const Acc<T>> g;
-  Small<const Acc<T>> b;
-  int64_t rank;
-  Acc<T> scale;
+  const T* in;  // or null: zero; may be out
+  T* out;       // assigned, one rounding for all terms
+  const RankTerm<Acc<T>>* terms;
+  int64_t count;            // of terms, at least 1
   const T* bias = nullptr;  // [columns], added to every row, or null: zero
 };
 template <typename T>
@@ -71,11 +92,13 @@ template <typename T>
 struct OuterAdd {
   RowOrder order;
   const T* x;
-  const uint8_t* keep;  // dropout bits of x, or null: no dropout
+  KeepBits keep;  // of x
   Small<const Acc<T>> g;
   int64_t rank;
   Acc<T> scale;
-  Small<Acc<T>> w;  // accumulated into
+  Small<Acc<T>> w;             // accumulated into
+  Small<const Acc<T>> v = {};  // factors of g, one for every width ranks, or null: 1
+  int64_t width = 1;
 };
 // Rows [begin, end), columns [first, last).
 template <typename T>

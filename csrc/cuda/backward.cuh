@@ -1,6 +1,6 @@
-// backward: what depends on dz alone, in one launch whose blocks are of three kinds: outer products of x (dA), outer
-// products of dy (dB, unless the sweep has them), and dx. Each kind by itself would leave a small GPU's
-// multiprocessors idle at small widths.
+// backward: what depends on the latents' gradients alone, in one launch whose blocks are of several kinds: outer
+// products of x (dA, a router's dR), outer products of dy (dB, unless the sweep has them), and dx. Each kind by itself
+// would leave a small GPU's multiprocessors idle at small widths.
 #pragma once
 
 #include "cuda/expand.cuh"
@@ -8,16 +8,22 @@
 
 namespace align::cuda {
 
+constexpr int kOuterJobs = 3;
+
 template <class Math, class Mix>
 struct BackwardJob {
   using T = typename Math::Element;
-  OuterJob<T> x;   // dA
-  OuterJob<T> dy;  // dB
+  struct Outer {
+    OuterJob<T> job;
+    Mix latents;
+    int blocks;  // of columns; 0: no such job
+  };
+  Outer outer[kOuterJobs];
   ExpandJob<T> dx;
-  Mix dz, z;
-  int64_t x_blocks, dy_blocks;  // of columns; 0: no such job
-  int64_t row_tiles;
-  int64_t rank_chunks;
+  Mix dz;
+  int row_tiles;    // of dx; 0: not wanted
+  int groups;       // of rows
+  int rank_chunks;  // of the outer products
 };
 
 template <class Math>
@@ -26,24 +32,22 @@ constexpr size_t kBackwardShared = std::max(kOuterShared<Math, false>, kExpandSh
 template <class Math, class Mix>
 __global__ void __launch_bounds__(kThreads, 2) backward_kernel(BackwardJob<Math, Mix> job) {
   if (!compiled_here<Math>()) return;
-  int64_t index = blockIdx.x;
-  const int64_t repeats = job.x.shape.groups * job.rank_chunks;
-  const int64_t outer_of_x = job.x_blocks * repeats, outer_of_dy = job.dy_blocks * repeats;
-  if (index < outer_of_x + outer_of_dy) {
-    const bool of_x = index < outer_of_x;
-    if (!of_x) index -= outer_of_x;
-    const int64_t block = index / repeats, group = index % repeats / job.rank_chunks, chunk = index % job.rank_chunks;
-    outer_columns<Math, false>(of_x ? job.x : job.dy, of_x ? job.dz : job.z, block, group, chunk);
+  int index = int(blockIdx.x);
+  const int repeats = job.groups * job.rank_chunks;
+  int kind = 0;
+  while (kind < kOuterJobs && index >= job.outer[kind].blocks * repeats) index -= job.outer[kind++].blocks * repeats;
+  if (kind < kOuterJobs) {
+    const int block = index / repeats, group = index % repeats / job.rank_chunks, chunk = index % job.rank_chunks;
+    outer_columns<Math, false>(job.outer[kind].job, job.outer[kind].latents, block, group, chunk);
   } else {
-    index -= outer_of_x + outer_of_dy;
     expand_tiles<Math>(job.dx, job.dz, index % job.row_tiles, index / job.row_tiles);
   }
 }
 
 template <class Math, class Mix>
 void backward(const BackwardJob<Math, Mix>& job, Stream stream) {
-  const int64_t outer = (job.x_blocks + job.dy_blocks) * job.x.shape.groups * job.rank_chunks;
-  const int64_t blocks = outer + job.row_tiles * job.dx.cut.slabs;
+  int64_t blocks = job.row_tiles * job.dx.cut.slabs;
+  for (const auto& outer : job.outer) blocks += int64_t(outer.blocks) * job.groups * job.rank_chunks;
   if (blocks > 0) {
     launch(backward_kernel<Math, Mix>, dim3(unsigned(blocks)), dim3(kThreads), kBackwardShared<Math>, stream, job);
   }

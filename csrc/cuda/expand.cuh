@@ -18,8 +18,10 @@ struct ExpandJob {
   bool out_aligned;
   const T* bias;  // [cols], or null: zero
   SmallMatrix<T> m;
-  InputDropout dropout;
-  float scale;
+  DropoutArgs dropout;
+  int masked;   // ranks below are multiplied by the mask and kept, a multiple of 16, or kAllRanks
+  float kept;   // what the mask is scaled by
+  float scale;  // of all ranks
   Cut cut;
 };
 
@@ -34,14 +36,14 @@ constexpr size_t kExpandShared = sizeof(typename Math::Element) *
 
 template <class Math, class Mix>
 __device__ __forceinline__ void expand_tiles(const ExpandJob<typename Math::Element>& job, const Mix& mix,
-                                             int64_t tile_index, int64_t slab) {
+                                             int tile_index, int slab) {
   using T = typename Math::Element;
   constexpr int kRank = Math::kRank;
   RowTile tile;
   if (!find_tile(job.groups, job.shape, tile_index, &tile)) return;
 
   const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp, first_row = warp * kWarpRows;
-  const int64_t begin = slab * job.cut.slab_tiles * kTileCols<T>;
+  const int64_t begin = int64_t(slab) * job.cut.slab_tiles * kTileCols<T>;
   const int64_t slab_end = begin + job.cut.slab_tiles * kTileCols<T>;
   const int64_t end = slab_end < job.in.cols ? slab_end : job.in.cols;
   // With several chunks of ranks the piece is one tile wide, and read again for every chunk.
@@ -82,11 +84,17 @@ __device__ __forceinline__ void expand_tiles(const ExpandJob<typename Math::Elem
         if (!one_chunk) fill_latent<T, kRank>(g, mix, tile, first_row, kWarpRows, first_rank, lane, kWarp);
         __syncthreads();  // piece, bias and latent rows are complete
       }
-      Math::add(acc, g + first_row * kLatentStride<T, kRank>, piece + in_piece * kTileCols<T>);
+      const T *rows = g + first_row * kLatentStride<T, kRank>, *m = piece + in_piece * kTileCols<T>;
+      const int masked = masked_ranks<kRank>(dropout, first_rank, job.masked);
+      if (masked > 0) Math::add(acc, rows, m, 0, masked);
+      // The masked ranks come first: once, when all of them are in acc.
+      if (masked > 0 && (masked < kRank || first_rank + kRank >= min(int64_t(job.masked), job.shape.rank))) {
+        Math::mask(acc, job.kept,
+                   [&](int row, int unit) { return uint32_t(keep[(first_row + row) * Units<T>::kPerRow + unit]); });
+      }
+      if (masked < kRank) Math::add(acc, rows, m, masked, kRank);
     }
-    Math::apply(acc, y + first_row * kTileStride<T>, bias + in_piece * kTileCols<T>, job.scale, [&](int row, int unit) {
-      return dropout.threshold > 0 ? keep[(first_row + row) * Units<T>::kPerRow + unit] : 0xFFu;
-    });
+    Math::apply(acc, y + first_row * kTileStride<T>, bias + in_piece * kTileCols<T>, job.scale);
     __syncwarp();  // the sums of the warp's rows are complete
     units.write(y, job.out, job.out_aligned, job.in.cols, col);
     stage = 1 - stage;
@@ -98,7 +106,7 @@ __device__ __forceinline__ void expand_tiles(const ExpandJob<typename Math::Elem
 // Grid: row tiles, slabs.
 template <class Math, class Mix>
 __global__ void __launch_bounds__(kThreads, 2) expand_kernel(ExpandJob<typename Math::Element> job, Mix mix) {
-  if (compiled_here<Math>()) expand_tiles<Math>(job, mix, blockIdx.x, blockIdx.y);
+  if (compiled_here<Math>()) expand_tiles<Math>(job, mix, int(blockIdx.x), int(blockIdx.y));
 }
 
 template <class Math, class Mix>

@@ -37,7 +37,7 @@ struct Ffma {
   static constexpr int kStride = kTileStride<T>, kPieceRow = kPieceStride<T, kRank>,
                        kLatentRow = kLatentStride<T, kRank>;
   // dot: lane 8 a + b has rows a + 4 i and ranks b + 8 j. add: rows a + 4 i and columns 4 b + 32 i.
-  static constexpr int kRows = 4, kRanks = kRank / 8, kRanksAtOnce = kRanks < 4 ? kRanks : 4;
+  static constexpr int kRows = 4, kRanks = kRank / 8, kRanksAtOnce = 2;
   static constexpr int kGroups = kTileCols<T> / 32;
   // outer: a warp's columns are kGroups groups of 4; its lanes split into groups, shares of the ranks, shares of the
   // rows.
@@ -56,11 +56,12 @@ struct Ffma {
   static __device__ __forceinline__ int lane() { return int(threadIdx.x) % kWarp; }
   static __device__ __forceinline__ int warp() { return int(threadIdx.x) / kWarp; }
 
-  static __device__ __forceinline__ void dot(Dot& acc, const T* x, const T* m) {
+  static __device__ __forceinline__ void dot(Dot& acc, const T* x, const T* m, int begin, int end) {
     x += lane() / 8 * kStride;
     m += lane() % 8 * kPieceRow;
 #pragma unroll
     for (int first = 0; first < kRanks; first += kRanksAtOnce) {
+      if (8 * first < begin || 8 * first >= end) continue;
       float sum[kRows][kRanksAtOnce] = {};
 #pragma unroll 1
       for (int c = 0; c < kTileCols<T>; c += 4) {
@@ -86,11 +87,11 @@ struct Ffma {
     }
   }
 
-  static __device__ __forceinline__ void add(Add& acc, const T* g, const T* m) {
+  static __device__ __forceinline__ void add(Add& acc, const T* g, const T* m, int begin, int end) {
     g += lane() / 8 * kLatentRow;
     m += lane() % 8 * 4;
 #pragma unroll 1
-    for (int k = 0; k < kRank; k += 4) {
+    for (int k = begin; k < end; k += 4) {
       float gs[kRows][4];
 #pragma unroll
       for (int i = 0; i < kRows; ++i) load4(gs[i], g + 4 * i * kLatentRow + k);
@@ -137,35 +138,45 @@ struct Ffma {
     }
   }
 
-  template <typename Row>
-  static __device__ __forceinline__ void store(const Dot& acc, float scale, int64_t ranks, const Row& row) {
+  template <typename Scale, typename Row>
+  static __device__ __forceinline__ void store(const Dot& acc, const Scale& scale, int64_t ranks, const Row& row) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       float* out = row(lane() / 8 + 4 * i);
       if (out == nullptr) continue;
 #pragma unroll
       for (int j = 0; j < kRanks; ++j) {
-        if (lane() % 8 + 8 * j < ranks) out[lane() % 8 + 8 * j] = scale * acc.v[i][j];
+        if (lane() % 8 + 8 * j < ranks) out[lane() % 8 + 8 * j] = scale(lane() % 8 + 8 * j) * acc.v[i][j];
       }
     }
   }
 
   template <typename Keep>
-  static __device__ __forceinline__ void apply(const Add& acc, T* y, const float* bias, float scale, const Keep& keep) {
+  static __device__ __forceinline__ void mask(Add& acc, float scale, const Keep& keep) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const int row = lane() / 8 + 4 * i;
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
         const int col = lane() % 8 * 4 + 32 * group;
-        const uint32_t bits = keep(row, col / kUnit<T>) >> (col % kUnit<T>);
-        float four[4];
-        load4(four, y + row * kStride + col);
+        const uint32_t bits = keep(lane() / 8 + 4 * i, col / kUnit<T>) >> (col % kUnit<T>);
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          four[c] += bias[col + c] + (bits >> c & 1u ? scale * acc.v[i][group][c] : 0.f);
-        }
-        store4(y + row * kStride + col, four);
+        for (int c = 0; c < 4; ++c) acc.v[i][group][c] *= bits >> c & 1u ? scale : 0.f;
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void apply(const Add& acc, T* y, const float* bias, float scale) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      T* row = y + (lane() / 8 + 4 * i) * kStride;
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) {
+        const int col = lane() % 8 * 4 + 32 * group;
+        float four[4];
+        load4(four, row + col);
+#pragma unroll
+        for (int c = 0; c < 4; ++c) four[c] += bias[col + c] + scale * acc.v[i][group][c];
+        store4(row + col, four);
       }
     }
   }

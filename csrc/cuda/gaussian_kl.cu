@@ -1,8 +1,11 @@
+// Every kernel takes all layers, the grid's last dimension, whose pointers and ranks travel in the kernel's parameters.
 // Moments: a block of threads takes 256 rows and up to 32 dimensions. A thread owns one dimension of every k-th row
 // and keeps its sums for 16 tasks at a time in its own column of shared memory, so that no two threads add to one
 // address; columns are then added in a fixed order. A second kernel merges the blocks' moments in their order (Chan).
 // Tables: a block a layer, a thread a dimension. Backward: one element a thread and step.
 #include "ops/gaussian_kl.h"
+
+#include <algorithm>
 
 #include "cuda/launch.cuh"
 #include "ops/convert.h"
@@ -14,6 +17,7 @@ constexpr int kThreads = 256;
 constexpr int kBlockRows = 256;
 constexpr int kTaskTile = 16;  // 2 * 16 * 256 floats of shared memory: 32 KiB
 constexpr int kTableThreads = 128;
+constexpr int kMaxLayers = 256;  // of a launch: 3 of the 4 KiB that a kernel's parameters may have
 
 // Threads along a row: the power of two that covers rank, at most a warp.
 int lanes_for(int64_t rank) {
@@ -22,14 +26,38 @@ int lanes_for(int64_t rank) {
   return lanes;
 }
 
-// ---- Moments
-
+// Up to kMaxLayers layers of Latents, as a kernel takes them.
 template <typename T>
-struct MomentsJob {
-  TaskMomentsArgs<T> args;
-  Acc<T>* partial;  // [blocks, tasks, 2 rank + 1]
-  int lanes;        // threads along a row
+struct Layers {
+  const T* z[kMaxLayers];
+  int ranks[kMaxLayers];
+  int64_t tokens;
+  int64_t rank;  // the widest one's
+  const int64_t* task;
+  int64_t tasks;
+  int lanes;  // threads along a row
 };
+
+// Calls body(layers, number of the first, count) for every launch's share of the layers.
+template <typename T, typename Body>
+void for_launches(const Latents<T>& latents, int64_t tasks, const Body& body) {
+  for (int64_t first = 0; first < latents.layers; first += kMaxLayers) {
+    const int64_t count = std::min<int64_t>(kMaxLayers, latents.layers - first);
+    Layers<T> layers = {};
+    for (int64_t i = 0; i < count; ++i) {
+      layers.z[i] = latents.z[first + i];
+      layers.ranks[i] = int(latents.ranks[first + i]);
+    }
+    layers.tokens = latents.tokens;
+    layers.rank = latents.rank;
+    layers.task = latents.task;
+    layers.tasks = tasks;
+    layers.lanes = lanes_for(latents.rank);
+    body(layers, first, unsigned(count));
+  }
+}
+
+// ---- Moments
 
 // Sum over the block's row groups of one dimension.
 __device__ float column_sum(const float* column, int lanes) {
@@ -41,33 +69,34 @@ __device__ float column_sum(const float* column, int lanes) {
 // First pass: count and mean of each task of the tile. Second pass: sums of differences from that mean and of their
 // squares; the former corrects the mean's rounding.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) block_moments_kernel(MomentsJob<T> job) {
+__global__ void __launch_bounds__(kThreads) block_moments_kernel(Layers<T> layers, float* partial) {
   __shared__ float first[kTaskTile][kThreads];   // sums of z, then of differences
   __shared__ float second[kTaskTile][kThreads];  // counts, then sums of squares
   __shared__ float mean[kTaskTile][kWarp];
   __shared__ float count[kTaskTile];
   __shared__ int task[kBlockRows];  // within the tile, or -1
 
-  const TaskMomentsArgs<T>& args = job.args;
-  const int thread = threadIdx.x, lanes = job.lanes, groups = kThreads / lanes;
+  const int64_t rank = layers.ranks[blockIdx.z], width = 2 * layers.rank + 1, tasks = layers.tasks;
+  const int thread = threadIdx.x, lanes = layers.lanes, groups = kThreads / lanes;
   const int lane = thread % lanes, group = thread / lanes;
   const int64_t begin = int64_t(blockIdx.x) * kBlockRows;
-  const int rows = int(args.tokens - begin < kBlockRows ? args.tokens - begin : kBlockRows);
-  const int64_t d = int64_t(blockIdx.y) * lanes + lane;
-  const T* z = args.z + begin * args.rank + d;
-  const int64_t width = 2 * args.rank + 1;
+  const int rows = int(layers.tokens - begin < kBlockRows ? layers.tokens - begin : kBlockRows);
+  const int64_t first_dim = int64_t(blockIdx.y) * lanes, d = first_dim + lane;
+  if (blockIdx.y > 0 && first_dim >= rank) return;  // beyond a narrow layer
+  const T* z = layers.z[blockIdx.z] + begin * rank + d;
+  partial += (int64_t(blockIdx.z) * gridDim.x + blockIdx.x) * tasks * width;
 
-  for (int64_t tile = 0; tile < args.tasks; tile += kTaskTile) {
-    const int tile_tasks = int(args.tasks - tile < kTaskTile ? args.tasks - tile : kTaskTile);
+  for (int64_t tile = 0; tile < tasks; tile += kTaskTile) {
+    const int tile_tasks = int(tasks - tile < kTaskTile ? tasks - tile : kTaskTile);
     if (thread < rows) {
-      const int64_t id = args.task[begin + thread] - tile;
+      const int64_t id = layers.task[begin + thread] - tile;
       task[thread] = id >= 0 && id < tile_tasks ? int(id) : -1;
     }
     for (int i = 0; i < tile_tasks; ++i) first[i][thread] = second[i][thread] = 0;
     __syncthreads();  // task is complete
     for (int t = group; t < rows; t += groups) {
       if (task[t] < 0) continue;
-      if (d < args.rank) first[task[t]][thread] += widen(z[t * args.rank]);
+      if (d < rank) first[task[t]][thread] += widen(z[t * rank]);
       second[task[t]][thread] += 1;
     }
     __syncthreads();  // all columns are complete
@@ -79,51 +108,53 @@ __global__ void __launch_bounds__(kThreads) block_moments_kernel(MomentsJob<T> j
     }
     __syncthreads();  // the columns have been read, mean and count are complete
     for (int i = 0; i < tile_tasks; ++i) first[i][thread] = second[i][thread] = 0;
-    for (int t = group; t < rows && d < args.rank; t += groups) {
+    for (int t = group; t < rows && d < rank; t += groups) {
       if (task[t] < 0) continue;
-      const float difference = widen(z[t * args.rank]) - mean[task[t]][lane];
+      const float difference = widen(z[t * rank]) - mean[task[t]][lane];
       first[task[t]][thread] += difference;
       second[task[t]][thread] += difference * difference;
     }
     __syncthreads();  // all columns are complete
     for (int pair = thread; pair < tile_tasks * lanes; pair += kThreads) {
       const int i = pair / lanes, l = pair % lanes;
-      const int64_t dim = int64_t(blockIdx.y) * lanes + l;
+      const int64_t dim = first_dim + l;
       const float n = count[i], residual = column_sum(first[i] + l, lanes) / (n > 0 ? n : 1);
       const float squares = column_sum(second[i] + l, lanes);
-      float* out = job.partial + (blockIdx.x * args.tasks + tile + i) * width;
+      float* out = partial + (tile + i) * width;
       if (dim == 0) out[0] = n;
-      if (dim >= args.rank) continue;
+      if (dim >= rank) continue;
       out[1 + dim] = mean[i][l] + residual;
-      out[1 + args.rank + dim] = squares - residual * residual * n;
+      out[1 + layers.rank + dim] = squares - residual * residual * n;
     }
     __syncthreads();  // everything shared may be overwritten for the next tile
   }
 }
 
+// partial: [layers, blocks, tasks, 2 rank + 1], moments: [layers, tasks, 2 rank + 1]; a thread an entry of the latter.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) merge_moments_kernel(MomentsJob<T> job, int64_t blocks) {
-  const TaskMomentsArgs<T>& args = job.args;
-  const int64_t dims = args.rank > 0 ? args.rank : 1;
+__global__ void __launch_bounds__(kThreads)
+    merge_moments_kernel(Layers<T> layers, int64_t blocks, const float* partial, float* moments) {
+  const int64_t dims = layers.rank > 0 ? layers.rank : 1, width = 2 * layers.rank + 1, size = layers.tasks * width;
   const int64_t pair = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (pair >= args.tasks * dims) return;
-  const int64_t i = pair / dims, d = pair % dims, width = 2 * args.rank + 1;
+  if (pair >= layers.tasks * dims) return;
+  const int64_t i = pair / dims, d = pair % dims;
+  const bool has_dim = d < layers.ranks[blockIdx.z];
   float n = 0, mean = 0, m2 = 0;
   for (int64_t block = 0; block < blocks; ++block) {
-    const float* part = job.partial + (block * args.tasks + i) * width;
+    const float* part = partial + (int64_t(blockIdx.z) * blocks + block) * size + i * width;
     const float total = n + part[0];
-    if (part[0] > 0 && d < args.rank) {
+    if (part[0] > 0 && has_dim) {
       const float delta = part[1 + d] - mean, share = part[0] / total;
       mean += delta * share;
-      m2 += part[1 + args.rank + d] + delta * delta * n * share;
+      m2 += part[1 + layers.rank + d] + delta * delta * n * share;
     }
     n = total;
   }
-  float* out = args.moments + i * width;
+  float* out = moments + int64_t(blockIdx.z) * size + i * width;
   if (d == 0) out[0] = n;
-  if (d < args.rank) {
+  if (d < layers.rank) {
     out[1 + d] = mean;
-    out[1 + args.rank + d] = m2;
+    out[1 + layers.rank + d] = m2;
   }
 }
 
@@ -209,39 +240,48 @@ __global__ void __launch_bounds__(kTableThreads) tables_kernel(GaussianKlTablesA
 
 // ---- Backward
 
+// tables: [layers, tasks, 3 rank]; layer l's dz begins at l * dz_stride.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) backward_kernel(GaussianKlBackwardArgs<T> args, int lanes) {
+__global__ void __launch_bounds__(kThreads)
+    backward_kernel(Layers<T> layers, const float* tables, const float* d_loss, float scale, T* dz, int64_t dz_stride) {
+  const int lanes = layers.lanes;
+  const int64_t rank = layers.ranks[blockIdx.z], width = layers.rank;
   const int64_t t = int64_t(blockIdx.x) * (kThreads / lanes) + threadIdx.x / lanes;
-  if (t >= args.tokens) return;
-  const int64_t id = args.task[t];
-  const bool counts = id >= 0 && id < args.tasks;
-  const float* a = args.tables + (counts ? id * 3 * args.rank : 0);
-  const float *b = a + args.rank, *mu = b + args.rank;
-  const float d_loss = args.d_loss[0];
-  for (int64_t d = threadIdx.x % lanes; d < args.rank; d += lanes) {
-    const int64_t e = t * args.rank + d;
-    args.dz[e] = narrow<T>(counts ? d_loss * (a[d] + b[d] * (widen(args.z[e]) - mu[d])) : 0.f);
+  if (t >= layers.tokens) return;
+  const int64_t id = layers.task[t];
+  const bool counts = id >= 0 && id < layers.tasks;
+  const float* a = tables + (blockIdx.z * layers.tasks + (counts ? id : 0)) * 3 * width;
+  const float *b = a + width, *mu = b + width;
+  const float factor = d_loss[0] * scale;
+  const T* z = layers.z[blockIdx.z] + t * rank;
+  dz += blockIdx.z * dz_stride + t * rank;
+  for (int64_t d = threadIdx.x % lanes; d < rank; d += lanes) {
+    dz[d] = narrow<T>(counts ? factor * (a[d] + b[d] * (widen(z[d]) - mu[d])) : 0.f);
   }
 }
 
 }  // namespace
 
 template <typename T>
-int64_t task_moments_workspace(int64_t tokens, int64_t rank, int64_t tasks) {
-  return ceil_div(tokens, kBlockRows) * tasks * (2 * rank + 1) * int64_t(sizeof(Acc<T>));
+int64_t task_moments_workspace(const Latents<T>& latents, int64_t tasks) {
+  const int64_t blocks = ceil_div(latents.tokens, kBlockRows) * std::min<int64_t>(latents.layers, kMaxLayers);
+  return blocks * tasks * (2 * latents.rank + 1) * int64_t(sizeof(float));
 }
 
 template <typename T>
 void task_moments(const TaskMomentsArgs<T>& args, Stream stream) {
   if (args.tasks == 0) return;
-  const int64_t blocks = ceil_div(args.tokens, kBlockRows), dims = args.rank > 0 ? args.rank : 1;
-  const MomentsJob<T> job{args, static_cast<Acc<T>*>(args.workspace), lanes_for(args.rank)};
-  if (blocks > 0) {
-    const dim3 grid(unsigned(blocks), unsigned(ceil_div(dims, job.lanes)));
-    launch(block_moments_kernel<T>, grid, dim3(kThreads), 0, stream, job);
-  }
-  launch(merge_moments_kernel<T>, dim3(unsigned(ceil_div(args.tasks * dims, kThreads))), dim3(kThreads), 0, stream, job,
-         blocks);
+  const int64_t blocks = ceil_div(args.latents.tokens, kBlockRows);
+  const int64_t dims = args.latents.rank > 0 ? args.latents.rank : 1;
+  const dim3 threads(kThreads);
+  auto* const partial = static_cast<float*>(args.workspace);
+  for_launches(args.latents, args.tasks, [&](const Layers<T>& layers, int64_t first, unsigned count) {
+    const dim3 grid(unsigned(blocks), unsigned(ceil_div(dims, layers.lanes)), count);
+    if (blocks > 0) launch(block_moments_kernel<T>, grid, threads, 0, stream, layers, partial);
+    float* const moments = args.moments + first * args.tasks * (2 * args.latents.rank + 1);
+    const dim3 merge_grid(unsigned(ceil_div(args.tasks * dims, kThreads)), 1, count);
+    launch(merge_moments_kernel<T>, merge_grid, threads, 0, stream, layers, blocks, partial, moments);
+  });
 }
 
 template <typename A>
@@ -252,15 +292,18 @@ void gaussian_kl_tables(const GaussianKlTablesArgs<A>& args, Stream stream) {
 
 template <typename T>
 void gaussian_kl_backward(const GaussianKlBackwardArgs<T>& args, Stream stream) {
-  if (args.tokens == 0 || args.rank == 0) return;
-  const int lanes = lanes_for(args.rank);
-  launch(backward_kernel<T>, dim3(unsigned(ceil_div(args.tokens, kThreads / lanes))), dim3(kThreads), 0, stream, args,
-         lanes);
+  if (args.latents.tokens == 0 || args.latents.rank == 0) return;
+  for_launches(args.latents, args.tasks, [&](const Layers<T>& layers, int64_t first, unsigned count) {
+    const dim3 grid(unsigned(ceil_div(layers.tokens, kThreads / layers.lanes)), 1, count);
+    const float* const tables = args.tables + first * args.tasks * 3 * layers.rank;
+    launch(backward_kernel<T>, grid, dim3(kThreads), 0, stream, layers, tables, args.d_loss, float(args.scale),
+           args.dz + first * args.dz_stride, args.dz_stride);
+  });
 }
 
-#define ALIGN_INSTANTIATE(T)                                             \
-  template int64_t task_moments_workspace<T>(int64_t, int64_t, int64_t); \
-  template void task_moments(const TaskMomentsArgs<T>&, Stream);         \
+#define ALIGN_INSTANTIATE(T)                                           \
+  template int64_t task_moments_workspace(const Latents<T>&, int64_t); \
+  template void task_moments(const TaskMomentsArgs<T>&, Stream);       \
   template void gaussian_kl_backward(const GaussianKlBackwardArgs<T>&, Stream);
 ALIGN_INSTANTIATE(float)
 ALIGN_INSTANTIATE(bfloat16)

@@ -6,10 +6,7 @@
 // A row tile belongs to one group, and uses its A and B.
 #include "ops/grouped_lora.h"
 
-#include "cuda/backward.cuh"
-#include "cuda/ffma.cuh"
-#include "cuda/mma.cuh"
-#include "cuda/shrink.cuh"
+#include "cuda/projection.cuh"
 
 namespace align::cuda {
 namespace {
@@ -36,15 +33,6 @@ struct SumOfParts {
       if (at < tile.count) sum[tile.row(at) * rank + i % rank] = (*this)(tile.row(at), i % rank);
     }
   }
-};
-
-// Latent rows that are complete.
-struct LatentRows {
-  const float* latent;  // [tokens, rank]
-  int64_t rank;
-
-  __device__ float operator()(int64_t row, int64_t j) const { return j < rank ? latent[row * rank + j] : 0.f; }
-  __device__ void save(const RowTile&, int, int, int, int) const {}
 };
 
 // sum[e] = the parts of e in order, + more[e].
@@ -91,31 +79,16 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T, typename W>
 SmallMatrix<T> small_a(const GroupedLoraShape& shape, const W* A) {
   const Layout layout = layout_of_a(shape.rank, shape.in_dim);
-  return alone<T>({A, std::is_same_v<W, float>, int(shape.rank), layout, shape.rank * shape.in_dim}, shape.in_dim);
+  return stack<T>(shape.in_dim, {A, std::is_same_v<W, float>, int(shape.rank), layout, shape.rank * shape.in_dim, 0});
 }
 template <typename T, typename W>
 SmallMatrix<T> small_b(const GroupedLoraShape& shape, const W* B) {
   const Layout layout = layout_of_b(shape.rank, shape.out_dim);
-  return alone<T>({B, std::is_same_v<W, float>, int(shape.rank), layout, shape.rank * shape.out_dim}, shape.out_dim);
+  return stack<T>(shape.out_dim, {B, std::is_same_v<W, float>, int(shape.rank), layout, shape.rank * shape.out_dim, 0});
 }
 
 Plan plan_for(const GroupedLoraShape& shape, int64_t element_bytes) {
   return plan(shape.tokens, shape.in_dim, shape.out_dim, shape.rank, shape.groups, element_bytes, current_device());
-}
-
-// Calls body(Math{}) with the products that the plan names.
-template <typename T, typename Body>
-void with_math(const Plan& plan, const Body& body) {
-  if constexpr (sizeof(T) == 2) {
-    if (!plan.tensor_cores) return body(Ffma<T, 16>{});
-    if (plan.padded_rank == 16) return body(Mma<T, 16>{});
-    if (plan.padded_rank == 32) return body(Mma<T, 32>{});
-    return body(Mma<T, 64>{});
-  } else {
-    if (plan.padded_rank == 16) return body(Ffma<T, 16>{});
-    if (plan.padded_rank == 32) return body(Ffma<T, 32>{});
-    return body(Ffma<T, 64>{});
-  }
 }
 
 // Parts of dz: of the sweep's blocks of columns, or of shrink's slabs.
@@ -147,7 +120,7 @@ void grouped_lora_forward(const GroupedLoraForwardArgs<T, W>& args, Stream strea
   with_math<T>(plan, [&](auto math) {
     using Math = decltype(math);
     shrink<Math>({shape, args.row_groups, tall(args.x, shape.in_dim, args.z), small_a<T>(shape, args.A), args.dropout,
-                  float(kept), parts, plan.shrink},
+                  kAllRanks, float(kept), parts, plan.shrink},
                  plan.rank_chunks, stream);
     expand<Math>({shape,
                   args.row_groups,
@@ -157,6 +130,8 @@ void grouped_lora_forward(const GroupedLoraForwardArgs<T, W>& args, Stream strea
                   args.bias,
                   small_b<T>(shape, args.B),
                   {0, nullptr},
+                  0,
+                  1,
                   float(args.scaling),
                   plan.expand},
                  z, stream);
@@ -171,38 +146,48 @@ void grouped_lora_backward(const GroupedLoraBackwardArgs<T, W>& args, Stream str
   float* parts = static_cast<float*>(args.workspace);
   // Parts that are dz already need no sum.
   float* dz = count == 1 && args.dz_in == nullptr ? parts : parts + count * elements;
-  const LatentRows latent_z{args.z, shape.rank}, latent_dz{dz, shape.rank};
+  const LatentRows latent_z{args.z, shape.rank, shape.rank}, latent_dz{dz, shape.rank, shape.rank};
   const float scaling = float(args.scaling);
   const float kept = float(dropout_scale(dropout_threshold(args.dropout.p)));
-  const InputDropout none = {0, nullptr};
+  const DropoutArgs none = {0, nullptr};
   const SmallMatrix<T> a = small_a<T>(shape, args.A), b = small_b<T>(shape, args.B);
   with_math<T>(plan, [&](auto math) {
     using Math = decltype(math);
     const TallMatrix<T> x = tall(args.x, shape.in_dim, args.z), dy = tall(args.dy, shape.out_dim, args.z);
-    const OuterJob<T> d_b{shape, args.row_groups, dy, none, scaling, args.dB, b.first.layout, b, parts};
+    const OuterJob<T> d_b{shape, args.row_groups, dy, none, scaling, b, {args.dB}, parts};
     if constexpr (Math::kRank == 16 && (Math::kTensorCores || std::is_same_v<T, float>)) {
       if (plan.one_pass) sweep<Math>(d_b, latent_z, stream);
     }
     if (!plan.one_pass) {
-      shrink<Math>({shape, args.row_groups, dy, b, none, scaling, parts, plan.shrink_dy}, plan.rank_chunks, stream);
+      shrink<Math>({shape, args.row_groups, dy, b, none, kAllRanks, scaling, parts, plan.shrink_dy}, plan.rank_chunks,
+                   stream);
     }
     if (dz != parts && elements > 0) {
       launch(sum_kernel, dim3(unsigned(ceil_div(elements, kThreads))), dim3(kThreads), 0, stream,
              SumOfParts{parts, count, shape.tokens, shape.rank, dz}, args.dz_in);
     }
-    backward<Math>(
-        BackwardJob<Math, LatentRows>{
-            {shape, args.row_groups, x, args.dropout, kept, args.dA, a.first.layout, a, nullptr},
-            d_b,
-            {shape, args.row_groups, tall(args.dx_in, shape.in_dim, args.z), args.dx,
-             rows_aligned(args.dx, shape.in_dim), nullptr, a, args.dropout, kept, plan.expand_dx},
-            latent_dz,
-            latent_z,
-            outer_blocks(shape.in_dim, sizeof(T)),
-            plan.one_pass ? 0 : outer_blocks(shape.out_dim, sizeof(T)),
-            args.dx ? row_tiles(shape.tokens, shape.groups) : 0,
-            plan.rank_chunks},
-        stream);
+    const OuterJob<T> d_a{shape, args.row_groups, x, args.dropout, kept, a, {args.dA}, nullptr};
+    const ExpandJob<T> dx{shape,
+                          args.row_groups,
+                          tall(args.dx_in, shape.in_dim, args.z),
+                          args.dx,
+                          rows_aligned(args.dx, shape.in_dim),
+                          nullptr,
+                          a,
+                          args.dropout,
+                          kAllRanks,
+                          kept,
+                          1,
+                          plan.expand_dx};
+    backward<Math>(BackwardJob<Math, LatentRows>{{{d_a, latent_dz, int(outer_blocks(shape.in_dim, sizeof(T)))},
+                                                  {d_b, latent_z,
+                                                   plan.one_pass ? 0 : int(outer_blocks(shape.out_dim, sizeof(T)))}},
+                                                 dx,
+                                                 latent_dz,
+                                                 args.dx ? int(row_tiles(shape.tokens, shape.groups)) : 0,
+                                                 int(shape.groups),
+                                                 int(plan.rank_chunks)},
+                   stream);
   });
 }
 

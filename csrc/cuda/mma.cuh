@@ -1,7 +1,7 @@
 // The three products of a tile on tensor cores (sm_80 and later), accumulated in float. Same functions as ffma.cuh.
 //
-//   dot    [16 rows, rank]    += x m^T     a warp's rows of a tile times the small matrix
-//   add    [16 rows, columns] += g m       a warp's latent rows times the small matrix
+//   dot    [16 rows, rank]    += x m^T     a warp's rows of a tile times ranks begin .. end of the small matrix
+//   add    [16 rows, columns] += g m       a warp's latent rows times them; begin and end are multiples of 16
 //   outer  [rank, 8 columns]  += g^T x     half the rows of a tile, a warp's columns
 //
 // Fragments of mma.m16n8k16: lane 4 g + q holds rows g and g + 8, columns 2 q and 2 q + 1 of an accumulator.
@@ -36,13 +36,14 @@ struct Mma {
   static __device__ __forceinline__ int warp() { return int(threadIdx.x) / kWarp; }
 
   // x: the warp's rows of a tile; m: [rank][piece's columns], from the tile's first column on.
-  static __device__ __forceinline__ void dot(Dot& acc, const T* x, const T* m) {
+  static __device__ __forceinline__ void dot(Dot& acc, const T* x, const T* m, int begin, int end) {
 #pragma unroll
     for (int k = 0; k < kTileCols<T>; k += 16) {
       uint32_t a[4], b[4];
       ldmatrix_x4(a, x + lane() % 16 * kStride + k + lane() / 16 * 8);
 #pragma unroll
       for (int j = 0; j < kRank; j += 16) {
+        if (j < begin || j >= end) continue;
         ldmatrix_x4(b, m + (j + lane() % 8 + lane() / 16 * 8) * kPieceRow + k + lane() / 8 % 2 * 8);
         mma(acc.v[j / 8], a, b[0], b[1], T{});
         mma(acc.v[j / 8 + 1], a, b[2], b[3], T{});
@@ -51,9 +52,10 @@ struct Mma {
   }
 
   // g: the warp's latent rows.
-  static __device__ __forceinline__ void add(Add& acc, const T* g, const T* m) {
+  static __device__ __forceinline__ void add(Add& acc, const T* g, const T* m, int begin, int end) {
 #pragma unroll
     for (int k = 0; k < kRank; k += 16) {
+      if (k < begin || k >= end) continue;
       uint32_t a[4], b[4];
       ldmatrix_x4(a, g + lane() % 16 * kLatentRow + k + lane() / 16 * 8);
 #pragma unroll
@@ -67,7 +69,7 @@ struct Mma {
 
   // g: 64 latent rows; x: the rows of the tile that they belong to.
   static __device__ __forceinline__ void outer(Outer& acc, const T* g, const T* x) {
-#pragma unroll 2
+#pragma unroll 1
     for (int k = 0; k < kTileRows / 2; k += 32) {
       uint32_t b[4];
       ldmatrix_x4_trans(b, x + (k + lane()) * kStride + warp() * 8);
@@ -84,9 +86,9 @@ struct Mma {
     }
   }
 
-  // Writes scale * acc to row(i)[j], j < ranks, where row(i) is not null.
-  template <typename Row>
-  static __device__ __forceinline__ void store(const Dot& acc, float scale, int64_t ranks, const Row& row) {
+  // Writes scale(j) * acc to row(i)[j], j < ranks, where row(i) is not null.
+  template <typename Scale, typename Row>
+  static __device__ __forceinline__ void store(const Dot& acc, const Scale& scale, int64_t ranks, const Row& row) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float* out = row(lane() / 4 + 8 * half);
@@ -94,7 +96,7 @@ struct Mma {
 #pragma unroll
       for (int j = 0; j < kRank / 8; ++j) {
         const int at = 8 * j + lane() % 4 * 2;
-        const float first = scale * acc.v[j][2 * half], second = scale * acc.v[j][2 * half + 1];
+        const float first = scale(at) * acc.v[j][2 * half], second = scale(at + 1) * acc.v[j][2 * half + 1];
         if (at + 1 < ranks && reinterpret_cast<uintptr_t>(out + at) % sizeof(float2) == 0) {
           *reinterpret_cast<float2*>(out + at) = make_float2(first, second);
         } else {
@@ -105,21 +107,32 @@ struct Mma {
     }
   }
 
-  // Adds bias + scale * acc to the warp's rows of a tile, where keep has the bit of (row, column); one rounding.
+  // Multiplies by scale, or by 0 where keep lacks the bit of (row, column).
   template <typename Keep>
-  static __device__ __forceinline__ void apply(const Add& acc, T* y, const float* bias, float scale, const Keep& keep) {
+  static __device__ __forceinline__ void mask(Add& acc, float scale, const Keep& keep) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int i = 0; i < kColumnTiles; ++i) {
+        const uint32_t bits = keep(lane() / 4 + 8 * half, i) >> (lane() % 4 * 2);
+        acc.v[i][2 * half] *= bits & 1u ? scale : 0.f;
+        acc.v[i][2 * half + 1] *= bits & 2u ? scale : 0.f;
+      }
+    }
+  }
+
+  // Adds bias + scale * acc to the warp's rows of a tile; one rounding.
+  static __device__ __forceinline__ void apply(const Add& acc, T* y, const float* bias, float scale) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = lane() / 4 + 8 * half;
 #pragma unroll
       for (int i = 0; i < kColumnTiles; ++i) {
         const int col = 8 * i + lane() % 4 * 2;
-        const uint32_t bits = keep(row, i) >> (lane() % 4 * 2);
         uint32_t* pair = reinterpret_cast<uint32_t*>(y + row * kStride + col);
-        const float first = bits & 1u ? scale * acc.v[i][2 * half] : 0.f;
-        const float second = bits & 2u ? scale * acc.v[i][2 * half + 1] : 0.f;
         const uint32_t old = *pair;
-        *pair = pack<T>(low_half(old, T{}) + bias[col] + first, high_half(old, T{}) + bias[col + 1] + second);
+        *pair = pack<T>(low_half(old, T{}) + bias[col] + scale * acc.v[i][2 * half],
+                        high_half(old, T{}) + bias[col + 1] + scale * acc.v[i][2 * half + 1]);
       }
     }
   }
@@ -136,13 +149,14 @@ struct Mma {
     }
   }
 #else
-  static __device__ void dot(Dot&, const T*, const T*) {}
-  static __device__ void add(Add&, const T*, const T*) {}
+  static __device__ void dot(Dot&, const T*, const T*, int, int) {}
+  static __device__ void add(Add&, const T*, const T*, int, int) {}
   static __device__ void outer(Outer&, const T*, const T*) {}
-  template <typename Row>
-  static __device__ void store(const Dot&, float, int64_t, const Row&) {}
+  template <typename Scale, typename Row>
+  static __device__ void store(const Dot&, const Scale&, int64_t, const Row&) {}
   template <typename Keep>
-  static __device__ void apply(const Add&, T*, const float*, float, const Keep&) {}
+  static __device__ void mask(Add&, float, const Keep&) {}
+  static __device__ void apply(const Add&, T*, const float*, float) {}
   template <typename Out>
   static __device__ void finish(const Outer&, const Out&) {}
 #endif

@@ -16,13 +16,11 @@ struct OuterJob {
   GroupedLoraShape shape;  // tokens, rank and groups count
   RowGroups groups;
   TallMatrix<T> x;
-  InputDropout dropout;
+  DropoutArgs dropout;
   float scale;
-  float* out;  // the adapter's gradient, assigned
-  Layout layout;
-  // sweep
-  SmallMatrix<T> m;
-  float* parts;  // [blocks of columns, tokens, rank], assigned
+  SmallMatrix<T> m;       // whose gradients these are
+  float* out[kAdapters];  // [groups] gradients that lie as the adapters do, assigned; or null: not wanted
+  float* parts;           // sweep: [blocks of columns, tokens, rank], assigned
 };
 
 template <class Math, bool kDot>
@@ -58,19 +56,19 @@ struct LatentShare {
 };
 
 template <class Math, bool kDot, class Mix>
-__device__ __forceinline__ void outer_columns(const OuterJob<typename Math::Element>& job, const Mix& mix,
-                                              int64_t block, int64_t group, int64_t chunk) {
+__device__ __forceinline__ void outer_columns(const OuterJob<typename Math::Element>& job, const Mix& mix, int block,
+                                              int group, int chunk) {
   using T = typename Math::Element;
   constexpr int kRank = Math::kRank, kStages = Math::kStages;
-  int64_t begin, end;
+  int begin, end;
   group_bounds(job.groups, job.shape.tokens, group, &begin, &end);
-  const int first_rank = int(chunk) * kRank;
-  const int64_t first_col = block * kOuterTiles * kTileCols<T>;
-  const int64_t steps = (end - begin + kTileRows - 1) / kTileRows * kOuterTiles;
-  const auto tile_at = [&](int64_t step) {
+  const int first_rank = chunk * kRank;
+  const int64_t first_col = int64_t(block) * kOuterTiles * kTileCols<T>;
+  const int steps = (end - begin + kTileRows - 1) / kTileRows * kOuterTiles;
+  const auto tile_at = [&](int step) {
     return tile_of(job.groups, group, begin + step / kOuterTiles * kTileRows, end);
   };
-  const auto col_at = [&](int64_t step) { return first_col + step % kOuterTiles * kTileCols<T>; };
+  const auto col_at = [&](int step) { return first_col + step % kOuterTiles * kTileCols<T>; };
 
   const int first_row = int(threadIdx.x) / kWarp * kWarpRows;
   SharedArena arena;
@@ -83,7 +81,7 @@ __device__ __forceinline__ void outer_columns(const OuterJob<typename Math::Elem
   }
   const Dropout dropout(job.dropout);
   Units<T> units(int(threadIdx.x), kThreads, 0);
-  const auto copy = [&](int64_t step) {
+  const auto copy = [&](int step) {
     if (step < steps) {
       units.enter(tile_at(step));
       units.copy(stages + step % kStages * kTileSize<T>, job.x, col_at(step));
@@ -93,7 +91,7 @@ __device__ __forceinline__ void outer_columns(const OuterJob<typename Math::Elem
 
   // A part is loaded, then stored when the next one is due, all while the tile before is summed.
   LatentShare<Math> share;
-  const auto latent_at = [&](int64_t step) {
+  const auto latent_at = [&](int step) {
     return latent + step / kOuterTiles % 2 * kTileRows * kLatentStride<T, kRank>;
   };
   if (steps > 0) {
@@ -104,7 +102,7 @@ __device__ __forceinline__ void outer_columns(const OuterJob<typename Math::Elem
   }
   for (int s = 0; s < kStages - 1; ++s) copy(s);
   typename Math::Outer acc[kOuterTiles] = {};
-  for (int64_t step = 0; step < steps; step += kOuterTiles) {
+  for (int step = 0; step < steps; step += kOuterTiles) {
     const RowTile tile = tile_at(step);
     const T* g = latent_at(step);
     typename Math::Dot dot = {};
@@ -128,24 +126,29 @@ __device__ __forceinline__ void outer_columns(const OuterJob<typename Math::Elem
         }
         Math::outer(acc[side], g + first * kLatentStride<T, kRank>, x + first * kTileStride<T>);
       }
-      if constexpr (kDot) Math::dot(dot, x + first_row * kTileStride<T>, piece + side * kTileCols<T>);
+      if constexpr (kDot) {
+        Math::dot(dot, x + first_row * kTileStride<T>, piece + side * kTileCols<T>, 0, kRank);
+      }
     }
     if constexpr (kDot) {
-      float* parts = job.parts + block * job.shape.tokens * job.shape.rank;
-      Math::store(dot, job.scale, job.shape.rank - first_rank, [&](int i) {
-        return first_row + i < tile.count ? parts + tile.row(first_row + i) * job.shape.rank + first_rank : nullptr;
-      });
+      float* parts = job.parts + int64_t(block) * job.shape.tokens * job.shape.rank;
+      Math::store(
+          dot, [&](int) { return job.scale; }, job.shape.rank - first_rank,
+          [&](int i) {
+            return first_row + i < tile.count ? parts + tile.row(first_row + i) * job.shape.rank + first_rank : nullptr;
+          });
     }
   }
 
-  float* out = job.out + group * job.shape.rank * job.x.cols;
 #pragma unroll
   for (int side = 0; side < kOuterTiles; ++side) {
     Math::finish(acc[side], [&](int j, int c, float value) {
       const int rank = first_rank + j;
       const int64_t col = first_col + side * kTileCols<T> + c;
-      if (rank < job.shape.rank && col < job.x.cols) {
-        out[job.layout.offset(rank, col)] = job.scale * value;
+      const Adapter& adapter = job.m.adapter_of(rank);
+      float* out = job.out[&adapter - job.m.adapters];
+      if (rank - adapter.start < adapter.ranks && col < job.x.cols && out != nullptr) {
+        out[group * adapter.group_stride + adapter.layout.offset(rank - adapter.start, col)] = job.scale * value;
       }
     });
   }
@@ -154,7 +157,7 @@ __device__ __forceinline__ void outer_columns(const OuterJob<typename Math::Elem
 // Grid: blocks of columns, groups.
 template <class Math, class Mix>
 __global__ void __launch_bounds__(kThreads, 2) sweep_kernel(OuterJob<typename Math::Element> job, Mix mix) {
-  if (compiled_here<Math>()) outer_columns<Math, true>(job, mix, blockIdx.x, blockIdx.y, 0);
+  if (compiled_here<Math>()) outer_columns<Math, true>(job, mix, int(blockIdx.x), int(blockIdx.y), 0);
 }
 
 // One pass over the tall matrix for both: the outer products, and the parts of its product with the small matrix.

@@ -1,6 +1,6 @@
 // shrink: parts[slab][t, :] = scale * sum over the slab's columns of xd[t, c] m[:, c], for a row tile and a slab of
-// columns a block; the slabs' parts are added in order by whoever reads them. Forward: z = A xd. Backward, in two
-// passes: dz = scaling B^T dy.
+// columns a block (a router's ranks: of x without dropout, and not scaled); the slabs' parts are added in order by
+// whoever reads them. Forward: z = A xd. Backward, in two passes: dz = scaling B^T dy.
 //
 // Bytes: x once for each chunk of ranks; parts are written once. The small matrix is read by every row tile.
 #pragma once
@@ -15,8 +15,9 @@ struct ShrinkJob {
   RowGroups groups;
   TallMatrix<T> x;
   SmallMatrix<T> m;
-  InputDropout dropout;
-  float scale;
+  DropoutArgs dropout;
+  int masked;    // ranks below take dropped x, a multiple of 16, or kAllRanks
+  float scale;   // of the masked ranks' results; of all of them without dropout
   float* parts;  // [slabs, tokens, rank], assigned
   Cut cut;
 };
@@ -32,7 +33,7 @@ __global__ void __launch_bounds__(kThreads, 2) shrink_kernel(ShrinkJob<typename 
   using T = typename Math::Element;
   constexpr int kRank = Math::kRank, kStages = Math::kStages;
   RowTile tile;
-  if (!find_tile(job.groups, job.shape, blockIdx.x, &tile)) return;
+  if (!find_tile(job.groups, job.shape, int(blockIdx.x), &tile)) return;
 
   const int warp = int(threadIdx.x) / kWarp, first_row = warp * kWarpRows;
   const int first_rank = int(blockIdx.z) * kRank;
@@ -43,6 +44,7 @@ __global__ void __launch_bounds__(kThreads, 2) shrink_kernel(ShrinkJob<typename 
   T* piece = arena.take<T>(kRank * kPieceStride<T, kRank>);
   T* stages = arena.take<T>(kStages * kTileSize<T>);
   const Dropout dropout(job.dropout);
+  const int masked = masked_ranks<kRank>(dropout, first_rank, job.masked);
   Units<T> units(int(threadIdx.x) % kWarp, kWarp, first_row);
   units.enter(tile);
 
@@ -61,19 +63,28 @@ __global__ void __launch_bounds__(kThreads, 2) shrink_kernel(ShrinkJob<typename 
     }
     T* x = stages + stage * kTileSize<T>;
     cp_async_wait<kStages - 2>();
-    if (dropout.threshold > 0) units.mask(x, dropout, job.x.cols, col);
     __syncwarp();  // the warp's rows of this tile are complete, and it is done with those of the last
     const int next = stage == 0 ? kStages - 1 : stage - 1;
     const int64_t next_col = col + (kStages - 1) * kTileCols<T>;
     if (next_col < end) units.copy(stages + next * kTileSize<T>, job.x, next_col);
     cp_async_commit();
-    Math::dot(acc, x + first_row * kTileStride<T>, piece + in_piece * kTileCols<T>);
+    const T *rows = x + first_row * kTileStride<T>, *m = piece + in_piece * kTileCols<T>;
+    if (masked < kRank) {
+      Math::dot(acc, rows, m, masked, kRank);
+      __syncwarp();  // the rows have been read as they are
+    }
+    if (masked > 0) {
+      units.mask(x, dropout, job.x.cols, col);
+      __syncwarp();  // the rows are masked
+      Math::dot(acc, rows, m, 0, masked);
+    }
     stage = stage + 1 == kStages ? 0 : stage + 1;
     ++in_piece;
   }
 
   float* parts = job.parts + int64_t(blockIdx.y) * job.shape.tokens * job.shape.rank;
-  Math::store(acc, job.scale, job.shape.rank - first_rank, [&](int i) {
+  const auto scale = [&](int j) { return first_rank + j < job.masked ? job.scale : 1.f; };
+  Math::store(acc, scale, job.shape.rank - first_rank, [&](int i) {
     return first_row + i < tile.count ? parts + tile.row(first_row + i) * job.shape.rank + first_rank : nullptr;
   });
 }

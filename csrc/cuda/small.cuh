@@ -1,4 +1,4 @@
-// The small matrix of a projection, [ranks, columns]: one or two adapters, stacked. It stays in shared memory a piece
+// The small matrix of a projection, [ranks, columns]: adapters, stacked. It stays in shared memory a piece
 // of its columns at a time.
 #pragma once
 
@@ -27,32 +27,42 @@ struct Adapter {
   int ranks;
   Layout layout;
   int64_t group_stride;
+  int start;  // its first rank in the small matrix
 };
 
+constexpr int kAdapters = 3;
+
+// Adapters stacked: A, A0 and R, or B and B0. Ranks between two of them are zero.
 template <typename T>
 struct SmallMatrix {
-  Adapter first, second;  // A and A, or B and B; the second may have no ranks
+  Adapter adapters[kAdapters];  // the later ones may have no ranks
+  int ranks;                    // the last one's end
   int64_t cols;
   bool vectors;  // kUnit<T> neighbours lie together, aligned to 16 bytes, all inside or all outside
 
-  __device__ int ranks() const { return first.ranks + second.ranks; }
+  __device__ const Adapter& adapter_of(int rank) const {
+    return adapters[rank < adapters[1].start ? 0 : rank < adapters[2].start ? 1 : 2];
+  }
 };
 
 template <typename T>
-SmallMatrix<T> stack(const Adapter& first, const Adapter& second, int64_t cols) {
-  const auto vectors = [&](const Adapter& a) {
-    const Layout& l = a.layout;
-    const bool along_cols = l.col_stride == 1;
-    const int64_t line = along_cols ? cols : l.inner, stride = along_cols ? l.rank_stride : l.col_stride;
-    return a.ranks == 0 || (line % kUnit<T> == 0 && stride % kUnit<T> == 0 && l.head_stride % kUnit<T> == 0 &&
-                            a.group_stride % kUnit<T> == 0 && reinterpret_cast<uintptr_t>(a.data) % 16 == 0);
-  };
-  return {first, second, cols, vectors(first) && vectors(second)};
+bool has_vectors(const Adapter& a, int64_t cols) {
+  const Layout& l = a.layout;
+  const bool along_cols = l.col_stride == 1;
+  const int64_t line = along_cols ? cols : l.inner, stride = along_cols ? l.rank_stride : l.col_stride;
+  return a.ranks == 0 ||
+         (line % kUnit<T> == 0 && stride % kUnit<T> == 0 && l.head_stride % kUnit<T> == 0 &&
+          a.group_stride % kUnit<T> == 0 && a.start % kUnit<T> == 0 && reinterpret_cast<uintptr_t>(a.data) % 16 == 0);
 }
 
+// The third begins at a multiple of third_aligned.
 template <typename T>
-SmallMatrix<T> alone(const Adapter& adapter, int64_t cols) {
-  return stack<T>(adapter, {nullptr, false, 0, adapter.layout, 0}, cols);
+SmallMatrix<T> stack(int64_t cols, Adapter first, Adapter second = {}, Adapter third = {}, int third_aligned = 1) {
+  second.start = first.start + first.ranks;
+  third.start = int(ceil_div(second.start + second.ranks, third_aligned)) * third_aligned;
+  const int ranks = third.ranks > 0 ? third.start + third.ranks : second.start + second.ranks;
+  const bool vectors = has_vectors<T>(first, cols) && has_vectors<T>(second, cols) && has_vectors<T>(third, cols);
+  return {{first, second, third}, ranks, cols, vectors};
 }
 
 // kUnit<T> neighbours of an adapter in S.
@@ -73,7 +83,7 @@ __device__ __forceinline__ void load_unit(T (&to)[kUnit<T>], const S* from) {
 template <typename T, int kRank>
 __device__ __forceinline__ void load_piece(T* piece, const SmallMatrix<T>& m, int64_t group, int first_rank,
                                            int64_t first_col, int cols) {
-  const bool along_cols = m.first.layout.col_stride == 1;
+  const bool along_cols = m.adapters[0].layout.col_stride == 1;
   const int step = m.vectors ? kUnit<T> : 1;
   const int across = (along_cols ? cols : kRank) / step;  // units, or elements, of a line
   const int lines = along_cols ? kRank : cols;
@@ -83,10 +93,9 @@ __device__ __forceinline__ void load_piece(T* piece, const SmallMatrix<T>& m, in
     const int j = along_cols ? line : at, c = along_cols ? at : line;
     const int rank = first_rank + j;
     const int64_t col = first_col + c;
-    const bool in_first = rank < m.first.ranks, inside = rank < m.ranks() && col < m.cols;
-    const Adapter& adapter = in_first ? m.first : m.second;
-    const int64_t offset =
-        adapter.layout.offset(in_first ? rank : rank - m.first.ranks, col) + group * adapter.group_stride;
+    const Adapter& adapter = m.adapter_of(rank);
+    const bool inside = rank - adapter.start < adapter.ranks && col < m.cols;
+    const int64_t offset = inside ? adapter.layout.offset(rank - adapter.start, col) + group * adapter.group_stride : 0;
     T* to = piece + j * kPieceStride<T, kRank> + c;
     const int next = along_cols ? 1 : kPieceStride<T, kRank>;
     T unit[kUnit<T>] = {};

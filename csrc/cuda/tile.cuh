@@ -54,36 +54,36 @@ class SharedArena {
 
 // ---- Rows
 
-// Up to 128 consecutive rows of a group, in group order.
+// Up to 128 consecutive rows of a group, in group order. Rows are counted in 32 bits: registers are scarce.
 struct RowTile {
   const int64_t* rows;  // row numbers in group order, or null
-  int64_t begin;
+  int begin;
   int count;
-  int64_t group;
+  int group;
 
   __device__ int64_t row(int i) const { return rows ? rows[begin + i] : begin + i; }
 };
 
 // Bounds of a group in group order.
-__device__ inline void group_bounds(const RowGroups& groups, int64_t tokens, int64_t group, int64_t* begin,
-                                    int64_t* end) {
-  *begin = groups.offsets ? groups.offsets[group] : 0;
-  *end = groups.offsets ? groups.offsets[group + 1] : tokens;
-  require(0 <= *begin && *begin <= *end && *end <= tokens);
+__device__ inline void group_bounds(const RowGroups& groups, int64_t tokens, int group, int* begin, int* end) {
+  const int64_t first = groups.offsets ? groups.offsets[group] : 0;
+  const int64_t last = groups.offsets ? groups.offsets[group + 1] : tokens;
+  require(0 <= first && first <= last && last <= tokens);
+  *begin = int(first), *end = int(last);
 }
 
-__device__ inline RowTile tile_of(const RowGroups& groups, int64_t group, int64_t begin, int64_t end) {
-  return {groups.rows, begin, int(end - begin < kTileRows ? end - begin : kTileRows), group};
+__device__ inline RowTile tile_of(const RowGroups& groups, int group, int begin, int end) {
+  return {groups.rows, begin, end - begin < kTileRows ? end - begin : kTileRows, group};
 }
 
 // The index-th row tile, counted through all groups; false if there are fewer.
-__device__ inline bool find_tile(const RowGroups& groups, const GroupedLoraShape& shape, int64_t index, RowTile* tile) {
+__device__ inline bool find_tile(const RowGroups& groups, const GroupedLoraShape& shape, int index, RowTile* tile) {
   // A row of no group would never be written.
   require(!groups.offsets || (groups.offsets[0] == 0 && groups.offsets[shape.groups] == shape.tokens));
-  for (int64_t k = 0; k < shape.groups; ++k) {
-    int64_t begin, end;
+  for (int k = 0; k < int(shape.groups); ++k) {
+    int begin, end;
     group_bounds(groups, shape.tokens, k, &begin, &end);
-    const int64_t tiles = (end - begin + kTileRows - 1) / kTileRows;
+    const int tiles = (end - begin + kTileRows - 1) / kTileRows;
     if (index < tiles) {
       *tile = tile_of(groups, k, begin + index * kTileRows, end);
       return true;
@@ -120,13 +120,22 @@ struct Dropout {
   uint32_t threshold;  // 0: none
   uint64_t seed, offset;
 
-  __device__ explicit Dropout(const InputDropout& given) : threshold(dropout_threshold(given.p)), seed(0), offset(0) {
+  __device__ explicit Dropout(const DropoutArgs& given) : threshold(dropout_threshold(given.p)), seed(0), offset(0) {
     if (threshold > 0) seed = given.rng[0], offset = given.rng[1];
   }
   __device__ float scale() const { return float(dropout_scale(threshold)); }
 };
 
-// Bit i: whether element + i is kept, for `count` consecutive elements, which lie in one Philox block or in two.
+// Ranks of a chunk of kRank that stand on dropped x: those below a multiple of 16, or none.
+template <int kRank>
+__device__ int masked_ranks(const Dropout& dropout, int first_rank, int masked) {
+  if (dropout.threshold == 0 || masked <= first_rank) return 0;
+  return masked - first_rank < kRank ? masked - first_rank : kRank;
+}
+constexpr int kAllRanks = 1 << 30;
+
+// Bit i: whether element + i is kept, for i < count (higher bits mean nothing); the elements lie in one Philox block or
+// in two.
 __device__ __forceinline__ uint32_t keep_bits(const Dropout& dropout, uint64_t element, int count) {
   const int first = int(element % kPhiloxLanes);
   uint32_t bits = 0;
@@ -244,7 +253,7 @@ class Units {
   }
 
   int row_, step_, col_;
-  int rows_[kCount];  // of the matrix, or -1; 32 bits, for registers are scarce
+  int rows_[kCount];  // of the matrix, or -1
 };
 
 // ---- Latent rows

@@ -12,7 +12,8 @@
 //
 // O(tasks * rank) instead of O(tasks^2 * rank), every term non-negative. Fewer than two active tasks: loss and tables
 // 0. "mean" pairs divides everything by Ma (Ma - 1) / 2. Bytes moved (floor): moments z once, backward z and dz once;
-// the tables are of the size of the moments.
+// the tables are of the size of the moments. On CUDA all layers take 4 launches, up to 256 of them at a time: two for
+// the moments, one for the tables, one for the gradient.
 #pragma once
 
 #include <cstdint>
@@ -22,14 +23,22 @@
 
 namespace align {
 
+// What all layers of a model hand over: latents of the same tokens.
+template <typename T>
+struct Latents {
+  int64_t layers;
+  int64_t tokens;
+  int64_t rank;          // the widest layer's: moments and tables have room for it, and zeros where a layer is narrower
+  const T* const* z;     // [layers], on the host: where a layer's [tokens, ranks[layer]] begins
+  const int64_t* ranks;  // [layers], on the host
+  const int64_t* task;   // [tokens]
+};
+
 template <typename T>
 struct TaskMomentsArgs {
-  int64_t tokens;
-  int64_t rank;
+  Latents<T> latents;
   int64_t tasks;
-  const T* z;           // [tokens, rank]
-  const int64_t* task;  // [tokens]
-  Acc<T>* moments;      // [tasks, 2 rank + 1] = n | mean | M2, assigned; zero for tasks without tokens
+  Acc<T>* moments;  // [layers, tasks, 2 rank + 1] = n | mean | M2, assigned; zero for tasks without tokens
   void* workspace;
 };
 
@@ -48,21 +57,20 @@ struct GaussianKlTablesArgs {
 
 template <typename T>
 struct GaussianKlBackwardArgs {
-  int64_t tokens;
-  int64_t rank;
+  Latents<T> latents;
   int64_t tasks;
-  const T* z;            // [tokens, rank]
-  const int64_t* task;   // [tokens]
-  const Acc<T>* tables;  // [tasks, 3 rank] = a | b | mu
+  const Acc<T>* tables;  // [layers, tasks, 3 rank] = a | b | mu
   // grad outputs
-  const Acc<T>* d_loss;  // [1], multiplies a and b
+  const Acc<T>* d_loss;  // [1], multiplies a and b, and so does scale
+  double scale;
   // grad inputs
-  T* dz;  // [tokens, rank], assigned; zero where the token does not count
+  T* dz;  // layer l's [tokens, ranks[l]] begins at l * dz_stride; assigned, zero if the token does not count
+  int64_t dz_stride;  // at least tokens * rank
 };
 
 namespace cpu {
 template <typename T>
-int64_t task_moments_workspace(int64_t tokens, int64_t rank, int64_t tasks);  // bytes
+int64_t task_moments_workspace(const Latents<T>& latents, int64_t tasks);  // bytes
 template <typename T>
 void task_moments(const TaskMomentsArgs<T>& args);
 template <typename A>
@@ -73,7 +81,7 @@ void gaussian_kl_backward(const GaussianKlBackwardArgs<T>& args);
 
 namespace cuda {  // T: float, bfloat16, float16; A: float
 template <typename T>
-int64_t task_moments_workspace(int64_t tokens, int64_t rank, int64_t tasks);  // bytes
+int64_t task_moments_workspace(const Latents<T>& latents, int64_t tasks);  // bytes
 template <typename T>
 void task_moments(const TaskMomentsArgs<T>& args, Stream stream);
 template <typename A>

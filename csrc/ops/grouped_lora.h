@@ -19,6 +19,7 @@
 #include <cstdint>
 
 #include "ops/dtype.h"
+#include "ops/philox.h"
 #include "ops/stream.h"
 
 namespace align {
@@ -37,10 +38,7 @@ struct RowGroups {
   const int64_t* offsets;  // [groups + 1], offsets[0] = 0, offsets[groups] = tokens; on CUDA null: one group
 };
 
-struct InputDropout {
-  double p;             // 0: no dropout, rng is not read
-  const uint64_t* rng;  // [2] seed, offset
-};
+using InputDropout = DropoutArgs;  // one mask on x
 
 template <typename T, typename W = T>  // W: of the adapters, T or float
 struct GroupedLoraForwardArgs {

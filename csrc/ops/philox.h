@@ -57,4 +57,10 @@ ALIGN_HOST_DEVICE inline bool dropout_keep(uint64_t seed, uint64_t offset, uint6
   return ((block.word[lane / 2] >> (16 * (lane % 2))) & 0xFFFFu) >= threshold;
 }
 
+// What a kernel with dropout is given.
+struct DropoutArgs {
+  double p;             // 0: no dropout, rng is not read
+  const uint64_t* rng;  // [2] seed, offset
+};
+
 }  // namespace align

@@ -8,6 +8,7 @@ from closeness import assert_as_close_as_torch
 from torch.library import opcheck
 
 from align_ext import ops, reference
+from align_ext.ops.gaussian_kl import gaussian_kl_backward
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LARGE, FLOAT64 = pytest.mark.needs("size"), pytest.mark.needs("float64")
@@ -130,11 +131,13 @@ def test_gradcheck(ddof):
 def test_opcheck(device):
     z, task = (t.to(device) for t in make(30, 3, 3))
     opcheck(torch.ops.align_ext.gaussian_kl.default, (z.requires_grad_(), task, 3, 1e-6, 0, False))
-    moments = ops.task_moments(z, task, 3)
-    opcheck(torch.ops.align_ext.task_moments.default, (z.detach(), task, 3))
-    opcheck(torch.ops.align_ext.gaussian_kl_tables.default, (moments[None], 1e-6, 0, True))
-    tables = ops.gaussian_kl_tables(moments[None])[1][0]
-    opcheck(torch.ops.align_ext.gaussian_kl_backward.default, (z.new_ones(()), z.detach(), task, tables))
+    layers = [z.detach(), torch.randn(30, 2).to(device)]
+    moments = ops.task_moments(layers, task, 3)
+    opcheck(torch.ops.align_ext.task_moments.default, (layers, task, 3, 4))
+    opcheck(torch.ops.align_ext.gaussian_kl_tables.default, (moments, 1e-6, 0, True))
+    tables = ops.gaussian_kl_tables(moments)[1]
+    layers, task = [torch.cat([layer, layer[:2]]) for layer in layers], torch.cat([task, task[:2]])  # nothing is padded
+    opcheck(torch.ops.align_ext.gaussian_kl_backward.default, (z.new_ones(()), 2.0, [layers[0]] * 2, task, tables))
 
 
 def test_compiles_without_a_graph_break(device):
@@ -154,6 +157,44 @@ def test_moments_match_the_reference(device, dtype):
     exact = reference.task_moments(z.double(), task, 4)
     assert torch.equal(actual[:, 0].double(), exact[:, 0])
     assert_as_close_as_torch(actual[:, 1:], reference.task_moments(z, task, 4)[:, 1:], exact[:, 1:])
+
+
+def layers_of_ranks(ranks, tokens, tasks=4, dtype=torch.float32):
+    z, task = make(tokens, sum(ranks), tasks, dtype)
+    return z.split(ranks, dim=1), task  # strided
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ranks", [[6], [6, 6, 6], [3, 8, 1], [2] * 300])
+def test_layers_of_any_ranks_in_one_call_give_what_each_gives_alone(device, ranks, dtype):
+    tasks, rank = 4, max(ranks)
+    layers, task = layers_of_ranks(ranks, 40 if len(ranks) > 100 else 200, tasks, dtype)
+    layers, task = [layer.to(device) for layer in layers], task.to(device)
+    moments = ops.task_moments(layers, task, tasks)
+    loss, tables = ops.gaussian_kl_tables(moments)
+    dz = gaussian_kl_backward(torch.tensor(2.0, device=device), layers, task, tables, scale=1.5)
+    assert moments.shape == (len(ranks), tasks, 2 * rank + 1)
+    for i in {0, len(ranks) // 2, len(ranks) - 1}:
+        alone = run(ops.gaussian_kl, layers[i], task, tasks, device=device)  # whose d_loss is 3
+        assert dz[i].is_contiguous()
+        for actual, expected in ((dz[i].cpu(), alone["dz"]), (loss[i].cpu(), alone["loss"])):
+            assert actual.shape == expected.shape
+            assert (actual - expected).abs().max() <= 8 * torch.finfo(expected.dtype).eps * expected.abs().max()
+        own = ops.task_moments(layers[i], task, tasks, rank=rank)
+        torch.testing.assert_close(moments[i], own, rtol=1e-5, atol=1e-5)
+        assert (own[:, 1:].unflatten(1, (2, rank))[..., ranks[i] :] == 0).all()
+
+
+def test_the_gradients_of_all_layers_do_not_overlap_and_begin_where_a_vector_may(device):
+    layers, task = layers_of_ranks([3, 1, 2], tokens=7)
+    layers, task = [layer.to(device) for layer in layers], task.to(device)
+    tables = ops.gaussian_kl_tables(ops.task_moments(layers, task, 4))[1]
+    dz = gaussian_kl_backward(torch.ones((), device=device), layers, task, tables)
+    before = [part.clone() for part in dz]
+    dz[1].fill_(7)
+    assert torch.equal(dz[0], before[0])
+    assert torch.equal(dz[2], before[2])
+    assert all(part.storage_offset() % 16 == 0 for part in dz)
 
 
 def test_tables_of_all_layers_match_autograd_of_the_pairs(device):
@@ -197,4 +238,14 @@ def test_bad_arguments_are_named(device):
         ops.gaussian_kl(z, task.int(), 2)
     with pytest.raises(RuntimeError, match="z must be"):
         ops.gaussian_kl(z[0], task, 2)
+    with pytest.raises(RuntimeError, match="z must hold the latent of one layer"):
+        ops.task_moments([], task, 2)
+    with pytest.raises(RuntimeError, match="z of every layer must have shape"):
+        ops.task_moments([z, z[:3]], task, 2)
+    with pytest.raises(RuntimeError, match="must have the same dtype"):
+        ops.task_moments([z, z.half()], task, 2)
+    with pytest.raises(RuntimeError, match="room for rank 1"):
+        ops.task_moments(z, task, 2, rank=1)
+    with pytest.raises(RuntimeError, match="tables must be"):
+        gaussian_kl_backward(z.new_ones(()), [z], task, z.new_ones(2, 3, 6))
     assert math.isfinite(ops.gaussian_kl(z, task, 2).item())

@@ -1,0 +1,118 @@
+"""What the projection operators share: arguments that they all have, and the common part of their autograd formulas."""
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from align_ext.ops import _keyed  # noqa: F401  (defines injected_dz)
+
+Site = Literal["none", "input", "latent", "input_per_head"]
+SITES = ("none", "input", "latent", "input_per_head")  # csrc/ops/heads.h: DropoutSite
+
+
+def dropout_rng(device: torch.device) -> Tensor:
+    """Draws (seed, offset) of a dropout mask, int64 [2], from torch's generator of the device.
+
+    So activation checkpointing's preserved RNG state and a resumed run reproduce the same masks.
+    """
+    return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device)
+
+
+def checked_rng(
+    x: Tensor, dropout_p: float, rng: Tensor | None, weight: Tensor | None, bias: Tensor | None, base_out: Tensor | None
+) -> Tensor | None:
+    """Checks what every projection is given, and draws the mask's seed and offset if dropout needs them."""
+    if (weight is None) == (base_out is None):
+        raise ValueError("give exactly one of weight (a frozen linear) and base_out (what the base returned)")
+    if weight is not None and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        raise ValueError("weight and bias must be frozen (requires_grad=False); for a trained base, give base_out")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    return dropout_rng(x.device) if dropout_p > 0 and rng is None else rng
+
+
+def checked_site(site: str, dropout_p: float, A0: Tensor | None, B0: Tensor | None) -> int:
+    """Checks the options of operators with several heads; returns the number by which kernels know the dropout site."""
+    if site not in SITES:
+        raise ValueError(f"site must be one of {', '.join(SITES)}, got {site!r}")
+    if site == "none" and dropout_p > 0:
+        raise ValueError(f'site "none" has no dropout: dropout_p must be 0, got {dropout_p}')
+    if (A0 is None) != (B0 is None):
+        raise ValueError("give both A0 and B0, or neither")
+    for name, tensor in {"A0": A0, "B0": B0}.items():
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(f"{name} must be frozen (requires_grad=False)")
+    return SITES.index(site)
+
+
+def latent_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of z and w: float32, or float64 for float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def empty_outputs(x: Tensor, B: Tensor, latent: tuple[Any, ...], **tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Makes y, and z [T, *latent], for the fakes; checks the devices of the named tensors."""
+    for name, tensor in {"B": B, **tensors}.items():
+        if tensor is not None and tensor.device != x.device:
+            raise RuntimeError(f"{name} is on {tensor.device}, but x is on {x.device}: they must be on one device")
+    z = x.new_empty((math.prod(x.shape[:-1]), *latent), dtype=latent_dtype(x))
+    return x.new_empty((*x.shape[:-1], B.shape[-2])), z
+
+
+def empty_gradients(x: Tensor, need_dx: bool, *adapters: Tensor) -> tuple[Tensor, ...]:
+    """Makes dx and the gradients of adapters, for the fakes of backward operators."""
+    dx = x.new_empty(x.shape if need_dx else (0,))
+    return dx, *(adapter.new_empty(adapter.shape, dtype=latent_dtype(x)) for adapter in adapters)
+
+
+def latents(A: Tensor, B: Tensor, site: int) -> tuple[Any, ...]:
+    """The shape of one row of z, for several heads: [r] or [N, r]."""
+    return tuple(B.shape[::2]) if A.dim() == 3 or SITES[site] == "input_per_head" else (A.shape[-2],)
+
+
+def keep_keyed(ctx: Any, step: Tensor | None, slot: Tensor | None) -> None:
+    """Keeps what names this layer's alignment step.
+
+    Not through save_for_backward: a saved-tensor hook may move or copy what it sees, and these only carry values.
+    """
+    ctx.keyed = None if step is None else (step, slot)
+    ctx.set_materialize_grads(False)
+
+
+def latent_gradient(ctx: Any, name: str, z: Tensor, dz: Tensor | None) -> Tensor | None:
+    """Adds to dz what the alignment step brings; refuses to be differentiated."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{name} cannot be differentiated twice: call backward without create_graph=True")
+    if ctx.keyed is None:
+        return dz
+    injected = torch.ops.align_ext.injected_dz(z, *ctx.keyed)
+    return injected if dz is None else dz + injected
+
+
+def output_gradient(dy: Tensor | None, x: Tensor, B: Tensor) -> Tensor:
+    """Returns dy, or zeros if y took no part in the loss."""
+    return x.new_zeros((*x.shape[:-1], B.shape[-2])) if dy is None else dy
+
+
+def gradients(
+    ctx: Any, dy: Tensor, grads: tuple[Tensor, ...], adapters: tuple[Tensor, ...], positions: tuple[int, int]
+) -> tuple[Tensor | None, ...]:
+    """Puts backward's results in their places: dx, the adapters' gradients in their dtypes, and dy for base_out.
+
+    Args:
+        ctx: of the autograd formula.
+        dy: the gradient of y, and so of base_out.
+        grads: dx, then one gradient for each adapter.
+        adapters: the arguments that follow x.
+        positions: that of base_out among the arguments, and how many arguments there are.
+    """
+    base_out, count = positions
+    dx, *d_adapters = grads
+    answer: list[Tensor | None] = [None] * count
+    answer[0] = dx if ctx.needs_input_grad[0] else None
+    for index, (d_adapter, adapter) in enumerate(zip(d_adapters, adapters, strict=True)):
+        answer[1 + index] = d_adapter.to(adapter.dtype)
+    answer[base_out] = dy if ctx.needs_input_grad[base_out] else None
+    return tuple(answer)

@@ -1,0 +1,124 @@
+"""The multi-kernel MMD alignment loss between tasks.
+
+Native side: csrc/ops/mk_mmd.h. Oracle: align_ext/reference/mk_mmd.py.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from align_ext.ops import _native  # noqa: F401
+
+_MAX_KERNELS = 32  # kMaxMmdKernels
+
+
+def mk_mmd(
+    z: Tensor,
+    task: Tensor,
+    num_tasks: int,
+    *,
+    bandwidths: Literal["heuristic"] | Sequence[float] = "heuristic",
+    num_kernels: int = 5,
+    statistic: Literal["v", "u"] = "v",
+    n_max: int = 256,
+    pairs: Literal["sum", "mean"] = "sum",
+) -> Tensor:
+    """Computes the squared multi-kernel maximum mean discrepancy between the tasks' latents, over all pairs of tasks.
+
+    L = Σ_{i<j} [mean k(i, i) + mean k(j, j) - 2 mean k(i, j)],  k(a, b) = Σ_k exp(-|z_a - z_b|² / bandwidth_k)
+    (Gretton et al. 2012; DAN, 1502.02791; Align-LoRA, 2508.05078), the means over pairs of tokens. Value and gradient
+    come from one pass over tiles of token pairs, in O(T rank) memory. Of a task with n > n_max tokens those of index
+    floor(j n / n_max), j = 0 .. n_max-1, take part; the others get zero gradient. Tasks with fewer than two tokens do
+    not take part. With fewer than two tasks, or bw < 1e-12, loss and gradient are 0.
+
+    Args:
+        z: [T, rank], float32, bfloat16 or float16 (float64 on the CPU). Arithmetic in float32 (float64).
+        task: int64 [T], in 0 .. num_tasks-1; any other value means that the token does not count.
+        num_tasks: how many tasks there are.
+        bandwidths: "heuristic": bw 2^(k - num_kernels // 2), k = 0 .. num_kernels-1, bw the mean squared distance of
+            two different tokens that take part, a constant for the gradient; or up to 32 positive numbers. Bandwidths
+            that are powers of two apart share exponentials.
+        num_kernels: how many bandwidths the heuristic makes, 1 to 32.
+        statistic: "v": the means within a task include each token's pair with itself, L >= 0; "u": they do not, and
+            the estimate is unbiased.
+        n_max: how many tokens of a task take part at most, 2 or more. The time grows with its square.
+        pairs: "sum" over the pairs of tasks, or "mean".
+
+    Returns:
+        The loss, a scalar of float32 (float64 for float64).
+
+    Raises:
+        ValueError: an option outside its range.
+        RuntimeError: shapes or dtypes that do not match; the message names the argument. Double backward.
+    """
+    if pairs not in ("sum", "mean"):
+        raise ValueError(f'pairs must be "sum" or "mean", got {pairs!r}')
+    if statistic not in ("v", "u"):
+        raise ValueError(f'statistic must be "v" or "u", got {statistic!r}')
+    if n_max < 2:
+        raise ValueError(f"n_max must be at least 2, got {n_max}")
+    if not 1 <= num_kernels <= _MAX_KERNELS:
+        raise ValueError(f"num_kernels must be in 1 .. {_MAX_KERNELS}, got {num_kernels}")
+    widths = _widths(bandwidths)
+    return torch.ops.align_ext.mk_mmd(
+        z, task, num_tasks, widths, num_kernels, statistic == "u", n_max, pairs == "mean"
+    )[0]
+
+
+def _widths(bandwidths: str | Sequence[float]) -> list[float]:
+    """The given bandwidths; none mean the heuristic."""
+    if isinstance(bandwidths, str):
+        if bandwidths != "heuristic":
+            raise ValueError(f'bandwidths must be "heuristic" or numbers, got {bandwidths!r}')
+        return []
+    widths = [float(bandwidth) for bandwidth in bandwidths]
+    if not 1 <= len(widths) <= _MAX_KERNELS or not all(0 < w < math.inf for w in widths):
+        raise ValueError(f"bandwidths must be 1 to {_MAX_KERNELS} positive numbers, got {bandwidths!r}")
+    return widths
+
+
+def _acc(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("align_ext::mk_mmd")
+def _(
+    z: Tensor,
+    task: Tensor,
+    num_tasks: int,
+    bandwidths: Sequence[float],
+    num_kernels: int,
+    u_statistic: bool,
+    n_max: int,
+    mean_pairs: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, rank = z.shape
+    rows = torch.sym_min(tokens, num_tasks * torch.sym_min(n_max, tokens))
+    loss, gradient = (z.new_empty(shape, dtype=_acc(z.dtype)) for shape in ((), (rows, rank)))
+    return loss, gradient, z.new_empty((tokens,), dtype=torch.int32)
+
+
+@torch.library.register_fake("align_ext::mk_mmd_backward")
+def _(d_loss: Tensor, gradient: Tensor, slot: Tensor, dtype: torch.dtype) -> Tensor:
+    return gradient.new_empty((slot.shape[0], gradient.shape[1]), dtype=dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, gradient, slot = output
+    ctx.save_for_backward(gradient, slot)
+    ctx.mark_non_differentiable(gradient, slot)
+    ctx.dtype = inputs[0].dtype
+
+
+def _backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError("mk_mmd cannot be differentiated twice: call backward without create_graph=True")
+    gradient, slot = ctx.saved_tensors
+    dz = torch.ops.align_ext.mk_mmd_backward(d_loss, gradient, slot, ctx.dtype)
+    return dz, None, None, None, None, None, None, None
+
+
+torch.library.register_autograd("align_ext::mk_mmd", _backward, setup_context=_setup_context)

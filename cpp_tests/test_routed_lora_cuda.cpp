@@ -1,0 +1,89 @@
+// The CUDA kernels of routed_lora, unmodified, under the SIMT engine.
+#include "heads_cuda.h"
+
+using namespace align;
+using namespace align::test;
+
+namespace {
+
+template <typename T, typename W>
+struct Op {
+  using Inputs = HeadsInputs<T, W>;
+  static int64_t forward_workspace(const HeadsProblem& problem, const Inputs& inputs, const RouterBuffers<W>& router) {
+    return cuda::routed_lora_forward_workspace<T, W>(inputs, router.R.data(), problem.routing);
+  }
+  static int64_t backward_workspace(const HeadsProblem& problem, const Inputs& inputs, const RouterBuffers<W>& router) {
+    return cuda::routed_lora_backward_workspace<T, W>(inputs, router.R.data(), problem.routing);
+  }
+  static void forward(const HeadsProblem& problem, const HeadsForwardArgs<T, W>& args, const RouterBuffers<W>& router) {
+    cuda::routed_lora_forward<T, W>({args, problem.routing, router.R.data(), router.w.data()}, nullptr);
+  }
+  static void backward(const HeadsProblem& problem, const HeadsBackwardArgs<T, W>& args,
+                       const RouterBuffers<W>& router) {
+    const float* dw_in = problem.gradients_in ? router.dw_in.data() : nullptr;
+    cuda::routed_lora_backward<T, W>({args, problem.routing, router.R.data(), router.w.data(), dw_in, router.dR.data()},
+                                     nullptr);
+  }
+};
+
+constexpr DropoutSite kSites[] = {DropoutSite::kNone, DropoutSite::kInput, DropoutSite::kLatent};
+
+Routing routing(int64_t top_k, double tau = 0.7) { return {1, top_k, tau}; }
+
+}  // namespace
+
+TEST(kernels_agree_with_naive_loops_for_every_site_with_a_shared_and_an_own_A) {
+  for (DropoutSite site : kSites) {
+    for (bool own_A : {false, true}) {
+      for (int64_t rank : {1, 8}) check_all_types<Op>({{40, 72, 56, rank, 5, 3, own_A, site}, 0.3, routing(5)});
+      check_all_types<Op>({{150, 72, 56, 9, 3, 0, own_A, site}, 0.3, routing(2)});
+    }
+  }
+}
+
+TEST(kernels_agree_with_naive_loops_for_every_top_k) {
+  for (int64_t top_k : {1, 2, 4})
+    check_all_types<Op>({{20, 40, 24, 4, 4, 0, true, DropoutSite::kInput}, 0.2, routing(top_k)});
+  check_all_types<Op>({{20, 40, 24, 4, 1, 0, false, DropoutSite::kInput}, 0.2, routing(1)});
+}
+
+TEST(kernels_agree_with_naive_loops_where_columns_or_ranks_are_split) {
+  check_cuda<Op, bfloat16>({{140, 600, 608, 8, 5, 8, false, DropoutSite::kInput}, 0.1, routing(5)});
+  check_cuda<Op, float>({{140, 300, 304, 8, 3, 0, false, DropoutSite::kLatent}, 0.1, routing(3)});
+  check_cuda<Op, bfloat16>({{20, 72, 56, 17, 5, 17, true, DropoutSite::kInput}, 0.1, routing(5)});   // chunks of 64
+  check_cuda<Op, float>({{20, 72, 56, 17, 5, 17, false, DropoutSite::kInput}, 0.1, routing(5)}, 7);  // and of 16
+}
+
+TEST(adapters_and_router_may_be_float_on_16_bit_inputs) {
+  check_cuda<Op, bfloat16, float>({{40, 72, 56, 8, 3, 8, false, DropoutSite::kLatent}, 0.2, routing(3)});
+  check_cuda<Op, float16, float>({{40, 71, 57, 5, 3, 2, false, DropoutSite::kInput}, 0.2, routing(3)});
+}
+
+TEST(optional_gradients_may_be_absent_and_outputs_may_overwrite_what_they_add_to) {
+  for (DropoutSite site : kSites) {
+    const HeadsShape shape{45, 56, 72, 8, 2, 3, false, site};
+    check_all_types<Op>({shape, 0.3, routing(2), /*gradients_in=*/false});
+    check_all_types<Op>({shape, 0.3, routing(2), true, /*in_place=*/true});
+    check_all_types<Op>({shape, 0.3, routing(2), true, false, /*dx_wanted=*/false});
+  }
+}
+
+TEST(no_order_of_threads_makes_an_error_or_changes_a_bit) {
+  check_every_order<Op, bfloat16>({{140, 72, 136, 8, 5, 8, false, DropoutSite::kInput}, 0.1, routing(5)});
+  check_every_order<Op, float>({{40, 72, 40, 8, 2, 8, true, DropoutSite::kLatent}, 0.1, routing(1)});
+}
+
+// [A; R] x is one pass over x, whatever dropout does to one of them.
+TEST(a_forward_reads_x_once) {
+  const HeadsProblem problem{{256, 512, 128, 8, 5, 0, false, DropoutSite::kInput}, 0.1, routing(5)};
+  HeadsData<bfloat16> data = make_data<bfloat16>(problem);
+  simt::options() = {};
+  simt::reports().clear();
+  run_cuda<Op>(problem, data);
+  CHECK(clean());
+  CHECK(simt::reports().size() == 5);  // and two vendor's products: 7 launches
+  CHECK(simt::reports()[0].global(simt::Op::kLoad, "x").sectors == 256 * 512 * 2 / 32);
+  CHECK(simt::reports()[1].global(simt::Op::kLoad, "x").sectors == 0);
+}
+
+int main() { return check::run_tests(); }

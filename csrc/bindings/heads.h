@@ -1,0 +1,144 @@
+// What the bindings of dropout_sum and routed_lora share on every device: checks, outputs, and the kernels' arguments.
+#pragma once
+
+#include "bindings/projection.h"
+#include "ops/heads.h"
+
+namespace align {
+
+inline std::vector<int64_t> latent_sizes(const HeadsShape& shape) {
+  if (!shape.own_A && shape.site != DropoutSite::kInputPerHead) {
+    return {shape.tokens, shape.rank};
+  }
+  return {shape.tokens, shape.heads, shape.rank};
+}
+
+// The adapters as they were given.
+struct HeadsAdapters {
+  const Tensor& A;
+  const Tensor& B;
+  const OptionalTensor& A0;
+  const OptionalTensor& B0;
+};
+
+inline void check_offset(HeadsShape& shape, const Tensor& x, const HeadsAdapters& given) {
+  STD_TORCH_CHECK(given.A0.has_value() == given.B0.has_value(), "give both A0 and B0, or neither");
+  if (!given.A0) return;
+  STD_TORCH_CHECK(given.A0->dim() == 2, "A0 must be [offset_rank, in_dim], got ", shape_of(*given.A0));
+  shape.offset_rank = given.A0->size(0);
+  check_shape(*given.A0, {shape.offset_rank, shape.in_dim}, "A0");
+  check_shape(*given.B0, {shape.out_dim, shape.offset_rank}, "B0");
+  check_device(given.A0, x, "A0");
+  check_device(given.B0, x, "B0");
+}
+
+inline HeadsShape check_heads(const Tensor& x, const HeadsAdapters& given, int64_t site, bool may_own_A) {
+  const auto& [A, B, A0, B0] = given;
+  HeadsShape shape = {};
+  shape.tokens = tokens_of(x);
+  shape.in_dim = x.size(x.dim() - 1);
+  STD_TORCH_CHECK(site >= 0 && site <= int64_t(DropoutSite::kInputPerHead), "site must be 0 .. 3, got ", site);
+  shape.site = DropoutSite(site);
+  STD_TORCH_CHECK(B.dim() == 3 && B.size(0) > 0, "B must be [heads, out_dim, rank] with one head at least, got ",
+                  shape_of(B));
+  shape.heads = B.size(0);
+  shape.out_dim = B.size(1);
+  shape.rank = B.size(2);
+  shape.own_A = may_own_A && A.dim() == 3;
+  if (shape.own_A) {
+    check_shape(A, {shape.heads, shape.rank, shape.in_dim}, "A");
+  } else {
+    check_shape(A, {shape.rank, shape.in_dim}, "A");
+  }
+  check_device(A, x, "A");
+  check_device(B, x, "B");
+  check_offset(shape, x, given);
+  return shape;
+}
+
+inline void check_on_cuda(const HeadsShape& shape) {
+  STD_TORCH_CHECK(shape.site != DropoutSite::kInputPerHead,
+                  "site input_per_head has no CUDA kernels: use site input or latent, or run on the CPU");
+  STD_TORCH_CHECK(shape.tokens < int64_t(1) << 31, "x has ", shape.tokens,
+                  " rows; on CUDA there may be 2^31 - 1: split x");
+}
+
+// What both passes are given, contiguous, with the adapters in one dtype: x's or float32.
+struct HeadsTensors {
+  HeadsShape shape;
+  double scaling, offset_scaling;
+  Tensor x, A, B;
+  OptionalTensor A0, B0;
+  Dropout dropout;
+
+  HeadsTensors(const HeadsShape& checked, const Tensor& given_x, const HeadsAdapters& given, ScalarType adapters,
+               double s, double offset_s, double p, const OptionalTensor& rng)
+      : shape(checked),
+        scaling(s),
+        offset_scaling(offset_s),
+        x(torch::stable::contiguous(given_x)),
+        A(contiguous_as(given.A, adapters)),
+        B(contiguous_as(given.B, adapters)),
+        A0(contiguous_as(given.A0, adapters)),
+        B0(contiguous_as(given.B0, adapters)),
+        dropout(p, rng, given_x) {}
+
+  template <typename T, typename W = T>
+  HeadsInputs<T, W> inputs() const {
+    return {shape, dropout.view, scaling, offset_scaling, data<T>(x), data<W>(A), data<W>(B), data<W>(A0), data<W>(B0)};
+  }
+};
+
+// y, z and what they are made from.
+struct HeadsOutputs {
+  Tensor base, y, z;
+  OptionalTensor bias;
+
+  HeadsOutputs(const HeadsTensors& in, const OptionalTensor& weight, const OptionalTensor& given_bias,
+               const OptionalTensor& base_out)
+      : base(base_of(in.x, in.shape, weight, given_bias, base_out)),
+        y(weight ? base : torch::stable::empty_like(base)),
+        z(torch::stable::new_empty(in.x, latent_sizes(in.shape), acc_type(in.x))) {
+    if (given_bias) bias = torch::stable::contiguous(*given_bias);
+  }
+
+  template <typename T, typename W = T>
+  HeadsForwardArgs<T, W> args(const HeadsTensors& in, Tensor& workspace) {
+    return {in.inputs<T, W>(),       data<T>(base),      data<T>(bias),
+            mutable_data<Acc<T>>(z), mutable_data<T>(y), mutable_data<void>(workspace)};
+  }
+};
+
+// The gradients and what they are made from.
+struct HeadsGradients {
+  bool need_dx, has_base;
+  Tensor dy, z, dx, dA, dB;
+  OptionalTensor dz;
+
+  HeadsGradients(const HeadsTensors& in, const HeadsAdapters& adapters, const Tensor& given_dy,
+                 const OptionalTensor& given_dz, const Tensor& given_z, const OptionalTensor& weight, bool want_dx)
+      : need_dx(want_dx), has_base(want_dx && weight.has_value()) {
+    check_gradients(in.shape, in.x, given_dy, given_dz, given_z, weight);
+    dy = contiguous_as(given_dy, in.x.scalar_type());
+    z = contiguous_as(given_z, acc_type(in.x));
+    dz = contiguous_as(given_dz, acc_type(in.x));
+    dx = dx_of(in.shape, in.x, dy, weight, need_dx);
+    dA = like_adapter(adapters.A, in.x);
+    dB = like_adapter(adapters.B, in.x);
+  }
+
+  template <typename T, typename W = T>
+  HeadsBackwardArgs<T, W> args(const HeadsTensors& in, Tensor& workspace) {
+    return {in.inputs<T, W>(),
+            data<Acc<T>>(z),
+            has_base ? data<T>(dx) : nullptr,
+            data<T>(dy),
+            data<Acc<T>>(dz),
+            need_dx ? mutable_data<T>(dx) : nullptr,
+            mutable_data<Acc<T>>(dA),
+            mutable_data<Acc<T>>(dB),
+            mutable_data<void>(workspace)};
+  }
+};
+
+}  // namespace align

@@ -1,0 +1,41 @@
+#include "bindings/mk_mmd.h"
+
+namespace align {
+namespace {
+
+MkMmdOutputs mk_mmd(const Tensor& z, const Tensor& task, int64_t num_tasks, std::vector<double> bandwidths,
+                    int64_t num_kernels, bool u_statistic, int64_t n_max, bool mean_pairs) {
+  const MkMmdOptions options{num_tasks, std::move(bandwidths), num_kernels, u_statistic, n_max, mean_pairs};
+  check_mk_mmd(z, task, options);
+  const Tensor zc = torch::stable::contiguous(z), taskc = torch::stable::contiguous(task);
+  MkMmdOutputs outputs = empty_mk_mmd(z, options);
+  dispatch_dtype(z, "z", [&](auto type) {
+    using T = decltype(type);
+    MkMmdArgs<T> args = mk_mmd_args<T>(zc, taskc, options, outputs);
+    Tensor workspace = empty_bytes(z, cpu::mk_mmd_workspace(args));
+    args.workspace = mutable_data<void>(workspace);
+    cpu::mk_mmd(args);
+  });
+  return outputs;
+}
+
+Tensor mk_mmd_backward(const Tensor& d_loss, const Tensor& gradient, const Tensor& slot, ScalarType dtype) {
+  check_mk_mmd_backward(d_loss, gradient, slot);
+  Tensor dz = torch::stable::new_empty(gradient, {slot.size(0), gradient.size(1)}, dtype);
+  const Tensor gc = contiguous_as(gradient, acc_type(dz)), dc = contiguous_as(d_loss, acc_type(dz));
+  const Tensor sc = torch::stable::contiguous(slot);
+  dispatch_dtype(dz, "z", [&](auto type) {
+    using T = decltype(type);
+    cpu::mk_mmd_backward<T>(
+        {dz.size(0), dz.size(1), data<Acc<T>>(gc), data<int32_t>(sc), data<Acc<T>>(dc), mutable_data<T>(dz)});
+  });
+  return dz;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(align_ext, CPU, m) {
+  m.impl("mk_mmd", TORCH_BOX(&mk_mmd));
+  m.impl("mk_mmd_backward", TORCH_BOX(&mk_mmd_backward));
+}
+
+}  // namespace
+}  // namespace align

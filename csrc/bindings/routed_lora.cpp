@@ -1,0 +1,56 @@
+#include "bindings/routed_lora.h"
+
+namespace align {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> routed_lora(const Tensor& x, const Tensor& A, const Tensor& B, const Tensor& R,
+                                               double scaling, double offset_scaling, const OptionalTensor& A0,
+                                               const OptionalTensor& B0, int64_t top_k, double tau, int64_t site,
+                                               double p, const OptionalTensor& rng, const OptionalTensor& weight,
+                                               const OptionalTensor& bias, const OptionalTensor& base_out,
+                                               const OptionalTensor&, const OptionalTensor&, const OptionalTensor&) {
+  const HeadsAdapters adapters{A, B, A0, B0};
+  const HeadsShape shape = check_heads(x, adapters, site, /*may_own_A=*/true);
+  const Routing routing = check_router(shape, x, R, top_k, tau);
+  const HeadsTensors in(shape, x, adapters, x.scalar_type(), scaling, offset_scaling, p, rng);
+  const Tensor Rc = contiguous_as(R, x.scalar_type());
+  HeadsOutputs out(in, weight, bias, base_out);
+  Tensor w = torch::stable::new_empty(x, factor_sizes(shape, routing), acc_type(x));
+  dispatch_dtype(x, "x", [&](auto type) {
+    using T = decltype(type);
+    Tensor workspace = empty_bytes(x, cpu::routed_lora_forward_workspace(shape, routing, p > 0));
+    cpu::routed_lora_forward<T>({out.args<T>(in, workspace), routing, data<T>(Rc), mutable_data<Acc<T>>(w)});
+  });
+  return {out.y, out.z, w};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> routed_lora_backward(
+    const Tensor& dy, const OptionalTensor& dz, const OptionalTensor& dw, const Tensor& x, const Tensor& z,
+    const Tensor& w, const Tensor& A, const Tensor& B, const Tensor& R, double scaling, double offset_scaling,
+    const OptionalTensor& A0, const OptionalTensor& B0, double tau, int64_t site, double p, const OptionalTensor& rng,
+    const OptionalTensor& weight, bool need_dx) {
+  const HeadsAdapters adapters{A, B, A0, B0};
+  const HeadsShape shape = check_heads(x, adapters, site, /*may_own_A=*/true);
+  const Routing routing = check_router(shape, x, R, shape.heads, tau);
+  const HeadsTensors in(shape, x, adapters, x.scalar_type(), scaling, offset_scaling, p, rng);
+  check_factors(factor_sizes(shape, routing), x, w, dw);
+  const Tensor Rc = contiguous_as(R, x.scalar_type()), wc = contiguous_as(w, acc_type(x));
+  const OptionalTensor dwc = contiguous_as(dw, acc_type(x));
+  HeadsGradients out(in, adapters, dy, dz, z, weight, need_dx);
+  Tensor dR = like_adapter(R, x);
+  dispatch_dtype(x, "x", [&](auto type) {
+    using T = decltype(type);
+    Tensor workspace = empty_bytes(x, cpu::routed_lora_backward_workspace(shape, routing, p > 0));
+    cpu::routed_lora_backward<T>({out.args<T>(in, workspace), routing, data<T>(Rc), data<Acc<T>>(wc), data<Acc<T>>(dwc),
+                                  mutable_data<Acc<T>>(dR)});
+  });
+  return {out.dx, out.dA, out.dB, dR};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(align_ext, CPU, m) {
+  m.impl("routed_lora", TORCH_BOX(&routed_lora));
+  m.impl("routed_lora_backward", TORCH_BOX(&routed_lora_backward));
+}
+
+}  // namespace
+}  // namespace align

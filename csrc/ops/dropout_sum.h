@@ -1,0 +1,53 @@
+// The sum of dropped-out heads: M-LoRA (site latent) and HydraLoRA without a router (site input_per_head).
+//
+//   y[t]  += scaling * sum_i B_i u_i[t] + offset_scaling * B0 A0 xd[t]     u_i, z, xd by site: heads.h
+//
+// scaling is s for the sum of the heads and s / heads for their mean; offset_scaling is -s.
+//
+// Backward, with g = dL/dy [tokens, out_dim] and the gradient dzin that reaches z from outside:
+//   du_i[t] = scaling * B_i^T g[t]
+//   dB_i    = scaling * sum_t g[t] u_i[t]^T
+//   dz[t]   = sum_i mask_i * du_i[t] + dzin[t]        (site latent; without masks of the heads mask_i = 1)
+//   dz_i[t] = du_i[t] + dzin_i[t]                     (one latent per head; times mask_i for site latent)
+//   dA      = sum_t dz[t] xd[t]^T                     (site input_per_head: sum_t,i dz_i[t] (x[t] * mask_i)^T)
+//   dx[t]  += (A^T dz[t]) * mask[t]                   (site input_per_head: sum_i (A^T dz_i[t]) * mask_i)
+//   dx[t]  += (offset_scaling * A0^T B0^T g[t]) * mask[t]                    (mask: of site input, else 1)
+//
+// Products take operands in T (adapters in float are rounded to it) and accumulate in Acc<T>; z keeps Acc<T>. Where
+// all u_i are one z, the heads act as their sum. own_A is false.
+// Floating-point operations: forward 2 T (r L n + N r m), backward twice that; L = latents, N = heads; the offset path
+// adds 2 T r0 (n + m) to each. Bytes moved (floor): forward x + 2y + z, backward g + x + 2dx + z, in the sizes of their
+// types, z being T L r elements.
+#pragma once
+
+#include "ops/heads.h"
+#include "ops/stream.h"
+
+namespace align {
+
+template <typename T, typename W = T>
+using DropoutSumForwardArgs = HeadsForwardArgs<T, W>;
+template <typename T, typename W = T>
+using DropoutSumBackwardArgs = HeadsBackwardArgs<T, W>;
+
+namespace cpu {
+int64_t dropout_sum_forward_workspace(const HeadsShape& shape, bool dropout);   // bytes
+int64_t dropout_sum_backward_workspace(const HeadsShape& shape, bool dropout);  // bytes
+template <typename T>
+void dropout_sum_forward(const DropoutSumForwardArgs<T>& args);
+template <typename T>
+void dropout_sum_backward(const DropoutSumBackwardArgs<T>& args);
+}  // namespace cpu
+
+namespace cuda {  // T: float, bfloat16, float16; W: T or float. Sites none, input and latent.
+template <typename T, typename W>
+int64_t dropout_sum_forward_workspace(const HeadsInputs<T, W>& inputs);  // bytes
+template <typename T, typename W>
+int64_t dropout_sum_backward_workspace(const HeadsInputs<T, W>& inputs);  // bytes
+template <typename T, typename W>
+void dropout_sum_forward(const DropoutSumForwardArgs<T, W>& args, Stream stream);
+template <typename T, typename W>
+void dropout_sum_backward(const DropoutSumBackwardArgs<T, W>& args, Stream stream);
+}  // namespace cuda
+
+}  // namespace align

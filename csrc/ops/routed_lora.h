@@ -1,0 +1,75 @@
+// Heads mixed by a router: HydraLoRA (groups = 1), R-LoRA (site latent), LoRA-MoE (own_A, top_k), mtLoRA (groups >= 1).
+//
+//   l[t,k,i] = R[k*heads + i] . x[t] / tau                      on x without dropout
+//   w[t,k,:] = softmax over the top_k largest l[t,k,:], 0 elsewhere; ties go to the lowest head
+//   y[t,o]  += scaling * sum_i w[t,k,i] B_i[o,:] . u_i[t] + offset_scaling * B0[o,:] A0 xd[t]
+//              k = floor(o * groups / out_dim), the group of output o;  u_i, z, xd by site: heads.h
+//
+// Backward, with g = dL/dy and the gradients dzin and dwin that reach z and w from outside; B_ik are the rows of B_i
+// that belong to group k, g_k the columns of g:
+//   q_ik[t]    = B_ik^T g_k[t]
+//   dw[t,k,i]  = scaling * u_i[t] . q_ik[t] + dwin[t,k,i]
+//   dl[t,k,i]  = w[t,k,i] (dw[t,k,i] - sum_j w[t,k,j] dw[t,k,j]) / tau        zero where w is: outside the top_k
+//   dR         = sum_t dl[t] x[t]^T
+//   du_i[t]    = scaling * sum_k w[t,k,i] q_ik[t]
+//   dB_ik      = scaling * sum_t w[t,k,i] g_k[t] u_i[t]^T
+//   dz, dA, dx from du_i as in dropout_sum.h, and dx[t] += R^T dl[t]
+//
+// Products take operands in T (adapters and router in float are rounded to it) and accumulate in Acc<T>; z, w, the
+// softmax and its backward keep Acc<T>. groups is at least 1 and divides out_dim; top_k is in 1 .. heads. x is read
+// once for z, the offset path and the router together. Floating-point operations: forward 2 T ((r L + G N) n + N r m),
+// backward twice that; L = latents, N = heads, G = groups; the offset path adds 2 T r0 (n + m) to each. Bytes moved
+// (floor): forward x + 2y + z + w, backward g + x + 2dx
+// + z + w, in the sizes of their types, z being T L r and w T G N elements.
+#pragma once
+
+#include "ops/heads.h"
+#include "ops/stream.h"
+
+namespace align {
+
+struct Routing {
+  int64_t groups;
+  int64_t top_k;
+  double tau;
+};
+
+template <typename T, typename W = T>
+struct RoutedLoraForwardArgs {
+  HeadsForwardArgs<T, W> heads;
+  Routing routing;
+  const W* R;  // [groups * heads, in_dim], row k * heads + i
+  Acc<T>* w;   // [tokens, groups, heads], assigned
+};
+
+template <typename T, typename W = T>
+struct RoutedLoraBackwardArgs {
+  HeadsBackwardArgs<T, W> heads;
+  Routing routing;
+  const W* R;           // [groups * heads, in_dim]
+  const Acc<T>* w;      // [tokens, groups, heads] of the forward
+  const Acc<T>* dw_in;  // [tokens, groups, heads] grad output, or null: zero
+  Acc<T>* dR;           // [groups * heads, in_dim] grad input, assigned
+};
+
+namespace cpu {
+int64_t routed_lora_forward_workspace(const HeadsShape& shape, const Routing& routing, bool dropout);   // bytes
+int64_t routed_lora_backward_workspace(const HeadsShape& shape, const Routing& routing, bool dropout);  // bytes
+template <typename T>
+void routed_lora_forward(const RoutedLoraForwardArgs<T>& args);
+template <typename T>
+void routed_lora_backward(const RoutedLoraBackwardArgs<T>& args);
+}  // namespace cpu
+
+namespace cuda {  // T: float, bfloat16, float16; W: T or float. Sites none, input and latent; groups = 1.
+template <typename T, typename W>
+int64_t routed_lora_forward_workspace(const HeadsInputs<T, W>& inputs, const W* R, const Routing& routing);  // bytes
+template <typename T, typename W>
+int64_t routed_lora_backward_workspace(const HeadsInputs<T, W>& inputs, const W* R, const Routing& routing);  // bytes
+template <typename T, typename W>
+void routed_lora_forward(const RoutedLoraForwardArgs<T, W>& args, Stream stream);
+template <typename T, typename W>
+void routed_lora_backward(const RoutedLoraBackwardArgs<T, W>& args, Stream stream);
+}  // namespace cuda
+
+}  // namespace align

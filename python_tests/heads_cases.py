@@ -1,0 +1,157 @@
+"""Inputs of dropout_sum and routed_lora, and how their tests run and compare them."""
+
+import pytest
+import torch
+from closeness import assert_as_close_as_torch
+
+from align_ext import ops, reference
+from align_ext.ops import _keyed
+
+RNG = torch.tensor([123456789, 42])
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SITES = ["none", "input", "latent", "input_per_head"]
+PER_HEAD = pytest.param("input_per_head", marks=pytest.mark.needs("input_per_head"))
+EVERY_SITE = pytest.mark.parametrize("site", [*SITES[:3], PER_HEAD])
+MOST_GROUPS = 1 << 30  # that routed_lora is tried with where it runs
+# tokens, in, out, rank, heads: ordinary, odd, degenerate
+SHAPES = [
+    (64, 128, 96, 8, 3),
+    (65, 67, 45, 5, 4),
+    (9, 200, 24, 70, 2),
+    (33, 31, 129, 17, 1),
+    (7, 1, 1, 1, 2),
+    (0, 16, 8, 4, 2),
+]
+NOT_LEAVES = ("W", "bias", "A0", "B0")
+
+
+def make(shape, dtype, *, adapters=None, groups=0, own_A=False, offset_rank=0, site="latent", seed=0):
+    """Inputs by name whose low-rank term is as large as the base; with groups > 0 those of routed_lora."""
+    tokens, n, m, r, heads = shape
+    groups = min(groups, MOST_GROUPS)
+    g = torch.Generator().manual_seed(seed)
+    adapters = adapters or dtype
+
+    def normal(*size, scale=1.0, dtype=dtype):
+        return (torch.randn(size, generator=g) * scale).to(dtype)
+
+    inputs = {
+        "x": normal(tokens, n),
+        "A": normal(*([heads] if own_A else []), r, n, scale=n**-0.5, dtype=adapters),
+        "B": normal(heads, m, r, scale=r**-0.5, dtype=adapters),
+        "W": normal(m, n, scale=n**-0.5),
+        "bias": normal(m),
+        "base": normal(tokens, m),
+        "dy": normal(tokens, m),
+        "dz": normal(tokens, *([heads] if own_A or site == "input_per_head" else []), r, dtype=torch.float32),
+    }
+    if offset_rank:
+        inputs["A0"] = normal(offset_rank, n, scale=n**-0.5, dtype=adapters)
+        inputs["B0"] = normal(m, offset_rank, scale=offset_rank**-0.5, dtype=adapters)
+    if groups:
+        inputs["R"] = normal(groups * heads, n, scale=n**-0.5, dtype=adapters)
+        inputs["dw"] = normal(tokens, groups, heads, dtype=torch.float32)
+    return inputs
+
+
+def leaves_of(inputs, device="cpu"):
+    """Copies on a device; what is trained requires its gradient."""
+    return {
+        name: tensor.detach().to(device).clone().requires_grad_(name in ("x", "A", "B", "R", "base"))
+        for name, tensor in inputs.items()
+    }
+
+
+def call(op, leaves, *, weight_form=True, **options):
+    """Outputs of an op, of its name, or of a reference."""
+    op = getattr(ops, op) if isinstance(op, str) else op
+    form = {"weight": leaves["W"], "bias": leaves["bias"]} if weight_form else {"base_out": leaves["base"]}
+    offset = {name: leaves[name] for name in ("A0", "B0") if name in leaves}
+    router = (leaves["R"],) if "R" in leaves else ()
+    if options.get("dropout_p"):
+        options.setdefault("rng", RNG.to(leaves["x"].device))
+    return op(leaves["x"], leaves["A"], leaves["B"], *router, scaling=0.75, **form, **offset, **options)
+
+
+def results(op, inputs, device="cpu", **options):
+    """Outputs and every gradient, by name; B's for each head."""
+    leaves = leaves_of(inputs, device)
+    outputs = call(op, leaves, **options)
+    grads = [leaves[name].to(y.dtype) for name, y in zip(("dy", "dz", "dw"), outputs, strict=False)]
+    torch.autograd.backward(outputs, grads)
+    named = dict(zip(("y", "z", "w"), outputs, strict=False))
+    named |= {f"d{name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    for i, head in enumerate(named.pop("dB")):
+        named[f"dB[{i}]"] = head
+    return {name: tensor.detach().cpu() for name, tensor in named.items()}
+
+
+def compare(op, device, inputs, **options):
+    """Holds an op to the tolerance rule; the references see the adapters as the op rounds them."""
+    dtype = inputs["x"].dtype
+    rounded = {name: t.to(dtype) for name, t in inputs.items() if name not in ("dz", "dw")}
+    rounded |= {name: inputs[name] for name in ("dz", "dw") if name in inputs}
+    actual = results(op, inputs, device, **options)
+    same = results(getattr(reference, op), rounded, **options)
+    exact = results(getattr(reference, op), {name: t.double() for name, t in rounded.items()}, **options)
+    assert actual.keys() == exact.keys()
+    for name, tensor in actual.items():
+        try:
+            assert_as_close_as_torch(tensor, same[name].to(tensor.dtype), exact[name])
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+    return actual
+
+
+class GivenStep:
+    """An alignment step that has one gradient to give, for the layer in slot 2."""
+
+    def __init__(self, dz):
+        self.dz = dz
+
+    def take(self, slot):
+        assert slot == 2
+        return self.dz
+
+
+def results_with_a_step(op, inputs, device, **options):
+    """Results when an alignment step, not a loss on z, brings dz."""
+    step = GivenStep(inputs["dz"].to(device))
+    keyed = {"step": _keyed.register_step(step), "slot": torch.tensor(2), "ids": torch.zeros(1, dtype=torch.int64)}
+    without = inputs | {"dz": torch.zeros_like(inputs["dz"])}
+    return results(op, without, device, **keyed, **options)
+
+
+def gradients(loss, leaves):
+    """Gradients of a scalar function of tensors."""
+    copies = [t.detach().clone().requires_grad_() for t in leaves]
+    loss(*copies).backward()
+    return [t.grad for t in copies]
+
+
+def same_bits_for_any_number_of_threads(run):
+    """Runs with 1, 1, 2 and 3 threads and compares results by name."""
+    before, every = torch.get_num_threads(), []
+    try:
+        for threads in (1, 1, 2, 3):
+            torch.set_num_threads(threads)
+            every.append(run())
+    finally:
+        torch.set_num_threads(before)
+    for other in every[1:]:
+        for name, tensor in every[0].items():
+            assert torch.equal(tensor, other[name]), name
+
+
+def bytes_saved(run):
+    """What autograd saves while run() makes its outputs: bytes by storage."""
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = run()
+    del outputs
+    return saved
