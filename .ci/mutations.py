@@ -38,9 +38,9 @@ MUTANTS = [
     Mutant("the KL without a gradient", "align_ext/batch.py", "arm(d_total, ctx", "arm(d_total, 0 * ctx", BATCH),
     Mutant(
         "detach z",
-        "align_ext/ops/grouped_lora.py",
-        "dz = injected if dz is None else dz + injected",
-        "pass",
+        "align_ext/ops/_projection.py",
+        "return injected if dz is None else dz + injected",
+        "return dz",
         BATCH,
     ),
     Mutant(
@@ -218,6 +218,41 @@ MUTANTS = [
         "scale * 2 * d_var / layer.n(i)",
         "test_gaussian_kl",
     ),
+    Mutant(
+        "the softmax's gradient without its mean",
+        "csrc/cpu/routed_lora.cpp",
+        "w[i] * (d[i] - mean)",
+        "w[i] * d[i]",
+        "test_routed_lora",
+    ),
+    Mutant(
+        "count pairs of different tiles of the MMD once",
+        "csrc/cpu/mk_mmd.cpp",
+        "(i == j ? 1 : 2) * omega",
+        "omega",
+        "test_mk_mmd",
+    ),
+    Mutant(
+        "forget a head's latent mask on CUDA",
+        "csrc/cuda/projection.cu",
+        "const float mask = weight * latent_mask(heads, masks, row, j);",
+        "const float mask = weight;",
+        "test_dropout_sum_cuda",
+    ),
+    Mutant(
+        "mask a router's input on CUDA",
+        "csrc/cuda/heads.cuh",
+        "masked = router.R ? a.adapters[2].start : kAllRanks;",
+        "masked = kAllRanks;",
+        "test_routed_lora_cuda",
+    ),
+    Mutant(
+        "drop a slab of split-K on CUDA",
+        "csrc/cuda/grouped_lora.cu",
+        "for (int64_t i = 0; i < count; ++i) total += parts",
+        "for (int64_t i = 0; i < 1; ++i) total += parts",
+        "test_grouped_lora_cuda",
+    ),
 ]
 
 
@@ -232,7 +267,7 @@ def barriers() -> Iterator[Mutant]:
             continue
         text, file = path.read_text(), str(path.relative_to(ROOT))
         test = {".cu": f"test_{path.stem}_cuda"}.get(path.suffix, "test_grouped_lora_cuda")
-        test = "test_simt_block_sum" if path.name == "launch.cuh" else test
+        test = {"launch.cuh": "test_simt_block_sum", "shrink.cuh": "test_routed_lora_cuda"}.get(path.name, test)
         for found in BARRIER.finditer(text):
             number, begin = text.count("\n", 0, found.start()) + 1, max(found.start() - 200, 0)
             before, end = text[begin : found.end()], text[begin : found.start()]

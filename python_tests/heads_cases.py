@@ -117,7 +117,7 @@ class GivenStep:
 def results_with_a_step(op, inputs, device, **options):
     """Results when an alignment step, not a loss on z, brings dz."""
     step = GivenStep(inputs["dz"].to(device))
-    keyed = {"step": _keyed.register_step(step), "slot": torch.tensor(2), "ids": torch.zeros(1, dtype=torch.int64)}
+    keyed = {"step": _keyed.register_step(step), "slot": torch.tensor(2)}
     without = inputs | {"dz": torch.zeros_like(inputs["dz"])}
     return results(op, without, device, **keyed, **options)
 

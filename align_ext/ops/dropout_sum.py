@@ -15,7 +15,7 @@ def dropout_sum(
     x: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0, *, reduce: Literal["sum", "mean"] = "sum",
     site: projection.Site = "latent", dropout_p: float = 0.0, rng: Tensor | None = None, A0: Tensor | None = None,
     B0: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None, base_out: Tensor | None = None,
-    ids: Tensor | None = None, step: Tensor | None = None, slot: Tensor | None = None,
+    step: Tensor | None = None, slot: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Computes y = base(x) + scaling c Σ_i u_i B_iᵀ over the N heads, and the latent z; c = 1, or 1/N for "mean".
 
@@ -42,8 +42,7 @@ def dropout_sum(
         weight: as in grouped_lora: the frozen base layer is weight and bias, or what it returned, base_out.
         bias: as in grouped_lora.
         base_out: as in grouped_lora.
-        ids: as in grouped_lora: the task of each row, and the alignment step and this layer's place in it.
-        step: as in grouped_lora.
+        step: as in grouped_lora: the alignment step, and this layer's place in it.
         slot: as in grouped_lora.
 
     Returns:
@@ -60,14 +59,14 @@ def dropout_sum(
     number = projection.checked_site(site, dropout_p, A0, B0)
     of_heads = scaling / max(len(B), 1) if reduce == "mean" else scaling
     return torch.ops.align_ext.dropout_sum(
-        x, A, B, of_heads, -scaling, A0, B0, number, dropout_p, rng, weight, bias, base_out, ids, step, slot
+        x, A, B, of_heads, -scaling, A0, B0, number, dropout_p, rng, weight, bias, base_out, step, slot
     )
 
 
 @torch.library.register_fake("align_ext::dropout_sum")
 def _(
     x: Tensor, A: Tensor, B: Tensor, scaling: float, offset_scaling: float, A0: Any, B0: Any, site: int, p: float,
-    rng: Any, weight: Any, bias: Any, base_out: Any, ids: Any, step: Any, slot: Any,
+    rng: Any, weight: Any, bias: Any, base_out: Any, step: Any, slot: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     rest = {"A0": A0, "B0": B0, "weight": weight, "bias": bias, "base_out": base_out}
     return projection.empty_outputs(x, B, projection.latents(A, B, site), A=A, **rest)
@@ -82,7 +81,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, A, B, *scalings, A0, B0, site, p, rng, weight, _, _, _, step, slot = inputs
+    x, A, B, *scalings, A0, B0, site, p, rng, weight, _, _, step, slot = inputs
     ctx.options = (*scalings, site, p)
     ctx.save_for_backward(x, output[1], A, B, A0, B0, rng, weight)
     projection.keep_keyed(ctx, step, slot)
@@ -95,7 +94,7 @@ def _backward(ctx: Any, dy: Tensor | None, dz: Tensor | None) -> tuple[Tensor | 
     grads = torch.ops.align_ext.dropout_sum_backward(
         dy, dz, x, z, A, B, scaling, offset_scaling, A0, B0, site, p, rng, weight, ctx.needs_input_grad[0]
     )
-    return projection.gradients(ctx, dy, grads, (A, B), positions=(12, 16))
+    return projection.gradients(ctx, dy, grads, (A, B), positions=(12, 15))
 
 
 torch.library.register_autograd("align_ext::dropout_sum", _backward, setup_context=_setup_context)

@@ -24,7 +24,6 @@ def grouped_lora(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     base_out: Tensor | None = None,
-    ids: Tensor | None = None,
     step: Tensor | None = None,
     slot: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -46,8 +45,7 @@ def grouped_lora(
         weight: [out_dim, in_dim], the frozen base weight, in x's dtype. Exactly one of weight and base_out.
         bias: [out_dim], frozen, with weight only.
         base_out: [..., out_dim], what the base layer returned, in x's dtype; differentiable, not modified.
-        ids: int64 [T] or [B], the task of each row (-1: none), for a layer that takes part in an alignment step.
-        step: int64 scalar on the CPU, the key of that step.
+        step: int64 scalar on the CPU, the key of the alignment step that the layer takes part in.
         slot: int64 scalar on the CPU, this layer's place in it.
 
     Returns:
@@ -60,14 +58,14 @@ def grouped_lora(
     """
     rng = projection.checked_rng(x, dropout_p, rng, weight, bias, base_out)
     return torch.ops.align_ext.grouped_lora(
-        x, A, B, scaling, offsets, group, dropout_p, rng, weight, bias, base_out, ids, step, slot
+        x, A, B, scaling, offsets, group, dropout_p, rng, weight, bias, base_out, step, slot
     )
 
 
 @torch.library.register_fake("align_ext::grouped_lora")
 def _(
     x: Tensor, A: Tensor, B: Tensor, scaling: float, offsets: Any, group: Any, p: float, rng: Any,
-    weight: Any, bias: Any, base_out: Any, ids: Any, step: Any, slot: Any,
+    weight: Any, bias: Any, base_out: Any, step: Any, slot: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return projection.empty_outputs(x, B, (A.shape[-2],), A=A, weight=weight, bias=bias, base_out=base_out)
 
@@ -81,7 +79,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, A, B, ctx.scaling, offsets, group, ctx.p, rng, weight, _, _, _, step, slot = inputs
+    x, A, B, ctx.scaling, offsets, group, ctx.p, rng, weight, _, _, step, slot = inputs
     ctx.save_for_backward(x, output[1], A, B, offsets, group, rng, weight)
     projection.keep_keyed(ctx, step, slot)
 
@@ -92,7 +90,7 @@ def _backward(ctx: Any, dy: Tensor | None, dz: Tensor | None) -> tuple[Tensor | 
     grads = torch.ops.align_ext.grouped_lora_backward(
         dy, dz, x, z, A, B, ctx.scaling, offsets, group, ctx.p, rng, weight, ctx.needs_input_grad[0]
     )
-    return projection.gradients(ctx, dy, grads, (A, B), positions=(10, 14))
+    return projection.gradients(ctx, dy, grads, (A, B), positions=(10, 13))
 
 
 torch.library.register_autograd("align_ext::grouped_lora", _backward, setup_context=_setup_context)

@@ -15,7 +15,7 @@ def routed_lora(
     x: Tensor, A: Tensor, B: Tensor, R: Tensor, scaling: float = 1.0, *, top_k: int | None = None, tau: float = 1.0,
     site: projection.Site = "input", dropout_p: float = 0.0, rng: Tensor | None = None, A0: Tensor | None = None,
     B0: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None, base_out: Tensor | None = None,
-    ids: Tensor | None = None, step: Tensor | None = None, slot: Tensor | None = None,
+    step: Tensor | None = None, slot: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Computes y = base(x) + scaling Σ_i w[t, k, i] u_i B_iᵀ, k = floor(o G / out_dim), with a router's weights w.
 
@@ -44,8 +44,7 @@ def routed_lora(
         weight: as in dropout_sum: the frozen base layer.
         bias: as in dropout_sum.
         base_out: as in dropout_sum.
-        ids: as in dropout_sum: the alignment step.
-        step: as in dropout_sum.
+        step: as in dropout_sum: the alignment step.
         slot: as in dropout_sum.
 
     Returns:
@@ -61,14 +60,14 @@ def routed_lora(
     number = projection.checked_site(site, dropout_p, A0, B0)
     k = len(B) if top_k is None else top_k
     return torch.ops.align_ext.routed_lora(
-        x, A, B, R, scaling, -scaling, A0, B0, k, tau, number, dropout_p, rng, weight, bias, base_out, ids, step, slot
+        x, A, B, R, scaling, -scaling, A0, B0, k, tau, number, dropout_p, rng, weight, bias, base_out, step, slot
     )
 
 
 @torch.library.register_fake("align_ext::routed_lora")
 def _(
     x: Tensor, A: Tensor, B: Tensor, R: Tensor, scaling: float, offset_scaling: float, A0: Any, B0: Any, top_k: int,
-    tau: float, site: int, p: float, rng: Any, weight: Any, bias: Any, base_out: Any, ids: Any, step: Any, slot: Any,
+    tau: float, site: int, p: float, rng: Any, weight: Any, bias: Any, base_out: Any, step: Any, slot: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     rest = {"A0": A0, "B0": B0, "weight": weight, "bias": bias, "base_out": base_out}
     y, z = projection.empty_outputs(x, B, projection.latents(A, B, site), A=A, R=R, **rest)
@@ -84,7 +83,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, A, B, R, *scalings, A0, B0, _, tau, site, p, rng, weight, _, _, _, step, slot = inputs
+    x, A, B, R, *scalings, A0, B0, _, tau, site, p, rng, weight, _, _, step, slot = inputs
     ctx.options = (*scalings, tau, site, p)
     ctx.save_for_backward(x, *output[1:], A, B, R, A0, B0, rng, weight)
     projection.keep_keyed(ctx, step, slot)
@@ -98,7 +97,7 @@ def _backward(ctx: Any, dy: Tensor | None, dz: Tensor | None, dw: Tensor | None)
         dy, dz, dw, x, z, w, A, B, R, scaling, offset_scaling, A0, B0, tau, site, p, rng, weight,
         ctx.needs_input_grad[0],
     )  # fmt: skip
-    return projection.gradients(ctx, dy, grads, (A, B, R), positions=(15, 19))
+    return projection.gradients(ctx, dy, grads, (A, B, R), positions=(15, 18))
 
 
 torch.library.register_autograd("align_ext::routed_lora", _backward, setup_context=_setup_context)

@@ -9,7 +9,7 @@ std::tuple<Tensor, Tensor> dropout_sum(const Tensor& x, const Tensor& A, const T
                                        double offset_scaling, const OptionalTensor& A0, const OptionalTensor& B0,
                                        int64_t site, double p, const OptionalTensor& rng, const OptionalTensor& weight,
                                        const OptionalTensor& bias, const OptionalTensor& base_out,
-                                       const OptionalTensor&, const OptionalTensor&, const OptionalTensor&) {
+                                       const OptionalTensor&, const OptionalTensor&) {
   const HeadsAdapters adapters{A, B, A0, B0};
   const HeadsShape shape = check_heads(x, adapters, site, /*may_own_A=*/false);
   check_on_cuda(shape);

@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor> grouped_lora(const Tensor& x, const Tensor& A, const 
                                         const OptionalTensor& offsets, const OptionalTensor& group, double p,
                                         const OptionalTensor& rng, const OptionalTensor& weight,
                                         const OptionalTensor& bias, const OptionalTensor& base_out,
-                                        const OptionalTensor&, const OptionalTensor&, const OptionalTensor&) {
+                                        const OptionalTensor&, const OptionalTensor&) {
   const GroupedLoraShape shape = check_inputs(x, A, B);
   const ScalarType dtype = x.scalar_type();
   const Tensor xc = torch::stable::contiguous(x);

@@ -2,10 +2,10 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(align_ext, m) {
-  // ids, step and slot reach the Python autograd formula only (align_ext/ops/_keyed.py); no kernel reads them.
+  // step and slot reach the Python autograd formula only (align_ext/ops/_keyed.py); no kernel reads them.
   m.def(
       "grouped_lora(Tensor x, Tensor A, Tensor B, float scaling, Tensor? offsets, Tensor? group, float p, "
-      "Tensor? rng, Tensor? weight, Tensor? bias, Tensor? base_out, Tensor? ids, Tensor? step, Tensor? slot) "
+      "Tensor? rng, Tensor? weight, Tensor? bias, Tensor? base_out, Tensor? step, Tensor? slot) "
       "-> (Tensor y, Tensor z)");
   m.def(
       "grouped_lora_backward(Tensor dy, Tensor? dz, Tensor x, Tensor z, Tensor A, Tensor B, float scaling, "
@@ -15,7 +15,7 @@ STABLE_TORCH_LIBRARY(align_ext, m) {
   m.def(
       "dropout_sum(Tensor x, Tensor A, Tensor B, float scaling, float offset_scaling, Tensor? A0, Tensor? B0, int "
       "site, "
-      "float p, Tensor? rng, Tensor? weight, Tensor? bias, Tensor? base_out, Tensor? ids, Tensor? step, Tensor? slot) "
+      "float p, Tensor? rng, Tensor? weight, Tensor? bias, Tensor? base_out, Tensor? step, Tensor? slot) "
       "-> (Tensor y, Tensor z)");
   m.def(
       "dropout_sum_backward(Tensor dy, Tensor? dz, Tensor x, Tensor z, Tensor A, Tensor B, float scaling, "
@@ -26,7 +26,7 @@ STABLE_TORCH_LIBRARY(align_ext, m) {
       "routed_lora(Tensor x, Tensor A, Tensor B, Tensor R, float scaling, float offset_scaling, Tensor? A0, Tensor? "
       "B0, "
       "int top_k, float tau, int site, float p, Tensor? rng, Tensor? weight, Tensor? bias, Tensor? base_out, "
-      "Tensor? ids, Tensor? step, Tensor? slot) -> (Tensor y, Tensor z, Tensor w)");
+      "Tensor? step, Tensor? slot) -> (Tensor y, Tensor z, Tensor w)");
   m.def(
       "routed_lora_backward(Tensor dy, Tensor? dz, Tensor? dw, Tensor x, Tensor z, Tensor w, Tensor A, Tensor B, "
       "Tensor R, float scaling, float offset_scaling, Tensor? A0, Tensor? B0, float tau, int site, float p, "

@@ -120,7 +120,7 @@ def test_opcheck(device, weight_form, site, p):
     x, A, B, A0, B0 = (leaves[name] for name in ("x", "A", "B", "A0", "B0"))
     rng = RNG.to(device) if p else None
     weight, bias, base = (leaves["W"], leaves["bias"], None) if weight_form else (None, None, leaves["base"])
-    args = (x, A, B, 0.5, -1.5, A0, B0, site, p, rng, weight, bias, base, None, None, None)
+    args = (x, A, B, 0.5, -1.5, A0, B0, site, p, rng, weight, bias, base, None, None)
     opcheck(torch.ops.align_ext.dropout_sum.default, args)
     y, z = (t.detach() for t in torch.ops.align_ext.dropout_sum(*args))
     x, A, B = (t.detach() for t in (x, A, B))

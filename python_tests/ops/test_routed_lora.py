@@ -159,7 +159,7 @@ def test_opcheck(device, weight_form, architecture):
     p, number, k = options["dropout_p"], SITES.index(options["site"]), options["top_k"] or 3
     rng = RNG.to(device) if p else None
     weight, bias, base = (leaves["W"], leaves["bias"], None) if weight_form else (None, None, leaves["base"])
-    args = (x, A, B, R, 0.5, -1.5, A0, B0, k, 0.7, number, p, rng, weight, bias, base, None, None, None)
+    args = (x, A, B, R, 0.5, -1.5, A0, B0, k, 0.7, number, p, rng, weight, bias, base, None, None)
     opcheck(torch.ops.align_ext.routed_lora.default, args)
     y, z, w = (t.detach() for t in torch.ops.align_ext.routed_lora(*args))
     x, A, B, R = (t.detach() for t in (x, A, B, R))
