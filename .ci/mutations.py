@@ -271,7 +271,7 @@ def barriers() -> Iterator[Mutant]:
         for found in BARRIER.finditer(text):
             number, begin = text.count("\n", 0, found.start()) + 1, max(found.start() - 200, 0)
             before, end = text[begin : found.end()], text[begin : found.start()]
-            yield Mutant(f"without the barrier in line {number}", file, before, end, test)
+            yield Mutant(f"without the barrier in line {number} of {path.name}", file, before, end, test)
 
 
 def apply(mutant: Mutant, tree: Path) -> str | None:

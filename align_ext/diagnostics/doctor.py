@@ -12,6 +12,7 @@ from torch import Tensor
 
 from align_ext import ops, reference
 from align_ext.diagnostics.backend import OPS, backend, has_kernel
+from align_ext.ops._native import build_info
 
 # Largest error of a result against the float64 reference, relative to its largest element.
 _ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -35,6 +36,9 @@ def run(console: Console | None = None) -> bool:
             healthy = healthy and verdict is None
             table.add_row(op, device, "native", "[green]ok[/green]" if verdict is None else f"[red]{verdict}[/red]")
     console.print(table)
+    if facts["built_with"]["cuda_archs"] and torch.version.cuda and not build_info.finds_cuda_stream():
+        console.print("[red]the CUDA kernels do not find torch's current stream: this torch is not known[/red]")
+        healthy = False
     console.print("[green]healthy[/green]" if healthy else "[red]broken: rebuild with `pip install .`[/red]")
     return healthy
 

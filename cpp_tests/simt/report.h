@@ -81,7 +81,7 @@ struct Options {
   uint64_t seed = 1;                        // of the order of blocks and threads
   int preempt_every = 100;                  // accesses between forced switches, on average; 0: never
   int64_t access_limit = int64_t(1) << 31;  // of a launch; beyond it threads count as stuck
-  int multiprocessors = 4;                  // of the device that launchers plan for
+  int multiprocessors = 2;                  // of the device that launchers plan for
   int major = 9;                            // of its compute capability
   int shared_bytes = 227 << 10;             // of shared memory that a block may have
 };

@@ -1,6 +1,7 @@
 // The Python module align_ext._C: build information only. The operators register themselves when it is loaded.
 #include <pybind11/pybind11.h>
 
+#include "bindings/torch_cuda.h"
 #ifdef ALIGN_SIMT
 #include "report.h"
 #endif
@@ -13,6 +14,9 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.attr("built_with_torch") = ALIGN_BUILT_WITH_TORCH;
   m.attr("compiler") = __VERSION__;
+  m.def(
+      "finds_cuda_stream", [] { return align::find_in_torch_cuda(align::kCurrentStream) != nullptr; },
+      "Whether the CUDA kernels would find torch's current stream.");
 #ifdef ALIGN_SIMT
   m.def("launches", [] { return simt::reports().size(); }, "Kernels that the SIMT engine has run in this process.");
 #endif

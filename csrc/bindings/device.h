@@ -16,9 +16,9 @@
 #include "bindings/device_simt.h"
 #define ALIGN_DEVICE_KEY CPU
 #else
-#include <dlfcn.h>
-
 #include <torch/csrc/stable/accelerator.h>
+
+#include "bindings/torch_cuda.h"
 #define ALIGN_DEVICE_KEY CUDA
 
 namespace align {
@@ -28,10 +28,9 @@ class Device {
  public:
   explicit Device(const Tensor& tensor) : index_(tensor.get_device_index()), guard_(index_) {}
 
-  // Found at run time: the symbol lives in a library that a CPU torch does not have.
   Stream stream() const {
     using CurrentStream = int32_t (*)(int32_t, void**);
-    static const auto find = reinterpret_cast<CurrentStream>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+    static const auto find = reinterpret_cast<CurrentStream>(find_in_torch_cuda(kCurrentStream));
     void* stream = nullptr;
     STD_TORCH_CHECK(find != nullptr && find(index_, &stream) == 0, "this torch gives no CUDA stream");
     return static_cast<Stream>(stream);

@@ -31,6 +31,7 @@ constexpr size_t kBackwardShared = std::max(kOuterShared<Math, false>, kExpandSh
 
 template <class Math, class Mix>
 __global__ void __launch_bounds__(kThreads, 2) backward_kernel(BackwardJob<Math, Mix> job) {
+  require(compiled_here<Math>());
   if (!compiled_here<Math>()) return;
   int index = int(blockIdx.x);
   const int repeats = job.groups * job.rank_chunks;

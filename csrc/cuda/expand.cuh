@@ -106,6 +106,7 @@ __device__ __forceinline__ void expand_tiles(const ExpandJob<typename Math::Elem
 // Grid: row tiles, slabs.
 template <class Math, class Mix>
 __global__ void __launch_bounds__(kThreads, 2) expand_kernel(ExpandJob<typename Math::Element> job, Mix mix) {
+  require(compiled_here<Math>());
   if (compiled_here<Math>()) expand_tiles<Math>(job, mix, int(blockIdx.x), int(blockIdx.y));
 }
 

@@ -20,7 +20,7 @@ struct SumOfParts {
   __device__ float operator()(int64_t row, int64_t j) const {
     if (j >= rank) return 0;
     float total = 0;
-#pragma unroll 1
+#pragma unroll 4
     for (int64_t i = 0; i < count; ++i) total += parts[(i * tokens + row) * rank + j];
     return total;
   }
@@ -169,7 +169,7 @@ void grouped_lora_backward(const GroupedLoraBackwardArgs<T, W>& args, Stream str
     const OuterJob<T> d_a{shape, args.row_groups, x, args.dropout, kept, a, {args.dA}, nullptr};
     const ExpandJob<T> dx{shape,
                           args.row_groups,
-                          tall(args.dx_in, shape.in_dim, args.z),
+                          tall(args.dx_in, shape.in_dim, args.dx),
                           args.dx,
                           rows_aligned(args.dx, shape.in_dim),
                           nullptr,

@@ -58,7 +58,7 @@ struct HeadMix {
   __device__ float sum(int64_t row, int column) const {
     return sum_of_parts(parts, slabs, heads.tokens * heads.width(), row * heads.width() + column);
   }
-  __device__ float logit(int64_t row, int i) const { return heads.logit_scale * sum(row, heads.router + i); }
+  __device__ float logit(int64_t row, int i) const { return __fmul_rn(heads.logit_scale, sum(row, heads.router + i)); }
 
   // Whether head i is among the top_k; ties go to the lowest.
   __device__ bool chosen(int64_t row, int i, float mine) const {
@@ -252,7 +252,7 @@ void heads_backward(const HeadsBackwardArgs<T, W>& args, const Router<W>& router
     const OuterJob<T> d_b{l.b_shape, {}, dy, none, l.heads.scaling, l.b, {args.dB}, nullptr};
     const ExpandJob<T> dx{l.a_shape,
                           {},
-                          tall(args.dx_in, s.in_dim, args.z),
+                          tall(args.dx_in, s.in_dim, args.dx),
                           args.dx,
                           rows_aligned(args.dx, s.in_dim),
                           nullptr,

@@ -157,6 +157,7 @@ __device__ __forceinline__ void outer_columns(const OuterJob<typename Math::Elem
 // Grid: blocks of columns, groups.
 template <class Math, class Mix>
 __global__ void __launch_bounds__(kThreads, 2) sweep_kernel(OuterJob<typename Math::Element> job, Mix mix) {
+  require(compiled_here<Math>());
   if (compiled_here<Math>()) outer_columns<Math, true>(job, mix, int(blockIdx.x), int(blockIdx.y), 0);
 }
 

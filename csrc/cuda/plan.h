@@ -51,6 +51,11 @@ inline Cut cut_columns(int64_t cols, int64_t element_bytes, int64_t row_tiles, i
   return {std::max<int64_t>(ceil_div(tiles, slab_tiles), 1), slab_tiles};
 }
 
+// Blocks of columns whose outer products are summed by one block each.
+inline int64_t outer_blocks(int64_t cols, int64_t element_bytes) {
+  return ceil_div(cols * element_bytes, kTileBytes * kOuterTiles);
+}
+
 struct Plan {
   bool tensor_cores;    // mma.sync, for 16-bit types from sm_80 on; else FFMA
   int padded_rank;      // 16, 32 or 64: what the kernels are compiled for; wider ranks go in chunks of it
@@ -61,7 +66,9 @@ struct Plan {
   Cut expand_dx;        // of dx
   // One pass over dy gives dz and dB. A block then keeps dB of kOuterTiles tiles in registers and writes its part of
   // dz: 4 rank bytes a row, written and read, against a second read of the row: 8 rank < 2 * 128 bytes. At ranks from
-  // 17 to 31 less than half of that read would be gained; they are not compiled.
+  // 17 to 31 less than half of that read would be gained; they are not compiled. It also needs blocks enough: one runs
+  // through all rows with 32 KiB under way, 40 GB/s or so, and an H100's 3.35 TB/s take half as many as
+  // multiprocessors.
   bool one_pass;
 };
 
@@ -79,13 +86,10 @@ inline Plan plan(int64_t tokens, int64_t in_dim, int64_t out_dim, int64_t rank, 
   p.expand = cut_columns(out_dim, element_bytes, rows, any, device);
   p.shrink_dy = cut_columns(out_dim, element_bytes, rows, any, device);
   p.expand_dx = cut_columns(in_dim, element_bytes, rows, any, device);
-  p.one_pass = rank <= 16 && out_dim > 0 && device.major >= 8;
+  const int64_t sweep_blocks = outer_blocks(out_dim, element_bytes) * groups;
+  p.one_pass = rank <= 16 && sweep_blocks > 0 && 2 * sweep_blocks >= device.multiprocessors && groups < 1 << 16 &&
+               device.major >= 8;
   return p;
-}
-
-// Blocks of columns whose outer products are summed by one block each.
-inline int64_t outer_blocks(int64_t cols, int64_t element_bytes) {
-  return ceil_div(cols * element_bytes, kTileBytes * kOuterTiles);
 }
 
 }  // namespace align::cuda

@@ -29,6 +29,7 @@ constexpr size_t kShrinkShared = sizeof(typename Math::Element) *
 // Grid: row tiles, slabs, chunks of ranks.
 template <class Math>
 __global__ void __launch_bounds__(kThreads, 2) shrink_kernel(ShrinkJob<typename Math::Element> job) {
+  require(compiled_here<Math>());
   if (!compiled_here<Math>()) return;
   using T = typename Math::Element;
   constexpr int kRank = Math::kRank, kStages = Math::kStages;
