@@ -268,9 +268,23 @@ void check_ledger(const Problem& problem) {
   CHECK(within(moved(Op::kLoad, "dy"), (plan.one_pass ? 1 : 2) * sectors<T>(tokens * out_dim)));
   CHECK(within(moved(Op::kLoad, "dx_in"), sectors<T>(tokens * in_dim)));
   CHECK(within(moved(Op::kStore, "dx"), sectors<T>(tokens * in_dim)));
-  for (const simt::Report& report : simt::reports()) {
-    CHECK(report.global(Op::kAtomic).requests == 0);
-  }
+  // z, and its parts and those of dz: written once.
+  const int64_t latent = sectors<float>(tokens * rank), slabs = plan.shrink.slabs;
+  const int64_t dz_parts = plan.one_pass ? cuda::outer_blocks(out_dim, sizeof(T)) : plan.shrink_dy.slabs;
+  CHECK(within(moved(Op::kStore, "z"), latent));
+  CHECK(within(moved(Op::kStore, "parts"), ((slabs > 1 ? slabs : 0) + dz_parts + 1) * latent));
+  // Resident: A by the row tiles of shrink and of dx, B by those of expand and of shrink_dy (the sweep's blocks share
+  // it).
+  const int64_t tiles = cuda::row_tiles(tokens, groups);
+  CHECK(within(moved(Op::kLoad, "A"), 2 * tiles * sectors<T>(rank * in_dim)));
+  CHECK(within(moved(Op::kLoad, "B"), (tiles + (plan.one_pass ? 1 : tiles)) * sectors<T>(rank * out_dim)));
+  // Latent rows: z by the blocks of columns of dy, dz by those of x and by the slabs of dx; parts by whoever adds them.
+  const int64_t of_x = cuda::outer_blocks(in_dim, sizeof(T)), of_dy = cuda::outer_blocks(out_dim, sizeof(T));
+  const int64_t z_reads = of_dy + (slabs > 1 ? 0 : plan.expand.slabs),
+                z_parts = slabs > 1 ? slabs * (plan.expand.slabs + 1) : 0;
+  CHECK(within(moved(Op::kLoad, "z"), z_reads * latent));
+  CHECK(within(moved(Op::kLoad, "parts"), (z_parts + dz_parts + of_x + plan.expand_dx.slabs) * latent));
+  for (const simt::Report& report : simt::reports()) CHECK(report.global(Op::kAtomic).requests == 0);
 }
 
 }  // namespace

@@ -77,6 +77,12 @@ def test_only_launch_cuh_knows_the_compiler():
             assert not re.search(r"<<<|__CUDACC__", path.read_text()), path
 
 
+def test_only_ptx_cuh_holds_assembly():
+    for path in (ROOT / "csrc").rglob("*.cu*"):
+        if path.name != "ptx.cuh":
+            assert not re.search(r"\basm\b", path.read_text()), path
+
+
 def test_no_float_atomics_in_cuda_kernels():
     for path in (ROOT / "csrc/cuda").glob("*.cu*"):
         assert "atomicAdd" not in path.read_text(), path

@@ -76,9 +76,10 @@ __device__ __forceinline__ void expand_tiles(const ExpandJob<typename Math::Elem
     if (new_piece) in_piece = 0;
     for (int first_rank = 0; first_rank == 0 || first_rank < job.shape.rank; first_rank += kRank) {
       if (new_piece) {
+        const int width = piece_width<T>(piece_tiles, col, end);
         __syncthreads();  // all warps are done with the piece, the bias and their latent rows
-        load_piece<T, kRank>(piece, job.m, tile.group, first_rank, col, piece_tiles * kTileCols<T>);
-        for (int c = int(threadIdx.x); c < piece_tiles * kTileCols<T>; c += kThreads) {
+        load_piece<T, kRank>(piece, job.m, tile.group, first_rank, col, width);
+        for (int c = int(threadIdx.x); c < width; c += kThreads) {
           bias[c] = job.bias && col + c < job.in.cols ? widen(job.bias[col + c]) : 0.f;
         }
         if (!one_chunk) fill_latent<T, kRank>(g, mix, tile, first_row, kWarpRows, first_rank, lane, kWarp);

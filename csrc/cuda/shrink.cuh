@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads, 2) shrink_kernel(ShrinkJob<typename 
   for (int64_t col = begin; col < end; col += kTileCols<T>) {
     if (in_piece == kPieceTiles<kRank>) {
       __syncthreads();  // all warps are done with the piece
-      load_piece<T, kRank>(piece, job.m, tile.group, first_rank, col, kPieceCols<T, kRank>);
+      load_piece<T, kRank>(piece, job.m, tile.group, first_rank, col, piece_width<T>(kPieceTiles<kRank>, col, end));
       __syncthreads();  // the piece is complete
       in_piece = 0;
     }

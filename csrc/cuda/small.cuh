@@ -79,6 +79,13 @@ __device__ __forceinline__ void load_unit(T (&to)[kUnit<T>], const S* from) {
   }
 }
 
+// Columns of a piece at col: so many tiles, but none beyond end.
+template <typename T>
+__device__ __forceinline__ int piece_width(int tiles, int64_t col, int64_t end) {
+  const int64_t left = (end - col + kTileCols<T> - 1) / kTileCols<T>;
+  return (left < tiles ? int(left) : tiles) * kTileCols<T>;
+}
+
 // All threads: ranks first_rank .. and columns first_col .. of the matrix, zeros beyond it, as [kRank][cols].
 template <typename T, int kRank>
 __device__ __forceinline__ void load_piece(T* piece, const SmallMatrix<T>& m, int64_t group, int first_rank,
