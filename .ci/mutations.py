@@ -248,9 +248,9 @@ MUTANTS = [
     ),
     Mutant(
         "drop a slab of split-K on CUDA",
-        "csrc/cuda/grouped_lora.cu",
-        "for (int64_t i = 0; i < count; ++i) total += parts",
-        "for (int64_t i = 0; i < 1; ++i) total += parts",
+        "csrc/cuda/projection.cuh",
+        "for (int64_t i = 0; i < count; ++i) total += parts[i",
+        "for (int64_t i = 0; i < 1; ++i) total += parts[i",
         "test_grouped_lora_cuda",
     ),
 ]

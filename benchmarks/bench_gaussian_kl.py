@@ -1,10 +1,7 @@
 """gaussian_kl against the literal sum over pairs of tasks in plain PyTorch: value and gradient."""
 
-from collections.abc import Callable
-
 import torch
-from timing import Comparison, main, measure
-from torch import Tensor
+from timing import Comparison, main, measure, training_step
 
 from align_ext import ops, reference
 
@@ -16,17 +13,6 @@ SIZES = {
 }
 
 
-def step(loss: Callable[[Tensor], Tensor], z: Tensor) -> Callable[[], None]:
-    """One forward and backward."""
-    leaf = z.detach().requires_grad_()
-
-    def run() -> None:
-        leaf.grad = None
-        loss(leaf).backward()
-
-    return run
-
-
 def run(device: str, size: str) -> dict[str, Comparison]:
     """Comparisons by title."""
     torch.manual_seed(0)
@@ -36,8 +22,8 @@ def run(device: str, size: str) -> dict[str, Comparison]:
         z, task = torch.randn(tokens, rank).to(device), (torch.arange(tokens) % tasks).to(device)
         results[f"gaussian_kl, M={tasks}, T={tokens}, r={rank}"] = measure(
             {
-                "gaussian_kl": step(lambda z, t=task, m=tasks: ops.gaussian_kl(z, t, m), z),
-                "pairs in plain PyTorch": step(lambda z, t=task, m=tasks: reference.gaussian_kl(z, t, m), z),
+                "gaussian_kl": training_step(lambda z, t=task, m=tasks: ops.gaussian_kl(z, t, m), [z]),
+                "pairs in plain PyTorch": training_step(lambda z, t=task, m=tasks: reference.gaussian_kl(z, t, m), [z]),
             },
             rounds,
             device,

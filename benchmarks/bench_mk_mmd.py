@@ -1,10 +1,9 @@
 """mk_mmd against the literal sum over pairs of tasks in plain PyTorch, as it is and compiled: value and gradient."""
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
-from timing import Comparison, main, measure
+from timing import Comparison, main, measure, training_step
 from torch import Tensor
 
 from align_ext import ops, reference
@@ -31,17 +30,6 @@ def naive(z: Tensor, tasks: int) -> Tensor:
     return sum(within[i] + within[j] - 2 * mean(groups[i], groups[j]) for i, j in pairs)
 
 
-def step(loss: Callable[[Tensor], Tensor], z: Tensor) -> Callable[[], None]:
-    """One forward and backward."""
-    leaf = z.detach().requires_grad_()
-
-    def run() -> None:
-        leaf.grad = None
-        loss(leaf).backward()
-
-    return run
-
-
 def run(device: str, size: str) -> dict[str, Comparison]:
     """Comparisons by title."""
     torch.manual_seed(0)
@@ -51,11 +39,11 @@ def run(device: str, size: str) -> dict[str, Comparison]:
     for rank in ranks:
         z, task = torch.randn(tasks * tokens, rank).to(device), torch.arange(tasks).repeat_interleave(tokens).to(device)
         variants = {
-            "mk_mmd": step(partial(ops.mk_mmd, task=task, **options), z),
-            "pairs in plain PyTorch": step(partial(reference.mk_mmd, task=task, **options), z),
+            "mk_mmd": training_step(partial(ops.mk_mmd, task=task, **options), [z]),
+            "pairs in plain PyTorch": training_step(partial(reference.mk_mmd, task=task, **options), [z]),
         }
         if size != "quick":
-            variants["pairs, torch.compile"] = step(torch.compile(partial(naive, tasks=tasks)), z)
+            variants["pairs, torch.compile"] = training_step(torch.compile(partial(naive, tasks=tasks)), [z])
         results[f"mk_mmd, M={tasks}, {tokens} tokens each, r={rank}"] = measure(variants, rounds, device)
     return results
 

@@ -90,9 +90,9 @@ def measure(
 
 
 def training_step(
-    call: Callable[..., torch.Tensor], leaves: list[torch.Tensor], dy: torch.Tensor
+    call: Callable[..., torch.Tensor], leaves: list[torch.Tensor], dy: torch.Tensor | None = None
 ) -> Callable[[], None]:
-    """Forward and backward of y = call(*leaves), with new gradients each time."""
+    """Forward and backward of y = call(*leaves), with new gradients each time; a loss needs no dy."""
     trained = [leaf.detach().requires_grad_() for leaf in leaves]
 
     def run() -> None:

@@ -110,4 +110,34 @@ inline void print(const Problem& problem) {
               problem.gradients_in);
 }
 
+// ---- Two tokens of two groups, in_dim 2, rank 1, out_dim 1, all integers, worked out by hand
+
+inline const Problem kTinyProblem = [] {
+  Problem problem{{2, 2, 1, 1, 2}};
+  problem.scaling = 2;
+  return problem;
+}();
+
+inline Data<float> tiny_data() {
+  Data<float> data;
+  data.rows = {1, 0};  // token 1 is of group 0, token 0 of group 1
+  data.offsets = {0, 1, 2};
+  data.x = {1, 2, 3, 4};
+  data.A = {1, -1, 2, 3};
+  data.B = {5, 7};
+  data.y_in = {100, 200};
+  data.dy = {1, -2};
+  data.dz_in = {0.5f, 0};
+  data.dx_in = {10, 20, 30, 40};
+  return data;
+}
+
+inline void check_tiny(const Data<float>& data) {
+  CHECK((data.z == std::vector<float>{8, -1}));                 // (2,3).(1,2), (1,-1).(3,4)
+  CHECK((data.y == std::vector<float>{212, 190}));              // 100 + 2*7*8, 200 - 2*5*1
+  CHECK((data.dB == std::vector<float>{4, 16}));                // 2*-2*-1, 2*1*8
+  CHECK((data.dA == std::vector<float>{-60, -80, 14.5f, 29}));  // dz = 2*5*-2 = -20 and 2*7*1 + 0.5 = 14.5
+  CHECK((data.dx == std::vector<float>{39, 63.5f, 10, 60}));
+}
+
 }  // namespace align::test

@@ -11,7 +11,7 @@ template <typename T>
 void run(const Problem& problem, Data<T>& data) {
   const GroupedLoraShape& shape = problem.shape;
   const RowGroups row_groups{problem.permuted ? data.rows.data() : nullptr, data.offsets.data()};
-  const InputDropout dropout{problem.p, problem.p > 0 ? data.rng.data() : nullptr};
+  const DropoutArgs dropout{problem.p, problem.p > 0 ? data.rng.data() : nullptr};
   const bool in_place = problem.in_place;
   data.z = unassigned<Acc<T>>(shape.tokens * shape.rank);
   data.y = in_place ? data.y_in : unassigned<T>(shape.tokens * shape.out_dim);
@@ -57,26 +57,10 @@ void check_all_types(const Problem& problem) {
 
 }  // namespace
 
-// Two tokens of two groups, in_dim 2, rank 1, out_dim 1, all integers.
 TEST(a_tiny_case_gives_the_numbers_worked_out_by_hand) {
-  Problem problem{{2, 2, 1, 1, 2}};
-  problem.scaling = 2;
-  Data<float> data;
-  data.rows = {1, 0};  // token 1 is of group 0, token 0 of group 1
-  data.offsets = {0, 1, 2};
-  data.x = {1, 2, 3, 4};
-  data.A = {1, -1, 2, 3};
-  data.B = {5, 7};
-  data.y_in = {100, 200};
-  data.dy = {1, -2};
-  data.dz_in = {0.5f, 0};
-  data.dx_in = {10, 20, 30, 40};
-  run(problem, data);
-  CHECK((data.z == std::vector<float>{8, -1}));                 // (2,3).(1,2), (1,-1).(3,4)
-  CHECK((data.y == std::vector<float>{212, 190}));              // 100 + 2*7*8, 200 - 2*5*1
-  CHECK((data.dB == std::vector<float>{4, 16}));                // 2*-2*-1, 2*1*8
-  CHECK((data.dA == std::vector<float>{-60, -80, 14.5f, 29}));  // dz = 2*5*-2 = -20 and 2*7*1 + 0.5 = 14.5
-  CHECK((data.dx == std::vector<float>{39, 63.5f, 10, 60}));
+  Data<float> data = tiny_data();
+  run(kTinyProblem, data);
+  check_tiny(data);
 }
 
 TEST(kernels_agree_with_naive_loops_for_every_rank) {

@@ -18,7 +18,7 @@ void run_cuda(const Problem& problem, Data<T>& data) {
   const Buffer<int64_t> rows("rows", data.rows), offsets("offsets", data.offsets);
   const Buffer<uint64_t> rng("rng", data.rng);
   const RowGroups row_groups{problem.permuted ? rows.data() : nullptr, shape.groups == 1 ? nullptr : offsets.data()};
-  const InputDropout dropout{problem.p, rng.data()};
+  const DropoutArgs dropout{problem.p, rng.data()};
   const Buffer<T> x("x", data.x), y_in("y_in", data.y_in), bias("bias", data.bias), dy("dy", data.dy);
   const Buffer<T> dx_in("dx_in", data.dx_in), fresh_y("y", data.y_in.size()), fresh_dx("dx", data.x.size());
   const Buffer<W> A("A", cast<W>(data.A)), B("B", cast<W>(data.B));
@@ -75,30 +75,14 @@ constexpr int64_t kWide = 9 * 64 + 24;  // columns of ten tiles of 16-bit elemen
 
 }  // namespace
 
-// Two tokens of two groups, in_dim 2, rank 1, out_dim 1, all integers.
 TEST(a_tiny_case_gives_the_numbers_worked_out_by_hand) {
-  Problem problem{{2, 2, 1, 1, 2}};
-  problem.scaling = 2;
-  Data<float> data;
-  data.rows = {1, 0};  // token 1 is of group 0, token 0 of group 1
-  data.offsets = {0, 1, 2};
-  data.x = {1, 2, 3, 4};
-  data.A = {1, -1, 2, 3};
-  data.B = {5, 7};
-  data.y_in = {100, 200};
-  data.dy = {1, -2};
-  data.dz_in = {0.5f, 0};
-  data.dx_in = {10, 20, 30, 40};
   for (int major : {7, 9}) {
+    Data<float> data = tiny_data();
     simt::options().major = major;
     simt::reports().clear();
-    run_cuda(problem, data);
+    run_cuda(kTinyProblem, data);
     CHECK(clean());
-    CHECK((data.z == std::vector<float>{8, -1}));
-    CHECK((data.y == std::vector<float>{212, 190}));
-    CHECK((data.dB == std::vector<float>{4, 16}));
-    CHECK((data.dA == std::vector<float>{-60, -80, 14.5f, 29}));
-    CHECK((data.dx == std::vector<float>{39, 63.5f, 10, 60}));
+    check_tiny(data);
   }
 }
 

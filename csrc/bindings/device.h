@@ -7,7 +7,6 @@
 #pragma once
 
 #include <initializer_list>
-#include <limits>
 
 #include "bindings/tensors.h"
 #include "ops/stream.h"
@@ -74,11 +73,6 @@ template <typename Body>
 void dispatch_cuda_types(const Tensor& x, ScalarType adapters, const Body& body) {
   dispatch_cuda_dtype(x, "x",
                       [&](auto type) { adapters == ScalarType::Float ? body(type, float{}) : body(type, type); });
-}
-
-inline void check_rows(int64_t tokens) {
-  STD_TORCH_CHECK(tokens <= std::numeric_limits<int32_t>::max(), "x has ", tokens,
-                  " rows; on CUDA there may be 2^31 - 1: split x");
 }
 
 }  // namespace align

@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor> grouped_lora(const Tensor& x, const Tensor& A, const 
   const Dropout dropout(p, rng, x);
   const GroupedRows rows(shape, x, offsets, group);
   const Tensor base = base_of(xc, shape, weight, bias, base_out);
-  const OptionalTensor biasc = bias ? OptionalTensor(torch::stable::contiguous(*bias)) : std::nullopt;
+  const OptionalTensor biasc = contiguous_as(bias, dtype);
   Tensor y = weight ? base : torch::stable::empty_like(base);
   Tensor z = torch::stable::new_empty(x, {shape.tokens, shape.rank}, acc_type(x));
   dispatch_dtype(x, "x", [&](auto type) {
@@ -82,7 +82,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_lora_backward(const Tensor& dy, const
   const ScalarType dtype = x.scalar_type(), acc = acc_type(x);
   const Tensor xc = torch::stable::contiguous(x), zc = contiguous_as(z, acc);
   const Tensor Ac = contiguous_as(A, dtype), Bc = contiguous_as(B, dtype), dyc = contiguous_as(dy, dtype);
-  const OptionalTensor dzc = dz ? OptionalTensor(contiguous_as(*dz, acc)) : std::nullopt;
+  const OptionalTensor dzc = contiguous_as(dz, acc);
   const Dropout dropout(p, rng, x);
   const GroupedRows rows(shape, x, offsets, group);
   const bool has_base = need_dx && weight.has_value();

@@ -1,5 +1,3 @@
-#include <limits>
-
 #include "bindings/device.h"
 #include "bindings/grouped_lora.h"
 
@@ -42,7 +40,7 @@ std::tuple<Tensor, Tensor> grouped_lora(const Tensor& x, const Tensor& A, const 
   const Dropout dropout(p, rng, x);
   const GroupedRows rows(shape, x, offsets, group, device.stream());
   const Tensor base = base_of(xc, shape, weight, bias, base_out);
-  const OptionalTensor biasc = bias ? OptionalTensor(torch::stable::contiguous(*bias)) : std::nullopt;
+  const OptionalTensor biasc = contiguous_as(bias, x.scalar_type());
   Tensor y = weight ? base : torch::stable::empty_like(base);
   Tensor z = torch::stable::new_empty(x, {shape.tokens, shape.rank}, ScalarType::Float);
   dispatch_cuda_types(x, adapters, [&](auto type, auto adapter) {
@@ -68,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_lora_backward(const Tensor& dy, const
   const Device device(x);
   const Tensor xc = torch::stable::contiguous(x), zc = contiguous_as(z, ScalarType::Float);
   const Tensor dyc = contiguous_as(dy, x.scalar_type());
-  const OptionalTensor dzc = dz ? OptionalTensor(contiguous_as(*dz, ScalarType::Float)) : std::nullopt;
+  const OptionalTensor dzc = contiguous_as(dz, ScalarType::Float);
   const ScalarType adapters = adapter_type(x, {A, B});
   const Tensor Ac = contiguous_as(A, adapters), Bc = contiguous_as(B, adapters);
   const Dropout dropout(p, rng, x);

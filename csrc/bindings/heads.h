@@ -59,8 +59,7 @@ inline HeadsShape check_heads(const Tensor& x, const HeadsAdapters& given, int64
 inline void check_on_cuda(const HeadsShape& shape) {
   STD_TORCH_CHECK(shape.site != DropoutSite::kInputPerHead,
                   "site input_per_head has no CUDA kernels: use site input or latent, or run on the CPU");
-  STD_TORCH_CHECK(shape.tokens < int64_t(1) << 31, "x has ", shape.tokens,
-                  " rows; on CUDA there may be 2^31 - 1: split x");
+  check_rows(shape.tokens);
 }
 
 // What both passes are given, contiguous, with the adapters in one dtype: x's or float32.

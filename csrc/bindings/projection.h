@@ -2,6 +2,7 @@
 // from. A Shape has tokens, in_dim and out_dim, and latent_sizes(shape) says what z is like.
 #pragma once
 
+#include <limits>
 #include <vector>
 
 #include "bindings/compose.h"
@@ -33,6 +34,12 @@ inline int64_t tokens_of(const Tensor& x) {
   int64_t tokens = 1;
   for (int64_t d = 0; d + 1 < x.dim(); ++d) tokens *= x.size(d);
   return tokens;
+}
+
+// CUDA kernels count rows in 32 bits.
+inline void check_rows(int64_t tokens) {
+  STD_TORCH_CHECK(tokens <= std::numeric_limits<int32_t>::max(), "x has ", tokens,
+                  " rows; on CUDA there may be 2^31 - 1: split x");
 }
 
 inline std::vector<int64_t> with_last_dim(const Tensor& x, int64_t last) {

@@ -18,11 +18,7 @@ struct SumOfParts {
   float* sum;  // [tokens, rank], assigned by save, or null
 
   __device__ float operator()(int64_t row, int64_t j) const {
-    if (j >= rank) return 0;
-    float total = 0;
-#pragma unroll 4
-    for (int64_t i = 0; i < count; ++i) total += parts[(i * tokens + row) * rank + j];
-    return total;
+    return j < rank ? sum_of_parts(parts, count, tokens * rank, row * rank + j) : 0;
   }
 
   // Rows first .. first + rows of a tile.

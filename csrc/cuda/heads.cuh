@@ -33,14 +33,6 @@ struct Heads {
   __device__ int z_column(int column) const { return latents == 1 ? column % rank : column; }
 };
 
-// Sum of the parts that shrink's slabs left of one element.
-__device__ inline float sum_of_parts(const float* parts, int64_t count, int64_t stride, int64_t element) {
-  float total = 0;
-#pragma unroll 1
-  for (int64_t i = 0; i < count; ++i) total += parts[i * stride + element];
-  return total;
-}
-
 // Mask of column i * rank + d of a row's latents.
 __device__ inline float latent_mask(const Heads& heads, const Dropout& masks, int64_t row, int column) {
   if (masks.threshold == 0) return 1;

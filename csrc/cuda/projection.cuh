@@ -9,6 +9,14 @@
 
 namespace align::cuda {
 
+// Sum of the parts of one element that shrink's slabs, or the sweep's blocks, left; in order.
+__device__ inline float sum_of_parts(const float* parts, int64_t count, int64_t stride, int64_t element) {
+  float total = 0;
+#pragma unroll 4
+  for (int64_t i = 0; i < count; ++i) total += parts[i * stride + element];
+  return total;
+}
+
 // Latent rows that are complete.
 struct LatentRows {
   const float* latent;  // rank 0 of row 0

@@ -38,13 +38,11 @@ struct RowGroups {
   const int64_t* offsets;  // [groups + 1], offsets[0] = 0, offsets[groups] = tokens; on CUDA null: one group
 };
 
-using InputDropout = DropoutArgs;  // one mask on x
-
 template <typename T, typename W = T>  // W: of the adapters, T or float
 struct GroupedLoraForwardArgs {
   GroupedLoraShape shape;
   RowGroups row_groups;
-  InputDropout dropout;
+  DropoutArgs dropout;  // one mask on x
   double scaling;
   // inputs
   const T* x;     // [tokens, in_dim]
@@ -62,7 +60,7 @@ template <typename T, typename W = T>
 struct GroupedLoraBackwardArgs {
   GroupedLoraShape shape;
   RowGroups row_groups;
-  InputDropout dropout;
+  DropoutArgs dropout;  // one mask on x
   double scaling;
   // inputs
   const T* x;       // [tokens, in_dim]
