@@ -109,8 +109,8 @@ MUTANTS = [
     Mutant(
         "A is not saved as trained",
         "align_ext/hf/export.py",
-        '("lora_A", layer.lora_A.weight)',
-        '("lora_A", layer.lora_A.weight * 1.01)',
+        '("lora_A", layer.lora_A)',
+        '("lora_A", layer.lora_A * 1.01)',
         "python_tests/hf/test_export.py -k peft",
     ),
     Mutant(

@@ -3,11 +3,12 @@
 from importlib.metadata import version
 from typing import Any
 
-from align_ext.batch import AlignParts, align_parts, align_step
+from align_ext.batch import AlignParts
 from align_ext.config import AlignLoraConfig
 from align_ext.diagnostics.backend import backend
 from align_ext.hf.export import load_adapter, merge_and_unload, save_adapter, unload
 from align_ext.hf.replace import adapter_report, replace_linear_with_align_lora
+from align_ext.step import align_parts, align_step, set_task
 
 __all__ = [
     "AlignLoraConfig",
@@ -22,6 +23,7 @@ __all__ = [
     "merge_and_unload",
     "replace_linear_with_align_lora",
     "save_adapter",
+    "set_task",
     "unload",
 ]
 __version__ = version("align_ext")

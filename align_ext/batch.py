@@ -1,8 +1,8 @@
-"""One training step's alignment: task ids in, the layers' latents, one loss node, their gradients out.
+"""One training step's losses on the adapters: task ids in, the layers' latents, one loss node, their gradients out.
 
     with align_step(model, task_ids, attention_mask) as step:      # forward: layers hand over their latent z
         lm = model(**batch).loss
-    step.total(lm).backward()                                      # lm + weight * align, one autograd node
+    step.total(lm).backward()                                      # lm + weight * align (+ ...), one autograd node
 
 or, the same behind forward hooks (align_ext/hooks.py):  model(**batch, task_ids=task_ids).loss.backward().
 
@@ -10,6 +10,8 @@ In backward the loss node runs first, since the model's own loss hangs below it,
 gradient in every latent, times what came in. Each layer's backward finds the step by its key and adds its share to dz
 (align_ext/ops/_keyed.py). So the gradient is exact whatever the training loop does: activation checkpointing of either
 kind, accumulation, loss scaling, pending forwards, compilation, data parallelism.
+A router's weights w go the same way as the latents; the spectral loss depends on parameters alone and is ordinary
+autograd.
 The latents are the layers' own tensors, not copies (a compiled graph's are). The step holds them until total, then the
 loss node does, as what it saved for backward: they go when autograd frees the loss's graph.
 docs/numerics.md derives the tables; docs/architecture.md follows one batch through these files.
@@ -17,9 +19,8 @@ docs/numerics.md derives the tables; docs/architecture.md follows one batch thro
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,12 +29,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from align_ext.config import AlignLoraConfig
-from align_ext.losses.align import Alignment, TokenTasks, align_kl, merge_moments, task_divergences
-from align_ext.ops._keyed import register_step
+from align_ext.losses.balance import Balance
+from align_ext.losses.kl import KlAlignment, KlStatistics
+from align_ext.losses.mmd import MmdAlignment, MmdStatistics
+from align_ext.losses.tokens import Latents, TokenTasks
+from align_ext.ops._keyed import LATENT, WEIGHTS, register_step, slot_of
 
 NO_TASK = -1
+_STATISTICS: dict[str, type[KlStatistics] | type[MmdStatistics]] = {"kl": KlStatistics, "mmd": MmdStatistics}
 _NO_IDS = (
-    "alignment is on, but this training step has no task ids: call model(**batch, task_ids=ids), or run the forward "
+    "{what} needs task ids, but this training step has none: call model(**batch, task_ids=ids), or run the forward "
     "inside `with align_step(model, ids)`; without tasks, use align=None or model.eval()"
 )
 _NOT_DIFFERENTIATED = (
@@ -48,10 +53,12 @@ class AlignParts:
 
     Attributes:
         lm: the model's own loss.
-        align: the alignment value, before the weight.
+        align: the alignment value, before the weight; 0 without alignment.
         weight: lambda.
         per_layer: alignment of each adapted layer, by module name.
         per_task: alignment of each task with all others.
+        balance: the balance loss, before its weight; None without.
+        spectral: the spectral loss, before its weight; None without.
     """
 
     lm: float
@@ -59,10 +66,12 @@ class AlignParts:
     weight: float
     per_layer: dict[str, float]
     per_task: list[float]
+    balance: float | None = None
+    spectral: float | None = None
 
 
 class AlignState:
-    """What the aligned layers of one model share: options, slots, and the step under way.
+    """What the adapters of one model share: options, slots, and the step under way.
 
     Copies and pickles carry the options and slots, never a step.
     """
@@ -72,6 +81,8 @@ class AlignState:
         self.names: list[str] = []
         self.rank = 0  # the widest layer's
         self.tasks = config.num_tasks or 0
+        self.task: int | None = None  # that evaluation is about (set_task)
+        self.spectral: list[Callable[[], Tensor]] = []  # each layer's spectral loss
         self.current: Step | None = None  # between a step's opening and closing
         self.armed: list[Step] = []  # inside a backward: those whose layers are owed gradients
         self.last: Step | None = None
@@ -80,16 +91,19 @@ class AlignState:
         return {**self.__dict__, "current": None, "armed": [], "last": None}
 
     def add_layer(self, name: str, rank: int) -> Tensor:
-        """Registers a layer and returns its slot, an int64 scalar on the CPU."""
+        """Registers a layer; returns its slot, an int64 scalar on the CPU ([2] where w is the step's business too)."""
         self.names.append(name)
         self.rank = max(self.rank, rank)
         # A tensor, not an int: the compiler would guard on the int and compile every layer anew.
-        return torch.tensor(len(self.names) - 1, dtype=torch.int64, device="cpu")
+        slot = torch.tensor(len(self.names) - 1, dtype=torch.int64, device="cpu")
+        return slot.repeat(2) if self.config.balance else slot
 
-    def find(self) -> Step | None:
-        """The step that a layer's forward belongs to."""
+    def find(self, training: bool = True) -> Step | None:
+        """The step that a layer's forward belongs to; None where it needs none."""
         if self.current is not None:
             return self.current
+        if not training:
+            return None
         if self.armed and torch._C._current_graph_task_id() != -1:
             if len(self.armed) == 1:  # recomputation by a checkpoint that BoundCheckpoint does not wrap
                 return self.armed[0]
@@ -98,40 +112,61 @@ class AlignState:
                 "the model's own gradient_checkpointing_enable(), or differentiate the losses one by one"
             )
         if torch.is_grad_enabled():
-            raise RuntimeError(_NO_IDS)
+            config = self.config
+            what = f"align={config.align!r}" if config.align else f"architecture={config.architecture!r}"
+            raise RuntimeError(_NO_IDS.format(what=what))
         return None
 
 
 class Step:
-    """One forward's task ids, the layers' latents and, inside backward, the gradients of these."""
+    """One forward's task ids, the layers' latents and, inside backward, the gradients of these.
+
+    Args:
+        state: of the model.
+        ids: [B] or [B, S]; None: all tokens are of one task (where no loss tells tasks apart).
+        like: a tensor on the device of the ids.
+        strict: a backward that meets the layers without the loss is an error.
+        by_keyword: opened by the model's own forward.
+        records: layers hand over their outputs; False for evaluation.
+    """
 
     def __init__(
-        self, state: AlignState, ids: Tensor, like: Tensor, *, strict: bool = True, by_keyword: bool = False
-    ) -> None:
-        self.state, self.strict, self.by_keyword = state, strict, by_keyword
+        self, state: AlignState, ids: Tensor | None, like: Tensor, *, strict: bool = True, by_keyword: bool = False,
+        records: bool = True,
+    ) -> None:  # fmt: skip
+        self.state, self.strict, self.by_keyword, self.records = state, strict, by_keyword, records
         self.masked = False
-        self.tokens = TokenTasks(self._check(ids.to(like.device)))
+        self.given = torch.zeros(1, dtype=torch.int64, device=like.device) if ids is None else self._check(ids, like)
+        self.tokens = TokenTasks(self.given)
+        self.prompt: Tensor | None = None  # bool [B, S]: tokens before the first label, without padding
+        self.decoding = False  # the tokens follow others, whose keys and values are cached
         self.key = register_step(self)
         self.door = torch.zeros((), dtype=torch.int64, device="cpu")  # of keep_ (align_ext/ops/_keyed.py)
         self.seen: set[int] = set()
-        self.alignment: Alignment | None = None
-        self._latents: dict[int, Tensor] = {}  # of the layers that ran, by slot, until total
-        self._moments: Tensor | None = None
-        self._dz: dict[int, Tensor] | None = None  # what no layer has taken yet, inside backward
+        self.alignment: KlAlignment | MmdAlignment | None = None
+        self.balance: Balance | None = None
+        self.spectral: Tensor | None = None
+        self._has_total = False
+        self._kept: dict[int, Latents] = {LATENT: {}, WEIGHTS: {}}  # of the layers that ran, by slot, until total
+        self._owed: dict[int, Latents] | None = None  # what no layer has taken yet, inside backward
         self._differentiated = False
         self._lm: Tensor | None = None
         self._weight = 0.0
 
-    def _check(self, ids: Tensor) -> Tensor:
+    def _check(self, ids: Tensor, like: Tensor) -> Tensor:
         if ids.dim() not in (1, 2) or ids.is_floating_point() or ids.dtype == torch.bool:
             raise ValueError(f"task_ids must be integers, [B] or [B, S], got {ids.dtype} {list(ids.shape)}")
-        config, state, ids = self.state.config, self.state, ids.long()
+        config, state, ids = self.state.config, self.state, ids.to(like.device).long()
         if config.num_tasks is None:
-            if _world_size() > 1:
+            if world_size() > 1:
                 raise ValueError("num_tasks must be given when several processes train: every process needs the same")
             state.tasks = max(state.tasks, int(ids.max()) + 1 if ids.numel() else 0, 1)
-        allowed = f"task_ids must be in 0 .. num_tasks-1 = {state.tasks - 1}, or {NO_TASK} for none"
-        valid = ((ids >= NO_TASK) & (ids < state.tasks)).all()
+        # Every token runs through an adapter: with one for each task, no token can be without.
+        least = 0 if config.architecture == "multi_adapter" else NO_TASK
+        allowed = f"task_ids must be in 0 .. num_tasks-1 = {state.tasks - 1}" + (
+            "" if least == 0 else ", or -1 for none"
+        )
+        valid = ((ids >= least) & (ids < state.tasks)).all()
         if ids.is_cuda:
             torch._assert_async(valid, allowed)  # does not wait for the device
         elif not valid:
@@ -140,7 +175,7 @@ class Step:
 
     def mask(self, attention_mask: Tensor | None, labels: Tensor | None) -> None:
         """Takes padding, and with response_only tokens without a label, out of the statistics."""
-        keep = None
+        keep, config = None, self.state.config
         if attention_mask is not None:
             shape = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
             if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
@@ -149,84 +184,125 @@ class Step:
                     "-1 where a token does not count, and align_step(model, ids, attention_mask=ones)"
                 )
             keep = attention_mask != 0
-        if self.state.config.response_only:
+        self.masked = True
+        if config.routing == "sequence":
+            self.prompt = prompt_of(keep, labels, self.records)
+        if config.response_only and self.records:
             if labels is None:
                 raise ValueError("response_only=True needs labels in the batch (or align_step(..., labels=labels))")
             keep = labels != -100 if keep is None else keep & (labels != -100)
-        self.masked = True
-        if keep is None:
+        if keep is None or config.align_statistics == "position":
             return
-        given = self.tokens.ids
+        given = self.given
         ids = given[:, None] if given.dim() == 1 else given
-        if ids.shape[0] != keep.shape[0] or ids.shape[1] not in (1, keep.shape[1]):
+        if ids.shape[0] not in (1, keep.shape[0]) or ids.shape[1] not in (1, keep.shape[1]):
             raise ValueError(f"task_ids {list(given.shape)} do not fit a batch of {list(keep.shape)} tokens")
         self.tokens = TokenTasks(torch.where(keep.to(ids.device), ids, NO_TASK))
 
-    def keep(self, slot: Tensor, z: Tensor) -> None:
-        """Takes the latent of a layer that ran, without a graph."""
-        if torch.compiler.is_compiling():
-            torch.ops.align_ext.keep_(self.door, z, self.key, slot)
-        else:
-            self.receive(int(slot), z)
+    def groups(self, tokens: int, device: torch.device) -> Tensor:
+        """int64 [T], the task of every token, padded ones too."""
+        ids = TokenTasks(self.given)
+        ids.check(tokens)
+        return ids.expand(device, tokens)
 
-    def receive(self, slot: int, z: Tensor) -> None:
-        """Keeps the latent of a layer that ran; a second time is an error."""
+    def keep(self, slot: Tensor, z: Tensor, w: Tensor | None) -> None:
+        """Takes the outputs of a layer that ran, without a graph."""
+        outputs = [(LATENT, z)] if self.state.config.align else []
+        outputs += [(WEIGHTS, w)] if w is not None and self.state.config.balance else []
+        for output, tensor in outputs:
+            if torch.compiler.is_compiling():
+                torch.ops.align_ext.keep_(self.door, tensor, self.key, slot, output)
+            else:
+                self.receive(slot_of(slot), tensor, output)
+
+    def receive(self, slot: int, z: Tensor, output: int = LATENT) -> None:
+        """Keeps an output of a layer that ran; a second time is an error."""
         if torch._C._current_graph_task_id() != -1:
             return  # activation checkpointing recomputes the layer inside backward: its z is here already
-        if slot in self.seen:
+        if slot in self._kept[output] or self._has_total:
             raise RuntimeError(
                 f"the aligned layer {self.state.names[slot]!r} ran twice in one step: use one align_step (or one "
                 "task_ids= call) per forward"
             )
         self.tokens.check(len(z))
         self.seen.add(slot)
-        self._latents[slot] = z
+        self._kept[output][slot] = z
 
-    def moments(self) -> Tensor:
-        """Computes n | mean | M2 of this process's tokens, [layers, tasks, 2 rank + 1]; before total."""
-        return self.tokens.moments(self._latents, len(self.state.names), self.state.tasks, self.state.rank)
+    def statistics(self) -> KlStatistics | MmdStatistics:
+        """What the alignment needs of this process's tokens; before total."""
+        state = self.state
+        sizes = len(state.names), state.tasks, state.rank
+        return _STATISTICS[state.config.align or "kl"].of(self._kept[LATENT], self.tokens, sizes, state.config)
 
-    def take(self, slot: int) -> Tensor | None:
-        """What a layer adds to dz, the caller's own from now on; None outside the loss's backward."""
-        if self._dz is None:
+    def take(self, slot: int, output: int = LATENT) -> Tensor | None:
+        """What a layer adds to dz or dw, the caller's own from now on; None outside the loss's backward."""
+        if self._owed is None:
             if self.strict and not self._differentiated:
                 raise RuntimeError(_NOT_DIFFERENTIATED)
             return None
-        if slot not in self._dz:
+        if output not in self._owed:
+            return None
+        if slot not in self._owed[output]:
             raise RuntimeError(f"one backward reached the aligned layer {self.state.names[slot]!r} twice")
-        return self._dz.pop(slot)
+        return self._owed[output].pop(slot)
 
-    def arm(self, d_total: Tensor, factor: float, latents: dict[int, Tensor]) -> None:
-        """Computes the gradients in all latents, for the layers to take until the running backward ends."""
-        assert self.alignment is not None
-        self._dz = self.tokens.gradients(latents, self.alignment.tables, d_total, factor)
+    def arm(self, d_total: Tensor, factors: dict[int, float], kept: dict[int, Latents]) -> None:
+        """Computes the gradients in all outputs, for the layers to take until the running backward ends."""
+        losses = {LATENT: self.alignment, WEIGHTS: self.balance}
+        self._owed = {
+            output: loss.gradients(kept[output], self.tokens, d_total, factors[output])
+            for output, loss in losses.items()
+            if loss is not None
+        }
         self._differentiated = True
         self.state.armed.append(self)
         torch.autograd.Variable._execution_engine.queue_callback(self._disarm)
 
     def _disarm(self) -> None:
-        unreached = [self.state.names[slot] for slot in sorted(self._dz or ())]
-        if unreached and self.strict:
+        slots = {slot for owed in (self._owed or {}).values() for slot in owed}
+        if slots and self.strict:
             warnings.warn(
-                f"the alignment did not reach {len(unreached)} layers, the first is {unreached[0]!r}: the loss does "
-                "not depend on them, or their adapters are frozen; leave them out by exclude_modules",
+                f"the alignment did not reach {len(slots)} layers, the first is {self.state.names[min(slots)]!r}: the "
+                "loss does not depend on them, or their adapters are frozen; leave them out by exclude_modules",
                 stacklevel=1,
             )
-        self._dz = None
+        self._owed = None
         self.state.armed[:] = [step for step in self.state.armed if step is not self]
 
     @torch.compiler.disable
     def total(self, loss: Tensor, weight: float | None = None, scale: float = 1.0) -> Tensor:
-        """Computes loss + weight * scale * align as one autograd node.
+        """Computes loss + scale * (weight * align + balance_weight * balance + spectral_weight * spectral).
 
         Args:
             loss: scalar, the model's loss of this step's forward.
             weight: lambda; None takes config.align_weight.
-            scale: a further factor on the alignment (1 / accumulation steps where the loss is divided already).
+            scale: a further factor on what is added (1 / accumulation steps where the loss is divided already).
 
         Raises:
             RuntimeError: the loss has no graph, an aligned layer did not run, or the step has its total already.
         """
+        config = self.state.config
+        self._check_total(loss)
+        self._has_total = True
+        self._lm, self._weight = loss.detach(), float((config.align_weight if weight is None else weight) or 0.0)
+        distributed = world_size() > 1
+        with torch.no_grad():
+            if config.align:
+                statistics = self.statistics()
+                self.alignment = (statistics.over_processes() if distributed else statistics).evaluate(config)
+            if config.balance:
+                weights = self._kept[WEIGHTS]
+                self.balance = Balance.of(weights, self.tokens, config.balance, distributed=distributed)
+        kept, self._kept = self._kept, {LATENT: {}, WEIGHTS: {}}
+        factors = {LATENT: self._weight * scale, WEIGHTS: config.balance_weight * scale}
+        if self.alignment is not None or self.balance is not None:
+            loss = _Total.apply(loss, self, factors, kept)
+        if config.spectral:
+            self.spectral = torch.stack([of_layer() for of_layer in self.state.spectral]).sum()
+            loss = (loss + (config.spectral_weight * scale) * self.spectral).to(loss.dtype)
+        return loss
+
+    def _check_total(self, loss: Tensor) -> None:
         if not loss.requires_grad:
             raise RuntimeError(
                 "the loss has no graph to reach the adapters: is the model under no_grad? Reentrant activation "
@@ -238,163 +314,73 @@ class Step:
                 f"{len(missing)} of {len(self.state.names)} aligned layers did not run in this step, the first "
                 f"is {missing[0]!r}: leave layers that the model skips out by exclude_modules"
             )
-        if self.alignment is not None:
+        if self._has_total:
             raise RuntimeError("this step has its total already: add the losses first, then step.total(sum) once")
-        weight = self.state.config.align_weight if weight is None else weight
-        world = _world_size()
-        with torch.no_grad():
-            self._moments = _all_moments(self.moments(), world)
-            self.alignment = align_kl(self._moments, self.state.config)
-        latents, self._latents = self._latents, {}
-        self._lm, self._weight = loss.detach(), float(weight or 0.0)
-        factor = self._weight * scale
-        # Data parallelism averages gradients over the processes; the tables are of the whole batch already.
-        return _Total.apply(loss, self.alignment.value, factor, factor * world * self.alignment.share, self, latents)
 
     def parts(self) -> AlignParts:
         """The losses of this step, as numbers; after total(loss)."""
-        if self.alignment is None or self._moments is None or self._lm is None:
+        if self._lm is None:
             raise RuntimeError("this step has no losses yet: call step.total(loss) first")
-        pairs = task_divergences(self._moments, self.state.config)
+        state, alignment = self.state, self.alignment
+        per_layer = [] if alignment is None else zip(state.names, alignment.per_layer.tolist(), strict=True)
         return AlignParts(
             lm=float(self._lm),
-            align=float(self.alignment.value),
+            align=0.0 if alignment is None else float(alignment.value),
             weight=self._weight,
-            per_layer=dict(zip(self.state.names, self.alignment.per_layer.tolist(), strict=True)),
-            per_task=pairs.sum(1).tolist(),
+            per_layer=dict(per_layer),
+            per_task=[] if alignment is None else alignment.statistics.per_task(state.config),
+            balance=None if self.balance is None else float(self.balance.value),
+            spectral=None if self.spectral is None else float(self.spectral.detach()),
         )
 
 
 class _Total(torch.autograd.Function):
-    """loss + factor * align, whose backward arms the step before the loss's own backward runs."""
+    """loss + Σ factor * value, whose backward arms the step before the loss's own backward runs."""
 
     @staticmethod
-    def forward(
-        ctx: Any, loss: Tensor, align: Tensor, factor: float, d_factor: float, step: Step, latents: dict[int, Tensor]
-    ) -> Tensor:
-        ctx.step, ctx.factor, ctx.slots = step, d_factor, tuple(latents)
-        ctx.save_for_backward(*latents.values())  # freed when the graph of the loss is
-        return torch.add(loss, align, alpha=factor).to(loss.dtype)
+    def forward(ctx: Any, loss: Tensor, step: Step, factors: dict[int, float], kept: dict[int, Latents]) -> Tensor:
+        ctx.step, ctx.slots = step, [(output, slot) for output, latents in kept.items() for slot in latents]
+        # Data parallelism averages gradients over the processes; the statistics are of the whole batch already.
+        ctx.factors = {output: factor * world_size() for output, factor in factors.items()}
+        ctx.save_for_backward(*(kept[output][slot] for output, slot in ctx.slots))  # freed when the loss's graph is
+        total = loss
+        for output, part in {LATENT: step.alignment, WEIGHTS: step.balance}.items():
+            if part is not None:
+                total = torch.add(total, part.value.to(total.device), alpha=factors[output])
+        return total.to(loss.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.step.arm(d_total, ctx.factor, dict(zip(ctx.slots, ctx.saved_tensors, strict=True)))
-        return d_total, *[None] * 5
+        kept: dict[int, Latents] = {LATENT: {}, WEIGHTS: {}}
+        for (output, slot), tensor in zip(ctx.slots, ctx.saved_tensors, strict=True):
+            kept[output][slot] = tensor
+        ctx.step.arm(d_total, ctx.factors, kept)
+        return d_total, None, None, None
 
 
-def _world_size() -> int:
+def world_size() -> int:
+    """How many processes train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _all_moments(moments: Tensor, world: int) -> Tensor:
-    """The moments over all processes: one collective for all layers, merged in rank order: the same bits everywhere."""
-    if world == 1:
-        return moments
-    parts = [torch.empty_like(moments) for _ in range(world)]
-    dist.all_gather(parts, moments)
-    merged = parts[0]
-    for part in parts[1:]:
-        merged = merge_moments(merged, part)
-    return merged
+def prompt_of(keep: Tensor | None, labels: Tensor | None, training: bool) -> Tensor | None:
+    """The tokens of each sequence before its first label, bool [B, S], without padding; None: all tokens.
 
-
-class BoundCheckpoint:
-    """A model's checkpoint function whose recomputation re-enters the step of its own forward."""
-
-    def __init__(self, state: AlignState, checkpoint: Callable[..., Any]) -> None:
-        self.state, self.checkpoint = state, checkpoint
-
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Checkpoints function(*args, **kwargs)."""
-        if torch.compiler.is_compiling():  # the compiled backward recomputes without running Python
-            return self.checkpoint(function, *args, **kwargs)
-        state, step = self.state, self.state.current
-
-        def run(*a: Any, **k: Any) -> Any:
-            outer, state.current = state.current, step
-            try:
-                return function(*a, **k)
-            finally:
-                state.current = outer
-
-        return self.checkpoint(run, *args, **kwargs)
+    Pooling over more would let a token's routing depend on tokens that come after it.
+    """
+    if labels is None:
+        if training:
+            raise ValueError('routing="sequence" needs labels in the batch: it pools over the tokens before the first')
+        return keep
+    before = (labels != -100).int().cumsum(1) == 0
+    return before if keep is None else before & keep
 
 
 def find_state(model: nn.Module) -> AlignState | None:
-    """The alignment of a model, also through DDP, FSDP2 and torch.compile; None if it has no adapters."""
+    """The state of a model's adapters, also through DDP, FSDP2 and torch.compile; None if it has none."""
     for module in model.modules():
         state = module.__dict__.get("align_state")
         if isinstance(state, AlignState):
             return state
     return None
-
-
-def _state_of(model: nn.Module) -> AlignState:
-    state = find_state(model)
-    if state is None:
-        raise ValueError("the model has no adapters: call replace_linear_with_align_lora(model) first")
-    if state.config.align is None:
-        raise ValueError('alignment is off for this model (align=None): choose align="kl" to use task ids')
-    return state
-
-
-def open_step(model: nn.Module, state: AlignState, ids: Tensor, **options: bool) -> Step:
-    """A new step for a model's next forward; the model's checkpoint functions will find it again."""
-    adapter = next(p for name, p in model.named_parameters() if "lora_A" in name)
-    for module in model.modules():
-        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
-        if isinstance(checkpoint, BoundCheckpoint):
-            checkpoint.state = state
-        elif checkpoint is not None:
-            module._gradient_checkpointing_func = BoundCheckpoint(state, checkpoint)  # type: ignore[assignment]
-    state.armed.clear()
-    state.last = Step(state, torch.as_tensor(ids), adapter, **options)
-    return state.last
-
-
-@contextlib.contextmanager
-def align_step(
-    model: nn.Module,
-    task_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    labels: Tensor | None = None,
-    *,
-    strict: bool = True,
-) -> Iterator[Step]:
-    """Opens an alignment step for one forward of the model; then differentiate step.total(loss).
-
-    Args:
-        model: adapted by replace_linear_with_align_lora; may be wrapped by DDP, FSDP2 or torch.compile. Batch first,
-            and all adapted layers see the same tokens.
-        task_ids: int64 [B] (one task a sample) or [B, S] (one a token); -1: belongs to no task.
-        attention_mask: [B, S], 0 = padding, which does not count. Taken from the model's own arguments if not given
-            (torch.compile: give it here).
-        labels: [B, S], needed with response_only, likewise.
-        strict: a backward that meets the layers without the alignment loss is an error.
-
-    Yields:
-        The step.
-
-    Raises:
-        ValueError: no adapters, alignment off, or ids of a wrong shape, dtype or range.
-    """
-    state = _state_of(model)
-    if not model.training:
-        raise ValueError("align_step is for training, but the model is in eval mode: call model.train() first")
-    step = open_step(model, state, task_ids, strict=strict)
-    if attention_mask is not None or labels is not None:
-        step.mask(attention_mask, labels)
-    outer, state.current = state.current, step
-    try:
-        yield step
-    finally:
-        state.current = outer
-
-
-def align_parts(model: nn.Module) -> AlignParts | None:
-    """The losses of the model's last alignment step; None without one, or before its step.total(loss)."""
-    state = find_state(model)
-    if state is None or state.last is None or state.last.alignment is None:
-        return None
-    return state.last.parts()

@@ -9,11 +9,38 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-Architecture = Literal["align_lora", "lora"]
-Align = Literal["kl"]
+Architecture = Literal["align_lora", "lora", "multi_adapter", "lora_moe", "hydra", "r_lora", "m_lora", "mtlora"]
+Align = Literal["kl", "mmd"]
+Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "random_heads"]
 
-DEFAULT_WEIGHT: Mapping[str, float] = {"kl": 0.1}
-_FROM_ARCHITECTURE = "auto"  # align's default: "kl" for align_lora, None for every other architecture
+DEFAULT_WEIGHT: Mapping[str, float] = {"kl": 0.1, "mmd": 0.15}
+AUTO: Any = "auto"  # an option's default that depends on the architecture
+
+# What an architecture takes where an option is "auto". None: it has no such thing, and the option may not be set.
+_ONE = {
+    "align": None, "num_heads": None, "reduce": None, "router": None, "router_init": None, "routing": None,
+    "routing_groups": None, "top_k": None, "router_temperature": None, "dropout_site": "input",
+    "init_lora_weights": "kaiming", "target_blocks": (), "balance": None, "spectral": None,
+}  # fmt: skip
+_SUMMED = {**_ONE, "num_heads": 5, "reduce": "sum", "dropout_site": "input_per_head"}
+_ROUTED = {
+    **_ONE, "num_heads": 5, "router": "linear", "router_init": "kaiming", "routing": "token", "routing_groups": 1,
+    "top_k": 0, "router_temperature": 1.0,
+}  # fmt: skip
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "align_lora": {**_ONE, "align": "kl"},
+    "lora": _ONE,
+    "multi_adapter": _ONE,
+    "lora_moe": _ROUTED,
+    "hydra": _ROUTED,
+    "hydra without router": _SUMMED,
+    "r_lora": {**_ROUTED, "router_init": "zeros", "dropout_site": "latent", "init_lora_weights": "random_heads"},
+    "m_lora": {**_SUMMED, "dropout_site": "latent", "init_lora_weights": "random_heads"},
+    "mtlora": {
+        **_ROUTED, "routing_groups": 2, "target_blocks": ("attention", "mlp"), "balance": "cv2", "spectral": "paper",
+    },
+}  # fmt: skip
+_OWN_A = ("multi_adapter", "lora_moe")  # no single A: an offset path of rank r cannot take their heads off again
 
 
 def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> str:
@@ -26,24 +53,59 @@ def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class AlignLoraConfig:
-    """Options of the adapters and of the alignment loss; validated when made.
+    """Options of the adapters and of the losses on them; validated when made.
+
+    An option that is "auto" takes the architecture's own value (README, table of architectures).
 
     Attributes:
-        architecture: "align_lora" (Align-LoRA, 2508.05078: one adapter, the tasks' latents aligned) or "lora".
+        architecture: what stands beside each layer (align_ext/nn): "lora", "align_lora" (one adapter, the tasks'
+            latents aligned), "multi_adapter" (A and B of each task), "lora_moe" (routed experts with A and B of their
+            own), "hydra" (one A, routed heads B_i; with router=None their sum), "r_lora" (hydra with random heads and
+            a dropout mask for each), "m_lora" (the same without a router), "mtlora" (routed heads beside whole blocks,
+            fine-grained routing, spectral regularisation).
         r: rank of A and B.
         lora_alpha: alpha; the scaling is s = alpha / r.
-        lora_dropout: p, dropout on the adapter's input, in [0, 1).
+        lora_dropout: p, of dropout at dropout_site, in [0, 1).
         target_modules: suffixes of module names, a regular expression for the whole name, or "all-linear".
         exclude_modules: suffixes, or a regular expression, of modules to leave alone.
+        target_blocks: adapt whole blocks in place of linear layers: "attention", "mlp" or both (mtLoRA).
         use_rslora: s = alpha / sqrt(r) (2312.03732).
-        align: "kl" (eq. 5) or None; by default "kl" for align_lora and None for every other architecture.
-        align_weight: lambda in  loss + lambda * align;  None: 0.1 for "kl".
-        num_tasks: M; None takes the largest task id seen so far plus one (one process only).
-        align_eps: added to every variance of z.
-        align_ddof: 0: population variance, 1: sample variance.
+        init_lora_weights: "kaiming" (A uniform, B = 0), "gaussian" (A ~ N(0, 1/r²), B = 0), "orthogonal" (A and B
+            random with B A = 0; even r), "pissa" (the r largest singular directions of the base weight, 2404.02948;
+            one adapter only), "random_heads" (R-LoRA, 2502.15455, Table 1). The last two start from B A != 0 and keep
+            it frozen as an offset that is subtracted again; the base weight is never touched.
+        init_gamma: gamma of "random_heads".
+        num_heads: N, how many B_i (or experts) there are.
+        reduce: heads without a router: their "sum" or "mean".
+        router: "linear" (on each token), "mlp" (two layers; with routing="sequence"), or None: heads without a router
+            (hydra).
+        router_init: "kaiming" or "zeros" (uniform weights at the start; with random heads only).
+        routing: weights for each "token", or one set for each "sequence", from the mean of its prompt's tokens.
+        routing_groups: G, groups of outputs with routing weights of their own (mtLoRA's fine-grained routing).
+        top_k: heads with weight; 0: all of them.
+        router_temperature: tau of the softmax.
+        dropout_site: what dropout acts on: "input" (x), "latent" (z, a mask for each head), "input_per_head".
+        align: "kl" (Align-LoRA, 2508.05078, eq. 5), "mmd" (its multi-kernel MMD) or None; any architecture.
+        align_weight: lambda in  loss + lambda * align;  None: 0.1 for "kl", 0.15 for "mmd".
+        num_tasks: M; None takes the largest task id seen so far plus one (one process only, not for multi_adapter).
+        align_eps: kl: added to every variance of z.
+        align_ddof: kl: 0: population variance, 1: sample variance.
+        align_statistics: kl: over a task's tokens ("token"), or position by position over its samples ("position":
+            what Align-LoRA's released code does; unpacked batches, padding counts, sample variance, mean of pairs).
         align_pairs: "sum" over the pairs of tasks (eq. 5) or "mean".
         align_layers: "mean" over the adapted layers or "sum".
+        mmd_bandwidths: None for multiples of the mean squared distance, or the bandwidths themselves.
+        mmd_kernels: K, how many such multiples.
+        mmd_statistic: "v", or "u" for the unbiased one.
+        mmd_n_max: tokens of a task that take part at most.
         response_only: only tokens with a label count in the alignment (default: all but padding).
+        balance: "cv2" (squared coefficient of variation of the heads' mean weights), "switch" (Switch Transformer's),
+            or None.
+        balance_weight: of the balance loss.
+        spectral: mtLoRA's regularisation of the heads' overlap: "paper" (spectral-aware), "uniform", "released" (each
+            head by itself) or None.
+        spectral_weight: of it.
+        spectral_steps: k, forwards between two refreshes of its projectors.
         adapter_dtype: dtype of A and B: "float32" (PEFT's default, also on a 16-bit base) or "base".
     """
 
@@ -53,49 +115,106 @@ class AlignLoraConfig:
     lora_dropout: float = 0.1
     target_modules: tuple[str, ...] | str = ("gate_proj", "up_proj", "down_proj")
     exclude_modules: tuple[str, ...] | str = ()
+    target_blocks: tuple[str, ...] = AUTO
     use_rslora: bool = False
-    align: Align | Literal["auto"] | None = _FROM_ARCHITECTURE  # type: ignore[assignment]
+    init_lora_weights: Init = AUTO
+    init_gamma: float = 64.0
+    num_heads: int | None = AUTO
+    reduce: Literal["sum", "mean"] | None = AUTO
+    router: Literal["linear", "mlp"] | None = AUTO
+    router_init: Literal["kaiming", "zeros"] | None = AUTO
+    routing: Literal["token", "sequence"] | None = AUTO
+    routing_groups: int | None = AUTO
+    top_k: int | None = AUTO
+    router_temperature: float | None = AUTO
+    dropout_site: Literal["input", "latent", "input_per_head"] = AUTO
+    align: Align | None = AUTO
     align_weight: float | None = None
     num_tasks: int | None = None
     align_eps: float = 1e-6
     align_ddof: int = 0
+    align_statistics: Literal["token", "position"] = "token"
     align_pairs: Literal["sum", "mean"] = "sum"
     align_layers: Literal["mean", "sum"] = "mean"
+    mmd_bandwidths: tuple[float, ...] | None = None
+    mmd_kernels: int = 5
+    mmd_statistic: Literal["v", "u"] = "v"
+    mmd_n_max: int = 256
     response_only: bool = False
+    balance: Literal["cv2", "switch"] | None = AUTO
+    balance_weight: float = 0.01
+    spectral: Literal["paper", "uniform", "released"] | None = AUTO
+    spectral_weight: float = 1e-4
+    spectral_steps: int = 100
     adapter_dtype: Literal["float32", "base"] = "float32"
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                try:
-                    re.compile(value)
-                except re.error as error:
-                    raise ValueError(f"{name}={value!r} is no regular expression: {error}") from error
-            elif isinstance(value, Iterable):
-                object.__setattr__(self, name, tuple(value))
-            else:
-                raise ValueError(f"{name} must be module names or a regular expression, got {value!r}")
+            self._normalise_names(name)
+        if self.mmd_bandwidths is not None:
+            self._set("mmd_bandwidths", tuple(self.mmd_bandwidths))
+        if not isinstance(self.target_blocks, str):
+            self._set("target_blocks", tuple(self.target_blocks))
+        if self.init_lora_weights is True:  # PEFT's name for its default
+            self._set("init_lora_weights", "kaiming")
         if self.architecture not in get_args(Architecture):
             raise ValueError(unknown_name("architecture", str(self.architecture), get_args(Architecture)))
-        if self.align == _FROM_ARCHITECTURE:
-            object.__setattr__(self, "align", "kl" if self.architecture == "align_lora" else None)
+        self._fill_in(_DEFAULTS["hydra without router" if self._is_unrouted_hydra() else self.architecture])
         if self.align is not None and self.align not in get_args(Align):
             raise ValueError(unknown_name("align", str(self.align), [*get_args(Align), "None"]))
         if self.align is not None and self.align_weight is None:
-            object.__setattr__(self, "align_weight", DEFAULT_WEIGHT[self.align])
+            self._set("align_weight", DEFAULT_WEIGHT[self.align])
         self._check_ranges()
+        self._check_combinations()
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _is_unrouted_hydra(self) -> bool:
+        return self.architecture == "hydra" and self.router is None
+
+    def _normalise_names(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"{name}={value!r} is no regular expression: {error}") from error
+        elif isinstance(value, Iterable):
+            self._set(name, tuple(value))
+        else:
+            raise ValueError(f"{name} must be module names or a regular expression, got {value!r}")
+
+    def _fill_in(self, defaults: Mapping[str, Any]) -> None:
+        """Gives "auto" options the architecture's values; refuses those that it has no use for."""
+        for name, default in defaults.items():
+            value = getattr(self, name)
+            if isinstance(value, str) and value == AUTO:
+                self._set(name, default)
+            elif default is None and value is not None and name not in ("align", "balance", "spectral"):
+                raise ValueError(f"{name}={value!r}: architecture {self._name()} has no {name}; leave it out")
+        routed, heads = self.router is not None, self.num_heads is not None
+        for name, has, what in (("balance", routed, "router"), ("spectral", heads, "heads")):
+            if getattr(self, name) is not None and not has:
+                raise ValueError(f"{name}={getattr(self, name)!r}: architecture {self._name()} has no {what}")
+
+    def _name(self) -> str:
+        return f"{self.architecture!r} without a router" if self._is_unrouted_hydra() else repr(self.architecture)
 
     def _check_ranges(self) -> None:
-        def is_int(value: Any) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool)
+        def is_int(value: Any, least: int = 1) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
         def is_finite(value: Any) -> bool:
             return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
+        def is_positive(value: Any) -> bool:
+            return is_finite(value) and value > 0
+
+        widths = self.mmd_bandwidths
         rules = {
-            "r": (is_int(self.r) and self.r > 0, "a positive integer"),
-            "lora_alpha": (is_finite(self.lora_alpha) and self.lora_alpha > 0, "a positive number"),
+            "r": (is_int(self.r), "a positive integer"),
+            "lora_alpha": (is_positive(self.lora_alpha), "a positive number"),
             "lora_dropout": (is_finite(self.lora_dropout) and 0 <= self.lora_dropout < 1, "in [0, 1)"),
             "target_modules": (
                 len(self.target_modules) > 0 and all(isinstance(t, str) and t for t in self.target_modules),
@@ -105,30 +224,98 @@ class AlignLoraConfig:
                 all(isinstance(t, str) and t for t in self.exclude_modules),
                 "suffixes of module names or a regular expression",
             ),
+            "target_blocks": (set(self.target_blocks) <= {"attention", "mlp"}, '"attention", "mlp" or both'),
+            "init_gamma": (is_positive(self.init_gamma), "a positive number"),
+            "num_heads": (self.num_heads is None or is_int(self.num_heads), "a positive integer"),
+            "routing_groups": (self.routing_groups is None or is_int(self.routing_groups), "a positive integer"),
+            "top_k": (
+                self.top_k is None or (is_int(self.top_k, 0) and self.top_k <= (self.num_heads or 0)),
+                f"in 1 .. num_heads = {self.num_heads}, or 0 for all heads",
+            ),
+            "router_temperature": (
+                self.router_temperature is None or is_positive(self.router_temperature),
+                "a positive number",
+            ),
             "align_weight": (
                 self.align_weight is None or (is_finite(self.align_weight) and self.align_weight >= 0),
                 "a number >= 0, or None for the default",
             ),
-            "num_tasks": (
-                self.num_tasks is None or (is_int(self.num_tasks) and self.num_tasks > 0),
-                "a positive integer, or None",
-            ),
-            "align_eps": (is_finite(self.align_eps) and self.align_eps > 0, "a positive number"),
+            "num_tasks": (self.num_tasks is None or is_int(self.num_tasks), "a positive integer, or None"),
+            "align_eps": (is_positive(self.align_eps), "a positive number"),
             "align_ddof": (self.align_ddof in (0, 1), "0 or 1"),
-            "use_rslora": (isinstance(self.use_rslora, bool), "true or false"),
-            "response_only": (isinstance(self.response_only, bool), "true or false"),
-            "align_pairs": (self.align_pairs in ("sum", "mean"), '"sum" or "mean"'),
-            "align_layers": (self.align_layers in ("mean", "sum"), '"mean" or "sum"'),
-            "adapter_dtype": (self.adapter_dtype in ("float32", "base"), '"float32" or "base"'),
+            "mmd_bandwidths": (
+                widths is None or (1 <= len(widths) <= 32 and all(map(is_positive, widths))),
+                "1 to 32 positive numbers, or None",
+            ),
+            "mmd_kernels": (is_int(self.mmd_kernels) and self.mmd_kernels <= 32, "in 1 .. 32"),
+            "mmd_n_max": (is_int(self.mmd_n_max, 2), "an integer of at least 2"),
+            "spectral_steps": (is_int(self.spectral_steps), "a positive integer"),
         }
+        for name in ("use_rslora", "response_only"):
+            rules[name] = (isinstance(getattr(self, name), bool), "true or false")
+        for name in ("balance_weight", "spectral_weight"):
+            value = getattr(self, name)
+            rules[name] = (is_finite(value) and value >= 0, "a number >= 0")
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            rules[name] = (value is None or value in choices, " or ".join(f'"{choice}"' for choice in choices))
         for name, (valid, allowed) in rules.items():
             if not valid:
                 raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
+
+    def _check_combinations(self) -> None:
+        def refuse(option: str, why: str) -> None:
+            raise ValueError(f"{option}={getattr(self, option)!r}: {why}")
+
+        several = (self.num_heads or 1) > 1
+        random = self.init_lora_weights in ("random_heads", "orthogonal")
+        own_A = self.architecture in _OWN_A
+        if self.architecture == "multi_adapter" and self.num_tasks is None:
+            refuse("num_tasks", "multi_adapter has an adapter for each task: say how many there are")
+        if self.init_lora_weights == "random_heads" and (self.num_heads is None or own_A):
+            refuse("init_lora_weights", "random heads are for hydra, r_lora, m_lora and mtlora, heads on one A")
+        if self.init_lora_weights == "pissa" and (self.num_heads is not None or own_A or self.target_blocks):
+            refuse("init_lora_weights", "PiSSA starts one adapter from one weight: use lora or align_lora, no blocks")
+        if self.init_lora_weights == "orthogonal" and self.r % 2:
+            refuse("r", "orthogonal initialisation halves the rank: choose an even r")
+        if self.dropout_site != "input" and (self.num_heads is None or own_A):
+            refuse("dropout_site", f"{self.architecture} has one mask, on the input")
+        if self.router_init == "zeros" and several and not random and not own_A:
+            refuse("router_init", "heads that start at zero with equal weights stay identical: use random heads")
+        masked = self.dropout_site != "input" and self.lora_dropout > 0
+        if self.num_heads is not None and self.router is None and several and not random and not masked:
+            refuse("lora_dropout", "heads that start at zero without masks of their own stay identical: use dropout "
+                   "at latent or input_per_head, or random heads")  # fmt: skip
+        if (self.router == "mlp") != (self.routing == "sequence") and self.router is not None:
+            refuse("routing", 'the router "mlp" is for routing="sequence", and "linear" for routing="token"')
+        if self.align_statistics == "position":
+            if self.align != "kl" or self.response_only:
+                refuse("align_statistics", 'per position means align="kl" over all tokens, response_only=False')
+            if self.num_heads is not None and self._latents_per_head():
+                refuse("align_statistics", "per position there is one latent a token: not for latents of each head")
+
+    def _latents_per_head(self) -> bool:
+        return self.architecture == "lora_moe" or self.dropout_site == "input_per_head"
 
     @property
     def scaling(self) -> float:
         """S = alpha / r, or alpha / sqrt(r) with use_rslora."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    @property
+    def latents(self) -> int:
+        """How many latents z a token has in a layer: N where each head has a latent of its own, else 1."""
+        return (self.num_heads or 1) if self._latents_per_head() else 1
+
+    @property
+    def needs_ids(self) -> bool:
+        """Whether training needs the tokens' tasks."""
+        return self.align is not None or self.architecture == "multi_adapter"
+
+    @property
+    def needs_step(self) -> bool:
+        """Whether training needs a step (align_ext/batch.py): a loss beside the model's own, or something by sample."""
+        return self.needs_ids or bool(self.balance or self.spectral) or self.routing == "sequence"
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; from_dict(to_dict()) is equal, also through JSON."""
@@ -143,6 +330,28 @@ class AlignLoraConfig:
         """
         known = [field.name for field in fields(cls)]
         for name in options:
+            if name == "use_dora":
+                raise ValueError(
+                    f"use_dora={options[name]!r}: DoRA rescales the columns of the whole weight, which no kernel here "
+                    "does; leave it out, or train it with PEFT"
+                )
             if name not in known:
                 raise ValueError(unknown_name("option", name, known))
         return cls(**options)
+
+
+_CHOICES = {
+    "init_lora_weights": get_args(Init),
+    "reduce": ("sum", "mean"),
+    "router": ("linear", "mlp"),
+    "router_init": ("kaiming", "zeros"),
+    "routing": ("token", "sequence"),
+    "dropout_site": ("input", "latent", "input_per_head"),
+    "align_statistics": ("token", "position"),
+    "align_pairs": ("sum", "mean"),
+    "align_layers": ("mean", "sum"),
+    "mmd_statistic": ("v", "u"),
+    "balance": ("cv2", "switch"),
+    "spectral": ("paper", "uniform", "released"),
+    "adapter_dtype": ("float32", "base"),
+}

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align_ext.batch import AlignState, BoundCheckpoint, open_step
+from align_ext.batch import AlignState
+from align_ext.config import AlignLoraConfig
+from align_ext.step import BoundCheckpoint, open_step
 
 _EVAL = (
     "the loss of a model in eval mode was differentiated: nothing is aligned and nothing dropped out there; call "
@@ -52,27 +54,38 @@ def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     """Takes task_ids= out of the arguments and opens the step; or gives an open step the padding."""
     state: Any = module.align_state
     ids, step = kwargs.pop("task_ids", None), state.current
-    if ids is not None:
-        mask, labels = (_argument(module, args, kwargs, name) for name in ("attention_mask", "labels"))
-        _open_by_keyword(module, state, ids, mask, labels)
+    if ids is not None and step is not None:
+        raise RuntimeError("task ids were given twice: by align_step and by task_ids=")
+    if step is None and _opens(state.config, module.training, ids):
+        mask, labels, cache = (
+            _argument(module, args, kwargs, name) for name in ("attention_mask", "labels", "past_key_values")
+        )
+        _open_by_keyword(module, state, ids, mask, labels, cache)
+    elif step is None and module.training and state.config.needs_step:
+        state.find()  # raises: training has no step, and no layer ran yet
     elif step is not None and not step.masked:
         mask = _argument(module, args, kwargs, "attention_mask")
         if mask is not None and torch.compiler.is_compiling():
             raise RuntimeError("under torch.compile give align_step the attention_mask: align_step(model, ids, mask)")
         step.mask(mask, _argument(module, args, kwargs, "labels"))
-    elif state.config.align is not None and module.training:
-        state.find()  # raises if training has no step, before any layer ran
     return args, kwargs
 
 
+def _opens(config: AlignLoraConfig, training: bool, ids: Tensor | None) -> bool:
+    """Whether a forward opens a step by itself: to train, or, in evaluation, for what depends on task or sequence."""
+    if training:
+        return config.needs_step and (ids is not None or not config.needs_ids)
+    return config.routing == "sequence" or (config.architecture == "multi_adapter" and ids is not None)
+
+
 @torch.compiler.disable
-def _open_by_keyword(module: nn.Module, state: AlignState, ids: Tensor, mask: Any, labels: Any) -> None:
-    if state.current is not None:
-        raise RuntimeError("task ids were given twice: by align_step and by task_ids=")
-    if state.config.align is None or not module.training:
-        return  # evaluation: ids are optional and nothing is recorded
-    step = open_step(module, state, ids, by_keyword=True)
+def _open_by_keyword(
+    module: nn.Module, state: AlignState, ids: Tensor | None, mask: Any, labels: Any, cache: Any
+) -> None:
+    ids = ids if state.config.needs_ids else None
+    step = open_step(module, state, ids, by_keyword=True, records=module.training)
     step.mask(mask, labels)
+    step.decoding = cache is not None and cache.get_seq_length() > 0
     state.current = step
 
 
@@ -81,7 +94,7 @@ def _after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     state: Any = module.align_state
     if state.current is not None and state.current.by_keyword:
         return _close_by_keyword(state, output, _argument(module, args, kwargs, "labels") is not None)
-    if state.config.align is not None and not module.training and not torch.compiler.is_compiling():
+    if state.config.needs_step and not module.training and not torch.compiler.is_compiling():
         _watch_evaluation(output)
     return None
 
@@ -90,6 +103,8 @@ def _after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 def _close_by_keyword(state: AlignState, output: Any, has_loss: bool) -> Any:
     step, state.current = state.current, None
     assert step is not None
+    if not step.records:
+        return None
     if isinstance(output, dict) and output.get("loss") is not None:
         output["loss"] = step.total(output["loss"])
     elif isinstance(output, tuple) and has_loss:  # return_dict=False

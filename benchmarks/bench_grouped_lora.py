@@ -12,7 +12,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from timing import Comparison, main, measure
 from torch import Tensor, nn
 
-from align_ext.nn.lora import LoraLinear
+from align_ext import AlignLoraConfig, replace_linear_with_align_lora
 
 RANK, ALPHA, P = 8, 32, 0.1
 # tokens, rounds, (in, out)
@@ -49,7 +49,15 @@ def peft_lora(base: nn.Linear, dtype: torch.dtype) -> nn.Module:
 
 def align_lora(base: nn.Linear, dtype: torch.dtype) -> nn.Module:
     """This package's layer."""
-    return LoraLinear(base, RANK, ALPHA / RANK, P, dtype)
+    config = AlignLoraConfig(
+        architecture="lora",
+        r=RANK,
+        lora_alpha=ALPHA,
+        lora_dropout=P,
+        target_modules=["0"],
+        adapter_dtype="float32" if dtype == torch.float32 else "base",
+    )
+    return replace_linear_with_align_lora(nn.Sequential(base), config)[0]  # type: ignore[index]
 
 
 LAYERS = {"plain PyTorch LoRA": PlainLora, "PEFT's layer": peft_lora, "grouped_lora": align_lora}

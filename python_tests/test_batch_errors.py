@@ -10,7 +10,7 @@ from align_ext import align_step
 
 def test_training_without_ids_is_an_error():
     model, (inputs, _) = adapted(), batch()
-    with pytest.raises(RuntimeError, match="no task ids"):
+    with pytest.raises(RuntimeError, match="needs task ids"):
         model(**inputs)
 
 

@@ -8,8 +8,9 @@ import torch
 from test_batch import EXACT, by_context, by_keyword, checkpointed, oracle_gradients
 from tiny import adapted, batch, error, gradients
 
-from align_ext import align_step, ops, reference
-from align_ext.losses.align import TokenTasks
+from align_ext import AlignLoraConfig, align_step, reference
+from align_ext.losses.kl import KlStatistics
+from align_ext.losses.tokens import TokenTasks
 
 
 def forward(model):
@@ -17,7 +18,7 @@ def forward(model):
     inputs, tasks = batch()
     with align_step(model, tasks) as step:
         lm = model(**inputs).loss
-    return step, lm, [weakref.ref(z.untyped_storage()) for z in step._latents.values()]
+    return step, lm, [weakref.ref(z.untyped_storage()) for z in step._kept[0].values()]
 
 
 def alive(references):
@@ -35,7 +36,7 @@ def test_latents_go_when_their_loss_has_been_differentiated(mode):
     assert alive(latents) == 6
     total.backward()
     assert alive(latents) == 0
-    assert step._dz is None
+    assert step._owed is None
 
 
 def test_latents_of_a_loss_that_nobody_differentiates_go_with_it():
@@ -61,20 +62,21 @@ def test_an_eager_layer_hands_over_z_itself_and_a_compiled_one_a_copy():
     for call, copies in ((layer, False), (torch.compile(layer, backend="aot_eager"), True)):
         with align_step(model, batch()[1]) as step, torch.profiler.profile() as profile:
             call(x)
-        (z,) = step._latents.values()
+        (z,) = step._kept[0].values()
         assert not z.requires_grad
-        torch.testing.assert_close(z, x @ layer.lora_A.weight.T)
+        torch.testing.assert_close(z, x @ layer.adapter.lora_A.T)
         assert copies == any(event.name == "align_ext::keep_" for event in profile.events())
     with align_step(model, batch()[1]) as step:
-        step.keep(layer.slot, z)
-        assert step._latents[0] is z
+        step.keep(layer.adapter.slot, z, None)
+        assert step._kept[0][0] is z
     with align_step(model, batch()[1]) as step:
-        torch.ops.align_ext.keep_(step.door, z, step.key, layer.slot)
-        assert torch.equal(step._latents[0], z)
-        assert step._latents[0].data_ptr() != z.data_ptr()
+        torch.ops.align_ext.keep_(step.door, z, step.key, layer.adapter.slot, 0)
+        assert torch.equal(step._kept[0][0], z)
+        assert step._kept[0][0].data_ptr() != z.data_ptr()
 
 
 @torch._functorch.config.patch(donated_buffer=False)  # what torch asks for before it retains a compiled graph
+@torch._inductor.config.patch(force_disable_caches=True)  # which its cache of compiled graphs does not tell apart
 def test_the_default_compiler_gives_the_same_gradient_over_a_retained_graph():
     torch._dynamo.reset()
     plain, model = adapted(dtype=torch.float32), adapted(dtype=torch.float32)
@@ -104,11 +106,11 @@ def test_layers_of_other_tokens_and_dtypes_take_calls_of_their_own():
     sizes = [(60, 4, torch.float32), (30, 3, torch.float32), (60, 2, torch.float64), (60, 1, torch.float32)]
     generator = torch.Generator().manual_seed(0)
     latents = {i: torch.randn(t, r, generator=generator, dtype=d) for i, (t, r, d) in enumerate(sizes)}
-    moments = tokens.moments(latents, layers=5, tasks=3, rank=4)
-    assert moments.dtype == torch.float64
-    assert (moments[4] == 0).all()
-    _, tables = ops.gaussian_kl_tables(moments)
-    dz = tokens.gradients(latents, tables, torch.tensor(3.0), 0.5)
+    config = AlignLoraConfig(align_layers="sum")
+    statistics = KlStatistics.of(latents, tokens, (5, 3, 4), config)
+    assert statistics.moments.dtype == torch.float64
+    assert (statistics.moments[4] == 0).all()
+    dz = statistics.evaluate(config).gradients(latents, tokens, torch.tensor(3.0), 0.5)
     for slot, z in latents.items():
         task = ids.repeat_interleave(len(z) // 6)
         leaf = z.double().requires_grad_()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from align_ext import AlignLoraConfig, replace_linear_with_align_lora
-from align_ext.nn.lora import LoraLinear
+from align_ext.nn.base import AdaptedLinear
 
 TASKS, WEIGHT, VOCAB = 3, 0.3, 64
 
@@ -29,8 +29,8 @@ def adapted(model=None, dtype=torch.float64, **options):
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, LoraLinear):
-                module.lora_B.weight.copy_(0.1 * torch.randn(module.lora_B.weight.shape, generator=generator))
+            if isinstance(module, AdaptedLinear):
+                module.adapter.lora_B.copy_(0.1 * torch.randn(module.adapter.lora_B.shape, generator=generator))
     return model.train()
 
 
@@ -59,16 +59,16 @@ class Oracle:
     def __init__(self, model: nn.Module) -> None:
         self.model, self.latents = model, []
         for layer in model.modules():
-            if isinstance(layer, LoraLinear):
-                layer.state = None
+            if isinstance(layer, AdaptedLinear):
+                layer.adapter.state = None
                 layer.forward = types.MethodType(self._forward, layer)
         model._forward_pre_hooks.clear()
         model._forward_hooks.clear()
 
-    def _forward(self, layer: LoraLinear, x: Tensor) -> Tensor:
-        z = x @ layer.lora_A.weight.T
+    def _forward(self, layer: AdaptedLinear, x: Tensor) -> Tensor:
+        z = x @ layer.adapter.lora_A.T
         self.latents.append(z.flatten(0, -2))
-        return layer.base_layer(x) + layer.scaling * z @ layer.lora_B.weight.T
+        return layer.base_layer(x) + layer.adapter.scaling * z @ layer.adapter.lora_B.T
 
     def losses(self, seed: int) -> tuple[Tensor, list[Tensor], Tensor]:
         """lm loss, the layers' latents, and the task of each token of batch `seed`."""

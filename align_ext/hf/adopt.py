@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NoReturn
 
+import torch
 from torch import nn
 
 from align_ext.config import AlignLoraConfig
-from align_ext.nn.lora import LoraLinear
+from align_ext.nn.base import AdaptedLinear, features_of
+from align_ext.nn.lora import LoraAdapter
 
 PEFT_PREFIX = "base_model.model."  # PEFT's name for the plain model inside a PeftModel
 
@@ -52,7 +54,15 @@ def refuse_save_pretrained(*args: Any, **kwargs: Any) -> NoReturn:
 
 
 def adopted_config(config: AlignLoraConfig, targets: Mapping[str, Any]) -> AlignLoraConfig:
-    """The options with rank, scaling, dropout and layers of the PEFT adapter."""
+    """The options with rank, scaling, dropout and layers of the PEFT adapter.
+
+    Raises:
+        ValueError: the architecture is none that a plain LoRA adapter can be.
+    """
+    if config.architecture not in ("lora", "align_lora"):
+        raise ValueError(
+            f"architecture={config.architecture!r}: a PEFT adapter is one LoRA a layer, adopted as lora or align_lora"
+        )
     module = next(iter(targets.values()))
     adapter = module.active_adapters[0]
     r = module.lora_A[adapter].weight.shape[0]
@@ -63,14 +73,16 @@ def adopted_config(config: AlignLoraConfig, targets: Mapping[str, Any]) -> Align
         use_rslora=False,
         lora_dropout=getattr(module.lora_dropout[adapter], "p", 0.0),
         target_modules=tuple(name.removeprefix(PEFT_PREFIX) for name in targets),
+        init_lora_weights="kaiming",
     )
 
 
-def adopt(module: Any) -> LoraLinear:
+def adopt(module: Any, config: AlignLoraConfig) -> AdaptedLinear:
     """Takes over a PEFT LoRA layer: its base layer, its Parameters themselves, its scaling and dropout."""
-    adapter = module.active_adapters[0]
-    A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
-    dropout_p = getattr(module.lora_dropout[adapter], "p", 0.0)
-    layer = LoraLinear(module.base_layer, A.shape[0], module.scaling[adapter], dropout_p, A.dtype)
-    layer.lora_A.weight, layer.lora_B.weight = A.requires_grad_(True), B.requires_grad_(True)
-    return layer
+    name = module.active_adapters[0]
+    A, B = module.lora_A[name].weight, module.lora_B[name].weight
+    with torch.device("meta"):
+        adapter = LoraAdapter(replace(config, r=A.shape[0]), *features_of(module.base_layer))
+    adapter.lora_A, adapter.lora_B = A, B
+    adapter.scaling, adapter.dropout_p = module.scaling[name], getattr(module.lora_dropout[name], "p", 0.0)
+    return AdaptedLinear(module.base_layer, adapter)

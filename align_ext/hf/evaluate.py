@@ -11,11 +11,11 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from align_ext.batch import align_step, find_state
+from align_ext.batch import find_state
 from align_ext.hf.collator import TaskCollator
 from align_ext.hf.replace import adapted_layers
 from align_ext.hf.tasks import Example, encode, features
-from align_ext.losses.align import align_kl, merge_moments
+from align_ext.step import align_step
 
 
 @dataclass(frozen=True)
@@ -120,30 +120,30 @@ def alignment(
         return None
     state.tasks = max(state.tasks, len(ids))  # batches without the last task record moments of the same shape
     rows = sorted(features(tokenizer, examples, ids), key=lambda row: len(row["input_ids"]))
-    collate, moments = TaskCollator(tokenizer), None
+    collate, statistics = TaskCollator(tokenizer), None
     with _eval_mode(model), _recording(model):
         for batch in _batches(rows, batch_size):
             inputs = {name: x.to(_device(model)) for name, x in collate(batch).items()}
             with align_step(model, inputs.pop("task_ids")) as step:
                 model(**inputs)
-            part = step.moments()
-            moments = part if moments is None else merge_moments(moments, part)
-    return None if moments is None else float(align_kl(moments, state.config).value)
+            part: Any = step.statistics()
+            statistics = part if statistics is None else statistics.merge(part)
+    return None if statistics is None else float(statistics.evaluate(state.config).value)
 
 
 @contextmanager
 def _recording(model: nn.Module) -> Iterator[None]:
     """Lets an eval-mode model's adapters record: they, and the model itself, count as training, without dropout."""
-    layers = list(adapted_layers(model).values())
-    before = [layer.dropout_p for layer in layers]
+    adapters = [layer.adapter for layer in adapted_layers(model).values()]
+    before = [adapter.dropout_p for adapter in adapters]
     model.training = True  # this flag alone: the layers between stay in eval mode
-    for layer in layers:
-        layer.training, layer.dropout_p = True, 0.0  # type: ignore[assignment]
+    for adapter in adapters:
+        adapter.training, adapter.dropout_p = True, 0.0
     try:
         yield
     finally:
-        for layer, dropout_p in zip(layers, before, strict=True):
-            layer.dropout_p = dropout_p
+        for adapter, dropout_p in zip(adapters, before, strict=True):
+            adapter.dropout_p = dropout_p
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from align_ext.batch import AlignState, find_state
 from align_ext.config import AlignLoraConfig
 from align_ext.hf.adopt import PEFT_PREFIX
-from align_ext.hf.replace import adapt, adapted_layers
+from align_ext.hf.replace import Adapted, adapt, adapted_layers
 from align_ext.hooks import remove_hooks
 from align_ext.nn.base import AdaptedLinear, is_conv1d
-from align_ext.nn.lora import LoraLinear
+from align_ext.nn.lora import LoraAdapter
 
 WEIGHTS, PEFT_CONFIG, OUR_CONFIG = (
     "adapter_model.safetensors",
@@ -62,14 +62,15 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         ValueError: the model has no adapters, or a weight is not finite.
     """
     layers, state = adapted_layers(model), _state(model)
-    uniform = all(layer.r == state.config.r and layer.scaling == state.config.scaling for layer in layers.values())
+    adapters = {name: layer.adapter for name, layer in layers.items()}
+    uniform = all(a.r == state.config.r and a.scaling == state.config.scaling for a in adapters.values())
     tensors, ranks = {}, {}
-    for name, layer in layers.items():
-        assert isinstance(layer, LoraLinear)
+    for name, layer in adapters.items():
+        assert isinstance(layer, LoraAdapter)
         name = _plain_name(name)
         # Ranks or scalings that differ between layers (an adopted adapter): the scaling goes into B, alpha = r.
-        B = layer.lora_B.weight * (1.0 if uniform else layer.scaling)
-        for part, weight in (("lora_A", layer.lora_A.weight), ("lora_B", B)):
+        B = layer.lora_B * (1.0 if uniform else layer.scaling)
+        for part, weight in (("lora_A", layer.lora_A), ("lora_B", B)):
             tensors[f"{PEFT_PREFIX}{name}.{part}.weight"] = (
                 _finite(weight.detach(), f"{name}.{part}").cpu().contiguous()
             )
@@ -117,9 +118,8 @@ def _load(model: nn.Module, tensors: dict[str, Tensor], peft: dict[str, Any]) ->
     layers = adapted_layers(model)
     wanted: dict[str, nn.Parameter] = {}
     for name, layer in layers.items():
-        assert isinstance(layer, LoraLinear)
         for part in ("lora_A", "lora_B"):
-            wanted[f"{PEFT_PREFIX}{_plain_name(name)}.{part}.weight"] = getattr(layer, part).weight
+            wanted[f"{PEFT_PREFIX}{_plain_name(name)}.{part}.weight"] = getattr(layer.adapter, part)
     _check_tensors(tensors, wanted)
     with torch.no_grad():
         for key, parameter in wanted.items():
@@ -127,8 +127,7 @@ def _load(model: nn.Module, tensors: dict[str, Tensor], peft: dict[str, Any]) ->
     scaling = peft["lora_alpha"] / (peft["r"] ** 0.5 if peft.get("use_rslora") else peft["r"])
     folded = peft.get("rank_pattern") or {}  # these layers' scaling is in B
     for name, layer in layers.items():
-        assert isinstance(layer, LoraLinear)
-        layer.scaling = 1.0 if _plain_name(name) in folded else scaling
+        layer.adapter.scaling = 1.0 if _plain_name(name) in folded else scaling
     return model
 
 
@@ -181,7 +180,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _peft_config(
-    model: nn.Module, config: AlignLoraConfig, layers: dict[str, AdaptedLinear], ranks: dict[str, int] | None
+    model: nn.Module, config: AlignLoraConfig, layers: Mapping[str, Adapted], ranks: dict[str, int] | None
 ) -> dict[str, Any]:
     """The adapter_config.json of a plain LoRA adapter; ranks, where they differ, with the scaling folded into B."""
     names = [_plain_name(name) for name in layers]

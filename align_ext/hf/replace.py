@@ -6,7 +6,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,12 +22,15 @@ from align_ext.hf.adopt import (
     refuse_save_pretrained,
     unfit_peft,
 )
+from align_ext.hf.blocks import find_blocks
 from align_ext.hooks import register_hooks
-from align_ext.nn.base import AdaptedLinear, has_float_weight, is_conv1d
-from align_ext.nn.lora import LoraLinear
+from align_ext.nn import adapter_class
+from align_ext.nn.base import AdaptedLinear, Adapter, features_of, has_float_weight, is_conv1d
+from align_ext.nn.block import AdaptedBlock
 
 logger = logging.getLogger(__name__)
 ALL_LINEAR = "all-linear"
+Adapted = AdaptedLinear | AdaptedBlock
 
 
 @dataclass
@@ -90,41 +93,65 @@ def replace_linear_with_align_lora(
 
 def adapt(model: nn.Module, config: AlignLoraConfig, ranks: Mapping[str, int] | None = None) -> nn.Module:
     """Puts adapters into a plain model or a PeftModel; ranks, by module name, where they are not config.r."""
-    report, targets = ReplaceReport(), {}
+    report = ReplaceReport()
     candidates = dict(_linear_like(model))
     adopting = {name: module for name, module in candidates.items() if is_peft_lora(module)}
-    for name, module in (adopting or candidates).items():
-        if not adopting and not _matches(name, config, module, model):
+    state = AlignState(config)
+    if config.target_blocks and not adopting:
+        blocks = find_blocks(model, config.target_blocks)
+        layers: dict[str, Adapted] = {
+            name: AdaptedBlock(block, _adapter(block, (hidden, hidden), config))
+            for name, (block, hidden) in blocks.items()
+        }
+    else:
+        targets = _targets(model, config, adopting or candidates, report, by_name=not adopting)
+        if not targets:
+            raise ValueError(_nothing_matched(model, candidates, config, report))
+        if adopting:
+            refuse_other_training(model, targets)
+            config, report.adopted = adopted_config(config, targets), list(targets)
+            logger.info("r, lora_alpha, lora_dropout and target_modules are the PEFT adapter's: %s", config)
+            state = AlignState(config)
+            layers = {name: adopt(module, config) for name, module in targets.items()}
+        else:
+            report.unmatched = _unmatched(config, candidates, model)
+            layers = {name: _adapted(module, config, (ranks or {}).get(name)) for name, module in targets.items()}
+    model.requires_grad_(False)
+    for name, layer in layers.items():
+        layer.adapter.requires_grad_(True)
+        if config.needs_step:
+            layer.adapter.join(state, name)
+        layer.train(layer.base_layer.training)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+        report.replaced.append(name)
+    if adopting:
+        model.save_pretrained = refuse_save_pretrained  # type: ignore[assignment]
+    register_hooks(model, state)
+    model.align_report = report  # type: ignore[assignment]
+    (logger.warning if report.unmatched else logger.info)("%s", report)
+    return model
+
+
+def _targets(
+    model: nn.Module,
+    config: AlignLoraConfig,
+    candidates: Mapping[str, nn.Module],
+    report: ReplaceReport,
+    *,
+    by_name: bool,
+) -> dict[str, nn.Module]:
+    """The layers to adapt; those that match and cannot be go into the report."""
+    targets = {}
+    for name, module in candidates.items():
+        if by_name and not _matches(name, config, module, model):
             continue
         reason = _unfit(name, module, model)
         if reason is None:
             targets[name] = module
         else:
             report.skipped[name] = reason
-    if not targets:
-        raise ValueError(_nothing_matched(model, candidates, config, report))
-
-    if adopting:
-        refuse_other_training(model, targets)
-        config, report.adopted = adopted_config(config, targets), list(targets)
-        logger.info("r, lora_alpha, lora_dropout and target_modules are the PEFT adapter's: %s", config)
-        model.save_pretrained = refuse_save_pretrained  # type: ignore[assignment]
-    else:
-        report.unmatched = _unmatched(config, candidates, model)
-    state = AlignState(config)
-    model.requires_grad_(False)
-    for name, module in targets.items():
-        layer = adopt(module) if adopting else _adapted(module, config, (ranks or {}).get(name, config.r))
-        if config.align is not None:
-            layer.align(state, name)
-        layer.train(module.training)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
-        report.replaced.append(name)
-    register_hooks(model, state)
-    model.align_report = report  # type: ignore[assignment]
-    (logger.warning if report.unmatched else logger.info)("%s", report)
-    return model
+    return targets
 
 
 def adapter_report(model: nn.Module) -> ReplaceReport:
@@ -135,13 +162,15 @@ def adapter_report(model: nn.Module) -> ReplaceReport:
     return report
 
 
-def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
-    """The adapted layers of a model by module name.
+def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
+    """The adapted layers and blocks of a model by module name.
 
     Raises:
         ValueError: there are none.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+    layers = {
+        name: module for name, module in model.named_modules() if isinstance(module, (AdaptedLinear, AdaptedBlock))
+    }
     if not layers:
         raise ValueError("the model has no adapters: call replace_linear_with_align_lora(model) first")
     return layers
@@ -243,11 +272,25 @@ def _own(module: nn.Module) -> set[nn.Parameter]:
     return set(module.parameters(recurse=False))
 
 
-def _adapted(module: nn.Module, config: AlignLoraConfig, r: int) -> LoraLinear:
-    weight_dtype: Any = module.weight.dtype if has_float_weight(module) else torch.float32
+def _adapted(module: nn.Module, config: AlignLoraConfig, r: int | None) -> AdaptedLinear:
+    config = config if r is None else replace(config, r=r)
+    return AdaptedLinear(module, _adapter(module, features_of(module), config))
+
+
+def _adapter(module: nn.Module, sizes: tuple[int, int], config: AlignLoraConfig) -> Adapter:
+    """An adapter with its first values, on the device and in the dtype that the options and the module call for."""
+    tensors: list[Any] = [*module.parameters(), *module.buffers()]  # packed weights are buffers
+    device = tensors[0].device if tensors else torch.device("cpu")
+    hook = getattr(module, "_hf_hook", None)  # offloaded weights rest on meta and run elsewhere
+    device = torch.device(getattr(hook, "execution_device", None) or device)
+    first: Any = next((layer.weight for layer in module.modules() if has_float_weight(layer)), torch.empty(0))
     # Double bases are for tests of exactness: their adapters are double too.
-    dtype = weight_dtype if config.adapter_dtype == "base" else torch.promote_types(torch.float32, weight_dtype)
-    return LoraLinear(module, r, config.scaling, config.lora_dropout, dtype)
+    dtype = first.dtype if config.adapter_dtype == "base" else torch.promote_types(torch.float32, first.dtype)
+    with torch.device(device):
+        adapter = adapter_class(config)(config, *sizes).to(dtype)
+        weight = first.T if is_conv1d(module) else first
+        adapter.reset_lora_parameters(weight if config.init_lora_weights == "pissa" else None)
+    return adapter
 
 
 def _unmatched(config: AlignLoraConfig, candidates: Mapping[str, nn.Module], model: nn.Module) -> list[str]:

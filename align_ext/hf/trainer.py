@@ -12,8 +12,9 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
-from align_ext.batch import Step, align_step, find_state
+from align_ext.batch import Step, find_state
 from align_ext.hf.evaluate import answer_nll
+from align_ext.step import align_step
 
 _NO_IDS = (
     "alignment is on, but a training batch has no task_ids: give the dataset an integer column task_ids and collate "
@@ -65,7 +66,7 @@ class AlignTrainer(Trainer):
 
     def _aligned(self) -> bool:
         state = find_state(self.model)
-        return state is not None and state.config.align is not None
+        return state is not None and state.config.needs_step
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

@@ -1,13 +1,86 @@
-"""What every adapted linear layer shares: the frozen base layer, how the op gets it, merging, state dicts."""
+"""What every architecture shares: an adapter, the linear layer beside which it stands, its step, its contract."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from align_ext.batch import AlignState, Step
+from align_ext.config import AlignLoraConfig
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+Base = dict[str, Tensor | None]  # weight and bias of the frozen layer, or its base_out: as the ops take them
+Projected = tuple[Tensor, Tensor, Tensor | None]  # y, z, w
+
+
+class Adapter(nn.Module):
+    """The low-rank path of one layer: parameters, and one call of an op.
+
+    A subclass makes its parameters (lora_A, lora_B and others, all starting with lora_), says by `project` what it
+    computes and by `delta_weight` what change of the weight that is, or by `cannot_merge` why it is none.
+
+    Attributes:
+        formula: what it computes, for tables.
+        parameters_formula: how many parameters it trains, in n, m (in, out), r, N (num_heads), M (num_tasks) and G.
+        paper: where it comes from.
+    """
+
+    formula: ClassVar[str]
+    parameters_formula: ClassVar[str]
+    paper: ClassVar[str]
+
+    def __init__(self, config: AlignLoraConfig, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.r, self.scaling, self.dropout_p = config.r, config.scaling, config.lora_dropout
+        self.state: AlignState | None = None
+        self.slot: Tensor | None = None
+
+    def reset_lora_parameters(self, weight: Tensor | None) -> None:
+        """Gives the parameters their first values; weight: the base's [out, in], where the initialisation needs it."""
+        raise NotImplementedError
+
+    def project(self, x: Tensor, dropout_p: float, current: Step | None, **op: Any) -> Projected:
+        """Computes y, z and, with a router, its weights w; op holds the base and, in training, step and slot."""
+        raise NotImplementedError
+
+    def join(self, state: AlignState, name: str) -> None:
+        """Takes part in the model's steps under this name."""
+        self.state = state
+        if state.config.align or state.config.balance:
+            self.slot = state.add_layer(name, self.r)
+
+    def forward(self, x: Tensor, **base: Any) -> Tensor:
+        """Computes base(x) + low rank for x [..., in_features]."""
+        dropout_p = self.dropout_p if self.training else 0.0
+        step = self.state.find(self.training) if self.state is not None else None
+        if step is None or self.slot is None or not (self.training and step.records):
+            return self.project(x, dropout_p, step, **base)[0]
+        y, z, w = self.project(x, dropout_p, step, **base, step=step.key, slot=self.slot)
+        step.keep(self.slot, z.detach(), None if w is None else w.detach())
+        return y
+
+    def delta_weight(self) -> Tensor:
+        """The adapter as a change of the base weight, [out_features, in_features], float32 (float64 for float64).
+
+        Raises:
+            TypeError: it is none; cannot_merge says why.
+        """
+        raise TypeError(f"{type(self).__name__} is no fixed change of the weight: {self.cannot_merge()}")
+
+    def uniform_delta_weight(self) -> Tensor:
+        """The change of the weight if the router gave all heads the same weight: an approximation."""
+        return self.delta_weight()
+
+    def cannot_merge(self) -> str | None:
+        """Why the adapter is no change of the weight, or None if it is."""
+        return None
+
+    def extra_repr(self) -> str:
+        """The adapter's options."""
+        return f"r={self.r}, scaling={self.scaling:g}, dropout_p={self.dropout_p:g}"
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -36,10 +109,11 @@ class AdaptedLinear(nn.Module):
     its weight is handed to the op, which then composes it with the low-rank part (weight).
     """
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module, adapter: Adapter) -> None:
         super().__init__()
-        self.base_layer = base_layer
+        self.base_layer, self.adapter = base_layer, adapter
         self.in_features, self.out_features = features_of(base_layer)
+        self.merged = False
 
     @property
     def weight(self) -> Tensor:
@@ -51,7 +125,14 @@ class AdaptedLinear(nn.Module):
         """The base layer's bias."""
         return getattr(self.base_layer, "bias", None)
 
-    def base_arguments(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
+    def forward(self, x: Tensor) -> Tensor:
+        """Computes base(x) + low rank for x [..., in_features]; base(x) alone while merged."""
+        if self.merged:
+            return self.base_layer(x)
+        x, base = self.base_arguments(x)
+        return self.adapter(x, **base)
+
+    def base_arguments(self, x: Tensor) -> tuple[Tensor, Base]:
         """The base layer in the form that the ops take.
 
         Returns:
@@ -76,10 +157,14 @@ class AdaptedLinear(nn.Module):
 
     def delta_weight(self) -> Tensor:
         """The adapter as a change of the base weight, [out_features, in_features], float32."""
-        raise TypeError(f"{type(self).__name__} is no fixed change of the weight")
+        return self.adapter.delta_weight()
 
     def cannot_merge(self) -> str | None:
         """Why the adapter cannot be merged into the base weight, or None if it can."""
+        return self.adapter.cannot_merge() or self.base_cannot_merge()
+
+    def base_cannot_merge(self) -> str | None:
+        """Why nothing can be merged into the base weight, or None."""
         base: Any = self.base_layer
         if not has_float_weight(base):
             return "the base weight is quantised: load the base in a floating-point dtype to merge"
@@ -93,14 +178,41 @@ class AdaptedLinear(nn.Module):
             return "the base weight is on the meta device or offloaded: load it first"
         return None
 
+    def merge(self, delta: Tensor | None = None) -> None:
+        """Adds the adapter (or a given delta) to the base weight, in float32 (float64 for float64); once.
+
+        Raises:
+            ValueError: it cannot be merged; the message says why.
+        """
+        reason = self.base_cannot_merge() if delta is not None else self.cannot_merge()
+        if reason is not None:
+            raise ValueError(f"the layer cannot be merged: {reason}")
+        if not self.merged:
+            self._before_merging = self.weight.detach().clone()
+            self._add_to_weight(self.delta_weight() if delta is None else delta)
+            self.merged = True
+
+    def unmerge(self) -> None:
+        """Takes the adapter off the base weight again, to the bit: merge kept the weight as it was."""
+        if self.merged:
+            with torch.no_grad():
+                self.weight.copy_(self._before_merging)
+            del self._before_merging
+            self.merged = False
+
     @torch.no_grad()
-    def merged_base(self) -> nn.Module:
-        """The base layer with W + delta in its weight, computed in float32 (float64 for float64)."""
+    def merged_base(self, delta: Tensor | None = None) -> nn.Module:
+        """The base layer with W + delta in its weight; the adapter is left without its place."""
+        if not self.merged:
+            self._add_to_weight(self.delta_weight() if delta is None else delta)
+        return self.base_layer
+
+    @torch.no_grad()
+    def _add_to_weight(self, delta: Tensor) -> None:
         weight = self.weight
-        delta = self.delta_weight().to(weight.device)
+        delta = delta.to(weight.device)
         delta = delta.T if is_conv1d(self.base_layer) else delta
         weight.copy_(weight.to(delta.dtype) + delta)
-        return self.base_layer
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Accepts a checkpoint of the plain base layer too: its keys become base_layer's."""

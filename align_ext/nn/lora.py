@@ -1,67 +1,124 @@
-"""LoRA (Hu et al. 2021, 2106.09685) and Align-LoRA (2508.05078, eq. 2): y = W x + b + s B A dropout(x)."""
+"""LoRA (Hu et al. 2021, 2106.09685), Align-LoRA (2508.05078) and one LoRA for each task (Multi-Adapter)."""
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from align_ext.batch import AlignState
-from align_ext.nn.base import AdaptedLinear
-from align_ext.ops import grouped_lora
+from align_ext.batch import Step
+from align_ext.config import AlignLoraConfig
+from align_ext.nn import init
+from align_ext.nn.base import Adapter, Projected
+from align_ext.ops import dropout_sum, grouped_lora
 
 
-class LoraLinear(AdaptedLinear):
-    """One adapter beside a frozen linear layer.
+class LoraAdapter(Adapter):
+    """One adapter.
 
-        z = A dropout(x)            [T, r]
-        y = base(x) + s B z         [..., out]
+        z = A dropout(x)                [T, r]
+        y = base(x) + s B z             [..., m]
 
-    With alignment on (Align-LoRA), a training forward hands z to the current step, and backward adds the alignment's
-    gradient to dz.
+    With alignment (Align-LoRA, eq. 2), z is what is aligned. A PiSSA start keeps B0 A0 = B A of the start, frozen:
+    y = base(x) + s (B z - B0 A0 dropout(x)), and the base weight is never touched.
     """
 
-    def __init__(self, base_layer: nn.Module, r: int, scaling: float, dropout_p: float, dtype: torch.dtype) -> None:
-        super().__init__(base_layer)
-        self.r, self.scaling, self.dropout_p = r, scaling, dropout_p
-        tensors = (*base_layer.parameters(), *base_layer.buffers())  # packed weights are buffers
-        device = tensors[0].device if tensors else torch.device("cpu")
-        hook = getattr(base_layer, "_hf_hook", None)  # offloaded weights rest on meta and run elsewhere
-        device = torch.device(getattr(hook, "execution_device", None) or device)
-        self.lora_A = nn.Linear(self.in_features, r, bias=False, device=device, dtype=dtype)
-        self.lora_B = nn.Linear(r, self.out_features, bias=False, device=device, dtype=dtype)
-        self.state: AlignState | None = None
-        self.slot: Tensor | None = None
-        self.reset_lora_parameters()
+    formula = "s B A x"
+    parameters_formula = "r (n + m)"
+    paper = "2106.09685; aligned: 2508.05078"
+    lora_A0: Tensor | None
+    lora_B0: Tensor | None
 
-    def reset_lora_parameters(self) -> None:
-        """A ~ kaiming uniform(sqrt 5), B = 0: the adapter starts as no change (PEFT's default)."""
-        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B.weight)
+    def __init__(self, config: AlignLoraConfig, in_features: int, out_features: int) -> None:
+        super().__init__(config, in_features, out_features)
+        self.init = config.init_lora_weights
+        self.lora_A = nn.Parameter(torch.empty(self.r, in_features))
+        self.lora_B = nn.Parameter(torch.empty(out_features, self.r))
+        offset = self.init == "pissa"
+        self.register_buffer("lora_A0", torch.empty(self.r, in_features) if offset else None)
+        self.register_buffer("lora_B0", torch.empty(out_features, self.r) if offset else None)
 
-    def align(self, state: AlignState, name: str) -> None:
-        """Takes part in the model's alignment under this name."""
-        self.state, self.slot = state, state.add_layer(name, self.r)
+    @override
+    def reset_lora_parameters(self, weight: Tensor | None) -> None:
+        A, B = self.lora_A, self.lora_B
+        if self.init == "pissa":
+            assert weight is not None
+            assert self.lora_A0 is not None
+            assert self.lora_B0 is not None
+            init.pissa(A.data, B.data, weight, self.scaling)
+            self.lora_A0.copy_(A.detach())
+            self.lora_B0.copy_(B.detach())
+        else:
+            init.ZERO_PRODUCT[self.init](A.data, B.data)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Computes base(x) + s B A dropout(x) for x [..., in_features]."""
-        x, base = self.base_arguments(x)
-        A, B = self.lora_A.weight, self.lora_B.weight
-        dropout_p = self.dropout_p if self.training else 0.0
-        step = self.state.find() if self.training and self.state is not None else None
-        if step is None or self.slot is None:
-            return grouped_lora(x, A, B, self.scaling, dropout_p=dropout_p, **base)[0]
-        y, z = grouped_lora(x, A, B, self.scaling, dropout_p=dropout_p, **base, step=step.key, slot=self.slot)
-        step.keep(self.slot, z.detach())
-        return y
+    @override
+    def project(self, x: Tensor, dropout_p: float, current: Step | None, **op: Any) -> Projected:
+        if self.lora_A0 is None:
+            return *grouped_lora(x, self.lora_A, self.lora_B, self.scaling, dropout_p=dropout_p, **op), None
+        op |= {"A0": self.lora_A0, "B0": self.lora_B0, "site": "input"}
+        return *dropout_sum(x, self.lora_A, self.lora_B[None], self.scaling, dropout_p=dropout_p, **op), None
 
     def delta_weight(self) -> Tensor:
-        """S B A, [out_features, in_features], float32 (float64 for float64)."""
-        A, B = self.lora_A.weight, self.lora_B.weight
-        acc = torch.promote_types(A.dtype, torch.float32)
-        return self.scaling * (B.to(acc) @ A.to(acc))
+        """S (B A - B0 A0), [m, n], float32 (float64 for float64)."""
+        acc = torch.promote_types(self.lora_A.dtype, torch.float32)
+        delta = self.lora_B.to(acc) @ self.lora_A.to(acc)
+        if self.lora_A0 is not None and self.lora_B0 is not None:
+            delta = delta - self.lora_B0.to(acc) @ self.lora_A0.to(acc)
+        return self.scaling * delta
 
-    def extra_repr(self) -> str:
-        """The adapter's options."""
-        return f"r={self.r}, scaling={self.scaling:g}, dropout_p={self.dropout_p:g}"
+
+class MultiAdapter(Adapter):
+    """An adapter of its own for each of M tasks; k is the task of the token (Multi-Adapter of 2508.05078).
+
+        z = A_k dropout(x),   y = base(x) + s B_k z
+
+    In evaluation a task has to be named: model(..., task_ids=ids) or set_task(model, k).
+    """
+
+    formula = "s B_k A_k x, k the task"
+    parameters_formula = "M r (n + m)"
+    paper = "2508.05078, baseline"
+
+    def __init__(self, config: AlignLoraConfig, in_features: int, out_features: int) -> None:
+        super().__init__(config, in_features, out_features)
+        assert config.num_tasks is not None
+        self.init = config.init_lora_weights
+        self.lora_A = nn.Parameter(torch.empty(config.num_tasks, self.r, in_features))
+        self.lora_B = nn.Parameter(torch.empty(config.num_tasks, out_features, self.r))
+
+    @override
+    def reset_lora_parameters(self, weight: Tensor | None) -> None:
+        A, B = self.lora_A.data, self.lora_B.data
+        for of_task in zip(A, B, strict=True):
+            init.ZERO_PRODUCT[self.init](*of_task)
+
+    @override
+    def project(self, x: Tensor, dropout_p: float, current: Step | None, **op: Any) -> Projected:
+        if current is not None:
+            op["group"] = current.groups(x.shape[:-1].numel(), x.device)
+            return *grouped_lora(x, self.lora_A, self.lora_B, self.scaling, dropout_p=dropout_p, **op), None
+        k = self._named_task()
+        return *grouped_lora(x, self.lora_A[k], self.lora_B[k], self.scaling, dropout_p=dropout_p, **op), None
+
+    def _named_task(self) -> int:
+        task = None if self.state is None else self.state.task
+        if task is None:
+            raise RuntimeError(
+                "a multi_adapter model needs to know the task: call model(..., task_ids=ids), or set_task(model, k) "
+                "for generation"
+            )
+        return task
+
+    def cannot_merge(self) -> str | None:
+        """Why not: no task is named."""
+        if self.state is None or self.state.task is None:
+            return "it has an adapter for each task: name one with set_task(model, k)"
+        return None
+
+    def delta_weight(self) -> Tensor:
+        """S B_k A_k of the named task k, [m, n], float32 (float64 for float64)."""
+        task = self._named_task()
+        acc = torch.promote_types(self.lora_A.dtype, torch.float32)
+        return self.scaling * (self.lora_B[task].to(acc) @ self.lora_A[task].to(acc))

@@ -3,11 +3,12 @@
 A step is a Python object; a layer sees only its key, an int64 CPU tensor, and its own slot in the step, another.
 Compilers and saved-tensor hooks may copy, save or offload both: only their values count.
 
-    keep_(door!, z, step, slot)         forward:  hands a copy of z to the step; compiled graphs only
-    injected_dz(z, step, slot) -> dz    backward: the gradient that the step has for this layer, given away
+    keep_(door!, z, step, slot, output)       forward:  hands a copy of z to the step; compiled graphs only
+    injected(z, step, slot, output) -> dz     backward: the gradient that the step has for this layer, given away
 
-`door` is written so that compilers neither drop nor reorder keep_; it holds nothing. keep_ copies, for a compiled
-graph may reuse the memory of z; in eager mode the layer hands z itself to Step.keep.
+output says which of the layer's: LATENT, z, or WEIGHTS, a router's w. `door` is written so that compilers neither drop
+nor reorder keep_; it holds nothing. keep_ copies, for a compiled graph may reuse the memory of z; in eager mode the
+layer hands z itself to Step.keep.
 """
 
 import itertools
@@ -19,14 +20,16 @@ from torch import Tensor
 
 from align_ext.ops import _native  # noqa: F401
 
+LATENT, WEIGHTS = 0, 1
+
 
 class KeyedStep(Protocol):
     """What the operators need of a step."""
 
-    def receive(self, slot: int, z: Tensor) -> None:
-        """Keeps the latent of a layer that ran; a second time is an error."""
+    def receive(self, slot: int, z: Tensor, output: int) -> None:
+        """Keeps an output of a layer that ran; a second time is an error."""
 
-    def take(self, slot: int) -> Tensor | None:
+    def take(self, slot: int, output: int) -> Tensor | None:
         """What a layer adds to dz while its loss is being differentiated, the caller's own; else None."""
 
 
@@ -43,30 +46,35 @@ def register_step(step: KeyedStep) -> Tensor:
 
 _library = torch.library.Library("align_ext", "FRAGMENT")
 _HOST_STATE = (torch.Tag.cudagraph_unsafe,)
-_library.define("keep_(Tensor(a!) door, Tensor z, Tensor step, Tensor slot) -> ()", tags=_HOST_STATE)
-_library.define("injected_dz(Tensor z, Tensor step, Tensor slot) -> Tensor", tags=_HOST_STATE)
+_library.define("keep_(Tensor(a!) door, Tensor z, Tensor step, Tensor slot, int output) -> ()", tags=_HOST_STATE)
+_library.define("injected(Tensor z, Tensor step, Tensor slot, int output) -> Tensor", tags=_HOST_STATE)
 
 
-def _keep_(door: Tensor, z: Tensor, step: Tensor, slot: Tensor) -> None:
-    _STEPS[int(step)].receive(int(slot), z.clone())
+def slot_of(slot: Tensor) -> int:
+    """The number in a slot; its shape says whether the step deals with the routing weights too ([2]) or not ([])."""
+    return int(slot.reshape(-1)[0])
 
 
-def _injected_dz(z: Tensor, step: Tensor, slot: Tensor) -> Tensor:
+def _keep_(door: Tensor, z: Tensor, step: Tensor, slot: Tensor, output: int) -> None:
+    _STEPS[int(step)].receive(slot_of(slot), z.clone(), output)
+
+
+def _injected(z: Tensor, step: Tensor, slot: Tensor, output: int) -> Tensor:
     owner = _STEPS.get(int(step))
     if owner is None:
         raise RuntimeError(
             "backward reached an aligned layer, but its alignment step is gone: differentiate step.total(loss), "
             "or the loss of model(..., task_ids=ids), not a loss beside it"
         )
-    dz = owner.take(int(slot))
+    dz = owner.take(slot_of(slot), output)
     return torch.zeros_like(z) if dz is None else dz
 
 
-def _no_output(door: Tensor, z: Tensor, step: Tensor, slot: Tensor) -> None:
+def _no_output(door: Tensor, z: Tensor, step: Tensor, slot: Tensor, output: int) -> None:
     return None
 
 
 _library.impl("keep_", _keep_, "CompositeExplicitAutograd")
-_library.impl("injected_dz", _injected_dz, "CompositeExplicitAutograd")
+_library.impl("injected", _injected, "CompositeExplicitAutograd")
 torch.library.register_fake("align_ext::keep_", _no_output)
-torch.library.register_fake("align_ext::injected_dz", lambda z, step, slot: torch.empty_like(z))
+torch.library.register_fake("align_ext::injected", lambda z, step, slot, output: torch.empty_like(z))

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from align_ext.ops import _keyed  # noqa: F401  (defines injected_dz)
+from align_ext.ops import _keyed
 
 Site = Literal["none", "input", "latent", "input_per_head"]
 SITES = ("none", "input", "latent", "input_per_head")  # csrc/ops/heads.h: DropoutSite
@@ -82,12 +82,19 @@ def keep_keyed(ctx: Any, step: Tensor | None, slot: Tensor | None) -> None:
 
 
 def latent_gradient(ctx: Any, name: str, z: Tensor, dz: Tensor | None) -> Tensor | None:
-    """Adds to dz what the alignment step brings; refuses to be differentiated."""
+    """Adds to dz what the step brings; refuses to be differentiated."""
     if torch.is_grad_enabled():
         raise RuntimeError(f"{name} cannot be differentiated twice: call backward without create_graph=True")
-    if ctx.keyed is None:
-        return dz
-    injected = torch.ops.align_ext.injected_dz(z, *ctx.keyed)
+    return dz if ctx.keyed is None else _injected(ctx, z, dz, _keyed.LATENT)
+
+
+def weights_gradient(ctx: Any, w: Tensor, dw: Tensor | None) -> Tensor | None:
+    """Adds to dw what the step brings, where the layer's slot says that it may."""
+    return dw if ctx.keyed is None or ctx.keyed[1].dim() == 0 else _injected(ctx, w, dw, _keyed.WEIGHTS)
+
+
+def _injected(ctx: Any, z: Tensor, dz: Tensor | None, output: int) -> Tensor:
+    injected = torch.ops.align_ext.injected(z, *ctx.keyed, output)
     return injected if dz is None else dz + injected
 
 

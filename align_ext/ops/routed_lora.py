@@ -45,7 +45,7 @@ def routed_lora(
         bias: as in dropout_sum.
         base_out: as in dropout_sum.
         step: as in dropout_sum: the alignment step.
-        slot: as in dropout_sum.
+        slot: as in dropout_sum; int64 [2], twice that number, if the step may add to the gradient of w too.
 
     Returns:
         y: [..., out_dim] in x's dtype, a new tensor.
@@ -92,6 +92,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, dy: Tensor | None, dz: Tensor | None, dw: Tensor | None) -> tuple[Tensor | None, ...]:
     x, z, w, A, B, R, A0, B0, rng, weight = ctx.saved_tensors
     dz, dy = projection.latent_gradient(ctx, "routed_lora", z, dz), projection.output_gradient(dy, x, B)
+    dw = projection.weights_gradient(ctx, w, dw)
     scaling, offset_scaling, tau, site, p = ctx.options
     grads = torch.ops.align_ext.routed_lora_backward(
         dy, dz, dw, x, z, w, A, B, R, scaling, offset_scaling, A0, B0, tau, site, p, rng, weight,

@@ -111,7 +111,7 @@ def test_the_alignment_is_the_kl_of_all_examples_latents_without_dropout(model):
         for hook in hooks:
             hook.remove()
         for name, layer in adapted_layers(model).items():
-            latents[name].append((inputs[name][0] @ layer.lora_A.weight.T).detach().double())
+            latents[name].append((inputs[name][0] @ layer.adapter.lora_A.T).detach().double())
     mask, total = torch.tensor(task_of), 0.0
     for rows in latents.values():
         z = torch.cat(rows)
@@ -125,7 +125,7 @@ def test_the_alignment_is_the_kl_of_all_examples_latents_without_dropout(model):
         value = alignment(model, tokenizer(), examples(), {"colour": 0, "copy": 1}, batch_size)
         assert value == pytest.approx(total, rel=1e-4)
     assert model.training
-    assert all(layer.training and layer.dropout_p == 0.5 for layer in adapted_layers(model).values())
+    assert all(layer.training and layer.adapter.dropout_p == 0.5 for layer in adapted_layers(model).values())
     assert align_parts(model) is None, "measuring is no training step"
 
 

@@ -12,8 +12,7 @@ from torch.nn.utils import prune
 
 from align_ext import load_adapter, merge_and_unload, replace_linear_with_align_lora, save_adapter, unload
 from align_ext.hf.replace import adapted_layers
-from align_ext.nn.base import is_conv1d
-from align_ext.nn.lora import LoraLinear
+from align_ext.nn.base import AdaptedLinear, is_conv1d
 
 CASES = {
     "llama": (llama, {}),
@@ -89,7 +88,7 @@ def test_merging_a_16_bit_base_rounds_once(case):
     model = adapted(make(), torch.bfloat16, **options)
     expected = {}
     for name, layer in adapted_layers(model).items():
-        delta = layer.scaling * (layer.lora_B.weight @ layer.lora_A.weight)
+        delta = layer.adapter.scaling * (layer.adapter.lora_B @ layer.adapter.lora_A)
         delta = delta.T if is_conv1d(layer.base_layer) else delta
         expected[name] = (layer.weight.float() + delta).bfloat16()
     merge_and_unload(model)
@@ -141,7 +140,7 @@ def test_a_folder_that_does_not_fit_leaves_a_plain_model_plain(tmp_path):
     model = llama()
     with pytest.raises(ValueError, match="1 keys are missing"):
         load_adapter(model, tmp_path)
-    assert not any(isinstance(m, LoraLinear) for m in model.modules())
+    assert not any(isinstance(m, AdaptedLinear) for m in model.modules())
     assert not model._forward_pre_hooks
 
 
@@ -155,7 +154,7 @@ def test_a_file_is_no_place_for_an_adapter(tmp_path):
 def test_unloading_gives_the_base_back():
     model = adapted(llama(), torch.float32)
     assert torch.equal(logits(unload(model)), logits(llama()))
-    assert not any(isinstance(m, LoraLinear) for m in model.modules())
+    assert not any(isinstance(m, AdaptedLinear) for m in model.modules())
     replace_linear_with_align_lora(model)  # and it can be adapted again
     with pytest.raises(ValueError, match="no adapters"):
         unload(llama())
@@ -201,7 +200,7 @@ def test_a_damaged_or_missing_folder_is_named(tmp_path):
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     model = adapted(llama(), torch.float32)
     with torch.no_grad():
-        model.model.layers[0].mlp.up_proj.lora_B.weight[0, 0] = float("inf")
+        model.model.layers[0].mlp.up_proj.adapter.lora_B[0, 0] = float("inf")
     with pytest.raises(ValueError, match=r"up_proj\.lora_B holds values that are not finite"):
         save_adapter(model, tmp_path / "adapter")
     assert list(tmp_path.iterdir()) == []

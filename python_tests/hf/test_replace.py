@@ -8,7 +8,7 @@ from tiny import VOCAB, batch, llama
 from torch import nn
 
 from align_ext import AlignLoraConfig, adapter_report, align_parts, replace_linear_with_align_lora
-from align_ext.nn.lora import LoraLinear
+from align_ext.nn.base import AdaptedLinear
 
 
 def gpt2():
@@ -40,13 +40,13 @@ def test_no_argument_but_the_model_is_needed(make):
     names = {n for n, m in model.named_modules() if n.endswith(("gate_proj", "up_proj", "down_proj"))}
     before = model.eval()(**batch()[0]).logits
     assert replace_linear_with_align_lora(model) is model
-    assert {n for n, m in model.named_modules() if isinstance(m, LoraLinear)} == names
+    assert {n for n, m in model.named_modules() if isinstance(m, AdaptedLinear)} == names
     assert torch.equal(model(**batch()[0]).logits, before)  # B = 0
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert trained == {f"{n}.lora_{part}.weight" for n in names for part in "AB"}
+    assert trained == {f"{n}.adapter.lora_{part}" for n in names for part in "AB"}
     layer = model.get_submodule("model.layers.0.mlp.down_proj")
-    assert layer.lora_A.weight.shape == (8, layer.in_features)
-    assert layer.lora_B.weight.shape == (layer.out_features, 8)
+    assert layer.adapter.lora_A.shape == (8, layer.in_features)
+    assert layer.adapter.lora_B.shape == (layer.out_features, 8)
 
 
 def test_conv1d_of_gpt2_is_adapted():
@@ -172,7 +172,7 @@ def test_a_quantised_linear_is_adapted_through_its_own_forward():
     replace_linear_with_align_lora(model, num_tasks=3)
     assert torch.equal(model(**inputs).logits, before)
     model.train()(**inputs, task_ids=tasks).loss.backward()
-    assert model.model.layers[0].mlp.up_proj.lora_B.weight.grad.abs().sum() > 0
+    assert model.model.layers[0].mlp.up_proj.adapter.lora_B.grad.abs().sum() > 0
 
 
 def test_a_subclass_of_linear_keeps_its_forward():
@@ -198,10 +198,10 @@ def test_hooks_of_the_base_layer_still_run():
 def test_adapters_are_float32_on_a_16_bit_base():
     model = replace_linear_with_align_lora(llama().bfloat16())
     layer = model.model.layers[0].mlp.up_proj
-    assert layer.lora_A.weight.dtype == torch.float32
+    assert layer.adapter.lora_A.dtype == torch.float32
     assert model(**batch()[0], task_ids=batch()[1]).logits.dtype == torch.bfloat16
     model = replace_linear_with_align_lora(llama().bfloat16(), adapter_dtype="base")
-    assert model.model.layers[0].mlp.up_proj.lora_A.weight.dtype == torch.bfloat16
+    assert model.model.layers[0].mlp.up_proj.adapter.lora_A.dtype == torch.bfloat16
 
 
 def test_a_model_on_the_meta_device_gets_meta_adapters():
@@ -213,8 +213,8 @@ def test_a_model_on_the_meta_device_gets_meta_adapters():
     fresh = llama()
     model.load_state_dict(fresh.state_dict(), strict=False)
     for module in model.modules():
-        if isinstance(module, LoraLinear):
-            module.reset_lora_parameters()
+        if isinstance(module, AdaptedLinear):
+            module.adapter.reset_lora_parameters(None)
     inputs, tasks = batch()
     model.model.rotary_emb = fresh.model.rotary_emb
     assert torch.equal(model.eval()(**inputs).logits, fresh.eval()(**inputs).logits)
@@ -231,10 +231,10 @@ def test_accelerates_device_map_with_offloading_is_respected(tmp_path):
     dispatch_model(model, device_map, main_device="cpu", offload_dir=tmp_path)
     assert model.model.layers[0].mlp.up_proj.weight.is_meta
     replace_linear_with_align_lora(model, num_tasks=3)
-    assert model.model.layers[0].mlp.up_proj.lora_A.weight.device.type == "cpu"
+    assert model.model.layers[0].mlp.up_proj.adapter.lora_A.device.type == "cpu"
     torch.testing.assert_close(model.eval()(**inputs).logits, before)
     model.train()(**inputs, task_ids=tasks).loss.backward()
-    assert model.model.layers[0].mlp.up_proj.lora_B.weight.grad.abs().sum() > 0
+    assert model.model.layers[0].mlp.up_proj.adapter.lora_B.grad.abs().sum() > 0
 
 
 def test_the_checkpoint_of_the_plain_base_still_loads():
@@ -327,7 +327,7 @@ def test_adapters_of_packed_layers_are_where_the_packed_weight_is():
         packed.in_features = packed.out_features = 4
         packed.register_buffer("qweight", torch.zeros(4, 4, dtype=torch.int8))
     model = replace_linear_with_align_lora(nn.Sequential(packed), target_modules=["0"], align=None)
-    assert model[0].lora_A.weight.is_meta
+    assert model[0].adapter.lora_A.is_meta
 
 
 def test_weights_offloaded_with_their_parent_are_left_alone():

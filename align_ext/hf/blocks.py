@@ -1,0 +1,63 @@
+"""Finds the attention and MLP blocks of a transformer by their structure, whatever their classes are called."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from torch import nn
+
+from align_ext.nn.base import features_of, is_conv1d
+
+
+def find_blocks(model: nn.Module, kinds: Collection[str]) -> dict[str, tuple[nn.Module, int]]:
+    """Finds the blocks of every decoder layer.
+
+    A decoder layer holds one attention block (linear layers, and heads: `head_dim` or `num_heads`) and one MLP block
+    (linear layers from the hidden size and back, and an activation), as in Llama, Qwen, Mistral and GPT-2.
+
+    Args:
+        model: a transformer.
+        kinds: "attention", "mlp" or both.
+
+    Returns:
+        name -> (block, hidden size).
+
+    Raises:
+        ValueError: there are no such layers.
+    """
+    found: dict[str, tuple[nn.Module, int]] = {}
+    for name, layer in model.named_modules():
+        children = dict(layer.named_children())
+        attention = [child for child, module in children.items() if _is_attention(module)]
+        if len(attention) != 1:
+            continue
+        hidden = features_of(next(_linears(children[attention[0]])))[0]
+        mlp = [child for child, module in children.items() if _is_mlp(module, hidden)]
+        if len(mlp) != 1:
+            continue
+        for kind, child in (("attention", attention[0]), ("mlp", mlp[0])):
+            if kind in kinds:
+                found[f"{name}.{child}" if name else child] = (children[child], hidden)
+    if not found:
+        raise ValueError(
+            f"target_blocks={tuple(kinds)!r}: found no layers of one attention and one MLP block of linear layers, as "
+            "Llama, Qwen, Mistral and GPT-2 have them; use target_blocks=() to adapt linear layers by target_modules"
+        )
+    return found
+
+
+def _linears(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if is_conv1d(child) or (hasattr(child, "in_features") and hasattr(child, "out_features")):
+            yield child
+
+
+def _is_attention(module: Any) -> bool:
+    return any(hasattr(module, name) for name in ("head_dim", "num_heads")) and next(_linears(module), None) is not None
+
+
+def _is_mlp(module: Any, hidden: int) -> bool:
+    sizes = [features_of(linear) for linear in _linears(module)]
+    activated = any("act" in name.split("_") for name in (*dict(module.named_children()), *module.__dict__))
+    return activated and any(n == hidden for n, _ in sizes) and any(m == hidden for _, m in sizes)

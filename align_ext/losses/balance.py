@@ -1,0 +1,84 @@
+"""Balance of the routing: no head shall starve (mtLoRA, 2603.01526; Switch Transformer, 2101.03961)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from align_ext.losses.tokens import Latents, TokenTasks
+
+
+@dataclass(frozen=True)
+class Balance:
+    """The balance loss of all routed layers, and its gradient.
+
+        P_i = mean over the valid tokens t and groups g of w[t, g, i]
+        "cv2":     L = var(P) / (mean(P)² + 1e-10), var with ddof 1, 0 for one head
+        "switch":  L = N Σ_i f_i P_i, f_i the share of (token, group) whose top-k holds i, without gradient
+        value = mean of L over the layers
+
+    Since w enters by P alone, its gradient is one number for each head.
+
+    Attributes:
+        value: scalar.
+        per_layer: [layers], in the order of the slots.
+        d_w: by slot, [N]: d value / d w[t, g, i] of every valid token.
+    """
+
+    value: Tensor
+    per_layer: Tensor
+    d_w: dict[int, Tensor]
+
+    @classmethod
+    def of(cls, weights: Latents, tokens: TokenTasks, kind: str, *, distributed: bool) -> Balance:
+        """Evaluates the routing weights w [T, G, N] of the layers, by slot, over all processes."""
+        first = next(iter(weights.values()))
+        sums = torch.stack([_sums(w, tokens).to(first) for _, w in sorted(weights.items())])  # [layers, 2 N + 1]
+        if distributed:
+            parts = [torch.empty_like(sums) for _ in range(dist.get_world_size())]
+            dist.all_gather(parts, sums)
+            sums = torch.stack(parts).sum(0)
+        heads = first.shape[-1]
+        count, total, chosen = sums.split([1, heads, heads], dim=1)
+        count = count.clamp_min(1)
+        per_layer, d_P = (_cv2 if kind == "cv2" else _switch)(total / count, chosen / count)
+        d_w = d_P / (count * len(sums))
+        slots = sorted(weights)
+        return cls(per_layer.mean(), per_layer, {slot: d_w[i].to(weights[slot]) for i, slot in enumerate(slots)})
+
+    def gradients(self, weights: Latents, tokens: TokenTasks, d_value: Tensor, scale: float) -> Latents:
+        """Computes scale * d_value * d value / d w of the tokens of this process."""
+        return {
+            slot: _valid(w, tokens)[:, None, None] * (self.d_w[slot] * (d_value.to(w) * scale)).expand(w.shape)
+            for slot, w in weights.items()
+        }
+
+
+def _valid(w: Tensor, tokens: TokenTasks) -> Tensor:
+    return (tokens.expand(w.device, len(w)) >= 0).to(w.dtype)
+
+
+def _sums(w: Tensor, tokens: TokenTasks) -> Tensor:
+    """(token, group) pairs | sum of w | how often a head has weight, [2 N + 1], of this process's valid tokens."""
+    valid = _valid(w, tokens)
+    total, chosen = (torch.einsum("t,tgi->i", valid, x) for x in (w, (w > 0).to(w.dtype)))
+    return torch.cat([valid.sum()[None] * w.shape[1], total, chosen])
+
+
+def _cv2(P: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+    """L and dL/dP_i = 2 (P_i - mu) / ((N-1) D) - 2 var mu / (N D²), D = mu² + 1e-10, of each layer; P [layers, N]."""
+    heads = P.shape[1]
+    if heads == 1:
+        return torch.zeros_like(P[:, 0]), torch.zeros_like(P)
+    mu, var = P.mean(1, keepdim=True), P.var(1, correction=1, keepdim=True)
+    D = mu * mu + 1e-10
+    return (var / D)[:, 0], 2 * (P - mu) / ((heads - 1) * D) - 2 * var * mu / (heads * D * D)
+
+
+def _switch(P: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+    """L = N Σ f_i P_i and dL/dP_i = N f_i of each layer."""
+    heads = P.shape[1]
+    return heads * (f * P).sum(1), heads * f

@@ -1,0 +1,194 @@
+"""The Gaussian KL alignment (Align-LoRA, 2508.05078, eq. 5) of all adapted layers: moments, one value, the gradients.
+
+All layers take one call each for moments, tables and gradients: 4 kernel launches on a GPU. Layers of one model may be
+on several devices; then moments and gradients take one call a device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from align_ext.config import AlignLoraConfig
+from align_ext.losses.tokens import Latents, TokenTasks, heads_of, layer_value
+from align_ext.ops import gaussian_kl_tables, task_moments
+from align_ext.ops.gaussian_kl import gaussian_kl_backward
+
+
+@dataclass(frozen=True)
+class KlStatistics:
+    """The moments of the tasks' tokens.
+
+    Attributes:
+        moments: [layers * latents of a layer, tasks, 2 rank + 1] = n | mean | M2; dimensions that a layer lacks are
+            zero and add nothing.
+        latents: of a layer: 1, or N where each head has its own.
+        positions: S with statistics "position" (rank is S times the layers' then), else 1.
+    """
+
+    moments: Tensor
+    latents: int = 1
+    positions: int = 1
+
+    @classmethod
+    def of(
+        cls, latents: Latents, tokens: TokenTasks, sizes: tuple[int, int, int], config: AlignLoraConfig
+    ) -> KlStatistics:
+        """The statistics of one forward on this process.
+
+        Args:
+            latents: of the layers that ran.
+            tokens: their tasks.
+            sizes: layers, tasks, rank of the widest layer.
+            config: align_statistics.
+        """
+        layers, tasks, rank = sizes
+        positions = _positions(latents, tokens) if config.align_statistics == "position" else 1
+        rank *= positions
+        per_layer = config.latents
+        groups = _groups(latents, tokens, positions)
+        parts = [task_moments(z, ids, tasks, rank=rank) for _, z, ids in groups]
+        if len(parts) == 1 and len(groups[0][0]) == layers:
+            return cls(parts[0], per_layer, positions)
+        dtype = max((part.dtype for part in parts), key=lambda dtype: dtype.itemsize, default=torch.float32)
+        moments = torch.zeros((layers, per_layer, tasks, 2 * rank + 1), dtype=dtype, device=tokens.ids.device)
+        for (slots, _, _), part in zip(groups, parts, strict=True):
+            moments[slots] = part.to(moments).unflatten(0, (-1, per_layer))
+        return cls(moments.flatten(0, 1), per_layer, positions)
+
+    def merge(self, other: KlStatistics) -> KlStatistics:
+        """The statistics of both sets of tokens together."""
+        if self.positions != other.positions:
+            raise RuntimeError(
+                f'align_statistics="position" met {self.positions} and {other.positions} positions: pad all processes '
+                'and micro-batches to one length, or use align_statistics="token"'
+            )
+        return KlStatistics(merge_moments(self.moments, other.moments), self.latents, self.positions)
+
+    def over_processes(self) -> KlStatistics:
+        """The statistics of all processes: one collective, merged in rank order: the same bits everywhere."""
+        world = dist.get_world_size()
+        parts = [torch.empty_like(self.moments) for _ in range(world)]
+        dist.all_gather(parts, self.moments)
+        merged = parts[0]
+        for part in parts[1:]:
+            merged = merge_moments(merged, part)
+        return KlStatistics(merged, self.latents, self.positions)
+
+    def evaluate(self, config: AlignLoraConfig) -> KlAlignment:
+        """The loss of every layer, and its gradient tables."""
+        by_position = config.align_statistics == "position"
+        per_latent, tables = gaussian_kl_tables(
+            self.moments,
+            eps=config.align_eps,
+            ddof=1 if by_position else config.align_ddof,
+            pairs="mean" if by_position else config.align_pairs,
+        )
+        value, per_layer, share = layer_value(per_latent / self.positions, self.latents, config.align_layers)
+        return KlAlignment(value, per_layer, share / self.positions, tables, self)
+
+    def per_task(self, config: AlignLoraConfig) -> list[float]:
+        """The divergence of each task from all others, averaged (or summed) over the layers; for reports."""
+        return task_divergences(self.moments, config, self.latents).sum(1).tolist()
+
+
+@dataclass(frozen=True)
+class KlAlignment:
+    """The loss of some statistics.
+
+    Attributes:
+        value: scalar, the mean (or sum) over the layers.
+        per_layer: [layers].
+        share: of one latent's loss in the value.
+        tables: [layers * latents, tasks, 3 rank] = a | b | mu: of one latent's loss,
+            d loss / d z_t = a[task] + b[task] * (z_t - mu[task]).
+        statistics: what was evaluated.
+    """
+
+    value: Tensor
+    per_layer: Tensor
+    share: float
+    tables: Tensor
+    statistics: KlStatistics
+
+    def gradients(self, latents: Latents, tokens: TokenTasks, d_align: Tensor, scale: float) -> Latents:
+        """Computes scale * d_align * d value / d z for latents of this process."""
+        gradients: Latents = {}
+        per_layer, positions = self.statistics.latents, self.statistics.positions
+        for slots, z, ids in _groups(latents, tokens, positions):
+            own = self.tables
+            if len(z) != len(own):
+                own = own.unflatten(0, (-1, per_layer))[slots].flatten(0, 1)
+            d_here, own = d_align.to(ids.device), own.to(ids.device)
+            dz = gaussian_kl_backward(d_here, z, ids, own, scale=scale * self.share)
+            for i, slot in enumerate(slots):
+                heads = dz[i * per_layer : (i + 1) * per_layer]
+                gradients[slot] = torch.stack(heads, 1) if latents[slot].dim() == 3 else heads[0]
+                gradients[slot] = gradients[slot].view(latents[slot].shape)
+        return gradients
+
+
+def _positions(latents: Latents, tokens: TokenTasks) -> int:
+    """S, the same for all layers; with ids of samples."""
+    counts = {len(z) for z in latents.values()}
+    if tokens.ids.dim() != 1 or len(counts) > 1:
+        raise RuntimeError(
+            'align_statistics="position" needs one task id per sample, [B], of an unpacked batch whose layers all see '
+            f"B * S tokens; got ids {list(tokens.ids.shape)} for {sorted(counts)} tokens"
+        )
+    return next(iter(counts), 1) // max(len(tokens.ids), 1)
+
+
+def _groups(latents: Latents, tokens: TokenTasks, positions: int) -> list[tuple[list[int], list[Tensor], Tensor]]:
+    """Slots, latents and token ids of the layers that one call serves, as a rule all of them."""
+    groups: dict[tuple[torch.device, int, torch.dtype], list[int]] = {}
+    for slot in sorted(latents):
+        z = latents[slot]
+        groups.setdefault((z.device, len(z), z.dtype), []).append(slot)
+    result = []
+    for (device, count, _), slots in groups.items():
+        rows = count // positions
+        heads = [head for slot in slots for head in heads_of(latents[slot])]
+        heads = heads if positions == 1 else [head.reshape(rows, -1) for head in heads]
+        result.append((slots, heads, tokens.expand(device, rows)))
+    return result
+
+
+def merge_moments(first: Tensor, second: Tensor) -> Tensor:
+    """Merges two sets of moments n | mean | M2 [..., 2 rank + 1] of disjoint tokens (Chan et al. 1979)."""
+    rank = first.shape[-1] // 2
+    n1, mean1, m1 = first.split([1, rank, rank], dim=-1)
+    n2, mean2, m2 = second.split([1, rank, rank], dim=-1)
+    n = n1 + n2
+    delta, share = mean2 - mean1, n2 / n.clamp_min(1)
+    return torch.cat([n, mean1 + delta * share, m1 + m2 + delta * delta * n1 * share], dim=-1)
+
+
+def task_divergences(moments: Tensor, config: AlignLoraConfig, latents: int = 1) -> Tensor:
+    """The KL of each pair of tasks, averaged (or summed) over the layers; for reports, in float64.
+
+    Args:
+        moments: [layers * latents, tasks, 2 rank + 1] = n | mean | M2.
+        config: align_eps, align_ddof, align_pairs, align_layers.
+        latents: of a layer; their mean is the layer's.
+
+    Returns:
+        [tasks, tasks], symmetric, 0 on the diagonal and for pairs with an inactive task.
+    """
+    rank = moments.shape[-1] // 2
+    n, mean, m2 = moments.double().split([1, rank, rank], dim=-1)
+    v = m2 / (n - config.align_ddof).clamp_min(1) + config.align_eps
+    p = 1 / v
+    vi, vj, pi, pj = v[:, :, None], v[:, None], p[:, :, None], p[:, None]
+    gap = (mean[:, :, None] - mean[:, None]) ** 2
+    divergence = 0.25 * (vi * pj + vj * pi - 2 + gap * (pi + pj)).sum(-1)
+    active = (n[..., 0] >= max(2, 1 + config.align_ddof)).double()
+    divergence = divergence * active[:, :, None] * active[:, None]
+    if config.align_pairs == "mean":
+        count = active.sum(1)[:, None, None]
+        divergence = divergence / (count * (count - 1) / 2).clamp_min(1)
+    divergence = divergence.unflatten(0, (-1, latents)).mean(1)
+    return divergence.mean(0) if config.align_layers == "mean" else divergence.sum(0)

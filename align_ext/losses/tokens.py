@@ -1,0 +1,52 @@
+"""Latents of a model's layers by slot, and the task of every token that they belong to."""
+
+import torch
+from torch import Tensor
+
+Latents = dict[int, Tensor]  # slot, the layer's place in the model -> z [T, rank], or [T, N, rank], one of each head
+
+
+class TokenTasks:
+    """The task of every token, from ids of samples or of tokens; -1: does not count."""
+
+    def __init__(self, ids: Tensor) -> None:
+        self.ids = ids  # int64 [B] or [B, S]
+        self._expanded: dict[tuple[torch.device, int], Tensor] = {}
+
+    def check(self, tokens: int) -> None:
+        """Raises RuntimeError if a layer cannot have seen so many tokens."""
+        count = self.ids.numel()
+        if count != tokens and (count == 0 or tokens % count):
+            raise RuntimeError(
+                f"task_ids holds {count} ids, but an aligned layer saw {tokens} tokens: give one id per sample, [B], "
+                "or one per token, [B, S], of a batch-first model all of whose adapted layers see the same tokens"
+            )
+
+    def expand(self, device: torch.device, tokens: int) -> Tensor:
+        """int64 [T]: the ids as they are, or each of [B] repeated over its S = T / B positions; made once."""
+        if (device, tokens) not in self._expanded:
+            ids = self.ids.reshape(-1)
+            ids = ids if len(ids) == tokens else ids.repeat_interleave(tokens // len(ids), output_size=tokens)
+            self._expanded[device, tokens] = ids.to(device)
+        return self._expanded[device, tokens]
+
+
+def heads_of(z: Tensor) -> tuple[Tensor, ...]:
+    """The latents of one layer, [T, rank] each."""
+    return z.unbind(1) if z.dim() == 3 else (z,)
+
+
+def layer_value(per_latent: Tensor, latents: int, layers: str) -> tuple[Tensor, Tensor, float]:
+    """A loss of latents as one of layers: a layer's is the mean over its heads', the model's the layers' mean or sum.
+
+    Args:
+        per_latent: [layers * latents].
+        latents: of a layer.
+        layers: "mean" or "sum".
+
+    Returns:
+        The value, each layer's, and the share of one latent's loss in the value.
+    """
+    per_layer = per_latent.view(-1, latents).mean(1)
+    value = per_layer.mean() if layers == "mean" else per_layer.sum()
+    return value, per_layer, 1 / (latents * (len(per_layer) if layers == "mean" else 1))

@@ -1,0 +1,40 @@
+"""An adapter beside a whole attention or MLP block: mtLoRA's block-level adaptation (2603.01526)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from align_ext.nn.base import Adapter
+
+
+class AdaptedBlock(nn.Module):
+    """A frozen block F with a parallel low-rank path: out = F(u) + Delta(u), u the block's (normalised) input.
+
+    Delta is the adapter with no base of its own: its base_out is what the block returned, which may be a tensor or a
+    tuple that begins with it.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter: Adapter) -> None:
+        super().__init__()
+        self.base_layer, self.adapter = base_layer, adapter
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Computes F(u) + Delta(u), in the form that F gives; u is hidden_states, or the first argument."""
+        u: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        output = self.base_layer(*args, **kwargs)
+        first = output[0] if isinstance(output, tuple) else output
+        y = self.adapter(u.to(first.dtype), base_out=first)
+        return (y, *output[1:]) if isinstance(output, tuple) else y
+
+    def cannot_merge(self) -> str:
+        """Why not: it stands beside several layers."""
+        return "it stands beside a whole block, which has no one weight: keep it as an adapter"
+
+    def __getattr__(self, name: str) -> Any:
+        """What models look at from outside (layer_idx, is_causal, ...) is the block's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_layer"), name)

@@ -1,0 +1,125 @@
+"""How a training step is opened and closed: align_step, and activation checkpointing's way back into it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from align_ext.batch import AlignParts, AlignState, Step, find_state
+
+
+class BoundCheckpoint:
+    """A model's checkpoint function whose recomputation re-enters the step of its own forward."""
+
+    def __init__(self, state: AlignState, checkpoint: Callable[..., Any]) -> None:
+        self.state, self.checkpoint = state, checkpoint
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Checkpoints function(*args, **kwargs)."""
+        if torch.compiler.is_compiling():  # the compiled backward recomputes without running Python
+            return self.checkpoint(function, *args, **kwargs)
+        state, step = self.state, self.state.current
+
+        def run(*a: Any, **k: Any) -> Any:
+            outer, state.current = state.current, step
+            try:
+                return function(*a, **k)
+            finally:
+                state.current = outer
+
+        return self.checkpoint(run, *args, **kwargs)
+
+
+def _state_of(model: nn.Module) -> AlignState:
+    state = find_state(model)
+    if state is None:
+        raise ValueError("the model has no adapters: call replace_linear_with_align_lora(model) first")
+    return state
+
+
+def open_step(model: nn.Module, state: AlignState, ids: Tensor | None, **options: bool) -> Step:
+    """A new step for a model's next forward; the model's checkpoint functions will find it again."""
+    adapter = next(p for name, p in model.named_parameters() if "lora_A" in name)
+    for module in model.modules():
+        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+        if isinstance(checkpoint, BoundCheckpoint):
+            checkpoint.state = state
+        elif checkpoint is not None:
+            module._gradient_checkpointing_func = BoundCheckpoint(state, checkpoint)  # type: ignore[assignment]
+    state.armed.clear()
+    step = Step(state, None if ids is None else torch.as_tensor(ids), adapter, **options)
+    if step.records:
+        state.last = step
+    return step
+
+
+@contextlib.contextmanager
+def align_step(
+    model: nn.Module,
+    task_ids: Tensor | None,
+    attention_mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    strict: bool = True,
+) -> Iterator[Step]:
+    """Opens a training step for one forward of the model; then differentiate step.total(loss).
+
+    Args:
+        model: adapted by replace_linear_with_align_lora; may be wrapped by DDP, FSDP2 or torch.compile. Batch first,
+            and all adapted layers see the same tokens.
+        task_ids: int64 [B] (one task a sample) or [B, S] (one a token); -1: belongs to no task. None where nothing
+            tells tasks apart (align=None).
+        attention_mask: [B, S], 0 = padding, which does not count. Taken from the model's own arguments if not given
+            (torch.compile: give it here).
+        labels: [B, S], needed with response_only and routing="sequence", likewise.
+        strict: a backward that meets the layers without the alignment loss is an error.
+
+    Yields:
+        The step.
+
+    Raises:
+        ValueError: no adapters, nothing that needs a step, or ids of a wrong shape, dtype or range.
+    """
+    state = _state_of(model)
+    if not state.config.needs_step:
+        raise ValueError('alignment is off for this model (align=None): choose align="kl" to use task ids')
+    if task_ids is None and state.config.needs_ids:
+        raise ValueError("task_ids=None, but the model's options need the tasks: give one id per sample")
+    if not model.training:
+        raise ValueError("align_step is for training, but the model is in eval mode: call model.train() first")
+    step = open_step(model, state, task_ids, strict=strict)
+    if attention_mask is not None or labels is not None:
+        step.mask(attention_mask, labels)
+    outer, state.current = state.current, step
+    try:
+        yield step
+    finally:
+        state.current = outer
+
+
+def align_parts(model: nn.Module) -> AlignParts | None:
+    """The losses of the model's last training step; None without one, or before its step.total(loss)."""
+    state = find_state(model)
+    if state is None or state.last is None or state.last._lm is None:
+        return None
+    return state.last.parts()
+
+
+def set_task(model: nn.Module, task: int | None) -> None:
+    """Names the task of what a multi_adapter model evaluates or generates next, where no task_ids are given.
+
+    Args:
+        model: with adapters.
+        task: in 0 .. num_tasks-1; None: none.
+
+    Raises:
+        ValueError: no adapters, or no such task.
+    """
+    state = _state_of(model)
+    if task is not None and not 0 <= task < state.tasks:
+        raise ValueError(f"task must be in 0 .. num_tasks-1 = {state.tasks - 1}, or None, got {task}")
+    state.task = task
