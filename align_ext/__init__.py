@@ -1,5 +1,6 @@
 """Multi-task LoRA training: fused adapters and alignment losses with exact gradients. Start: README.md."""
 
+from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
@@ -13,12 +14,15 @@ from align_ext.step import align_parts, align_step, set_task
 __all__ = [
     "AlignLoraConfig",
     "AlignParts",
+    "AlignSFTTrainer",
     "AlignTrainer",
     "TaskCollator",
+    "TaskSampler",
     "adapter_report",
     "align_parts",
     "align_step",
     "backend",
+    "join_tasks",
     "load_adapter",
     "merge_and_unload",
     "replace_linear_with_align_lora",
@@ -29,14 +33,17 @@ __all__ = [
 __version__ = version("align_ext")
 
 
+_LAZY = {  # these import transformers, datasets or trl; everything else does without
+    "AlignSFTTrainer": "align_ext.hf.sft",
+    "AlignTrainer": "align_ext.hf.trainer",
+    "TaskCollator": "align_ext.hf.collator",
+    "TaskSampler": "align_ext.hf.mixing",
+    "join_tasks": "align_ext.hf.mixing",
+}
+
+
 def __getattr__(name: str) -> Any:
-    """AlignTrainer and TaskCollator import transformers; everything else does without."""
-    if name == "AlignTrainer":
-        from align_ext.hf.trainer import AlignTrainer
-
-        return AlignTrainer
-    if name == "TaskCollator":
-        from align_ext.hf.collator import TaskCollator
-
-        return TaskCollator
+    """Imports what needs more than torch when it is asked for."""
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'align_ext' has no attribute {name!r}")

@@ -54,6 +54,9 @@ def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     """Takes task_ids= out of the arguments and opens the step; or gives an open step the padding."""
     state: Any = module.align_state
     ids, step = kwargs.pop("task_ids", None), state.current
+    if step is not None and step.seen and not torch.is_grad_enabled():
+        state.current, module.align_suspended = None, step  # a further forward for metrics: TRL makes such
+        return args, kwargs
     if ids is not None and step is not None:
         raise RuntimeError("task ids were given twice: by align_step and by task_ids=")
     if step is None and _opens(state.config, module.training, ids):
@@ -92,6 +95,10 @@ def _open_by_keyword(
 def _after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Closes a step that task_ids= opened; the output's loss becomes the total."""
     state: Any = module.align_state
+    suspended = module.__dict__.pop("align_suspended", None)
+    if suspended is not None:
+        state.current = suspended
+        return None
     if state.current is not None and state.current.by_keyword:
         return _close_by_keyword(state, output, _argument(module, args, kwargs, "labels") is not None)
     if state.config.needs_step and not module.training and not torch.compiler.is_compiling():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
 from align_ext.batch import Step, find_state
 from align_ext.hf.evaluate import answer_nll
+from align_ext.hf.mixing import Mixing, TaskSampler
 from align_ext.step import align_step
 
 _NO_IDS = (
@@ -38,8 +39,11 @@ def align_training_arguments(output_dir: str, **overrides: Any) -> TrainingArgum
     return TrainingArguments(output_dir=output_dir, **{**recipe, **overrides})
 
 
-class AlignTrainer(Trainer):
-    """Trains a model adapted by replace_linear_with_align_lora on batches with `task_ids`.
+_Base: Any = Trainer if TYPE_CHECKING else object  # what a mixin may call
+
+
+class AlignMixin(_Base):
+    """Alignment for a Trainer, placed before it in a class's bases; AlignTrainer and AlignSFTTrainer are such classes.
 
     The loss is Trainer's own loss plus weight * alignment, each micro-batch counting alike in the alignment whatever
     the gradient accumulation. Beside `loss` it logs `lm_loss` and `align_loss`, means over the steps since the last
@@ -49,16 +53,22 @@ class AlignTrainer(Trainer):
     Args:
         *args: as for Trainer.
         task_names: names for the log, by task id; the id itself where there is none.
-        in_order: take the training examples in the dataset's own order (`mixing_order` makes one) instead of shuffling.
+        in_order: take the training examples in the dataset's own order instead of shuffling.
+        mixing: mix the tasks of the training examples (their column task_ids) by a TaskSampler: "proportional",
+            "temperature", "equal" or "round_robin", or a dictionary of its options with "mixing" among them.
         **kwargs: as for Trainer.
 
     Raises:
         ValueError: nn.DataParallel would be used with alignment on; or, in training, a batch without task_ids.
     """
 
-    def __init__(self, *args: Any, task_names: Sequence[str] = (), in_order: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, task_names: Sequence[str] = (), in_order: bool = False,
+        mixing: Mixing | Mapping[str, Any] | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(*args, **kwargs)
         self.task_names, self.in_order = tuple(task_names), in_order
+        self.mixing = {"mixing": mixing} if isinstance(mixing, str) else mixing
         self._train_sums = _LossSums()
         self._eval_sums = _LossSums()
         if self._aligned() and self.args.n_gpu > 1:
@@ -74,7 +84,16 @@ class AlignTrainer(Trainer):
             self._signature_columns.append("task_ids")
 
     def _get_train_sampler(self, *args: Any) -> Sampler | None:
+        if self.mixing is not None:
+            return self._task_sampler(args[0] if args else self.train_dataset)
         return SequentialSampler(self.train_dataset) if self.in_order else super()._get_train_sampler(*args)
+
+    def _task_sampler(self, dataset: Any) -> TaskSampler:
+        if "task_ids" not in (getattr(dataset, "column_names", None) or ()):
+            raise ValueError("mixing needs a training dataset with a column task_ids (join_tasks makes one)")
+        tasks = [max(row) if isinstance(row, list) else row for row in dataset["task_ids"]]
+        size = self.args.train_batch_size * (self.args.world_size if self.args.accelerator_config.split_batches else 1)
+        return TaskSampler(tasks, size, **{"seed": self.args.data_seed or self.args.seed, **(self.mixing or {})})
 
     def compute_loss(
         self,
@@ -93,17 +112,22 @@ class AlignTrainer(Trainer):
             align_step(model, ids, inputs.get("attention_mask"), labels) if aligned else contextlib.nullcontext()
         )
         with step_or_not as step:
-            loss, outputs = super().compute_loss(
-                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-            )
+            by_task = not model.training or self._is_logging_step()
+            loss, outputs = self._loss_and_outputs(model, inputs, num_items_in_batch, wanted=return_outputs or by_task)
         total = self._record(step, loss, num_items_in_batch) if model.training else loss
-        if ids is not None and labels is not None and (not model.training or self._is_logging_step()):
+        if by_task and labels is not None and ids is not None:
             rows = _row_losses(outputs, labels, ids)
             if model.training:
                 self._train_sums.add_rows(rows)
             else:  # without the samples that fill up the last batch of several processes
                 self._eval_sums.add_rows(self.accelerator.gather_for_metrics(rows))
         return (total, outputs) if return_outputs else total
+
+    def _loss_and_outputs(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any, *, wanted: bool
+    ) -> tuple[Tensor, Any]:
+        """The Trainer's own loss, and the model's outputs, which need not be there unless they are wanted."""
+        return super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
 
     def _record(self, step: Step | None, loss: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         """Adds the alignment to a micro-batch's loss, each micro-batch weighing 1 / accumulation steps in the end."""
@@ -149,22 +173,37 @@ class AlignTrainer(Trainer):
         return output
 
 
+class AlignTrainer(AlignMixin, Trainer):
+    """Trains a model adapted by replace_linear_with_align_lora on batches with `task_ids`: transformers' Trainer."""
+
+
 def _row_losses(outputs: Any, labels: Tensor, ids: Tensor) -> Tensor:
-    """[B, 3] of a batch: NLL summed over the row's supervised tokens | their number | the row's task.
+    """[K, 3] of a batch: NLL, how many supervised tokens, their task; summed by sample, or with ids per token by task.
 
     Args:
-        outputs: the model's, with logits [B, S, vocab].
+        outputs: the model's, with logits [B, S, vocab], or with log_probs [B, S - 1] of the labels (TRL's fused head).
         labels: [B, S].
-        ids: [B]. Rows of no task count nothing, as all do where there are no logits (a fused loss) or ids per token.
+        ids: [B] or [B, S]. Rows of no task count nothing, as all do where the outputs have neither.
     """
-    rows = torch.zeros(len(labels), 3, device=labels.device)
-    logits = outputs.get("logits") if isinstance(outputs, dict) else None
-    if logits is None or logits.shape[:2] != labels.shape or ids.dim() != 1:
-        return rows
-    nll, where = answer_nll(logits.detach(), labels)
+    outputs = outputs if isinstance(outputs, dict) else {}
+    logits, log_probs = outputs.get("logits"), outputs.get("log_probs")
+    supervised = labels[:, 1:] != -100
+    if logits is not None and logits.shape[:2] == labels.shape:
+        nll, where = answer_nll(logits.detach(), labels)
+    elif log_probs is not None and log_probs.shape == supervised.shape:
+        nll, where = -log_probs.detach()[supervised].float(), torch.nonzero(supervised)[:, 0]
+    else:
+        return torch.zeros(1, 3, device=labels.device)
+    if ids.dim() == 2:  # of the token that is predicted
+        where = ids[:, 1:][supervised].to(where.device)
+        keep = where >= 0
+        nll, where, tasks = nll[keep], where[keep], torch.arange(int(ids.max()) + 1, device=where.device)
+    else:
+        tasks = ids.to(where.device)
+    rows = torch.zeros(len(tasks), 3, device=nll.device)
     rows[:, :2].index_add_(0, where, torch.stack([nll, torch.ones_like(nll)], dim=1))
-    rows[:, 2] = ids
-    return rows * (ids >= 0)[:, None]
+    rows[:, 2] = tasks
+    return rows * (tasks >= 0)[:, None]
 
 
 class _LossSums:

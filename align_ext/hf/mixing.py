@@ -1,0 +1,151 @@
+"""Mixes tasks into batches: proportions over time, enough examples of a task in each batch, the same order again."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import datasets
+import torch
+from torch.utils.data import Sampler
+
+from align_ext.config import unknown_name
+
+Mixing = Literal["proportional", "temperature", "equal", "round_robin"]
+
+
+class TaskSampler(Sampler[int]):
+    """Orders examples so that each batch holds few tasks, and of each of them enough to compare.
+
+    A batch of b examples takes up to b // per_task tasks and at least per_task examples of each (statistics of one
+    example's tokens are poor; alignment needs two tasks). Which tasks, and how many of each, follows the shares
+
+        proportional  n_i / Σ n       temperature  n_i^(1/T) / Σ n^(1/T)       equal  1 / M
+
+    over time: a task is owed its share of every batch, and the batch goes to those that are owed most. Since a batch
+    has two tasks at least (where there are two), tasks that together fill less than per_task of it come more often.
+    round_robin takes the tasks in turn instead. Within a task its examples come in a random order, each once before
+    any comes again; every epoch has an order of its own, and (seed, epoch) determines it, so that a resumed run that
+    skips what it had seen goes on exactly.
+
+    Args:
+        tasks: the task of each example, as a dataset's task_ids column has it; examples of task -1 are left out.
+        batch_size: examples in a batch of one process.
+        mixing: how the shares are made.
+        temperature: T, 1 or more: from proportional (1) towards equal.
+        per_task: least number of examples of a task in a batch.
+        batches: in an epoch; None: as many as the examples fill.
+        seed: of the order.
+
+    Raises:
+        ValueError: an option out of range, or fewer examples in a batch than a pair of tasks needs.
+    """
+
+    def __init__(
+        self, tasks: Sequence[int], batch_size: int, mixing: Mixing = "proportional", *, temperature: float = 2.0,
+        per_task: int = 2, batches: int | None = None, seed: int = 0,
+    ) -> None:  # fmt: skip
+        if mixing not in get_args(Mixing):
+            raise ValueError(unknown_name("mixing", str(mixing), get_args(Mixing)))
+        if per_task < 1 or batch_size < per_task:
+            raise ValueError(f"per_task={per_task} must be in 1 .. batch_size={batch_size}")
+        if not temperature >= 1:
+            raise ValueError(f"temperature must be at least 1, got {temperature}")
+        self.pools: dict[int, list[int]] = {}
+        for index, task in enumerate(tasks):
+            if task >= 0:
+                self.pools.setdefault(int(task), []).append(index)
+        if not self.pools:
+            raise ValueError("no example belongs to a task: task_ids are empty or all -1")
+        self.batch_size, self.mixing, self.per_task, self.seed, self.epoch = batch_size, mixing, per_task, seed, 0
+        sizes = {task: len(pool) for task, pool in sorted(self.pools.items())}
+        power = {"proportional": 1.0, "temperature": 1 / temperature}.get(mixing, 0.0)
+        total = sum(size**power for size in sizes.values())
+        self.shares = {task: size**power / total for task, size in sizes.items()}
+        self.batches = batches if batches is not None else -(-sum(sizes.values()) // batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order of an epoch; Trainer and accelerate call it."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.batches * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        rng = random.Random(f"{self.seed} {self.epoch}")
+        streams = {task: _endless(pool, rng) for task, pool in sorted(self.pools.items())}
+        for counts in self._plan(rng):
+            batch = [next(streams[task]) for task, count in counts.items() for _ in range(count)]
+            yield from rng.sample(batch, len(batch))
+
+    def _plan(self, rng: random.Random) -> Iterator[dict[int, int]]:
+        """How many examples of which tasks each batch takes."""
+        names, most = list(self.shares), max(1, self.batch_size // self.per_task)
+        owed = dict.fromkeys(names, 0.0)
+        for number in range(self.batches):
+            if self.mixing == "round_robin":
+                count = min(most, len(names))
+                chosen = [names[(number * count + i) % len(names)] for i in range(count)]
+                debts = dict.fromkeys(chosen, 0.0)
+            else:
+                for task in names:
+                    owed[task] += self.shares[task] * self.batch_size
+                most_owed = sorted(names, key=lambda task: (-owed[task], rng.random()))[:most]
+                # Tasks that are owed less than per_task examples wait, but two tasks there must be to compare.
+                chosen = [task for i, task in enumerate(most_owed) if i < 2 or owed[task] >= self.per_task]
+                debts = owed
+            counts = dict.fromkeys(chosen, self.per_task)
+            for _ in range(self.batch_size - self.per_task * len(chosen)):
+                counts[max(chosen, key=lambda task: (debts[task] - counts[task], -names.index(task)))] += 1
+            for task, count in counts.items():
+                owed[task] -= count
+            yield counts
+
+
+def _endless(pool: list[int], rng: random.Random) -> Iterator[int]:
+    while True:
+        yield from rng.sample(pool, len(pool))
+
+
+def join_tasks(parts: Mapping[str, Any]) -> tuple[Any, tuple[str, ...]]:
+    """Joins one dataset for each task into one with a column task_ids.
+
+    Args:
+        parts: task name -> datasets.Dataset, or all of them datasets.IterableDataset, with the same columns.
+
+    Returns:
+        The joined dataset, whose task_ids number the names in their order, and the names. Iterable ones are read in
+        turns; a TaskSampler orders the others.
+
+    Raises:
+        ValueError: no parts, or a mixture of both kinds.
+    """
+    if not parts:
+        raise ValueError("parts is empty: give a dataset for each task")
+    iterable = {isinstance(part, datasets.IterableDataset) for part in parts.values()}
+    if len(iterable) > 1:
+        raise ValueError("parts holds datasets.Dataset and datasets.IterableDataset: make them all of one kind")
+    if iterable == {True}:
+        numbered = [
+            part.map(lambda example, task: {**example, "task_ids": task}, fn_kwargs={"task": number})
+            for number, part in enumerate(parts.values())
+        ]
+        return datasets.interleave_datasets(numbered, stopping_strategy="all_exhausted"), tuple(parts)
+    columns = [part.add_column("task_ids", [number] * len(part)) for number, part in enumerate(parts.values())]
+    return datasets.concatenate_datasets(columns), tuple(parts)
+
+
+def padded_token_tasks(rows: Sequence[Sequence[int]], shape: torch.Size) -> torch.Tensor:
+    """Task ids of the tokens of a batch, int64 of a given shape [B, S], -1 on padding.
+
+    Args:
+        rows: the ids of each example's tokens; with shape [1, S] all examples follow each other in one row.
+        shape: of input_ids.
+    """
+    if shape[0] == 1 and len(rows) > 1:
+        rows = [[task for row in rows for task in row]]
+    ids = torch.full(tuple(shape), -1, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
+    return ids
