@@ -18,8 +18,9 @@ def gaussian_kl(
     num_tasks: int,
     *,
     eps: float = 1e-6,
-    ddof: int = 0,
-    pairs: Literal["sum", "mean"] = "sum",
+    ddof: int | None = None,
+    pairs: Literal["sum", "mean"] | None = None,
+    statistics: Literal["token", "position"] = "token",
 ) -> Tensor:
     """Computes the symmetric KL divergence between the tasks' diagonal Gaussians, over all pairs of tasks.
 
@@ -28,33 +29,60 @@ def gaussian_kl(
     The gradient is affine in z: dz_t = a_i + b_i (z_t - mu_i), i = task[t]. Fewer than two tasks with at least
     max(2, 1 + ddof) tokens: loss 0, gradient 0.
 
+    statistics="position" is what the code released with the paper computes: a Gaussian at each of the S positions,
+    over the samples of a task, and the mean of the S losses, with padding counted like any token. That compares tasks
+    by where their tokens stand, needs unpacked batches, and blows up where all samples share a prompt's token (its
+    variance is 0), so that it is here to reproduce that code; eq. 5 speaks of the tokens of a task: "token".
+
     Args:
-        z: [T, rank], float32, bfloat16 or float16 (float64 on the CPU). Statistics in float32 (float64).
-        task: int64 [T], in 0 .. num_tasks-1; any other value means that the token does not count.
+        z: [T, rank]; for "position" [B, S, rank]: B samples, one to a row of the batch, of S positions. float32,
+            bfloat16 or float16 (float64 on the CPU). Statistics in float32 (float64).
+        task: int64 [T], for "position" [B], in 0 .. num_tasks-1; any other value means that the token (or sample)
+            does not count.
         num_tasks: how many tasks there are.
         eps: added to every variance.
-        ddof: 0 for the population variance (the paper), 1 for the sample variance.
-        pairs: "sum" over the pairs of tasks (eq. 5), or "mean".
+        ddof: 0 for the population variance, 1 for the sample variance; None: 0 (the paper), for "position" 1 (the
+            released code).
+        pairs: "sum" over the pairs of tasks, or "mean"; None: "sum" (eq. 5), for "position" "mean" (the released code).
+        statistics: "token", the tokens of a task are one population, or "position".
 
     Returns:
         The loss, a scalar of float32 (float64 for float64).
 
     Raises:
-        ValueError: an option outside its range.
+        ValueError: an option outside its range, or shapes that do not fit statistics="position".
         RuntimeError: shapes or dtypes that do not match; the message names the argument.
     """
-    if pairs not in ("sum", "mean"):
+    if statistics not in ("token", "position"):
+        raise ValueError(f'statistics must be "token" or "position", got {statistics!r}')
+    if pairs not in ("sum", "mean", None):
         raise ValueError(f'pairs must be "sum" or "mean", got {pairs!r}')
-    if ddof not in (0, 1):
+    if ddof not in (0, 1, None):
         raise ValueError(f"ddof must be 0 or 1, got {ddof}")
-    return torch.ops.align_ext.gaussian_kl(z, task, num_tasks, eps, ddof, pairs == "mean")[0]
+    released = statistics == "position"
+    ddof = int(released) if ddof is None else ddof
+    mean_pairs = released if pairs is None else pairs == "mean"
+    if not released:
+        return torch.ops.align_ext.gaussian_kl(z, task, num_tasks, eps, ddof, mean_pairs)[0]
+    if z.dim() != 3 or task.shape != z.shape[:1]:
+        raise ValueError(
+            'statistics="position" needs z [B, S, rank] of an unpacked batch and task [B], one id a sample, got '
+            f"z {list(z.shape)} and task {list(task.shape)}: z.view(B, S, rank) makes it of [B * S, rank]"
+        )
+    # One Gaussian of S * rank dimensions is S Gaussians of rank: the KL of diagonal ones sums over the dimensions.
+    loss = torch.ops.align_ext.gaussian_kl(z.flatten(1), task, num_tasks, eps, ddof, mean_pairs)[0]
+    return loss / max(z.shape[1], 1)
 
 
 def task_moments(z: Tensor | Sequence[Tensor], task: Tensor, num_tasks: int, *, rank: int | None = None) -> Tensor:
-    """Computes n | mean | M2 of z per task, M2 = Σ (z - mean)², in one deterministic pass; not differentiable.
+    """Computes n | mean | M2 of z per task, M2 = Σ (z - mean)², of all layers in one deterministic pass.
+
+    Any loss on these statistics is ordinary autograd: dz_t = d_mean_i / n_i + 2 d_M2_i (z_t - mean_i), i = task[t],
+    again in one pass, and 0 for tokens that do not count. n is a constant, whatever gradient reaches it.
 
     Args:
-        z: [T, rank], or a list of the [T, rank] of several layers, whose ranks may differ.
+        z: [T, rank], or a list of the [T, rank] of several layers, whose ranks may differ; float32, bfloat16 or
+            float16 (float64 on the CPU).
         task: int64 [T]; values outside 0 .. num_tasks-1 do not count.
         num_tasks: how many tasks there are.
         rank: of the result, at least the widest layer's, which is the default.
@@ -62,11 +90,14 @@ def task_moments(z: Tensor | Sequence[Tensor], task: Tensor, num_tasks: int, *, 
     Returns:
         [num_tasks, 2 rank + 1], float32 (float64 for float64); zero for tasks without tokens and in the dimensions
         that a layer lacks. For a list [layers, num_tasks, 2 rank + 1].
+
+    Raises:
+        RuntimeError: shapes or dtypes that do not match; the message names the argument. Double backward.
     """
     if isinstance(z, Tensor):
         return task_moments([z], task, num_tasks, rank=rank)[0]
-    rank = max((layer.shape[-1] for layer in z), default=0) if rank is None else rank
-    return torch.ops.align_ext.task_moments([layer.detach() for layer in z], task, num_tasks, rank)
+    rank = max([0, *(layer.shape[-1] for layer in z)]) if rank is None else rank
+    return torch.ops.align_ext.task_moments(list(z), task, num_tasks, rank)
 
 
 def gaussian_kl_tables(
@@ -132,6 +163,26 @@ def _(d_loss: Tensor, scale: float, z: Sequence[Tensor], task: Tensor, tables: T
     return z[0].new_empty((len(z), (size + 15) // 16 * 16))
 
 
+def _refuse_double_backward(name: str) -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{name} cannot be differentiated twice: call backward without create_graph=True")
+
+
+def _setup_moments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    z, task, *_ = inputs
+    ctx.save_for_backward(*z, task, output)
+
+
+def _moments_backward(ctx: Any, d_moments: Tensor) -> tuple[list[Tensor] | None, ...]:
+    _refuse_double_backward("task_moments")
+    *z, task, moments = ctx.saved_tensors
+    rank = moments.shape[-1] // 2
+    n, mean, _ = moments.split([1, rank, rank], dim=-1)
+    _, d_mean, d_m2 = d_moments.split([1, rank, rank], dim=-1)
+    tables = torch.cat([d_mean / n.clamp_min(1), 2 * d_m2, mean], dim=-1)
+    return gaussian_kl_backward(moments.new_ones(()), z, task, tables), None, None, None
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     z, task, *_ = inputs
     ctx.save_for_backward(z, task, output[1])
@@ -139,10 +190,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError("gaussian_kl cannot be differentiated twice: call backward without create_graph=True")
+    _refuse_double_backward("gaussian_kl")
     z, task, tables = ctx.saved_tensors
     return gaussian_kl_backward(d_loss, [z], task, tables[None])[0], None, None, None, None, None
 
 
+torch.library.register_autograd("align_ext::task_moments", _moments_backward, setup_context=_setup_moments)
 torch.library.register_autograd("align_ext::gaussian_kl", _backward, setup_context=_setup_context)

@@ -1,15 +1,29 @@
 """The oracle of align_ext/ops/gaussian_kl.py: the literal sum over pairs of tasks, differentiated by autograd."""
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def gaussian_kl(
-    z: Tensor, task: Tensor, num_tasks: int, *, eps: float = 1e-6, ddof: int = 0, pairs: str = "sum"
+    z: Tensor,
+    task: Tensor,
+    num_tasks: int,
+    *,
+    eps: float = 1e-6,
+    ddof: int | None = None,
+    pairs: str | None = None,
+    statistics: str = "token",
 ) -> Tensor:
     """Computes Σ_{i<j} ½ [KL(N_i || N_j) + KL(N_j || N_i)] over the tasks with at least max(2, 1 + ddof) tokens."""
+    if statistics == "position":  # the released code: the mean over the positions of a loss of their own
+        ddof, pairs = 1 if ddof is None else ddof, pairs or "mean"
+        each = [gaussian_kl(at, task, num_tasks, eps=eps, ddof=ddof, pairs=pairs) for at in z.unbind(1)]
+        return torch.stack(each).mean()
+    ddof, pairs = ddof or 0, pairs or "sum"
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     groups = [z[task == i] for i in range(num_tasks)]
     groups = [g for g in groups if len(g) >= max(2, 1 + ddof)]
@@ -23,9 +37,12 @@ def gaussian_kl(
     return torch.stack(losses).mean() if pairs == "mean" else torch.stack(losses).sum()
 
 
-def task_moments(z: Tensor, task: Tensor, num_tasks: int) -> Tensor:
+def task_moments(z: Tensor | Sequence[Tensor], task: Tensor, num_tasks: int, *, rank: int | None = None) -> Tensor:
     """Computes n | mean | M2 of z per task."""
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    if not isinstance(z, Tensor):
+        rank = max(layer.shape[-1] for layer in z) if rank is None else rank
+        return torch.stack([task_moments(layer, task, num_tasks, rank=rank) for layer in z])
+    z = pad(z.to(torch.promote_types(z.dtype, torch.float32)), (0, 0 if rank is None else rank - z.shape[-1]))
     rows = []
     for i in range(num_tasks):
         g = z[task == i]

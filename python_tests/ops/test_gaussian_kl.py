@@ -7,8 +7,10 @@ import torch
 from closeness import assert_as_close_as_torch
 from task_ids import NOBODY_TO_COMPARE, assert_exactly_zero
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from align_ext import ops, reference
+from align_ext.losses.align import merge_moments
 from align_ext.ops.gaussian_kl import gaussian_kl_backward
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -106,6 +108,63 @@ def test_the_gradient_sums_to_zero_over_the_tokens(device):
     assert dz.sum(0).abs().max() < 1e-4 * dz.abs().sum(0).max()
 
 
+# ---- Statistics of each position
+
+
+def make_batch(samples, positions, rank, tasks, dtype=torch.float32):
+    z, _ = make(samples * positions, rank, tasks, dtype)
+    return z.view(samples, positions, rank), torch.arange(samples) % (tasks + 1) - 1  # the first sample counts nowhere
+
+
+def test_a_hand_computed_case_of_two_positions(device):
+    # Over the samples, ddof 1. Position 0: task 0 {0, 2}: mean 1, var 2; task 1 {1, 5}: mean 3, var 8:
+    # ¼ [2/8 + 8/2 - 2 + 2² (1/2 + 1/8)] = ¼ [2.25 + 2.5] = 1.1875. Position 1: both {0, 2}, but task 1 moved by 1:
+    # ¼ [1 + 1 - 2 + 1² (1/2 + 1/2)] = ¼. The mean of the two positions: 0.71875.
+    z = torch.tensor([[[0.0], [0.0]], [[1.0], [1.0]], [[99.0], [-9.0]], [[2.0], [2.0]], [[5.0], [3.0]]], device=device)
+    task = torch.tensor([0, 1, -1, 0, 1], device=device)
+    loss = ops.gaussian_kl(z, task, 2, eps=1e-12, statistics="position")
+    assert loss.item() == pytest.approx(0.71875, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("samples", "positions", "rank", "tasks"), [(16, 5, 3, 3), (12, 1, 4, 2), (40, 33, 8, 5)])
+def test_statistics_of_positions_match_the_loop_over_them(device, dtype, samples, positions, rank, tasks):
+    z, task = make_batch(samples, positions, rank, tasks, dtype)
+    compare(device, z, task, tasks, statistics="position")
+
+
+@pytest.mark.parametrize("options", [{"pairs": "sum"}, {"ddof": 0}, {"ddof": 0, "pairs": "sum", "eps": 1e-2}])
+def test_statistics_of_positions_take_the_other_options_too(device, options):
+    z, task = make_batch(20, 4, 3, 4)
+    compare(device, z, task, 4, statistics="position", **options)
+
+
+def test_statistics_of_one_position_are_those_of_tokens_with_the_released_options(device):
+    z, task = (t.to(device) for t in make_batch(20, 1, 6, 3))
+    loss = ops.gaussian_kl(z, task, 3, statistics="position")
+    assert torch.equal(loss, ops.gaussian_kl(z[:, 0], task, 3, ddof=1, pairs="mean"))
+
+
+@FLOAT64
+def test_gradcheck_of_the_statistics_of_positions():
+    z, task = make_batch(10, 3, 2, 3)
+    assert torch.autograd.gradcheck(
+        lambda z: ops.gaussian_kl(z, task, 3, statistics="position"), z.double().requires_grad_()
+    )
+
+
+def test_batches_that_have_no_positions_are_refused_with_the_cure(device):
+    z, task = (t.to(device) for t in make_batch(6, 4, 2, 2))
+    for bad_z, bad_task in [(z.flatten(0, 1), task), (z, task.repeat_interleave(4)), (z[None], task)]:
+        with pytest.raises(ValueError, match=r"one id a sample, got .* z\.view\(B, S, rank\)"):
+            ops.gaussian_kl(bad_z, bad_task, 2, statistics="position")
+    with pytest.raises(ValueError, match='statistics must be "token" or "position"'):
+        ops.gaussian_kl(z, task, 2, statistics="sample")
+
+
+# ---- The operator
+
+
 @FLOAT64
 @pytest.mark.parametrize("ddof", [0, 1])
 def test_gradcheck(ddof):
@@ -120,7 +179,8 @@ def test_opcheck(device):
     opcheck(torch.ops.align_ext.gaussian_kl.default, (z.requires_grad_(), task, 3, 1e-6, 0, False))
     layers = [z.detach(), torch.randn(30, 2).to(device)]
     moments = ops.task_moments(layers, task, 3)
-    opcheck(torch.ops.align_ext.task_moments.default, (layers, task, 3, 4))
+    leaves = [layer.clone().requires_grad_() for layer in layers]
+    opcheck(torch.ops.align_ext.task_moments.default, (leaves, task, 3, 4))
     opcheck(torch.ops.align_ext.gaussian_kl_tables.default, (moments, 1e-6, 0, True))
     tables = ops.gaussian_kl_tables(moments)[1]
     layers, task = [torch.cat([layer, layer[:2]]) for layer in layers], torch.cat([task, task[:2]])  # nothing is padded
@@ -144,6 +204,98 @@ def test_moments_match_the_reference(device, dtype):
     exact = reference.task_moments(z.double(), task, 4)
     assert torch.equal(actual[:, 0].double(), exact[:, 0])
     assert_as_close_as_torch(actual[:, 1:], reference.task_moments(z, task, 4)[:, 1:], exact[:, 1:])
+
+
+def moments_gradients(op, layers, task, tasks, weights, dtype=None):
+    """d(Σ weights * moments) / dz of each layer."""
+    layers = [layer.detach().to(dtype or layer.dtype).requires_grad_() for layer in layers]
+    moments = op(layers, task, tasks)
+    return torch.autograd.grad((weights.to(moments) * moments).sum(), layers)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ranks", [[6], [3, 8, 1]])
+def test_gradients_of_moments_match_the_reference(device, ranks, dtype):
+    layers, task = layers_of_ranks(ranks, 300, 4, dtype)
+    task[task == 2] = -1  # a task without tokens
+    weights = torch.randn(len(ranks), 4, 2 * max(ranks) + 1, generator=torch.Generator().manual_seed(1))
+    actual = moments_gradients(ops.task_moments, [z.to(device) for z in layers], task.to(device), 4, weights)
+    same = moments_gradients(reference.task_moments, layers, task, 4, weights)
+    exact = moments_gradients(reference.task_moments, layers, task, 4, weights, torch.float64)
+    for i in range(len(ranks)):
+        assert_as_close_as_torch(actual[i].cpu(), same[i], exact[i])
+        assert (actual[i][task == -1] == 0).all()
+
+
+@FLOAT64
+def test_gradcheck_of_moments():
+    layers, task = layers_of_ranks([3, 1], 12, 3, torch.float64)
+    leaves = [layer.clone().requires_grad_() for layer in layers]
+    assert torch.autograd.gradcheck(lambda *z: ops.task_moments(z, task, 3), leaves)
+    assert torch.autograd.gradcheck(lambda z: ops.task_moments(z, task, 3, rank=5), leaves[0])
+
+
+def test_the_moments_of_all_layers_are_one_native_call_in_forward_and_one_in_backward(device):
+    calls = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "align_ext":
+                calls.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    layers, task = layers_of_ranks([3, 8, 1], 50)
+    leaves, task = [layer.to(device).requires_grad_() for layer in layers], task.to(device)
+    with Recorder():
+        torch.autograd.grad(ops.task_moments(leaves, task, 4).sum(), leaves)
+    assert calls == ["align_ext::task_moments", "align_ext::gaussian_kl_backward"]
+
+
+def literal_from_moments(moments, rank, eps=1e-6):
+    """The closed form (docs/numerics.md) of merged moments, all tasks active, by plain autograd."""
+    n, mean, m2 = moments.split([1, rank, rank], dim=1)
+    v, c = m2 / n + eps, mean - mean.mean(0)
+    p, vb = 1 / v, v.mean(0)
+    tasks = len(moments)
+    terms = tasks / vb * ((v - vb) ** 2 * p).sum(0) + tasks * (p * c * c).sum(0) + p.sum(0) * (c * c).sum(0)
+    return terms.sum() / 4
+
+
+@FLOAT64
+def test_a_loss_on_merged_moments_has_the_gradient_of_gaussian_kl():
+    z, task = make(200, 6, 4, torch.float64)
+    leaf = z.clone().requires_grad_()
+    parts = [ops.task_moments(leaf[rows], task[rows], 4) for rows in (slice(0, 70), slice(70, 71), slice(71, None))]
+    loss = literal_from_moments(merge_moments(merge_moments(parts[0], parts[1]), parts[2]), 6)
+    (3 * loss).backward()
+    whole = run(ops.gaussian_kl, z, task, 4)
+    torch.testing.assert_close(loss.detach(), whole["loss"], rtol=1e-12, atol=0)
+    torch.testing.assert_close(leaf.grad, whole["dz"], rtol=1e-9, atol=1e-13)
+
+
+def test_moments_compile_without_a_graph_break(device):
+    layers, task = layers_of_ranks([3, 2], 64)
+    task = task.to(device)
+
+    def loss(*z):
+        moments = ops.task_moments([t * 2 for t in z], task, 4)
+        return (moments[..., 1:] ** 2).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    grads = []
+    for call in (compiled, loss):
+        leaves = [layer.to(device).requires_grad_() for layer in layers]
+        grads.append(torch.autograd.grad(call(*leaves), leaves))
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("op", [ops.gaussian_kl, ops.task_moments])
+def test_a_second_derivative_is_refused(device, op):
+    z, task = (t.to(device) for t in make(40, 3, 3))
+    loss = op(z.requires_grad_(), task, 3).sum()
+    with pytest.raises(RuntimeError, match=f"{op.__name__} cannot be differentiated twice"):
+        torch.autograd.grad(loss, z, create_graph=True)
 
 
 def layers_of_ranks(ranks, tokens, tasks=4, dtype=torch.float32):
@@ -202,13 +354,15 @@ def test_the_same_bits_for_any_number_of_threads(device):
     try:
         for threads in (1, 1, 2, 3):
             torch.set_num_threads(threads)
+            leaf = z.clone().requires_grad_()
+            moments = ops.task_moments(leaf, task, 5)
+            moments.square().sum().backward()
             dz = run(ops.gaussian_kl, z, task, 5, device=device)["dz"]
-            results.append((ops.task_moments(z, task, 5), dz))
+            results.append((moments.detach(), dz, leaf.grad))
     finally:
         torch.set_num_threads(before)
-    for moments, dz in results[1:]:
-        assert torch.equal(moments, results[0][0])
-        assert torch.equal(dz, results[0][1])
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
 def test_bad_arguments_are_named(device):
