@@ -149,8 +149,8 @@ TEST(tails_of_tiles_and_of_the_choice_are_covered) {
   for (int64_t n_max : {2, 3, 31, 32, 33, 50}) check_all_types({300, 3, 3, n_max});
 }
 
-TEST(many_tiles_are_cut_into_slabs) {
-  check_problem<float>({1100, 6, 3, 400});
+TEST(every_number_of_groups_of_tiles_is_covered) {
+  for (int64_t tokens : {100, 300, 500, 700, 1100, 1600}) check_problem<float>({tokens, 8, 3, 400});
   check_problem<float>({900, 2, 25});
 }
 

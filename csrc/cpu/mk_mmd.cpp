@@ -1,8 +1,8 @@
 // The tokens that take part are gathered into tiles of 32 rows of one task, dimension by dimension, so that a vector
 // holds a dimension of several rows. Every unordered pair of tiles is handled once: squared distances, then kernels
-// and their weights (32 x 32, in the first-level cache), then what each tile's rows are pulled by the other's. The
-// pairs of tiles are cut into slabs by their number alone; each slab sums value and gradient on its own, and the slabs
-// are added in their order.
+// and their weights (32 x 32, in the first-level cache), then what each tile's rows are pulled by the other's. Tiles
+// form groups that meet in pairs like the players of a tournament: in a round every group is in one pair, so that
+// threads write to tiles of their own, and a tile's sum is added up in the order of the rounds.
 #include "ops/mk_mmd.h"
 
 #include "cpu/arena.h"
@@ -12,10 +12,13 @@
 namespace align::cpu {
 namespace {
 
-constexpr int64_t kMaxSlabs = 8;
-constexpr int64_t kTilesPerSlab = 4;  // a slab has a gradient of its own: little beside its share of the pairs
+constexpr int64_t kMaxGroups = 16;
 
-int64_t slabs_of(int64_t tiles) { return std::clamp<int64_t>(tiles / kTilesPerSlab, 1, kMaxSlabs); }
+// Even, of two tiles or more where there are enough of them.
+int64_t groups_of(int64_t tiles) { return std::clamp<int64_t>(tiles / 4 * 2, 2, kMaxGroups); }
+
+// Blocks of tiles of two groups, or of one and itself: all of groups (groups + 1) / 2.
+int64_t blocks_of(int64_t groups) { return groups * (groups + 1) / 2; }
 
 struct Tile {
   int64_t task;
@@ -33,30 +36,36 @@ struct Job {
   int64_t *count, *seen, *chosen, *first;
   int64_t* token;  // [rows]
   Tile* tile;      // [tiles]
-  double* mean;    // [rank], of z
-  double* value;   // [slabs]
+  double* value;   // [blocks]
   A* z;            // [tiles, rank, kMmdTileRows], zero beyond a tile's rows
-  A* pull;         // [slabs, tiles, rank, kMmdTileRows]: sum_b omega h (z_a - z_b), but for a factor
+  A* centered;     // like z, less the tile's center
+  A* center;       // [tiles, rank]
+  A* pull;         // like z: sum_b omega h (z_a - z_b), but for a factor
   // of the tokens that take part
   int64_t tiles = 0, rows = 0, tasks = 0;
   double bandwidth = 1;
 
   Job(const MkMmdArgs<T>& args, void* workspace) : args(args), arena(workspace) {
     const int64_t most_rows = mmd_rows(args.tokens, args.tasks, args.n_max);
-    const int64_t most_tiles = mmd_tiles(most_rows, args.tasks), most_slabs = slabs_of(most_tiles);
+    const int64_t most_tiles = mmd_tiles(most_rows, args.tasks);
     for (int64_t** of_task : {&count, &seen, &chosen, &first}) *of_task = arena.take<int64_t>(args.tasks);
     token = arena.take<int64_t>(most_rows);
     tile = arena.take<Tile>(most_tiles);
-    mean = arena.take<double>(args.rank);
-    value = arena.take<double>(most_slabs);
+    value = arena.take<double>(blocks_of(groups_of(most_tiles)));
     z = arena.take<A>(most_tiles * tile_size());
-    pull = arena.take<A>(most_slabs * most_tiles * tile_size());
+    centered = arena.take<A>(most_tiles * tile_size());
+    center = arena.take<A>(most_tiles * args.rank);
+    pull = arena.take<A>(most_tiles * tile_size());
   }
 
   int64_t tile_size() const { return args.rank * kMmdTileRows; }
-  int64_t slabs() const { return slabs_of(tiles); }
+  int64_t groups() const { return groups_of(tiles); }
+  int64_t first_of(int64_t group) const { return tiles * group / groups(); }
   A* z_of(int64_t i) const { return z + i * tile_size(); }
-  A* pull_of(int64_t slab, int64_t i) const { return pull + (slab * tiles + i) * tile_size(); }
+  TileRows<A> rows_of(int64_t i) const {
+    return {z_of(i), centered + i * tile_size(), center + i * args.rank, tile[i].rows};
+  }
+  A* pull_of(int64_t i) const { return pull + i * tile_size(); }
 
   // omega of two different tokens of tasks i and j.
   double omega(int64_t i, int64_t j) const {
@@ -110,83 +119,106 @@ void gather_tile(const Job<T>& job, int64_t index) {
   const Tile& tile = job.tile[index];
   Acc<T>* z = job.z_of(index);
   std::fill_n(z, job.tile_size(), Acc<T>(0));
+  std::fill_n(job.pull_of(index), job.tile_size(), Acc<T>(0));
   for (int64_t r = 0; r < tile.rows; ++r) {
     const T* row = job.args.z + job.token[tile.first + r] * job.args.rank;
     for (int64_t d = 0; d < job.args.rank; ++d) z[d * kMmdTileRows + r] = widen(row[d]);
   }
+  for (int64_t d = 0; d < job.args.rank; ++d) {
+    Acc<T> sum = 0;
+    for (int64_t r = 0; r < tile.rows; ++r) sum += z[d * kMmdTileRows + r];
+    const Acc<T> center = job.center[index * job.args.rank + d] = sum / Acc<T>(tile.rows);
+    for (int r = 0; r < kMmdTileRows; ++r) {
+      job.centered[index * job.tile_size() + d * kMmdTileRows + r] = z[d * kMmdTileRows + r] - center;
+    }
+  }
 }
 
-// 2 sum |z - mean|^2 / (n - 1).
+// 2 sum |z - mean|^2 / (n - 1). Each of a tile's rows has sums of its own, side by side in vectors.
 template <typename T>
 double mean_distance(const Job<T>& job) {
-  std::fill_n(job.mean, job.args.rank, 0.0);
-  double squares = 0;
+  double total = 0;
   run_widest([&](auto) ALIGN_INLINE_LAMBDA {
-    for (int64_t i = 0; i < job.tiles; ++i) {
-      for (int64_t d = 0; d < job.args.rank; ++d) {
-        const Acc<T>* z = job.z_of(i) + d * kMmdTileRows;
-        double sum = 0;
-        for (int r = 0; r < kMmdTileRows; ++r) sum += double(z[r]);
-        job.mean[d] += sum / double(job.rows);
+    double squares[kMmdTileRows] = {};
+    for (int64_t d = 0; d < job.args.rank; ++d) {
+      double sum[kMmdTileRows] = {}, mean = 0;
+      for (int64_t i = 0; i < job.tiles; ++i) {
+        const Acc<T>* z = job.z_of(i) + d * kMmdTileRows;  // zero beyond the tile's rows
+        for (int r = 0; r < kMmdTileRows; ++r) sum[r] += double(z[r]);
       }
-    }
-    for (int64_t i = 0; i < job.tiles; ++i) {
-      for (int64_t d = 0; d < job.args.rank; ++d) {
+      for (int r = 0; r < kMmdTileRows; ++r) mean += sum[r] / double(job.rows);
+      for (int64_t i = 0; i < job.tiles; ++i) {
         const Acc<T>* z = job.z_of(i) + d * kMmdTileRows;
-        for (int64_t r = 0; r < job.tile[i].rows; ++r) {
-          const double difference = double(z[r]) - job.mean[d];
-          squares += difference * difference;
+        for (int r = 0; r < kMmdTileRows; ++r) {
+          const double difference = r < job.tile[i].rows ? double(z[r]) - mean : 0;
+          squares[r] += difference * difference;
         }
       }
     }
+    for (double sum : squares) total += sum;
   });
-  return 2 * squares / double(job.rows - 1);
+  return 2 * total / double(job.rows - 1);
 }
 
-// ---- Slabs
+// ---- Pairs
 
-// The tiles of a pair, in the order (0, 0), (0, 1), .. (1, 1), (1, 2), ..
-struct PairOfTiles {
-  int64_t i, j;
+// Two groups that meet.
+struct Block {
+  int64_t a, b;
 };
 
-PairOfTiles pair_at(int64_t index, int64_t tiles) {
-  int64_t i = 0;
-  while (index >= tiles - i) index -= tiles - i++;
-  return {i, i + index};
+// In every round but the last the groups but one stand in a circle: those at equal distances from group `round` meet,
+// and it meets the one that is left. In the last round each group meets itself.
+int64_t blocks_in(int64_t round, int64_t groups) { return round == groups - 1 ? groups : groups / 2; }
+Block block_at(int64_t round, int64_t index, int64_t groups) {
+  const int64_t circle = groups - 1;
+  if (round == circle) return {index, index};
+  if (index == 0) return {round, circle};
+  return {(round + index) % circle, (round + circle - index) % circle};
 }
 
-int64_t slab_begin(int64_t slab, int64_t slabs, int64_t tiles) { return tiles * (tiles + 1) / 2 * slab / slabs; }
+// Whether the gradient adds up differences of rows: where the narrowest kernel may be so much narrower than the
+// latents' spread that near rows outweigh all others, and at ranks so small that products would save little.
+template <typename T>
+bool adds_differences(const MkMmdArgs<T>& args) {
+  constexpr int kMaxHeuristic = 6;  // the narrowest bandwidth is an eighth of the mean squared distance
+  constexpr int64_t kMinRank = 8;
+  return !args.kernels.relative || args.kernels.count > kMaxHeuristic || args.rank < kMinRank;
+}
 
-template <int W, typename T>
-ALIGN_INLINE void run_slab(const Job<T>& job, const Rates<Acc<T>>& rates, int64_t slab) {
+// Returns the block's part of the value.
+template <int W, bool kDifferences, typename T>
+ALIGN_INLINE double run_block(const Job<T>& job, const Rates<Acc<T>>& rates, const Block& block) {
   using A = Acc<T>;
   alignas(64) A h[kTilePairs] = {}, transposed[kTilePairs];
-  const int64_t rank = job.args.rank, begin = slab_begin(slab, job.slabs(), job.tiles);
-  const int64_t count = slab_begin(slab + 1, job.slabs(), job.tiles) - begin;
-  auto [i, j] = pair_at(begin, job.tiles);
-  std::fill(job.pull_of(slab, i), job.pull_of(slab, job.tiles), A(0));  // earlier tiles are in no pair of the slab
-  double value = 0;
-  for (int64_t done = 0; done < count; ++done) {
-    const Tile &a = job.tile[i], &b = job.tile[j];
-    const TilePair<A> pair{job.z_of(i), job.z_of(j), a.rows, b.rows, rank, i == j};
-    const double omega = job.omega(a.task, b.task);
-    const A weight = A(omega * double(job.rows) * double(job.rows));
-    value += (i == j ? 1 : 2) * omega * kernels_of<W>(pair, rates, h);
-    pull_tile<W>(h, pair, weight, job.pull_of(slab, j));
-    if (i != j) {
+  double values[kMmdTileRows] = {}, value = 0;
+  for (int64_t i = job.first_of(block.a); i < job.first_of(block.a + 1); ++i) {
+    for (int64_t j = block.a == block.b ? i : job.first_of(block.b); j < job.first_of(block.b + 1); ++j) {
+      const double omega = job.omega(job.tile[i].task, job.tile[j].task);
+      const A weight = A(omega * double(job.rows) * double(job.rows));
+      const TilePair<A> pair{job.rows_of(i), job.rows_of(j), job.args.rank, weight, i == j};
+      squared_distances<W>(pair, h);
+      kernels_of<W>(pair, rates, (i == j ? 1 : 2) * omega, h, values);
+      pull_tile<W, kDifferences>(h, pair, job.pull_of(j));
+      if (i == j) continue;
       transpose<W>(h, transposed);
-      pull_tile<W>(transposed, TilePair<A>{pair.b, pair.a, b.rows, a.rows, rank, false}, weight, job.pull_of(slab, i));
+      pull_tile<W, kDifferences>(transposed, TilePair<A>{pair.b, pair.a, pair.rank, weight, false}, job.pull_of(i));
     }
-    if (++j == job.tiles) j = ++i;
   }
-  job.value[slab] = value;
+  for (double of_lane : values) value += of_lane;
+  return value;
 }
 
+// Blocks [first, last) of a round.
 template <typename T>
-void run_slabs(const Job<T>& job, const Rates<Acc<T>>& rates, int64_t first, int64_t last) {
+void run_blocks(const Job<T>& job, const Rates<Acc<T>>& rates, int64_t round, int64_t first, int64_t last) {
   const auto run = [&](auto width) ALIGN_INLINE_LAMBDA {
-    for (int64_t slab = first; slab < last; ++slab) run_slab<width()>(job, rates, slab);
+    for (int64_t index = first; index < last; ++index) {
+      const Block block = block_at(round, index, job.groups());
+      job.value[round * (job.groups() / 2) + index] = adds_differences(job.args)
+                                                          ? run_block<width(), true>(job, rates, block)
+                                                          : run_block<width(), false>(job, rates, block);
+    }
   };
   if constexpr (std::is_same_v<T, double>) {  // for gradient checks: no wide version
     run(std::integral_constant<int, 16>{});
@@ -196,19 +228,13 @@ void run_slabs(const Job<T>& job, const Rates<Acc<T>>& rates, int64_t first, int
 }
 
 template <typename T>
-void add_slabs(const Job<T>& job, Acc<T> factor, int64_t index) {
-  using A = Acc<T>;
+void write_tile(const Job<T>& job, Acc<T> factor, int64_t index) {
   const Tile& tile = job.tile[index];
   const int64_t rank = job.args.rank;
-  A* sum = job.pull_of(0, index);
-  for (int64_t slab = 1; slab < job.slabs(); ++slab) {
-    if (pair_at(slab_begin(slab, job.slabs(), job.tiles), job.tiles).i > index) break;
-    const A* part = job.pull_of(slab, index);
-    for (int64_t e = 0; e < job.tile_size(); ++e) sum[e] += part[e];
-  }
+  const Acc<T>* pull = job.pull_of(index);
   for (int64_t r = 0; r < tile.rows; ++r) {
-    for (int64_t d = 0; d < rank; ++d)
-      job.args.gradient[(tile.first + r) * rank + d] = factor * sum[d * kMmdTileRows + r];
+    Acc<T>* gradient = job.args.gradient + (tile.first + r) * rank;
+    for (int64_t d = 0; d < rank; ++d) gradient[d] = factor * pull[d * kMmdTileRows + r];
   }
 }
 
@@ -217,14 +243,18 @@ template <typename T>
 double run_pairs(const Job<T>& job) {
   const auto& args = job.args;
   const Rates<Acc<T>> rates(args.kernels, job.bandwidth);
-  parallel_for(0, job.slabs(), 1, [&](int64_t begin, int64_t end) { run_slabs(job, rates, begin, end); });
+  const int64_t groups = job.groups();
+  for (int64_t round = 0; round < groups; ++round) {
+    parallel_for(0, blocks_in(round, groups), 1,
+                 [&](int64_t begin, int64_t end) { run_blocks(job, rates, round, begin, end); });
+  }
   const double rows = double(job.rows), beta = args.kernels.beta[0] / job.bandwidth;
   const Acc<T> factor = Acc<T>(-4 * beta / (rows * rows) * job.pairs_scale());
   parallel_for(0, job.tiles, 8, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) add_slabs(job, factor, i);
+    for (int64_t i = begin; i < end; ++i) write_tile(job, factor, i);
   });
   double value = 0;
-  for (int64_t slab = 0; slab < job.slabs(); ++slab) value += job.value[slab];
+  for (int64_t block = 0; block < blocks_of(groups); ++block) value += job.value[block];
   for (int64_t i = 0; i < args.tasks && !args.u_statistic; ++i) {  // each token with itself
     if (job.chosen[i] > 0) value += job.omega(i, i) * double(job.chosen[i]) * args.kernels.count;
   }

@@ -54,32 +54,76 @@ ALIGN_INLINE Vec<double, W> exp2_of(const Vec<double, W>& t) {
   return v;
 }
 
+// A tile's rows, dimension by dimension.
+template <typename A>
+struct TileRows {
+  const A *z, *centered;  // [rank, kMmdTileRows]: z, z - center
+  const A* center;        // [rank], about the rows' mean
+  int64_t rows;
+};
+
 // Rows a of one tile against rows b of another, or of the same.
 template <typename A>
 struct TilePair {
-  const A *a, *b;  // [rank, kMmdTileRows]
-  int64_t rows_a, rows_b, rank;
+  TileRows<A> a, b;
+  int64_t rank;
+  A weight;  // of what they pull
   bool same;
 };
 
-// h of all pairs, [a][b]; returns the sum of k over pairs of different rows.
+// Calls body(how many vectors, first row) over rows: two vectors at a time, or one.
+template <int W, typename A, typename Body>
+ALIGN_INLINE void for_vectors(int64_t rows, const Body& body) {
+  constexpr int kLane = kLanes<A, W>;
+  for (int64_t first = 0; first < rows; first += 2 * kLane) {
+    if (rows - first > kLane) {
+      body(std::integral_constant<int, 2>{}, first);
+    } else {
+      body(std::integral_constant<int, 1>{}, first);
+    }
+  }
+}
+
+// |a - b|^2 of all pairs, [a][b].
 template <int W, typename A>
-ALIGN_INLINE double kernels_of(const TilePair<A>& pair, const Rates<A>& rates, A* h) {
+ALIGN_INLINE void squared_distances(const TilePair<A>& pair, A* d2) {
   using V = Vec<A, W>;
   constexpr int kGroup = W == 64 ? 8 : 4, kLane = kLanes<A, W>;  // rows a whose sums stay in registers
-  V total = {};
-  for (int first = 0; first < pair.rows_b; first += kLane) {
-    V counts;
-    for (int l = 0; l < kLane; ++l) counts[l] = first + l < pair.rows_b ? A(1) : A(0);
-    for (int64_t a = 0; a < pair.rows_a; a += kGroup) {
-      V d2[kGroup] = {}, e[kGroup] = {}, sum[kGroup] = {}, weighted[kGroup] = {};
+  for_vectors<W, A>(pair.b.rows, [&](auto vectors, int64_t b) ALIGN_INLINE_LAMBDA {
+    for (int64_t a = 0; a < pair.a.rows; a += kGroup) {
+      V sum[kGroup][vectors()] = {};
       for (int64_t d = 0; d < pair.rank; ++d) {
-        const V zb = load<W>(pair.b + d * kMmdTileRows + first);
+        const A *from = pair.a.z + d * kMmdTileRows + a, *to = pair.b.z + d * kMmdTileRows + b;
+        V z[vectors()];
+        for (int l = 0; l < vectors(); ++l) z[l] = load<W>(to + l * kLane);
         for (int i = 0; i < kGroup; ++i) {
-          const V difference = zb - pair.a[d * kMmdTileRows + a + i];
-          d2[i] += difference * difference;
+          for (int l = 0; l < vectors(); ++l) {
+            const V difference = z[l] - from[i];
+            sum[i][l] += difference * difference;
+          }
         }
       }
+      for (int i = 0; i < kGroup; ++i) {
+        for (int l = 0; l < vectors(); ++l) store<W>(d2 + (a + i) * kMmdTileRows + b + l * kLane, sum[i][l]);
+      }
+    }
+  });
+}
+
+// Replaces the squared distances of all pairs by h, and adds omega k of pairs of different rows to value, one number
+// for each lane. A row's h with itself is 0.
+template <int W, typename A>
+ALIGN_INLINE void kernels_of(const TilePair<A>& pair, const Rates<A>& rates, double omega, A* h, double* value) {
+  using V = Vec<A, W>;
+  constexpr int kGroup = W == 64 ? 4 : 2, kLane = kLanes<A, W>;  // rows a that hide each other's latency
+  V total = {}, lane;
+  for (int l = 0; l < kLane; ++l) lane[l] = A(l);
+  for (int64_t b = 0; b < pair.b.rows; b += kLane) {
+    const V exists = lane < A(pair.b.rows - b) ? V{} + A(1) : V{};
+    for (int64_t a = 0; a < pair.a.rows; a += kGroup) {
+      A* at = h + a * kMmdTileRows + b;
+      V d2[kGroup], e[kGroup] = {}, sum[kGroup] = {}, weighted[kGroup] = {};
+      for (int i = 0; i < kGroup; ++i) d2[i] = load<W>(at + i * kMmdTileRows);
       for (int k = 0; k < rates.count; ++k) {
         for (int i = 0; i < kGroup; ++i) {
           e[i] = rates.squared[k] ? e[i] * e[i] : exp2_of<W>(-rates.rate[k] * d2[i]);
@@ -87,18 +131,16 @@ ALIGN_INLINE double kernels_of(const TilePair<A>& pair, const Rates<A>& rates, A
           weighted[i] += rates.weight[k] * e[i];
         }
       }
-      for (int i = 0; i < kGroup; ++i) {
-        store<W>(h + (a + i) * kMmdTileRows + first, weighted[i] * counts);
-        if (a + i >= pair.rows_a) continue;
-        V others = counts;
-        if (pair.same && a + i >= first && a + i < first + kLane) others[a + i - first] = 0;
-        total += sum[i] * others;
+      for (int i = 0; i < kGroup && a + i < pair.a.rows; ++i) {
+        const V counts = pair.same ? (lane == A(a + i - b) ? V{} : exists) : exists;
+        total += sum[i] * counts;
+        store<W>(at + i * kMmdTileRows, weighted[i] * counts);
       }
     }
   }
-  double value = 0;
-  for (int l = 0; l < kLane; ++l) value += double(total[l]);
-  return value;
+  A lanes[kLane];
+  store<W>(lanes, total);
+  for (int l = 0; l < kLane; ++l) value[l] += omega * double(lanes[l]);
 }
 
 // ---- Pulls
@@ -134,31 +176,62 @@ ALIGN_INLINE void transpose(const A* from, A* to) {
   }
 }
 
-// pull[d][b] += weight sum_a h[a][b] (b[d] - a[d]) for the rows b of a pair, dimensions d .. d + kDims. Differences,
-// not products' difference: narrow kernels give near rows, whose difference is small, the largest weights.
-template <int W, int kDims, typename A>
-ALIGN_INLINE void pull_dims(const A* h, const TilePair<A>& pair, int64_t d, A weight, A* pull) {
-  const A *from = pair.a + d * kMmdTileRows, *to = pair.b + d * kMmdTileRows;
-  for (int64_t b = 0; b < pair.rows_b; b += kLanes<A, W>) {
-    Vec<A, W> z[kDims], sum[kDims] = {};
-    for (int i = 0; i < kDims; ++i) z[i] = load<W>(to + i * kMmdTileRows + b);
-    for (int64_t a = 0; a < pair.rows_a; ++a) {
-      const Vec<A, W> share = load<W>(h + a * kMmdTileRows + b);
-      for (int i = 0; i < kDims; ++i) sum[i] += share * (z[i] - from[i * kMmdTileRows + a]);
-    }
+// pull[d][b] += weight sum_a h[a][b] (b[d] - a[d]) for rows b .. of a pair, dimensions d .. d + kDims. A narrow kernel
+// gives near rows, whose difference is small, the largest weights: then kDifferences are added up. Else, with c the
+// center of the rows a, (b - c) sum_a h - sum_a h (a - c) takes half of the operations: total is sum_a h.
+template <int W, int kDims, int kVectors, bool kDifferences, typename A>
+ALIGN_INLINE void pull_dims(const A* h, const TilePair<A>& pair, const Vec<A, W>* total, int64_t b, int64_t d,
+                            A* pull) {
+  using V = Vec<A, W>;
+  constexpr int kLane = kLanes<A, W>;
+  const A *from = (kDifferences ? pair.a.z : pair.a.centered) + d * kMmdTileRows, *to = pair.b.z + d * kMmdTileRows + b;
+  V z[kDims][kVectors], sum[kDims][kVectors] = {};
+  for (int i = 0; i < kDims; ++i) {
+    for (int l = 0; l < kVectors; ++l) z[i][l] = load<W>(to + i * kMmdTileRows + l * kLane);
+  }
+  for (int64_t a = 0; a < pair.a.rows; ++a) {
+    V share[kVectors];
+    for (int l = 0; l < kVectors; ++l) share[l] = load<W>(h + a * kMmdTileRows + b + l * kLane);
     for (int i = 0; i < kDims; ++i) {
-      A* out = pull + (d + i) * kMmdTileRows + b;
-      store<W>(out, load<W>(out) + weight * sum[i]);
+      const V row = from[i * kMmdTileRows + a] - V{};  // one number in all lanes
+      for (int l = 0; l < kVectors; ++l) sum[i][l] += share[l] * (kDifferences ? z[i][l] - row : row);
+    }
+  }
+  for (int i = 0; i < kDims; ++i) {
+    for (int l = 0; l < kVectors; ++l) {
+      A* out = pull + (d + i) * kMmdTileRows + b + l * kLane;
+      const V all = kDifferences ? sum[i][l] : (z[i][l] - pair.a.center[d + i]) * total[l] - sum[i][l];
+      store<W>(out, load<W>(out) + pair.weight * all);
     }
   }
 }
 
+// sum_a h[a]. A distance from the center multiplies its rounding: no more than four rows are added up in float.
 template <int W, typename A>
-ALIGN_INLINE void pull_tile(const A* h, const TilePair<A>& pair, A weight, A* pull) {
-  constexpr int kDims = W == 64 ? 8 : 4;
-  int64_t d = 0;
-  for (; d + kDims <= pair.rank; d += kDims) pull_dims<W, kDims>(h, pair, d, weight, pull);
-  for (; d < pair.rank; ++d) pull_dims<W, 1>(h, pair, d, weight, pull);
+ALIGN_INLINE Vec<A, W> sum_rows(const A* h, int64_t rows) {
+  typedef double Wide __attribute__((vector_size(W / sizeof(A) * sizeof(double))));
+  constexpr int kRow = kMmdTileRows;
+  Wide sum = {};
+  int64_t a = 0;
+  for (; a + 4 <= rows; a += 4) {
+    const A* at = h + a * kRow;
+    const auto four = (load<W>(at) + load<W>(at + kRow)) + (load<W>(at + 2 * kRow) + load<W>(at + 3 * kRow));
+    sum += __builtin_convertvector(four, Wide);
+  }
+  for (; a < rows; ++a) sum += __builtin_convertvector(load<W>(h + a * kRow), Wide);
+  return __builtin_convertvector(sum, Vec<A, W>);
+}
+
+template <int W, bool kDifferences, typename A>
+ALIGN_INLINE void pull_tile(const A* h, const TilePair<A>& pair, A* pull) {
+  constexpr int kDims = W == 64 ? 8 : 4, kLane = kLanes<A, W>;
+  for_vectors<W, A>(pair.b.rows, [&](auto vectors, int64_t b) ALIGN_INLINE_LAMBDA {
+    Vec<A, W> total[vectors()] = {};
+    for (int l = 0; l < vectors() && !kDifferences; ++l) total[l] = sum_rows<W>(h + b + l * kLane, pair.a.rows);
+    int64_t d = 0;
+    for (; d + kDims <= pair.rank; d += kDims) pull_dims<W, kDims, vectors(), kDifferences>(h, pair, total, b, d, pull);
+    for (; d < pair.rank; ++d) pull_dims<W, 1, vectors(), kDifferences>(h, pair, total, b, d, pull);
+  });
 }
 
 }  // namespace align::cpu

@@ -138,6 +138,16 @@ def test_clusters_far_apart_keep_their_gradients(device):
     compare(device, z + 300, task, 3, bandwidths=[1.0, 2.0])
 
 
+@pytest.mark.parametrize("rank", [8, 20])
+@pytest.mark.parametrize("options", [{"bandwidths": [1e-6, 1.0]}, {"num_kernels": 24}, {}])
+def test_near_tokens_keep_their_gradients(device, rank, options):
+    # Samples that share a prompt share latents: equal ones, and others 1e-3 apart, which narrow kernels weigh most.
+    z, task = make(120, rank, 3)
+    z[60:] = z[:60] + 1e-3 * torch.randn(60, rank, generator=torch.Generator().manual_seed(1))
+    z[100:110] = z[:10]
+    compare(device, z, task, 3, **options)
+
+
 # ---- Nobody to compare
 
 
@@ -203,6 +213,20 @@ def test_the_gradient_is_a_direction_of_descent(device):
     before = run(ops.mk_mmd, z, task, 3, device=device)
     after = run(ops.mk_mmd, z - 0.5 * before["dz"] / before["dz"].norm(), task, 3, device=device)
     assert after["loss"] < before["loss"]
+
+
+@pytest.mark.parametrize("rank", [6, 16])
+def test_a_common_shift_changes_nothing(device, rank):
+    z, task = make(200, rank, 4)
+    z = torch.round(z * 2**8) / 2**8  # so that float32 holds z + 1e4 as well
+    a, b = (run(ops.mk_mmd, moved, task, 4, device=device) for moved in (z, z + 1e4))
+    torch.testing.assert_close(b["loss"], a["loss"], rtol=1e-5, atol=0)
+    assert (b["dz"] - a["dz"]).abs().max() < 1e-5 * a["dz"].abs().max()
+
+
+def test_many_tasks_match_the_literal_pairs(device):
+    z, task = make(260, 8, 25)
+    compare(device, z, task, 25)
 
 
 def test_strided_views_are_read_as_they_are(device):
