@@ -9,7 +9,7 @@ from task_ids import NOBODY_TO_COMPARE, assert_exactly_zero
 from torch.library import opcheck
 
 from align_ext import ops, reference
-from align_ext.losses.align import merge_moments
+from align_ext.losses.kl import merge_moments
 from align_ext.ops.gaussian_kl import gaussian_kl_backward
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
