@@ -1,0 +1,213 @@
+"""How alike heads and tasks have become, and how the routers spread the tokens over the heads."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from align_ext.losses.tokens import TokenTasks
+from align_ext.nn.base import Adapter, Projected
+
+_SUFFIX = ".adapter"  # of an adapter's name, beside its base_layer
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How one layer's router weighs the heads over the tokens that count, and over its G groups of outputs.
+
+    Attributes:
+        entropy: mean over (token, group) of -Σ_i w_i log w_i, divided by log N: 1 = uniform, 0 = one head alone
+            (1 for a single head).
+        importance: [N], mean of w_i; they add up to 1.
+        load: [N], share of (token, group) whose largest weight is w_i, ties to the lowest i; they add up to 1.
+    """
+
+    entropy: float
+    importance: Tensor
+    load: Tensor
+
+
+def cosines(vectors: Tensor) -> Tensor:
+    """Computes the cosine of every pair of rows, [K, K] for [K, d]; NaN where a row is zero."""
+    vectors = vectors.detach().to(torch.promote_types(vectors.dtype, torch.float32))
+    units = vectors / vectors.norm(dim=1, keepdim=True)
+    return units @ units.T
+
+
+def head_similarity(model: nn.Module) -> dict[str, Tensor]:
+    """Computes the cosine of every pair of flattened heads B_i, B_j of each layer (2508.05078, Figure 2).
+
+    For multi_adapter the B of the tasks. Near 1: the heads learned the same, and one would do.
+
+    Args:
+        model: with adapters of several heads (hydra, r_lora, m_lora, lora_moe, mtlora) or tasks.
+
+    Returns:
+        Module name -> [N, N], float32; NaN for heads that are still zero.
+
+    Raises:
+        ValueError: no layer has several heads.
+    """
+    heads: dict[str, Any] = {name: adapter.lora_B for name, adapter in _adapters(model).items()}
+    found = {name: cosines(B.flatten(1)) for name, B in heads.items() if B.dim() == 3}
+    if not found:
+        raise ValueError("no layer has several heads: their similarity is one of hydra, r_lora, m_lora, ...")
+    return found
+
+
+def routing(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Routing]:
+    """Measures the routers on a batch, in evaluation.
+
+    Args:
+        model: with routed adapters (hydra, r_lora, lora_moe, mtlora).
+        batch: what the model takes; where attention_mask is 0, or task_ids -1, a token does not count.
+
+    Returns:
+        Module name -> Routing.
+
+    Raises:
+        ValueError: no layer has a router, or no token counts.
+    """
+    found = {name: w for name, (_, w) in _outputs(model, batch).items() if w is not None}
+    if not found:
+        raise ValueError("no layer has a router: routing is measured for hydra, r_lora, lora_moe and mtlora")
+    tokens = _tasks(batch)
+    return {name: _routing(w[_counting(tokens, w)].flatten(0, 1)) for name, w in found.items()}
+
+
+def _routing(w: Tensor) -> Routing:
+    """Of weights [tokens * groups, N]."""
+    heads = w.shape[1]
+    if not len(w):
+        raise ValueError("no token of the batch counts: they are all padding or of task -1")
+    entropy = torch.special.entr(w).sum(1).mean()
+    load = torch.bincount(w.argmax(1), minlength=heads) / len(w)
+    return Routing(float(entropy) / math.log(heads) if heads > 1 else 1.0, w.mean(0), load)
+
+
+def latent_similarity(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Computes the cosine of every pair of tasks' mean latents mu_k = mean over the task's tokens of z, of each layer.
+
+    Near 1 in every pair: the tasks share a latent space, which is what alignment is for.
+
+    Args:
+        model: with adapters of any kind; latents of each head are taken as one vector.
+        batch: what the model takes, with task_ids [B] or [B, S].
+
+    Returns:
+        Module name -> [M, M], M the largest id plus one; NaN for tasks without a token.
+
+    Raises:
+        ValueError: the batch has no task_ids.
+    """
+    if batch.get("task_ids") is None:
+        raise ValueError("the batch has no task_ids: give one id per sample, [B], or per token, [B, S]")
+    tokens, tasks = _tasks(batch), int(torch.as_tensor(batch["task_ids"]).max()) + 1
+    found = {}
+    for name, (z, _) in _outputs(model, batch).items():
+        ids = _ids(tokens, z)
+        found[name] = cosines(torch.stack([z.flatten(1)[ids == task].mean(0) for task in range(tasks)]))
+    return found
+
+
+def mean_similarity(layers: Mapping[str, Tensor]) -> Tensor:
+    """Computes the mean over the layers of their matrices, leaving out NaN; [K, K]."""
+    return torch.stack([matrix.cpu() for matrix in layers.values()]).nanmean(0)
+
+
+def plot_similarity(layers: Mapping[str, Tensor], file: str | os.PathLike[str]) -> str | None:
+    """Draws a heat map of each layer's matrix; the file's name, or None without matplotlib.
+
+    Args:
+        layers: of head_similarity or latent_similarity.
+        file: its ending is the format (.png, .svg, .pdf).
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    columns = min(len(layers), 6)
+    rows = math.ceil(len(layers) / columns)
+    figure = Figure(figsize=(2.2 * columns + 0.8, 2.4 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis, (name, matrix) in zip(axes, layers.items(), strict=False):
+        image = axis.imshow(matrix.cpu().numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
+        axis.set_title(name.removeprefix("model.layers."), fontsize="x-small")
+        axis.set(xticks=range(len(matrix)), yticks=range(len(matrix)))
+    for axis in axes[len(layers) :]:
+        axis.set_axis_off()
+    figure.colorbar(image, ax=axes.tolist(), label="cosine")
+    figure.savefig(file, dpi=120)
+    return os.fspath(file)
+
+
+def _adapters(model: nn.Module) -> dict[str, Adapter]:
+    """The adapters of a model by the names of their layers."""
+    found = {
+        name.removesuffix(_SUFFIX): module for name, module in model.named_modules() if isinstance(module, Adapter)
+    }
+    if not found:
+        raise ValueError("the model has no adapters: call replace_linear_with_align_lora(model) first")
+    return found
+
+
+def _tasks(batch: Mapping[str, Any]) -> TokenTasks | None:
+    """The task of every token, -1 where it does not count; without task_ids all are of task 0. None: no padding too."""
+    ids, mask = batch.get("task_ids"), batch.get("attention_mask")
+    if ids is None and mask is None:
+        return None
+    ids = torch.zeros(1, dtype=torch.int64) if ids is None else torch.as_tensor(ids)
+    if mask is not None:
+        ids = torch.where(mask.to(ids.device) != 0, ids[:, None] if ids.dim() == 1 else ids, -1)
+    return TokenTasks(ids)
+
+
+def _ids(tokens: TokenTasks | None, output: Tensor) -> Tensor:
+    """The task of each row of a layer's output [T, ...]."""
+    if tokens is None:
+        return torch.zeros(len(output), dtype=torch.int64, device=output.device)
+    tokens.check(len(output))
+    return tokens.expand(output.device, len(output))
+
+
+def _counting(tokens: TokenTasks | None, output: Tensor) -> Tensor:
+    return _ids(tokens, output) >= 0
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Z [T, r] (or [T, N, r]) and w [T, G, N] of each layer, in evaluation."""
+    training = model.training
+    try:
+        with _kept(_adapters(model)) as outputs:
+            model.eval()(**batch)
+    finally:
+        model.train(training)
+    return outputs
+
+
+@contextmanager
+def _kept(adapters: Mapping[str, Adapter]) -> Iterator[dict[str, tuple[Tensor, Tensor | None]]]:
+    """Within, every adapter's projection leaves its z and w under the layer's name."""
+    outputs: dict[str, tuple[Tensor, Tensor | None]] = {}
+
+    def project(name: str, plain: Callable[..., Projected], *args: Any, **options: Any) -> Projected:
+        y, z, w = plain(*args, **options)
+        outputs[name] = (z, w)
+        return y, z, w
+
+    for name, adapter in adapters.items():
+        adapter.__dict__["project"] = functools.partial(project, name, adapter.project)
+    try:
+        yield outputs
+    finally:
+        for adapter in adapters.values():
+            del adapter.__dict__["project"]
