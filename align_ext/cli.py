@@ -68,11 +68,42 @@ def train(config: str | None, print_config: bool, **flags: Any) -> None:
 
 
 @app.command()
-def doctor() -> None:
-    """Shows versions and devices, and tests every operator on each device; exit code 1 if something is broken."""
+def doctor(
+    grad_check: Annotated[
+        bool, typer.Option("--grad-check", help="check that the losses reach every adapted layer of a model")
+    ] = False,
+    model: Annotated[str | None, typer.Option(help="with --grad-check: a folder or hub id [a tiny one]")] = None,
+) -> None:
+    """Shows versions and devices, and tests every operator on each device; exit code 1 if something is broken.
+
+    With --grad-check: does the alignment reach every layer, under each mode of activation checkpointing?
+    """
+    if model is not None and not grad_check:
+        raise Mistake("--model goes with --grad-check")
+    raise typer.Exit(0 if (_grad_check(model) if grad_check else _self_test()) else 1)
+
+
+def _self_test() -> bool:
     from align_ext.diagnostics import doctor as check
 
-    raise typer.Exit(0 if check.run() else 1)
+    return check.run()
+
+
+def _grad_check(model: str | None) -> bool:
+    try:
+        import transformers
+
+        from align_ext.hf.check_modes import check_modes
+    except ModuleNotFoundError as error:
+        raise Mistake(f"the gradient check needs {error.name}: pip install 'align_ext[train]'") from error
+    from rich.console import Console
+
+    transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    try:
+        return check_modes(model, Console())
+    except ValueError as error:
+        raise Mistake(str(error)) from error
 
 
 def _show_version(wanted: bool) -> None:

@@ -56,7 +56,7 @@ def head_similarity(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ValueError: no layer has several heads.
     """
-    heads: dict[str, Any] = {name: adapter.lora_B for name, adapter in _adapters(model).items()}
+    heads: dict[str, Any] = {name: adapter.lora_B for name, adapter in adapters_of(model).items()}
     found = {name: cosines(B.flatten(1)) for name, B in heads.items() if B.dim() == 3}
     if not found:
         raise ValueError("no layer has several heads: their similarity is one of hydra, r_lora, m_lora, ...")
@@ -149,7 +149,7 @@ def plot_similarity(layers: Mapping[str, Tensor], file: str | os.PathLike[str]) 
     return os.fspath(file)
 
 
-def _adapters(model: nn.Module) -> dict[str, Adapter]:
+def adapters_of(model: nn.Module) -> dict[str, Adapter]:
     """The adapters of a model by the names of their layers."""
     found = {
         name.removesuffix(_SUFFIX): module for name, module in model.named_modules() if isinstance(module, Adapter)
@@ -187,7 +187,7 @@ def _outputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, tuple[Tens
     """Z [T, r] (or [T, N, r]) and w [T, G, N] of each layer, in evaluation."""
     training = model.training
     try:
-        with _kept(_adapters(model)) as outputs:
+        with _kept(adapters_of(model)) as outputs:
             model.eval()(**batch)
     finally:
         model.train(training)

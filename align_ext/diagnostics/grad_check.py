@@ -1,0 +1,327 @@
+"""Does the alignment reach every adapted layer, in this model, on this batch, by this training loop?
+
+    report = grad_check(model, batch)                    # loss = model(**batch).loss; loss.backward()
+    report = grad_check(model, batch, my_loop)           # my_loop(model, batch): forward and backward, no optimizer
+    print(report)
+
+A loss that trains nothing looks like any other: its value is logged and its gradient is zero. So the gradient with the
+loss's weight minus that without it is compared, layer by layer, with the finite difference of the loss's value, which
+no backward takes part in.
+"""
+
+from __future__ import annotations
+
+import statistics
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from align_ext.batch import AlignState, find_state
+from align_ext.diagnostics.observe import Observer, cause_of_zero, is_ours
+from align_ext.diagnostics.similarity import adapters_of
+
+Loop = Callable[[nn.Module, Any], Any]
+# By dtype: how far a parameter is moved, relative to its norm; the error of a gradient allowed, relative to it.
+_PRECISION = {torch.float64: (1e-3, 0.02), torch.float32: (1e-2, 0.1)}
+_COARSE = (3e-2, 0.5)
+_MOST_DOUBLES = 300_000_000
+_SEED = 0
+_UNKNOWN = (
+    "backward reached the layer, but not what the step had for it: recompute by the model's own "
+    "gradient_checkpointing_enable(), or by checkpoint(..., use_reentrant=False)"
+)
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What one loss does to one layer.
+
+    Attributes:
+        layer: module name.
+        loss: "align", "balance" or "loss", the model's own.
+        gradient: norm of what the loss adds to the parameter's gradient (lora_A; balance: the router's; loss: lora_B).
+        expected: what finite differences make of it along the gradient; None: not differenced.
+        verdict: "ok", "none" (no gradient), "wrong" (another than the finite difference), "stationary" (no gradient,
+            and rightly: the loss does not change either).
+        cause: the likely one, and its cure; empty if all is well.
+    """
+
+    layer: str
+    loss: str
+    gradient: float
+    expected: float | None
+    verdict: str
+    cause: str = ""
+
+    @property
+    def reached(self) -> bool:
+        """Whether the layer gets what it should."""
+        return self.verdict in ("ok", "stationary")
+
+
+@dataclass(frozen=True)
+class GradReport:
+    """The outcome for all layers.
+
+    Attributes:
+        layers: one entry a layer and loss.
+        scale: by loss, what the loop multiplies it by (loss scaling, accumulation): the median over the layers.
+    """
+
+    layers: list[Reach]
+    scale: dict[str, float]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every layer gets its gradient."""
+        return all(layer.reached for layer in self.layers)
+
+    def __str__(self) -> str:
+        lines = [f"{loss}: multiplied by {scale:.4g}" for loss, scale in self.scale.items() if abs(scale - 1) > 0.02]
+        lines += [f"{x.layer}: {x.loss}: {x.verdict}: {x.cause}" for x in self.layers if not x.reached]
+        reached = sum(layer.reached for layer in self.layers)
+        return "\n".join([f"{reached} of {len(self.layers)} layers get their gradient", *lines])
+
+
+def grad_check(model: nn.Module, batch: Any, loop: Loop | None = None, *, differences: int = 16) -> GradReport:
+    """Compares what a loss adds to each layer's gradient with finite differences of the loss.
+
+        D = gradient(weight) - gradient(0),   V = D / ||D||
+        D · V  against  weight * (loss(P + h V) - loss(P - h V)) / 2h
+
+    for P = lora_A and the alignment, the router and the balance loss; without alignment P = lora_B and the model's own
+    loss. In float64 where the model is on the CPU and fits; it is left as it was, gradients included.
+
+    Args:
+        model: with adapters, in the mode and wrapping that it is trained in.
+        batch: what the loop takes.
+        loop: forward and backward of one batch, loop(model, batch), without optimizer.step() and zero_grad(); may
+            return the loss. None: loss = model(**batch).loss; loss.backward().
+        differences: how many layers are differenced (two runs of the loop each): those without a gradient first, then
+            evenly spread. None are where a router takes its top_k heads, whose choice jumps.
+
+    Returns:
+        What every layer gets, with the likely cause where that is nothing.
+
+    Raises:
+        ValueError: the model has no adapters, or the loop changed the parameters.
+    """
+    state, adapters = find_state(model), adapters_of(model)
+    assert state is not None
+    layers: list[Reach] = []
+    scale = {}
+    with _left_as_found(model, state), _in_double(model) as dtype, Observer(adapters, state) as observer:
+        for loss in _losses(state):
+            probe = _Probe(model, observer, lambda: (loop or one_step)(model, _floats_as(batch, dtype)), loss)
+            found, scale[loss] = probe.check(differences, dtype)
+            layers += found
+    return GradReport(layers, scale)
+
+
+def one_step(model: Any, batch: Mapping[str, Any]) -> Tensor:
+    """The default loop."""
+    loss = model(**batch).loss
+    loss.backward()
+    return loss
+
+
+def print_reports(reports: Mapping[str, GradReport], console: Console) -> None:
+    """Prints a table of reports, one row each, and below it what is wrong."""
+    table = Table("model", "loss", "layers", "largest error", "verdict", title="what reaches the adapters")
+    for name, report in reports.items():
+        for loss, scale in report.scale.items():
+            layers = [layer for layer in report.layers if layer.loss == loss]
+            errors = [
+                abs(x.gradient - scale * x.expected) / x.gradient
+                for x in layers
+                if x.expected is not None and x.verdict == "ok"
+            ]
+            reached = sum(layer.reached for layer in layers)
+            verdict = "[green]ok[/green]" if reached == len(layers) else "[red]not reached[/red]"
+            table.add_row(name, loss, f"{reached}/{len(layers)}", f"{max(errors):.0e}" if errors else "-", verdict)
+    console.print(table)
+    for name, report in reports.items():
+        if not report.ok:
+            console.print(f"[red]{name}[/red]: {report}", highlight=False)
+
+
+def _losses(state: AlignState) -> list[str]:
+    config = state.config
+    return ["align" if config.align else "loss"] + ["balance"] * bool(config.balance)
+
+
+def _parameter(loss: str, adapter: Any) -> nn.Parameter:
+    if loss == "balance":
+        return adapter.lora_router.lora_R
+    return adapter.lora_A if loss == "align" else adapter.lora_B
+
+
+class _Probe:
+    """Runs of the loop that differ in the weight of one loss, or in one parameter, and in nothing else."""
+
+    def __init__(self, model: nn.Module, observer: Observer, loop: Callable[[], Any], loss: str) -> None:
+        self.model, self.observer, self.loop, self.loss = model, observer, loop, loss
+        self.parameters = {name: _parameter(loss, adapter) for name, adapter in observer.adapters.items()}
+        self.buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        self.weight = 1.0 if loss == "loss" else getattr(observer.state.config, f"{loss}_weight") or 1.0
+
+    def check(self, differences: int, dtype: torch.dtype) -> tuple[list[Reach], float]:
+        """The layers' entries, and the loop's factor on the loss."""
+        try:
+            added = self.added()
+        except RuntimeError as error:
+            if not is_ours(error):
+                raise
+            return [Reach(name, self.loss, 0.0, None, "none", str(error)) for name in self.parameters], 1.0
+        causes = {name: cause_of_zero(self.observer, name, p, self.loss) for name, p in self.parameters.items()}
+        if self.loss == "align" and self.observer.hold_bandwidths():
+            added = self.added()
+        step, tolerance = _PRECISION.get(dtype, _COARSE)
+        chosen = _chosen(added, 0 if self.observer.state.config.top_k else differences)
+        slopes = {name: self.slope(name, added[name], step) for name in chosen}
+        return _judged(self.loss, added, slopes, causes, tolerance)
+
+    def run(self, weight: float) -> tuple[dict[str, Tensor | None], float | None]:
+        """The parameters' gradients and the loss's value, from the same random numbers and buffers each time."""
+        for buffer, value in self.buffers:
+            buffer.copy_(value)
+        self.model.zero_grad(set_to_none=True)
+        if self.loss != "loss":
+            self.observer.reweigh(self.loss, weight)
+        self.observer.steps.clear()
+        versions = [p._version for p in self.parameters.values()]
+        with torch.random.fork_rng():
+            torch.manual_seed(_SEED)
+            returned = self.loop()
+        if versions != [p._version for p in self.parameters.values()]:
+            raise ValueError("the loop changed the adapters: leave optimizer.step() out of it")
+        grads = {name: None if p.grad is None else p.grad.detach().clone() for name, p in self.parameters.items()}
+        return grads, self.observer.value(self.loss, returned)
+
+    def added(self) -> dict[str, Tensor]:
+        """What the loss adds to each gradient; exactly zero where it is lost in the rounding of the rest."""
+        off = {} if self.loss == "loss" else self.run(0.0)[0]
+        on = self.run(self.weight)[0]
+        result = {}
+        for name, p in self.parameters.items():
+            with_loss, without = (torch.zeros_like(p) if g is None else g for g in (on[name], off.get(name)))
+            difference = with_loss - without
+            noise = 8 * torch.finfo(p.dtype).eps * (with_loss.norm() + without.norm())
+            result[name] = difference if difference.norm() > noise or not off else torch.zeros_like(p)
+        return result
+
+    @torch.no_grad()
+    def slope(self, name: str, added: Tensor, step: float) -> tuple[float, bool] | None:
+        """The finite difference along the gradient (a random direction without one), and whether it is flat there.
+
+        It is flat where the even part of the change is as large as the odd one: at a minimum, or a constant.
+        """
+        p = self.parameters[name]
+        direction = added
+        if not added.any():
+            generator = torch.Generator().manual_seed(_SEED)
+            direction = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
+        direction = direction / direction.norm()
+        h = step * (float(p.norm()) or 1.0)
+        kept, values = p.clone(), []
+        for move in (h, -h) if added.any() else (h, -h, 0.0):
+            p.copy_(kept + move * direction)
+            with torch.enable_grad():
+                values.append(self.run(self.weight)[1])
+        p.copy_(kept)
+        if None in values:
+            return None
+        up, down, *here = (self.weight * float(value or 0.0) for value in values)
+        return (up - down) / (2 * h), bool(here) and abs(up - down) <= abs(up + down - 2 * here[0])
+
+
+def _chosen(added: Mapping[str, Tensor], count: int) -> list[str]:
+    """Layers without a gradient first, then some of the others, evenly spread."""
+    zero = [name for name, tensor in added.items() if not tensor.any()][:count]
+    others = [name for name, tensor in added.items() if tensor.any()]
+    left = min(max(count - len(zero), 0), len(others))
+    return zero + [others[i * len(others) // left] for i in range(left)]
+
+
+def _judged(
+    loss: str,
+    added: Mapping[str, Tensor],
+    slopes: Mapping[str, tuple[float, bool] | None],
+    causes: Mapping[str, str],
+    tolerance: float,
+) -> tuple[list[Reach], float]:
+    """The verdict on each layer, and the loop's factor."""
+    norms = {name: float(tensor.norm()) for name, tensor in added.items()}
+    known = {name: slope for name, slope in slopes.items() if slope is not None}
+    ratios = [norms[name] / slope for name, (slope, _) in known.items() if norms[name] and slope]
+    scale = statistics.median(ratios) if ratios else 1.0
+    cut = "the path to it is cut at the layers without a gradient: mend those first"
+    partly = "a part of its path to the loss is cut (detach, no_grad), or the loop is not the same twice"
+    layers = []
+    for name, norm in norms.items():
+        expected, flat = known.get(name, (None, False))
+        verdict, cause = "ok", ""
+        if norm == 0:
+            flat = (flat or expected is None) and not causes[name]
+            verdict = "stationary" if flat and loss != "align" else "none"
+            cause = "" if verdict == "stationary" else causes[name] or _UNKNOWN
+        elif expected is not None and abs(norm - scale * expected) > tolerance * norm:
+            verdict, cause = "wrong", cut if min(norms.values()) == 0 else partly
+        layers.append(Reach(name, loss, norm, expected, verdict, cause))
+    return layers, scale
+
+
+@contextmanager
+def _left_as_found(model: nn.Module, state: AlignState) -> Iterator[None]:
+    """Puts gradients, buffers, options and the last step back, and keeps the step's warnings to itself."""
+    grads = [(p, p.grad) for p in model.parameters()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    config, last = state.config, state.last
+    # The projectors of the spectral loss are constants to its gradient, and would move in finite differences.
+    state.config = replace(config, spectral_weight=0.0)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        state.config, state.last = config, last
+        for buffer, value in buffers:
+            buffer.copy_(value)
+        for p, grad in grads:
+            p.grad = grad
+
+
+@contextmanager
+def _in_double(model: nn.Module) -> Iterator[torch.dtype]:
+    """Within, the model is in float64 if all of it is plain floating-point memory of the CPU; yields its dtype."""
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    plain = all(type(t) in (nn.Parameter, Tensor) and t.device.type == "cpu" for t in tensors)
+    if not plain or sum(t.numel() for t in tensors) > _MOST_DOUBLES:
+        yield min((t.dtype for t in tensors), key=lambda dtype: dtype.itemsize)
+        return
+    kept = [(t, t.data) for t in tensors]
+    try:
+        for t, data in kept:
+            t.grad = None
+            t.data = data.double()
+        yield torch.float64
+    finally:
+        for t, data in kept:
+            t.grad = None
+            t.data = data
+
+
+def _floats_as(batch: Any, dtype: torch.dtype) -> Any:
+    """A batch whose floating-point tensors have the model's dtype."""
+    if isinstance(batch, Mapping):
+        return {name: _floats_as(value, dtype) for name, value in batch.items()}
+    if isinstance(batch, Tensor) and batch.is_floating_point() and dtype == torch.float64:
+        return batch.to(dtype)
+    return batch

@@ -1,0 +1,139 @@
+"""What happens to each adapter while a training loop runs, and why it may get no gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import Self
+
+from align_ext.batch import AlignState, Step
+from align_ext.losses.mmd import MmdStatistics
+from align_ext.nn.base import Adapter
+
+
+@dataclass
+class Seen:
+    """Of one layer: whether its forward ran, had a graph (perhaps in recomputation), and got a gradient."""
+
+    ran: bool = False
+    graph: bool = False
+    reached: bool = False
+
+
+class Observer:
+    """Watches a model's adapters by hooks, within a with block.
+
+    Args:
+        adapters: by layer name.
+        state: of the model; its options are what the observer changes.
+    """
+
+    def __init__(self, adapters: Mapping[str, Adapter], state: AlignState) -> None:
+        self.adapters, self.state = adapters, state
+        self.seen = {name: Seen() for name in adapters}
+        self.steps: list[Step] = []  # of the last run, which clears them
+        self.weight: float | None = None
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> Self:
+        for name, adapter in self.adapters.items():
+            self._handles.append(adapter.register_forward_hook(self._hook(self.seen[name])))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, seen: Seen) -> Any:
+        def gets(gradient: Tensor) -> None:
+            seen.reached |= bool(gradient.any())
+
+        def runs(module: nn.Module, args: Any, y: Tensor) -> None:
+            seen.ran = True
+            step = self.state.current
+            if step is not None and step not in self.steps:
+                self.steps.append(step)
+            if y.requires_grad:
+                seen.graph = True
+                y.register_hook(gets)
+
+        return runs
+
+    def reweigh(self, loss: str, weight: float) -> None:
+        """Gives a loss its weight in the runs to come."""
+        options: dict[str, Any] = {f"{loss}_weight": weight}
+        self.state.config = replace(self.state.config, **options)
+        self.weight = weight
+
+    def value(self, loss: str, returned: Any) -> float | None:
+        """The loss's value in the run, without its weight; None if there is none."""
+        if loss == "loss":
+            return None if returned is None else float(returned)
+        parts = [step.alignment if loss == "align" else step.balance for step in self.steps]
+        return sum(float(part.value) for part in parts if part is not None) if any(parts) else None
+
+    def hold_bandwidths(self) -> bool:
+        """Fixes the MMD's bandwidths around the mean squared distance of the last run; whether there were any to fix.
+
+        The heuristic ones are constants to the gradient, and would move in finite differences.
+        """
+        config = self.state.config
+        part = self.steps[-1].alignment if self.steps else None
+        if part is None or not isinstance(part.statistics, MmdStatistics) or config.mmd_bandwidths is not None:
+            return False
+        rows = part.statistics.rows.values()
+        distance = sum(2 * float(z.var(1).sum(-1).mean()) for z in rows) / len(rows)
+        self.state.config = replace(config, mmd_bandwidths=tuple(distance * 4.0**k for k in range(-3, 4)))
+        return True
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether this package raised an error: its message says what is wrong with the loop."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("align_ext.")
+
+
+def cause_of_zero(observer: Observer, name: str, parameter: nn.Parameter, loss: str) -> str:
+    """Why a layer would get nothing from a loss, and the cure, in one line; "" if nothing speaks for it."""
+    seen, steps = observer.seen[name], observer.steps
+    if not parameter.requires_grad:
+        return "the parameter is frozen: call requires_grad_(True) on it before the optimizer is made"
+    if not seen.ran:
+        return "the forward never runs it: leave it out by exclude_modules, or undo what bypasses it"
+    if not seen.graph:
+        return (
+            "it runs without a graph: under no_grad, or in a reentrant checkpoint whose input needs no gradient; call "
+            "model.enable_input_require_grads(), or use use_reentrant=False"
+        )
+    if loss != "loss" and (reason := _of_steps(steps, observer.weight, loss)):
+        return reason
+    if not seen.reached:
+        return "its output is detached, or the loss does not depend on it: find the detach() or no_grad() after it"
+    if parameter.grad is None:
+        return "the loop cleared the gradients: leave zero_grad() out after backward"
+    return ""
+
+
+def _of_steps(steps: list[Step], weight: float | None, loss: str) -> str:
+    """What is wrong with the loop's steps, for all layers alike."""
+    if not steps:
+        return "the loop opens no training step: call model.train(), and give task_ids= or use align_step"
+    step = steps[-1]
+    if not step._differentiated:
+        return "the loop differentiates a loss beside the step's: call step.total(loss).backward()"
+    if loss != "align":
+        return ""
+    if step._weight != weight:
+        return f"the loop gives step.total a weight of its own, {step._weight:g}: leave it out while checking"
+    if step.alignment is None or float(step.alignment.value) != 0.0:
+        return ""
+    tasks = torch.unique(step.tokens.ids[step.tokens.ids >= 0]).tolist()
+    of = f"of task {tasks[0]} alone" if len(tasks) == 1 else f"of tasks {tasks}" if tasks else "of no task (ids -1)"
+    return f"the batch's tokens are {of}: mix tasks in a batch, two tokens of each at least"
