@@ -10,6 +10,7 @@ from rich.console import Console
 
 from align_ext import backend
 from align_ext.diagnostics import doctor
+from align_ext.nn import ARCHITECTURES
 
 
 def examine():
@@ -22,6 +23,8 @@ def test_a_sound_installation_is_healthy():
     assert healthy
     for op in backend()["ops"]:
         assert op in text
+    for architecture in ARCHITECTURES:
+        assert f"{architecture} ok" in " ".join(text.split())
     assert torch.__version__ in text
 
 
@@ -37,6 +40,20 @@ def test_a_wrong_result_is_found(op, monkeypatch):
     healthy, text = examine()
     assert not healthy
     assert "relative error" in text
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_wrong_architecture_is_found(name, monkeypatch):
+    right = ARCHITECTURES[name].project
+
+    def wrong(self, x, dropout_p, current, **op):
+        y, *others = right(self, x, dropout_p, current, **op)
+        return (op["base_out"] + 1.1 * (y - op["base_out"]), *others)
+
+    cpu = torch.device("cpu")
+    assert doctor._verdict(doctor._architecture(name), cpu, torch.float32) is None
+    monkeypatch.setattr(ARCHITECTURES[name], "project", wrong)
+    assert "relative error" in doctor._verdict(doctor._architecture(name), cpu, torch.float32)
 
 
 def test_a_failing_operator_is_reported_not_raised(monkeypatch):

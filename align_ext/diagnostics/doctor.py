@@ -11,8 +11,13 @@ from rich.table import Table
 from torch import Tensor
 
 from align_ext import ops, reference
+from align_ext.batch import AlignState
+from align_ext.config import AlignLoraConfig
 from align_ext.diagnostics.backend import OPS, backend, has_kernel
+from align_ext.nn import ARCHITECTURES, adapter_class
 from align_ext.ops._native import build_info
+
+Test = Callable[[torch.device, torch.dtype], float]
 
 # Largest error of a result against the float64 reference, relative to its largest element.
 _ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -32,10 +37,19 @@ def run(console: Console | None = None) -> bool:
             if not has_kernel(op, device.split(":")[0]):
                 table.add_row(op, device, "none", "[yellow]not in this build[/yellow]")
                 continue
-            verdict = _verdict(op, torch.device(device))
+            verdict = next(
+                filter(None, (_verdict(_TESTS[op], torch.device(device), dtype) for dtype in _ALLOWED)), None
+            )
             healthy = healthy and verdict is None
             table.add_row(op, device, "native", "[green]ok[/green]" if verdict is None else f"[red]{verdict}[/red]")
     console.print(table)
+    for device in devices:
+        if not all(has_kernel(op, device.split(":")[0]) for op in OPS):
+            continue
+        verdicts = {name: _verdict(_architecture(name), torch.device(device), torch.float32) for name in ARCHITECTURES}
+        healthy = healthy and not any(verdicts.values())
+        shown = (f"{name} [red]{bad}[/red]" if bad else f"{name} [green]ok[/green]" for name, bad in verdicts.items())
+        console.print(f"[bold]architectures[/bold] on {device}  " + "  ".join(shown))
     if facts["built_with"]["cuda_archs"] and torch.version.cuda and not build_info.finds_cuda_stream():
         console.print("[red]the CUDA kernels do not find torch's current stream: this torch is not known[/red]")
         healthy = False
@@ -47,16 +61,13 @@ def _plain(value: object) -> str:
     return " ".join(value) or "none" if isinstance(value, list) else str(value)
 
 
-def _verdict(op: str, device: torch.device) -> str | None:
-    """What is wrong with an operator, or None."""
-    for dtype, allowed in _ALLOWED.items():
-        try:
-            error = _TESTS[op](device, dtype)
-        except Exception as failure:  # a self-test reports whatever happens
-            return f"{dtype}: {type(failure).__name__}: {failure}"
-        if not error <= allowed:
-            return f"{dtype}: relative error {error:.1e} > {allowed:.0e}"
-    return None
+def _verdict(test: Test, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What is wrong with an operator or an architecture, or None."""
+    try:
+        error = test(device, dtype)
+    except Exception as failure:  # a self-test reports whatever happens
+        return f"{dtype}: {type(failure).__name__}: {failure}"
+    return None if error <= _ALLOWED[dtype] else f"{dtype}: relative error {error:.1e} > {_ALLOWED[dtype]:.0e}"
 
 
 def _error(actual: list[Tensor], exact: list[Tensor]) -> float:
@@ -137,7 +148,51 @@ def _test_mk_mmd(device: torch.device, dtype: torch.dtype) -> float:
     return _error(_gradients(call(ops.mk_mmd, device), [z.to(device)], [torch.ones(())]), exact)
 
 
-_TESTS: dict[str, Callable[[torch.device, torch.dtype], float]] = {
+def _architecture(name: str) -> Test:
+    """The self-test of an architecture beside a linear layer 8 -> 8, both passes, against plain PyTorch."""
+
+    def test(device: torch.device, dtype: torch.dtype) -> float:
+        options: dict[str, Any] = {"target_blocks": (), "align": None, "balance": None, "spectral": None}
+        config = AlignLoraConfig(architecture=name, r=2, num_tasks=2, **options)  # type: ignore[arg-type]
+        adapter = adapter_class(config)(config, 8, 8).eval()
+        generator = torch.Generator().manual_seed(0)
+        x, base, grad = (torch.randn(6, 8, generator=generator) for _ in range(3))
+        for tensor in (*adapter.parameters(), *adapter.buffers()):
+            torch.nn.init.normal_(tensor, generator=generator)
+        adapter.state = AlignState(config)
+        adapter.state.task = 1
+        tensors = [x, base, *(p.detach() for p in adapter.parameters())]
+
+        def ours(x: Tensor, base: Tensor, *parameters: Tensor) -> tuple[Tensor]:
+            named = dict(zip((n for n, _ in adapter.named_parameters()), parameters, strict=True))
+            return (torch.func.functional_call(adapter, named, (x,), {"base_out": base}),)
+
+        def plain(x: Tensor, base: Tensor, *parameters: Tensor) -> tuple[Tensor]:
+            named = dict(zip((n for n, _ in adapter.named_parameters()), parameters, strict=True))
+            return (base + config.scaling * _low_rank(x, config, named | dict(adapter.named_buffers())),)
+
+        exact = _gradients(plain, [t.double() for t in tensors], [grad])
+        adapter.to(device)
+        return _error(_gradients(ours, [t.to(device, dtype) for t in tensors], [grad]), exact)
+
+    return test
+
+
+def _low_rank(x: Tensor, config: AlignLoraConfig, of: dict[str, Tensor]) -> Tensor:
+    """The formulas of the architectures (align_ext/nn) without dropout, s left out: Σ_i w_i B_i A_i x - B0 A0 x."""
+    A, B, R = of["lora_A"], of["lora_B"], of.get("lora_router.lora_R")
+    if config.architecture == "multi_adapter":
+        A, B = A[1], B[1]
+    A, B = (t if t.dim() == 3 else t[None] for t in (A, B))
+    heads = torch.einsum("tn,irn,imr->tim", x, A.expand(len(B), -1, -1), B)
+    if R is not None:  # weights [T, G, N], each for 8 / G outputs
+        w = (x @ R.T).unflatten(1, (config.routing_groups or 1, -1)).softmax(2)
+        heads = heads * w.mT.repeat_interleave(8 // w.shape[1], 2)
+    offset = x @ of["lora_A0"].double().T @ of["lora_B0"].double().T if "lora_A0" in of else 0.0
+    return heads.sum(1) - offset
+
+
+_TESTS: dict[str, Test] = {
     "grouped_lora": _test_grouped_lora,
     "dropout_sum": _test_dropout_sum,
     "routed_lora": _test_routed_lora,
