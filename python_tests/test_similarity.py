@@ -20,6 +20,15 @@ def with_tasks():
     return {**inputs, "task_ids": tasks}
 
 
+def measured_with_input(measure, model, inputs):
+    """What `measure` finds, and the input that UP got meanwhile."""
+    seen = {}
+    hook = model.get_submodule(UP).register_forward_pre_hook(lambda module, args: seen.update(x=args[0]))
+    found = measure(model, inputs)
+    hook.remove()
+    return found, seen["x"]
+
+
 def adapters(model):
     return {n.removesuffix(".adapter"): m for n, m in model.named_modules() if isinstance(m, Adapter)}
 
@@ -72,12 +81,9 @@ def test_a_routers_weights_are_those_of_the_softmax_of_the_tokens_that_count(arc
     options = {**OF_HEADS, "balance": None, "spectral": None} if architecture == "mtlora" else OF_HEADS
     model = adapted(architecture=architecture, **options)
     inputs = with_tasks()
-    x = {}
-    hook = model.get_submodule(UP).register_forward_pre_hook(lambda module, args: x.update(up=args[0]))
-    found = similarity.routing(model, inputs)
-    hook.remove()
-    R = adapters(model)[UP].lora_router.lora_R
-    w = (x["up"] @ R.T).unflatten(-1, (-1, 3)).softmax(-1)[inputs["attention_mask"] == 1].flatten(0, 1)
+    found, x = measured_with_input(similarity.routing, model, inputs)
+    R = adapters(model)[UP].lora_router.lora_R.detach()
+    w = (x @ R.T).unflatten(-1, (-1, 3)).softmax(-1)[inputs["attention_mask"] == 1].flatten(0, 1)
     assert len(found) == 6
     torch.testing.assert_close(found[UP].importance, w.mean(0), check_dtype=False)
     assert found[UP].entropy == pytest.approx(float(-(w * w.log()).sum(1).mean() / math.log(3)), rel=1e-5)
@@ -109,12 +115,9 @@ def test_latents_of_tasks_are_compared_by_their_means(architecture):
     options = OF_HEADS if architecture == "lora_moe" else {}
     model = adapted(architecture=architecture, **options)
     inputs = with_tasks()
-    x = {}
-    hook = model.get_submodule(UP).register_forward_pre_hook(lambda module, args: x.update(up=args[0]))
-    found = similarity.latent_similarity(model, inputs)
-    hook.remove()
+    found, x = measured_with_input(similarity.latent_similarity, model, inputs)
     A = adapters(model)[UP].lora_A
-    z = x["up"] @ A.reshape(-1, A.shape[-1]).T
+    z = x @ A.reshape(-1, A.shape[-1]).T
     token = torch.where(inputs["attention_mask"] == 1, inputs["task_ids"][:, None], -1)
     means = torch.stack([z[token == task].mean(0) for task in range(TASKS)])
     assert found[UP].shape == (TASKS, TASKS)

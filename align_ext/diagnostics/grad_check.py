@@ -197,8 +197,7 @@ class _Probe:
             self.observer.reweigh(self.loss, weight)
         self.observer.steps.clear()
         versions = [p._version for p in self.parameters.values()]
-        with torch.random.fork_rng():
-            torch.manual_seed(_SEED)
+        with torch.random.fork_rng():  # puts the state back: every run draws the same dropout
             returned = self.loop()
         if versions != [p._version for p in self.parameters.values()]:
             raise ValueError("the loop changed the adapters: leave optimizer.step() out of it")

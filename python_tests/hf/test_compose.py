@@ -178,26 +178,25 @@ def test_lorahub_finds_the_adapter_that_solves_the_task(folders):
     strong = [combined([adapter], [2.0]) for adapter in two]  # so that an adapter matters to the random model
     solver = merge_delta(llama(), strong[1])
     base = llama().train()
-    found = lorahub(base, strong, [task(solver, seed) for seed in range(2)], Search(steps=30, seed=3))
+    examples = [task(solver, seed) for seed in range(2)]
+    found = lorahub(base, strong, examples, Search(steps=30, seed=3))
     assert abs(found.weights[1]) > 0.5 > abs(found.weights[0])
     model = merge_delta(llama(), found.adapter)
     new = task(solver, 9)
     with torch.no_grad():
         assert model(**new).loss < base(**new).loss
-    again = lorahub(base, strong, [task(solver, seed) for seed in range(2)], Search(steps=30, seed=3))
+    with torch.no_grad():
+        loss = sum(float(model(**rows).loss) for rows in examples) / 2
+    assert found.objective == pytest.approx(loss + 0.05 * sum(map(abs, found.weights)), rel=1e-5)
+    again = lorahub(base, strong, examples, Search(steps=30, seed=3))
     assert again.weights == found.weights
     assert base.training
     assert not hasattr(base, "align_state")
 
 
-def test_lorahubs_objective_is_the_loss_and_the_weights_magnitudes(folders):
+def test_lorahubs_weights_stay_within_their_bound(folders):
     two = [read_lora(folder) for folder in folders]
-    examples = [{**batch(seed)[0]} for seed in range(2)]
-    found = lorahub(llama(), two, examples, Search(steps=3, l1=10.0, bound=0.5))
-    model = merge_delta(llama(), found.adapter).eval()
-    with torch.no_grad():
-        loss = sum(float(model(**rows).loss) for rows in examples) / 2
-    assert found.objective == pytest.approx(loss + 10 * sum(map(abs, found.weights)), rel=1e-4)
+    found = lorahub(llama(), two, [batch()[0]], Search(steps=3, bound=0.5))
     assert max(map(abs, found.weights)) <= 0.5
 
 
