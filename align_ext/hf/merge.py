@@ -76,7 +76,7 @@ def merge_and_unload(
     _put_back(model, bases)
     if before is not None and batch is not None:
         model.merge_report = _compare(before, _log_probabilities(model, batch))  # type: ignore[assignment]
-        logger.warning("merged approximately: %s", model.merge_report)
+        logger.info("merged approximately: %s", model.merge_report)
     return model
 
 
