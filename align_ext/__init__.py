@@ -7,7 +7,8 @@ from typing import Any
 from align_ext.batch import AlignParts
 from align_ext.config import AlignLoraConfig
 from align_ext.diagnostics.backend import backend
-from align_ext.hf.export import load_adapter, merge_and_unload, save_adapter, unload
+from align_ext.hf.export import export_peft, load_adapter, save_adapter
+from align_ext.hf.merge import merge_and_unload, unload
 from align_ext.hf.replace import adapter_report, replace_linear_with_align_lora
 from align_ext.step import align_parts, align_step, set_task
 
@@ -22,6 +23,7 @@ __all__ = [
     "align_parts",
     "align_step",
     "backend",
+    "export_peft",
     "join_tasks",
     "load_adapter",
     "merge_and_unload",

@@ -1,4 +1,7 @@
-"""The command line, align-lora: train, doctor. A user's mistake is one line on stderr and exit code 2."""
+"""The command line, align-lora: train, merge, export, inspect, doctor.
+
+A user's mistake is one line on stderr and exit code 2.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import inspect
 import signal
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -65,6 +70,113 @@ def train(config: str | None, print_config: bool, **flags: Any) -> None:
     results = recipe.train(job, console)
     if not all(check["passed"] for check in results["checks"].values()):
         raise typer.Exit(1)
+
+
+_Folder = Annotated[str, typer.Argument(help="folder of save_adapter or `train` (its adapter/), or of stock PEFT")]
+_Model = Annotated[
+    str | None, typer.Option(help="base model: folder or hub id; none: SmolLM2-135M-Instruct, as `train`")
+]
+_Output = Annotated[str, typer.Option(help="new or empty folder for the result; it appears only when it is complete")]
+_Task = Annotated[str | None, typer.Option(help="multi_adapter: name or number (from 0) of the task")]
+
+
+@app.command()
+def merge(
+    adapter: _Folder,
+    output: _Output,
+    model: _Model = None,
+    task: _Task = None,
+    approximate: Annotated[
+        str | None, typer.Option(help="uniform: merge routed heads as if their router gave all the same weight")
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(help="file of one prompt a line, to measure the approximation on; none: four of ours"),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="of the merged model: stored (as the base model is), float32, bfloat16 or float16")
+    ] = "stored",
+) -> None:
+    """Merges an adapter into its base model: writes an ordinary model folder, which needs neither PEFT nor align_ext.
+
+    Exact (in float32, rounded once) for lora, align_lora, m_lora, hydra without a router, and one task of
+    multi_adapter. Routed adapters (lora_moe, hydra, r_lora, mtlora) weigh their heads anew for every token and cannot
+    be merged exactly: --approximate uniform merges their mean and says how far the outputs moved (KL). Adapters beside
+    whole blocks cannot be merged.
+
+    Example: align-lora merge run/adapter --model Qwen/Qwen2.5-0.5B --output merged
+    """
+    with _on_models("merging") as commands:
+        request = commands.Request(adapter, model, output, task)
+        commands.merge(request, approximate, prompts, dtype, _console())
+
+
+@app.command()
+def export(
+    adapter: _Folder,
+    output: _Output,
+    model: _Model = None,
+    task: _Task = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="read it with PEFT and align_ext and compare logits")
+    ] = False,
+) -> None:
+    """Writes an adapter as a folder of stock PEFT, which also vLLM and others read, with nothing of ours in it.
+
+    m_lora and hydra without a router become one LoRA, the sum of their heads; a frozen offset doubles its rank;
+    multi_adapter becomes one folder a task below the output, or one with --task. Routed adapters and those beside
+    blocks have no such form.
+
+    With --verify the exit code is 1 if stock PEFT or align_ext compute other logits from the new folder.
+
+    Example: align-lora export run/adapter --output peft_adapter --verify
+    """
+    with _on_models("exporting") as commands:
+        if not commands.export(commands.Request(adapter, model, output, task), verify, _console()):
+            raise typer.Exit(1)
+
+
+@app.command("inspect")
+def inspect_folder(adapter: _Folder) -> None:
+    """Shows what an adapter's folder holds: architecture, options, tasks, and each layer's rank, parameters, norms.
+
+    Every file is checked (keys, shapes, finite values, and that the files belong together). Needs no base model.
+
+    Example: align-lora inspect run/adapter
+    """
+    from align_ext.hf.inspect import inspect_adapter
+
+    console = _console()
+    try:
+        with console.status("reading"):
+            inspect_adapter(adapter, console)
+    except ValueError as error:
+        raise Mistake(str(error)) from error
+
+
+@contextmanager
+def _on_models(what: str) -> Iterator[Any]:
+    """The commands on a base model and an adapter, with transformers quiet; what a user can mend is a Mistake."""
+    try:
+        import transformers
+
+        from align_ext.hf import commands
+    except ModuleNotFoundError as error:
+        raise Mistake(f"{what} needs {error.name}: pip install 'align_ext[train]'") from error
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    transformers.utils.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a job that is ended leaves nothing half done
+    try:
+        yield commands
+    except (ValueError, OSError) as error:
+        raise Mistake(str(error).replace("approximate='uniform'", "--approximate uniform")) from error
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
 
 
 @app.command()

@@ -73,6 +73,7 @@ def adopted_config(config: AlignLoraConfig, targets: Mapping[str, Any]) -> Align
         use_rslora=False,
         lora_dropout=getattr(module.lora_dropout[adapter], "p", 0.0),
         target_modules=tuple(name.removeprefix(PEFT_PREFIX) for name in targets),
+        target_blocks=(),
         init_lora_weights="kaiming",
     )
 

@@ -1,89 +1,123 @@
-"""Adapters in and out: a PEFT folder (safetensors only), strict loading, merging, removing."""
+"""Adapters in and out of folders.
+
+save_adapter(model, folder) writes, all at once or not at all:
+
+| file | content |
+|---|---|
+| adapter_model.safetensors, adapter_config.json | the adapter as one LoRA a layer, dropout off: for PEFT and vLLM too |
+| align_lora_heads.safetensors | every parameter and buffer of the adapters, where PEFT's form loses some |
+| align_lora_config.json | every option |
+
+- lora, align_lora: PEFT's form is everything, and the only weights. From a PiSSA start, with the frozen offset A0, B0:
+  PEFT's form has rank 2r, [A; A0] and [B, -B0], beside the untouched base; the rest is in the heads' file.
+- m_lora, hydra without a router: PEFT's form is their dropout-free sum, [A; A0] and [c Σ B_i, -B0] (A and c Σ B_i where
+  there is no offset); the heads are in the heads' file.
+- multi_adapter: PEFT's form of each task is in tasks/<name or number>/.
+- lora_moe, hydra, r_lora, mtlora, and adapters beside whole blocks: the change of the weights depends on the input, or
+  belongs to no one layer, so PEFT has no form of them. There is no adapter_config.json, and PeftModel.from_pretrained
+  says "Can't find 'adapter_config.json'": load such a folder with load_adapter.
+
+Nothing is pickled, and load_adapter checks keys, shapes, dtypes, finiteness, and that the files belong together.
+"""
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from align_ext.batch import AlignState, find_state
 from align_ext.config import AlignLoraConfig
 from align_ext.hf.adopt import PEFT_PREFIX
-from align_ext.hf.replace import Adapted, adapt, adapted_layers
-from align_ext.hooks import remove_hooks
-from align_ext.nn.base import AdaptedLinear, is_conv1d
-from align_ext.nn.lora import LoraAdapter
-
-WEIGHTS, PEFT_CONFIG, OUR_CONFIG = (
-    "adapter_model.safetensors",
-    "adapter_config.json",
-    "align_lora_config.json",
+from align_ext.hf.folder import (
+    OUR_CONFIG,
+    STATE,
+    AdapterFolder,
+    atomic_folder,
+    check_tensors,
+    state_of,
+    write_json,
+    write_tensors,
 )
+from align_ext.hf.merge import unload
+from align_ext.hf.peft_form import (
+    PEFT_CONFIG,
+    WEIGHTS,
+    PeftForm,
+    cannot_export,
+    is_plain,
+    named_task,
+    peft_form,
+    peft_forms,
+)
+from align_ext.hf.replace import Adapted, adapt, adapted_layers
+from align_ext.nn.base import AdaptedLinear, is_conv1d
+
+# Options that decide what adapters hold and compute; the others, of dropout and losses, may change between trainings.
+_DECISIVE = (
+    "r", "lora_alpha", "use_rslora", "num_heads", "reduce", "router", "routing", "routing_groups", "top_k",
+    "router_temperature", "target_blocks",
+)  # fmt: skip
 
 
-@contextmanager
-def atomic_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """A new folder beside the target that takes its place when the block ends well, and vanishes otherwise."""
-    target = Path(folder)
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"{target} is a file, not a folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        if target.exists():
-            for item in temporary.iterdir():
-                os.replace(item, target / item.name)
-        else:
-            temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Writes the adapter as a PEFT folder, which stock PEFT loads with the same logits.
+def save_adapter(model: nn.Module, folder: str | os.PathLike[str], task_names: Sequence[str] = ()) -> None:
+    """Writes the adapters as a folder that load_adapter reads to the bit, and stock PEFT if it has a form of them.
 
     Args:
         model: adapted by replace_linear_with_align_lora.
-        folder: gets adapter_model.safetensors, adapter_config.json and align_lora_config.json; written atomically.
+        folder: gets the files of the table above; other files in it stay.
+        task_names: of tasks 0, 1, ...; kept, and with multi_adapter the names of the tasks' folders.
 
     Raises:
-        ValueError: the model has no adapters, or a weight is not finite.
+        ValueError: the model has no adapters, a weight is not finite, or the names do not fit.
     """
-    layers, state = adapted_layers(model), _state(model)
+    layers, config = _plain_names(adapted_layers(model)), _state(model).config
     adapters = {name: layer.adapter for name, layer in layers.items()}
-    uniform = all(a.r == state.config.r and a.scaling == state.config.scaling for a in adapters.values())
-    tensors, ranks = {}, {}
-    for name, layer in adapters.items():
-        assert isinstance(layer, LoraAdapter)
-        name = _plain_name(name)
-        # Ranks or scalings that differ between layers (an adopted adapter): the scaling goes into B, alpha = r.
-        B = layer.lora_B * (1.0 if uniform else layer.scaling)
-        for part, weight in (("lora_A", layer.lora_A), ("lora_B", B)):
-            tensors[f"{PEFT_PREFIX}{name}.{part}.weight"] = (
-                _finite(weight.detach(), f"{name}.{part}").cpu().contiguous()
-            )
-        ranks[name] = layer.r
-    options = state.config.to_dict()
+    _check_names(task_names, config)
+    options = config.to_dict() | ({"task_names": list(task_names)} if task_names else {})
     with atomic_folder(folder) as path:
-        save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
-        _write_json(path / PEFT_CONFIG, _peft_config(model, state.config, layers, None if uniform else ranks))
-        _write_json(path / OUR_CONFIG, options)
+        for place, form in peft_forms(adapters, config, task_names).items():
+            _write_peft(path / place, form, model, layers)
+        if not is_plain(adapters, config):
+            write_tensors(path / STATE, state_of(adapters))
+            scaling = {name: adapter.scaling for name, adapter in adapters.items()}
+            options |= {} if set(scaling.values()) == {config.scaling} else {"layer_scaling": scaling}
+        write_json(path / OUR_CONFIG, options)
+
+
+def export_peft(model: nn.Module, folder: str | os.PathLike[str], task: int | None = None) -> None:
+    """Writes the adapter as stock PEFT's own folder, with nothing of ours: for other programs, or to publish.
+
+    Args:
+        model: adapted by replace_linear_with_align_lora.
+        folder: gets adapter_model.safetensors and adapter_config.json; other files in it stay.
+        task: multi_adapter: the task; None: the one that set_task named.
+
+    Raises:
+        ValueError: PEFT has no form of these adapters (the message says why), a weight is not finite, or there is no
+            such task.
+    """
+    layers, state = _plain_names(adapted_layers(model)), _state(model)
+    adapters = {name: layer.adapter for name, layer in layers.items()}
+    if task is not None:
+        tasks = state.config.num_tasks if state.config.architecture == "multi_adapter" else 0
+        if not 0 <= task < (tasks or 0):
+            raise ValueError(f"task={task}: the model has an adapter for each of {tasks} tasks")
+    with contextlib.nullcontext() if task is None else named_task(adapters, task):
+        if reason := cannot_export(adapters, state.config):
+            raise ValueError(f"PEFT has no form of this adapter: {reason}")
+        with atomic_folder(folder) as path:
+            _write_peft(path, peft_form(adapters, state.config), model, layers)
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
-    """Loads an adapter folder written by save_adapter, strictly.
+    """Loads an adapter folder of save_adapter or of stock PEFT, strictly; training goes on where it stopped.
 
     Args:
         model: a plain model, which is adapted first as the folder says, or one with adapters of the same kind.
@@ -93,120 +127,101 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         The model.
 
     Raises:
-        ValueError: missing or unexpected keys, other shapes, weights that are not finite, or no such folder.
+        ValueError: missing or unexpected keys, other shapes, dtypes that would be rounded, weights that are not finite,
+            files that do not belong together, options that differ from the model's, or no such folder. The model is
+            then as it was.
     """
-    path = Path(folder)
-    for name in (WEIGHTS, PEFT_CONFIG):
-        if not (path / name).is_file():
-            raise ValueError(f"{path} is no adapter folder: {name} is missing")
-    try:
-        tensors = load_file(path / WEIGHTS)
-    except SafetensorError as error:
-        raise ValueError(f"{path / WEIGHTS} is damaged: {error}") from error
-    peft = json.loads((path / PEFT_CONFIG).read_text())
+    stored = AdapterFolder.read(folder)
     if find_state(model) is not None:
-        return _load(model, tensors, peft)
-    adapt(model, _config_of(path), peft.get("rank_pattern"))
+        _refuse_other_options(stored, _state(model).config)
+        return _load(model, stored)
+    adapt(model, stored.config, stored.ranks())
     try:
-        return _load(model, tensors, peft)
+        return _load(model, stored)
     except ValueError:
         unload(model)
         raise
 
 
-def _load(model: nn.Module, tensors: dict[str, Tensor], peft: dict[str, Any]) -> nn.Module:
-    layers = adapted_layers(model)
-    wanted: dict[str, nn.Parameter] = {}
-    for name, layer in layers.items():
-        for part in ("lora_A", "lora_B"):
-            wanted[f"{PEFT_PREFIX}{_plain_name(name)}.{part}.weight"] = getattr(layer.adapter, part)
-    _check_tensors(tensors, wanted)
+def _load(model: nn.Module, stored: AdapterFolder) -> nn.Module:
+    adapters = {name: layer.adapter for name, layer in _plain_names(adapted_layers(model)).items()}
+    tensors, own = stored.state(), state_of(adapters)
+    here, there = _state(model).config.target_modules, stored.config.target_modules
+    check_tensors(tensors, own, f"; target_modules={there!r} in the folder, {here!r} in the model")
+    for key, tensor in own.items():
+        if torch.promote_types(tensors[key].dtype, tensor.dtype) != tensor.dtype:
+            raise ValueError(
+                f"{key} is {tensors[key].dtype}, which the model's {tensor.dtype} would round: adapt the model with "
+                'adapter_dtype="float32" first, or load the base model in a wider dtype'
+            )
     with torch.no_grad():
-        for key, parameter in wanted.items():
-            parameter.copy_(tensors[key])
-    scaling = peft["lora_alpha"] / (peft["r"] ** 0.5 if peft.get("use_rslora") else peft["r"])
-    folded = peft.get("rank_pattern") or {}  # these layers' scaling is in B
-    for name, layer in layers.items():
-        layer.adapter.scaling = 1.0 if _plain_name(name) in folded else scaling
+        for key, tensor in own.items():
+            tensor.copy_(tensors[key])
+    for name, adapter in adapters.items():
+        adapter.scaling = stored.adapters[name].scaling
     return model
 
 
-def merge_and_unload(model: nn.Module) -> nn.Module:
-    """Merges each adapter into its base weight, W + s B A in float32, and puts the base layers back.
+def _refuse_other_options(stored: AdapterFolder, config: AlignLoraConfig) -> None:
+    """Raises if the model's adapters are of another kind than the folder's; names the first option that differs."""
 
-    Raises:
-        ValueError: a layer cannot be merged; nothing was changed then, and the message says which and why.
-    """
-    layers = adapted_layers(model)
-    for name, layer in layers.items():
-        if reason := layer.cannot_merge():
-            raise ValueError(f"{name} cannot be merged: {reason}")
-    return _put_back(model, {name: layer.merged_base() for name, layer in layers.items()})
+    def kind(config: AlignLoraConfig) -> dict[str, Any]:
+        architecture, multi = config.architecture, config.architecture == "multi_adapter"
+        start, offset = config.init_lora_weights, config.init_lora_weights in ("pissa", "random_heads")
+        return {
+            "architecture": "lora" if architecture == "align_lora" else architecture,
+            **{option: getattr(config, option) for option in _DECISIVE},
+            "init_lora_weights": start if offset else "no offset",
+            "spectral": "paper" if config.spectral == "paper" else "no projectors",
+            "num_tasks": config.num_tasks if multi else None,
+        }
+
+    here, there = kind(config), kind(stored.config)
+    for option, value in there.items():
+        if here[option] != value:
+            raise ValueError(
+                f"the adapter in {stored.path} has {option}={getattr(stored.config, option)!r}, the model's adapters "
+                f"{option}={getattr(config, option)!r}: load it into a plain model, or adapt this one alike"
+            )
 
 
-def unload(model: nn.Module) -> nn.Module:
-    """Removes the adapters: the model computes what its base computes. Parameters stay frozen."""
-    return _put_back(model, {name: layer.base_layer for name, layer in adapted_layers(model).items()})
+def _check_names(names: Sequence[str], config: AlignLoraConfig) -> None:
+    if names and config.num_tasks is not None and len(names) != config.num_tasks:
+        raise ValueError(f"task_names={list(names)!r} are {len(names)}, but there are {config.num_tasks} tasks")
+    if len(set(names)) < len(names):
+        raise ValueError(f"task_names={list(names)!r} name a task twice")
+    for name in names:
+        if config.architecture == "multi_adapter" and (not re.fullmatch(r"[^/\\\0]+", name) or name in (".", "..")):
+            raise ValueError(f"task_names: {name!r} is no name for a folder")
 
 
-def _put_back(model: nn.Module, bases: dict[str, nn.Module]) -> nn.Module:
-    for name, base in bases.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, base)
-    remove_hooks(model)
-    del model.align_report
-    model.__dict__.pop("save_pretrained", None)  # an adopted PeftModel's
-    return model
+def _plain_names(layers: Mapping[str, Adapted]) -> dict[str, Adapted]:
+    """The layers by their names without the PeftModel around an adopted model."""
+    return {name.removeprefix(PEFT_PREFIX): layer for name, layer in layers.items()}
 
 
 def _state(model: nn.Module) -> AlignState:
-    state: Any = model.align_state
+    state = find_state(model)
+    if state is None:
+        raise ValueError("the model has no adapters: call replace_linear_with_align_lora(model) first")
     return state
 
 
-def _plain_name(name: str) -> str:
-    """A module name without the PeftModel around an adopted model."""
-    return name.removeprefix(PEFT_PREFIX)
-
-
-def _finite(weight: Tensor, name: str) -> Tensor:
-    if not torch.isfinite(weight).all():
-        raise ValueError(f"{name} holds values that are not finite")
-    return weight
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _peft_config(
-    model: nn.Module, config: AlignLoraConfig, layers: Mapping[str, Adapted], ranks: dict[str, int] | None
-) -> dict[str, Any]:
-    """The adapter_config.json of a plain LoRA adapter; ranks, where they differ, with the scaling folded into B."""
-    names = [_plain_name(name) for name in layers]
+def _write_peft(path: Path, form: PeftForm, model: nn.Module, layers: Mapping[str, Adapted]) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    write_tensors(path / WEIGHTS, form.tensors)
     content = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if hasattr(model, "generate") else None,
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
-        "r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "lora_dropout": config.lora_dropout,
-        "use_rslora": config.use_rslora,
-        "target_modules": _target_modules(model, names),
+        **form.options,
+        "lora_dropout": _state(model).config.lora_dropout,
+        "target_modules": _target_modules(model, list(layers)),
         "fan_in_fan_out": all(is_conv1d(layer.base_layer) for layer in layers.values()),
         "bias": "none",
         "inference_mode": True,
     }
-    if ranks is not None:
-        r = max(ranks.values())
-        content |= {
-            "r": r,
-            "lora_alpha": r,
-            "use_rslora": False,
-            "rank_pattern": ranks,
-            "alpha_pattern": ranks,
-        }
-    return content
+    write_json(path / PEFT_CONFIG, content)
 
 
 def _target_modules(model: nn.Module, names: list[str]) -> list[str]:
@@ -214,28 +229,3 @@ def _target_modules(model: nn.Module, names: list[str]) -> list[str]:
     kinds = sorted({name.rpartition(".")[2] for name in names})
     others = [n for n, m in model.named_modules() if n.rpartition(".")[2] in kinds and not isinstance(m, AdaptedLinear)]
     return names if others else kinds
-
-
-def _config_of(path: Path) -> AlignLoraConfig:
-    """Our own options where the folder has them, PEFT's otherwise (then without alignment)."""
-    if (path / OUR_CONFIG).is_file():
-        return AlignLoraConfig.from_dict(json.loads((path / OUR_CONFIG).read_text()))
-    peft = json.loads((path / PEFT_CONFIG).read_text())
-    for option in ("use_dora", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern"):
-        if peft.get(option):
-            raise ValueError(f"{path / PEFT_CONFIG}: {option}={peft[option]!r} is not plain LoRA")
-    names = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
-    return AlignLoraConfig(architecture="lora", **{name: peft[name] for name in names if peft.get(name) is not None})
-
-
-def _check_tensors(tensors: dict[str, Tensor], wanted: dict[str, nn.Parameter]) -> None:
-    missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
-    if missing or unexpected:
-        raise ValueError(
-            f"the adapter does not fit the model: {len(missing)} keys are missing {missing[:3]}, "
-            f"{len(unexpected)} are unexpected {unexpected[:3]}"
-        )
-    for key, parameter in wanted.items():
-        if tensors[key].shape != parameter.shape:
-            raise ValueError(f"{key} is {list(tensors[key].shape)}, but the model's is {list(parameter.shape)}")
-        _finite(tensors[key], key)

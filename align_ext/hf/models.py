@@ -38,7 +38,7 @@ def load_model(name: str | None = None, dtype: str | torch.dtype = "auto", say: 
 
     Args:
         name: a local folder, a hub id, or None for SmolLM2-135M-Instruct, fetched as `default_model` says.
-        dtype: "auto" (see `best_dtype`), "float32", "bfloat16", "float16", or a torch dtype.
+        dtype: "auto" (see `best_dtype`), "stored" (as in its files), "float32", "bfloat16", "float16", or torch's.
         say: where one-line notes on downloads and conversions go.
 
     Returns:
@@ -51,7 +51,10 @@ def load_model(name: str | None = None, dtype: str | torch.dtype = "auto", say: 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=resolve_dtype(dtype), trust_remote_code=False, use_safetensors=True
+            source,
+            dtype="auto" if dtype == "stored" else resolve_dtype(dtype),
+            trust_remote_code=False,
+            use_safetensors=True,
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load the model {str(source)!r}: {_first_line(error)}") from error

@@ -25,7 +25,8 @@ from torch.utils.data import Subset
 from align_ext.diagnostics.backend import has_kernel
 from align_ext.hf.collator import TaskCollator
 from align_ext.hf.evaluate import TaskScore, alignment, evaluate
-from align_ext.hf.export import merge_and_unload, save_adapter
+from align_ext.hf.export import save_adapter
+from align_ext.hf.merge import merge_and_unload
 from align_ext.hf.models import best_dtype, load_model
 from align_ext.hf.options import TrainOptions
 from align_ext.hf.replace import adapter_report, replace_linear_with_align_lora

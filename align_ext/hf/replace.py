@@ -92,7 +92,13 @@ def replace_linear_with_align_lora(
 
 
 def adapt(model: nn.Module, config: AlignLoraConfig, ranks: Mapping[str, int] | None = None) -> nn.Module:
-    """Puts adapters into a plain model or a PeftModel; ranks, by module name, where they are not config.r."""
+    """Puts adapters into a plain model or a PeftModel.
+
+    Args:
+        model: the model.
+        config: the options.
+        ranks: of an adapter that is about to be loaded, by module name; no first values are drawn for it then.
+    """
     report = ReplaceReport()
     candidates = dict(_linear_like(model))
     adopting = {name: module for name, module in candidates.items() if is_peft_lora(module)}
@@ -100,7 +106,7 @@ def adapt(model: nn.Module, config: AlignLoraConfig, ranks: Mapping[str, int] | 
     if config.target_blocks and not adopting:
         blocks = find_blocks(model, config.target_blocks)
         layers: dict[str, Adapted] = {
-            name: AdaptedBlock(block, _adapter(block, (hidden, hidden), config))
+            name: AdaptedBlock(block, _adapter(block, (hidden, hidden), config, reset=ranks is None))
             for name, (block, hidden) in blocks.items()
         }
     else:
@@ -115,7 +121,7 @@ def adapt(model: nn.Module, config: AlignLoraConfig, ranks: Mapping[str, int] | 
             layers = {name: adopt(module, config) for name, module in targets.items()}
         else:
             report.unmatched = _unmatched(config, candidates, model)
-            layers = {name: _adapted(module, config, (ranks or {}).get(name)) for name, module in targets.items()}
+            layers = {name: _adapted(module, config, name, ranks) for name, module in targets.items()}
     model.requires_grad_(False)
     for name, layer in layers.items():
         layer.adapter.requires_grad_(True)
@@ -272,12 +278,12 @@ def _own(module: nn.Module) -> set[nn.Parameter]:
     return set(module.parameters(recurse=False))
 
 
-def _adapted(module: nn.Module, config: AlignLoraConfig, r: int | None) -> AdaptedLinear:
-    config = config if r is None else replace(config, r=r)
-    return AdaptedLinear(module, _adapter(module, features_of(module), config))
+def _adapted(module: nn.Module, config: AlignLoraConfig, name: str, ranks: Mapping[str, int] | None) -> AdaptedLinear:
+    config = replace(config, r=(ranks or {}).get(name, config.r))
+    return AdaptedLinear(module, _adapter(module, features_of(module), config, reset=ranks is None))
 
 
-def _adapter(module: nn.Module, sizes: tuple[int, int], config: AlignLoraConfig) -> Adapter:
+def _adapter(module: nn.Module, sizes: tuple[int, int], config: AlignLoraConfig, *, reset: bool) -> Adapter:
     """An adapter with its first values, on the device and in the dtype that the options and the module call for."""
     tensors: list[Any] = [*module.parameters(), *module.buffers()]  # packed weights are buffers
     device = tensors[0].device if tensors else torch.device("cpu")
@@ -289,7 +295,8 @@ def _adapter(module: nn.Module, sizes: tuple[int, int], config: AlignLoraConfig)
     with torch.device(device):
         adapter = adapter_class(config)(config, *sizes).to(dtype)
         weight = first.T if is_conv1d(module) else first
-        adapter.reset_lora_parameters(weight if config.init_lora_weights == "pissa" else None)
+        if reset:
+            adapter.reset_lora_parameters(weight if config.init_lora_weights == "pissa" else None)
     return adapter
 
 

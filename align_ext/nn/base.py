@@ -13,13 +13,14 @@ from align_ext.config import AlignLoraConfig
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 Base = dict[str, Tensor | None]  # weight and bias of the frozen layer, or its base_out: as the ops take them
 Projected = tuple[Tensor, Tensor, Tensor | None]  # y, z, w
+Term = tuple[Tensor, Tensor]  # A, B
 
 
 class Adapter(nn.Module):
     """The low-rank path of one layer: parameters, and one call of an op.
 
     A subclass makes its parameters (lora_A, lora_B and others, all starting with lora_), says by `project` what it
-    computes and by `delta_weight` what change of the weight that is, or by `cannot_merge` why it is none.
+    computes and by `terms` what change of the weight that is, or by `cannot_merge` why it is none.
 
     Attributes:
         formula: what it computes, for tables.
@@ -62,17 +63,34 @@ class Adapter(nn.Module):
         step.keep(self.slot, z.detach(), None if w is None else w.detach())
         return y
 
-    def delta_weight(self) -> Tensor:
-        """The adapter as a change of the base weight, [out_features, in_features], float32 (float64 for float64).
+    def terms(self) -> list[Term]:
+        """Pairs A [r, n] and B [m, r] of which s Σ B A is the adapter's change of the base weight.
 
         Raises:
             TypeError: it is none; cannot_merge says why.
         """
         raise TypeError(f"{type(self).__name__} is no fixed change of the weight: {self.cannot_merge()}")
 
+    def uniform_terms(self) -> list[Term]:
+        """The terms if the router gave all heads the same weight: an approximation."""
+        return self.terms()
+
+    def delta_weight(self) -> Tensor:
+        """The adapter as a change of the base weight, [out_features, in_features], float32 (float64 for float64).
+
+        Raises:
+            TypeError: it is none; cannot_merge says why.
+        """
+        return self._product(self.terms())
+
     def uniform_delta_weight(self) -> Tensor:
         """The change of the weight if the router gave all heads the same weight: an approximation."""
-        return self.delta_weight()
+        return self._product(self.uniform_terms())
+
+    def _product(self, terms: list[Term]) -> Tensor:
+        """S Σ B A; term by term, so that an offset takes the start off to the bit."""
+        first, *others = (wide(B) @ wide(A) for A, B in terms)
+        return self.scaling * sum(others, first)
 
     def cannot_merge(self) -> str | None:
         """Why the adapter is no change of the weight, or None if it is."""
@@ -81,6 +99,16 @@ class Adapter(nn.Module):
     def extra_repr(self) -> str:
         """The adapter's options."""
         return f"r={self.r}, scaling={self.scaling:g}, dropout_p={self.dropout_p:g}"
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """A tensor in float32, or in float64 if it is that already."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def offset_terms(A0: Tensor | None, B0: Tensor | None) -> list[Term]:
+    """(A0, -B0), which takes the adapter of the start off again; nothing where it started as no change."""
+    return [] if A0 is None or B0 is None else [(A0, -B0)]
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from align_ext.batch import AlignState, Step
 from align_ext.config import AlignLoraConfig
 from align_ext.losses.spectral import overlap, projectors, self_orthogonality
 from align_ext.nn import init, router
-from align_ext.nn.base import Adapter, Projected
+from align_ext.nn.base import Adapter, Projected, Term, offset_terms, wide
 from align_ext.ops import dropout_sum
 
 
@@ -68,14 +68,12 @@ class HeadsAdapter(Adapter):
         """A0 and B0 as the ops take them."""
         return {"A0": self.lora_A0, "B0": self.lora_B0}
 
-    def uniform_delta_weight(self) -> Tensor:
-        """S (c Σ_i B_i A_i - B0 A0), the heads of equal weight; [m, n], float32 (float64 for float64)."""
-        acc = torch.promote_types(self.lora_A.dtype, torch.float32)
-        A, B = self.lora_A.to(acc), self.lora_B.to(acc)
-        delta = self._collapsed(B @ A) if self.own_A else self._collapsed(B) @ A
-        if self.lora_A0 is not None and self.lora_B0 is not None:
-            delta = delta - self.lora_B0.to(acc) @ self.lora_A0.to(acc)
-        return self.scaling * delta
+    @override
+    def uniform_terms(self) -> list[Term]:
+        """(A, c Σ_i B_i) and the offset (A0, -B0), the heads of equal weight; an A_i of each head makes A [N r, n]."""
+        if self.own_A:
+            return [(self.lora_A.flatten(0, 1), wide(self.lora_B).transpose(0, 1).flatten(1) / self.heads)]
+        return [(self.lora_A, self._collapsed(wide(self.lora_B))), *offset_terms(self.lora_A0, self.lora_B0)]
 
     @override
     def join(self, state: AlignState, name: str) -> None:
@@ -116,9 +114,10 @@ class SummedAdapter(HeadsAdapter):
     def _collapsed(self, B: Tensor) -> Tensor:
         return B.mean(0) if self.config.reduce == "mean" else B.sum(0)
 
-    def delta_weight(self) -> Tensor:
-        """S (c Σ_i B_i A - B0 A0): without dropout the sum of the heads is one adapter, exactly."""
-        return self.uniform_delta_weight()
+    @override
+    def terms(self) -> list[Term]:
+        """(A, c Σ_i B_i) and the offset: without dropout the sum of the heads is one adapter, exactly."""
+        return self.uniform_terms()
 
 
 class RoutedAdapter(HeadsAdapter):

@@ -11,7 +11,7 @@ from typing_extensions import override
 from align_ext.batch import Step
 from align_ext.config import AlignLoraConfig
 from align_ext.nn import init
-from align_ext.nn.base import Adapter, Projected
+from align_ext.nn.base import Adapter, Projected, Term, offset_terms
 from align_ext.ops import dropout_sum, grouped_lora
 
 
@@ -60,13 +60,10 @@ class LoraAdapter(Adapter):
         op |= {"A0": self.lora_A0, "B0": self.lora_B0, "site": "input"}
         return *dropout_sum(x, self.lora_A, self.lora_B[None], self.scaling, dropout_p=dropout_p, **op), None
 
-    def delta_weight(self) -> Tensor:
-        """S (B A - B0 A0), [m, n], float32 (float64 for float64)."""
-        acc = torch.promote_types(self.lora_A.dtype, torch.float32)
-        delta = self.lora_B.to(acc) @ self.lora_A.to(acc)
-        if self.lora_A0 is not None and self.lora_B0 is not None:
-            delta = delta - self.lora_B0.to(acc) @ self.lora_A0.to(acc)
-        return self.scaling * delta
+    @override
+    def terms(self) -> list[Term]:
+        """(A, B), and the offset (A0, -B0) of a PiSSA start."""
+        return [(self.lora_A, self.lora_B), *offset_terms(self.lora_A0, self.lora_B0)]
 
 
 class MultiAdapter(Adapter):
@@ -117,8 +114,8 @@ class MultiAdapter(Adapter):
             return "it has an adapter for each task: name one with set_task(model, k)"
         return None
 
-    def delta_weight(self) -> Tensor:
-        """S B_k A_k of the named task k, [m, n], float32 (float64 for float64)."""
+    @override
+    def terms(self) -> list[Term]:
+        """(A_k, B_k) of the named task k."""
         task = self._named_task()
-        acc = torch.promote_types(self.lora_A.dtype, torch.float32)
-        return self.scaling * (self.lora_B[task].to(acc) @ self.lora_A[task].to(acc))
+        return [(self.lora_A[task], self.lora_B[task])]

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 
-import huggingface_hub
 import pytest
 import yaml
 from hf.words import model_folder, write_rows
@@ -15,23 +14,6 @@ from hf.words import model_folder, write_rows
 from align_ext import __version__, cli
 from align_ext.diagnostics import doctor
 from align_ext.hf.options import TrainOptions
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """Runs align-lora in an empty folder without a hub; returns (exit code, stdout, stderr)."""
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["align-lora", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return ended.value.code, captured.out, captured.err
-
-    return call
 
 
 @pytest.mark.parametrize(

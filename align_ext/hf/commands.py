@@ -1,0 +1,182 @@
+"""What `align-lora merge` and `align-lora export` do: an adapter's folder and a base model in, a folder out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from align_ext.hf.export import export_peft, load_adapter
+from align_ext.hf.folder import AdapterFolder, atomic_folder
+from align_ext.hf.merge import merge_and_unload, unload
+from align_ext.hf.models import load_model
+from align_ext.hf.peft_form import cannot_export
+from align_ext.step import set_task
+
+# Largest difference of two models' float32 logits, relative to the largest logit, that is rounding and nothing else.
+SAME = 1e-4
+PROMPTS = (
+    "The capital of France is",
+    "Question: what is 17 + 25? Answer:",
+    "def fibonacci(n):\n    return",
+    "Once upon a time there was a small town by the sea, and in it",
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What both commands are given; task: a name or number, or None."""
+
+    adapter: str
+    model: str | None
+    output: str
+    task: str | None
+
+
+def merge(request: Request, approximate: Any, prompts: str | None, dtype: str, console: Console) -> None:
+    """Writes the base model with the adapter merged into its weights, and its tokenizer.
+
+    Raises:
+        ValueError: the adapter cannot be merged, or something given cannot be used; nothing is written.
+    """
+    target, stored = _free(request.output), AdapterFolder.read(request.adapter)
+    texts = PROMPTS if prompts is None else _lines(prompts)
+    task = task_number(stored, request.task)
+    if stored.config.architecture == "multi_adapter":
+        if task is None:
+            raise ValueError(f"the adapter has one part for each task: name one with --task ({_tasks(stored)})")
+    elif approximate is None and (reason := next(iter(stored.adapters.values())).cannot_merge()):
+        raise ValueError(f"{request.adapter} cannot be merged: {reason}")
+    with _doing("loading the model", console):
+        model, tokenizer = load_model(request.model, dtype, console.print)
+        load_adapter(model, request.adapter)
+    if task is not None:
+        set_task(model, task)
+    with _doing("merging", console):
+        batch = dict(tokenizer(list(texts), return_tensors="pt", padding=True))
+        merge_and_unload(model, approximate, batch if approximate else None)
+    if approximate:
+        _say(console, str(model.merge_report))
+    with _doing(f"writing {target}", console), atomic_folder(target) as path:
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+
+
+def export(request: Request, verify: bool, console: Console) -> bool:
+    """Writes the adapter as a folder of stock PEFT; with tasks of their own, and none named, one below it for each.
+
+    Returns:
+        False: verify was asked for and a reader of a folder computes other logits.
+
+    Raises:
+        ValueError: PEFT has no form of the adapter, or something given cannot be used; nothing is written.
+    """
+    target, stored = _free(request.output), AdapterFolder.read(request.adapter)
+    task = task_number(stored, request.task)
+    places: dict[str, int | None] = {"": task}
+    if stored.config.architecture == "multi_adapter":
+        names = stored.task_names or tuple(map(str, range(stored.config.num_tasks or 0)))
+        places = {name: number for number, name in enumerate(names)} if task is None else places
+    elif reason := cannot_export(stored.adapters, stored.config):
+        raise ValueError(f"PEFT has no form of this adapter: {reason}")
+    with _doing("loading the model", console):
+        model, tokenizer = load_model(request.model, torch.float32, console.print)
+        load_adapter(model, request.adapter)
+    with _doing(f"writing {target}", console), atomic_folder(target) as path:
+        for place, number in places.items():
+            export_peft(model, path / place, number)
+    if not verify:
+        return True
+    with _doing("verifying", console):
+        differences = _verify(model, tokenizer, target, places)
+    for reader, difference in differences.items():
+        verdict = "same logits" if difference <= SAME else "OTHER LOGITS"
+        _say(console, f"{reader}: {verdict} (relative difference {difference:.1e})")
+    return all(difference <= SAME for difference in differences.values())
+
+
+def _verify(model: Any, tokenizer: Any, target: Path, places: Mapping[str, int | None]) -> dict[str, float]:
+    """The differences of logits, relative to the largest, of stock PEFT and our loader from the model; uses it up."""
+    import peft
+
+    batch = dict(tokenizer(list(PROMPTS), return_tensors="pt", padding=True))
+    expected = {}
+    for place, number in places.items():
+        set_task(model, number)
+        expected[place] = _logits(model, batch)
+    base, differences = unload(model), {}
+    for place, logits in expected.items():
+        at = f" of {place}" if place else ""
+        theirs = peft.PeftModel.from_pretrained(base, str(target / place))
+        differences[f"stock PEFT{at}"] = _difference(_logits(theirs, batch), logits)
+        base = theirs.unload()
+        differences[f"align_ext{at}"] = _difference(_logits(load_adapter(base, target / place), batch), logits)
+        unload(base)
+    return differences
+
+
+@torch.no_grad()
+def _logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    return model.eval()(**batch).logits[batch["attention_mask"].bool()]
+
+
+def _difference(logits: Tensor, expected: Tensor) -> float:
+    return float((logits - expected).abs().max() / expected.abs().max())
+
+
+def task_number(stored: AdapterFolder, task: str | None) -> int | None:
+    """The number of a task that is given by name or number; None where none is given.
+
+    Raises:
+        ValueError: there is no such task, or the adapter has no part for each task.
+    """
+    if task is None:
+        return None
+    if stored.config.architecture != "multi_adapter":
+        raise ValueError(f"--task {task}: {stored.config.architecture} is one adapter for all tasks")
+    if task in stored.task_names:
+        return stored.task_names.index(task)
+    if task.isdecimal() and int(task) < (stored.config.num_tasks or 0):
+        return int(task)
+    raise ValueError(f"--task {task}: there is no such task ({_tasks(stored)})")
+
+
+def _tasks(stored: AdapterFolder) -> str:
+    return ", ".join(stored.task_names) or f"0 .. {(stored.config.num_tasks or 0) - 1}"
+
+
+def _lines(file: str) -> Sequence[str]:
+    try:
+        lines = [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the prompts {file!r}: {error}") from error
+    if not lines:
+        raise ValueError(f"the file of prompts {file!r} is empty: write one a line")
+    return lines
+
+
+def _free(output: str) -> Path:
+    target = Path(output).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"the output {output!r} exists and is no empty folder: choose another --output")
+    return target
+
+
+@contextmanager
+def _doing(what: str, console: Console) -> Iterator[None]:
+    """Shows what goes on, and how long it took."""
+    start = time.perf_counter()
+    with console.status(what):
+        yield
+    _say(console, f"{what}: {time.perf_counter() - start:.1f} s")
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,160 @@
+"""What PEFT knows of an adapter: one A and one B a layer, and the options in adapter_config.json."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from align_ext.batch import AlignState
+from align_ext.config import AlignLoraConfig
+from align_ext.hf.adopt import PEFT_PREFIX
+from align_ext.nn.base import Adapter
+
+WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+TASKS = "tasks"  # a folder for each task is in it
+_R, _ALPHA = 8, 8  # PEFT's defaults
+_KINDS_OF_LORA = (
+    "use_dora", "use_qalora", "use_bdlora", "lora_bias", "modules_to_save", "trainable_token_indices",
+    "target_parameters", "layer_replication", "alora_invocation_tokens", "arrow_config", "kasa_config",
+    "monteclora_config",
+)  # fmt: skip
+_BASE_UNTOUCHED = (None, True, False, "gaussian", "orthogonal", "eva")  # other initialisations change the base weight
+
+
+@dataclass(frozen=True)
+class PeftForm:
+    """An adapter as PEFT reads it.
+
+    Attributes:
+        tensors: by PEFT's keys, which vLLM reads too.
+        options: r, lora_alpha, use_rslora and, where layers differ, rank_pattern and alpha_pattern.
+    """
+
+    tensors: dict[str, Tensor]
+    options: dict[str, Any]
+
+
+def cannot_export(adapters: Mapping[str, Adapter], config: AlignLoraConfig) -> str | None:
+    """Why PEFT has no form of these adapters, or None."""
+    if config.target_blocks:
+        return "its adapters stand beside whole blocks, which PEFT does not know"
+    return next(iter(adapters.values())).cannot_merge()
+
+
+def is_plain(adapters: Mapping[str, Adapter], config: AlignLoraConfig) -> bool:
+    """Whether PEFT's form holds all there is: one A and one B in each layer, scaled alike."""
+    return one_lora(config) and _alike(adapters, config)
+
+
+def one_lora(config: AlignLoraConfig) -> bool:
+    """Whether a layer's adapter is one A and one B, without heads, tasks or an offset."""
+    plain = config.architecture in ("lora", "align_lora") and config.init_lora_weights != "pissa"
+    return plain and not config.target_blocks
+
+
+def peft_forms(
+    adapters: Mapping[str, Adapter], config: AlignLoraConfig, task_names: Sequence[str] = ()
+) -> dict[str, PeftForm]:
+    """The adapters' forms for PEFT, by the place below the folder; none where they have none.
+
+    With an adapter for each task there is one form a task, in tasks/<its name or number>; else one, in the folder.
+    """
+    if config.architecture != "multi_adapter":
+        return {} if cannot_export(adapters, config) else {"": peft_form(adapters, config)}
+    if config.target_blocks:
+        return {}
+    assert config.num_tasks is not None
+    forms = {}
+    for task, name in enumerate(task_names or map(str, range(config.num_tasks))):
+        with named_task(adapters, task):
+            forms[f"{TASKS}/{name}"] = peft_form(adapters, config)
+    return forms
+
+
+def peft_form(adapters: Mapping[str, Adapter], config: AlignLoraConfig) -> PeftForm:
+    """The adapters' one form for PEFT: terms s Σ_k B_k A_k become s [B_1 B_2] [A_1; A_2] of the sum of their ranks.
+
+    PEFT divides alpha by that rank (by its root with rslora), so alpha grows with it. Where layers differ in rank or
+    scaling, s goes into B and alpha is the rank, since vLLM reads no alpha of single layers.
+    """
+    alike, tensors, ranks, times = _alike(adapters, config), {}, {}, 1
+    for name, adapter in adapters.items():
+        terms = adapter.terms()
+        B = torch.cat([B.detach() for _, B in terms], 1)
+        A = torch.cat([A.detach() for A, _ in terms]).to(B.dtype)
+        times, ranks[name] = len(terms), A.shape[0]
+        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = A
+        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = B if alike else B * adapter.scaling
+    if alike:
+        alpha = config.lora_alpha * (math.sqrt(times) if config.use_rslora else times)
+        return PeftForm(tensors, {"r": times * config.r, "lora_alpha": alpha, "use_rslora": config.use_rslora})
+    r = max(ranks.values())
+    one = {"r": r, "lora_alpha": r, "use_rslora": False}
+    return PeftForm(tensors, one | {"rank_pattern": ranks, "alpha_pattern": dict(ranks)})
+
+
+@contextmanager
+def named_task(adapters: Mapping[str, Adapter], task: int) -> Iterator[None]:
+    """Makes `task` the one that a multi_adapter's terms are about."""
+    state: AlignState | None = next(iter(adapters.values())).state
+    assert state is not None
+    before, state.task = state.task, task
+    try:
+        yield
+    finally:
+        state.task = before
+
+
+def plain_lora(file: Path, peft: Mapping[str, Any], modules: Sequence[str]) -> AlignLoraConfig:
+    """Our options for a folder of stock PEFT, adapting these modules.
+
+    Raises:
+        ValueError: it is no plain LoRA; the message names the option.
+    """
+    odd = [option for option in _KINDS_OF_LORA if peft.get(option)]
+    odd += ["peft_type"] * (peft.get("peft_type") != "LORA") + ["bias"] * (peft.get("bias", "none") != "none")
+    start = peft.get("init_lora_weights")
+    odd += ["init_lora_weights"] * (start not in _BASE_UNTOUCHED)
+    if odd:
+        raise ValueError(f"{file}: {odd[0]}={peft.get(odd[0])!r} is not plain LoRA")
+    names = ("r", "lora_alpha", "lora_dropout", "use_rslora")
+    given = {"r": _R, "lora_alpha": _ALPHA, "lora_dropout": 0.0, "target_modules": tuple(modules) or ("none",)}
+    try:
+        return AlignLoraConfig.from_dict({"architecture": "lora"} | given | {n: peft[n] for n in names if n in peft})
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def scaling_of(peft: Mapping[str, Any], name: str, r: int, file: Path) -> float:
+    """The scaling that PEFT gives a layer of rank r.
+
+    Raises:
+        ValueError: its options mean another rank, or are no numbers.
+    """
+    expected = _by_pattern(peft.get("rank_pattern"), name, peft.get("r", _R))
+    if expected != r:
+        raise ValueError(f"{file} has r={expected!r} for {name}, whose lora_A has {r} rows")
+    alpha = _by_pattern(peft.get("alpha_pattern"), name, peft.get("lora_alpha", _ALPHA))
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise ValueError(f"{file} has lora_alpha={alpha!r} for {name}, which is no number")
+    return alpha / (math.sqrt(r) if peft.get("use_rslora") else r)
+
+
+def _by_pattern(patterns: Any, name: str, default: Any) -> Any:
+    """PEFT's rule: the first pattern that matches the end of the name."""
+    try:
+        return next((x for p, x in (patterns or {}).items() if re.match(rf"(.*\.)?({p})$", name)), default)
+    except (AttributeError, re.error) as error:
+        raise ValueError(f"rank_pattern or alpha_pattern {patterns!r} is none: {error}") from error
+
+
+def _alike(adapters: Mapping[str, Adapter], config: AlignLoraConfig) -> bool:
+    return all(adapter.r == config.r and adapter.scaling == config.scaling for adapter in adapters.values())

@@ -1,0 +1,25 @@
+"""The command line in a process of its own folder, for the tests of every command."""
+
+import sys
+
+import huggingface_hub
+import pytest
+
+from align_ext import cli
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs align-lora in an empty folder without a hub; returns (exit code, stdout, stderr)."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["align-lora", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return ended.value.code, captured.out, captured.err
+
+    return call
