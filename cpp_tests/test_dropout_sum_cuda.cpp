@@ -90,7 +90,7 @@ TEST(streamed_operands_move_as_often_for_five_heads_as_for_one) {
     simt::reports().clear();
     run_cuda<Op>(problem, data);
     CHECK(clean());
-    CHECK(simt::reports().size() == 5);  // and two vendor's products: 7 launches
+    CHECK(simt::reports().size() == 6);  // and two vendor's products: 8 launches
     const auto moved = [](simt::Op op, const char* buffer) {
       int64_t sectors = 0;
       for (const simt::Report& report : simt::reports()) sectors += report.global(op, buffer).sectors;

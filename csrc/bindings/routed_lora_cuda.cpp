@@ -12,7 +12,6 @@ struct Checked {
       : shape(check_heads(x, adapters, site, /*may_own_A=*/true)) {
     routing = check_router(shape, x, R, top_k < 0 ? shape.heads : top_k, tau);
     check_on_cuda(shape);
-    STD_TORCH_CHECK(routing.groups == 1, "R has ", routing.groups, " groups; the CUDA kernels take 1: run on the CPU");
   }
 };
 

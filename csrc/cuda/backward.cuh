@@ -16,14 +16,17 @@ struct BackwardJob {
   struct Outer {
     OuterJob<T> job;
     Mix latents;
-    int blocks;  // of columns; 0: no such job
+    bool wanted;
+
+    __host__ __device__ int chunks() const { return (job.m.ranks + Math::kRank - 1) / Math::kRank; }
+    // For each block of columns: a thread block for each group of rows and chunk of ranks.
+    __host__ __device__ int repeats() const { return int(job.shape.groups) * chunks(); }
+    __host__ __device__ int64_t blocks() const { return wanted ? int64_t(job.blocks()) * repeats() : 0; }
   };
   Outer outer[kOuterJobs];
   ExpandJob<T> dx;
   Mix dz;
-  int row_tiles;    // of dx; 0: not wanted
-  int groups;       // of rows
-  int rank_chunks;  // of the outer products
+  int row_tiles;  // of dx; 0: not wanted
 };
 
 template <class Math>
@@ -33,22 +36,22 @@ template <class Math, class Mix>
 __global__ void __launch_bounds__(kThreads, 2) backward_kernel(BackwardJob<Math, Mix> job) {
   require(compiled_here<Math>());
   if (!compiled_here<Math>()) return;
-  int index = int(blockIdx.x);
-  const int repeats = job.groups * job.rank_chunks;
+  int64_t index = blockIdx.x;
   int kind = 0;
-  while (kind < kOuterJobs && index >= job.outer[kind].blocks * repeats) index -= job.outer[kind++].blocks * repeats;
+  while (kind < kOuterJobs && index >= job.outer[kind].blocks()) index -= job.outer[kind++].blocks();
   if (kind < kOuterJobs) {
-    const int block = index / repeats, group = index % repeats / job.rank_chunks, chunk = index % job.rank_chunks;
-    outer_columns<Math, false>(job.outer[kind].job, job.outer[kind].latents, block, group, chunk);
+    const int repeats = job.outer[kind].repeats(), chunks = job.outer[kind].chunks(), repeat = int(index % repeats);
+    outer_columns<Math, false>(job.outer[kind].job, job.outer[kind].latents, int(index / repeats), repeat / chunks,
+                               repeat % chunks);
   } else {
-    expand_tiles<Math>(job.dx, job.dz, index % job.row_tiles, index / job.row_tiles);
+    expand_tiles<Math>(job.dx, job.dz, int(index % job.row_tiles), int(index / job.row_tiles));
   }
 }
 
 template <class Math, class Mix>
 void backward(const BackwardJob<Math, Mix>& job, Stream stream) {
   int64_t blocks = job.row_tiles * job.dx.cut.slabs;
-  for (const auto& outer : job.outer) blocks += int64_t(outer.blocks) * job.groups * job.rank_chunks;
+  for (const auto& outer : job.outer) blocks += outer.blocks();
   if (blocks > 0) {
     launch(backward_kernel<Math, Mix>, dim3(unsigned(blocks)), dim3(kThreads), kBackwardShared<Math>, stream, job);
   }

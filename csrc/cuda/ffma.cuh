@@ -52,8 +52,12 @@ struct Ffma {
   struct Outer {
     float v[kOuterRanks][4];
   };
+  static constexpr int kDotRows = kRows, kDotCols = kRanks, kDotLanes = 8;
 
   static __device__ __forceinline__ int lane() { return int(threadIdx.x) % kWarp; }
+  static __device__ __forceinline__ int dot_row(int i) { return lane() / 8 + 4 * i; }
+  static __device__ __forceinline__ int dot_col(int j) { return lane() % 8 + 8 * j; }
+  static __device__ __forceinline__ float dot_at(const Dot& acc, int i, int j) { return acc.v[i][j]; }
   static __device__ __forceinline__ int warp() { return int(threadIdx.x) / kWarp; }
 
   static __device__ __forceinline__ void dot(Dot& acc, const T* x, const T* m, int begin, int end) {

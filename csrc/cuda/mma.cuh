@@ -30,9 +30,14 @@ struct Mma {
   struct Outer {
     float v[kRank / 16][4];
   };
+  // A thread's elements of Dot, i < kDotRows, j < kDotCols, and the lanes that have the same rows.
+  static constexpr int kDotRows = 2, kDotCols = kRank / 4, kDotLanes = 4;
+  static __device__ __forceinline__ int lane() { return int(threadIdx.x) % kWarp; }
+  static __device__ __forceinline__ int dot_row(int i) { return lane() / 4 + 8 * i; }
+  static __device__ __forceinline__ int dot_col(int j) { return j / 2 * 8 + lane() % 4 * 2 + j % 2; }
+  static __device__ __forceinline__ float dot_at(const Dot& acc, int i, int j) { return acc.v[j / 2][2 * i + j % 2]; }
 
 #if ALIGN_HAS_SM80
-  static __device__ __forceinline__ int lane() { return int(threadIdx.x) % kWarp; }
   static __device__ __forceinline__ int warp() { return int(threadIdx.x) / kWarp; }
 
   // x: the warp's rows of a tile; m: [rank][piece's columns], from the tile's first column on.

@@ -1,6 +1,6 @@
-// outer: out[j, c] = scale * sum over a group's rows of g[t, j] xd[t, c], g = mix(row, rank); a block owns the columns
-// of kOuterTiles tiles and runs through all rows, so that its sums stay in registers and nothing is added up later.
-// Backward: dB from z and dy, dA from dz and x.
+// outer: out[j, c] = scale * sum over a group's rows of g[t, j] xd[t, c], g = mix(row, rank, band); a block owns the
+// columns of kOuterTiles tiles of a band and runs through all rows, so that its sums stay in registers and nothing is
+// added up later. Backward: dB from z and dy, dA from dz and x.
 //
 // With kDot the block also has its columns' part of dz = scaling B^T dy, in the same pass over dy ("sweep").
 //
@@ -12,6 +12,9 @@
 namespace align::cuda {
 
 template <typename T>
+constexpr int kOuterCols = kOuterTiles * kTileCols<T>;  // of a block
+
+template <typename T>
 struct OuterJob {
   GroupedLoraShape shape;  // tokens, rank and groups count
   RowGroups groups;
@@ -21,6 +24,10 @@ struct OuterJob {
   SmallMatrix<T> m;       // whose gradients these are
   float* out[kAdapters];  // [groups] gradients that lie as the adapters do, assigned; or null: not wanted
   float* parts;           // sweep: [blocks of columns, tokens, rank], assigned
+  int64_t band;           // columns of a band
+
+  __host__ __device__ int blocks_of_band() const { return int((band + kOuterCols<T> - 1) / kOuterCols<T>); }
+  __host__ __device__ int blocks() const { return int(x.cols / band) * blocks_of_band(); }
 };
 
 template <class Math, bool kDot>
@@ -39,11 +46,11 @@ struct LatentShare {
   float v[kCount];
 
   template <class Mix>
-  __device__ __forceinline__ void load(const Mix& mix, const RowTile& tile, int part, int first_rank) {
+  __device__ __forceinline__ void load(const Mix& mix, const RowTile& tile, int part, int first_rank, int64_t band) {
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
       const int i = int(threadIdx.x) + u * kThreads, row = part * kRows + i / kRank;
-      v[u] = row < tile.count ? mix(tile.row(row), first_rank + i % kRank) : 0.f;
+      v[u] = row < tile.count ? mix(tile.row(row), first_rank + i % kRank, band) : 0.f;
     }
   }
   __device__ __forceinline__ void store(T* g, int part) const {
@@ -63,7 +70,9 @@ __device__ __forceinline__ void outer_columns(const OuterJob<typename Math::Elem
   int begin, end;
   group_bounds(job.groups, job.shape.tokens, group, &begin, &end);
   const int first_rank = chunk * kRank;
-  const int64_t first_col = int64_t(block) * kOuterTiles * kTileCols<T>;
+  const int64_t band = block / job.blocks_of_band();
+  const int64_t first_col = band * job.band + block % job.blocks_of_band() * kOuterCols<T>;
+  const int64_t end_col = (band + 1) * job.band;
   const int steps = (end - begin + kTileRows - 1) / kTileRows * kOuterTiles;
   const auto tile_at = [&](int step) {
     return tile_of(job.groups, group, begin + step / kOuterTiles * kTileRows, end);
@@ -77,14 +86,14 @@ __device__ __forceinline__ void outer_columns(const OuterJob<typename Math::Elem
   T* piece = nullptr;
   if constexpr (kDot) {
     piece = arena.take<T>(kRank * kPieceStride<T, kRank>);
-    load_piece<T, kRank>(piece, job.m, group, first_rank, first_col, kOuterTiles * kTileCols<T>);
+    load_piece<T, kRank>(piece, job.m, group, first_rank, first_col, kOuterCols<T>, end_col);
   }
   const Dropout dropout(job.dropout);
   Units<T> units(int(threadIdx.x), kThreads, 0);
   const auto copy = [&](int step) {
     if (step < steps) {
       units.enter(tile_at(step));
-      units.copy(stages + step % kStages * kTileSize<T>, job.x, col_at(step));
+      units.copy(stages + step % kStages * kTileSize<T>, job.x, col_at(step), end_col);
     }
     cp_async_commit();
   };
@@ -97,7 +106,7 @@ __device__ __forceinline__ void outer_columns(const OuterJob<typename Math::Elem
   if (steps > 0) {
     for (int part = 0; part < kLatentParts; ++part) {
       if (part > 0) share.store(latent, part - 1);
-      share.load(mix, tile_at(0), part, first_rank);
+      share.load(mix, tile_at(0), part, first_rank, band);
     }
   }
   for (int s = 0; s < kStages - 1; ++s) copy(s);
@@ -122,7 +131,7 @@ __device__ __forceinline__ void outer_columns(const OuterJob<typename Math::Elem
         const int part = 2 * side + half, first = half * kTileRows / 2;
         if (step + kOuterTiles < steps) {
           if (part > 0) share.store(latent_at(step + kOuterTiles), part - 1);
-          share.load(mix, tile_at(step + kOuterTiles), part, first_rank);
+          share.load(mix, tile_at(step + kOuterTiles), part, first_rank, band);
         }
         Math::outer(acc[side], g + first * kLatentStride<T, kRank>, x + first * kTileStride<T>);
       }
@@ -147,7 +156,7 @@ __device__ __forceinline__ void outer_columns(const OuterJob<typename Math::Elem
       const int64_t col = first_col + side * kTileCols<T> + c;
       const Adapter& adapter = job.m.adapter_of(rank);
       float* out = job.out[&adapter - job.m.adapters];
-      if (rank - adapter.start < adapter.ranks && col < job.x.cols && out != nullptr) {
+      if (rank - adapter.start < adapter.ranks && col < end_col && out != nullptr) {
         out[group * adapter.group_stride + adapter.layout.offset(rank - adapter.start, col)] = job.scale * value;
       }
     });
@@ -164,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, 2) sweep_kernel(OuterJob<typename Ma
 // One pass over the tall matrix for both: the outer products, and the parts of its product with the small matrix.
 template <class Math, class Mix>
 void sweep(const OuterJob<typename Math::Element>& job, const Mix& mix, Stream stream) {
-  const int64_t blocks = outer_blocks(job.x.cols, sizeof(typename Math::Element));
+  const int64_t blocks = job.blocks();
   if (blocks == 0 || job.shape.groups == 0 || job.shape.rank == 0) return;
   launch(sweep_kernel<Math, Mix>, dim3(unsigned(blocks), unsigned(job.shape.groups)), dim3(kThreads),
          kOuterShared<Math, true>, stream, job, mix);

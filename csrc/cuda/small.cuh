@@ -86,10 +86,11 @@ __device__ __forceinline__ int piece_width(int tiles, int64_t col, int64_t end) 
   return (left < tiles ? int(left) : tiles) * kTileCols<T>;
 }
 
-// All threads: ranks first_rank .. and columns first_col .. of the matrix, zeros beyond it, as [kRank][cols].
+// All threads: ranks first_rank .. and columns first_col .. of the matrix, zeros beyond it and from column end on, as
+// [kRank][cols].
 template <typename T, int kRank>
 __device__ __forceinline__ void load_piece(T* piece, const SmallMatrix<T>& m, int64_t group, int first_rank,
-                                           int64_t first_col, int cols) {
+                                           int64_t first_col, int cols, int64_t end) {
   const bool along_cols = m.adapters[0].layout.col_stride == 1;
   const int step = m.vectors ? kUnit<T> : 1;
   const int across = (along_cols ? cols : kRank) / step;  // units, or elements, of a line
@@ -101,7 +102,7 @@ __device__ __forceinline__ void load_piece(T* piece, const SmallMatrix<T>& m, in
     const int rank = first_rank + j;
     const int64_t col = first_col + c;
     const Adapter& adapter = m.adapter_of(rank);
-    const bool inside = rank - adapter.start < adapter.ranks && col < m.cols;
+    const bool inside = rank - adapter.start < adapter.ranks && col < end;
     const int64_t offset = inside ? adapter.layout.offset(rank - adapter.start, col) + group * adapter.group_stride : 0;
     T* to = piece + j * kPieceStride<T, kRank> + c;
     const int next = along_cols ? 1 : kPieceStride<T, kRank>;

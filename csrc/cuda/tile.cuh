@@ -108,11 +108,29 @@ bool rows_aligned(const T* data, int64_t cols) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && cols * int64_t(sizeof(T)) % 16 == 0;
 }
 
-// any: device memory, 16 bytes aligned, should data be null.
+// any: device memory, 16 bytes aligned, should data be null. band: see Columns; 0: one.
 template <typename T>
-TallMatrix<T> tall(const T* data, int64_t cols, const void* any) {
-  return {data, cols, rows_aligned(data, cols), data ? data : any};
+TallMatrix<T> tall(const T* data, int64_t cols, const void* any, int64_t band = 0) {
+  return {data, cols, rows_aligned(data, cols) && band * int64_t(sizeof(T)) % 16 == 0, data ? data : any};
 }
+
+// Walks through columns begin .. end a tile at a time. Where a router has groups of outputs, the columns of a group are
+// a band, with latent rows of its own: no tile reaches from one into the next.
+template <typename T>
+struct Columns {
+  int64_t col, end;       // of what is left
+  int64_t band, in_band;  // columns of a band, and of this one up to col
+
+  __device__ Columns(int64_t begin, int64_t last, int64_t of_band)
+      : col(begin), end(last), band(of_band), in_band(begin % of_band) {}
+  __device__ bool done() const { return col >= end; }
+  __device__ int64_t band_end() const { return min(col - in_band + band, end); }
+  __device__ void next() {
+    const int64_t step = min(int64_t(kTileCols<T>), band_end() - col);
+    col += step, in_band += step;
+    if (in_band == band) in_band = 0;
+  }
+};
 
 // ---- Dropout of the tall matrix
 
@@ -193,9 +211,9 @@ class Units {
     }
   }
 
-  // Starts the copy of the tile at column first_col; zeros beyond the matrix.
-  __device__ __forceinline__ void copy(T* tile, const TallMatrix<T>& m, int64_t first_col) const {
-    const int64_t col = first_col + col_, left = m.data ? m.cols - col : 0;
+  // Starts the copy of the tile at column first_col; zeros from column end on.
+  __device__ __forceinline__ void copy(T* tile, const TallMatrix<T>& m, int64_t first_col, int64_t end) const {
+    const int64_t col = first_col + col_, left = m.data ? end - col : 0;
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
       T* to = place(tile, u);
@@ -229,9 +247,10 @@ class Units {
     }
   }
 
-  // Writes the tile to columns first_col .. of a matrix.
-  __device__ __forceinline__ void write(const T* tile, T* out, bool aligned, int64_t cols, int64_t first_col) const {
-    const int64_t col = first_col + col_, left = cols - col;
+  // Writes the tile to columns first_col .. end of a matrix.
+  __device__ __forceinline__ void write(const T* tile, T* out, bool aligned, int64_t cols, int64_t first_col,
+                                        int64_t end) const {
+    const int64_t col = first_col + col_, left = end - col;
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
       if (rows_[u] < 0) continue;
@@ -268,14 +287,15 @@ __device__ __forceinline__ T to_element(S value) {
   }
 }
 
-// Rows first .. first + count of a tile as g [.., kRank]: mix(row, j) for ranks first_rank .., zeros beyond.
+// Rows first .. first + count of a tile as g [.., kRank]: mix(row, j, band) for ranks first_rank .., zeros beyond.
 template <typename T, int kRank, typename Mix>
 __device__ __forceinline__ void fill_latent(T* g, const Mix& mix, const RowTile& tile, int first, int count,
-                                            int first_rank, int thread, int threads) {
+                                            int first_rank, int64_t band, int thread, int threads) {
 #pragma unroll 2
   for (int i = thread; i < count * kRank; i += threads) {
     const int row = first + i / kRank, j = i % kRank;
-    g[row * kLatentStride<T, kRank> + j] = to_element<T>(row < tile.count ? mix(tile.row(row), first_rank + j) : 0.f);
+    g[row * kLatentStride<T, kRank> + j] =
+        to_element<T>(row < tile.count ? mix(tile.row(row), first_rank + j, band) : 0.f);
   }
 }
 
