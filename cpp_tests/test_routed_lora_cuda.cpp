@@ -26,8 +26,6 @@ struct Op {
   }
 };
 
-constexpr DropoutSite kSites[] = {DropoutSite::kNone, DropoutSite::kInput, DropoutSite::kLatent};
-
 Routing routing(int64_t top_k, int64_t groups = 1) { return {groups, top_k, 0.7}; }
 
 }  // namespace
@@ -72,6 +70,7 @@ TEST(kernels_agree_with_naive_loops_where_groups_and_slabs_cross) {
     check_cuda<Op, float>({{140, 72, 5 * 88, 8, 3, 0, false, DropoutSite::kLatent}, 0.1, routing(3, groups)});
   }
   check_cuda<Op, bfloat16>({{20, 72, 4 * 104, 17, 5, 17, true, DropoutSite::kInput}, 0.1, routing(5, 4)});
+  check_cuda<Op, bfloat16>({{20, 72, 4 * 104, 17, 5, 17, true, DropoutSite::kInputPerHead}, 0.1, routing(5, 4)});
   check_cuda<Op, float>({{20, 72, 4 * 60, 17, 5, 17, false, DropoutSite::kInput}, 0.1, routing(5, 4)}, 7);
   check_cuda<Op, bfloat16, float>({{20, 72, 4 * 60, 9, 3, 3, false, DropoutSite::kInput}, 0.1, routing(2, 4)}, 7);
 }
@@ -94,7 +93,7 @@ TEST(no_order_of_threads_makes_an_error_or_changes_a_bit) {
   check_every_order<Op, bfloat16>({{140, 72, 136, 8, 5, 8, false, DropoutSite::kInput}, 0.1, routing(5)});
   check_every_order<Op, float>({{40, 72, 40, 8, 2, 8, true, DropoutSite::kLatent}, 0.1, routing(1)});
   check_every_order<Op, bfloat16>({{140, 72, 3 * 72, 8, 3, 8, false, DropoutSite::kInput}, 0.1, routing(3, 3)});
-  check_every_order<Op, float>({{40, 40, 5 * 24, 8, 2, 0, false, DropoutSite::kNone}, 0, routing(2, 5)});
+  check_every_order<Op, float>({{40, 40, 5 * 24, 8, 2, 0, true, DropoutSite::kInputPerHead}, 0.1, routing(2, 5)});
 }
 
 // A group of outputs has latent rows of its own, but no pass over dy or y, and leaves nothing of the size of its heads'

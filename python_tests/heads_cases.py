@@ -10,8 +10,7 @@ from align_ext.ops import _keyed
 RNG = torch.tensor([123456789, 42])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SITES = ["none", "input", "latent", "input_per_head"]
-PER_HEAD = pytest.param("input_per_head", marks=pytest.mark.needs("input_per_head"))
-EVERY_SITE = pytest.mark.parametrize("site", [*SITES[:3], PER_HEAD])
+EVERY_SITE = pytest.mark.parametrize("site", SITES)
 # tokens, in, out, rank, heads: ordinary, odd, degenerate
 SHAPES = [
     (64, 128, 96, 8, 3),

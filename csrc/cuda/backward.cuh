@@ -16,12 +16,18 @@ struct BackwardJob {
   struct Outer {
     OuterJob<T> job;
     Mix latents;
-    bool wanted;
+    int blocks;   // 0: no such job
+    int repeats;  // for each block of columns: the groups of rows times chunks
+    int chunks;   // of ranks
 
-    __host__ __device__ int chunks() const { return (job.m.ranks + Math::kRank - 1) / Math::kRank; }
-    // For each block of columns: a thread block for each group of rows and chunk of ranks.
-    __host__ __device__ int repeats() const { return int(job.shape.groups) * chunks(); }
-    __host__ __device__ int64_t blocks() const { return wanted ? int64_t(job.blocks()) * repeats() : 0; }
+    Outer() : blocks(0) {}
+    Outer(const OuterJob<T>& outer, const Mix& mix)
+        : job(outer),
+          latents(mix),
+          repeats(int(job.shape.groups) * job.chunks(Math::kRank)),
+          chunks(job.chunks(Math::kRank)) {
+      blocks = job.blocks() * repeats;
+    }
   };
   Outer outer[kOuterJobs];
   ExpandJob<T> dx;
@@ -36,22 +42,22 @@ template <class Math, class Mix>
 __global__ void __launch_bounds__(kThreads, 2) backward_kernel(BackwardJob<Math, Mix> job) {
   require(compiled_here<Math>());
   if (!compiled_here<Math>()) return;
-  int64_t index = blockIdx.x;
-  int kind = 0;
-  while (kind < kOuterJobs && index >= job.outer[kind].blocks()) index -= job.outer[kind++].blocks();
+  int index = int(blockIdx.x), kind = 0;
+  while (kind < kOuterJobs && index >= job.outer[kind].blocks) index -= job.outer[kind++].blocks;
   if (kind < kOuterJobs) {
-    const int repeats = job.outer[kind].repeats(), chunks = job.outer[kind].chunks(), repeat = int(index % repeats);
-    outer_columns<Math, false>(job.outer[kind].job, job.outer[kind].latents, int(index / repeats), repeat / chunks,
-                               repeat % chunks);
+    const auto& outer = job.outer[kind];
+    const int repeat = index % outer.repeats;
+    outer_columns<Math, false>(outer.job, outer.latents, index / outer.repeats, repeat / outer.chunks,
+                               repeat % outer.chunks);
   } else {
-    expand_tiles<Math>(job.dx, job.dz, int(index % job.row_tiles), int(index / job.row_tiles));
+    expand_tiles<Math>(job.dx, job.dz, index % job.row_tiles, index / job.row_tiles);
   }
 }
 
 template <class Math, class Mix>
 void backward(const BackwardJob<Math, Mix>& job, Stream stream) {
   int64_t blocks = job.row_tiles * job.dx.cut.slabs;
-  for (const auto& outer : job.outer) blocks += outer.blocks();
+  for (const auto& outer : job.outer) blocks += outer.blocks;
   if (blocks > 0) {
     launch(backward_kernel<Math, Mix>, dim3(unsigned(blocks)), dim3(kThreads), kBackwardShared<Math>, stream, job);
   }

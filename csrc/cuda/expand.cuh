@@ -1,4 +1,4 @@
-// expand: out[t, c] = in[t, c] + bias[c] + scale * keep[t, c] * sum_j g[t, j] m[j, c], for a row tile and a slab of
+// expand: out[t, c] = in[t, c] + bias[c] + scale * sum_j keep_j[t, c] g[t, j] m[j, c], for a row tile and a slab of
 // columns a block, with one rounding; g = mix(row, rank, band). Forward: y from z and B. Backward: dx from dz and A.
 //
 // Bytes: in and out once. The small matrix is read by every row tile, latent rows by every slab. Ranks beyond kRank go
@@ -19,22 +19,19 @@ struct ExpandJob {
   bool out_aligned;
   const T* bias;  // [cols], or null: zero
   SmallMatrix<T> m;
-  DropoutArgs dropout;
-  int masked;   // ranks below are multiplied by the mask and kept, a multiple of 16, or kAllRanks
-  float kept;   // what the mask is scaled by
+  RankMasks masks;
   float scale;  // of all ranks
   Cut cut;
-  int64_t band;  // columns of a band
+  int band;  // columns of a band
 };
 
 constexpr int kExpandStages = 2;  // each tile is also written
 
 template <class Math>
 constexpr size_t kExpandShared = sizeof(typename Math::Element) *
-                                     (Math::kRank * Math::kPieceRow + kTileRows * Math::kLatentRow +
-                                      kExpandStages * kTileSize<typename Math::Element>)+sizeof(float) *
-                                     kPieceCols<typename Math::Element, Math::kRank> +
-                                 kTileRows * Units<typename Math::Element>::kPerRow;
+                                 (Math::kRank * Math::kPieceRow + kTileRows * Math::kLatentRow +
+                                  kExpandStages * kTileSize<typename Math::Element>)+sizeof(float) *
+                                 kPieceCols<typename Math::Element, Math::kRank>;
 
 template <class Math, class Mix>
 __device__ __forceinline__ void expand_tiles(const ExpandJob<typename Math::Element>& job, const Mix& mix,
@@ -45,7 +42,7 @@ __device__ __forceinline__ void expand_tiles(const ExpandJob<typename Math::Elem
   if (!find_tile(job.groups, job.shape, tile_index, &tile)) return;
 
   const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp, first_row = warp * kWarpRows;
-  const int64_t begin = int64_t(slab) * job.cut.slab_tiles * kTileCols<T>;
+  const int begin = int(slab * job.cut.slab_tiles) * kTileCols<T>;
   const int64_t slab_end = begin + job.cut.slab_tiles * kTileCols<T>;
   Columns<T> at(begin, min(slab_end, job.in.cols), job.band);
   // With several chunks of ranks the piece is one tile wide, and read again for every chunk.
@@ -56,8 +53,7 @@ __device__ __forceinline__ void expand_tiles(const ExpandJob<typename Math::Elem
   T* g = arena.take<T>(kTileRows * kLatentStride<T, kRank>);
   T* stages = arena.take<T>(kExpandStages * kTileSize<T>);
   float* bias = arena.take<float>(kPieceCols<T, kRank>);
-  uint8_t* keep = arena.take<uint8_t>(kTileRows * Units<T>::kPerRow);
-  const Dropout dropout(job.dropout);
+  const Dropout dropout(job.masks.dropout);
   Units<T> units(lane, kWarp, first_row);
   units.enter(tile);
 
@@ -68,11 +64,10 @@ __device__ __forceinline__ void expand_tiles(const ExpandJob<typename Math::Elem
   int stage = 0, in_piece = piece_tiles;
   bool new_band = false;  // since the latent rows were filled
   while (!at.done()) {
-    const int64_t col = at.col, end = at.band_end();
+    const int col = at.col, end = at.band_end();
     T* y = stages + stage * kTileSize<T>;
     cp_async_wait<0>();
-    if (dropout.threshold > 0) units.decide(keep, dropout, job.in.cols, col);
-    __syncwarp();  // the warp's rows of this tile and their decisions are complete, those of the last are written
+    __syncwarp();  // the warp's rows of this tile are complete, those of the last are written
     at.next();
     if (!at.done()) units.copy(stages + (1 - stage) * kTileSize<T>, job.in, at.col, at.band_end());
     cp_async_commit();
@@ -93,14 +88,10 @@ __device__ __forceinline__ void expand_tiles(const ExpandJob<typename Math::Elem
         __syncthreads();  // piece, bias and latent rows are complete
       }
       const T *rows = g + first_row * kLatentStride<T, kRank>, *m = piece + in_piece * kTileCols<T>;
-      const int masked = masked_ranks<kRank>(dropout, first_rank, job.masked);
-      if (masked > 0) Math::add(acc, rows, m, 0, masked);
-      // The masked ranks come first: once, when all of them are in acc.
-      if (masked > 0 && (masked < kRank || first_rank + kRank >= min(int64_t(job.masked), job.shape.rank))) {
-        Math::mask(acc, job.kept,
-                   [&](int row, int unit) { return uint32_t(keep[(first_row + row) * Units<T>::kPerRow + unit]); });
-      }
-      if (masked < kRank) Math::add(acc, rows, m, masked, kRank);
+      for_each_stream<kRank>(job.masks, dropout, first_rank, [&](int first, int last, int stream) {
+        const KeepTile<T> keep(dropout, job.masks, stream, tile, first_row, job.in.cols, col);
+        Math::add(acc, rows, m, first, last, keep, job.masks.kept);
+      });
     }
     Math::apply(acc, y + first_row * kTileStride<T>, bias + in_piece * kTileCols<T>, job.scale);
     __syncwarp();  // the sums of the warp's rows are complete

@@ -17,18 +17,20 @@ namespace align::cuda {
 struct Heads {
   int64_t tokens;
   int rank, heads, latents;  // latents of a row: 1 or heads
+  int stride;                // columns of shrink's result for a latent: rank, or more where x has a mask for each
   int offset_rank;
-  int groups;     // of a router's outputs; 0: no router
-  int router;     // first column of the logits
-  int64_t group;  // outputs of a group, or all
+  int groups;  // of a router's outputs; 0: no router
+  int router;  // first column of the logits
+  int group;   // outputs of a group, or all
   int top_k;
   float logit_scale;  // 1 / tau
   float scaling, offset_scaling;
   DropoutArgs masks;  // of the heads' latents; p = 0: none
 
-  // Columns of shrink's result: z, the offset path, the logits.
   __host__ __device__ int z_width() const { return latents * rank; }
-  __host__ __device__ int width() const { return groups > 0 ? router + logits() : z_width() + offset_rank; }
+  // Columns of shrink's result: latents, the offset path, the logits.
+  __host__ __device__ int offset_start() const { return latents * stride; }
+  __host__ __device__ int width() const { return groups > 0 ? router + logits() : offset_start() + offset_rank; }
   // Columns of the heads' latents, and of all latents.
   __host__ __device__ int u_width() const { return heads * rank; }
   __host__ __device__ int du_width() const { return u_width() + offset_rank; }
@@ -72,6 +74,8 @@ struct Router {
   Routing routing;
 };
 
+constexpr int kMaskedRanks = 8;  // ranks that see one mask of x begin at multiples of it
+
 template <typename T, typename W>
 struct HeadsLaunch {
   using Inputs = HeadsInputs<T, W>;
@@ -79,19 +83,20 @@ struct HeadsLaunch {
   SmallMatrix<T> a, b, r;             // A, A0 and R; B and B0; R alone
   GroupedLoraShape a_shape, b_shape;  // of them as projections
   Plan a_plan, b_plan, both;
-  DropoutArgs on_x;
-  float kept;
-  int masked;
+  RankMasks on_x;
 
   HeadsLaunch(const Inputs& in, const Router<W>& router) {
     const HeadsShape& s = in.shape;
     constexpr bool kFloat = std::is_same_v<W, float>;
-    const int a_ranks = int(s.own_A ? s.heads * s.rank : s.rank), b_ranks = int(s.heads * s.rank);
+    const bool per_head = s.site == DropoutSite::kInputPerHead;
+    const int stride = int(per_head ? ceil_div(s.rank, kMaskedRanks) * kMaskedRanks : s.rank);
+    const int a_ranks = int(s.latents()) * stride, b_ranks = int(s.heads * s.rank);
     const int more = int(s.offset_rank), groups = router.R ? int(router.routing.groups) : 0;
     const int r_ranks = groups * int(s.heads);
     const Adapter R{router.R, kFloat, r_ranks, layout_of_a(r_ranks, s.in_dim), 0, 0};
-    a = stack<T>(s.in_dim, {in.A, kFloat, a_ranks, layout_of_a(a_ranks, s.in_dim), 0, 0},
-                 {in.A0, kFloat, more, layout_of_a(more, s.in_dim), 0, 0}, R, 16);
+    const Layout of_a{std::max(stride, 1), int(s.rank), s.in_dim, s.own_A ? s.rank * s.in_dim : 0, 1};
+    a = stack<T>(s.in_dim, {in.A, kFloat, a_ranks, of_a, 0, 0},
+                 {in.A0, kFloat, more, layout_of_a(more, s.in_dim), 0, 0}, R, kMaskedRanks);
     b = stack<T>(s.out_dim, {in.B, kFloat, b_ranks, layout_of_b(s.rank, s.out_dim), 0, 0},
                  {in.B0, kFloat, more, layout_of_b(more, s.out_dim), 0, 0});
     r = stack<T>(s.in_dim, R);
@@ -101,27 +106,33 @@ struct HeadsLaunch {
       return plan(s.tokens, s.in_dim, s.out_dim, rank, 1, sizeof(T), current_device());
     };
     a_plan = plan_rank(a.ranks), b_plan = plan_rank(b.ranks), both = plan_rank(std::max(a.ranks, b.ranks));
-    const double p = in.dropout.p;
-    on_x = {s.site == DropoutSite::kInput ? p : 0, in.dropout.rng};
-    kept = float(dropout_scale(dropout_threshold(on_x.p)));
-    masked = router.R ? a.adapters[2].start : kAllRanks;
+    const DropoutArgs none = {0, nullptr};
+    const DropoutArgs dropout = per_head || s.site == DropoutSite::kInput ? in.dropout : none;
+    const float kept = float(dropout_scale(dropout_threshold(dropout.p)));
+    on_x = kNoMasks;
+    if (per_head) {
+      on_x = {dropout, int(s.heads), stride, kept};
+    } else if (dropout.p > 0) {
+      on_x = {dropout, 1, router.R ? a.adapters[2].start : kAllRanks, kept};
+    }
     heads = {s.tokens,
              int(s.rank),
              int(s.heads),
              int(s.latents()),
+             stride,
              more,
              groups,
              a.adapters[2].start,
-             groups > 0 ? s.out_dim / groups : s.out_dim,
+             int(groups > 0 ? s.out_dim / groups : s.out_dim),
              int(router.routing.top_k),
              float(1 / router.routing.tau),
              float(in.scaling),
              float(in.offset_scaling),
-             {s.site == DropoutSite::kLatent ? p : 0, in.dropout.rng}};
+             s.site == DropoutSite::kLatent ? in.dropout : none};
   }
 
-  int64_t in_band() const { return std::max<int64_t>(a.cols, 1); }
-  int64_t out_band() const { return std::max<int64_t>(heads.group, 1); }
+  int in_band() const { return band_of(a.cols); }
+  int out_band() const { return band_of(heads.group); }
   int64_t forward_floats() const { return heads.tokens * (a_plan.shrink.slabs * heads.width() + heads.du_width()); }
   // Of a router, for the shrink of dy.
   int64_t segment_floats() const {
@@ -150,7 +161,7 @@ void heads_forward(const HeadsForwardArgs<T, W>& args, const Router<W>& router, 
   float* u = parts + slabs * s.tokens * l.heads.width();
   with_math<T>(l.a_plan, [&](auto math) {
     const TallMatrix<T> x = tall(args.inputs.x, s.in_dim, args.z);
-    shrink<decltype(math)>({l.a_shape, {}, x, l.a, l.on_x, l.masked, l.kept, parts, l.a_plan.shrink, l.in_band(), {}},
+    shrink<decltype(math)>({l.a_shape, {}, x, l.a, l.on_x, parts, l.a_plan.shrink, l.in_band(), {}},
                            l.a_plan.rank_chunks, stream);
   });
   mix({l.heads, parts, slabs, args.z, w, u}, stream);
@@ -162,9 +173,7 @@ void heads_forward(const HeadsForwardArgs<T, W>& args, const Router<W>& router, 
                             tall<T>(args.y, s.out_dim, nullptr, l.out_band()).aligned,
                             args.bias,
                             l.b,
-                            {0, nullptr},
-                            0,
-                            1,
+                            kNoMasks,
                             1,
                             l.b_plan.expand,
                             l.out_band()},
@@ -189,23 +198,22 @@ void heads_backward(const HeadsBackwardArgs<T, W>& args, const Router<W>& router
   float* u = dz + s.tokens * l.heads.width();
   const Weighing weighing = l.weighing(gradient.w, u, u + s.tokens * l.heads.u_width());
   const TallMatrix<T> x = tall(args.inputs.x, s.in_dim, args.z), dy = tall(args.dy, s.out_dim, args.z, l.out_band());
-  const DropoutArgs none = {0, nullptr};
   if (gradient.w) mix({l.heads, nullptr, 0, const_cast<float*>(args.z), nullptr, u}, stream);
   with_math<T>(l.b_plan, [&](auto math) {
-    shrink<decltype(math)>(
-        {l.b_shape, {}, dy, l.b, none, kAllRanks, 1, parts, l.b_plan.shrink_dy, l.out_band(), weighing},
-        l.b_plan.rank_chunks, stream);
+    shrink<decltype(math)>({l.b_shape, {}, dy, l.b, kNoMasks, parts, l.b_plan.shrink_dy, l.out_band(), weighing},
+                           l.b_plan.rank_chunks, stream);
   });
   unmix({l.heads, parts, l.b_plan.shrink_dy, weighing, l.b_plan.rank_chunks, args.z, args.dz_in, gradient.dw_in, u, dz},
         kTileCols<T>, stream);
   with_math<T>(l.both, [&](auto math) {
     using Math = decltype(math);
     const int width = l.heads.width();
-    const bool apart = router.R && l.on_x.p > 0;  // dA stands on dropped x, dR on x
+    const bool apart = router.R && l.on_x.per < kAllRanks;  // dA stands on dropped x, dR on x
+    const int summed = s.own_A ? 1 : l.on_x.streams;
     const OuterJob<T> d_a{
-        l.a_shape, {}, x, l.on_x, l.kept, l.a, {args.dA, nullptr, apart ? nullptr : gradient.dR}, nullptr, l.in_band()};
-    const OuterJob<T> d_r{l.a_shape, {}, x, none, 1, l.r, {gradient.dR}, nullptr, l.in_band()};
-    const OuterJob<T> d_b{l.b_shape, {}, dy, none, 1, l.b, {args.dB}, nullptr, l.out_band()};
+        l.a_shape, {}, x, l.on_x, summed, l.a, {args.dA, nullptr, apart ? nullptr : gradient.dR}, nullptr, l.in_band()};
+    const OuterJob<T> d_r{l.a_shape, {}, x, kNoMasks, 1, l.r, {gradient.dR}, nullptr, l.in_band()};
+    const OuterJob<T> d_b{l.b_shape, {}, dy, kNoMasks, 1, l.b, {args.dB}, nullptr, l.out_band()};
     const ExpandJob<T> dx{l.a_shape,
                           {},
                           tall(args.dx_in, s.in_dim, args.dx),
@@ -214,19 +222,18 @@ void heads_backward(const HeadsBackwardArgs<T, W>& args, const Router<W>& router
                           nullptr,
                           l.a,
                           l.on_x,
-                          l.masked,
-                          l.kept,
                           1,
                           l.both.expand_dx,
                           l.in_band()};
     const LatentRows dz_rows{dz, width, width}, logit_rows{dz + l.heads.router, width, l.heads.logits()};
-    backward<Math>(
-        BackwardJob<Math, LatentRows>{
-            {{d_a, dz_rows, true}, {d_r, logit_rows, apart}, {d_b, l.latents(u, l.heads.u_width(), gradient.w), true}},
-            dx,
-            dz_rows,
-            args.dx ? int(row_tiles(s.tokens, 1)) : 0},
-        stream);
+    const LatentRows u_rows = l.latents(u, l.heads.u_width(), gradient.w);
+    using Outer = typename BackwardJob<Math, LatentRows>::Outer;
+    backward<Math>(BackwardJob<Math, LatentRows>{{Outer(d_a, dz_rows), apart ? Outer(d_r, logit_rows) : Outer(),
+                                                  Outer(d_b, u_rows)},
+                                                 dx,
+                                                 dz_rows,
+                                                 args.dx ? int(row_tiles(s.tokens, 1)) : 0},
+                   stream);
   });
 }
 

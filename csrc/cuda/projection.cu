@@ -43,36 +43,53 @@ __device__ void softmax(const Heads& heads, float* w) {
   for (int i = 0; i < heads.heads; ++i) w[i] /= total;
 }
 
-// A thread for each group of a row's logits, each column of its z, and each latent of its offset path.
-__global__ void __launch_bounds__(kThreads) mix_kernel(MixJob job) {
+constexpr int kRowsOfBlock = 8;
+
+// Calls body(row, column), column < columns, for the rows of this block: a thread one of them at a time.
+template <typename Body>
+__device__ __forceinline__ void for_each_column(int64_t tokens, int columns, const Body& body) {
+  const int64_t first = int64_t(blockIdx.x) * kRowsOfBlock;
+#pragma unroll 1
+  for (int i = int(threadIdx.x); i < kRowsOfBlock * columns; i += kThreads) {
+    const int64_t row = first + i / columns;
+    if (row < tokens) body(row, i % columns);
+  }
+}
+
+// A group of a row's logits (column < 0), a column of its z, or a latent of its offset path.
+__device__ void mix_column(const MixJob& job, int64_t row, int column) {
   const Heads& heads = job.heads;
-  const int groups = job.parts ? heads.groups : 0, offset_rank = job.parts ? heads.offset_rank : 0;
-  const int u_width = heads.u_width() + offset_rank, columns = groups + heads.z_width() + offset_rank;
-  const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x, row = index / columns;
-  if (row >= heads.tokens) return;
+  const int u_width = heads.u_width() + (job.parts ? heads.offset_rank : 0);
   const auto sum = [&](int column) {
     return sum_of_parts(job.parts, job.slabs, heads.tokens * heads.width(), row * heads.width() + column);
   };
-  const int column = int(index % columns) - groups, offset = column - heads.z_width();
+  const int offset = column - heads.z_width();
   float* u = job.u + row * u_width;
   if (column < 0) {
-    const int first = (column + groups) * heads.heads;
+    const int first = (column + heads.groups) * heads.heads;
     float* w = job.w + row * heads.logits() + first;
     for (int i = 0; i < heads.heads; ++i) w[i] = __fmul_rn(heads.logit_scale, sum(heads.router + first + i));
     softmax(heads, w);
   } else if (offset < 0) {
     float* z = job.z + row * heads.z_width() + column;
-    if (job.parts) *z = sum(column);
+    if (job.parts) *z = sum(column / heads.rank * heads.stride + column % heads.rank);
     write_heads(heads, row, column, *z, u);
   } else {
-    u[heads.u_width() + offset] = heads.offset_scaling * sum(heads.z_width() + offset);
+    u[heads.u_width() + offset] = heads.offset_scaling * sum(heads.offset_start() + offset);
   }
 }
 
+__global__ void __launch_bounds__(kThreads) mix_kernel(MixJob job) {
+  const int groups = job.parts ? job.heads.groups : 0, offset_rank = job.parts ? job.heads.offset_rank : 0;
+  for_each_column(job.heads.tokens, groups + job.heads.z_width() + offset_rank,
+                  [&](int64_t row, int column) { mix_column(job, row, column - groups); });
+}
+
 // dl_i = w_i (dw_i - sum_j w_j dw_j) / tau for the logits of a group of a row, dw_i in segments.
-__device__ void unmix_logits(const UnmixJob& job, int64_t slab_cols, int64_t row, int group) {
+__device__ void unmix_logits(const UnmixJob& job, int slab_cols, int64_t row, int group) {
   const Heads& heads = job.heads;
-  const int64_t first = (row * heads.groups + group) * heads.heads, end = (group + 1) * heads.group;
+  const int64_t first = (row * heads.groups + group) * heads.heads;
+  const int begin = group * heads.group, end = begin + heads.group;
   const int64_t segments = job.weighing.segments_of_chunk(job.cut.slabs);
   const float* w = job.weighing.w + first;
   float* dl = job.dz + row * heads.width() + heads.router + group * heads.heads;
@@ -80,7 +97,7 @@ __device__ void unmix_logits(const UnmixJob& job, int64_t slab_cols, int64_t row
   for (int i = 0; i < heads.heads; ++i) {
     float dw = job.dw_in ? job.dw_in[first + i] : 0.f;
     for (int64_t chunk = 0; chunk < job.rank_chunks; ++chunk) {
-      for (int64_t slab = group * heads.group / slab_cols; slab * slab_cols < end; ++slab) {
+      for (int slab = begin / slab_cols; slab * slab_cols < end; ++slab) {
         const int64_t segment = chunk * segments + group + slab;
         dw += job.weighing.segments[(segment * heads.tokens + row) * heads.heads + i];
       }
@@ -91,49 +108,48 @@ __device__ void unmix_logits(const UnmixJob& job, int64_t slab_cols, int64_t row
   for (int i = 0; i < heads.heads; ++i) dl[i] = heads.logit_scale * w[i] * (dl[i] - mean);
 }
 
-// A thread for each group of a row's logits, and each other column of its dz, which gathers what the heads give back.
-__global__ void __launch_bounds__(kThreads) unmix_kernel(UnmixJob job, int64_t slab_cols) {
+// A group of a row's logits (place < 0), or another place of its dz, which gathers what the heads give back.
+__device__ void unmix_place(const UnmixJob& job, int slab_cols, int64_t row, int place) {
   const Heads& heads = job.heads;
-  const int columns = heads.width() - heads.logits() + heads.groups;
-  const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x, row = index / columns;
-  if (row >= heads.tokens) return;
-  const int column = int(index % columns) - heads.groups, offset = column - heads.z_width();
+  const int offset = place - heads.offset_start();
   const auto du = [&](int j) {
     return sum_of_parts(job.parts, job.cut.slabs, heads.tokens * heads.du_width(), row * heads.du_width() + j);
   };
-  if (column < 0) return unmix_logits(job, slab_cols, row, column + heads.groups);
-  float* dz = job.dz + row * heads.width() + column;
-  if (offset >= heads.offset_rank) {
+  if (place < 0) return unmix_logits(job, slab_cols, row, place + heads.groups);
+  float* dz = job.dz + row * heads.width() + place;
+  if (offset >= heads.offset_rank || (offset < 0 && place % heads.stride >= heads.rank)) {
     *dz = 0;
   } else if (offset >= 0) {
     *dz = heads.offset_scaling * du(heads.u_width() + offset);
   } else {
+    const int column = place / heads.stride * heads.rank + place % heads.stride;
     const int64_t element = row * heads.z_width() + column;
     const Dropout masks(heads.masks);
     float total = 0;
+#pragma unroll 1
     for (int j = column; j < heads.u_width(); j += heads.z_width()) total += latent_mask(heads, masks, row, j) * du(j);
     *dz = heads.scaling * total + (job.dz_in ? job.dz_in[element] : 0.f);
     if (heads.groups == 0) write_heads(heads, row, column, job.z[element], job.u + row * heads.u_width());
   }
 }
 
+__global__ void __launch_bounds__(kThreads) unmix_kernel(UnmixJob job, int slab_cols) {
+  const Heads& heads = job.heads;
+  for_each_column(heads.tokens, heads.width() - heads.logits() + heads.groups,
+                  [&](int64_t row, int column) { unmix_place(job, slab_cols, row, column - heads.groups); });
+}
+
 template <typename... Job>
-void for_each_element(void (*kernel)(Job...), int64_t elements, Stream stream, Job... job) {
-  if (elements > 0) launch(kernel, dim3(unsigned(ceil_div(elements, kThreads))), dim3(kThreads), 0, stream, job...);
+void for_each_row(void (*kernel)(Job...), int64_t tokens, Stream stream, Job... job) {
+  if (tokens > 0) launch(kernel, dim3(unsigned(ceil_div(tokens, kRowsOfBlock))), dim3(kThreads), 0, stream, job...);
 }
 
 }  // namespace
 
-void mix(const MixJob& job, Stream stream) {
-  const Heads& heads = job.heads;
-  const int more = job.parts ? heads.groups + heads.offset_rank : 0;
-  for_each_element(mix_kernel, heads.tokens * (heads.z_width() + more), stream, job);
-}
+void mix(const MixJob& job, Stream stream) { for_each_row(mix_kernel, job.heads.tokens, stream, job); }
 
 void unmix(const UnmixJob& job, int64_t tile_cols, Stream stream) {
-  const Heads& heads = job.heads;
-  const int64_t elements = heads.tokens * (heads.width() - heads.logits() + heads.groups);
-  for_each_element(unmix_kernel, elements, stream, job, job.cut.slab_tiles * tile_cols);
+  for_each_row(unmix_kernel, job.heads.tokens, stream, job, int(job.cut.slab_tiles * tile_cols));
 }
 
 #define ALIGN_INSTANTIATE(...)                                                                \

@@ -24,10 +24,10 @@ struct LatentRows {
   int ranks;
   int weighted = 0;          // ranks below are multiplied by their head's weight, w[row, band, j / rank]
   const float* w = nullptr;  // [tokens, bands, heads]
-  int64_t bands = 0;
+  int bands = 0;
   int heads = 0, rank = 0;
 
-  __device__ float operator()(int64_t row, int j, int64_t band) const {
+  __device__ float operator()(int64_t row, int j, int band) const {
     if (j >= ranks) return 0;
     const float value = latent[row * width + j];
     return j < weighted ? w[(row * bands + band) * heads + j / rank] * value : value;

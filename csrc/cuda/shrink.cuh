@@ -1,13 +1,13 @@
 // shrink: parts[slab][t, :] = scale * sum over the slab's columns of xd[t, c] m[:, c], for a row tile and a slab of
-// columns a block (a router's ranks: of x without dropout, and not scaled); the slabs' parts are added in order by
-// whoever reads them. Forward: z = A xd. Backward, in two passes: dz = scaling B^T dy.
+// columns a block; ranks see the masks that job.masks gives them, and scale is theirs; the slabs' parts are added in
+// order by whoever reads them. Forward: z = A xd. Backward, in two passes: dz = scaling B^T dy.
 //
 // With groups of outputs (columns in bands) parts[slab][t, (i, d)] is the sum over the slab's bands k of w[t, k, i]
 // times the band's own sum q, and the weights' gradient <u_i, q_i> goes to segments, in one piece for each slab that
 // has columns of the band: no band's q leaves the registers.
 //
-// Bytes: x once for each chunk of ranks; parts are written once, with bands also read again and written by each of the
-// slab's bands. The small matrix is read by every row tile.
+// Bytes: x once for each chunk of ranks, however many masks there are; parts are written once, with bands also read
+// again and written by each of the slab's bands. The small matrix is read by every row tile.
 #pragma once
 
 #include "cuda/small.cuh"
@@ -16,7 +16,7 @@ namespace align::cuda {
 
 // What a router's weights and their gradient are to the shrink of dy. w null: no router.
 struct Weighing {
-  int64_t bands;
+  int bands;
   int heads, rank;
   const float* w;   // [tokens, bands, heads]
   const float* u;   // [tokens, heads * rank]
@@ -31,19 +31,17 @@ struct ShrinkJob {
   RowGroups groups;
   TallMatrix<T> x;
   SmallMatrix<T> m;
-  DropoutArgs dropout;
-  int masked;    // ranks below take dropped x, a multiple of 16, or kAllRanks
-  float scale;   // of the masked ranks' results; of all of them without dropout
+  RankMasks masks;
   float* parts;  // [slabs, tokens, rank], assigned
   Cut cut;
-  int64_t band;  // columns of a band
+  int band;  // columns of a band
   Weighing weighing;
 };
 
 // A band's sums of the warp's rows: weighted into the slab's parts, and what they say of the weights.
 template <class Math>
 __device__ __forceinline__ void weigh_band(const typename Math::Dot& q, const ShrinkJob<typename Math::Element>& job,
-                                           const RowTile& tile, int first_rank, int64_t band, bool first) {
+                                           const RowTile& tile, int first_rank, int band, bool first) {
   const Weighing& weighing = job.weighing;
   const int slab = int(blockIdx.y), heads = weighing.heads, columns = heads * weighing.rank,
             width = int(job.shape.rank);
@@ -95,14 +93,13 @@ __global__ void __launch_bounds__(kThreads, 2) shrink_kernel(ShrinkJob<typename 
 
   const int warp = int(threadIdx.x) / kWarp, first_row = warp * kWarpRows;
   const int first_rank = int(blockIdx.z) * kRank;
-  const int64_t begin = int64_t(blockIdx.y) * job.cut.slab_tiles * kTileCols<T>;
+  const int begin = int(blockIdx.y * job.cut.slab_tiles) * kTileCols<T>;
   const int64_t slab_end = begin + job.cut.slab_tiles * kTileCols<T>;
   Columns<T> at(begin, min(slab_end, job.x.cols), job.band), ahead = at;
   SharedArena arena;
   T* piece = arena.take<T>(kRank * kPieceStride<T, kRank>);
   T* stages = arena.take<T>(kStages * kTileSize<T>);
-  const Dropout dropout(job.dropout);
-  const int masked = masked_ranks<kRank>(dropout, first_rank, job.masked);
+  const Dropout dropout(job.masks.dropout);
   Units<T> units(int(threadIdx.x) % kWarp, kWarp, first_row);
   units.enter(tile);
 
@@ -117,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, 2) shrink_kernel(ShrinkJob<typename 
   typename Math::Dot acc = {};
   int stage = 0, in_piece = kPieceTiles<kRank>;
   while (!at.done()) {
-    const int64_t col = at.col, end = at.band_end();
+    const int col = at.col, end = at.band_end();
     if (in_piece == kPieceTiles<kRank>) {
       __syncthreads();  // all warps are done with the piece
       load_piece<T, kRank>(piece, job.m, tile.group, first_rank, col, piece_width<T>(kPieceTiles<kRank>, col, end),
@@ -130,15 +127,10 @@ __global__ void __launch_bounds__(kThreads, 2) shrink_kernel(ShrinkJob<typename 
     __syncwarp();  // the warp's rows of this tile are complete, and it is done with those of the last
     copy(stage == 0 ? kStages - 1 : stage - 1);
     const T *rows = x + first_row * kTileStride<T>, *m = piece + in_piece * kTileCols<T>;
-    if (masked < kRank) {
-      Math::dot(acc, rows, m, masked, kRank);
-      __syncwarp();  // the rows have been read as they are
-    }
-    if (masked > 0) {
-      units.mask(x, dropout, job.x.cols, col);
-      __syncwarp();  // the rows are masked
-      Math::dot(acc, rows, m, 0, masked);
-    }
+    for_each_stream<kRank>(job.masks, dropout, first_rank, [&](int first, int last, int stream) {
+      const KeepTile<T> keep(dropout, job.masks, stream, tile, first_row, job.x.cols, col);
+      Math::dot(acc, rows, m, first, last, keep);
+    });
     stage = stage + 1 == kStages ? 0 : stage + 1;
     ++in_piece;
     at.next();
@@ -153,7 +145,7 @@ __global__ void __launch_bounds__(kThreads, 2) shrink_kernel(ShrinkJob<typename 
   if (job.weighing.w && begin < job.x.cols) return;
 
   float* parts = job.parts + int64_t(blockIdx.y) * job.shape.tokens * job.shape.rank;
-  const auto scale = [&](int j) { return first_rank + j < job.masked ? job.scale : 1.f; };
+  const auto scale = [&](int j) { return job.masks.has(first_rank + j) ? job.masks.kept : 1.f; };
   Math::store(acc, scale, job.shape.rank - first_rank, [&](int i) {
     return first_row + i < tile.count ? parts + tile.row(first_row + i) * job.shape.rank + first_rank : nullptr;
   });

@@ -3,7 +3,7 @@
 import heads_cases
 import pytest
 import torch
-from heads_cases import DTYPES, PER_HEAD, RNG, SHAPES, SITES, call, compare, leaves_of, make, results
+from heads_cases import DTYPES, RNG, SHAPES, SITES, call, compare, leaves_of, make, results
 from torch.library import opcheck
 
 from align_ext import ops
@@ -19,10 +19,7 @@ ARCHITECTURES = {
     "own A, masks on x per head": ("input_per_head", 0.3, True, None),
     "no dropout": ("none", 0.0, False, 2),
 }
-EVERY_ARCHITECTURE = pytest.mark.parametrize(
-    "architecture",
-    [pytest.param(name, marks=PER_HEAD.marks if "per head" in name else ()) for name in ARCHITECTURES],
-)
+EVERY_ARCHITECTURE = pytest.mark.parametrize("architecture", ARCHITECTURES)
 GROUPS = {96: 4, 45: 5, 24: 24, 129: 3, 1: 1, 8: 2, 712: 8}  # of an out_dim; 24: as many groups as outputs
 
 
