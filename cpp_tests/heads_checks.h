@@ -1,14 +1,9 @@
 // Runs and checks the CPU kernels of dropout_sum and routed_lora. Kernels<T> has their two passes and workspaces.
 #pragma once
 
-#include <array>
-
 #include "heads_problem.h"
 
 namespace align::test {
-
-constexpr std::array kSites = {DropoutSite::kNone, DropoutSite::kInput, DropoutSite::kLatent,
-                               DropoutSite::kInputPerHead};
 
 template <typename T>
 HeadsInputs<T> inputs_of(const HeadsProblem& problem, const HeadsData<T>& data) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
 
@@ -10,6 +11,9 @@
 #include "projection_support.h"
 
 namespace align::test {
+
+constexpr std::array kSites = {DropoutSite::kNone, DropoutSite::kInput, DropoutSite::kLatent,
+                               DropoutSite::kInputPerHead};
 
 struct HeadsProblem {
   HeadsShape shape;  // tokens, in_dim, out_dim, rank, heads, offset_rank, own_A, site

@@ -24,15 +24,16 @@ struct Op {
   }
 };
 
-constexpr DropoutSite kSites[] = {DropoutSite::kNone, DropoutSite::kInput, DropoutSite::kLatent};
-
 }  // namespace
 
 TEST(kernels_agree_with_naive_loops_for_every_rank_and_site) {
   for (DropoutSite site : kSites) {
     for (int64_t rank : {1, 4, 8, 9}) check_all_types<Op>({{40, 72, 56, rank, 5, rank % 4, false, site}, 0.3});
   }
-  check_all_types<Op>({{20, 72, 56, 17, 5, 17, false, DropoutSite::kLatent}, 0.3});  // two chunks of 64
+  for (DropoutSite site : {DropoutSite::kLatent, DropoutSite::kInputPerHead}) {
+    check_all_types<Op>({{20, 72, 56, 17, 5, 17, false, site}, 0.3});  // two or three chunks of 64
+  }
+  check_all_types<Op>({{20, 72, 56, 8, 3, 2, false, DropoutSite::kInputPerHead}, 0});
 }
 
 TEST(kernels_agree_with_naive_loops_for_every_tail) {
@@ -46,6 +47,8 @@ TEST(kernels_agree_with_naive_loops_for_every_tail) {
 TEST(kernels_agree_with_naive_loops_where_columns_are_split) {
   check_cuda<Op, bfloat16>({{140, 600, 608, 8, 5, 8, false, DropoutSite::kLatent}, 0.1});
   check_cuda<Op, float>({{140, 300, 304, 8, 3, 0, false, DropoutSite::kInput}, 0.1});
+  check_cuda<Op, bfloat16>({{140, 600, 304, 8, 5, 8, false, DropoutSite::kInputPerHead}, 0.1});
+  check_cuda<Op, float>({{140, 300, 152, 20, 2, 0, false, DropoutSite::kInputPerHead}, 0.1});
 }
 
 TEST(adapters_may_be_float_on_16_bit_inputs) {
@@ -56,6 +59,8 @@ TEST(adapters_may_be_float_on_16_bit_inputs) {
 TEST(before_sm_80_ordinary_multiply_adds_do_the_same) {
   check_cuda<Op, float>({{40, 72, 56, 8, 5, 8, false, DropoutSite::kLatent}, 0.2}, 7);
   check_cuda<Op, bfloat16>({{40, 72, 56, 8, 5, 8, false, DropoutSite::kInput}, 0.2}, 7);
+  check_cuda<Op, float16>({{40, 72, 56, 9, 3, 8, false, DropoutSite::kInputPerHead}, 0.2}, 7);
+  check_cuda<Op, float>({{40, 67, 56, 20, 2, 8, false, DropoutSite::kInputPerHead}, 0.2}, 7);
 }
 
 TEST(optional_gradients_may_be_absent_and_outputs_may_overwrite_what_they_add_to) {
@@ -79,6 +84,7 @@ TEST(every_size_but_the_number_of_heads_may_be_zero) {
 TEST(no_order_of_threads_makes_an_error_or_changes_a_bit) {
   check_every_order<Op, bfloat16>({{140, 72, 136, 8, 5, 8, false, DropoutSite::kLatent}, 0.1});
   check_every_order<Op, float>({{40, 72, 40, 8, 2, 8, false, DropoutSite::kInput}, 0.1});
+  check_every_order<Op, bfloat16>({{140, 136, 72, 8, 3, 8, false, DropoutSite::kInputPerHead}, 0.1});
 }
 
 // All heads cost one pass: x is read by shrink and for dA, dy by shrink and for dB, y and dx once each way.
@@ -90,7 +96,7 @@ TEST(streamed_operands_move_as_often_for_five_heads_as_for_one) {
     simt::reports().clear();
     run_cuda<Op>(problem, data);
     CHECK(clean());
-    CHECK(simt::reports().size() == 5);  // and two vendor's products: 7 launches
+    CHECK(simt::reports().size() == 6);  // and two vendor's products: 8 launches
     const auto moved = [](simt::Op op, const char* buffer) {
       int64_t sectors = 0;
       for (const simt::Report& report : simt::reports()) sectors += report.global(op, buffer).sectors;
@@ -101,6 +107,22 @@ TEST(streamed_operands_move_as_often_for_five_heads_as_for_one) {
     CHECK(moved(simt::Op::kLoad, "y_in") == y && moved(simt::Op::kStore, "y") == y);
     CHECK(moved(simt::Op::kLoad, "dx_in") == x && moved(simt::Op::kStore, "dx") == x);
   }
+}
+
+// Forward; dA takes turns with a tile, which the second-level cache has then.
+TEST(a_forward_reads_x_once_for_the_masks_of_all_heads) {
+  const HeadsProblem problem{{256, 512, 128, 8, 5, 8, false, DropoutSite::kInputPerHead}, 0.1};
+  HeadsData<bfloat16> data = make_data<bfloat16>(problem);
+  simt::options() = {};
+  simt::reports().clear();
+  run_cuda<Op>(problem, data);
+  CHECK(clean());
+  const int64_t x = 256 * 512 * 2 / 32;
+  CHECK(simt::reports().size() == 6);
+  CHECK(simt::reports()[0].global(simt::Op::kLoad, "x").sectors == x);
+  CHECK(simt::reports()[5].global(simt::Op::kLoad, "x").sectors == 5 * x);
+  CHECK(simt::reports()[5].global(simt::Op::kLoad, "dx_in").sectors == x);
+  CHECK(simt::reports()[5].global(simt::Op::kStore, "dx").sectors == x);
 }
 
 int main() { return check::run_tests(); }

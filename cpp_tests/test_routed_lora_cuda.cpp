@@ -26,9 +26,7 @@ struct Op {
   }
 };
 
-constexpr DropoutSite kSites[] = {DropoutSite::kNone, DropoutSite::kInput, DropoutSite::kLatent};
-
-Routing routing(int64_t top_k, double tau = 0.7) { return {1, top_k, tau}; }
+Routing routing(int64_t top_k, int64_t groups = 1) { return {groups, top_k, 0.7}; }
 
 }  // namespace
 
@@ -54,6 +52,29 @@ TEST(kernels_agree_with_naive_loops_where_columns_or_ranks_are_split) {
   check_cuda<Op, float>({{20, 72, 56, 17, 5, 17, false, DropoutSite::kInput}, 0.1, routing(5)}, 7);  // and of 16
 }
 
+// Groups of less than a unit of 16 bytes, of less than a tile, and of one column; 80 columns of logits.
+TEST(kernels_agree_with_naive_loops_for_any_number_of_groups) {
+  for (int64_t groups : {2, 4, 7, 8, 56}) {
+    check_all_types<Op>({{20, 40, 56, 5, 3, 2, false, DropoutSite::kLatent}, 0.3, routing(2, groups)});
+  }
+  for (DropoutSite site : kSites) {
+    check_all_types<Op>({{40, 72, 2 * 72, 8, 3, 8, site == DropoutSite::kNone, site}, 0.3, routing(3, 2)});
+  }
+  check_all_types<Op>({{20, 40, 128, 8, 5, 0, false, DropoutSite::kInput}, 0.3, routing(5, 16)});
+}
+
+// Slabs that begin within a group, groups of several tiles, ranks in several chunks, the plain path.
+TEST(kernels_agree_with_naive_loops_where_groups_and_slabs_cross) {
+  for (int64_t groups : {2, 5}) {
+    check_cuda<Op, bfloat16>({{140, 72, 5 * 168, 8, 5, 8, false, DropoutSite::kInput}, 0.1, routing(5, groups)});
+    check_cuda<Op, float>({{140, 72, 5 * 88, 8, 3, 0, false, DropoutSite::kLatent}, 0.1, routing(3, groups)});
+  }
+  check_cuda<Op, bfloat16>({{20, 72, 4 * 104, 17, 5, 17, true, DropoutSite::kInput}, 0.1, routing(5, 4)});
+  check_cuda<Op, bfloat16>({{20, 72, 4 * 104, 17, 5, 17, true, DropoutSite::kInputPerHead}, 0.1, routing(5, 4)});
+  check_cuda<Op, float>({{20, 72, 4 * 60, 17, 5, 17, false, DropoutSite::kInput}, 0.1, routing(5, 4)}, 7);
+  check_cuda<Op, bfloat16, float>({{20, 72, 4 * 60, 9, 3, 3, false, DropoutSite::kInput}, 0.1, routing(2, 4)}, 7);
+}
+
 TEST(adapters_and_router_may_be_float_on_16_bit_inputs) {
   check_cuda<Op, bfloat16, float>({{40, 72, 56, 8, 3, 8, false, DropoutSite::kLatent}, 0.2, routing(3)});
   check_cuda<Op, float16, float>({{40, 71, 57, 5, 3, 2, false, DropoutSite::kInput}, 0.2, routing(3)});
@@ -71,6 +92,31 @@ TEST(optional_gradients_may_be_absent_and_outputs_may_overwrite_what_they_add_to
 TEST(no_order_of_threads_makes_an_error_or_changes_a_bit) {
   check_every_order<Op, bfloat16>({{140, 72, 136, 8, 5, 8, false, DropoutSite::kInput}, 0.1, routing(5)});
   check_every_order<Op, float>({{40, 72, 40, 8, 2, 8, true, DropoutSite::kLatent}, 0.1, routing(1)});
+  check_every_order<Op, bfloat16>({{140, 72, 3 * 72, 8, 3, 8, false, DropoutSite::kInput}, 0.1, routing(3, 3)});
+  check_every_order<Op, float>({{40, 40, 5 * 24, 8, 2, 0, true, DropoutSite::kInputPerHead}, 0.1, routing(2, 5)});
+}
+
+// A group of outputs has latent rows of its own, but no pass over dy or y, and leaves nothing of the size of its heads'
+// latents in memory: the parts hold a pass's sums, the segments a number for each group and head.
+TEST(streamed_operands_move_as_often_for_many_groups_as_for_one) {
+  for (int64_t groups : {1, 8}) {
+    const HeadsProblem problem{{256, 512, 8 * 176, 8, 5, 8, false, DropoutSite::kNone}, 0, routing(5, groups)};
+    HeadsData<bfloat16> data = make_data<bfloat16>(problem);
+    simt::options() = {};
+    simt::reports().clear();
+    run_cuda<Op>(problem, data);
+    CHECK(clean());
+    CHECK(simt::reports().size() == 7);
+    const auto moved = [](simt::Op op, const char* buffer) {
+      int64_t sectors = 0;
+      for (const simt::Report& report : simt::reports()) sectors += report.global(op, buffer).sectors;
+      return sectors;
+    };
+    const int64_t x = 256 * 512 * 2 / 32, y = 256 * 8 * 176 * 2 / 32;
+    CHECK(moved(simt::Op::kLoad, "x") == 2 * x && moved(simt::Op::kLoad, "dy") == 2 * y);
+    CHECK(moved(simt::Op::kLoad, "y_in") == y && moved(simt::Op::kStore, "y") == y);
+    CHECK(moved(simt::Op::kLoad, "dx_in") == x && moved(simt::Op::kStore, "dx") == x);
+  }
 }
 
 // [A; R] x is one pass over x, whatever dropout does to one of them.
@@ -81,9 +127,9 @@ TEST(a_forward_reads_x_once) {
   simt::reports().clear();
   run_cuda<Op>(problem, data);
   CHECK(clean());
-  CHECK(simt::reports().size() == 5);  // and two vendor's products: 7 launches
+  CHECK(simt::reports().size() == 7);  // and two vendor's products: 9 launches
   CHECK(simt::reports()[0].global(simt::Op::kLoad, "x").sectors == 256 * 512 * 2 / 32);
-  CHECK(simt::reports()[1].global(simt::Op::kLoad, "x").sectors == 0);
+  CHECK(simt::reports()[2].global(simt::Op::kLoad, "x").sectors == 0);
 }
 
 int main() { return check::run_tests(); }

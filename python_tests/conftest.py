@@ -20,8 +20,6 @@ ROOT = Path(__file__).parents[1]
 CUDA_LACKS = {
     "float64": "the CUDA kernels have no float64",
     "values": "group and offsets are checked inside the CUDA kernels: a bad value is no Python error",
-    "input_per_head": "the CUDA kernels have no mask on x for each head",
-    "groups": "the CUDA kernels have one group of outputs",
 }
 LACKS = {"cpu": {}, "cuda": CUDA_LACKS, "simt": CUDA_LACKS | {"size": "too large for the SIMT engine"}}
 

@@ -13,7 +13,7 @@ struct GroupedRows {
   GroupedRows(const GroupedLoraShape& shape, const Tensor& like, const OptionalTensor& offsets,
               const OptionalTensor& group, Stream stream) {
     check_groups(shape, like, offsets, group);
-    check_rows(shape.tokens);
+    check_counts(shape);
     if (offsets) {
       given = torch::stable::contiguous(*offsets);
       view.offsets = data<int64_t>(given);

@@ -56,12 +56,6 @@ inline HeadsShape check_heads(const Tensor& x, const HeadsAdapters& given, int64
   return shape;
 }
 
-inline void check_on_cuda(const HeadsShape& shape) {
-  STD_TORCH_CHECK(shape.site != DropoutSite::kInputPerHead,
-                  "site input_per_head has no CUDA kernels: use site input or latent, or run on the CPU");
-  check_rows(shape.tokens);
-}
-
 // What both passes are given, contiguous, with the adapters in one dtype: x's or float32.
 struct HeadsTensors {
   HeadsShape shape;

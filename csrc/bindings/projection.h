@@ -2,6 +2,7 @@
 // from. A Shape has tokens, in_dim and out_dim, and latent_sizes(shape) says what z is like.
 #pragma once
 
+#include <algorithm>
 #include <limits>
 #include <vector>
 
@@ -36,10 +37,13 @@ inline int64_t tokens_of(const Tensor& x) {
   return tokens;
 }
 
-// CUDA kernels count rows in 32 bits.
-inline void check_rows(int64_t tokens) {
-  STD_TORCH_CHECK(tokens <= std::numeric_limits<int32_t>::max(), "x has ", tokens,
-                  " rows; on CUDA there may be 2^31 - 1: split x");
+// CUDA kernels count rows and columns in 32 bits.
+template <typename Shape>
+void check_counts(const Shape& shape) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  STD_TORCH_CHECK(shape.tokens <= kMost, "x has ", shape.tokens, " rows; on CUDA there may be 2^31 - 1: split x");
+  STD_TORCH_CHECK(std::max(shape.in_dim, shape.out_dim) <= kMost, "in_dim ", shape.in_dim, " and out_dim ",
+                  shape.out_dim, " may be 2^31 - 1 on CUDA");
 }
 
 inline std::vector<int64_t> with_last_dim(const Tensor& x, int64_t last) {

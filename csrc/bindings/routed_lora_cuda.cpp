@@ -11,8 +11,7 @@ struct Checked {
   Checked(const Tensor& x, const HeadsAdapters& adapters, const Tensor& R, int64_t top_k, double tau, int64_t site)
       : shape(check_heads(x, adapters, site, /*may_own_A=*/true)) {
     routing = check_router(shape, x, R, top_k < 0 ? shape.heads : top_k, tau);
-    check_on_cuda(shape);
-    STD_TORCH_CHECK(routing.groups == 1, "R has ", routing.groups, " groups; the CUDA kernels take 1: run on the CPU");
+    check_counts(shape);
   }
 };
 

@@ -16,14 +16,23 @@ struct BackwardJob {
   struct Outer {
     OuterJob<T> job;
     Mix latents;
-    int blocks;  // of columns; 0: no such job
+    int blocks;   // 0: no such job
+    int repeats;  // for each block of columns: the groups of rows times chunks
+    int chunks;   // of ranks
+
+    Outer() : blocks(0) {}
+    Outer(const OuterJob<T>& outer, const Mix& mix)
+        : job(outer),
+          latents(mix),
+          repeats(int(job.shape.groups) * job.chunks(Math::kRank)),
+          chunks(job.chunks(Math::kRank)) {
+      blocks = job.blocks() * repeats;
+    }
   };
   Outer outer[kOuterJobs];
   ExpandJob<T> dx;
   Mix dz;
-  int row_tiles;    // of dx; 0: not wanted
-  int groups;       // of rows
-  int rank_chunks;  // of the outer products
+  int row_tiles;  // of dx; 0: not wanted
 };
 
 template <class Math>
@@ -33,13 +42,13 @@ template <class Math, class Mix>
 __global__ void __launch_bounds__(kThreads, 2) backward_kernel(BackwardJob<Math, Mix> job) {
   require(compiled_here<Math>());
   if (!compiled_here<Math>()) return;
-  int index = int(blockIdx.x);
-  const int repeats = job.groups * job.rank_chunks;
-  int kind = 0;
-  while (kind < kOuterJobs && index >= job.outer[kind].blocks * repeats) index -= job.outer[kind++].blocks * repeats;
+  int index = int(blockIdx.x), kind = 0;
+  while (kind < kOuterJobs && index >= job.outer[kind].blocks) index -= job.outer[kind++].blocks;
   if (kind < kOuterJobs) {
-    const int block = index / repeats, group = index % repeats / job.rank_chunks, chunk = index % job.rank_chunks;
-    outer_columns<Math, false>(job.outer[kind].job, job.outer[kind].latents, block, group, chunk);
+    const auto& outer = job.outer[kind];
+    const int repeat = index % outer.repeats;
+    outer_columns<Math, false>(outer.job, outer.latents, index / outer.repeats, repeat / outer.chunks,
+                               repeat % outer.chunks);
   } else {
     expand_tiles<Math>(job.dx, job.dz, index % job.row_tiles, index / job.row_tiles);
   }
@@ -48,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(BackwardJob<Math,
 template <class Math, class Mix>
 void backward(const BackwardJob<Math, Mix>& job, Stream stream) {
   int64_t blocks = job.row_tiles * job.dx.cut.slabs;
-  for (const auto& outer : job.outer) blocks += int64_t(outer.blocks) * job.groups * job.rank_chunks;
+  for (const auto& outer : job.outer) blocks += outer.blocks;
   if (blocks > 0) {
     launch(backward_kernel<Math, Mix>, dim3(unsigned(blocks)), dim3(kThreads), kBackwardShared<Math>, stream, job);
   }

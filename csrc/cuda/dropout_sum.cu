@@ -7,7 +7,7 @@ namespace align::cuda {
 namespace {
 
 template <typename W>
-constexpr Router<W> kNoRouter = {nullptr, 0, 1};
+constexpr Router<W> kNoRouter = {nullptr, {0, 0, 1}};
 
 }  // namespace
 

@@ -1,8 +1,9 @@
-// expand: out[t, c] = in[t, c] + bias[c] + scale * keep[t, c] * sum_j g[t, j] m[j, c], for a row tile and a slab of
-// columns a block, with one rounding; g = mix(row, rank). Forward: y from z and B. Backward: dx from dz and A.
+// expand: out[t, c] = in[t, c] + bias[c] + scale * sum_j keep_j[t, c] g[t, j] m[j, c], for a row tile and a slab of
+// columns a block, with one rounding; g = mix(row, rank, band). Forward: y from z and B. Backward: dx from dz and A.
 //
 // Bytes: in and out once. The small matrix is read by every row tile, latent rows by every slab. Ranks beyond kRank go
-// in chunks, for which small matrix and latent rows are read again for every tile of columns.
+// in chunks, for which small matrix and latent rows are read again for every tile of columns. Latent rows are read
+// again for every band.
 #pragma once
 
 #include "cuda/small.cuh"
@@ -18,21 +19,19 @@ struct ExpandJob {
   bool out_aligned;
   const T* bias;  // [cols], or null: zero
   SmallMatrix<T> m;
-  DropoutArgs dropout;
-  int masked;   // ranks below are multiplied by the mask and kept, a multiple of 16, or kAllRanks
-  float kept;   // what the mask is scaled by
+  RankMasks masks;
   float scale;  // of all ranks
   Cut cut;
+  int band;  // columns of a band
 };
 
 constexpr int kExpandStages = 2;  // each tile is also written
 
 template <class Math>
 constexpr size_t kExpandShared = sizeof(typename Math::Element) *
-                                     (Math::kRank * Math::kPieceRow + kTileRows * Math::kLatentRow +
-                                      kExpandStages * kTileSize<typename Math::Element>)+sizeof(float) *
-                                     kPieceCols<typename Math::Element, Math::kRank> +
-                                 kTileRows * Units<typename Math::Element>::kPerRow;
+                                 (Math::kRank * Math::kPieceRow + kTileRows * Math::kLatentRow +
+                                  kExpandStages * kTileSize<typename Math::Element>)+sizeof(float) *
+                                 kPieceCols<typename Math::Element, Math::kRank>;
 
 template <class Math, class Mix>
 __device__ __forceinline__ void expand_tiles(const ExpandJob<typename Math::Element>& job, const Mix& mix,
@@ -43,9 +42,9 @@ __device__ __forceinline__ void expand_tiles(const ExpandJob<typename Math::Elem
   if (!find_tile(job.groups, job.shape, tile_index, &tile)) return;
 
   const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp, first_row = warp * kWarpRows;
-  const int64_t begin = int64_t(slab) * job.cut.slab_tiles * kTileCols<T>;
+  const int begin = int(slab * job.cut.slab_tiles) * kTileCols<T>;
   const int64_t slab_end = begin + job.cut.slab_tiles * kTileCols<T>;
-  const int64_t end = slab_end < job.in.cols ? slab_end : job.in.cols;
+  Columns<T> at(begin, min(slab_end, job.in.cols), job.band);
   // With several chunks of ranks the piece is one tile wide, and read again for every chunk.
   const bool one_chunk = job.shape.rank <= kRank;
   const int piece_tiles = one_chunk ? kPieceTiles<kRank> : 1;
@@ -54,22 +53,23 @@ __device__ __forceinline__ void expand_tiles(const ExpandJob<typename Math::Elem
   T* g = arena.take<T>(kTileRows * kLatentStride<T, kRank>);
   T* stages = arena.take<T>(kExpandStages * kTileSize<T>);
   float* bias = arena.take<float>(kPieceCols<T, kRank>);
-  uint8_t* keep = arena.take<uint8_t>(kTileRows * Units<T>::kPerRow);
-  const Dropout dropout(job.dropout);
+  const Dropout dropout(job.masks.dropout);
   Units<T> units(lane, kWarp, first_row);
   units.enter(tile);
 
-  units.copy(stages, job.in, begin);
+  units.copy(stages, job.in, begin, at.band_end());
   cp_async_commit();
   if (slab == 0) mix.save(tile, first_row, kWarpRows, lane, kWarp);
-  if (one_chunk) fill_latent<T, kRank>(g, mix, tile, first_row, kWarpRows, 0, lane, kWarp);
+  if (one_chunk) fill_latent<T, kRank>(g, mix, tile, first_row, kWarpRows, 0, begin / job.band, lane, kWarp);
   int stage = 0, in_piece = piece_tiles;
-  for (int64_t col = begin; col < end; col += kTileCols<T>) {
+  bool new_band = false;  // since the latent rows were filled
+  while (!at.done()) {
+    const int col = at.col, end = at.band_end();
     T* y = stages + stage * kTileSize<T>;
     cp_async_wait<0>();
-    if (dropout.threshold > 0) units.decide(keep, dropout, job.in.cols, col);
-    __syncwarp();  // the warp's rows of this tile and their decisions are complete, those of the last are written
-    if (col + kTileCols<T> < end) units.copy(stages + (1 - stage) * kTileSize<T>, job.in, col + kTileCols<T>);
+    __syncwarp();  // the warp's rows of this tile are complete, those of the last are written
+    at.next();
+    if (!at.done()) units.copy(stages + (1 - stage) * kTileSize<T>, job.in, at.col, at.band_end());
     cp_async_commit();
     typename Math::Add acc = {};
     const bool new_piece = in_piece == piece_tiles;
@@ -78,28 +78,28 @@ __device__ __forceinline__ void expand_tiles(const ExpandJob<typename Math::Elem
       if (new_piece) {
         const int width = piece_width<T>(piece_tiles, col, end);
         __syncthreads();  // all warps are done with the piece, the bias and their latent rows
-        load_piece<T, kRank>(piece, job.m, tile.group, first_rank, col, width);
+        load_piece<T, kRank>(piece, job.m, tile.group, first_rank, col, width, end);
         for (int c = int(threadIdx.x); c < width; c += kThreads) {
-          bias[c] = job.bias && col + c < job.in.cols ? widen(job.bias[col + c]) : 0.f;
+          bias[c] = job.bias && col + c < end ? widen(job.bias[col + c]) : 0.f;
         }
-        if (!one_chunk) fill_latent<T, kRank>(g, mix, tile, first_row, kWarpRows, first_rank, lane, kWarp);
+        if (new_band || !one_chunk) {
+          fill_latent<T, kRank>(g, mix, tile, first_row, kWarpRows, first_rank, col / job.band, lane, kWarp);
+        }
         __syncthreads();  // piece, bias and latent rows are complete
       }
       const T *rows = g + first_row * kLatentStride<T, kRank>, *m = piece + in_piece * kTileCols<T>;
-      const int masked = masked_ranks<kRank>(dropout, first_rank, job.masked);
-      if (masked > 0) Math::add(acc, rows, m, 0, masked);
-      // The masked ranks come first: once, when all of them are in acc.
-      if (masked > 0 && (masked < kRank || first_rank + kRank >= min(int64_t(job.masked), job.shape.rank))) {
-        Math::mask(acc, job.kept,
-                   [&](int row, int unit) { return uint32_t(keep[(first_row + row) * Units<T>::kPerRow + unit]); });
-      }
-      if (masked < kRank) Math::add(acc, rows, m, masked, kRank);
+      for_each_stream<kRank>(job.masks, dropout, first_rank, [&](int first, int last, int stream) {
+        const KeepTile<T> keep(dropout, job.masks, stream, tile, first_row, job.in.cols, col);
+        Math::add(acc, rows, m, first, last, keep, job.masks.kept);
+      });
     }
     Math::apply(acc, y + first_row * kTileStride<T>, bias + in_piece * kTileCols<T>, job.scale);
     __syncwarp();  // the sums of the warp's rows are complete
-    units.write(y, job.out, job.out_aligned, job.in.cols, col);
+    units.write(y, job.out, job.out_aligned, job.in.cols, col, end);
     stage = 1 - stage;
     ++in_piece;
+    new_band = at.col == end;
+    if (new_band) in_piece = piece_tiles;
   }
   cp_async_wait<0>();
 }

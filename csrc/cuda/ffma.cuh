@@ -28,6 +28,12 @@ __device__ __forceinline__ void store4(T* to, const float (&v)[4]) {
   *reinterpret_cast<uint2*>(to) = make_uint2(half[0] | half[1] << 16, half[2] | half[3] << 16);
 }
 
+// Zeroes those whose bit is 0.
+__device__ __forceinline__ void keep_only(float (&v)[4], uint32_t bits) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) v[i] = bits >> i & 1u ? v[i] : 0.f;
+}
+
 template <typename T, int kRank_>
 struct Ffma {
   using Element = T;
@@ -52,22 +58,31 @@ struct Ffma {
   struct Outer {
     float v[kOuterRanks][4];
   };
+  static constexpr int kDotRows = kRows, kDotCols = kRanks, kDotLanes = 8;
 
   static __device__ __forceinline__ int lane() { return int(threadIdx.x) % kWarp; }
+  static __device__ __forceinline__ int dot_row(int i) { return lane() / 8 + 4 * i; }
+  static __device__ __forceinline__ int dot_col(int j) { return lane() % 8 + 8 * j; }
+  static __device__ __forceinline__ float dot_at(const Dot& acc, int i, int j) { return acc.v[i][j]; }
   static __device__ __forceinline__ int warp() { return int(threadIdx.x) / kWarp; }
 
-  static __device__ __forceinline__ void dot(Dot& acc, const T* x, const T* m, int begin, int end) {
+  static __device__ __forceinline__ void dot(Dot& acc, const T* x, const T* m, int begin, int end,
+                                             const KeepTile<T>& keep) {
     x += lane() / 8 * kStride;
     m += lane() % 8 * kPieceRow;
 #pragma unroll
     for (int first = 0; first < kRanks; first += kRanksAtOnce) {
-      if (8 * first < begin || 8 * first >= end) continue;
+      if (8 * (first + kRanksAtOnce) <= begin || 8 * first >= end) continue;
       float sum[kRows][kRanksAtOnce] = {};
 #pragma unroll 1
       for (int c = 0; c < kTileCols<T>; c += 4) {
         float xs[kRows][4];
 #pragma unroll
         for (int i = 0; i < kRows; ++i) load4(xs[i], x + 4 * i * kStride + c);
+        if (!keep.all) {
+#pragma unroll
+          for (int i = 0; i < kRows; ++i) keep_only(xs[i], keep.word(dot_row(i), c));
+        }
 #pragma unroll
         for (int j = 0; j < kRanksAtOnce; ++j) {
           float ms[4];
@@ -82,31 +97,43 @@ struct Ffma {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
 #pragma unroll
-        for (int j = 0; j < kRanksAtOnce; ++j) acc.v[i][first + j] += sum[i][j];
+        for (int j = 0; j < kRanksAtOnce; ++j) {
+          const int rank = 8 * (first + j);
+          if (begin <= rank && rank < end) acc.v[i][first + j] += sum[i][j];
+        }
       }
     }
   }
 
-  static __device__ __forceinline__ void add(Add& acc, const T* g, const T* m, int begin, int end) {
+  static __device__ __forceinline__ void add(Add& acc, const T* g, const T* m, int begin, int end,
+                                             const KeepTile<T>& keep, float scale) {
     g += lane() / 8 * kLatentRow;
     m += lane() % 8 * 4;
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      float sum[kRows][4] = {};
 #pragma unroll 1
-    for (int k = begin; k < end; k += 4) {
-      float gs[kRows][4];
+      for (int k = begin; k < end; k += 4) {
+        float gs[kRows][4];
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) load4(gs[i], g + 4 * i * kLatentRow + k);
+        for (int i = 0; i < kRows; ++i) load4(gs[i], g + 4 * i * kLatentRow + k);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-#pragma unroll
-        for (int group = 0; group < kGroups; ++group) {
+        for (int e = 0; e < 4; ++e) {
           float ms[4];
           load4(ms, m + (k + e) * kPieceRow + 32 * group);
 #pragma unroll
           for (int i = 0; i < kRows; ++i) {
 #pragma unroll
-            for (int c = 0; c < 4; ++c) acc.v[i][group][c] += gs[i][e] * ms[c];
+            for (int c = 0; c < 4; ++c) sum[i][c] += gs[i][e] * ms[c];
           }
         }
+      }
+      const float factor = keep.all ? 1.f : scale;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        if (!keep.all) keep_only(sum[i], keep.word(dot_row(i), lane() % 8 * 4 + 32 * group));
+#pragma unroll
+        for (int c = 0; c < 4; ++c) acc.v[i][group][c] += factor * sum[i][c];
       }
     }
   }
@@ -147,20 +174,6 @@ struct Ffma {
 #pragma unroll
       for (int j = 0; j < kRanks; ++j) {
         if (lane() % 8 + 8 * j < ranks) out[lane() % 8 + 8 * j] = scale(lane() % 8 + 8 * j) * acc.v[i][j];
-      }
-    }
-  }
-
-  template <typename Keep>
-  static __device__ __forceinline__ void mask(Add& acc, float scale, const Keep& keep) {
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-#pragma unroll
-      for (int group = 0; group < kGroups; ++group) {
-        const int col = lane() % 8 * 4 + 32 * group;
-        const uint32_t bits = keep(lane() / 8 + 4 * i, col / kUnit<T>) >> (col % kUnit<T>);
-#pragma unroll
-        for (int c = 0; c < 4; ++c) acc.v[i][group][c] *= bits >> c & 1u ? scale : 0.f;
       }
     }
   }

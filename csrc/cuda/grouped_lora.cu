@@ -17,7 +17,7 @@ struct SumOfParts {
   int64_t count, tokens, rank;
   float* sum;  // [tokens, rank], assigned by save, or null
 
-  __device__ float operator()(int64_t row, int64_t j) const {
+  __device__ float operator()(int64_t row, int64_t j, int = 0) const {
     return j < rank ? sum_of_parts(parts, count, tokens * rank, row * rank + j) : 0;
   }
 
@@ -113,24 +113,23 @@ void grouped_lora_forward(const GroupedLoraForwardArgs<T, W>& args, Stream strea
   float* parts = split ? static_cast<float*>(args.workspace) : args.z;
   const SumOfParts z{parts, plan.shrink.slabs, shape.tokens, shape.rank, split ? args.z : nullptr};
   const double kept = dropout_scale(dropout_threshold(args.dropout.p));
+  const int in_band = band_of(shape.in_dim), out_band = band_of(shape.out_dim);
   with_math<T>(plan, [&](auto math) {
     using Math = decltype(math);
-    shrink<Math>({shape, args.row_groups, tall(args.x, shape.in_dim, args.z), small_a<T>(shape, args.A), args.dropout,
-                  kAllRanks, float(kept), parts, plan.shrink},
-                 plan.rank_chunks, stream);
-    expand<Math>({shape,
+    shrink<Math>({shape,
                   args.row_groups,
-                  tall(args.y_in, shape.out_dim, args.y),
-                  args.y,
-                  rows_aligned(args.y, shape.out_dim),
-                  args.bias,
-                  small_b<T>(shape, args.B),
-                  {0, nullptr},
-                  0,
-                  1,
-                  float(args.scaling),
-                  plan.expand},
-                 z, stream);
+                  tall(args.x, shape.in_dim, args.z),
+                  small_a<T>(shape, args.A),
+                  {args.dropout, 1, kAllRanks, float(kept)},
+                  parts,
+                  plan.shrink,
+                  in_band,
+                  {}},
+                 plan.rank_chunks, stream);
+    expand<Math>(
+        {shape, args.row_groups, tall(args.y_in, shape.out_dim, args.y), args.y, rows_aligned(args.y, shape.out_dim),
+         args.bias, small_b<T>(shape, args.B), kNoMasks, float(args.scaling), plan.expand, out_band},
+        z, stream);
   });
 }
 
@@ -142,27 +141,29 @@ void grouped_lora_backward(const GroupedLoraBackwardArgs<T, W>& args, Stream str
   float* parts = static_cast<float*>(args.workspace);
   // Parts that are dz already need no sum.
   float* dz = count == 1 && args.dz_in == nullptr ? parts : parts + count * elements;
-  const LatentRows latent_z{args.z, shape.rank, shape.rank}, latent_dz{dz, shape.rank, shape.rank};
+  const int rank = int(shape.rank);
+  const LatentRows latent_z{args.z, rank, rank}, latent_dz{dz, rank, rank};
   const float scaling = float(args.scaling);
+  const int in_band = band_of(shape.in_dim), out_band = band_of(shape.out_dim);
   const float kept = float(dropout_scale(dropout_threshold(args.dropout.p)));
-  const DropoutArgs none = {0, nullptr};
+  const RankMasks masks{args.dropout, 1, kAllRanks, kept}, scaled{{0, nullptr}, 1, kAllRanks, scaling};
   const SmallMatrix<T> a = small_a<T>(shape, args.A), b = small_b<T>(shape, args.B);
   with_math<T>(plan, [&](auto math) {
     using Math = decltype(math);
     const TallMatrix<T> x = tall(args.x, shape.in_dim, args.z), dy = tall(args.dy, shape.out_dim, args.z);
-    const OuterJob<T> d_b{shape, args.row_groups, dy, none, scaling, b, {args.dB}, parts};
+    const OuterJob<T> d_b{shape, args.row_groups, dy, scaled, 1, b, {args.dB}, parts, out_band};
     if constexpr (Math::kRank == 16 && (Math::kTensorCores || std::is_same_v<T, float>)) {
       if (plan.one_pass) sweep<Math>(d_b, latent_z, stream);
     }
     if (!plan.one_pass) {
-      shrink<Math>({shape, args.row_groups, dy, b, none, kAllRanks, scaling, parts, plan.shrink_dy}, plan.rank_chunks,
+      shrink<Math>({shape, args.row_groups, dy, b, scaled, parts, plan.shrink_dy, out_band, {}}, plan.rank_chunks,
                    stream);
     }
     if (dz != parts && elements > 0) {
       launch(sum_kernel, dim3(unsigned(ceil_div(elements, kThreads))), dim3(kThreads), 0, stream,
              SumOfParts{parts, count, shape.tokens, shape.rank, dz}, args.dz_in);
     }
-    const OuterJob<T> d_a{shape, args.row_groups, x, args.dropout, kept, a, {args.dA}, nullptr};
+    const OuterJob<T> d_a{shape, args.row_groups, x, masks, 1, a, {args.dA}, nullptr, in_band};
     const ExpandJob<T> dx{shape,
                           args.row_groups,
                           tall(args.dx_in, shape.in_dim, args.dx),
@@ -170,20 +171,17 @@ void grouped_lora_backward(const GroupedLoraBackwardArgs<T, W>& args, Stream str
                           rows_aligned(args.dx, shape.in_dim),
                           nullptr,
                           a,
-                          args.dropout,
-                          kAllRanks,
-                          kept,
+                          masks,
                           1,
-                          plan.expand_dx};
-    backward<Math>(BackwardJob<Math, LatentRows>{{{d_a, latent_dz, int(outer_blocks(shape.in_dim, sizeof(T)))},
-                                                  {d_b, latent_z,
-                                                   plan.one_pass ? 0 : int(outer_blocks(shape.out_dim, sizeof(T)))}},
-                                                 dx,
-                                                 latent_dz,
-                                                 args.dx ? int(row_tiles(shape.tokens, shape.groups)) : 0,
-                                                 int(shape.groups),
-                                                 int(plan.rank_chunks)},
-                   stream);
+                          plan.expand_dx,
+                          in_band};
+    using Outer = typename BackwardJob<Math, LatentRows>::Outer;
+    backward<Math>(
+        BackwardJob<Math, LatentRows>{{Outer(d_a, latent_dz), plan.one_pass ? Outer() : Outer(d_b, latent_z)},
+                                      dx,
+                                      latent_dz,
+                                      args.dx ? int(row_tiles(shape.tokens, shape.groups)) : 0},
+        stream);
   });
 }
 

@@ -1,7 +1,7 @@
 // The three products of a tile on tensor cores (sm_80 and later), accumulated in float. Same functions as ffma.cuh.
 //
-//   dot    [16 rows, rank]    += x m^T     a warp's rows of a tile times ranks begin .. end of the small matrix
-//   add    [16 rows, columns] += g m       a warp's latent rows times them; begin and end are multiples of 16
+//   dot    [16 rows, rank]    += xd m^T    a warp's rows of a tile, masked, times ranks begin .. end of the small
+//   matrix add    [16 rows, columns] += mask g m  a warp's latent rows times them; begin and end are multiples of 8
 //   outer  [rank, 8 columns]  += g^T x     half the rows of a tile, a warp's columns
 //
 // Fragments of mma.m16n8k16: lane 4 g + q holds rows g and g + 8, columns 2 q and 2 q + 1 of an accumulator.
@@ -30,39 +30,66 @@ struct Mma {
   struct Outer {
     float v[kRank / 16][4];
   };
+  // A thread's elements of Dot, i < kDotRows, j < kDotCols, and the lanes that have the same rows.
+  static constexpr int kDotRows = 2, kDotCols = kRank / 4, kDotLanes = 4;
+  static __device__ __forceinline__ int lane() { return int(threadIdx.x) % kWarp; }
+  static __device__ __forceinline__ int dot_row(int i) { return lane() / 4 + 8 * i; }
+  static __device__ __forceinline__ int dot_col(int j) { return j / 2 * 8 + lane() % 4 * 2 + j % 2; }
+  static __device__ __forceinline__ float dot_at(const Dot& acc, int i, int j) { return acc.v[j / 2][2 * i + j % 2]; }
 
 #if ALIGN_HAS_SM80
-  static __device__ __forceinline__ int lane() { return int(threadIdx.x) % kWarp; }
   static __device__ __forceinline__ int warp() { return int(threadIdx.x) / kWarp; }
 
   // x: the warp's rows of a tile; m: [rank][piece's columns], from the tile's first column on.
-  static __device__ __forceinline__ void dot(Dot& acc, const T* x, const T* m, int begin, int end) {
+  static __device__ __forceinline__ void dot(Dot& acc, const T* x, const T* m, int begin, int end,
+                                             const KeepTile<T>& keep) {
 #pragma unroll
     for (int k = 0; k < kTileCols<T>; k += 16) {
       uint32_t a[4], b[4];
       ldmatrix_x4(a, x + lane() % 16 * kStride + k + lane() / 16 * 8);
+      if (!keep.all) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const uint32_t kept = keep.word(lane() / 4 + 8 * half, k) >> (lane() % 4 * 2);
+          a[half] &= word_mask<T>(kept), a[half + 2] &= word_mask<T>(kept >> 8);
+        }
+      }
 #pragma unroll
       for (int j = 0; j < kRank; j += 16) {
-        if (j < begin || j >= end) continue;
+        if (j + 16 <= begin || j >= end) continue;
         ldmatrix_x4(b, m + (j + lane() % 8 + lane() / 16 * 8) * kPieceRow + k + lane() / 8 % 2 * 8);
-        mma(acc.v[j / 8], a, b[0], b[1], T{});
-        mma(acc.v[j / 8 + 1], a, b[2], b[3], T{});
+        if (j >= begin) mma(acc.v[j / 8], a, b[0], b[1], T{});
+        if (j + 8 < end) mma(acc.v[j / 8 + 1], a, b[2], b[3], T{});
       }
     }
   }
 
-  // g: the warp's latent rows.
-  static __device__ __forceinline__ void add(Add& acc, const T* g, const T* m, int begin, int end) {
+  // g: the warp's latent rows. What is kept is multiplied by scale.
+  static __device__ __forceinline__ void add(Add& acc, const T* g, const T* m, int begin, int end,
+                                             const KeepTile<T>& keep, float scale) {
 #pragma unroll
-    for (int k = 0; k < kRank; k += 16) {
-      if (k < begin || k >= end) continue;
-      uint32_t a[4], b[4];
-      ldmatrix_x4(a, g + lane() % 16 * kLatentRow + k + lane() / 16 * 8);
+    for (int c = 0; c < kTileCols<T>; c += 16) {
+      float sum[2][4] = {};
 #pragma unroll
-      for (int c = 0; c < kTileCols<T>; c += 16) {
+      for (int k = 0; k < kRank; k += 16) {
+        if (k + 16 <= begin || k >= end) continue;
+        uint32_t a[4], b[4];
+        ldmatrix_x4(a, g + lane() % 16 * kLatentRow + k + lane() / 16 * 8);
+        if (k < begin) a[0] = a[1] = 0;
+        if (k + 8 >= end) a[2] = a[3] = 0;
         ldmatrix_x4_trans(b, m + (k + lane() % 16) * kPieceRow + c + lane() / 16 * 8);
-        mma(acc.v[c / 8], a, b[0], b[1], T{});
-        mma(acc.v[c / 8 + 1], a, b[2], b[3], T{});
+        mma(sum[0], a, b[0], b[1], T{});
+        mma(sum[1], a, b[2], b[3], T{});
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t kept = keep.all ? ~0u : keep.word(lane() / 4 + 8 * half, c) >> (lane() % 4 * 2);
+        const float factor = keep.all ? 1.f : scale;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float value = sum[i / 2][2 * half + i % 2];
+          acc.v[c / 8 + i / 2][2 * half + i % 2] += kept >> (i / 2 * 8 + i % 2) & 1u ? factor * value : 0.f;
+        }
       }
     }
   }
@@ -107,20 +134,6 @@ struct Mma {
     }
   }
 
-  // Multiplies by scale, or by 0 where keep lacks the bit of (row, column).
-  template <typename Keep>
-  static __device__ __forceinline__ void mask(Add& acc, float scale, const Keep& keep) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int i = 0; i < kColumnTiles; ++i) {
-        const uint32_t bits = keep(lane() / 4 + 8 * half, i) >> (lane() % 4 * 2);
-        acc.v[i][2 * half] *= bits & 1u ? scale : 0.f;
-        acc.v[i][2 * half + 1] *= bits & 2u ? scale : 0.f;
-      }
-    }
-  }
-
   // Adds bias + scale * acc to the warp's rows of a tile; one rounding.
   static __device__ __forceinline__ void apply(const Add& acc, T* y, const float* bias, float scale) {
 #pragma unroll
@@ -149,13 +162,11 @@ struct Mma {
     }
   }
 #else
-  static __device__ void dot(Dot&, const T*, const T*, int, int) {}
-  static __device__ void add(Add&, const T*, const T*, int, int) {}
+  static __device__ void dot(Dot&, const T*, const T*, int, int, const KeepTile<T>&) {}
+  static __device__ void add(Add&, const T*, const T*, int, int, const KeepTile<T>&, float) {}
   static __device__ void outer(Outer&, const T*, const T*) {}
   template <typename Scale, typename Row>
   static __device__ void store(const Dot&, const Scale&, int64_t, const Row&) {}
-  template <typename Keep>
-  static __device__ void mask(Add&, float, const Keep&) {}
   static __device__ void apply(const Add&, T*, const float*, float) {}
   template <typename Out>
   static __device__ void finish(const Outer&, const Out&) {}

@@ -17,13 +17,21 @@ __device__ inline float sum_of_parts(const float* parts, int64_t count, int64_t 
   return total;
 }
 
-// Latent rows that are complete.
+// Latent rows that are complete but for a router's weights.
 struct LatentRows {
   const float* latent;  // rank 0 of row 0
   int64_t width;        // from row to row
-  int64_t ranks;
+  int ranks;
+  int weighted = 0;          // ranks below are multiplied by their head's weight, w[row, band, j / rank]
+  const float* w = nullptr;  // [tokens, bands, heads]
+  int bands = 0;
+  int heads = 0, rank = 0;
 
-  __device__ float operator()(int64_t row, int64_t j) const { return j < ranks ? latent[row * width + j] : 0.f; }
+  __device__ float operator()(int64_t row, int j, int band) const {
+    if (j >= ranks) return 0;
+    const float value = latent[row * width + j];
+    return j < weighted ? w[(row * bands + band) * heads + j / rank] * value : value;
+  }
   __device__ void save(const RowTile&, int, int, int, int) const {}
 };
 
@@ -50,8 +58,9 @@ void with_math(const Plan& plan, const Body& body) {
   DO(Ffma<float16, 16>)         \
   DO(Mma<bfloat16, 16>)         \
   DO(Mma<bfloat16, 32>) DO(Mma<bfloat16, 64>) DO(Mma<float16, 16>) DO(Mma<float16, 32>) DO(Mma<float16, 64>)
-#define ALIGN_COMPILED_ELSEWHERE(...)                                                                \
-  extern template void shrink<__VA_ARGS__>(const ShrinkJob<__VA_ARGS__::Element>&, int64_t, Stream); \
+#define ALIGN_COMPILED_ELSEWHERE(...)                                                                          \
+  extern template void shrink<__VA_ARGS__>(const ShrinkJob<__VA_ARGS__::Element>&, int64_t, Stream);           \
+  extern template void expand<__VA_ARGS__>(const ExpandJob<__VA_ARGS__::Element>&, const LatentRows&, Stream); \
   extern template void backward<__VA_ARGS__>(const BackwardJob<__VA_ARGS__, LatentRows>&, Stream);
 ALIGN_FOR_EACH_MATH(ALIGN_COMPILED_ELSEWHERE)
 #undef ALIGN_COMPILED_ELSEWHERE

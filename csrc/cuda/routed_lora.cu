@@ -4,33 +4,24 @@
 #include "cuda/heads.cuh"
 
 namespace align::cuda {
-namespace {
-
-template <typename W>
-Router<W> router_of(const W* R, const Routing& routing) {
-  return {R, routing.top_k, routing.tau};
-}
-
-}  // namespace
-
 template <typename T, typename W>
 int64_t routed_lora_forward_workspace(const HeadsInputs<T, W>& inputs, const W* R, const Routing& routing) {
-  return HeadsLaunch<T, W>(inputs, router_of(R, routing)).forward_floats() * int64_t(sizeof(float));
+  return HeadsLaunch<T, W>(inputs, Router<W>{R, routing}).forward_floats() * int64_t(sizeof(float));
 }
 
 template <typename T, typename W>
 int64_t routed_lora_backward_workspace(const HeadsInputs<T, W>& inputs, const W* R, const Routing& routing) {
-  return HeadsLaunch<T, W>(inputs, router_of(R, routing)).backward_floats() * int64_t(sizeof(float));
+  return HeadsLaunch<T, W>(inputs, Router<W>{R, routing}).backward_floats() * int64_t(sizeof(float));
 }
 
 template <typename T, typename W>
 void routed_lora_forward(const RoutedLoraForwardArgs<T, W>& args, Stream stream) {
-  heads_forward(args.heads, router_of(args.R, args.routing), args.w, stream);
+  heads_forward(args.heads, Router<W>{args.R, args.routing}, args.w, stream);
 }
 
 template <typename T, typename W>
 void routed_lora_backward(const RoutedLoraBackwardArgs<T, W>& args, Stream stream) {
-  heads_backward(args.heads, router_of(args.R, args.routing), {args.w, args.dw_in, args.dR}, stream);
+  heads_backward(args.heads, Router<W>{args.R, args.routing}, {args.w, args.dw_in, args.dR}, stream);
 }
 
 #define ALIGN_INSTANTIATE(T, W)                                                                        \

@@ -7,9 +7,9 @@
 namespace align::cuda {
 
 // Where rank j, column c of an adapter lies. A: [ranks, cols]; B: [heads, cols, inner], rank j being the j % inner-th
-// of head j / inner. Gradients lie as their adapters do.
+// of head j / inner. Gradients lie as their adapters do. Heads may also share one matrix (head_stride 0).
 struct Layout {
-  int inner;
+  int inner, held;  // ranks of a head; those from held on are zero
   int64_t rank_stride, head_stride, col_stride;
 
   __device__ int64_t offset(int j, int64_t c) const {
@@ -18,8 +18,10 @@ struct Layout {
   }
 };
 
-inline Layout layout_of_a(int64_t ranks, int64_t cols) { return {std::max(int(ranks), 1), cols, 0, 1}; }
-inline Layout layout_of_b(int64_t inner, int64_t cols) { return {std::max(int(inner), 1), 1, cols * inner, inner}; }
+inline Layout layout_of_a(int64_t ranks, int64_t cols) { return {std::max(int(ranks), 1), int(ranks), cols, 0, 1}; }
+inline Layout layout_of_b(int64_t inner, int64_t cols) {
+  return {std::max(int(inner), 1), int(inner), 1, cols * inner, inner};
+}
 
 struct Adapter {
   const void* data;  // of group 0
@@ -28,6 +30,8 @@ struct Adapter {
   Layout layout;
   int64_t group_stride;
   int start;  // its first rank in the small matrix
+
+  __device__ bool has(int rank) const { return rank - start < ranks && (rank - start) % layout.inner < layout.held; }
 };
 
 constexpr int kAdapters = 3;
@@ -86,10 +90,11 @@ __device__ __forceinline__ int piece_width(int tiles, int64_t col, int64_t end) 
   return (left < tiles ? int(left) : tiles) * kTileCols<T>;
 }
 
-// All threads: ranks first_rank .. and columns first_col .. of the matrix, zeros beyond it, as [kRank][cols].
+// All threads: ranks first_rank .. and columns first_col .. of the matrix, zeros beyond it and from column end on, as
+// [kRank][cols].
 template <typename T, int kRank>
 __device__ __forceinline__ void load_piece(T* piece, const SmallMatrix<T>& m, int64_t group, int first_rank,
-                                           int64_t first_col, int cols) {
+                                           int64_t first_col, int cols, int64_t end) {
   const bool along_cols = m.adapters[0].layout.col_stride == 1;
   const int step = m.vectors ? kUnit<T> : 1;
   const int across = (along_cols ? cols : kRank) / step;  // units, or elements, of a line
@@ -101,7 +106,7 @@ __device__ __forceinline__ void load_piece(T* piece, const SmallMatrix<T>& m, in
     const int rank = first_rank + j;
     const int64_t col = first_col + c;
     const Adapter& adapter = m.adapter_of(rank);
-    const bool inside = rank - adapter.start < adapter.ranks && col < m.cols;
+    const bool inside = adapter.has(rank) && col < end;
     const int64_t offset = inside ? adapter.layout.offset(rank - adapter.start, col) + group * adapter.group_stride : 0;
     T* to = piece + j * kPieceStride<T, kRank> + c;
     const int next = along_cols ? 1 : kPieceStride<T, kRank>;

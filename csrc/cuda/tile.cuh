@@ -108,11 +108,32 @@ bool rows_aligned(const T* data, int64_t cols) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && cols * int64_t(sizeof(T)) % 16 == 0;
 }
 
-// any: device memory, 16 bytes aligned, should data be null.
+// any: device memory, 16 bytes aligned, should data be null. band: see Columns; 0: one.
 template <typename T>
-TallMatrix<T> tall(const T* data, int64_t cols, const void* any) {
-  return {data, cols, rows_aligned(data, cols), data ? data : any};
+TallMatrix<T> tall(const T* data, int64_t cols, const void* any, int64_t band = 0) {
+  return {data, cols, rows_aligned(data, cols) && band * int64_t(sizeof(T)) % 16 == 0, data ? data : any};
 }
+
+// Columns of a matrix that is one band, at least 1.
+inline int band_of(int64_t cols) { return std::max(int(cols), 1); }
+
+// Walks through columns begin .. end a tile at a time. Where a router has groups of outputs, the columns of a group are
+// a band, with latent rows of its own: no tile reaches from one into the next.
+template <typename T>
+struct Columns {
+  int col, end;       // of what is left
+  int band, in_band;  // columns of a band, and of this one up to col
+
+  __device__ Columns(int begin, int64_t last, int of_band)
+      : col(begin), end(int(last)), band(of_band), in_band(begin % of_band) {}
+  __device__ bool done() const { return col >= end; }
+  __device__ int band_end() const { return min(col - in_band + band, end); }
+  __device__ void next() {
+    const int step = min(kTileCols<T>, band_end() - col);
+    col += step, in_band += step;
+    if (in_band == band) in_band = 0;
+  }
+};
 
 // ---- Dropout of the tall matrix
 
@@ -126,13 +147,31 @@ struct Dropout {
   __device__ float scale() const { return float(dropout_scale(threshold)); }
 };
 
-// Ranks of a chunk of kRank that stand on dropped x: those below a multiple of 16, or none.
-template <int kRank>
-__device__ int masked_ranks(const Dropout& dropout, int first_rank, int masked) {
-  if (dropout.threshold == 0 || masked <= first_rank) return 0;
-  return masked - first_rank < kRank ? masked - first_rank : kRank;
-}
+// Which ranks see which masks of the tall matrix: ranks i * per .. (i + 1) * per the i-th stream's, whose elements are
+// number (row * streams + i) * cols + c; those beyond all streams see the matrix as it is.
+struct RankMasks {
+  DropoutArgs dropout;
+  int streams;
+  int per;     // a multiple of 8; or kAllRanks
+  float kept;  // what products of ranks with masks are multiplied by
+
+  __device__ bool has(int rank) const { return rank < streams * per; }
+};
 constexpr int kAllRanks = 1 << 30;
+constexpr RankMasks kNoMasks = {{0, nullptr}, 1, kAllRanks, 1};
+
+// Calls body(begin, end, stream) for the ranks of a chunk of kRank that see a stream, then for the others, stream -1.
+template <int kRank, typename Body>
+__device__ __forceinline__ void for_each_stream(const RankMasks& masks, const Dropout& dropout, int first_rank,
+                                                const Body& body) {
+  const int streams = dropout.threshold > 0 ? masks.streams : 0;
+#pragma unroll 1
+  for (int stream = 0; stream <= streams; ++stream) {
+    const int begin = max(stream * masks.per - first_rank, 0);
+    const int end = stream < streams ? min((stream + 1) * masks.per - first_rank, kRank) : kRank;
+    if (begin < end) body(begin, end, stream < streams ? stream : -1);
+  }
+}
 
 // Bit i: whether element + i is kept, for i < count (higher bits mean nothing); the elements lie in one Philox block or
 // in two.
@@ -153,23 +192,45 @@ __device__ __forceinline__ uint32_t keep_bits(const Dropout& dropout, uint64_t e
   return bits;
 }
 
+// The low bits of keep as a mask of a word: of two elements of 16 bits, or one of 32.
+template <typename T>
+__device__ __forceinline__ uint32_t word_mask(uint32_t keep) {
+  if constexpr (sizeof(T) == 4) return keep & 1u ? ~0u : 0u;
+  return (keep & 1u ? 0xFFFFu : 0u) | (keep & 2u ? 0xFFFF0000u : 0u);
+}
+
 // Zeroes the dropped elements of a unit in shared memory.
 template <typename T>
 __device__ __forceinline__ void mask_unit(T* unit, uint32_t bits) {
   constexpr int kPerWord = 4 / int(sizeof(T));  // elements of 32 bits
   uint4 four = *reinterpret_cast<uint4*>(unit);
-  uint32_t words[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-  for (int w = 0; w < 4; ++w) {
-    const uint32_t keep = bits >> (w * kPerWord);
-    if constexpr (kPerWord == 1) {
-      words[w] = keep & 1u ? words[w] : 0u;
-    } else {
-      words[w] &= (keep & 1u ? 0xFFFFu : 0u) | (keep & 2u ? 0xFFFF0000u : 0u);
-    }
-  }
-  *reinterpret_cast<uint4*>(unit) = make_uint4(words[0], words[1], words[2], words[3]);
+  four.x &= word_mask<T>(bits), four.y &= word_mask<T>(bits >> kPerWord);
+  four.z &= word_mask<T>(bits >> 2 * kPerWord), four.w &= word_mask<T>(bits >> 3 * kPerWord);
+  *reinterpret_cast<uint4*>(unit) = four;
 }
+
+// What a stream keeps of a warp's 16 rows of a tile: lane 2 i + h holds half h of row i.
+template <typename T>
+struct KeepTile {
+  static constexpr int kHalf = kTileCols<T> / 2;
+  bool all = true;
+  uint32_t bits = 0;
+
+  // From the first of the warp's rows and column col on; stream -1 keeps all.
+  __device__ KeepTile(const Dropout& dropout, const RankMasks& masks, int stream, const RowTile& tile, int first_row,
+                      int64_t cols, int64_t col)
+      : all(stream < 0) {
+    const int lane = int(threadIdx.x) % kWarp, row = first_row + lane / 2;
+    if (all || row >= tile.count) return;
+    bits = keep_bits(dropout, (tile.row(row) * masks.streams + stream) * cols + col + lane % 2 * kHalf, kHalf);
+  }
+  KeepTile() = default;
+
+  // Bit c: whether column + c of one of the rows is kept, in the same half of it. All lanes of the warp must call.
+  __device__ __forceinline__ uint32_t word(int row, int column) const {
+    return __shfl_sync(kAllLanes, bits, 2 * row + column / kHalf) >> column % kHalf;
+  }
+};
 
 // ---- Streams
 
@@ -193,9 +254,9 @@ class Units {
     }
   }
 
-  // Starts the copy of the tile at column first_col; zeros beyond the matrix.
-  __device__ __forceinline__ void copy(T* tile, const TallMatrix<T>& m, int64_t first_col) const {
-    const int64_t col = first_col + col_, left = m.data ? m.cols - col : 0;
+  // Starts the copy of the tile at column first_col; zeros from column end on.
+  __device__ __forceinline__ void copy(T* tile, const TallMatrix<T>& m, int64_t first_col, int64_t end) const {
+    const int64_t col = first_col + col_, left = m.data ? end - col : 0;
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
       T* to = place(tile, u);
@@ -210,28 +271,21 @@ class Units {
     }
   }
 
-  // Zeroes what dropout drops, in this thread's units.
-  __device__ __forceinline__ void mask(T* tile, const Dropout& dropout, int64_t cols, int64_t first_col) const {
+  // Zeroes what the stream-th of so many streams drops, in this thread's units.
+  __device__ __forceinline__ void mask(T* tile, const Dropout& dropout, int streams, int stream, int64_t cols,
+                                       int64_t first_col) const {
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
-      if (rows_[u] >= 0)
-        mask_unit(place(tile, u), keep_bits(dropout, int64_t(rows_[u]) * cols + first_col + col_, kUnit<T>));
+      if (rows_[u] < 0) continue;
+      const int64_t element = (int64_t(rows_[u]) * streams + stream) * cols + first_col + col_;
+      mask_unit(place(tile, u), keep_bits(dropout, element, kUnit<T>));
     }
   }
 
-  // Writes this thread's units of the dropout decisions: keep[row][unit].
-  __device__ __forceinline__ void decide(uint8_t* keep, const Dropout& dropout, int64_t cols, int64_t first_col) const {
-#pragma unroll
-    for (int u = 0; u < kCount; ++u) {
-      const uint32_t bits =
-          rows_[u] < 0 ? 0 : keep_bits(dropout, int64_t(rows_[u]) * cols + first_col + col_, kUnit<T>);
-      keep[(row_ + u * step_) * kPerRow + col_ / kUnit<T>] = uint8_t(bits);
-    }
-  }
-
-  // Writes the tile to columns first_col .. of a matrix.
-  __device__ __forceinline__ void write(const T* tile, T* out, bool aligned, int64_t cols, int64_t first_col) const {
-    const int64_t col = first_col + col_, left = cols - col;
+  // Writes the tile to columns first_col .. end of a matrix.
+  __device__ __forceinline__ void write(const T* tile, T* out, bool aligned, int64_t cols, int64_t first_col,
+                                        int64_t end) const {
+    const int64_t col = first_col + col_, left = end - col;
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
       if (rows_[u] < 0) continue;
@@ -268,14 +322,15 @@ __device__ __forceinline__ T to_element(S value) {
   }
 }
 
-// Rows first .. first + count of a tile as g [.., kRank]: mix(row, j) for ranks first_rank .., zeros beyond.
+// Rows first .. first + count of a tile as g [.., kRank]: mix(row, j, band) for ranks first_rank .., zeros beyond.
 template <typename T, int kRank, typename Mix>
 __device__ __forceinline__ void fill_latent(T* g, const Mix& mix, const RowTile& tile, int first, int count,
-                                            int first_rank, int thread, int threads) {
+                                            int first_rank, int band, int thread, int threads) {
 #pragma unroll 2
   for (int i = thread; i < count * kRank; i += threads) {
     const int row = first + i / kRank, j = i % kRank;
-    g[row * kLatentStride<T, kRank> + j] = to_element<T>(row < tile.count ? mix(tile.row(row), first_rank + j) : 0.f);
+    g[row * kLatentStride<T, kRank> + j] =
+        to_element<T>(row < tile.count ? mix(tile.row(row), first_rank + j, band) : 0.f);
   }
 }
 

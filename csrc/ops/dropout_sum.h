@@ -39,7 +39,7 @@ template <typename T>
 void dropout_sum_backward(const DropoutSumBackwardArgs<T>& args);
 }  // namespace cpu
 
-namespace cuda {  // T: float, bfloat16, float16; W: T or float. Sites none, input and latent.
+namespace cuda {  // T: float, bfloat16, float16; W: T or float
 template <typename T, typename W>
 int64_t dropout_sum_forward_workspace(const HeadsInputs<T, W>& inputs);  // bytes
 template <typename T, typename W>

@@ -32,6 +32,9 @@ ALIGN_HOST_DEVICE inline PhiloxBlock philox(uint64_t seed, uint64_t block, uint6
   uint32_t c0 = uint32_t(block), c1 = uint32_t(block >> 32);
   uint32_t c2 = uint32_t(offset), c3 = uint32_t(offset >> 32);
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+#ifdef __CUDACC__
+#pragma unroll 2  // unrolled wholly, the keys of all rounds would be kept in registers between calls
+#endif
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const uint64_t product0 = uint64_t(kPhiloxMultiplier0) * c0;
     const uint64_t product1 = uint64_t(kPhiloxMultiplier1) * c2;

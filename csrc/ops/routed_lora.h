@@ -61,7 +61,7 @@ template <typename T>
 void routed_lora_backward(const RoutedLoraBackwardArgs<T>& args);
 }  // namespace cpu
 
-namespace cuda {  // T: float, bfloat16, float16; W: T or float. Sites none, input and latent; groups = 1.
+namespace cuda {  // T: float, bfloat16, float16; W: T or float
 template <typename T, typename W>
 int64_t routed_lora_forward_workspace(const HeadsInputs<T, W>& inputs, const W* R, const Routing& routing);  // bytes
 template <typename T, typename W>

@@ -3,8 +3,7 @@
 import heads_cases
 import pytest
 import torch
-from conftest import LACKS
-from heads_cases import DTYPES, PER_HEAD, RNG, SHAPES, SITES, call, compare, leaves_of, make, results
+from heads_cases import DTYPES, RNG, SHAPES, SITES, call, compare, leaves_of, make, results
 from torch.library import opcheck
 
 from align_ext import ops
@@ -20,10 +19,7 @@ ARCHITECTURES = {
     "own A, masks on x per head": ("input_per_head", 0.3, True, None),
     "no dropout": ("none", 0.0, False, 2),
 }
-EVERY_ARCHITECTURE = pytest.mark.parametrize(
-    "architecture",
-    [pytest.param(name, marks=PER_HEAD.marks if "per head" in name else ()) for name in ARCHITECTURES],
-)
+EVERY_ARCHITECTURE = pytest.mark.parametrize("architecture", ARCHITECTURES)
 GROUPS = {96: 4, 45: 5, 24: 24, 129: 3, 1: 1, 8: 2, 712: 8}  # of an out_dim; 24: as many groups as outputs
 
 
@@ -34,14 +30,6 @@ def case(architecture, shape, dtype, groups=1, **options):
     return inputs, {"site": site, "dropout_p": p, "top_k": top_k and min(top_k, shape[-1]), "tau": 0.8}
 
 
-@pytest.fixture(autouse=True)
-def one_group_where_there_are_no_more(request, monkeypatch):
-    """Where several groups are not to be had, what is not about them is tried with one."""
-    if "groups" in LACKS[request.config.getoption("--device")]:
-        monkeypatch.setattr(heads_cases, "MOST_GROUPS", 1)
-
-
-@pytest.mark.needs("groups")
 def test_a_hand_computed_case(device):
     """Two groups of one output, two heads; the first token's logits are equal, the second's are far apart."""
     x = torch.tensor([[1.0, 0.0], [0.0, 200.0]], device=device, requires_grad=True)
@@ -104,7 +92,6 @@ def test_the_low_rank_term_alone_is_right(device, dtype, architecture):
     compare("routed_lora", device, inputs, **options)
 
 
-@pytest.mark.needs("groups")
 @pytest.mark.parametrize("top_k", [1, 2, 3, 4])
 def test_any_number_of_heads_may_be_chosen(device, top_k):
     inputs, options = case("own A, top k", (33, 40, 30, 6, 4), torch.float32, 3)
