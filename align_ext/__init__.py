@@ -5,6 +5,7 @@ from importlib.metadata import version
 from typing import Any
 
 from align_ext.batch import AlignParts
+from align_ext.budget import FlopsPerToken, ParameterCount, count_parameters, flops_per_token, match_rank
 from align_ext.config import AlignLoraConfig
 from align_ext.diagnostics.backend import backend
 from align_ext.hf.export import export_peft, load_adapter, save_adapter
@@ -17,15 +18,20 @@ __all__ = [
     "AlignParts",
     "AlignSFTTrainer",
     "AlignTrainer",
+    "FlopsPerToken",
+    "ParameterCount",
     "TaskCollator",
     "TaskSampler",
     "adapter_report",
     "align_parts",
     "align_step",
     "backend",
+    "count_parameters",
     "export_peft",
+    "flops_per_token",
     "join_tasks",
     "load_adapter",
+    "match_rank",
     "merge_and_unload",
     "replace_linear_with_align_lora",
     "save_adapter",

@@ -11,13 +11,12 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any
 
 import typer
 import yaml
 
-from align_ext.hf.options import TrainOptions, read_config
+from align_ext.hf.options import TrainOptions, known_options, read_config
 
 app = typer.Typer(
     name="align-lora",
@@ -68,7 +67,7 @@ def train(config: str | None, print_config: bool, **flags: Any) -> None:
     except ValueError as error:
         raise Mistake(str(error)) from error
     results = recipe.train(job, console)
-    if not all(check["passed"] for check in results["checks"].values()):
+    if any(check["passed"] is False for check in results["checks"].values()):
         raise typer.Exit(1)
 
 
@@ -234,7 +233,7 @@ def _app(
 
 
 def _flags() -> list[inspect.Parameter]:
-    """The flags of `train`: its own two and one for each field of TrainOptions, which so exists once."""
+    """The flags of `train`: its own two and one for each option (hf/options.py), which so exists once."""
 
     def flag(name: str, kind: Any, text: str, default: Any = None) -> inspect.Parameter:
         annotation = Annotated[kind, typer.Option(help=text, show_default=False)]
@@ -244,13 +243,11 @@ def _flags() -> list[inspect.Parameter]:
         flag("config", str | None, "YAML file of these options; flags override it"),
         flag("print_config", bool, "print the options as such a file, and stop", default=False),
     ]
-    types = get_type_hints(TrainOptions)
-    for option in fields(TrainOptions):
-        kind = next((t for t in get_args(types[option.name]) if t is not type(None)), types[option.name])
-        kind = kind if kind in (bool, int, float) and types[option.name] != tuple[str, ...] else str
+    for name, option in known_options().items():
+        kind = option.kind if option.kind in (bool, int, float) else str  # others may be "none", "auto" or a list
         value = ",".join(option.default) if isinstance(option.default, tuple) else option.default
         shown = "" if value in (None, "", False) else f" [{value}]"
-        flags.append(flag(option.name, kind | None, option.metadata["help"] + shown))
+        flags.append(flag(name, kind | None, option.help.removesuffix(".") + shown))
     return flags
 
 

@@ -101,10 +101,10 @@ class AlignLoraConfig:
         response_only: only tokens with a label count in the alignment (default: all but padding).
         balance: "cv2" (squared coefficient of variation of the heads' mean weights), "switch" (Switch Transformer's),
             or None.
-        balance_weight: of the balance loss.
+        balance_weight: of the balance in the loss.
         spectral: mtLoRA's regularisation of the heads' overlap: "paper" (spectral-aware), "uniform", "released" (each
             head by itself) or None.
-        spectral_weight: of it.
+        spectral_weight: of the spectral regularisation in the loss.
         spectral_steps: k, forwards between two refreshes of its projectors.
         adapter_dtype: dtype of A and B: "float32" (PEFT's default, also on a 16-bit base) or "base".
     """

@@ -6,11 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import batch, llama
+from tiny import adapted, batch, llama
 
-from align_ext import align_parts, align_step
+from align_ext import align_parts, align_step, merge_and_unload, save_adapter, set_task
+from align_ext.hf.options import TrainOptions
+from align_ext.hf.replace import adapted_layers
+from align_ext.nn import adapter_class
 
 ROOT = Path(__file__).parents[1]
+TABLES = runpy.run_path(str(ROOT / "docs/tables.py"))
+CONFIGS = dict(TABLES["configs"]())
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
@@ -44,3 +49,71 @@ def test_every_file_that_the_documents_link_to_exists():
 def test_the_examples_run(example, capsys):
     runpy.run_path(str(example), run_name="__main__")
     assert "alignment" in capsys.readouterr().out
+
+
+def test_the_tables_are_as_the_code_has_them():
+    text = (ROOT / "README.md").read_text()
+    assert TABLES["renewed"](text) == text, "python docs/tables.py --write README.md"
+    assert all(f"| `{words}` |" in text for words in CONFIGS)
+    assert TABLES["renewed"](text.replace("r (n + m)", "n m")) == text
+
+
+@pytest.mark.parametrize("words", CONFIGS)
+def test_the_parameter_formulas_count_what_real_modules_train(words):
+    config = CONFIGS[words]
+    formula = re.sub(r"(?<=[\w)]) (?=[\w(])", " * ", adapter_class(config).parameters_formula)
+    sizes = {"n": 6, "m": 10, "r": config.r, "N": config.num_heads, "M": config.num_tasks, "G": config.routing_groups}
+    adapter = adapter_class(config)(config, sizes["n"], sizes["m"])
+    assert sum(p.numel() for p in adapter.parameters()) == eval(formula, sizes)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(batch()[0]["input_ids"]).logits
+
+
+@pytest.mark.parametrize("words", CONFIGS)
+def test_what_the_table_says_of_merging_is_what_happens(words):
+    config = CONFIGS[words]
+    model, said = adapted(**config.to_dict()), TABLES["merges"](config)
+    if said != "yes":
+        with pytest.raises(ValueError, match="cannot be merged"):
+            merge_and_unload(model)
+    if said == "a task":
+        set_task(model, 1)
+    if said != "no":
+        expected = logits(model)
+        torch.testing.assert_close(logits(merge_and_unload(model)), expected)
+        assert (expected - logits(llama().double())).abs().max() > 1e-2, "so that the adapters count"
+
+
+EXPORTED = [words for words, config in CONFIGS.items() if TABLES["merges"](config) == "yes"]
+
+
+@pytest.mark.parametrize("words", EXPORTED)
+def test_what_exports_is_read_by_stock_peft(words, tmp_path):
+    import peft
+
+    model = adapted(**CONFIGS[words].to_dict())
+    expected = logits(model)
+    save_adapter(model, tmp_path)
+    stock = peft.PeftModel.from_pretrained(llama().double(), tmp_path, autocast_adapter_dtype=False)
+    torch.testing.assert_close(logits(stock), expected)
+
+
+def test_each_row_of_the_ablation_adds_what_its_name_says_and_the_last_is_mtlora():
+    rows = dict(re.findall(r"^\| (.*) \| `(--.*)` \|$", TABLES["ablation"](), re.MULTILINE))
+    parsed = {}
+    for row, line in rows.items():
+        flags = line.split()
+        given = {flag.removeprefix("--"): value for flag, value in zip(flags[::2], flags[1::2], strict=True)}
+        parsed[row] = TrainOptions.from_mapping(given).adapter_config(5).to_dict()
+
+    def added(row, to):
+        return {name: value for name, value in parsed[row].items() if value != parsed[to][name]}
+
+    assert added("+ block", "HydraLoRA") == {"target_blocks": ["attention", "mlp"]}
+    assert added("+ block + spectral", "+ block") == {"spectral": "paper"}
+    assert added("+ block + fine-grained", "+ block") == {"routing_groups": 2}
+    assert added("all: mtLoRA", "+ block + spectral") == {"architecture": "mtlora", "routing_groups": 2}
+    assert len(adapted_layers(adapted(**parsed["+ block"]))) == 4

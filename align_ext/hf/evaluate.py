@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from align_ext.batch import find_state
 from align_ext.hf.collator import TaskCollator
 from align_ext.hf.replace import adapted_layers
 from align_ext.hf.tasks import Example, encode, features
-from align_ext.step import align_step
+from align_ext.step import align_step, set_task
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class _Row:
 
     example: int
     choice: int
+    task: int
     prompt: list[int]
     answer: list[int]
 
@@ -67,6 +69,7 @@ def evaluate(
     examples: Sequence[Example],
     batch_size: int = 16,
     progress: Progress | None = None,
+    ids: Mapping[str, int] | None = None,
 ) -> dict[str, TaskScore]:
     """Scores a causal language model on each task, in eval mode.
 
@@ -79,8 +82,13 @@ def evaluate(
         examples: of any number of tasks.
         batch_size: rows in a forward.
         progress: a running rich display to which a bar is added.
+        ids: each task's id, for a model that has an adapter for each task (multi_adapter).
+
+    Raises:
+        ValueError: the model has an adapter for each task, and ids lacks one.
     """
-    rows = _rows(tokenizer, examples)
+    tasks = _task_ids(model, examples, ids)
+    rows = _rows(tokenizer, examples, tasks)
     free = [i for i, example in enumerate(examples) if not example.choices]
     bar = None if progress is None else progress.add_task("evaluating", total=len(rows) + len(free))
 
@@ -90,7 +98,12 @@ def evaluate(
 
     with _eval_mode(model):
         sums = _choice_nll(model, tokenizer, rows, batch_size, advance)
-        scores = _generated_scores(model, tokenizer, examples, free, batch_size, advance)
+        scores: dict[int, float] = {}
+        # Task by task: a batch generates as long as its longest answer, and a model may need to know its task.
+        for _, same in itertools.groupby(sorted(free, key=lambda i: examples[i].task), lambda i: examples[i].task):
+            group = list(same)
+            with _named_task(model, tasks[group[0]]):
+                scores |= _generated_scores(model, tokenizer, examples, group, batch_size, advance)
     if progress is not None and bar is not None:
         progress.remove_task(bar)
 
@@ -114,9 +127,12 @@ def evaluate(
 def alignment(
     model: nn.Module, tokenizer: Any, examples: Sequence[Example], ids: dict[str, int], batch_size: int = 16
 ) -> float | None:
-    """Computes the alignment loss over all tokens of some examples, without dropout; None if alignment is off."""
+    """Computes the alignment loss over all tokens of some examples, without dropout; None if alignment is off.
+
+    Also None with align_statistics="position": examples of different lengths have no positions in common.
+    """
     state = find_state(model)
-    if state is None or state.config.align is None:
+    if state is None or state.config.align is None or state.config.align_statistics == "position":
         return None
     state.tasks = max(state.tasks, len(ids))  # batches without the last task record moments of the same shape
     rows = sorted(features(tokenizer, examples, ids), key=lambda row: len(row["input_ids"]))
@@ -156,12 +172,40 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def _rows(tokenizer: Any, examples: Sequence[Example]) -> list[_Row]:
+def _task_ids(model: nn.Module, examples: Sequence[Example], ids: Mapping[str, int] | None) -> list[int]:
+    """The id of each example's task; -1 where none is told and the model needs none."""
+    missing = sorted({example.task for example in examples} - set(ids or {}))
+    if missing and _by_task(model):
+        raise ValueError(f"a multi_adapter model is scored with the id of every task: ids lacks {', '.join(missing)}")
+    return [(ids or {}).get(example.task, -1) for example in examples]
+
+
+def _by_task(model: nn.Module) -> bool:
+    state = find_state(model)
+    return state is not None and state.config.architecture == "multi_adapter"
+
+
+@contextmanager
+def _named_task(model: nn.Module, task: int) -> Iterator[None]:
+    """Names the task of what is generated to a model that has an adapter for each."""
+    state = find_state(model)
+    if state is None or not _by_task(model):
+        yield
+        return
+    before = state.task
+    set_task(model, task)
+    try:
+        yield
+    finally:
+        state.task = before
+
+
+def _rows(tokenizer: Any, examples: Sequence[Example], tasks: Sequence[int]) -> list[_Row]:
     """Every answer to every prompt, longest first, so that too large a batch fails at once and padding is little."""
     rows = []
     for i, example in enumerate(examples):
         for choice, answer in enumerate(example.choices or (example.answer,)):
-            rows.append(_Row(i, choice, *encode(tokenizer, example.prompt, answer)))
+            rows.append(_Row(i, choice, tasks[i], *encode(tokenizer, example.prompt, answer)))
     return sorted(rows, key=lambda row: -len(row.prompt) - len(row.answer))
 
 
@@ -169,7 +213,7 @@ def _choice_nll(
     model: Any, tokenizer: Any, rows: list[_Row], batch_size: int, advance: Any
 ) -> dict[tuple[int, int], tuple[float, int]]:
     """(sum of the NLL, number of tokens) of each answer, by (example, choice)."""
-    sums = {}
+    sums, state = {}, find_state(model)
     for batch in _batches(rows, batch_size):
         width = max(len(row.prompt) + len(row.answer) for row in batch)
         ids = torch.full((len(batch), width), tokenizer.pad_token_id)
@@ -179,8 +223,13 @@ def _choice_nll(
             ids[i, :end] = torch.tensor(row.prompt + row.answer)
             labels[i, start:end] = ids[i, start:end]
             mask[i, :end] = 1
-        device = _device(model)
-        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if _by_task(model):
+            inputs["task_ids"] = torch.tensor([row.task for row in batch])
+        if state is not None and state.config.routing == "sequence":
+            inputs["labels"] = labels  # they tell where the prompt ends
+        inputs = {name: x.to(_device(model)) for name, x in inputs.items()}
+        logits = model(**inputs, use_cache=False).logits
         nll, where = answer_nll(logits, labels)
         per_row = torch.zeros(len(batch), device=nll.device).index_add_(0, where, nll).tolist()
         for row, value in zip(batch, per_row, strict=True):
@@ -195,8 +244,7 @@ def _generated_scores(
     """The score of a greedy answer to each free-text example."""
     scores = {}
     encoded = {i: encode(tokenizer, examples[i].prompt, examples[i].answer) for i in free}
-    # Task by task: a batch generates as long as its longest answer.
-    free = sorted(free, key=lambda i: (examples[i].task, len(encoded[i][0])))
+    free = sorted(free, key=lambda i: len(encoded[i][0]))
     for batch in _batches(free, batch_size):
         width = max(len(encoded[i][0]) for i in batch)
         ids = torch.full((len(batch), width), tokenizer.pad_token_id)

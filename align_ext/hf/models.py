@@ -18,7 +18,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from align_ext.config import AlignLoraConfig
+from align_ext.hf.blocks import mlp_linears
+from align_ext.hf.replace import ALL_LINEAR
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -63,6 +68,27 @@ def load_model(name: str | None = None, dtype: str | torch.dtype = "auto", say: 
             raise ValueError(f"the tokenizer of {str(source)!r} has neither a padding nor an end token")
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
+
+
+def default_targets(model: nn.Module) -> tuple[tuple[str, ...] | str, str]:
+    """Chooses the layers to adapt where nobody named any: the linear layers of the MLP blocks.
+
+    Returns:
+        target_modules: gate_proj, up_proj and down_proj where the model has them; else the MLPs' layers by structure;
+            else "all-linear".
+        A line that tells the user, empty for the first case.
+    """
+    usual = AlignLoraConfig().target_modules
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    if names.issuperset(usual):
+        return usual, ""
+    try:
+        targets: tuple[str, ...] | str = mlp_linears(model)
+        shown = f"the layers of its MLP blocks instead, {', '.join(targets)}"
+    except ValueError:
+        targets = ALL_LINEAR
+        shown = "all its linear layers instead"
+    return targets, f"this model has no {', '.join(usual)}: adapting {shown} (--target-modules chooses others)"
 
 
 def best_dtype(device: str | None = None) -> torch.dtype:

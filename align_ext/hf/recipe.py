@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch.utils.data import Subset
 
+from align_ext.config import AUTO
 from align_ext.diagnostics.backend import has_kernel
 from align_ext.hf.collator import TaskCollator
 from align_ext.hf.evaluate import TaskScore, alignment, evaluate
-from align_ext.hf.export import save_adapter
+from align_ext.hf.export import PEFT_CONFIG, load_adapter, save_adapter
 from align_ext.hf.merge import merge_and_unload
-from align_ext.hf.models import best_dtype, load_model
+from align_ext.hf.models import best_dtype, default_targets, load_model
 from align_ext.hf.options import TrainOptions
-from align_ext.hf.replace import adapter_report, replace_linear_with_align_lora
+from align_ext.hf.replace import adapted_layers, adapter_report, replace_linear_with_align_lora
 from align_ext.hf.tasks import TaskData, encode, features, fits, mixing_order, read_tasks, select
 from align_ext.hf.trainer import AlignTrainer, align_training_arguments
 
@@ -65,9 +67,12 @@ class Scores:
 
 @dataclass(frozen=True)
 class Check:
-    """Whether two models compute the same: largest difference of their logits relative to the largest logit."""
+    """Whether two models compute the same: largest difference of their logits relative to the largest logit.
 
-    passed: bool
+    Where an architecture has no such second model, passed is None and detail says why.
+    """
+
+    passed: bool | None
     difference: float | None
     detail: str = ""
 
@@ -88,6 +93,11 @@ def prepare(options: TrainOptions, console: Console) -> Job:
     model, tokenizer = load_model(options.model, dtype, lambda line: _say(console, line))
     fit = functools.partial(fits, tokenizer, max_tokens=options.seq_len)
     data = select(pools, options.train_examples, options.eval_examples, fit)
+    if options.adapter["target_modules"] == AUTO and not config.target_blocks:
+        targets, note = default_targets(model)
+        config = options.adapter_config(len(pools), targets)
+        if note:
+            _say(console, note)
     transformers.set_seed(options.seed)
     replace_linear_with_align_lora(model.to(device), config)
     return Job(options, target, data, model, tokenizer, device)
@@ -114,7 +124,7 @@ def train(job: Job, console: Console) -> dict[str, Any]:
         with _timed(seconds, "train"):
             results["losses"] = _fit(job, folder.path / "trainer", bars, console)
         shutil.rmtree(folder.path / "trainer", ignore_errors=True)
-        save_adapter(job.model, folder.path / "adapter")
+        save_adapter(job.model, folder.path / "adapter", task_names=job.data.names)
         folder.keep = True
         try:
             with _timed(seconds, "score after"):
@@ -141,10 +151,10 @@ def score(job: Job, bars: Progress | None = None) -> Scores:
     """Scores the model as it is on the held-out examples."""
     if bars is not None and bars.disable:
         _say(bars.console, "scoring")
-    size = job.options.eval_batch_size
+    size, ids = job.options.eval_batch_size, job.data.ids()
     return Scores(
-        evaluate(job.model, job.tokenizer, job.data.test, size, bars),
-        alignment(job.model, job.tokenizer, job.data.test, job.data.ids(), size),
+        evaluate(job.model, job.tokenizer, job.data.test, size, bars, ids),
+        alignment(job.model, job.tokenizer, job.data.test, ids, size),
     )
 
 
@@ -183,34 +193,58 @@ def _fit(job: Job, scratch: Path, bars: Progress, console: Console) -> list[dict
 
 
 def verify(job: Job, adapter: Path) -> dict[str, Check]:
-    """Compares, in float32, the trained model with stock PEFT's reading of the adapter and with the merged model.
+    """Compares, in float32, the trained model with what can be made of the saved adapter.
 
-    Uses the job's model up. A check that cannot be made has failed and says why.
+    That is the base with the adapter loaded again by load_adapter, and, where the architecture allows it, the merged
+    model and stock PEFT's reading of the folder. Uses the job's model up. A check that cannot be made has failed and
+    says why.
     """
-    some = job.data.test[:: max(1, len(job.data.test) // 4)]
-    rows = [encode(job.tokenizer, example.prompt, example.answer) for example in some]
-    ids = [torch.tensor([prompt + answer], device=job.device) for prompt, answer in rows]
+    some, ids = job.data.test[:: max(1, len(job.data.test) // 4)], job.data.ids()
+    by_task = job.options.adapter["architecture"] == "multi_adapter"
+    batches = []
+    for example in some:
+        prompt, answer = encode(job.tokenizer, example.prompt, example.answer)
+        batches.append({"input_ids": torch.tensor([prompt + answer], device=job.device)})
+        if by_task:
+            batches[-1]["task_ids"] = torch.tensor([ids[example.task]], device=job.device)
 
     @torch.no_grad()
     def logits(model: Any) -> torch.Tensor:
-        return torch.cat([model(input_ids=x, use_cache=False).logits[0].cpu() for x in ids])
+        return torch.cat([model(**batch, use_cache=False).logits[0].cpu() for batch in batches])
 
-    def check(other: Any) -> Check:
-        difference = float((logits(other()) - trained).abs().max() / trained.abs().max())
-        return Check(difference <= _SAME, difference)
-
-    def stock() -> Any:
-        base = load_model(job.options.model, torch.float32)[0].to(job.device)
-        return peft.PeftModel.from_pretrained(base, str(adapter)).eval()
+    def base() -> Any:
+        return load_model(job.options.model, torch.float32)[0].to(job.device)
 
     trained = logits(job.model.float().eval())
+    models = {
+        "loaded again": lambda: load_adapter(base(), adapter).eval(),
+        "merged": lambda: merge_and_unload(job.model),
+        "stock PEFT": lambda: peft.PeftModel.from_pretrained(base(), str(adapter)).eval(),
+    }
+    reasons = {"merged": _cannot_merge(job.model), "stock PEFT": _not_for_peft(job.model, adapter)}
     checks = {}
-    for name, other in (("merged", lambda: merge_and_unload(job.model)), ("stock PEFT", stock)):
+    for name, make in models.items():
+        if reason := reasons.get(name):
+            checks[name] = Check(None, None, reason)
+            continue
         try:
-            checks[name] = check(other)
+            difference = float((logits(make()) - trained).abs().max() / trained.abs().max())
+            checks[name] = Check(difference <= _SAME, difference)
         except Exception as error:  # the training is done and kept; a check reports whatever stops it
             checks[name] = Check(False, None, f"{type(error).__name__}: {error}")
     return checks
+
+
+def _cannot_merge(model: Any) -> str | None:
+    reasons = (layer.cannot_merge() for layer in adapted_layers(model).values())
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _not_for_peft(model: Any, adapter: Path) -> str | None:
+    """Why stock PEFT does not read an adapter folder: it holds no configuration for it."""
+    if not adapter.is_dir() or (adapter / PEFT_CONFIG).is_file():
+        return None
+    return f"PEFT's LoRA cannot express architecture {model.align_state.config.architecture!r}"
 
 
 def plot_losses(losses: list[dict[str, float]], file: Path) -> str | None:
@@ -247,8 +281,9 @@ class _ShowProgress(transformers.TrainerCallback):
         if "lm_loss" not in logs:
             return
         text = f"loss {logs['lm_loss']:.3f}"
-        if "align_loss" in logs:
-            text += f", align {logs['align_loss']:.3g}"
+        for name in ("align", "balance", "spectral"):
+            if f"{name}_loss" in logs:
+                text += f", {name} {logs[f'{name}_loss']:.3g}"
         self.bars.update(self.bar, description=f"training  {text}")
         if self.bars.disable:
             _say(self.console, f"step {state.global_step}/{state.max_steps}  {text}")
@@ -280,7 +315,8 @@ def _summarise(results: dict[str, Any], target: Path, console: Console) -> None:
         _say(console, f"alignment loss {before['align']:.4g} -> {after['align']:.4g}")
     for name, check in results["checks"].items():
         verdict = "same logits" if check["passed"] else "OTHER LOGITS"
-        _say(console, f"{name}: " + (check["detail"] or f"{verdict} (relative difference {check['difference']:.1e})"))
+        found = check["detail"] or f"{verdict} (relative difference {check['difference']:.1e})"
+        _say(console, f"{name}: " + ("does not apply: " if check["passed"] is None else "") + found)
     if results["plot"] is None:
         _say(console, "no loss plot: matplotlib is not installed")
     times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in results["seconds"].items())
@@ -292,11 +328,8 @@ def _say(console: Console, line: str) -> None:
 
 
 def _versions() -> dict[str, str]:
-    from align_ext import __version__
-
-    modules = {"torch": torch, "transformers": transformers, "peft": peft}
-    versions = {name: module.__version__ for name, module in modules.items()}
-    return {"align_ext": __version__, "python": platform.python_version(), **versions}
+    modules = ("torch", "transformers", "peft")
+    return {"align_ext": version("align_ext"), "python": platform.python_version(), **{m: version(m) for m in modules}}
 
 
 def _device(options: TrainOptions) -> str:

@@ -160,6 +160,22 @@ def _targets(
     return targets
 
 
+def sizes_to_adapt(model: nn.Module, config: AlignLoraConfig) -> list[tuple[int, int]]:
+    """(in, out) of each layer or block of a plain model that a config would adapt; nothing is built.
+
+    Raises:
+        ValueError: it would adapt nothing.
+    """
+    if config.target_blocks:
+        blocks = find_blocks(model, config.target_blocks)
+        return [(hidden, hidden) for _, hidden in blocks.values()]
+    candidates, report = dict(_linear_like(model)), ReplaceReport()
+    targets = _targets(model, config, candidates, report, by_name=True)
+    if not targets:
+        raise ValueError(_nothing_matched(model, candidates, config, report))
+    return [features_of(module) for module in targets.values()]
+
+
 def adapter_report(model: nn.Module) -> ReplaceReport:
     """What replace_linear_with_align_lora did to this model."""
     report = getattr(model, "align_report", None)
@@ -206,8 +222,13 @@ def _linear_like(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if is_peft_lora(module):
             inside = (*inside, f"{name}.")
             yield name, module
-        elif isinstance(module, nn.Linear) or is_conv1d(module) or _is_quantised_linear(module):
+        elif is_linear(module):
             yield name, module
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer: nn.Linear and its subclasses, GPT-2's Conv1D, quantised ones."""
+    return isinstance(module, nn.Linear) or is_conv1d(module) or _is_quantised_linear(module)
 
 
 def _is_quantised_linear(module: nn.Module) -> bool:

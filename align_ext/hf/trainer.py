@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
 from align_ext.batch import Step, find_state
+from align_ext.config import AlignLoraConfig
 from align_ext.hf.evaluate import answer_nll
 from align_ext.hf.mixing import Mixing, TaskSampler
 from align_ext.step import align_step
@@ -46,9 +47,10 @@ class AlignMixin(_Base):
     """Alignment for a Trainer, placed before it in a class's bases; AlignTrainer and AlignSFTTrainer are such classes.
 
     The loss is Trainer's own loss plus weight * alignment, each micro-batch counting alike in the alignment whatever
-    the gradient accumulation. Beside `loss` it logs `lm_loss` and `align_loss`, means over the steps since the last
-    log, and `loss/<task>`, taken from the batches of the logging steps alone (not with logging_strategy="epoch");
-    evaluation logs `eval_loss/<task>`. Without alignment (plain LoRA) task_ids are optional.
+    the gradient accumulation. Beside `loss` it logs `lm_loss` and, where they are on, `align_loss`, `balance_loss` and
+    `spectral_loss`, without their weights, means over the steps since the last log, and `loss/<task>`, taken from the
+    batches of the logging steps alone (not with logging_strategy="epoch"); evaluation logs `eval_loss/<task>`. Where
+    nothing tells tasks apart (plain LoRA) task_ids are optional.
 
     Args:
         *args: as for Trainer.
@@ -75,8 +77,12 @@ class AlignMixin(_Base):
             raise ValueError("alignment needs one process per GPU: start the script with torchrun or accelerate launch")
 
     def _aligned(self) -> bool:
+        config = self._config()
+        return config is not None and config.needs_step
+
+    def _config(self) -> AlignLoraConfig | None:
         state = find_state(self.model)
-        return state is not None and state.config.needs_step
+        return None if state is None else state.config
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -105,9 +111,11 @@ class AlignMixin(_Base):
         """Computes Trainer's loss plus, in training, the weighted alignment of the batch's tasks."""
         inputs = dict(inputs)
         ids, labels = inputs.pop("task_ids", None), inputs.get("labels")
-        aligned = model.training and self._aligned()
-        if aligned and ids is None:
+        aligned, config = model.training and self._aligned(), self._config()
+        if aligned and ids is None and config is not None and config.needs_ids:
             raise ValueError(_NO_IDS)
+        if ids is not None and not model.training and config is not None and config.architecture == "multi_adapter":
+            inputs["task_ids"] = ids  # each sample is scored with the adapter of its task
         step_or_not = (
             align_step(model, ids, inputs.get("attention_mask"), labels) if aligned else contextlib.nullcontext()
         )
@@ -139,8 +147,11 @@ class AlignMixin(_Base):
         if step is None:
             return loss
         total = step.total(loss, scale=share if scaled else 1.0)
-        assert step.alignment is not None
-        self._train_sums.add("align_loss", step.alignment.value * share)
+        values = {"align_loss": step.alignment, "balance_loss": step.balance}
+        losses = {name: part.value for name, part in values.items() if part is not None}
+        losses |= {} if step.spectral is None else {"spectral_loss": step.spectral}
+        for name, value in losses.items():
+            self._train_sums.add(name, value * share)
         return total
 
     def _is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:

@@ -23,7 +23,7 @@ from align_ext.hf.options import TrainOptions
         (["train", "--steps"], "--steps"),
         (["train", "--steps", "many"], "--steps"),
         (["train", "--steps", -3], "steps must be a positive integer, got -3"),
-        (["train", "--align", "mmmd"], "align must be one of"),
+        (["train", "--align", "mmmd"], "unknown align 'mmmd'; did you mean 'mmd'"),
         (["train", "--data", "absent.jsonl"], "no data file or folder 'absent.jsonl'"),
         (["train", "--model", "/absent"], "no model folder '/absent'"),
         (["train", "--tasks", "chain_sun"], "'chain_sum'"),
@@ -54,6 +54,19 @@ def test_flags_override_the_file_and_the_printed_configuration_is_such_a_file(ru
     assert code == 0
     options = TrainOptions.from_mapping(yaml.safe_load(out))
     assert options == TrainOptions(steps=3, batch_size=4, lr=1e-3, tasks=("a", "b"))
+
+
+def test_the_options_of_the_adapters_are_flags_and_print_as_a_file_that_means_the_same(run, tmp_path):
+    flags = ["--architecture", "mtlora", "--num-heads", 3, "--target-blocks", "mlp", "--spectral", "none"]
+    flags += ["--align", "mmd", "--mmd-bandwidths", "0.5,2", "--use-rslora", "--balance-weight", 0.5]
+    code, out, err = run("train", *flags, "--print-config")
+    assert code == 0, err
+    config = TrainOptions.from_mapping(yaml.safe_load(out)).adapter_config(2)
+    assert (config.architecture, config.num_heads, config.target_blocks) == ("mtlora", 3, ("mlp",))
+    assert (config.spectral, config.align, config.mmd_bandwidths) == (None, "mmd", (0.5, 2.0))
+    assert (config.use_rslora, config.balance_weight) == (True, 0.5)
+    (tmp_path / "x.yaml").write_text(out)
+    assert run("train", "--config", tmp_path / "x.yaml", "--print-config")[1] == out
 
 
 def test_every_option_is_a_flag_with_its_default_in_the_help(run):

@@ -30,11 +30,13 @@ def model():
     return llama()
 
 
-def naive_nll(model, prompt, answer):
+def naive_nll(model, prompt, answer, **inputs):
     """Negative log-likelihoods of an answer's tokens, one sequence, no padding."""
     prompt, answer = encode(tokenizer(), prompt, answer)
+    if "labels" in inputs:
+        inputs["labels"] = torch.tensor([[-100] * len(prompt) + answer])
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor([prompt + answer])).logits[0].double().log_softmax(-1)
+        logits = model(input_ids=torch.tensor([prompt + answer]), **inputs).logits[0].double().log_softmax(-1)
     return [-logits[len(prompt) + i - 1, token].item() for i, token in enumerate(answer)]
 
 
@@ -56,6 +58,17 @@ def test_losses_and_choices_are_those_of_one_sequence_at_a_time(model, batch_siz
     assert sum(means) not in (0, 9, sum(sums)), "so that a wrong rule would show"
 
 
+def greedy(model, ids, most, **inputs):
+    """The text that follows a prompt, token by token, each time from the start."""
+    start = len(ids)
+    for _ in range(most):
+        with torch.no_grad():
+            ids.append(int(model(input_ids=torch.tensor([ids]), **inputs).logits[0, -1].argmax()))
+        if ids[-1] == tokenizer().eos_token_id:
+            break
+    return tokenizer().decode(ids[start:], skip_special_tokens=True).strip()
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_generation_is_greedy_whatever_the_padding(model, batch_size):
     said, expected = [], []
@@ -64,13 +77,7 @@ def test_generation_is_greedy_whatever_the_padding(model, batch_size):
     for i, example in enumerate(free):
         batch = free[i - i % batch_size :][:batch_size]
         ids, _ = encode(tokenizer(), example.prompt, example.answer)
-        start = len(ids)
-        for _ in range(max(len(other.answer) + 1 for other in batch) + 4):
-            with torch.no_grad():
-                ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-            if ids[-1] == tokenizer().eos_token_id:
-                break
-        expected.append(tokenizer().decode(ids[start:], skip_special_tokens=True).strip())
+        expected.append(greedy(model, ids, max(len(other.answer) + 1 for other in batch) + 4))
     assert said == expected
     assert len(set(said)) > 3
     assert result["copy"].score == pytest.approx(sum(len(text) % 2 for text in said) / 7)
@@ -141,3 +148,49 @@ def test_there_is_no_alignment_to_measure_without_one(model):
     ids = {"colour": 0, "copy": 1}
     assert alignment(model, tokenizer(), examples(), ids) is None
     assert alignment(adapted(model, architecture="lora"), tokenizer(), examples(), ids) is None
+
+
+def trained(model, **options):
+    adapted(model, num_tasks=2, **options)
+    torch.manual_seed(1)
+    for layer in adapted_layers(model).values():
+        torch.nn.init.normal_(layer.adapter.lora_B, std=0.3)
+    return model
+
+
+def test_with_an_adapter_for_each_task_every_example_is_scored_by_that_of_its_task(model):
+    trained(model, architecture="multi_adapter")
+    said, ids = [], {"colour": 1, "copy": 0}
+    result = evaluate(model, tokenizer(), examples(said), 4, ids=ids)
+    for task, score in result.items():
+        mine, k = [example for example in examples() if example.task == task], torch.tensor([ids[task]])
+        tokens = [nll for x in mine for nll in naive_nll(model, x.prompt, x.answer, task_ids=k)]
+        others = [nll for x in mine for nll in naive_nll(model, x.prompt, x.answer, task_ids=1 - k)]
+        assert score.loss == pytest.approx(sum(tokens) / len(tokens), rel=1e-5)
+        assert score.loss != pytest.approx(sum(others) / len(others), rel=1e-2)
+    free = examples()[9:]
+    for i, example in enumerate(free):
+        most = max(len(other.answer) + 1 for other in free[i - i % 4 :][:4]) + 4
+        prompt, _ = encode(tokenizer(), example.prompt, example.answer)
+        assert said[i] == greedy(model, list(prompt), most, task_ids=torch.tensor([0]))
+    assert model.align_state.task is None, "the task is named for the time of scoring alone"
+    with pytest.raises(ValueError, match="ids lacks copy"):
+        evaluate(model, tokenizer(), examples(), ids={"colour": 1})
+
+
+def test_routing_by_sequence_sees_the_prompt_alone(model):
+    trained(model, architecture="hydra", router="mlp", routing="sequence", target_modules="all-linear")
+    for layer in adapted_layers(model).values():
+        layer.adapter.lora_router.lora_R.data.mul_(20)
+    result = evaluate(model, tokenizer(), examples()[:9], 4)["colour"]
+    losses = []
+    for inputs in ({"labels": None}, {}):
+        nll = [x for example in examples()[:9] for x in naive_nll(model, example.prompt, example.answer, **inputs)]
+        losses.append(sum(nll) / len(nll))
+    assert result.loss == pytest.approx(losses[0], rel=1e-5)
+    assert result.loss != pytest.approx(losses[1], rel=1e-3), "the router must not look at the answer"
+
+
+def test_there_is_no_alignment_by_position_over_examples_of_different_lengths(model):
+    adapted(model, num_tasks=2, align_statistics="position")
+    assert alignment(model, tokenizer(), examples(), {"colour": 0, "copy": 1}) is None

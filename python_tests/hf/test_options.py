@@ -1,14 +1,18 @@
 """Options of the training job: each mistake has its own line, and files and flags mean the same."""
 
+from dataclasses import fields
+from typing import get_args
+
 import pytest
 import yaml
 
-from align_ext.config import AlignLoraConfig
-from align_ext.hf.options import TrainOptions, read_config
+from align_ext.config import AUTO, AlignLoraConfig, Architecture
+from align_ext.hf.options import TrainOptions, known_options, read_config
 
 
 def test_options_survive_a_yaml_file(tmp_path):
-    options = TrainOptions(tasks=("a", "b"), lr=1e-3, align="none", output="x", overwrite=True)
+    adapter = {"align": None, "target_modules": r".*(up|down)_proj", "mmd_bandwidths": (1.0, 2.0), "num_tasks": 3}
+    options = TrainOptions(tasks=("a", "b"), lr=1e-3, output="x", overwrite=True, adapter=adapter)
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(options.to_dict()))
     assert TrainOptions.from_mapping(read_config(tmp_path / "x.yaml")) == options
 
@@ -16,8 +20,8 @@ def test_options_survive_a_yaml_file(tmp_path):
 def test_a_file_may_be_written_as_people_write_them(tmp_path):
     (tmp_path / "x.yaml").write_text("lr: 2e-4\nbatch-size: 4\nlora_alpha: 16\ntasks: a, b\nalign: null\nmodel:\n")
     options = TrainOptions.from_mapping(read_config(tmp_path / "x.yaml"))
-    assert (options.lr, options.batch_size, options.lora_alpha) == (2e-4, 4, 16.0)
-    assert (options.tasks, options.align, options.model) == (("a", "b"), "none", None)
+    assert (options.lr, options.batch_size, options.adapter["lora_alpha"]) == (2e-4, 4, 16.0)
+    assert (options.tasks, options.adapter["align"], options.model) == (("a", "b"), None, None)
     (tmp_path / "empty.yaml").write_text("# all defaults\n")
     assert TrainOptions.from_mapping(read_config(tmp_path / "empty.yaml")) == TrainOptions()
 
@@ -36,7 +40,14 @@ def test_a_file_may_be_written_as_people_write_them(tmp_path):
         ({"warmup": 1}, r"warmup must be in \[0, 1\)"),
         ({"overwrite": "yes"}, "overwrite must be of type bool"),
         ({"tasks": [1, 2]}, "tasks must be"),
-        ({"align": "mmd2"}, "align must be one of auto, kl, none"),
+        ({"align": "mmd2"}, "unknown align 'mmd2'; did you mean 'mmd'"),
+        ({"lora_aplha": 2}, "unknown option 'lora_aplha'; did you mean 'lora_alpha'"),
+        ({"num_heads": 2.5}, "num_heads must be of type int or none, got 2.5"),
+        ({"r": "auto"}, "r must be of type int, got 'auto'"),
+        ({"mmd_bandwidths": "1,wide"}, "mmd_bandwidths must be of type"),
+        ({"router": "linaer", "architecture": "hydra"}, 'router must be "linear" or "mlp", got \'linaer\''),
+        ({"num_heads": 3}, "architecture 'align_lora' has no num_heads"),
+        ({"target_modules": "none"}, "target_modules must be suffixes"),
         ({"dtype": "int8"}, "dtype must be one of auto, float32"),
         ({"device": "tpu"}, "device must be one of auto, cpu, cuda"),
         ({"architecture": "lora2"}, "unknown architecture 'lora2'; did you mean"),
@@ -67,13 +78,79 @@ def test_a_file_that_builds_python_objects_is_refused(tmp_path):
 
 
 def test_small_batches_are_fine_without_alignment():
-    assert TrainOptions(batch_size=1, align="none").adapter_config(1).align is None
-    assert TrainOptions(batch_size=1, architecture="lora").adapter_config(1).align is None
+    for values in ({"align": "none"}, {"architecture": "lora"}):
+        assert TrainOptions.from_mapping({"batch_size": 1, **values}).adapter_config(1).align is None
+
+
+def test_every_option_of_the_adapters_is_an_option_with_the_same_default_and_a_text():
+    known = known_options()
+    for option in fields(AlignLoraConfig):
+        assert known[option.name].of_adapter
+        assert len(known[option.name].help) > 3, option.name
+        if option.name != "target_modules":
+            assert known[option.name].default == option.default
+    assert known["r"].help == "rank of A and B."
+    assert known["response_only"].help.endswith("all but padding).")
+    assert not known["seed"].of_adapter
+
+
+@pytest.mark.parametrize("architecture", get_args(Architecture))
+def test_every_architecture_is_one_word_and_its_defaults_are_its_own(architecture):
+    config = TrainOptions.from_mapping({"architecture": architecture}).adapter_config(5)
+    assert config == AlignLoraConfig(architecture=architecture, num_tasks=5)
+    printed = TrainOptions.from_mapping({"architecture": architecture}).to_dict()
+    other = TrainOptions.from_mapping({**printed, "architecture": "r_lora"})
+    assert other == TrainOptions.from_mapping({"architecture": "r_lora"}), "so that one word can be changed in a file"
+    assert printed["num_heads"] == AUTO
+
+
+@pytest.mark.parametrize("align", ["kl", "mmd", "none"])
+@pytest.mark.parametrize("architecture", get_args(Architecture))
+def test_every_architecture_takes_every_alignment(architecture, align):
+    options = TrainOptions.from_mapping({"architecture": architecture, "align": align})
+    assert options.adapter_config(5).align == (None if align == "none" else align)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "meant"),
+    [
+        ("target_modules", "q_proj, v_proj", ("q_proj", "v_proj")),
+        ("target_modules", "q_proj", ("q_proj",)),
+        ("target_modules", ["mlp.c_fc"], ("mlp.c_fc",)),
+        ("target_modules", r"model\.layers\.\d+\..*", r"model\.layers\.\d+\..*"),
+        ("target_modules", "layers.{1,2}_proj", "layers.{1,2}_proj"),
+        ("exclude_modules", "none", ()),
+        ("target_blocks", "attention,mlp", ("attention", "mlp")),
+        ("mmd_bandwidths", "0.5,2", (0.5, 2.0)),
+        ("mmd_bandwidths", [1, 2], (1.0, 2.0)),
+        ("mmd_bandwidths", "none", None),
+        ("align", "none", None),
+        ("align_weight", "0.5", 0.5),
+        ("num_tasks", "7", 7),
+        ("use_rslora", True, True),
+        ("init_lora_weights", "pissa", "pissa"),
+    ],
+)
+def test_words_of_a_file_or_flag_become_the_adapters_options(name, given, meant):
+    config = TrainOptions.from_mapping({name: given, "align": "kl"} | {name: given}).adapter_config(2)
+    assert getattr(config, name) == meant
+
+
+def test_routed_options_and_none_for_a_part_reach_the_adapters():
+    given = {"architecture": "mtlora", "target_blocks": "none", "spectral": "none", "num_heads": "3", "top_k": 2}
+    config = TrainOptions.from_mapping(given).adapter_config(2)
+    assert (config.target_blocks, config.spectral, config.num_heads, config.top_k) == ((), None, 3, 2)
+    assert TrainOptions.from_mapping({"architecture": "hydra", "router": "none"}).adapter_config(2).router is None
 
 
 def test_adapter_options_reach_the_adapters_and_their_defaults_agree():
     assert TrainOptions().adapter_config(5) == AlignLoraConfig(num_tasks=5)
-    options = TrainOptions(r=3, lora_alpha=5.0, lora_dropout=0.0, target_modules=("q_proj",), align_weight=0.5)
-    config = options.adapter_config(2)
-    assert (config.r, config.lora_alpha, config.lora_dropout, config.align_weight) == (3, 5.0, 0.0, 0.5)
-    assert config.target_modules == ("q_proj",)
+    assert TrainOptions().adapter_config(5, ("mlp.c_fc",)).target_modules == ("mlp.c_fc",)
+    adapter = {"r": 3, "lora_alpha": 5.0, "target_modules": ("q_proj",), "align_weight": 0.5, "num_tasks": 9}
+    config = TrainOptions(adapter=adapter).adapter_config(2, ("mlp.c_fc",))
+    assert (config.r, config.lora_alpha, config.align_weight, config.num_tasks) == (3, 5.0, 0.5, 9)
+    assert config.target_modules == ("q_proj",), "what the user names is what is adapted"
+    with pytest.raises(ValueError, match="num_tasks must be at least 10, the tasks of the data, or none, got 9"):
+        TrainOptions(adapter=adapter).adapter_config(10)
+    with pytest.raises(ValueError, match="unknown option of the adapters 'ranks'"):
+        TrainOptions(adapter={"ranks": 3})

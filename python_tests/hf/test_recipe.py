@@ -5,19 +5,31 @@ import io
 import json
 import shutil
 import sys
+from typing import get_args
 
 import pytest
 import torch
-from hf.words import model_folder, tokenizer, write_rows
+from hf.words import gpt2, llama, model_folder, qwen2, tokenizer, write_rows
 from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from align_ext import unload
+from align_ext import load_adapter, unload
+from align_ext.config import Architecture
 from align_ext.hf import recipe
 from align_ext.hf.models import load_model
 from align_ext.hf.options import TrainOptions
+from align_ext.hf.replace import adapted_layers
 from align_ext.hf.tasks import encode
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A tiny model gains nothing by two threads, which wait for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -41,7 +53,11 @@ def options(place, **changed):
         "dtype": "float32",
         "device": "cpu",
     }
-    return TrainOptions(**(values | changed))
+    return TrainOptions.from_mapping(values | changed)
+
+
+def verdicts(checks):
+    return {name: check["passed"] for name, check in checks.items()}
 
 
 def console():
@@ -68,13 +84,53 @@ def test_a_run_lowers_every_loss_and_writes_an_adapter_that_stock_peft_reads(pla
     assert results["after"]["align"] != results["before"]["align"]
     assert [entry["step"] for entry in results["losses"]] == [1, 3, 6, 9, 12]
     assert {"lm_loss", "align_loss", "loss/threes", "loss/next"} <= results["losses"][0].keys()
-    assert {name: check["passed"] for name, check in results["checks"].items()} == {"merged": True, "stock PEFT": True}
+    assert verdicts(results["checks"]) == {"loaded again": True, "merged": True, "stock PEFT": True}
     plain, _ = load_model(str(place / "model"), "float32")
     ids = torch.tensor([tokenizer()("after 3 comes\n4")["input_ids"]])
     with torch.no_grad():
         before = plain(input_ids=ids).logits
         after = PeftModel.from_pretrained(plain, out / "adapter")(input_ids=ids).logits
     assert (after - before).abs().max() > 0.1
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return [model_folder(tmp_path_factory.mktemp(model.__name__), model=model) for model in (llama, gpt2, qwen2)]
+
+
+ALIGN, ARCHITECTURES = ("kl", "mmd", "none"), get_args(Architecture)
+MERGED = ("lora", "align_lora", "m_lora")  # these are one change of each weight, and PEFT's LoRA can express it
+
+
+@pytest.mark.parametrize("align", ALIGN)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_trains_with_every_alignment_and_saves_what_it_trained(
+    place, folders, architecture, align, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # a plot is half of such a run's time
+    # Over the alignments, every architecture meets every model.
+    model = folders[(ARCHITECTURES.index(architecture) + ALIGN.index(align)) % 3]
+    changed = {"architecture": architecture, "align": align, "steps": 2, "eval_examples": 2, "log_steps": 1}
+    results, said = run(place, model=str(model), r=4, **changed)
+    logged = {name for name in results["losses"][0] if name.endswith("_loss")}
+    own = {"balance_loss", "spectral_loss"} if architecture == "mtlora" else set()
+    assert logged == {"lm_loss", *own} | ({"align_loss"} if align != "none" else set())
+    assert (results["before"]["align"] is None) is (align == "none")
+    for task in ("threes", "next"):
+        assert results["after"]["tasks"][task]["loss"] != results["before"]["tasks"][task]["loss"]
+    one = True if architecture in MERGED else None
+    assert verdicts(results["checks"]) == {"loaded again": True, "merged": one, "stock PEFT": one}
+    if one is None:
+        assert "merged: does not apply: it" in said
+        assert f"stock PEFT: does not apply: PEFT's LoRA cannot express architecture {architecture!r}" in said
+    assert ("this model has no gate_proj" in said) is ("gpt2" in str(model) and architecture != "mtlora")
+
+
+def test_what_the_user_names_is_adapted_and_nothing_is_said_of_it(place, folders):
+    said = console()
+    job = recipe.prepare(options(place, model=str(folders[1]), target_modules="c_attn"), said)
+    assert {name.rpartition(".")[2] for name in adapted_layers(job.model)} == {"c_attn"}
+    assert said.file.getvalue() == ""
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(place):
@@ -178,25 +234,24 @@ def test_a_saved_adapter_that_differs_from_the_trained_one_fails_its_check(place
     job = recipe.prepare(options(place, output="again", steps=3), console())
     folder = place / "work/out/adapter"
     tensors = load_file(folder / "adapter_model.safetensors")
-    layers = dict(job.model.named_modules())
-    with torch.no_grad():
-        for key, tensor in tensors.items():
-            layers[key.removeprefix("base_model.model.").removesuffix(".weight")].weight.copy_(tensor)
+    load_adapter(job.model, folder)
     good = {name: check.passed for name, check in recipe.verify(job, folder).items()}
-    assert good == {"merged": True, "stock PEFT": True}
+    assert good == {"loaded again": True, "merged": True, "stock PEFT": True}
 
     save_file({key: tensor * 1.01 for key, tensor in tensors.items()}, folder / "adapter_model.safetensors")
     job = recipe.prepare(options(place, output="again", steps=3), console())
     bad = recipe.verify(job, folder)
     assert bad["merged"].passed
-    assert not bad["stock PEFT"].passed
-    assert bad["stock PEFT"].difference > 1e-3
+    for name in ("loaded again", "stock PEFT"):
+        assert bad[name].passed is False
+        assert bad[name].difference > 1e-3
 
     shutil.rmtree(folder)
     job = recipe.prepare(options(place, output="again", steps=3), console())
-    gone = recipe.verify(job, folder)["stock PEFT"]
-    assert not gone.passed
-    assert gone.detail
+    gone = recipe.verify(job, folder)
+    for name in ("loaded again", "stock PEFT"):
+        assert gone[name].passed is False
+        assert gone[name].detail
 
 
 def test_without_matplotlib_there_is_no_plot_and_no_failure(place, monkeypatch):

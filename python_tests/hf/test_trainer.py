@@ -170,6 +170,31 @@ def test_plain_lora_trains_with_ids_and_without(tmp_path):
         assert ("loss/even" in entry) is keep
 
 
+def test_balance_and_spectral_losses_are_logged_beside_the_others_and_need_no_ids(tmp_path):
+    weights = {"balance_weight": 0.7, "spectral_weight": 0.2}
+    ran = trainer(tmp_path, adapted(align=None, architecture="mtlora", **weights), features())
+    collate = ran.data_collator
+    ran.data_collator = lambda rows: {k: v for k, v in collate(rows).items() if k != "task_ids"}
+    ran.train()
+    (entry,) = logged(ran)
+    assert "align_loss" not in entry
+    assert entry["balance_loss"] > 0
+    assert entry["spectral_loss"] > 0
+    total = entry["lm_loss"] + 0.7 * entry["balance_loss"] + 0.2 * entry["spectral_loss"]
+    assert entry["loss"] == pytest.approx(total, rel=1e-5)
+
+
+def test_with_an_adapter_for_each_task_an_evaluation_uses_that_of_each_sample(tmp_path):
+    rows = features(12)
+    model = adapted(align=None, architecture="multi_adapter")
+    metrics = trainer(tmp_path, model, rows, eval_rows=rows).evaluate()
+    for task, name in enumerate(NAMES):
+        batch = TaskCollator(tokenizer())([row for row in rows if row["task_ids"] == task])
+        with torch.no_grad():
+            exact = model.eval()(**batch).loss.item()
+        assert metrics[f"eval_loss/{name}"] == pytest.approx(exact, rel=1e-5)
+
+
 def test_samples_of_no_task_count_in_the_loss_but_in_no_tasks_loss(tmp_path):
     rows = [row | {"task_ids": -1 if i % 2 or i == 4 else row["task_ids"]} for i, row in enumerate(features())]
     ran = trainer(tmp_path, adapted(), rows)

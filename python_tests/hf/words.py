@@ -1,11 +1,19 @@
-"""A tiny tokenizer that knows every printable character, a tiny Llama that speaks it, and rows of two tasks."""
+"""A tiny tokenizer that knows every printable character, tiny models that speak it, and rows of two tasks."""
 
 import json
 import string
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
@@ -30,17 +38,29 @@ def tokenizer(chat=False):
     return result
 
 
+_SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+_SPEECH = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None, "initializer_range": 0.2}
+
+
 def llama(dtype=torch.float32, seed=0):
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(
-        **sizes, vocab_size=len(tokenizer()), pad_token_id=0, eos_token_id=1, bos_token_id=None, initializer_range=0.2
-    )
-    return LlamaForCausalLM(config).to(dtype).eval()
+    return LlamaForCausalLM(LlamaConfig(**_SIZES, **_SPEECH, vocab_size=len(tokenizer()))).to(dtype).eval()
 
 
-def model_folder(folder, chat=False):
-    llama().save_pretrained(folder)
+def qwen2():
+    torch.manual_seed(0)
+    config = Qwen2Config(**_SIZES, **_SPEECH, num_key_value_heads=2, vocab_size=len(tokenizer()))
+    return Qwen2ForCausalLM(config).eval()
+
+
+def gpt2():
+    torch.manual_seed(0)
+    config = GPT2Config(**_SPEECH, n_embd=32, n_layer=2, n_head=4, n_positions=128, vocab_size=len(tokenizer()))
+    return GPT2LMHeadModel(config).eval()
+
+
+def model_folder(folder, chat=False, model=llama):
+    model().save_pretrained(folder)
     tokenizer(chat).save_pretrained(folder)
     return folder
 

@@ -1,0 +1,102 @@
+"""The README's tables of architectures, from the code: python docs/tables.py [--write README.md]."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+from torch import nn
+
+from align_ext import AlignLoraConfig
+from align_ext.config import Architecture
+from align_ext.nn import adapter_class
+from align_ext.nn.base import AdaptedLinear
+
+# What is one change in an option, and yet an architecture of its own.
+VARIANTS: dict[str, dict[str, Any]] = {"hydra": {"router": None}}
+# mtLoRA's ablation (2603.01526): each row differs from the one above, or from "block", by what its name says.
+_ROUTED = {"architecture": "hydra", "balance": "cv2"}
+_BLOCK = {**_ROUTED, "target_blocks": ("attention", "mlp")}
+ABLATION: dict[str, dict[str, Any]] = {
+    "HydraLoRA": _ROUTED,
+    "+ block": _BLOCK,
+    "+ block + spectral": {**_BLOCK, "spectral": "paper"},
+    "+ block + fine-grained": {**_BLOCK, "routing_groups": 2},
+    "all: mtLoRA": {"architecture": "mtlora"},
+}
+
+
+def configs() -> list[tuple[str, AlignLoraConfig]]:
+    """Every architecture, and the variants, by the words that choose it."""
+    rows = []
+    for name in get_args(Architecture):
+        for options in ({}, VARIANTS[name]) if name in VARIANTS else ({},):
+            words = " ".join([name, *(f"{key}={value}" for key, value in options.items())])
+            rows.append((words, AlignLoraConfig(architecture=name, num_tasks=3, **options)))
+    return rows
+
+
+def merges(config: AlignLoraConfig) -> str:
+    """Whether the adapters of a config merge into the base weights: as they say themselves."""
+    if config.target_blocks:
+        return "no"
+    layer = AdaptedLinear(nn.Linear(8, 8), adapter_class(config)(config, 8, 8))
+    if layer.cannot_merge() is None:
+        return "yes"
+    return "a task" if config.architecture == "multi_adapter" else "no"
+
+
+def architectures() -> str:
+    """The table of architectures: what each adds to W x, what it costs, whether it merges, where it is from."""
+    lines = [
+        "| architecture | adds to W x | trained a layer | merges, exports to PEFT | paper |",
+        "|---|---|---|---|---|",
+    ]
+    for words, config in configs():
+        cls, aligned = adapter_class(config), " (tasks aligned)" if config.align else ""
+        plain, _, of_aligned = cls.paper.partition("; aligned: ")
+        paper = _linked(of_aligned if config.align else plain)
+        cells = (f"`{words}`", f"{cls.formula}{aligned}", cls.parameters_formula, merges(config), paper)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def ablation() -> str:
+    """The table of mtLoRA's ablation as options of `align-lora train`."""
+    lines = ["| row | `align-lora train` |", "|---|---|"]
+    for row, options in ABLATION.items():
+        flags = (f"--{name.replace('_', '-')} {_word(value)}" for name, value in options.items())
+        lines.append(f"| {row} | `{' '.join(flags)}` |")
+    return "\n".join(lines)
+
+
+def _word(value: Any) -> str:
+    return ",".join(value) if isinstance(value, tuple) else str(value)
+
+
+def _linked(paper: str) -> str:
+    return re.sub(r"\d{4}\.\d{5}", lambda found: f"[{found[0]}](https://arxiv.org/abs/{found[0]})", paper)
+
+
+TABLES = {"architectures": architectures, "ablation": ablation}
+
+
+def renewed(text: str) -> str:
+    """A document with its tables, between `<!-- name -->` and `<!-- end -->`, as the code has them now."""
+    for name, table in TABLES.items():
+        text = re.sub(
+            rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, t=table: f"{m[1]}{t()}\n{m[2]}", text, flags=re.DOTALL
+        )
+    return text
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", type=Path, help="renew the tables of this document")
+    arguments = parser.parse_args()
+    if arguments.write is None:
+        print("\n\n".join(table() for table in TABLES.values()))
+    else:
+        arguments.write.write_text(renewed(arguments.write.read_text()))
