@@ -41,6 +41,10 @@ _NO_IDS = (
     "{what} needs task ids, but this training step has none: call model(**batch, task_ids=ids), or run the forward "
     "inside `with align_step(model, ids)`; without tasks, use align=None or model.eval()"
 )
+_NO_STEP = (
+    "an adapted layer trains outside a step, which its losses need: call the whole model, or run this inside "
+    "`with align_step(model, None)`"
+)
 _NOT_DIFFERENTIATED = (
     "backward reached an aligned layer, but not the alignment loss: differentiate step.total(loss), or the loss of "
     "model(..., task_ids=ids); align_step(..., strict=False) allows it, and the layer then gets no alignment gradient"
@@ -114,7 +118,7 @@ class AlignState:
         if torch.is_grad_enabled():
             config = self.config
             what = f"align={config.align!r}" if config.align else f"architecture={config.architecture!r}"
-            raise RuntimeError(_NO_IDS.format(what=what))
+            raise RuntimeError(_NO_IDS.format(what=what) if config.needs_ids else _NO_STEP)
         return None
 
 
@@ -137,7 +141,7 @@ class Step:
         self.state, self.strict, self.by_keyword, self.records = state, strict, by_keyword, records
         self.masked = False
         self.given = torch.zeros(1, dtype=torch.int64, device=like.device) if ids is None else self._check(ids, like)
-        self.tokens = TokenTasks(self.given)
+        self.all_tokens = self.tokens = TokenTasks(self.given)  # tokens: those that count in the losses
         self.prompt: Tensor | None = None  # bool [B, S]: tokens before the first label, without padding
         self.decoding = False  # the tokens follow others, whose keys and values are cached
         self.key = register_step(self)
@@ -191,7 +195,7 @@ class Step:
             if labels is None:
                 raise ValueError("response_only=True needs labels in the batch (or align_step(..., labels=labels))")
             keep = labels != -100 if keep is None else keep & (labels != -100)
-        if keep is None or config.align_statistics == "position":
+        if keep is None:
             return
         given = self.given
         ids = given[:, None] if given.dim() == 1 else given
@@ -201,9 +205,13 @@ class Step:
 
     def groups(self, tokens: int, device: torch.device) -> Tensor:
         """int64 [T], the task of every token, padded ones too."""
-        ids = TokenTasks(self.given)
-        ids.check(tokens)
-        return ids.expand(device, tokens)
+        self.all_tokens.check(tokens)
+        return self.all_tokens.expand(device, tokens)
+
+    @property
+    def aligned_tokens(self) -> TokenTasks:
+        """The tokens that count in the alignment: by position padding does too."""
+        return self.all_tokens if self.state.config.align_statistics == "position" else self.tokens
 
     def keep(self, slot: Tensor, z: Tensor, w: Tensor | None) -> None:
         """Takes the outputs of a layer that ran, without a graph."""
@@ -232,7 +240,7 @@ class Step:
         """What the alignment needs of this process's tokens; before total."""
         state = self.state
         sizes = len(state.names), state.tasks, state.rank
-        return _STATISTICS[state.config.align or "kl"].of(self._kept[LATENT], self.tokens, sizes, state.config)
+        return _STATISTICS[state.config.align or "kl"].of(self._kept[LATENT], self.aligned_tokens, sizes, state.config)
 
     def take(self, slot: int, output: int = LATENT) -> Tensor | None:
         """What a layer adds to dz or dw, the caller's own from now on; None outside the loss's backward."""
@@ -248,10 +256,10 @@ class Step:
 
     def arm(self, d_total: Tensor, factors: dict[int, float], kept: dict[int, Latents]) -> None:
         """Computes the gradients in all outputs, for the layers to take until the running backward ends."""
-        losses = {LATENT: self.alignment, WEIGHTS: self.balance}
+        losses = {LATENT: (self.alignment, self.aligned_tokens), WEIGHTS: (self.balance, self.tokens)}
         self._owed = {
-            output: loss.gradients(kept[output], self.tokens, d_total, factors[output])
-            for output, loss in losses.items()
+            output: loss.gradients(kept[output], tokens, d_total, factors[output])
+            for output, (loss, tokens) in losses.items()
             if loss is not None
         }
         self._differentiated = True
@@ -295,8 +303,7 @@ class Step:
                 self.balance = Balance.of(weights, self.tokens, config.balance, distributed=distributed)
         kept, self._kept = self._kept, {LATENT: {}, WEIGHTS: {}}
         factors = {LATENT: self._weight * scale, WEIGHTS: config.balance_weight * scale}
-        if self.alignment is not None or self.balance is not None:
-            loss = _Total.apply(loss, self, factors, kept)
+        loss = _Total.apply(loss, self, factors, kept)  # even if it adds nothing: recomputed layers look for the step
         if config.spectral:
             self.spectral = torch.stack([of_layer() for of_layer in self.state.spectral]).sum()
             loss = (loss + (config.spectral_weight * scale) * self.spectral).to(loss.dtype)
@@ -371,7 +378,8 @@ def prompt_of(keep: Tensor | None, labels: Tensor | None, training: bool) -> Ten
     """
     if labels is None:
         if training:
-            raise ValueError('routing="sequence" needs labels in the batch: it pools over the tokens before the first')
+            raise ValueError('routing="sequence" pools over the tokens before the first label: it needs labels in the '
+                             "batch (or align_step(..., labels=labels))")  # fmt: skip
         return keep
     before = (labels != -100).int().cumsum(1) == 0
     return before if keep is None else before & keep

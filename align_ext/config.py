@@ -34,7 +34,7 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "lora_moe": _ROUTED,
     "hydra": _ROUTED,
     "hydra without router": _SUMMED,
-    "r_lora": {**_ROUTED, "router_init": "zeros", "dropout_site": "latent", "init_lora_weights": "random_heads"},
+    "r_lora": {**_ROUTED, "dropout_site": "latent", "init_lora_weights": "random_heads"},
     "m_lora": {**_SUMMED, "dropout_site": "latent", "init_lora_weights": "random_heads"},
     "mtlora": {
         **_ROUTED, "routing_groups": 2, "target_blocks": ("attention", "mlp"), "balance": "cv2", "spectral": "paper",
@@ -79,8 +79,10 @@ class AlignLoraConfig:
         reduce: heads without a router: their "sum" or "mean".
         router: "linear" (on each token), "mlp" (two layers; with routing="sequence"), or None: heads without a router
             (hydra).
-        router_init: "kaiming" or "zeros" (uniform weights at the start; with random heads only).
-        routing: weights for each "token", or one set for each "sequence", from the mean of its prompt's tokens.
+        router_init: "kaiming" or "zeros" (equal weights at the start; the default with random heads, whose start is no
+            change of the model only so).
+        routing: weights for each "token", or one set for each "sequence", from the mean of its prompt's tokens: those
+            before the first label, or all where there are no labels (to generate, which needs use_cache=True then).
         routing_groups: G, groups of outputs with routing weights of their own (mtLoRA's fine-grained routing).
         top_k: heads with weight; 0: all of them.
         router_temperature: tau of the softmax.
@@ -98,7 +100,7 @@ class AlignLoraConfig:
         mmd_kernels: K, how many such multiples.
         mmd_statistic: "v", or "u" for the unbiased one.
         mmd_n_max: tokens of a task that take part at most.
-        response_only: only tokens with a label count in the alignment (default: all but padding).
+        response_only: only tokens with a label count in alignment and balance (default: all but padding).
         balance: "cv2" (squared coefficient of variation of the heads' mean weights), "switch" (Switch Transformer's),
             or None.
         balance_weight: of the balance in the loss.
@@ -153,17 +155,23 @@ class AlignLoraConfig:
             self._normalise_names(name)
         if self.mmd_bandwidths is not None:
             self._set("mmd_bandwidths", tuple(self.mmd_bandwidths))
-        if not isinstance(self.target_blocks, str):
+        if not isinstance(self.target_blocks, str) and isinstance(self.target_blocks, Iterable):
             self._set("target_blocks", tuple(self.target_blocks))
         if self.init_lora_weights is True:  # PEFT's name for its default
             self._set("init_lora_weights", "kaiming")
         if self.architecture not in get_args(Architecture):
             raise ValueError(unknown_name("architecture", str(self.architecture), get_args(Architecture)))
+        equal_weights = self.router_init == AUTO and self.init_lora_weights in (AUTO, "random_heads")
         self._fill_in(_DEFAULTS["hydra without router" if self._is_unrouted_hydra() else self.architecture])
+        if equal_weights and self.router is not None and self.init_lora_weights == "random_heads":
+            self._set("router_init", "zeros")  # only so is the start no change
         if self.align is not None and self.align not in get_args(Align):
             raise ValueError(unknown_name("align", str(self.align), [*get_args(Align), "None"]))
         if self.align is not None and self.align_weight is None:
             self._set("align_weight", DEFAULT_WEIGHT[self.align])
+        if self.align_statistics == "position":  # as released
+            self._set("align_ddof", 1)
+            self._set("align_pairs", "mean")
         self._check_ranges()
         self._check_combinations()
 
@@ -188,11 +196,13 @@ class AlignLoraConfig:
     def _fill_in(self, defaults: Mapping[str, Any]) -> None:
         """Gives "auto" options the architecture's values; refuses those that it has no use for."""
         for name, default in defaults.items():
-            value = getattr(self, name)
+            value, optional = getattr(self, name), name in ("align", "balance", "spectral")
             if isinstance(value, str) and value == AUTO:
                 self._set(name, default)
-            elif default is None and value is not None and name not in ("align", "balance", "spectral"):
+            elif default is None and value is not None and not optional:
                 raise ValueError(f"{name}={value!r}: architecture {self._name()} has no {name}; leave it out")
+            elif default is not None and value is None and not optional:
+                raise ValueError(f"{name}=None: architecture {self._name()} needs it; leave it out for {default!r}")
         routed, heads = self.router is not None, self.num_heads is not None
         for name, has, what in (("balance", routed, "router"), ("spectral", heads, "heads")):
             if getattr(self, name) is not None and not has:
@@ -224,7 +234,10 @@ class AlignLoraConfig:
                 all(isinstance(t, str) and t for t in self.exclude_modules),
                 "suffixes of module names or a regular expression",
             ),
-            "target_blocks": (set(self.target_blocks) <= {"attention", "mlp"}, '"attention", "mlp" or both'),
+            "target_blocks": (
+                isinstance(self.target_blocks, tuple) and set(self.target_blocks) <= {"attention", "mlp"},
+                'of "attention" and "mlp", or empty for linear layers',
+            ),
             "init_gamma": (is_positive(self.init_gamma), "a positive number"),
             "num_heads": (self.num_heads is None or is_int(self.num_heads), "a positive integer"),
             "routing_groups": (self.routing_groups is None or is_int(self.routing_groups), "a positive integer"),
@@ -280,9 +293,11 @@ class AlignLoraConfig:
             refuse("r", "orthogonal initialisation halves the rank: choose an even r")
         if self.dropout_site != "input" and (self.num_heads is None or own_A):
             refuse("dropout_site", f"{self.architecture} has one mask, on the input")
-        if self.router_init == "zeros" and several and not random and not own_A:
-            refuse("router_init", "heads that start at zero with equal weights stay identical: use random heads")
         masked = self.dropout_site != "input" and self.lora_dropout > 0
+        if self.router_init == "zeros" and several and not random and not own_A and not masked:
+            refuse("router_init", "heads that start at zero with equal weights stay identical: use random heads")
+        if self.router_init == "zeros" and self.top_k and self.top_k < (self.num_heads or 1):
+            refuse("top_k", 'of equal logits the first win: router_init="zeros" would leave the other heads untrained')
         if self.num_heads is not None and self.router is None and several and not random and not masked:
             refuse("lora_dropout", "heads that start at zero without masks of their own stay identical: use dropout "
                    "at latent or input_per_head, or random heads")  # fmt: skip

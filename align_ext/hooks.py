@@ -87,8 +87,9 @@ def _open_by_keyword(
 ) -> None:
     ids = ids if state.config.needs_ids else None
     step = open_step(module, state, ids, by_keyword=True, records=module.training)
-    step.mask(mask, labels)
     step.decoding = cache is not None and cache.get_seq_length() > 0
+    if not step.decoding:  # its mask is about the cached tokens too, and its tokens are no prompt
+        step.mask(mask, labels)
     state.current = step
 
 

@@ -72,3 +72,102 @@ def test_bad_values_are_named_with_what_is_allowed(options, message):
 def test_an_unknown_option_names_the_nearest():
     with pytest.raises(ValueError, match="unknown option 'lora_aplha'; did you mean 'lora_alpha'"):
         AlignLoraConfig.from_dict({"lora_aplha": 3})
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"architecture": "lora"}, {"num_heads": None, "router": None, "dropout_site": "input", "align": None}),
+        ({"architecture": "multi_adapter", "num_tasks": 3}, {"num_heads": None, "needs_ids": True, "latents": 1}),
+        (
+            {"architecture": "lora_moe"},
+            {"num_heads": 5, "top_k": 0, "routing_groups": 1, "latents": 5, "needs_step": False},
+        ),
+        (
+            {"architecture": "hydra"},
+            {"router": "linear", "router_init": "kaiming", "dropout_site": "input", "init_lora_weights": "kaiming"},
+        ),
+        (
+            {"architecture": "hydra", "router": None},
+            {"reduce": "sum", "dropout_site": "input_per_head", "latents": 5, "router_init": None},
+        ),
+        (
+            {"architecture": "r_lora"},
+            {"router_init": "zeros", "dropout_site": "latent", "init_lora_weights": "random_heads", "latents": 1},
+        ),
+        (
+            {"architecture": "m_lora"},
+            {"router": None, "reduce": "sum", "dropout_site": "latent", "init_lora_weights": "random_heads"},
+        ),
+        (
+            {"architecture": "mtlora"},
+            {
+                "routing_groups": 2, "target_blocks": ("attention", "mlp"), "balance": "cv2", "spectral": "paper",
+                "spectral_weight": 1e-4, "balance_weight": 0.01, "needs_step": True, "needs_ids": False,
+            },
+        ),
+        ({"architecture": "r_lora", "init_lora_weights": "kaiming"}, {"router_init": "kaiming"}),
+        ({"architecture": "hydra", "init_lora_weights": "random_heads"}, {"router_init": "zeros"}),
+        ({"align_statistics": "position"}, {"align_ddof": 1, "align_pairs": "mean"}),
+        ({"align": "mmd"}, {"align_weight": 0.15}),
+    ],
+)  # fmt: skip
+def test_what_an_architecture_takes_where_nothing_is_said(options, expected):
+    config = AlignLoraConfig(**options)
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert AlignLoraConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "message"),
+    [
+        ("hydra", {"num_heads": 0}, "num_heads must be a positive integer, got 0"),
+        ("hydra", {"num_heads": None}, "num_heads=None: architecture 'hydra' needs it; leave it out for 5"),
+        ("lora_moe", {"top_k": 6}, "top_k must be in 1 .. num_heads = 5, or 0 for all heads, got 6"),
+        ("lora_moe", {"top_k": None}, "top_k=None: architecture 'lora_moe' needs it"),
+        ("mtlora", {"routing_groups": 0}, "routing_groups must be a positive integer, got 0"),
+        ("mtlora", {"router_temperature": 0}, "router_temperature must be a positive number"),
+        ("mtlora", {"target_blocks": "mlp"}, "target_blocks must be of"),
+        ("mtlora", {"target_blocks": ["head"]}, "target_blocks must be of"),
+        ("mtlora", {"spectral_steps": 0}, "spectral_steps must be a positive integer"),
+        ("mtlora", {"balance": "gini"}, 'balance must be "cv2" or "switch"'),
+        ("mtlora", {"spectral": "svd"}, 'spectral must be "paper" or "uniform" or "released"'),
+        ("r_lora", {"router": None}, "router=None: architecture 'r_lora' needs it; leave it out for 'linear'"),
+        ("r_lora", {"router": "cnn"}, 'router must be "linear" or "mlp"'),
+        ("r_lora", {"dropout_site": "output"}, "dropout_site must be"),
+        ("r_lora", {"top_k": 2}, "top_k=2: of equal logits the first win"),
+        ("lora", {"num_heads": 3}, "num_heads=3: architecture 'lora' has no num_heads; leave it out"),
+        ("lora", {"reduce": "mean"}, "architecture 'lora' has no reduce"),
+        ("lora", {"balance": "cv2"}, "balance='cv2': architecture 'lora' has no router"),
+        ("lora", {"spectral": "paper"}, "spectral='paper': architecture 'lora' has no heads"),
+        ("lora", {"dropout_site": "latent"}, "lora has one mask, on the input"),
+        ("lora", {"init_lora_weights": "random_heads"}, "random heads are for hydra, r_lora, m_lora and mtlora"),
+        ("lora", {"init_lora_weights": "xavier"}, "init_lora_weights must be"),
+        ("lora", {"init_lora_weights": "orthogonal", "r": 5}, "choose an even r"),
+        ("lora", {"init_lora_weights": "pissa", "target_blocks": ["mlp"]}, "PiSSA starts one adapter"),
+        ("hydra", {"init_lora_weights": "pissa"}, "PiSSA starts one adapter"),
+        ("hydra", {"reduce": "sum"}, "architecture 'hydra' has no reduce"),
+        ("hydra", {"router": None, "top_k": 2}, "architecture 'hydra' without a router has no top_k"),
+        ("hydra", {"router": None, "balance": "cv2"}, "architecture 'hydra' without a router has no router"),
+        ("hydra", {"router": None, "lora_dropout": 0.0}, "without masks of their own stay identical"),
+        ("hydra", {"router": None, "dropout_site": "input"}, "without masks of their own stay identical"),
+        ("hydra", {"router_init": "zeros"}, "heads that start at zero with equal weights stay identical"),
+        ("hydra", {"router": "mlp"}, 'the router "mlp" is for routing="sequence"'),
+        ("hydra", {"routing": "sequence"}, 'the router "mlp" is for routing="sequence"'),
+        ("m_lora", {"router": "linear"}, "architecture 'm_lora' has no router"),
+        ("m_lora", {"reduce": "max"}, 'reduce must be "sum" or "mean"'),
+        ("multi_adapter", {}, "multi_adapter has an adapter for each task: say how many there are"),
+        ("lora_moe", {"init_lora_weights": "random_heads"}, "heads on one A"),
+        ("lora_moe", {"dropout_site": "latent"}, "lora_moe has one mask, on the input"),
+        ("align_lora", {"align": "mmd", "align_statistics": "position"}, 'per position means align="kl"'),
+        ("align_lora", {"response_only": True, "align_statistics": "position"}, "response_only=False"),
+        ("lora_moe", {"align": "kl", "align_statistics": "position"}, "not for latents of each head"),
+        ("align_lora", {"mmd_bandwidths": []}, "mmd_bandwidths must be 1 to 32 positive numbers"),
+        ("align_lora", {"mmd_kernels": 33}, "mmd_kernels must be in 1 .. 32"),
+        ("align_lora", {"mmd_n_max": 1}, "mmd_n_max must be an integer of at least 2"),
+        ("align_lora", {"mmd_statistic": "w"}, 'mmd_statistic must be "v" or "u"'),
+    ],
+)
+def test_what_an_architecture_cannot_do_is_refused_with_the_reason(architecture, options, message):
+    with pytest.raises(ValueError, match=message):
+        AlignLoraConfig(architecture=architecture, **options)

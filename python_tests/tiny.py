@@ -21,6 +21,21 @@ def llama(**options):
     return LlamaForCausalLM(config)
 
 
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=VOCAB, n_positions=32, bos_token_id=0))
+
+
+def qwen2():
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    return Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2, vocab_size=VOCAB))
+
+
 def adapted(model=None, dtype=torch.float64, **options):
     """A model with adapters whose B is not zero, so that every gradient is."""
     model = (model or llama()).to(dtype)

@@ -59,9 +59,10 @@ def adopted_config(config: AlignLoraConfig, targets: Mapping[str, Any]) -> Align
     Raises:
         ValueError: the architecture is none that a plain LoRA adapter can be.
     """
-    if config.architecture not in ("lora", "align_lora"):
+    if config.architecture not in ("lora", "align_lora") or config.target_blocks:
         raise ValueError(
-            f"architecture={config.architecture!r}: a PEFT adapter is one LoRA a layer, adopted as lora or align_lora"
+            f"architecture={config.architecture!r}, target_blocks={config.target_blocks!r}: a PEFT adapter is one LoRA "
+            "a layer, adopted as lora or align_lora"
         )
     module = next(iter(targets.values()))
     adapter = module.active_adapters[0]

@@ -103,12 +103,10 @@ def adapt(model: nn.Module, config: AlignLoraConfig, ranks: Mapping[str, int] | 
     candidates = dict(_linear_like(model))
     adopting = {name: module for name, module in candidates.items() if is_peft_lora(module)}
     state = AlignState(config)
+    layers: dict[str, Adapted] = {}
     if config.target_blocks and not adopting:
-        blocks = find_blocks(model, config.target_blocks)
-        layers: dict[str, Adapted] = {
-            name: AdaptedBlock(block, _adapter(block, (hidden, hidden), config, reset=ranks is None))
-            for name, (block, hidden) in blocks.items()
-        }
+        for name, (block, hidden) in _target_blocks(model, config).items():
+            layers[name] = AdaptedBlock(block, _adapter(name, block, (hidden, hidden), config, reset=ranks is None))
     else:
         targets = _targets(model, config, adopting or candidates, report, by_name=not adopting)
         if not targets:
@@ -121,7 +119,10 @@ def adapt(model: nn.Module, config: AlignLoraConfig, ranks: Mapping[str, int] | 
             layers = {name: adopt(module, config) for name, module in targets.items()}
         else:
             report.unmatched = _unmatched(config, candidates, model)
-            layers = {name: _adapted(module, config, name, ranks) for name, module in targets.items()}
+            for name, module in targets.items():
+                options = replace(config, r=(ranks or {}).get(name, config.r))
+                adapter = _adapter(name, module, features_of(module), options, reset=ranks is None)
+                layers[name] = AdaptedLinear(module, adapter)
     model.requires_grad_(False)
     for name, layer in layers.items():
         layer.adapter.requires_grad_(True)
@@ -167,13 +168,21 @@ def sizes_to_adapt(model: nn.Module, config: AlignLoraConfig) -> list[tuple[int,
         ValueError: it would adapt nothing.
     """
     if config.target_blocks:
-        blocks = find_blocks(model, config.target_blocks)
-        return [(hidden, hidden) for _, hidden in blocks.values()]
+        return [(hidden, hidden) for _, hidden in _target_blocks(model, config).values()]
     candidates, report = dict(_linear_like(model)), ReplaceReport()
     targets = _targets(model, config, candidates, report, by_name=True)
     if not targets:
         raise ValueError(_nothing_matched(model, candidates, config, report))
     return [features_of(module) for module in targets.values()]
+
+
+def _target_blocks(model: nn.Module, config: AlignLoraConfig) -> dict[str, tuple[nn.Module, int]]:
+    """The blocks to adapt with their hidden sizes."""
+    found = find_blocks(model, config.target_blocks)
+    blocks = {name: block for name, block in found.items() if not _name_matches(name, config.exclude_modules)}
+    if not blocks:
+        raise ValueError(f"no block was adapted: exclude_modules={config.exclude_modules!r} excludes all of them")
+    return blocks
 
 
 def adapter_report(model: nn.Module) -> ReplaceReport:
@@ -190,9 +199,7 @@ def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
     Raises:
         ValueError: there are none.
     """
-    layers = {
-        name: module for name, module in model.named_modules() if isinstance(module, (AdaptedLinear, AdaptedBlock))
-    }
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
     if not layers:
         raise ValueError("the model has no adapters: call replace_linear_with_align_lora(model) first")
     return layers
@@ -299,13 +306,13 @@ def _own(module: nn.Module) -> set[nn.Parameter]:
     return set(module.parameters(recurse=False))
 
 
-def _adapted(module: nn.Module, config: AlignLoraConfig, name: str, ranks: Mapping[str, int] | None) -> AdaptedLinear:
-    config = replace(config, r=(ranks or {}).get(name, config.r))
-    return AdaptedLinear(module, _adapter(module, features_of(module), config, reset=ranks is None))
-
-
-def _adapter(module: nn.Module, sizes: tuple[int, int], config: AlignLoraConfig, *, reset: bool) -> Adapter:
+def _adapter(name: str, module: nn.Module, sizes: tuple[int, int], config: AlignLoraConfig, *, reset: bool) -> Adapter:
     """An adapter with its first values, on the device and in the dtype that the options and the module call for."""
+    if config.r > min(sizes):
+        raise ValueError(
+            f"r={config.r} is above what {name} can use, {sizes[0]} inputs and {sizes[1]} outputs: choose r <= "
+            f"{min(sizes)}, or leave the layer out by exclude_modules"
+        )
     tensors: list[Any] = [*module.parameters(), *module.buffers()]  # packed weights are buffers
     device = tensors[0].device if tensors else torch.device("cpu")
     hook = getattr(module, "_hf_hook", None)  # offloaded weights rest on meta and run elsewhere

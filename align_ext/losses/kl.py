@@ -7,6 +7,7 @@ on several devices; then moments and gradients take one call a device.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -80,19 +81,14 @@ class KlStatistics:
 
     def evaluate(self, config: AlignLoraConfig) -> KlAlignment:
         """The loss of every layer, and its gradient tables."""
-        by_position = config.align_statistics == "position"
-        per_latent, tables = gaussian_kl_tables(
-            self.moments,
-            eps=config.align_eps,
-            ddof=1 if by_position else config.align_ddof,
-            pairs="mean" if by_position else config.align_pairs,
-        )
+        options: Any = {"eps": config.align_eps, "ddof": config.align_ddof, "pairs": config.align_pairs}
+        per_latent, tables = gaussian_kl_tables(self.moments, **options)
         value, per_layer, share = layer_value(per_latent / self.positions, self.latents, config.align_layers)
         return KlAlignment(value, per_layer, share / self.positions, tables, self)
 
     def per_task(self, config: AlignLoraConfig) -> list[float]:
         """The divergence of each task from all others, averaged (or summed) over the layers; for reports."""
-        return task_divergences(self.moments, config, self.latents).sum(1).tolist()
+        return (task_divergences(self.moments, config, self.latents).sum(1) / self.positions).tolist()
 
 
 @dataclass(frozen=True)

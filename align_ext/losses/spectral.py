@@ -17,7 +17,7 @@ def projectors(B: Tensor) -> Tensor:
     Returns:
         [N, r, r]; the identity for a head whose mean singular value is below 1e-12.
     """
-    B = B.detach().to(torch.promote_types(B.dtype, torch.float32))
+    B = _accumulated(B.detach())
     squares, V = torch.linalg.eigh(B.mT @ B)
     sigma = squares.clamp_min(0).sqrt()
     mean = sigma.mean(1, keepdim=True)
@@ -33,7 +33,11 @@ def overlap(B: Tensor, P: Tensor | None = None) -> Tensor:
     Args:
         B: [N, m, r]; differentiable, dB_i = 2 (Σ_{j≠i} B'_j B'_jᵀ B'_i) P_i.
         P: [N, r, r] of projectors(B), at any earlier time.
+
+    Returns:
+        A scalar of float32 (float64 for float64).
     """
+    B = _accumulated(B)
     Bp = B if P is None else B @ P.to(B.dtype)
     gram = torch.einsum("imr,jms->ijrs", Bp, Bp)
     return gram.square().sum((2, 3)).triu(1).sum()
@@ -41,5 +45,10 @@ def overlap(B: Tensor, P: Tensor | None = None) -> Tensor:
 
 def self_orthogonality(B: Tensor) -> Tensor:
     """Computes Σ_i ||B_iᵀ B_i - I||_F² / N: mtLoRA's released code, which compares no head with another."""
+    B = _accumulated(B)
     gram = B.mT @ B
     return (gram - torch.eye(B.shape[-1], dtype=B.dtype, device=B.device)).square().sum((1, 2)).mean()
+
+
+def _accumulated(B: Tensor) -> Tensor:
+    return B.to(torch.promote_types(B.dtype, torch.float32))

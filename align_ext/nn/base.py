@@ -130,7 +130,26 @@ def has_float_weight(base: nn.Module) -> bool:
     return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and weight.element_size() >= 2
 
 
-class AdaptedLinear(nn.Module):
+class AdaptedModule(nn.Module):
+    """A frozen module with an adapter beside it."""
+
+    def __init__(self, base_layer: nn.Module, adapter: Adapter) -> None:
+        super().__init__()
+        self.base_layer, self.adapter = base_layer, adapter
+
+    def cannot_merge(self) -> str | None:
+        """Why the adapter cannot be merged into the base's weight, or None if it can."""
+        raise NotImplementedError
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Accepts a checkpoint of the plain base too: its keys become base_layer's."""
+        ours = (f"{prefix}base_layer.", f"{prefix}adapter.")
+        for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(ours)]:
+            state_dict[f"{prefix}base_layer.{key.removeprefix(prefix)}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class AdaptedLinear(AdaptedModule):
     """A frozen linear-like layer with an adapter beside it.
 
     The base layer keeps its own forward: it is called as it is (base_out), or, when it is a plain frozen nn.Linear,
@@ -138,8 +157,7 @@ class AdaptedLinear(nn.Module):
     """
 
     def __init__(self, base_layer: nn.Module, adapter: Adapter) -> None:
-        super().__init__()
-        self.base_layer, self.adapter = base_layer, adapter
+        super().__init__(base_layer, adapter)
         self.in_features, self.out_features = features_of(base_layer)
         self.merged = False
 
@@ -241,12 +259,3 @@ class AdaptedLinear(nn.Module):
         delta = delta.to(weight.device)
         delta = delta.T if is_conv1d(self.base_layer) else delta
         weight.copy_(weight.to(delta.dtype) + delta)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Accepts a checkpoint of the plain base layer too: its keys become base_layer's."""
-        own = (*self.base_layer._parameters, *self.base_layer._buffers)
-        for name in own:
-            plain, ours = f"{prefix}{name}", f"{prefix}base_layer.{name}"
-            if plain in state_dict and ours not in state_dict:
-                state_dict[ours] = state_dict.pop(plain)
-        super()._load_from_state_dict(state_dict, prefix, *args)

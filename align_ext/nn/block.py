@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from align_ext.nn.base import Adapter
+from align_ext.nn.base import AdaptedModule
 
 
-class AdaptedBlock(nn.Module):
+class AdaptedBlock(AdaptedModule):
     """A frozen block F with a parallel low-rank path: out = F(u) + Delta(u), u the block's (normalised) input.
 
     Delta is the adapter with no base of its own: its base_out is what the block returned, which may be a tensor or a
     tuple that begins with it.
     """
-
-    def __init__(self, base_layer: nn.Module, adapter: Adapter) -> None:
-        super().__init__()
-        self.base_layer, self.adapter = base_layer, adapter
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Computes F(u) + Delta(u), in the form that F gives; u is hidden_states, or the first argument."""

@@ -90,10 +90,11 @@ class HeadsAdapter(Adapter):
         if self.lora_P is not None:
             with torch.no_grad():
                 self._refresh(B)
-        return overlap(B, self.lora_P)
+        # A copy: a refresh before this loss's backward, or DDP's broadcast of buffers, would change it in place.
+        return overlap(B, None if self.lora_P is None else self.lora_P.clone())
 
     def _refresh(self, B: Tensor) -> None:
-        """Every k steps; at each step while the heads are zero, for then there is nothing to learn from them."""
+        """Every k forwards; at each one while the heads are zero, for then there is nothing to learn from them."""
         assert self.lora_P is not None
         assert self.lora_age is not None
         if int(self.lora_age) % self.config.spectral_steps == 0:

@@ -4,9 +4,12 @@ from align_ext.nn.heads import RoutedAdapter, SummedAdapter
 
 
 class HydraAdapter(RoutedAdapter):
-    """Heads mixed by a router.
+    """Heads mixed by a router, which alone tells them apart while they start from zero.
 
-    z = A dropout(x),   w = softmax(R x),   y = base(x) + s Σ_i w_i B_i z
+        z = A dropout(x),   w = softmax(R x)
+        y = base(x) + s Σ_i w_i B_i z
+
+    One dropout mask on x serves all heads.
     """
 
     formula = "s Σ w_i(x) B_i A x"

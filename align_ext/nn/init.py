@@ -45,7 +45,7 @@ def random_heads(A: Tensor, B: Tensor, gamma: float) -> None:
 def pissa(A: Tensor, B: Tensor, weight: Tensor, scaling: float) -> None:
     """B A = the r largest singular directions of W / scaling: U sqrt(S), sqrt(S) Vᵀ (PiSSA, 2404.02948)."""
     r = A.shape[0]
-    if weight.is_meta or not weight.is_floating_point():
+    if weight.is_meta or weight.dim() != 2:
         raise ValueError('init_lora_weights="pissa" needs the base weight in memory and in a floating-point dtype')
     U, S, V = torch.linalg.svd(
         weight.detach().to(torch.promote_types(weight.dtype, torch.float32)), full_matrices=False

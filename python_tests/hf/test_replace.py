@@ -4,26 +4,11 @@ import copy
 
 import pytest
 import torch
-from tiny import VOCAB, batch, llama
+from tiny import VOCAB, batch, gpt2, llama, qwen2
 from torch import nn
 
 from align_ext import AlignLoraConfig, adapter_report, align_parts, replace_linear_with_align_lora
 from align_ext.nn.base import AdaptedLinear
-
-
-def gpt2():
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=VOCAB, n_positions=32, bos_token_id=0))
-
-
-def qwen2():
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    return Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2, vocab_size=VOCAB))
 
 
 def mistral():
@@ -101,7 +86,7 @@ def test_the_head_and_tied_weights_are_left_alone_and_reported():
             )
             self.out.weight = self.embed.weight
 
-    model = replace_linear_with_align_lora(Tied(), target_modules=["out", "other"])
+    model = replace_linear_with_align_lora(Tied(), r=2, target_modules=["out", "other"])
     assert adapter_report(model).skipped == {"out": "its weight is tied to embed"}
 
 
@@ -183,7 +168,7 @@ def test_a_subclass_of_linear_keeps_its_forward():
     model = nn.Sequential(Doubling(4, 3))
     x = torch.randn(2, 4)
     before = model(x)
-    replace_linear_with_align_lora(model, target_modules=["0"], align=None)
+    replace_linear_with_align_lora(model, r=2, target_modules=["0"], align=None)
     assert torch.equal(model(x), before)
 
 
@@ -191,7 +176,7 @@ def test_hooks_of_the_base_layer_still_run():
     model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(2, 4)
     model[0].register_forward_hook(lambda m, a, y: y + 1)
     before = model(x)
-    replace_linear_with_align_lora(model, target_modules=["0"], align=None)
+    replace_linear_with_align_lora(model, r=2, target_modules=["0"], align=None)
     assert torch.equal(model(x), before)
 
 
@@ -326,7 +311,7 @@ def test_adapters_of_packed_layers_are_where_the_packed_weight_is():
         nn.Module.__init__(packed)
         packed.in_features = packed.out_features = 4
         packed.register_buffer("qweight", torch.zeros(4, 4, dtype=torch.int8))
-    model = replace_linear_with_align_lora(nn.Sequential(packed), target_modules=["0"], align=None)
+    model = replace_linear_with_align_lora(nn.Sequential(packed), r=2, target_modules=["0"], align=None)
     assert model[0].adapter.lora_A.is_meta
 
 
