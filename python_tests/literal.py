@@ -1,0 +1,201 @@
+"""Every architecture and loss written out in plain float64 PyTorch, head by head and group by group, for autograd.
+
+Nothing of align_ext computes here: modules are read for their parameters and options. The masks alone are drawn as the
+operators draw them, seed and offset by torch.randint, bits by the reference's Philox.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from align_ext.reference.philox import dropout_mask
+
+SEQUENCE_COLUMNS = 8  # routing="sequence" hands the op x with a multiple of 8 columns, by which its masks are numbered
+
+
+@dataclass
+class Output:
+    """What an adapter adds to its base, its latents [T, r] each, and its routing weights [T, G, N] or None."""
+
+    low: Tensor
+    latents: list[Tensor]
+    weights: Tensor | None = None
+
+
+def low_rank(
+    adapter, config, x: Tensor, p: float = 0.0, tasks: Tensor | None = None, prompt: Tensor | None = None
+) -> Output:
+    """The low-rank path of one layer, without base.
+
+    Args:
+        adapter: of any architecture.
+        config: its options.
+        x: [..., n].
+        p: of dropout.
+        tasks: int64 [T], of every token; for multi_adapter.
+        prompt: bool [B, S], what routing="sequence" pools over.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    A, B = adapter.lora_A.to(x.dtype), adapter.lora_B.to(x.dtype)
+    scaling = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+    rng = torch.randint(0, 2**63 - 1, (2,)) if p > 0 else None
+    tokens, n = rows.shape
+    width = n
+    if config.routing == "sequence":
+        logits = config.routing_groups * config.num_heads
+        width += logits + -(n + logits) % SEQUENCE_COLUMNS
+
+    def mask(*shape):
+        return torch.ones(shape, dtype=x.dtype) if rng is None else dropout_mask(rng, p, shape, x.dtype)
+
+    if config.num_heads is None:
+        xd = rows * mask(tokens, n)
+        if config.architecture == "multi_adapter":
+            z = torch.stack([A[k] @ xd[t] for t, k in enumerate(tasks.tolist())])
+            low = torch.stack([B[k] @ z[t] for t, k in enumerate(tasks.tolist())])
+        else:
+            z = xd @ A.T
+            low = z @ B.T
+            if config.init_lora_weights == "pissa":
+                low = low - xd @ adapter.lora_A0.to(x.dtype).T @ adapter.lora_B0.to(x.dtype).T
+        return Output((scaling * low).view(*x.shape[:-1], -1), [z])
+
+    heads, r, own = config.num_heads, config.r, config.architecture == "lora_moe"
+    site, xd = config.dropout_site, rows
+    if site == "input":
+        xd = rows * mask(tokens, width)[:, :n]
+        latents = [xd @ (A[i] if own else A).T for i in range(heads)]
+        inner = latents
+    elif site == "latent":
+        masks = mask(tokens, heads, r)
+        latents = [rows @ A.T for _ in range(heads)]
+        inner = [latents[i] * masks[:, i] for i in range(heads)]
+    else:
+        masks = mask(tokens, heads, width)[:, :, :n]
+        latents = [(rows * masks[:, i]) @ A.T for i in range(heads)]
+        inner = latents
+    weights = None
+    if config.router is None:
+        low = sum(inner[i] @ B[i].T for i in range(heads)) / (heads if config.reduce == "mean" else 1)
+    else:
+        weights = routing_weights(adapter.lora_router, config, x, prompt)
+        groups, out = weights.shape[1], B.shape[1]
+        parts = []
+        for g in range(groups):
+            own_rows = slice(g * out // groups, (g + 1) * out // groups)
+            parts.append(sum(weights[:, g, i, None] * (inner[i] @ B[i, own_rows].T) for i in range(heads)))
+        low = torch.cat(parts, 1)
+    if config.init_lora_weights == "random_heads":
+        low = low - xd @ adapter.lora_A0.to(x.dtype).T @ adapter.lora_B0.to(x.dtype).T
+    distinct = latents if own or site == "input_per_head" else latents[:1]
+    return Output((scaling * low).view(*x.shape[:-1], -1), distinct, weights)
+
+
+def routing_weights(router, config, x: Tensor, prompt: Tensor | None) -> Tensor:
+    """w [T, G, N]: a softmax over all heads, or over the top_k largest logits, of each token and group."""
+    R = router.lora_R.to(x.dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    if config.routing == "sequence":
+        means = [x[b, prompt[b]].sum(0) / max(int(prompt[b].sum()), 1) for b in range(len(x))]
+        logits = [R @ torch.relu(router.lora_H.to(x.dtype) @ mean) for mean in means]
+        logits = torch.stack([logits[b] for b in range(len(x)) for _ in range(x.shape[1])])
+    else:
+        logits = rows @ R.T
+    heads, k = config.num_heads, config.top_k or config.num_heads
+    groups = []
+    for g in range(config.routing_groups):
+        of_group = logits[:, g * heads : (g + 1) * heads] / config.router_temperature
+        chosen = torch.zeros_like(of_group)
+        for t, row in enumerate(of_group.tolist()):
+            for i in sorted(range(heads), key=lambda i, row=row: (-row[i], i))[:k]:
+                chosen[t, i] = 1
+        powers = chosen * (of_group - of_group.detach().amax(1, keepdim=True)).exp()
+        groups.append(powers / powers.sum(1, keepdim=True))
+    return torch.stack(groups, 1)
+
+
+def kl(z: Tensor, task: Tensor, config) -> Tensor:
+    """The symmetric KL of the tasks' Gaussians, by torch.distributions; by token, or by position as released."""
+    divergence = torch.distributions.kl_divergence
+    ids = sorted(set(task[task >= 0].tolist()))
+    groups = [z[task == i] for i in ids]
+    normals = [
+        torch.distributions.Normal(g.mean(0), (g.var(0, correction=config.align_ddof) + config.align_eps).sqrt())
+        for g in groups
+        if len(g) >= max(2, 1 + config.align_ddof)
+    ]
+    pairs = [0.5 * (divergence(a, b) + divergence(b, a)).sum() for a, b in itertools.combinations(normals, 2)]
+    return reduced(pairs, config.align_pairs)
+
+
+def kl_by_position(z: Tensor, task: Tensor, samples: int, config) -> Tensor:
+    """The mean over the positions of a batch [B, S] of the KL over its samples; task int64 [B]."""
+    by_position = z.view(samples, -1, z.shape[-1]).unbind(1)
+    return sum(kl(at, task, config) for at in by_position) / len(by_position)
+
+
+def mmd(z: Tensor, task: Tensor, config) -> Tensor:
+    """The squared multi-kernel MMD of every pair of tasks, pair of tokens by pair of tokens."""
+    groups = []
+    for i in sorted(set(task[task >= 0].tolist())):
+        g, most = z[task == i], config.mmd_n_max
+        groups.append(g[[j * len(g) // most for j in range(most)]] if len(g) > most else g)
+    groups = [g for g in groups if len(g) >= 2]
+
+    def distances(a, b):
+        return ((a[:, None] - b[None, :]) ** 2).sum(-1)
+
+    every = torch.cat(groups).detach()
+    width = distances(every, every).sum() / (len(every) * (len(every) - 1))
+    half = config.mmd_kernels // 2
+    widths = config.mmd_bandwidths or [width * 2.0 ** (k - half) for k in range(config.mmd_kernels)]
+
+    def kernels(a, b):
+        return sum(torch.exp(-distances(a, b) / width) for width in widths)
+
+    def within(g):
+        if config.mmd_statistic == "v":
+            return kernels(g, g).mean()
+        return kernels(g, g).masked_fill(torch.eye(len(g), dtype=torch.bool), 0).sum() / (len(g) * (len(g) - 1))
+
+    pairs = [within(a) + within(b) - 2 * kernels(a, b).mean() for a, b in itertools.combinations(groups, 2)]
+    return reduced(pairs, config.align_pairs)
+
+
+def reduced(pairs: list[Tensor], how: str) -> Tensor:
+    """The sum of the pairs, or their mean."""
+    return torch.stack(pairs).sum() / (len(pairs) if how == "mean" else 1)
+
+
+def balance(w: Tensor, valid: Tensor, kind: str) -> Tensor:
+    """How unevenly the heads are used; w [T, G, N], valid bool [T]."""
+    rows = w[valid].flatten(0, 1)
+    heads = rows.shape[1]
+    P = [rows[:, i].sum() / len(rows) for i in range(heads)]
+    if kind == "switch":
+        return heads * sum((rows[:, i] > 0).sum() / len(rows) * P[i] for i in range(heads))
+    if heads == 1:
+        return P[0] * 0
+    mean = sum(P) / heads
+    return sum((p - mean) ** 2 for p in P) / (heads - 1) / (mean**2 + 1e-10)
+
+
+def spectral(B: Tensor, kind: str) -> Tensor:
+    """The overlap of each pair of heads, "paper" with projectors by an SVD of the [m, r] heads as they are now."""
+    heads = list(B)
+    if kind == "released":
+        eye = torch.eye(B.shape[-1], dtype=B.dtype)
+        return sum(((b.T @ b - eye) ** 2).sum() for b in heads) / len(heads)
+    if kind == "paper":
+        heads = [b @ projector(b.detach()) for b in heads]
+    return sum(((a.T @ b) ** 2).sum() for a, b in itertools.combinations(heads, 2))
+
+
+def projector(B: Tensor) -> Tensor:
+    """V exp(-Sigma / mean Sigma) Vᵀ of one head, the identity where it is zero."""
+    _, sigma, V = torch.linalg.svd(B, full_matrices=False)
+    if sigma.mean() < 1e-12:
+        return torch.eye(B.shape[-1], dtype=B.dtype)
+    return V.T @ torch.diag(torch.exp(-sigma / sigma.mean())) @ V
