@@ -101,8 +101,8 @@ class AlignLoraConfig:
         mmd_statistic: "v", or "u" for the unbiased one.
         mmd_n_max: tokens of a task that take part at most.
         response_only: only tokens with a label count in alignment and balance (default: all but padding).
-        balance: "cv2" (squared coefficient of variation of the heads' mean weights), "switch" (Switch Transformer's),
-            or None.
+        balance: "cv2" (squared coefficient of variation of the heads' mean weights), "switch" (Switch Transformer's,
+            with top_k), or None.
         balance_weight: of the balance in the loss.
         spectral: mtLoRA's regularisation of the heads' overlap: "paper" (spectral-aware), "uniform", "released" (each
             head by itself) or None.
@@ -301,6 +301,8 @@ class AlignLoraConfig:
         if self.num_heads is not None and self.router is None and several and not random and not masked:
             refuse("lora_dropout", "heads that start at zero without masks of their own stay identical: use dropout "
                    "at latent or input_per_head, or random heads")  # fmt: skip
+        if self.balance == "switch" and not 0 < (self.top_k or 0) < (self.num_heads or 1):
+            refuse("balance", 'where every head takes every token it is a constant: choose a top_k, or "cv2"')
         if (self.router == "mlp") != (self.routing == "sequence") and self.router is not None:
             refuse("routing", 'the router "mlp" is for routing="sequence", and "linear" for routing="token"')
         if self.align_statistics == "position":

@@ -39,7 +39,6 @@ def low_rank(
     """
     rows = x.reshape(-1, x.shape[-1])
     A, B = adapter.lora_A.to(x.dtype), adapter.lora_B.to(x.dtype)
-    scaling = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
     rng = torch.randint(0, 2**63 - 1, (2,)) if p > 0 else None
     tokens, n = rows.shape
     width = n
@@ -60,9 +59,9 @@ def low_rank(
             low = z @ B.T
             if config.init_lora_weights == "pissa":
                 low = low - xd @ adapter.lora_A0.to(x.dtype).T @ adapter.lora_B0.to(x.dtype).T
-        return Output((scaling * low).view(*x.shape[:-1], -1), [z])
+        return Output((adapter.scaling * low).view(*x.shape[:-1], -1), [z])
 
-    heads, r, own = config.num_heads, config.r, config.architecture == "lora_moe"
+    heads, r, own = config.num_heads, adapter.r, config.architecture == "lora_moe"
     site, xd = config.dropout_site, rows
     if site == "input":
         xd = rows * mask(tokens, width)[:, :n]
@@ -90,7 +89,7 @@ def low_rank(
     if config.init_lora_weights == "random_heads":
         low = low - xd @ adapter.lora_A0.to(x.dtype).T @ adapter.lora_B0.to(x.dtype).T
     distinct = latents if own or site == "input_per_head" else latents[:1]
-    return Output((scaling * low).view(*x.shape[:-1], -1), distinct, weights)
+    return Output((adapter.scaling * low).view(*x.shape[:-1], -1), distinct, weights)
 
 
 def routing_weights(router, config, x: Tensor, prompt: Tensor | None) -> Tensor:
@@ -175,7 +174,7 @@ def balance(w: Tensor, valid: Tensor, kind: str) -> Tensor:
     heads = rows.shape[1]
     P = [rows[:, i].sum() / len(rows) for i in range(heads)]
     if kind == "switch":
-        return heads * sum((rows[:, i] > 0).sum() / len(rows) * P[i] for i in range(heads))
+        return heads * sum((rows[:, i] > 0).to(w.dtype).mean() * P[i] for i in range(heads))
     if heads == 1:
         return P[0] * 0
     mean = sum(P) / heads

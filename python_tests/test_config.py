@@ -132,6 +132,7 @@ def test_what_an_architecture_takes_where_nothing_is_said(options, expected):
         ("mtlora", {"spectral_steps": 0}, "spectral_steps must be a positive integer"),
         ("mtlora", {"balance": "gini"}, 'balance must be "cv2" or "switch"'),
         ("mtlora", {"spectral": "svd"}, 'spectral must be "paper" or "uniform" or "released"'),
+        ("mtlora", {"balance": "switch"}, "where every head takes every token it is a constant"),
         ("r_lora", {"router": None}, "router=None: architecture 'r_lora' needs it; leave it out for 'linear'"),
         ("r_lora", {"router": "cnn"}, 'router must be "linear" or "mlp"'),
         ("r_lora", {"dropout_site": "output"}, "dropout_site must be"),

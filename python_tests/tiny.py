@@ -1,15 +1,17 @@
 """Tiny real models and batches with tasks, and a literal oracle of their gradients."""
 
-import itertools
 import types
+from collections.abc import Sequence
+from typing import Any
 
+import literal
 import torch
 from torch import Tensor, nn
 
 from align_ext import AlignLoraConfig, replace_linear_with_align_lora
-from align_ext.nn.base import AdaptedLinear
+from align_ext.nn.base import AdaptedModule
 
-TASKS, WEIGHT, VOCAB = 3, 0.3, 64
+TASKS, WEIGHT, VOCAB, LENGTH = 3, 0.3, 64, 10
 
 
 def llama(**options):
@@ -17,7 +19,7 @@ def llama(**options):
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(**sizes, vocab_size=VOCAB, use_cache=False, **options)
+    config = LlamaConfig(**sizes | options, vocab_size=VOCAB, use_cache=False)
     return LlamaForCausalLM(config)
 
 
@@ -37,75 +39,127 @@ def qwen2():
 
 
 def adapted(model=None, dtype=torch.float64, **options):
-    """A model with adapters whose B is not zero, so that every gradient is."""
+    """A model with adapters whose B (and router) is not zero, so that no gradient is."""
     model = (model or llama()).to(dtype)
     options = {"r": 4, "lora_dropout": 0.0, "align_weight": WEIGHT, "num_tasks": TASKS} | options
     replace_linear_with_align_lora(model, AlignLoraConfig(**options))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, AdaptedLinear):
-                module.adapter.lora_B.copy_(0.1 * torch.randn(module.adapter.lora_B.shape, generator=generator))
+        for name, parameter in model.named_parameters():
+            if name.endswith(("lora_B", "lora_R")):
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model.train()
 
 
 def batch(seed=0) -> tuple[dict[str, Tensor], Tensor]:
-    """input_ids, attention_mask and labels [6, 10] with padding, and one task a sample."""
+    """input_ids, attention_mask and labels [6, 10] with prompts and padding, and one task a sample."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1, VOCAB, (6, 10), generator=generator)
-    mask = (torch.arange(10) < 10 - torch.arange(6)[:, None] % 3).long()
-    inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    ids = torch.randint(1, VOCAB, (6, LENGTH), generator=generator)
+    place, sample = torch.arange(LENGTH), torch.arange(6)[:, None]
+    mask, prompt = place < LENGTH - sample % 3, place < 1 + sample % 2
+    inputs = {"input_ids": ids, "attention_mask": mask.long(), "labels": ids.masked_fill(~mask | prompt, -100)}
     return inputs, (torch.arange(6) + seed) % TASKS
 
 
-def literal_kl(z: Tensor, task: Tensor, eps: float = 1e-6) -> Tensor:
-    """Σ over pairs of tasks of the symmetric KL, by torch.distributions."""
-    normals = [
-        torch.distributions.Normal(z[task == i].mean(0), (z[task == i].var(0, correction=0) + eps).sqrt())
-        for i in range(TASKS)
-    ]
-    kl = torch.distributions.kl_divergence
-    return sum(0.5 * (kl(a, b) + kl(b, a)).sum() for a, b in itertools.combinations(normals, 2))
+def prompts(inputs: dict[str, Tensor]) -> Tensor:
+    """The tokens of each sample before its first label, bool [B, S]."""
+    labelled = (inputs["labels"] != -100).cumsum(1)
+    return (labelled == 0) & (inputs["attention_mask"] == 1)
+
+
+def literal_kl(z: Tensor, task: Tensor, config: AlignLoraConfig | None = None) -> Tensor:
+    """Σ over pairs of tasks of the symmetric KL."""
+    return literal.kl(z, task, config or AlignLoraConfig())
 
 
 class Oracle:
-    """The same model with plain PyTorch layers that keep z; loss = Σ w (lm + weight * mean over layers of KL)."""
+    """The same model with layers in plain PyTorch, and its losses literally, for autograd.
+
+    lm + align_weight * mean over layers (and a layer's latents) of the alignment + balance_weight * mean over layers of
+    the balance + spectral_weight * sum over layers of the spectral loss.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.latents = model, []
+        self.model, self.config = model, model.align_state.config
+        self.adapters = [module.adapter for module in model.modules() if isinstance(module, AdaptedModule)]
+        self.outputs: list[literal.Output] = []
+        self.tasks = self.prompt = None
         for layer in model.modules():
-            if isinstance(layer, AdaptedLinear):
-                layer.adapter.state = None
+            if isinstance(layer, AdaptedModule):
                 layer.forward = types.MethodType(self._forward, layer)
         model._forward_pre_hooks.clear()
         model._forward_hooks.clear()
 
-    def _forward(self, layer: AdaptedLinear, x: Tensor) -> Tensor:
-        z = x @ layer.adapter.lora_A.T
-        self.latents.append(z.flatten(0, -2))
-        return layer.base_layer(x) + layer.adapter.scaling * z @ layer.adapter.lora_B.T
+    def _forward(self, layer: AdaptedModule, *args: Any, **kwargs: Any) -> Any:
+        x, base_out = (
+            kwargs["hidden_states"] if "hidden_states" in kwargs else args[0],
+            layer.base_layer(*args, **kwargs),
+        )
+        p = self.config.lora_dropout if layer.training else 0.0
+        self.outputs.append(literal.low_rank(layer.adapter, self.config, x, p, self.tasks, self.prompt))
+        if isinstance(base_out, tuple):
+            return base_out[0] + self.outputs[-1].low, *base_out[1:]
+        return base_out + self.outputs[-1].low
 
-    def losses(self, seed: int) -> tuple[Tensor, list[Tensor], Tensor]:
-        """lm loss, the layers' latents, and the task of each token of batch `seed`."""
+    @property
+    def latents(self) -> list[Tensor]:
+        """Of the layers that have one."""
+        return [output.latents[0] for output in self.outputs]
+
+    def forward(self, seed: int) -> tuple[Tensor, list[literal.Output], Tensor]:
+        """The lm loss of batch `seed`, what its layers computed, and the task of each token that counts."""
+        torch.manual_seed(seed)
         inputs, tasks = batch(seed)
-        self.latents.clear()
+        self.tasks = tasks.repeat_interleave(inputs["input_ids"].shape[1])
+        self.prompt = prompts(inputs)
+        self.outputs = []
         lm = self.model(**inputs).loss
-        token_tasks = torch.where(inputs["attention_mask"] == 1, tasks[:, None], -1).flatten()
-        return lm, list(self.latents), token_tasks
+        return lm, self.outputs, torch.where(inputs["attention_mask"] == 1, tasks[:, None], -1).flatten()
 
-    def gradients(self, weights: list[float], union: bool = False, align: float = WEIGHT) -> dict[str, Tensor]:
-        """The gradients of Σ_i weights[i] * loss(batch i); with union, of one alignment over all batches."""
-        parts = [self.losses(i) for i in range(len(weights))]
+    def extra(self, outputs: list[literal.Output], task: Tensor, align: float) -> Tensor:
+        """The weighted alignment and balance of a batch."""
+        total = torch.zeros(())
+        if self.config.align:
+            total = total + align * sum(self.alignment(output, task) for output in outputs) / self._layers()
+        if self.config.balance:
+            losses = [literal.balance(output.weights, task >= 0, self.config.balance) for output in outputs]
+            total = total + self.config.balance_weight * sum(losses) / len(losses)
+        return total
+
+    def _layers(self) -> int:
+        return len(self.adapters) if self.config.align_layers == "mean" else 1
+
+    def alignment(self, output: literal.Output, task: Tensor) -> Tensor:
+        """That of a layer; by position padding counts and each sample has its first token's task."""
+        if self.config.align_statistics == "position":
+            samples = len(task) // LENGTH
+            return literal.kl_by_position(output.latents[0], task.view(samples, -1)[:, 0], samples, self.config)
+        loss = literal.kl if self.config.align == "kl" else literal.mmd
+        return sum(loss(z, task, self.config) for z in output.latents) / len(output.latents)
+
+    def gradients(self, weights: list[float], union: bool = False, align: float | None = None) -> dict[str, Tensor]:
+        """The gradients of Σ_i weights[i] * loss(batch i); with union, alignment and balance see one batch."""
+        align = self.config.align_weight if align is None else align
+        parts = [self.forward(i) for i in range(len(weights))]
         total = sum(w * lm for w, (lm, _, _) in zip(weights, parts, strict=True))
+        if self.config.spectral:
+            losses = [literal.spectral(adapter.lora_B, self.config.spectral) for adapter in self.adapters]
+            total = total + sum(weights) * self.config.spectral_weight * sum(losses)
         if union:
-            task = torch.cat([t for _, _, t in parts])
-            layers = list(zip(*(z for _, z, _ in parts), strict=True))
-            total = total + align * sum(literal_kl(torch.cat(z), task) for z in layers) / len(layers)
+            layers = [together(outputs) for outputs in zip(*(outputs for _, outputs, _ in parts), strict=True)]
+            total = total + self.extra(layers, torch.cat([task for _, _, task in parts]), align)
         else:
-            for w, (_, latents, task) in zip(weights, parts, strict=True):
-                total = total + w * align * sum(literal_kl(z, task) for z in latents) / len(latents)
+            for w, (_, outputs, task) in zip(weights, parts, strict=True):
+                total = total + w * self.extra(outputs, task, align)
         total.backward()
         return gradients(self.model)
+
+
+def together(outputs: Sequence[literal.Output]) -> literal.Output:
+    """What a layer computed for several batches as if for one."""
+    latents = [torch.cat(parts) for parts in zip(*(output.latents for output in outputs), strict=True)]
+    routed = outputs[0].weights is not None
+    return literal.Output(outputs[0].low, latents, torch.cat([o.weights for o in outputs]) if routed else None)
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
