@@ -105,7 +105,7 @@ class AlignLoraConfig:
             with top_k), or None.
         balance_weight: of the balance in the loss.
         spectral: mtLoRA's regularisation of the heads' overlap: "paper" (spectral-aware), "uniform", "released" (each
-            head by itself) or None.
+            head by itself) or None. DDP with reentrant checkpointing needs static_graph=True for it.
         spectral_weight: of the spectral regularisation in the loss.
         spectral_steps: k, forwards between two refreshes of its projectors.
         adapter_dtype: dtype of A and B: "float32" (PEFT's default, also on a 16-bit base) or "base".

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import adapted, batch
+from tiny import adapted, batch, llama
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from align_ext import align_parts
@@ -21,6 +21,13 @@ from align_ext import align_parts
 TESTS = Path(__file__).parent
 OPS = sorted(path.stem.removesuffix("_cuda") for path in (TESTS.parent / "csrc/bindings").glob("*_cuda.cpp"))
 STEPS = 3
+ONE_LAYER = {"num_hidden_layers": 1, "intermediate_size": 56}
+TRAINED = {  # each operator trains something: model and options
+    "align_lora": ({}, {}),
+    "m_lora": (ONE_LAYER, {"architecture": "m_lora", "num_heads": 2, "align": "kl"}),
+    "hydra": (ONE_LAYER, {"architecture": "hydra", "num_heads": 3, "balance": "cv2"}),
+    "r_lora with mmd": (ONE_LAYER, {"architecture": "r_lora", "num_heads": 2, "align": "mmd"}),
+}
 
 
 @pytest.fixture(scope="session")
@@ -54,12 +61,12 @@ def test_the_tests_of_the_operators_pass_on_the_cuda_kernels(simt_python, op):
     assert kernels > passed / 2  # few tests stop before the kernels, at a bad argument say
 
 
-def train():
-    """Steps of a tiny Llama with alignment, dropout and SGD: losses, gradients and the adapters at the end, by name.
+def train(sizes, options):
+    """Steps of a tiny Llama with its losses, dropout and SGD: losses, gradients and the adapters at the end, by name.
 
     SGD, for Adam divides by the gradients' own size, which turns the rounding of a tiny one into a whole step.
     """
-    model = adapted(dtype=torch.float32, lora_dropout=0.1)
+    model = adapted(llama(**sizes), dtype=torch.float32, lora_dropout=0.1, **options)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in trained.items()}
     optimizer = torch.optim.SGD(trained.values(), lr=0.2)
@@ -70,7 +77,8 @@ def train():
         optimizer.zero_grad()
         model(**inputs, task_ids=tasks).loss.backward()
         parts = align_parts(model)
-        results |= {f"{step} lm": torch.tensor(parts.lm), f"{step} align": torch.tensor(parts.align)}
+        values = {"lm": parts.lm, "align": parts.align, "balance": parts.balance}
+        results |= {f"{step} {name}": torch.tensor(value) for name, value in values.items() if value}
         results |= {f"{step} gradient of {name}": p.grad.clone() for name, p in trained.items()}
         optimizer.step()
     return results | {f"change of {name}": p.detach() - before[name] for name, p in trained.items()}
@@ -78,15 +86,16 @@ def train():
 
 TRAINING = """
 import simt_extension, sys, torch
-from test_simt_backend import train
-torch.save(train(), sys.argv[1])
+from test_simt_backend import TRAINED, train
+torch.save(train(*TRAINED[sys.argv[2]]), sys.argv[1])
 print(simt_extension.launches())
 """
 
 
-def test_training_on_the_cuda_kernels_is_training_on_the_cpu_kernels(simt_python, tmp_path):
-    kernels = int(simt_python("-c", TRAINING, tmp_path / "results.pt"))
-    actual, expected = torch.load(tmp_path / "results.pt", weights_only=True), train()
+@pytest.mark.parametrize("name", TRAINED)
+def test_training_on_the_cuda_kernels_is_training_on_the_cpu_kernels(simt_python, tmp_path, name):
+    kernels = int(simt_python("-c", TRAINING, tmp_path / "results.pt", name))
+    actual, expected = torch.load(tmp_path / "results.pt", weights_only=True), train(*TRAINED[name])
     assert kernels >= STEPS * len(OPS)
     assert actual.keys() == expected.keys()
     errors = {name: ((actual[name] - e).abs().max() / e.abs().max()).item() for name, e in expected.items()}
