@@ -129,6 +129,13 @@ class Oracle:
     def _layers(self) -> int:
         return len(self.adapters) if self.config.align_layers == "mean" else 1
 
+    def spectral(self) -> Tensor | float:
+        """The weighted spectral loss, its projectors those of the heads as they are now."""
+        if self.config.spectral is None:
+            return 0.0
+        losses = [literal.spectral(adapter.lora_B, self.config.spectral) for adapter in self.adapters]
+        return self.config.spectral_weight * sum(losses)
+
     def alignment(self, output: literal.Output, task: Tensor) -> Tensor:
         """That of a layer; by position padding counts and each sample has its first token's task."""
         if self.config.align_statistics == "position":
@@ -142,9 +149,7 @@ class Oracle:
         align = self.config.align_weight if align is None else align
         parts = [self.forward(i) for i in range(len(weights))]
         total = sum(w * lm for w, (lm, _, _) in zip(weights, parts, strict=True))
-        if self.config.spectral:
-            losses = [literal.spectral(adapter.lora_B, self.config.spectral) for adapter in self.adapters]
-            total = total + sum(weights) * self.config.spectral_weight * sum(losses)
+        total = total + sum(weights) * self.spectral()
         if union:
             layers = [together(outputs) for outputs in zip(*(outputs for _, outputs, _ in parts), strict=True)]
             total = total + self.extra(layers, torch.cat([task for _, _, task in parts]), align)

@@ -129,7 +129,7 @@ def hooked():
     ],
 )
 def test_a_base_whose_output_is_not_its_weights_product_is_not_merged(make, reason):
-    model = replace_linear_with_align_lora(nn.Sequential(make()), target_modules=["0"], align=None)
+    model = replace_linear_with_align_lora(nn.Sequential(make()), r=2, target_modules=["0"], align=None)
     with pytest.raises(ValueError, match=f"0 cannot be merged: .*{reason}"):
         merge_and_unload(model)
 
