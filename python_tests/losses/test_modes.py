@@ -18,7 +18,6 @@ from test_batch import (
     two_pending_summed,
 )
 from tiny import Oracle, adapted, batch, error, gpt2, gradients, llama, qwen2
-from torch import nn
 
 from align_ext import align_parts
 
@@ -126,22 +125,6 @@ def test_other_models_are_exact_too(make, name):
     model, twin = (adapted(make(), **options_of(name) | layers) for _ in range(2))
     by_keyword(model, 0)().backward()
     assert error(gradients(model), Oracle(twin).gradients([1])) < EXACT
-
-
-def test_a_checkpoint_function_of_the_users_own_finds_the_step_of_an_architecture_without_losses():
-    class Checkpointed(nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, *args, **kwargs):
-            return torch.utils.checkpoint.checkpoint(self.inner, *args, use_reentrant=False, **kwargs)
-
-    model = adapted(**options_of("multi_adapter"))
-    model.model.layers[0] = Checkpointed(model.model.layers[0])
-    by_keyword(model, 0)().backward()
-    actual = {name.replace("inner.", ""): grad for name, grad in gradients(model).items()}
-    assert error(actual, expected("multi_adapter", 1)) < EXACT
 
 
 def test_tokens_of_no_task_count_in_no_loss():

@@ -21,12 +21,12 @@ CASES = {
 
 
 def trained(model, loss_of):
-    """The losses of each step of Adam, which forgives no wrong scale of a gradient's parts; and their sum's change."""
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    """The total and the model's own loss of each step of Adam."""
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=2e-2)
     losses = []
     for step in range(STEPS):
         optimizer.zero_grad()
-        total, lm = loss_of(step % 4)
+        total, lm = loss_of(step % 2)
         total.backward()
         optimizer.step()
         losses.append((total.item(), lm))
@@ -58,7 +58,7 @@ def test_training_takes_the_course_of_the_equations_in_float64(name):
         return lm + oracle.extra(outputs, task, oracle.config.align_weight) + oracle.spectral(), lm.item()
 
     actual, expected = trained(model, ours), trained(twin, literal)
-    assert expected[-4:, 1].mean() < 0.95 * expected[:4, 1].mean()
-    print(name, ((actual - expected).abs() / expected).max().item(), expected[0].tolist(), expected[-1].tolist())
-    # Rounding in float32 (6e-8), carried through 50 steps of Adam.
+    print(f"{name}: {expected[0].tolist()} to {expected[-1].tolist()}, {(actual / expected - 1).abs().max():.1e} apart")
+    assert expected[-2:, 1].mean() < 0.95 * expected[:2, 1].mean()
+    # float32 (eps 6e-8), its differences grown through 50 steps of Adam to 1e-4 at most when this was written.
     assert ((actual - expected).abs() < 1e-3 * expected).all()
