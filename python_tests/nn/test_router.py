@@ -48,6 +48,7 @@ def test_a_token_changes_nothing_before_it(blocks):
 
 def test_tokens_from_the_first_label_on_and_padding_do_not_route(logits_of):
     model, (inputs, _) = routed(), batch()
+    inputs["labels"][:, 5] = -100  # as a second question in one conversation
     changed = {key: tensor.clone() for key, tensor in inputs.items()}
     first = (~prompts(inputs)) & (torch.rand(6, 10, generator=torch.Generator().manual_seed(0)) > 0.3)
     changed["input_ids"][first] = 1
