@@ -4,13 +4,14 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
-from align_ext.batch import AlignParts
+from align_ext.accumulation import align_statistics
 from align_ext.budget import FlopsPerToken, ParameterCount, count_parameters, flops_per_token, match_rank
 from align_ext.config import AlignLoraConfig
 from align_ext.diagnostics.backend import backend
 from align_ext.hf.export import export_peft, load_adapter, save_adapter
 from align_ext.hf.merge import merge_and_unload, unload
 from align_ext.hf.replace import adapter_report, replace_linear_with_align_lora
+from align_ext.state import AlignParts
 from align_ext.step import align_parts, align_step, set_task
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "TaskSampler",
     "adapter_report",
     "align_parts",
+    "align_statistics",
     "align_step",
     "backend",
     "count_parameters",

@@ -20,106 +20,24 @@ docs/numerics.md derives the tables; docs/architecture.md follows one batch thro
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from align_ext.config import AlignLoraConfig
 from align_ext.losses.balance import Balance
 from align_ext.losses.kl import KlAlignment, KlStatistics
 from align_ext.losses.mmd import MmdAlignment, MmdStatistics
 from align_ext.losses.tokens import Latents, TokenTasks
 from align_ext.ops._keyed import LATENT, WEIGHTS, register_step, slot_of
+from align_ext.state import AlignParts, AlignState, Statistics, UnionPart, world_size
 
 NO_TASK = -1
-_STATISTICS: dict[str, type[KlStatistics] | type[MmdStatistics]] = {"kl": KlStatistics, "mmd": MmdStatistics}
-_NO_IDS = (
-    "{what} needs task ids, but this training step has none: call model(**batch, task_ids=ids), or run the forward "
-    "inside `with align_step(model, ids)`; without tasks, use align=None or model.eval()"
-)
-_NO_STEP = (
-    "an adapted layer trains outside a step, which its losses need: call the whole model, or run this inside "
-    "`with align_step(model, None)`"
-)
+_STATISTICS: dict[str, type[Statistics]] = {"kl": KlStatistics, "mmd": MmdStatistics}
 _NOT_DIFFERENTIATED = (
     "backward reached an aligned layer, but not the alignment loss: differentiate step.total(loss), or the loss of "
     "model(..., task_ids=ids); align_step(..., strict=False) allows it, and the layer then gets no alignment gradient"
 )
-
-
-@dataclass(frozen=True)
-class AlignParts:
-    """The last step's losses, for logging. Reading them waits for the device.
-
-    Attributes:
-        lm: the model's own loss.
-        align: the alignment value, before the weight; 0 without alignment.
-        weight: lambda.
-        per_layer: alignment of each adapted layer, by module name.
-        per_task: alignment of each task with all others.
-        balance: the balance loss, before its weight; None without.
-        spectral: the spectral loss, before its weight; None without.
-    """
-
-    lm: float
-    align: float
-    weight: float
-    per_layer: dict[str, float]
-    per_task: list[float]
-    balance: float | None = None
-    spectral: float | None = None
-
-
-class AlignState:
-    """What the adapters of one model share: options, slots, and the step under way.
-
-    Copies and pickles carry the options and slots, never a step.
-    """
-
-    def __init__(self, config: AlignLoraConfig) -> None:
-        self.config = config
-        self.names: list[str] = []
-        self.rank = 0  # the widest layer's
-        self.tasks = config.num_tasks or 0
-        self.task: int | None = None  # that evaluation is about (set_task)
-        self.spectral: list[Callable[[], Tensor]] = []  # each layer's spectral loss
-        self.current: Step | None = None  # between a step's opening and closing
-        self.armed: list[Step] = []  # inside a backward: those whose layers are owed gradients
-        self.last: Step | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "current": None, "armed": [], "last": None}
-
-    def add_layer(self, name: str, rank: int) -> Tensor:
-        """Registers a layer; returns its slot, an int64 scalar on the CPU ([2] where w is the step's business too)."""
-        self.names.append(name)
-        self.rank = max(self.rank, rank)
-        # A tensor, not an int: the compiler would guard on the int and compile every layer anew.
-        slot = torch.tensor(len(self.names) - 1, dtype=torch.int64, device="cpu")
-        return slot.repeat(2) if self.config.balance else slot
-
-    def find(self, training: bool = True) -> Step | None:
-        """The step that a layer's forward belongs to; None where it needs none."""
-        if self.current is not None:
-            return self.current
-        if not training:
-            return None
-        if self.armed and torch._C._current_graph_task_id() != -1:
-            if len(self.armed) == 1:  # recomputation by a checkpoint that BoundCheckpoint does not wrap
-                return self.armed[0]
-            raise RuntimeError(
-                "activation checkpointing recomputes below two summed losses and cannot tell their steps apart: use "
-                "the model's own gradient_checkpointing_enable(), or differentiate the losses one by one"
-            )
-        if torch.is_grad_enabled():
-            config = self.config
-            what = f"align={config.align!r}" if config.align else f"architecture={config.architecture!r}"
-            raise RuntimeError(_NO_IDS.format(what=what) if config.needs_ids else _NO_STEP)
-        return None
 
 
 class Step:
@@ -156,6 +74,7 @@ class Step:
         self._differentiated = False
         self._lm: Tensor | None = None
         self._weight = 0.0
+        self._parts = 1
 
     def _check(self, ids: Tensor, like: Tensor) -> Tensor:
         if ids.dim() not in (1, 2) or ids.is_floating_point() or ids.dtype == torch.bool:
@@ -236,7 +155,7 @@ class Step:
         self.seen.add(slot)
         self._kept[output][slot] = z
 
-    def statistics(self) -> KlStatistics | MmdStatistics:
+    def statistics(self) -> Statistics:
         """What the alignment needs of this process's tokens; before total."""
         state = self.state
         sizes = len(state.names), state.tasks, state.rank
@@ -278,13 +197,16 @@ class Step:
         self.state.armed[:] = [step for step in self.state.armed if step is not self]
 
     @torch.compiler.disable
-    def total(self, loss: Tensor, weight: float | None = None, scale: float = 1.0) -> Tensor:
+    def total(
+        self, loss: Tensor, weight: float | None = None, scale: float = 1.0, of: UnionPart | None = None
+    ) -> Tensor:
         """Computes loss + scale * (weight * align + balance_weight * balance + spectral_weight * spectral).
 
         Args:
             loss: scalar, the model's loss of this step's forward.
             weight: lambda; None takes config.align_weight.
             scale: a further factor on what is added (1 / accumulation steps where the loss is divided already).
+            of: this forward's part of several that are aligned as one batch (align_statistics).
 
         Raises:
             RuntimeError: the loss has no graph, an aligned layer did not run, or the step has its total already.
@@ -296,18 +218,36 @@ class Step:
         distributed = world_size() > 1
         with torch.no_grad():
             if config.align:
-                statistics = self.statistics()
-                self.alignment = (statistics.over_processes() if distributed else statistics).evaluate(config)
+                self.alignment = self._all_statistics(of, distributed).evaluate(config)
             if config.balance:
                 weights = self._kept[WEIGHTS]
                 self.balance = Balance.of(weights, self.tokens, config.balance, distributed=distributed)
         kept, self._kept = self._kept, {LATENT: {}, WEIGHTS: {}}
         factors = {LATENT: self._weight * scale, WEIGHTS: config.balance_weight * scale}
+        self._parts = 1 if of is None else of.parts
         loss = _Total.apply(loss, self, factors, kept)  # even if it adds nothing: recomputed layers look for the step
         if config.spectral:
             self.spectral = torch.stack([of_layer() for of_layer in self.state.spectral]).sum()
             loss = (loss + (config.spectral_weight * scale) * self.spectral).to(loss.dtype)
         return loss
+
+    def _all_statistics(self, of: UnionPart | None, distributed: bool) -> Statistics:
+        """What this step's alignment is about: all processes' tokens, and those of other micro-batches."""
+        kind, queue = self.state.config.align_accumulation, self.state.queue
+        if of is not None:
+            return of.statistics
+        if kind == "exact":
+            raise RuntimeError(
+                'align_accumulation="exact" aligns the micro-batches of a step as one batch: gather their statistics '
+                "first, union = align_statistics(model, batches), then step.total(loss, of=part) for each part"
+            )
+        own: Any = self.statistics()
+        own = together = own.over_processes() if distributed else own
+        if kind == "queue":
+            for past in queue:
+                together = together.merge(past)
+            queue.append(own)
+        return together
 
     def _check_total(self, loss: Tensor) -> None:
         if not loss.requires_grad:
@@ -349,6 +289,7 @@ class _Total(torch.autograd.Function):
         ctx.step, ctx.slots = step, [(output, slot) for output, latents in kept.items() for slot in latents]
         # Data parallelism averages gradients over the processes; the statistics are of the whole batch already.
         ctx.factors = {output: factor * world_size() for output, factor in factors.items()}
+        ctx.factors[LATENT] *= step._parts  # of which each holds a share of the value, and its tokens' whole gradient
         ctx.save_for_backward(*(kept[output][slot] for output, slot in ctx.slots))  # freed when the loss's graph is
         total = loss
         for output, part in {LATENT: step.alignment, WEIGHTS: step.balance}.items():
@@ -366,11 +307,6 @@ class _Total(torch.autograd.Function):
         return d_total, None, None, None
 
 
-def world_size() -> int:
-    """How many processes train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
 def prompt_of(keep: Tensor | None, labels: Tensor | None, training: bool) -> Tensor | None:
     """The tokens of each sequence before its first label, bool [B, S], without padding; None: all tokens.
 
@@ -383,12 +319,3 @@ def prompt_of(keep: Tensor | None, labels: Tensor | None, training: bool) -> Ten
         return keep
     before = (labels != -100).int().cumsum(1) == 0
     return before if keep is None else before & keep
-
-
-def find_state(model: nn.Module) -> AlignState | None:
-    """The state of a model's adapters, also through DDP, FSDP2 and torch.compile; None if it has none."""
-    for module in model.modules():
-        state = module.__dict__.get("align_state")
-        if isinstance(state, AlignState):
-            return state
-    return None

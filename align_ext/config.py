@@ -96,6 +96,10 @@ class AlignLoraConfig:
             what Align-LoRA's released code does; unpacked batches, padding counts, sample variance, mean of pairs).
         align_pairs: "sum" over the pairs of tasks (eq. 5) or "mean".
         align_layers: "mean" over the adapted layers or "sum".
+        align_accumulation: what is aligned under gradient accumulation: each micro-batch by itself ("micro"), with the
+            last ones' statistics, constants for the gradient ("queue"), or all of a step as one batch ("exact": a
+            second forward for each, align_ext/accumulation.py).
+        align_queue: K, how many micro-batches the queue holds.
         mmd_bandwidths: None for multiples of the mean squared distance, or the bandwidths themselves.
         mmd_kernels: K, how many such multiples.
         mmd_statistic: "v", or "u" for the unbiased one.
@@ -138,6 +142,8 @@ class AlignLoraConfig:
     align_statistics: Literal["token", "position"] = "token"
     align_pairs: Literal["sum", "mean"] = "sum"
     align_layers: Literal["mean", "sum"] = "mean"
+    align_accumulation: Literal["micro", "queue", "exact"] = "micro"
+    align_queue: int = 4
     mmd_bandwidths: tuple[float, ...] | None = None
     mmd_kernels: int = 5
     mmd_statistic: Literal["v", "u"] = "v"
@@ -262,6 +268,7 @@ class AlignLoraConfig:
             ),
             "mmd_kernels": (is_int(self.mmd_kernels) and self.mmd_kernels <= 32, "in 1 .. 32"),
             "mmd_n_max": (is_int(self.mmd_n_max, 2), "an integer of at least 2"),
+            "align_queue": (is_int(self.align_queue), "a positive integer"),
             "spectral_steps": (is_int(self.spectral_steps), "a positive integer"),
         }
         for name in ("use_rslora", "response_only"):
@@ -367,6 +374,7 @@ _CHOICES = {
     "align_statistics": ("token", "position"),
     "align_pairs": ("sum", "mean"),
     "align_layers": ("mean", "sum"),
+    "align_accumulation": ("micro", "queue", "exact"),
     "mmd_statistic": ("v", "u"),
     "balance": ("cv2", "switch"),
     "spectral": ("paper", "uniform", "released"),

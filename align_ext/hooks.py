@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align_ext.batch import AlignState
 from align_ext.config import AlignLoraConfig
+from align_ext.state import AlignState
 from align_ext.step import BoundCheckpoint, open_step
 
 _EVAL = (

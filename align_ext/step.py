@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align_ext.batch import AlignParts, AlignState, Step, find_state
+from align_ext.batch import Step
+from align_ext.state import AlignParts, AlignState, find_state
 
 
 class BoundCheckpoint:

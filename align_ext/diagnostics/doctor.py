@@ -11,11 +11,11 @@ from rich.table import Table
 from torch import Tensor
 
 from align_ext import ops, reference
-from align_ext.batch import AlignState
 from align_ext.config import AlignLoraConfig
 from align_ext.diagnostics.backend import OPS, backend, has_kernel
 from align_ext.nn import ARCHITECTURES, adapter_class
 from align_ext.ops._native import build_info
+from align_ext.state import AlignState
 
 Test = Callable[[torch.device, torch.dtype], float]
 

@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from align_ext.batch import AlignState, find_state
 from align_ext.diagnostics.observe import Observer, cause_of_zero, is_ours
 from align_ext.diagnostics.similarity import adapters_of
+from align_ext.state import AlignState, find_state
 
 Loop = Callable[[nn.Module, Any], Any]
 # By dtype: how far a parameter is moved, relative to its norm; the error of a gradient allowed, relative to it.

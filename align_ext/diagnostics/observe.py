@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
-from align_ext.batch import AlignState, Step
+from align_ext.batch import Step
 from align_ext.losses.mmd import MmdStatistics
 from align_ext.nn.base import Adapter
+from align_ext.state import AlignState
 
 
 @dataclass

@@ -12,10 +12,10 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from align_ext.batch import find_state
 from align_ext.hf.collator import TaskCollator
 from align_ext.hf.replace import adapted_layers
 from align_ext.hf.tasks import Example, encode, features
+from align_ext.state import find_state
 from align_ext.step import align_step, set_task
 
 

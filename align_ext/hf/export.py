@@ -32,7 +32,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from align_ext.batch import AlignState, find_state
 from align_ext.config import AlignLoraConfig
 from align_ext.hf.adopt import PEFT_PREFIX
 from align_ext.hf.folder import (
@@ -58,6 +57,7 @@ from align_ext.hf.peft_form import (
 )
 from align_ext.hf.replace import Adapted, adapt, adapted_layers
 from align_ext.nn.base import AdaptedLinear, is_conv1d
+from align_ext.state import AlignState, find_state
 
 # Options that decide what adapters hold and compute; the others, of dropout and losses, may change between trainings.
 _DECISIVE = (

@@ -18,12 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from align_ext.batch import AlignState
 from align_ext.config import AlignLoraConfig
 from align_ext.hf.adopt import PEFT_PREFIX
 from align_ext.hf.peft_form import PEFT_CONFIG, TASKS, WEIGHTS, one_lora, peft_forms, plain_lora, scaling_of
 from align_ext.nn import adapter_class
 from align_ext.nn.base import Adapter
+from align_ext.state import AlignState
 
 OUR_CONFIG, STATE = "align_lora_config.json", "align_lora_heads.safetensors"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align_ext.batch import AlignState
 from align_ext.config import AlignLoraConfig
 from align_ext.hf.adopt import PEFT_PREFIX
 from align_ext.nn.base import Adapter
+from align_ext.state import AlignState
 
 WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TASKS = "tasks"  # a folder for each task is in it

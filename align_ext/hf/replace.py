@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from align_ext.batch import AlignState, find_state
 from align_ext.config import AlignLoraConfig
 from align_ext.hf.adopt import (
     adopt,
@@ -27,6 +26,7 @@ from align_ext.hooks import register_hooks
 from align_ext.nn import adapter_class
 from align_ext.nn.base import AdaptedLinear, Adapter, features_of, has_float_weight, is_conv1d
 from align_ext.nn.block import AdaptedBlock
+from align_ext.state import AlignState, find_state
 
 logger = logging.getLogger(__name__)
 ALL_LINEAR = "all-linear"

@@ -12,10 +12,11 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
-from align_ext.batch import Step, find_state
+from align_ext.batch import Step
 from align_ext.config import AlignLoraConfig
 from align_ext.hf.evaluate import answer_nll
 from align_ext.hf.mixing import Mixing, TaskSampler
+from align_ext.state import find_state
 from align_ext.step import align_step
 
 _NO_IDS = (

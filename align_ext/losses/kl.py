@@ -69,6 +69,12 @@ class KlStatistics:
             )
         return KlStatistics(merge_moments(self.moments, other.moments), self.latents, self.positions)
 
+    tokens = 0  # need no place: the gradient of a token depends on the moments and on itself
+
+    def after(self, tokens: int) -> KlStatistics:
+        """These statistics for a process's tokens that come after others of its own."""
+        return self
+
     def over_processes(self) -> KlStatistics:
         """The statistics of all processes: one collective, merged in rank order: the same bits everywhere."""
         world = dist.get_world_size()

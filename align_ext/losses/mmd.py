@@ -47,6 +47,15 @@ class MmdStatistics:
         rows = {slot: torch.cat([z, other.rows[slot].to(z)], 1) for slot, z in self.rows.items()}
         return replace(self, rows=rows, ids=torch.cat([self.ids, other.ids]))
 
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return len(self.ids)
+
+    def after(self, tokens: int) -> MmdStatistics:
+        """These statistics for a process's tokens that come after others of its own."""
+        return replace(self, start=self.start + tokens)
+
     def over_processes(self) -> MmdStatistics:
         """The statistics of all processes in rank order: one collective for all layers, one for the ids."""
         counts = _gather(torch.tensor([len(self.ids)], device=self.ids.device))

@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from align_ext.batch import AlignState, Step
+from align_ext.batch import Step
 from align_ext.config import AlignLoraConfig
+from align_ext.state import AlignState
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 Base = dict[str, Tensor | None]  # weight and bias of the frozen layer, or its base_out: as the ops take them

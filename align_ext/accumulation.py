@@ -1,0 +1,79 @@
+"""The alignment of several micro-batches as of one batch: a first pass for the statistics, a second for the gradient.
+
+    union = align_statistics(model, batches)                     # forwards without gradients
+    for batch, part in union.replay():                           # the same dropout masks again
+        with align_step(model, batch.pop("task_ids"), batch.get("attention_mask")) as step:
+            loss = model(**batch).loss
+        step.total(loss / len(union), scale=1 / len(union), of=part).backward()
+
+The alignment's gradient is then that of the one big batch. Without all this each micro-batch is aligned by itself
+(align_accumulation="micro"), or with what the last ones left ("queue").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from align_ext.state import UnionPart, find_state, world_size
+from align_ext.step import align_step
+
+
+class Union:
+    """Micro-batches that are aligned together."""
+
+    def __init__(self, batches: Sequence[Mapping[str, Any]], parts: list[UnionPart]) -> None:
+        self.batches, self.parts = batches, parts
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def replay(self) -> Iterator[tuple[dict[str, Any], UnionPart]]:
+        """Each batch, a copy of its dictionary, with its part, the generators as in the first pass."""
+        for batch, part in zip(self.batches, self.parts, strict=True):
+            part.restore_rng()
+            yield dict(batch), part
+
+
+@torch.no_grad()
+def align_statistics(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> Union:
+    """Runs the forwards of micro-batches for the statistics of their union, over all processes.
+
+    Args:
+        model: adapted, in training, with alignment on.
+        batches: arguments of the model's forward, and task_ids.
+
+    Raises:
+        ValueError: no batches, no alignment, or a batch without task_ids.
+    """
+    state = find_state(model)
+    if state is None or state.config.align is None:
+        raise ValueError("the model has no alignment to gather statistics for: choose align='kl' or 'mmd'")
+    if not batches:
+        raise ValueError("batches is empty: give the micro-batches of a step")
+    own: list[Any] = []
+    rng = []
+    for batch in batches:
+        inputs = dict(batch)
+        ids, labels = inputs.pop("task_ids", None), inputs.pop("labels", None)
+        rng.append(_rng_state())
+        with align_step(model, ids, inputs.get("attention_mask"), labels) as step:
+            model(**inputs)
+        own.append(step.statistics())
+    union = own[0]
+    for statistics in own[1:]:
+        union = union.merge(statistics)
+    union = union.over_processes() if world_size() > 1 else union
+    parts, before = [], 0
+    for statistics, states in zip(own, rng, strict=True):
+        parts.append(UnionPart(union.after(before), len(own), states))
+        before += statistics.tokens
+    return Union(batches, parts)
+
+
+def _rng_state() -> tuple[Tensor, ...]:
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return torch.get_rng_state(), *devices

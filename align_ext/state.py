@@ -1,0 +1,137 @@
+"""What the adapters of one model share: options, places in a step, the step under way, what earlier steps left."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from align_ext.config import AlignLoraConfig
+from align_ext.losses.kl import KlStatistics
+from align_ext.losses.mmd import MmdStatistics
+
+if TYPE_CHECKING:
+    from align_ext.batch import Step
+
+Statistics = KlStatistics | MmdStatistics
+_NO_IDS = (
+    "{what} needs task ids, but this training step has none: call model(**batch, task_ids=ids), or run the forward "
+    "inside `with align_step(model, ids)`; without tasks, use align=None or model.eval()"
+)
+_NO_STEP = (
+    "an adapted layer trains outside a step, which its losses need: call the whole model, or run this inside "
+    "`with align_step(model, None)`"
+)
+
+
+@dataclass(frozen=True)
+class AlignParts:
+    """The last step's losses, for logging. Reading them waits for the device.
+
+    Attributes:
+        lm: the model's own loss.
+        align: the alignment value, before the weight; 0 without alignment.
+        weight: lambda.
+        per_layer: alignment of each adapted layer, by module name.
+        per_task: alignment of each task with all others.
+        balance: the balance loss, before its weight; None without.
+        spectral: the spectral loss, before its weight; None without.
+    """
+
+    lm: float
+    align: float
+    weight: float
+    per_layer: dict[str, float]
+    per_task: list[float]
+    balance: float | None = None
+    spectral: float | None = None
+
+
+@dataclass(frozen=True)
+class UnionPart:
+    """One micro-batch's place among several that are aligned as one batch (align_ext/accumulation.py).
+
+    Attributes:
+        statistics: of all micro-batches (and processes), as this one needs them.
+        parts: how many micro-batches there are.
+        rng: the states of the generators before its forward.
+    """
+
+    statistics: Statistics
+    parts: int
+    rng: tuple[Tensor, ...]
+
+    def restore_rng(self) -> None:
+        """Sets torch's generators so that the forward draws the dropout masks of the first pass."""
+        torch.set_rng_state(self.rng[0])
+        if len(self.rng) > 1:
+            torch.cuda.set_rng_state_all(list(self.rng[1:]))
+
+
+class AlignState:
+    """What the adapters of one model share: options, slots, and the step under way.
+
+    Copies and pickles carry the options and slots, never a step.
+    """
+
+    def __init__(self, config: AlignLoraConfig) -> None:
+        self.config = config
+        self.names: list[str] = []
+        self.rank = 0  # the widest layer's
+        self.tasks = config.num_tasks or 0
+        self.task: int | None = None  # that evaluation is about (set_task)
+        self.spectral: list[Callable[[], Tensor]] = []  # each layer's spectral loss
+        self.current: Step | None = None  # between a step's opening and closing
+        self.armed: list[Step] = []  # inside a backward: those whose layers are owed gradients
+        self.last: Step | None = None
+        self.queue: deque[Statistics] = deque(maxlen=config.align_queue)  # of the last micro-batches
+
+    def __getstate__(self) -> dict[str, Any]:
+        queue: deque[Statistics] = deque(maxlen=self.queue.maxlen)
+        return {**self.__dict__, "current": None, "armed": [], "last": None, "queue": queue}
+
+    def add_layer(self, name: str, rank: int) -> Tensor:
+        """Registers a layer; returns its slot, an int64 scalar on the CPU ([2] where w is the step's business too)."""
+        self.names.append(name)
+        self.rank = max(self.rank, rank)
+        # A tensor, not an int: the compiler would guard on the int and compile every layer anew.
+        slot = torch.tensor(len(self.names) - 1, dtype=torch.int64, device="cpu")
+        return slot.repeat(2) if self.config.balance else slot
+
+    def find(self, training: bool = True) -> Step | None:
+        """The step that a layer's forward belongs to; None where it needs none."""
+        if self.current is not None:
+            return self.current
+        if not training:
+            return None
+        if self.armed and torch._C._current_graph_task_id() != -1:
+            if len(self.armed) == 1:  # recomputation by a checkpoint that BoundCheckpoint does not wrap
+                return self.armed[0]
+            raise RuntimeError(
+                "activation checkpointing recomputes below two summed losses and cannot tell their steps apart: use "
+                "the model's own gradient_checkpointing_enable(), or differentiate the losses one by one"
+            )
+        if torch.is_grad_enabled():
+            config = self.config
+            what = f"align={config.align!r}" if config.align else f"architecture={config.architecture!r}"
+            raise RuntimeError(_NO_IDS.format(what=what) if config.needs_ids else _NO_STEP)
+        return None
+
+
+def find_state(model: nn.Module) -> AlignState | None:
+    """The state of a model's adapters, also through DDP, FSDP2 and torch.compile; None if it has none."""
+    for module in model.modules():
+        state = module.__dict__.get("align_state")
+        if isinstance(state, AlignState):
+            return state
+    return None
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
