@@ -29,5 +29,5 @@ check-full: check test  ## and what takes longer: torch versions, ways to instal
 gpu-check:  ## on a machine with a GPU: tests, compute-sanitizer, benchmarks; writes benchmarks/results/gpu-*.md
 	PYTHON=$(PYTHON) .ci/gpu-check
 
-bench:  ## each operator against plain PyTorch and PEFT, on the CPU
-	for bench in benchmarks/bench_*.py; do $(PYTHON) $$bench || exit 1; done
+bench:  ## adapters and losses against plain PyTorch and PEFT: align-lora bench --help
+	$(PYTHON) -m align_ext.cli bench

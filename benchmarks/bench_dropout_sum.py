@@ -3,10 +3,10 @@
 from collections.abc import Callable
 
 import torch
-from timing import Comparison, main, measure, training_step
 from torch import Tensor
 from torch.nn.functional import dropout, linear
 
+from align_ext.bench.timing import Comparison, main, measure, training_step
 from align_ext.ops import dropout_sum
 
 RANK, HEADS, SCALING, P = 8, 4, 4.0, 0.1

@@ -7,10 +7,10 @@ weights of their own for each eighth of the outputs.
 from collections.abc import Callable
 
 import torch
-from timing import Comparison, main, measure, training_step
 from torch import Tensor
 from torch.nn.functional import dropout, linear
 
+from align_ext.bench.timing import Comparison, main, measure, training_step
 from align_ext.ops import routed_lora
 
 RANK, HEADS, SCALING, P = 8, 4, 4.0, 0.1

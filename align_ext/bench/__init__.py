@@ -1,0 +1,1 @@
+"""What `align-lora bench` measures: adapters and losses of this package beside plain PyTorch and PEFT."""

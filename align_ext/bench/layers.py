@@ -1,0 +1,237 @@
+"""One adapted layer: forward and backward with the frozen base and dx, divided by the frozen layer alone."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from align_ext.bench.baselines import ALPHA, LORA, SEVERAL, Make, Sizes, compiled
+from align_ext.bench.setting import TASKS, Case, Say, Setting, name_of
+from align_ext.bench.timing import Call, Comparison, Goal, measure
+from align_ext.config import AlignLoraConfig
+from align_ext.hf.replace import replace_linear_with_align_lora
+from align_ext.step import align_step
+
+FROZEN = "frozen layer alone"
+SINGLE: dict[str, dict[str, Any]] = {
+    "lora": {"architecture": "lora"},
+    "align_lora, kl": {"architecture": "align_lora"},
+}
+HEADS: dict[str, dict[str, Any]] = {
+    "m_lora": {"architecture": "m_lora", "init_lora_weights": "kaiming"},
+    "m_lora, offset": {"architecture": "m_lora"},
+    "r_lora": {"architecture": "r_lora", "init_lora_weights": "kaiming", "router_init": "kaiming"},
+    "r_lora, offset": {"architecture": "r_lora"},
+    "hydra": {"architecture": "hydra"},
+    "hydra, offset": {"architecture": "hydra", "init_lora_weights": "random_heads"},
+    "hydra, input_per_head": {"architecture": "hydra", "dropout_site": "input_per_head"},
+    "lora_moe": {"architecture": "lora_moe"},
+    # As a layer, and without the losses that depend on parameters or weights alone.
+    "mtlora": {"architecture": "mtlora", "target_blocks": (), "balance": None, "spectral": None},
+}
+NOT_ON_CUDA = ("hydra, input_per_head", "mtlora")  # need kernels that there are none of on CUDA
+COMPILED = [name for name in LORA | SEVERAL if "PEFT" not in name]
+FLOAT32 = ", float32 adapters"
+# At most these ratios: name -> float32, 16 bits, either where the layer is wide.
+GOALS = dict.fromkeys(SINGLE, (1.12, 1.15, 1.04))
+GOALS |= dict.fromkeys(("m_lora", "r_lora", "hydra"), (1.15, 1.20, 1.05))
+GOALS |= dict.fromkeys(("m_lora, offset", "r_lora, offset", "hydra, offset"), (1.17, 1.22, 1.06))
+GOALS |= {"hydra, input_per_head": (1.60, 1.60, 1.18)}
+FLOAT32_GOALS = (1.25, 1.08)
+WIDE = 2048  # in_features
+TINY_MS = 0.06  # of a layer that has next to nothing to compute
+
+
+def config(options: dict[str, Any], sizes: Sizes, *, float32: bool) -> AlignLoraConfig:
+    """An architecture's options, at these sizes; adapters in float32 or in the base's dtype."""
+    heads = {} if options["architecture"] in ("lora", "align_lora", "multi_adapter") else {"num_heads": sizes.heads}
+    common = {
+        "r": sizes.rank, "lora_alpha": ALPHA, "lora_dropout": sizes.dropout_p, "num_tasks": TASKS,
+        "adapter_dtype": "float32" if float32 else "base",
+    }  # fmt: skip
+    return AlignLoraConfig.from_dict(common | heads | options)
+
+
+def ours(options: dict[str, Any]) -> Make:
+    """Makes this package's layer."""
+
+    def make(base: nn.Linear, sizes: Sizes, dtype: torch.dtype) -> nn.Module:
+        own = config({**options, "target_modules": ["0"]}, sizes, float32=dtype != base.weight.dtype)
+        return replace_linear_with_align_lora(nn.Sequential(base), own)
+
+    return make
+
+
+class GivenGradient(torch.autograd.Function):
+    """A loss of value 0 whose gradient in y is dy: what a layer gets from the model above it."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, dy: Tensor) -> Tensor:
+        """Returns 0."""
+        ctx.save_for_backward(dy)
+        return y.new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor, None]:
+        """Returns dy."""
+        return ctx.saved_tensors[0], None
+
+
+def training_call(layer: nn.Module, x: Tensor, dy: Tensor) -> Call:
+    """One forward and backward in training, with the alignment where the layer has one."""
+    x = x.detach().requires_grad_()
+    trained = [x, *(p for p in layer.train().parameters() if p.requires_grad)]
+    for weight in trained[1:]:  # heads that are zero would make gradients zero
+        nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
+    state: Any = getattr(layer, "align_state", None)
+    ids = torch.arange(len(x), device=x.device) % TASKS
+
+    def run() -> None:
+        for leaf in trained:
+            leaf.grad = None
+        if state is None or not state.config.needs_step:
+            layer(x).backward(dy)
+            return
+        with align_step(layer, ids) as step:
+            y = layer(x)
+        step.total(GivenGradient.apply(y, dy)).backward()
+
+    return run
+
+
+def variants(
+    makes: dict[str, Make], sizes: Sizes, shape: tuple[int, int], dtype: torch.dtype, device: str
+) -> dict[str, Call]:
+    """The frozen layer alone, then the adapted ones, those whose names say so with float32 adapters."""
+    torch.manual_seed(0)
+    n, m = shape
+    x, dy = (torch.randn(sizes.tokens, width).to(device, dtype) for width in (n, m))
+    base = nn.Linear(n, m, bias=False, device=device, dtype=dtype).requires_grad_(False)
+    layers = {
+        name: make(base, sizes, torch.float32 if name.endswith(FLOAT32) else dtype) for name, make in makes.items()
+    }
+    return {name: training_call(layer, x, dy) for name, layer in {FROZEN: base, **layers}.items()}
+
+
+def available(makes: dict[str, Make], device: str) -> dict[str, Make]:
+    """Those that this machine can run."""
+    without: tuple[str, ...] = NOT_ON_CUDA if device == "cuda" else ()
+    without += () if importlib.util.find_spec("peft") else ("PEFT's LoRA",)
+    return {name: make for name, make in makes.items() if not name.startswith(without)}
+
+
+def goals(names: dict[str, Any], in_features: int, dtype: torch.dtype) -> dict[str, Goal]:
+    """What the variants should reach, as far as that is laid down."""
+    wide, narrow, result = in_features >= WIDE, dtype != torch.float32, {}
+    for name in names:
+        plain = name.removesuffix(FLOAT32)
+        if plain in GOALS:
+            limit = GOALS[plain][2 if wide else narrow]
+            result[name] = Goal(limit if plain == name else max(limit, FLOAT32_GOALS[wide]))
+    return result
+
+
+def _cases(kind: str, setting: Setting, makes: dict[str, Make], mixed: dict[str, Make]) -> Iterator[Case]:
+    """One case for each shape and dtype; baselines under torch.compile at the first shapes; mixed: on 16 bits only."""
+    for index, shape in enumerate(setting.shapes):
+        for dtype in setting.dtypes:
+            every = makes | (mixed if dtype != torch.float32 else {})
+            if index < setting.compiled:
+                every |= {f"{name}, compiled": compiled(makes[name]) for name in COMPILED if name in makes}
+            yield Case(
+                f"{kind}, forward + backward, {shape[0]} -> {shape[1]}, {name_of(dtype)}, {setting.sizes}",
+                partial(_measured, setting, available(every, setting.device), shape, dtype),
+            )
+
+
+def _measured(
+    setting: Setting, makes: dict[str, Make], shape: tuple[int, int], dtype: torch.dtype, _: Say
+) -> Comparison:
+    torch.compiler.reset()
+    calls = variants(makes, setting.sizes, shape, dtype, setting.device)
+    result = measure(calls, setting.rounds, setting.device, seconds=setting.seconds)
+    result.goals = goals(calls, shape[0], dtype)
+    return result
+
+
+def layers(setting: Setting) -> Iterator[Case]:
+    """One adapter: lora, align_lora; plain PyTorch, restructured, compiled, PEFT."""
+    makes = {name: ours(options) for name, options in SINGLE.items()}
+    mixed = {name + FLOAT32: make for name, make in (makes | LORA).items()}
+    yield from _cases("one adapter", setting, makes | LORA, mixed)
+
+
+def several(setting: Setting) -> Iterator[Case]:
+    """Several heads: every architecture; the loops of the released code, restructured, compiled."""
+    makes = {name: ours(options) for name, options in HEADS.items()}
+    mixed = {name + FLOAT32: make for name, make in makes.items()}
+    yield from _cases("several heads", setting, makes | SEVERAL, mixed)
+
+
+def dispatch(setting: Setting) -> Iterator[Case]:
+    """What a call costs that has next to nothing to compute, and what a second thread brings."""
+    sizes = replace(setting.sizes, tokens=4)
+    makes = {name: ours(options) for name, options in (SINGLE | HEADS).items()} | LORA
+
+    def tiny(_: Say) -> Comparison:
+        calls = variants(available(makes, setting.device), sizes, (16, 16), torch.float32, setting.device)
+        result = measure(calls, setting.rounds, setting.device, host=True, repeats=20, seconds=setting.seconds)
+        result.goals = dict.fromkeys(SINGLE | HEADS, Goal(TINY_MS, in_ms=True))
+        result.goals = {name: goal for name, goal in result.goals.items() if name in calls}
+        return result
+
+    yield Case(f"calling a layer, forward + backward, 16 -> 16, {sizes}", tiny)
+    threads = torch.get_num_threads()
+    if setting.device == "cpu" and threads > 1:
+        for name in (FROZEN, *SINGLE, "r_lora, offset"):
+            yield Case(
+                f"threads, {name}, {setting.shapes[0][0]} -> {setting.shapes[0][1]}, {setting.sizes}",
+                partial(_over_threads, setting, name, threads),
+            )
+
+
+def _over_threads(setting: Setting, name: str, threads: int, _: Say) -> Comparison:
+    makes = {n: ours(options) for n, options in (SINGLE | HEADS).items() if n == name}
+    call = variants(makes, setting.sizes, setting.shapes[0], torch.float32, setting.device)[name]
+
+    def on(count: int) -> Call:
+        def run() -> None:
+            torch.set_num_threads(count)
+            call()
+
+        return run
+
+    try:
+        calls = {"1 thread": on(1), f"{threads} threads": on(threads)}
+        return measure(calls, setting.rounds, setting.device, seconds=setting.seconds)
+    finally:
+        torch.set_num_threads(threads)
+
+
+AXES = {"tokens": (512, 1024, 2048, 4096), "rank": (4, 8, 16, 32, 64), "heads": (1, 2, 4, 8, 16)}
+
+
+def sweep(setting: Setting) -> Iterator[Case]:
+    """The ratio against tokens, rank and heads, each varied alone: the points of the plots."""
+    kinds = {"align_lora, kl": ours(SINGLE["align_lora, kl"]), "r_lora": ours(HEADS["r_lora"])}
+    makes = kinds | {"R-LoRA, loop": SEVERAL["R-LoRA, loop"]}
+    for axis, values in AXES.items():
+        for value in values:
+            sizes = replace(setting.sizes, **{axis: value})
+            yield Case(
+                f"sweep over {axis}, {setting.shapes[0][0]} -> {setting.shapes[0][1]}, float32, {sizes}",
+                partial(_point, setting, makes, sizes, (axis, value)),
+            )
+
+
+def _point(setting: Setting, makes: dict[str, Make], sizes: Sizes, point: tuple[str, int], _: Say) -> Comparison:
+    calls = variants(makes, sizes, setting.shapes[0], torch.float32, setting.device)
+    result = measure(calls, setting.rounds, setting.device, seconds=setting.seconds / 4)
+    result.point = point
+    return result

@@ -1,0 +1,94 @@
+"""The models that take whole steps and decode, frozen or with adapters of this package, PEFT or a baseline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from align_ext.bench.baselines import LORA, SEVERAL, Make, Sizes, compiled
+from align_ext.bench.layers import FLOAT32, config
+from align_ext.hf.models import load_model
+from align_ext.hf.replace import replace_linear_with_align_lora
+
+FROZEN = "frozen model"
+TARGETS = ("gate_proj", "up_proj", "down_proj")
+ARCHITECTURES = ("lora", "align_lora", "hydra", "r_lora", "m_lora", "multi_adapter", "lora_moe", "mtlora")
+_MODELS: dict[str, dict[str, int]] = {
+    "random": {
+        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3,
+    },
+    "tiny": {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1,
+    },
+}  # fmt: skip
+
+
+def frozen_model(name: str, dtype: torch.dtype, device: str) -> Any:
+    """A causal language model without anything to train.
+
+    Args:
+        name: "random" (SmolLM2-135M's sizes), "tiny", "smollm2" (that model itself), a folder or a hub id.
+        dtype: of its weights.
+        device: "cpu" or "cuda".
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    if name in _MODELS:
+        from transformers import AutoModelForCausalLM, LlamaConfig
+
+        torch.manual_seed(0)
+        config = LlamaConfig(**_MODELS[name], tie_word_embeddings=True, use_cache=False)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    else:
+        model = load_model(None if name == "smollm2" else name, dtype)[0]
+        model.config.use_cache = False
+    return model.requires_grad_(False).to(device)
+
+
+def fetch(name: str) -> None:
+    """Makes sure that a model is on this machine, before several processes load it.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    if name not in _MODELS:
+        load_model(None if name == "smollm2" else name)
+
+
+def variants(which: str) -> list[str]:
+    """What a model can be adapted by, the frozen model first: a "few", the "usual" ones or "every" one."""
+    if which == "few":
+        return [FROZEN, "r_lora"]
+    rivals = ["PEFT's LoRA", "LoRA, restructured", "HydraLoRA, loop", "R-LoRA, loop", "R-LoRA, restructured"]
+    if which == "usual":
+        return [FROZEN, *rivals, *ARCHITECTURES[:5]]
+    rivals += ["HydraLoRA, restructured"]
+    forms = [f"{name}, compiled" for name in rivals if not name.startswith("PEFT")]
+    return [FROZEN, *rivals, *forms, "PEFT's LoRA" + FLOAT32, *ARCHITECTURES, "align_lora" + FLOAT32]
+
+
+def adapt(model: nn.Module, variant: str, sizes: Sizes) -> nn.Module:
+    """Puts a variant's adapters beside gate, up and down projections (mtlora: beside blocks), in place."""
+    if variant == FROZEN:
+        return model
+    dtype = next(model.parameters()).dtype
+    name = variant.removesuffix(FLOAT32)
+    if name in ARCHITECTURES:
+        options = {"architecture": name, "target_modules": TARGETS}
+        return replace_linear_with_align_lora(model, config(options, sizes, float32=variant.endswith(FLOAT32)))
+    make = (LORA | SEVERAL)[name.removesuffix(", compiled")]
+    _replace(model, compiled(make) if name.endswith(", compiled") else make, sizes, dtype, variant.endswith(FLOAT32))
+    return model
+
+
+def _replace(model: nn.Module, make: Make, sizes: Sizes, dtype: torch.dtype, float32: bool) -> None:
+    for name, module in list(model.named_modules()):
+        parent, _, child = name.rpartition(".")
+        if child in TARGETS and isinstance(module, nn.Linear):
+            layer = make(module, sizes, torch.float32 if float32 else dtype)
+            setattr(model.get_submodule(parent), child, layer.train(module.training))

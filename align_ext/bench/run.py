@@ -1,0 +1,127 @@
+"""Runs suites of the benchmark with a progress bar, prints their tables, and writes JSON and plots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from align_ext.bench import layers, losses, plots
+from align_ext.bench.baselines import Sizes
+from align_ext.bench.setting import Case, Setting
+from align_ext.bench.timing import Comparison, as_json, machine, report
+from align_ext.config import unknown_name
+
+
+def _step(setting: Setting) -> Iterator[Case]:
+    from align_ext.bench import step  # needs transformers
+
+    return step.step(setting)
+
+
+def _decode(setting: Setting) -> Iterator[Case]:
+    from align_ext.bench import decode
+
+    return decode.decode(setting)
+
+
+def _sweep(setting: Setting) -> Iterator[Case]:
+    yield from layers.sweep(setting)
+    yield from losses.sweep(setting)
+
+
+SUITES: dict[str, Callable[[Setting], Iterator[Case]]] = {
+    "layers": layers.layers,
+    "heads": layers.several,
+    "losses": losses.losses,
+    "dispatch": layers.dispatch,
+    "sweep": _sweep,
+    "step": _step,
+    "decode": _decode,
+}
+_QUICK = Setting(
+    sizes=Sizes(tokens=16), shapes=((32, 48),), rounds=3, seconds=0, compiled=0, model="tiny", batch=5, seq_len=8,
+    steps="few", goals=False,
+)  # fmt: skip
+_FULL = Setting(rounds=25, seconds=60, compiled=2, step_rounds=7, steps="every")
+_CUDA = {"sizes": Sizes(tokens=8192), "shapes": ((576, 1536), (2048, 5504), (4096, 11264))}
+
+
+def setting(device: str = "auto", effort: str = "normal", model: str | None = None) -> Setting:
+    """The sizes of a run.
+
+    Args:
+        device: "cpu", "cuda", or "auto": a GPU if there is one.
+        effort: "quick", "normal" or "full".
+        model: another than the effort's (Setting.model).
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(unknown_name("device", device, ("auto", "cpu", "cuda")))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError('device="cuda": torch sees no CUDA device here; leave it out, or give --device cpu')
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    result = replace({"quick": _QUICK, "normal": Setting(), "full": _FULL}[effort], device=device)
+    if device == "cuda" and effort != "quick":
+        result = replace(result, **_CUDA)  # type: ignore[arg-type]
+    return result if model is None else replace(result, model=model)
+
+
+def chosen(only: str | None) -> list[str]:
+    """The suites of a list with commas; all of them without one.
+
+    Raises:
+        ValueError: there is no such suite.
+    """
+    names = list(SUITES) if only is None else [name.strip() for name in only.split(",") if name.strip()]
+    for name in names:
+        if name not in SUITES:
+            raise ValueError(unknown_name("suite", name, SUITES))
+    if not names:
+        raise ValueError(f"only={only!r} names no suite (known: {', '.join(SUITES)})")
+    return names
+
+
+def run(
+    names: Sequence[str], how: Setting, json: Path | None = None, plot: Path | None = None
+) -> dict[str, Comparison]:
+    """Measures suites; prints each table when it is complete.
+
+    Args:
+        names: of suites.
+        how: the sizes.
+        json: where everything measured is written.
+        plot: where the plots of the sweep are written; the ending is the format (.png, .svg, .pdf).
+
+    Returns:
+        Comparisons by title.
+    """
+    console = Console(soft_wrap=True)
+    console = console if console.is_terminal else Console(width=120)
+    console.print(machine(how.device), highlight=False, markup=False)
+    cases = [case for name in names for case in SUITES[name](how)]
+    results: dict[str, Comparison] = {}
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as progress:
+        bar = progress.add_task("", total=len(cases))
+        for case in cases:
+            progress.update(bar, description=case.title)
+            results[case.title] = case.run(
+                lambda what, c=case: progress.update(bar, description=f"{c.title}: {what}")  # type: ignore[misc]
+            )
+            if not how.goals:
+                results[case.title].goals = {}
+            progress.advance(bar)
+            report(case.title, results[case.title], console)
+            if json is not None:  # after every table, so that an interrupted run keeps what it has
+                json.write_text(as_json(how.device, results))
+    if plot is not None:
+        plots.write(plot, results, machine(how.device))
+    return results

@@ -1,0 +1,175 @@
+"""Whole training steps: tokens per second and memory, each variant in a process of its own.
+
+`python -m align_ext.bench.step JSON` is such a process: it makes its model, takes a first step, says so, then takes a
+step for each line that it reads and answers with its milliseconds; at the end of its input it tells its peak memory.
+The frozen model's process lives on beside each variant's, and the two take turns.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from align_ext.bench import models
+from align_ext.bench.baselines import Sizes
+from align_ext.bench.setting import TASKS, Case, Say, Setting
+from align_ext.bench.timing import Comparison, Goal, wall_clock
+
+MODEL_DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one process trains."""
+
+    variant: str
+    model: str
+    device: str
+    batch: int
+    seq_len: int
+    rank: int
+    heads: int
+    dropout_p: float
+    threads: int
+
+
+def make_step(work: Work) -> Callable[[], None]:
+    """A training step of a variant: forward, backward, AdamW."""
+    sizes = Sizes(work.batch * work.seq_len, work.rank, work.heads, work.dropout_p)
+    model: Any = models.frozen_model(work.model, MODEL_DTYPE, work.device).train()
+    model = models.adapt(model, work.variant, sizes)
+    # All variants compute dx down to the embeddings, the frozen model too, which would compute no gradient otherwise.
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
+    ids = torch.randint(1, model.config.vocab_size, (work.batch, work.seq_len)).to(work.device)
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    state = getattr(model, "align_state", None)
+    if state is not None and state.config.needs_ids:
+        batch["task_ids"] = torch.arange(work.batch, device=work.device) % TASKS
+
+    def step() -> None:
+        model(**batch).loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+def peak_mib(device: str) -> float:
+    """The largest memory of this process so far: of the device, or resident."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    # Not getrusage's maximum, which begins with that of the process that started this one.
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) / 2**10
+
+
+def serve(work: Work, commands: TextIO, answers: TextIO) -> None:
+    """Takes a step for each line."""
+    torch.set_num_threads(work.threads)
+    step = make_step(work)
+    wall_clock(step)
+    wall_clock(step)
+    print("ready", file=answers, flush=True)
+    for _ in commands:
+        print(wall_clock(step), file=answers, flush=True)
+    print(peak_mib(work.device), file=answers, flush=True)
+
+
+class Process:
+    """A variant's process."""
+
+    def __init__(self, work: Work) -> None:
+        self.variant, self.errors = work.variant, tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by __exit__)
+        command = [sys.executable, "-m", "align_ext.bench.step", json.dumps(asdict(work))]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
+        )
+
+    def __enter__(self) -> Process:
+        self._answer()  # that it is ready
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+        self.errors.close()
+
+    def step(self) -> float:
+        """Milliseconds of one step."""
+        assert self.process.stdin is not None
+        print("step", file=self.process.stdin, flush=True)
+        return float(self._answer())
+
+    def finish(self) -> float:
+        """Ends it; its peak memory in MiB."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.stdin = None
+        return float(self._answer())
+
+    def _answer(self) -> str:
+        assert self.process.stdout is not None
+        answer = self.process.stdout.readline()
+        if not answer:
+            self.errors.seek(0)
+            lines = self.errors.read().strip().splitlines() or ["it said nothing"]
+            raise RuntimeError(f"the process of {self.variant!r} ended: {lines[-1]}")
+        return answer
+
+
+def step(setting: Setting) -> Iterator[Case]:
+    """Whole steps of a model with each variant, divided by those of the frozen model."""
+    models.fetch(setting.model)
+    title = f"whole step, {setting.model} model, {setting.batch} x {setting.seq_len} tokens, bfloat16"
+    yield Case(f"{title}, r={setting.sizes.rank}, N={setting.sizes.heads}", partial(_whole_steps, setting))
+
+
+def _whole_steps(setting: Setting, say: Say) -> Comparison:
+    first, *others = models.variants(setting.steps)
+    tokens, peak = setting.batch * setting.seq_len, {}
+    times: dict[str, list[float]] = {first: []}
+    baselines: dict[str, list[float]] = {}
+    with Process(work(setting, first)) as frozen:
+        for index, variant in enumerate(others):
+            say(f"{variant} ({index + 1} of {len(others)})")
+            with Process(work(setting, variant)) as process:
+                pairs = [(frozen.step(), process.step()) for _ in range(setting.step_rounds)]
+                peak[variant] = process.finish()
+            baselines[variant], times[variant] = map(list, zip(*pairs, strict=True))
+            times[first] += baselines[variant]
+        peak[first] = frozen.finish()
+    result = Comparison(times, tokens=tokens, baselines=baselines, peak_mib=peak)
+    if {"R-LoRA, loop", "LoRA, restructured"} <= set(others):
+        # 1.5 times as fast as the loop, and within 5% of LoRA with one head.
+        limit = min(result.ratios("R-LoRA, loop")[1] / 1.5, 1.05 * result.ratios("LoRA, restructured")[1])
+        result.goals = {"r_lora": Goal(round(limit, 3))}
+    return result
+
+
+def work(setting: Setting, variant: str) -> Work:
+    """What a variant's process trains."""
+    sizes = setting.sizes
+    return Work(
+        variant, setting.model, setting.device, setting.batch, setting.seq_len, sizes.rank, sizes.heads,
+        sizes.dropout_p, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    # Libraries may print: the answers keep standard output for themselves.
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    serve(Work(**json.loads(sys.argv[1])), sys.stdin, channel)

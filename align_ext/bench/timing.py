@@ -1,0 +1,226 @@
+"""Interleaved timing: every variant once per round, medians and quartiles, ratios to the first variant.
+
+On a GPU a time is that between two CUDA events. Before each call the GPU clears a buffer for longer than the CPU takes
+to issue the call, so that the time is the device's alone (as in a model, where the CPU runs ahead) and the second-level
+cache is cold; a call that waits for the device loses this head start. With host=True a time is the wall clock's, from
+an idle device to an idle device: what a call costs that has nothing to compute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+CLEARED_BYTES = 512 << 20  # more than any second-level cache
+FEWEST_ROUNDS = 3  # for quartiles
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a variant should reach: a ratio to the first variant, or a time in ms, of at most (or at least) a limit."""
+
+    limit: float
+    at_least: bool = False
+    in_ms: bool = False
+
+    def __str__(self) -> str:
+        return f"{'>=' if self.at_least else '<='} {self.limit:g}{' ms' if self.in_ms else ''}"
+
+
+@dataclass
+class Comparison:
+    """What was measured of some variants.
+
+    Attributes:
+        times_ms: milliseconds of each variant, one a round.
+        bytes_moved: by each variant, if that is known.
+        tokens: that a call of each variant works on, where tokens per second say something.
+        baselines: of variants that took turns with the first one two by two: its times in their rounds.
+        peak_mib: the largest memory of each variant's process, or of the device.
+        goals: of some variants.
+        point: what is varied, and its value here: ("heads", 4), for plots.
+    """
+
+    times_ms: dict[str, list[float]]
+    bytes_moved: int | None = None
+    tokens: int | None = None
+    baselines: dict[str, list[float]] = field(default_factory=dict)
+    peak_mib: dict[str, float] = field(default_factory=dict)
+    goals: dict[str, Goal] = field(default_factory=dict)
+    point: tuple[str, int] | None = None
+
+    def ratios(self, name: str) -> tuple[float, float, float]:
+        """Lower quartile, median and upper quartile of a variant's ratio to the first one, round by round."""
+        baseline = self.baselines.get(name, next(iter(self.times_ms.values())))
+        ratios = [v / b for v, b in zip(self.times_ms[name], baseline, strict=True)]
+        low, mid, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        return low, mid, high
+
+    def reaches(self, name: str) -> bool | None:
+        """Whether a variant reaches its goal by the median; None without one."""
+        goal = self.goals.get(name)
+        if goal is None:
+            return None
+        value = statistics.median(self.times_ms[name]) if goal.in_ms else self.ratios(name)[1]
+        return value >= goal.limit if goal.at_least else value <= goal.limit
+
+
+def wall_clock(call: Call) -> float:
+    """Milliseconds until a call is done, on the GPU too."""
+    start = time.perf_counter()
+    call()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def between_events(call: Call) -> float:
+    """Milliseconds of the GPU between what was issued before a call and what will be issued after it."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def gpu_clock(calls: list[Call]) -> Callable[[Call], float]:
+    """A clock for these calls, which were called before, by CUDA events after a head start of the CPU."""
+    buffer = torch.empty(CLEARED_BYTES, dtype=torch.uint8, device="cuda")
+    between_events(buffer.zero_)
+    clearing = between_events(buffer.zero_)
+    issue = []
+    for call in calls:
+        start = time.perf_counter()
+        call()
+        issue.append(1e3 * (time.perf_counter() - start))
+        torch.cuda.synchronize()
+    repeats = 1 + int(2 * max(issue) / clearing)
+
+    def clock(call: Call) -> float:
+        for _ in range(repeats):
+            buffer.zero_()
+        return between_events(call)
+
+    return clock
+
+
+def measure(
+    variants: dict[str, Call], rounds: int, device: str, *, host: bool = False, repeats: int = 1,
+    seconds: float = math.inf,
+) -> Comparison:  # fmt: skip
+    """Times of the variants, which take turns, after warm-up calls of each.
+
+    Args:
+        variants: by name; the first one is what the others are compared with.
+        rounds: how often each is called at most.
+        device: "cpu" or "cuda".
+        host: measure what calling costs (see above).
+        repeats: calls that make one measurement, for calls that a clock can hardly see.
+        seconds: after FEWEST_ROUNDS rounds and so many seconds no further round is begun.
+    """
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for call in variants.values():
+        for _ in range(3 if device == "cuda" else 1):
+            wall_clock(call)
+    clock = wall_clock if host or device == "cpu" else gpu_clock(list(variants.values()))
+    repeated = {name: _repeated(call, repeats) for name, call in variants.items()}
+    start = time.monotonic()
+    for done in range(rounds):
+        if done >= FEWEST_ROUNDS and time.monotonic() - start > seconds:
+            break
+        for name, call in repeated.items():
+            times[name].append(clock(call) / repeats)
+    return Comparison(times)
+
+
+def _repeated(call: Call, repeats: int) -> Call:
+    def run() -> None:
+        for _ in range(repeats):
+            call()
+
+    return call if repeats == 1 else run
+
+
+def training_step(
+    call: Callable[..., torch.Tensor], leaves: list[torch.Tensor], dy: torch.Tensor | None = None
+) -> Callable[[], None]:
+    """Forward and backward of y = call(*leaves), with new gradients each time; a loss needs no dy."""
+    trained = [leaf.detach().requires_grad_() for leaf in leaves]
+
+    def run() -> None:
+        for leaf in trained:
+            leaf.grad = None
+        call(*trained).backward(dy)
+
+    return run
+
+
+def report(title: str, comparison: Comparison, console: Console | None = None) -> None:
+    """Prints a table: the ratio to the first variant with its quartiles over the rounds, then what else is known."""
+    moved, tokens = comparison.bytes_moved, comparison.tokens
+    more = {"goal": comparison.goals, "GB/s": moved, "tokens/s": tokens, "peak MiB": comparison.peak_mib}
+    table = Table("variant", "ratio", "quartiles", "median ms", *(name for name, known in more.items() if known))
+    for name, values in comparison.times_ms.items():
+        low, mid, high = comparison.ratios(name)
+        median = statistics.median(values)
+        row = [f"{mid:.3f}", f"{low:.3f} .. {high:.3f}", f"{median:.3f}"]
+        if comparison.goals:
+            verdict = {None: "", True: "reached", False: "missed"}[comparison.reaches(name)]
+            row.append(f"{comparison.goals[name]} {verdict}" if verdict else "")
+        if moved:
+            row.append(f"{moved / median / 1e6:.0f}")
+        if tokens:
+            row.append(f"{1e3 * tokens / median:.0f}")
+        if comparison.peak_mib:
+            row.append(f"{comparison.peak_mib[name]:.0f}")
+        table.add_row(name, *row)
+    console = console or Console(width=120)
+    console.print(f"\n{title}", highlight=False, markup=False)
+    console.print(table)
+
+
+def machine(device: str) -> str:
+    """The machine in one line: absolute times mean nothing without it."""
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}"
+    features = torch.backends.cpu.get_cpu_capability()
+    return f"{platform.machine()} {features}, {torch.get_num_threads()} threads, torch {torch.__version__}, CPU"
+
+
+def as_json(device: str, results: dict[str, Comparison]) -> str:
+    """The machine, and all that was measured, for other programs."""
+    return json.dumps({"machine": machine(device)} | {title: asdict(c) for title, c in results.items()})
+
+
+def main(run: Callable[[str, str], dict[str, Comparison]]) -> None:
+    """Runs a benchmark and prints tables, or with --json its times.
+
+    Args:
+        run: comparisons by title, of a device ("cpu" or "cuda") at the sizes "cpu", "cuda" or "quick".
+    """
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quick", action="store_true", help="sizes that say nothing, to see that it runs")
+    parser.add_argument("--json", action="store_true", help="all times, for other programs")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device here")
+    results = run(options.device, "quick" if options.quick else options.device)
+    if options.json:
+        print(as_json(options.device, results))
+        return
+    print(machine(options.device))
+    for title, comparison in results.items():
+        report(title, comparison)

@@ -1,0 +1,170 @@
+"""align-lora bench: its baselines compute what they say, its ratios are right, and every suite runs."""
+
+import json
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import gradcheck
+
+from align_ext import cli, reference
+from align_ext.bench import models, plots, step
+from align_ext.bench.baselines import ALPHA, LORA, SEVERAL, ConcatenatedHeads, LoopedHeads, Sizes
+from align_ext.bench.setting import Setting
+from align_ext.bench.timing import Comparison, Goal, measure
+
+SMALL = Sizes(tokens=7, rank=3, heads=4, dropout_p=0.0)
+TINY = Setting(sizes=SMALL, model="tiny", batch=5, seq_len=6)
+
+
+def of_kind(kind, site, router, sizes=SMALL):
+    torch.manual_seed(0)
+    base = nn.Linear(11, 6, bias=False, dtype=torch.float64).requires_grad_(False)
+    return kind(base, sizes, torch.float64, site=site, router=router)
+
+
+@pytest.mark.parametrize("kind", [LoopedHeads, ConcatenatedHeads])
+@pytest.mark.parametrize("site", ["input", "latent"])
+@pytest.mark.parametrize("router", [True, False], ids=["router", "sum"])
+def test_a_baseline_computes_the_reference_and_its_gradients(kind, site, router):
+    layer, x = of_kind(kind, site, router), torch.randn(7, 11, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    options = {"weight": layer.base.weight, "site": site}
+    if router:
+        expected = reference.routed_lora(x, layer.lora_A, layer.lora_B, layer.lora_R, ALPHA / 3, **options)[0]
+    else:
+        expected = reference.dropout_sum(x, layer.lora_A, layer.lora_B, ALPHA / 3, **options)[0]
+    y, dy = layer(x), torch.randn(7, 6, dtype=torch.float64)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(expected, leaves, dy))
+
+
+@pytest.mark.parametrize("site", ["input", "latent"])
+@pytest.mark.parametrize("router", [True, False], ids=["router", "sum"])
+def test_the_restructured_backward_is_right_under_dropout(site, router):
+    layer = of_kind(ConcatenatedHeads, site, router, Sizes(7, 3, 4, 0.4))
+    parameters = dict(layer.named_parameters())
+    names = [name for name in parameters if name.startswith("lora_")]
+
+    def call(x, *values):
+        torch.manual_seed(1)
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+
+    x = torch.randn(2, 3, 11, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(call, (x, *(parameters[name] for name in names)))
+
+
+def test_ratios_are_of_the_same_round_and_goals_look_at_their_median():
+    times = {"base": [1.0, 2.0, 4.0], "ours": [2.0, 2.0, 12.0], "other": [9.0, 9.0, 9.0]}
+    goals = {"ours": Goal(2), "base": Goal(1.5, at_least=True), "other": Goal(9, in_ms=True)}
+    comparison = Comparison(times, goals=goals, baselines={"other": [3.0, 9.0, 1.0]})
+    assert comparison.ratios("ours") == (1.5, 2, 2.5)
+    assert comparison.ratios("other") == (2, 3, 6)
+    assert [comparison.reaches(name) for name in times] == [False, True, True]
+
+
+def test_variants_take_turns():
+    calls = []
+    measure({name: lambda n=name: calls.append(n) for name in "ab"}, 3, "cpu", repeats=2)
+    assert "".join(calls) == "ab" + "aabb" * 3
+
+
+def test_no_round_begins_when_the_time_is_up_but_there_are_three():
+    assert len(measure({"a": lambda: None}, 9, "cpu", seconds=0).times_ms["a"]) == 3
+
+
+@pytest.mark.parametrize("variant", [v for v in models.variants("every") if "compiled" not in v])
+def test_every_variant_trains_a_model(variant):
+    if variant.startswith("PEFT"):
+        pytest.importorskip("peft")
+    run = step.make_step(step.work(TINY, variant))
+    run()
+    model = models.adapt(models.frozen_model("tiny", torch.float32, "cpu"), variant, SMALL)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert bool(trained) == (variant != models.FROZEN)
+    assert all("lora" in name for name in trained)
+
+
+def test_a_process_says_why_it_ended():
+    with (
+        pytest.raises(RuntimeError, match="'nothing' ended: KeyError: 'nothing'"),
+        step.Process(step.work(TINY, "nothing")),
+    ):
+        pass
+
+
+@pytest.fixture
+def bench(monkeypatch, capsys, tmp_path):
+    """Runs align-lora bench: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["align-lora", "bench", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return ended.value.code, captured.out, captured.err
+
+    return call
+
+
+def test_every_suite_runs_and_writes_what_it_measured(bench, tmp_path):
+    pytest.importorskip("matplotlib")
+    code, out, _ = bench("--quick", "--device", "cpu", "--json", "all.json", "--plot", "sweep.svg")
+    assert code == 0
+    results = json.loads((tmp_path / "all.json").read_text())
+    assert out.startswith(results.pop("machine"))
+    for title, comparison in results.items():
+        assert title in out
+        assert comparison["goals"] == {}
+        assert all(len(times) >= 3 for times in comparison["times_ms"].values())
+    kinds = {title.split(",")[0].split(" M=")[0] for title in results}
+    assert kinds >= {"one adapter", "several heads", "gaussian_kl", "mk_mmd", "dropout of x", "whole step", "decoding"}
+    heads = next(c["times_ms"] for title, c in results.items() if title.startswith("several heads"))
+    assert {*SEVERAL, "r_lora", "r_lora, offset", "lora_moe", "mtlora", "hydra, input_per_head"} <= heads.keys()
+    whole = next(c for title, c in results.items() if title.startswith("whole step"))
+    assert whole["peak_mib"].keys() == whole["times_ms"].keys() == {models.FROZEN, "r_lora"}
+    assert len(set(whole["peak_mib"].values())) > 1  # each its own, not that of the process which started it
+    lines = plots.points({title: Comparison(c["times_ms"], point=c["point"]) for title, c in results.items()})
+    assert lines.keys() == {"tokens", "rank", "heads", "tasks"}
+    assert [value for value, *_ in lines["heads"]["r_lora"]] == [1, 2, 4, 8, 16]
+    assert (tmp_path / "sweep.svg").read_text().lstrip().startswith("<?xml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "layers,haeds"], "did you mean 'heads'?"),
+        (["--only", ","], "names no suite"),
+        (["--quick", "--full"], "not both"),
+        (["--device", "gpu"], "unknown device 'gpu'"),
+        (["--json", "absent/all.json"], "json='absent/all.json' is no file in an existing folder"),
+        (["--plot", "sweep.doc"], "the ending must be one of"),
+        (["--only", "decode", "--model", "/absent"], "no model folder '/absent'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_measured(bench, arguments, message, tmp_path):
+    code, _, err = bench(*arguments)
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_help_explains_every_suite_and_what_a_ratio_is(bench):
+    from align_ext.bench.run import SUITES
+
+    code, out, _ = bench("--help")
+    assert code == 0
+    assert "1.10 means that" in " ".join(out.split())
+    for suite in SUITES:
+        assert f"  {suite}: " in out
+
+
+def test_one_head_is_plain_lora():
+    x, base = torch.randn(5, 11), nn.Linear(11, 6, bias=False)
+    for name in ("plain PyTorch LoRA", "LoRA, restructured"):
+        layer = LORA[name](base, SMALL, torch.float32)
+        expected = base(x) + ALPHA / SMALL.rank * x @ layer.lora_A.T @ layer.lora_B[0].T
+        torch.testing.assert_close(layer(x), expected)
