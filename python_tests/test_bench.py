@@ -162,6 +162,15 @@ def test_the_help_explains_every_suite_and_what_a_ratio_is(bench):
         assert f"  {suite}: " in out
 
 
+@pytest.mark.parametrize("name", [*LORA, *SEVERAL])
+def test_a_baseline_drops_nothing_out_in_evaluation(name):
+    if name.startswith("PEFT"):
+        pytest.importorskip("peft")
+    x = torch.randn(5, 11)
+    layer = (LORA | SEVERAL)[name](nn.Linear(11, 6, bias=False), Sizes(dropout_p=0.5), torch.float32)
+    assert torch.equal(layer.eval()(x), layer(x))
+
+
 def test_one_head_is_plain_lora():
     x, base = torch.randn(5, 11), nn.Linear(11, 6, bias=False)
     for name in ("plain PyTorch LoRA", "LoRA, restructured"):

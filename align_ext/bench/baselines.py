@@ -52,13 +52,18 @@ class Heads(nn.Module):
         self.lora_A, self.lora_B = random(r, n), random(sizes.heads, m, r)
         self.lora_R = random(sizes.heads, n) if router else None
 
+    @property
+    def dropout_p(self) -> float:
+        """0 in evaluation."""
+        return self.sizes.dropout_p if self.training else 0.0
+
 
 class LoopedHeads(Heads):
     """Head after head, as these methods are released: each head is a product and an update of y, [T, m]."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Computes y."""
-        y, p = self.base(x), self.sizes.dropout_p
+        y, p = self.base(x), self.dropout_p
         x = x.to(self.lora_A.dtype)
         w = None if self.lora_R is None else softmax(linear(x, self.lora_R), -1)
         z = linear(x, self.lora_A) if self.site == "latent" else None
@@ -80,7 +85,7 @@ class ConcatenatedHeads(Heads):
         A, B, R = (None if t is None else t.to(x.dtype) for t in (self.lora_A, self.lora_B, self.lora_R))
         assert B is not None
         columns = B.transpose(0, 1).flatten(1)  # [m, N r]
-        options = (self.scaling, self.sizes.dropout_p, self.site)
+        options = (self.scaling, self.dropout_p, self.site)
         y = _Concatenated.apply(x.flatten(0, -2), A, columns, R, self.base.weight, options)
         return y.unflatten(0, x.shape[:-1])
 
@@ -174,7 +179,7 @@ def compiled(make: Make) -> Make:
 
     def make_compiled(base: nn.Linear, sizes: Sizes, dtype: torch.dtype) -> nn.Module:
         layer = make(base, sizes, dtype)
-        layer.compile()
+        layer.compile(dynamic=False)
         return layer
 
     return make_compiled

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from functools import partial
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,27 +23,31 @@ MERGED = ("align_lora", "m_lora")
 def decode(setting: Setting) -> Iterator[Case]:
     """The latency of a token with each architecture, divided by that of the frozen model."""
     models.fetch(setting.model)
+    made = functools.cache(functools.partial(_models, setting))  # once, for all batches
     for batch in (1, 8):
         yield Case(
             f"decoding, {setting.model} model, T=1, batch {batch}, bfloat16, r={setting.sizes.rank}, "
             f"N={setting.sizes.heads}",
-            partial(_decoding, setting, batch),
+            functools.partial(_decoding, setting, batch, made),
         )
 
 
-def _decoding(setting: Setting, batch: int, _: Say) -> Comparison:
-    frozen = models.frozen_model(setting.model, MODEL_DTYPE, setting.device).eval()
-    ids = torch.ones((batch, 1), dtype=torch.int64, device=setting.device)
-    calls = {models.FROZEN: _call(frozen, ids)}
+def _models(setting: Setting) -> dict[str, Any]:
+    frozen = models.frozen_model(setting.model, MODEL_DTYPE, setting.device)
+    result = {models.FROZEN: frozen}
     for name in MERGED:
-        merged = models.adapt(copy.deepcopy(frozen), name, setting.sizes)
-        calls[f"{name}, merged"] = _call(merge_and_unload(merged), ids)
+        result[f"{name}, merged"] = merge_and_unload(models.adapt(copy.deepcopy(frozen), name, setting.sizes))
     for name in (*models.ARCHITECTURES, *RIVALS):
         shared = {id(p): p for p in frozen.parameters()}  # one copy of the frozen weights serves all
-        model = models.adapt(copy.deepcopy(frozen, shared), name, setting.sizes).eval()
+        result[name] = models.adapt(copy.deepcopy(frozen, shared), name, setting.sizes)
         if name == "multi_adapter":
-            set_task(model, 0)
-        calls[name] = _call(model, ids)
+            set_task(result[name], 0)
+    return result
+
+
+def _decoding(setting: Setting, batch: int, made: Callable[[], dict[str, Any]], _: Say) -> Comparison:
+    ids = torch.ones((batch, 1), dtype=torch.int64, device=setting.device)
+    calls = {name: _call(model.eval(), ids) for name, model in made().items()}
     return measure(calls, setting.rounds, setting.device, host=True, seconds=setting.seconds)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -138,16 +139,17 @@ def goals(names: dict[str, Any], in_features: int, dtype: torch.dtype) -> dict[s
 
 
 def _cases(kind: str, setting: Setting, makes: dict[str, Make], mixed: dict[str, Make]) -> Iterator[Case]:
-    """One case for each shape and dtype; baselines under torch.compile at the first shapes; mixed: on 16 bits only."""
-    for index, shape in enumerate(setting.shapes):
-        for dtype in setting.dtypes:
-            every = makes | (mixed if dtype != torch.float32 else {})
-            if index < setting.compiled:
-                every |= {f"{name}, compiled": compiled(makes[name]) for name in COMPILED if name in makes}
-            yield Case(
-                f"{kind}, forward + backward, {shape[0]} -> {shape[1]}, {name_of(dtype)}, {setting.sizes}",
-                partial(_measured, setting, available(every, setting.device), shape, dtype),
-            )
+    """One case for each shape and dtype; the first ones with torch.compile and, on 16 bits, what is `mixed`."""
+    for index, (shape, dtype) in enumerate(itertools.product(setting.shapes, setting.dtypes)):
+        every = dict(makes)
+        if index < setting.compiled:
+            every |= {f"{name}, compiled": compiled(makes[name]) for name in COMPILED if name in makes}
+        if dtype != torch.float32 and shape in setting.shapes[: setting.mixed]:
+            every |= mixed
+        yield Case(
+            f"{kind}, forward + backward, {shape[0]} -> {shape[1]}, {name_of(dtype)}, {setting.sizes}",
+            partial(_measured, setting, available(every, setting.device), shape, dtype),
+        )
 
 
 def _measured(

@@ -64,10 +64,10 @@ def variants(which: str) -> list[str]:
     """What a model can be adapted by, the frozen model first: a "few", the "usual" ones or "every" one."""
     if which == "few":
         return [FROZEN, "r_lora"]
-    rivals = ["PEFT's LoRA", "LoRA, restructured", "HydraLoRA, loop", "R-LoRA, loop", "R-LoRA, restructured"]
+    rivals = ["PEFT's LoRA", "LoRA, restructured", "R-LoRA, loop", "R-LoRA, restructured"]
     if which == "usual":
-        return [FROZEN, *rivals, *ARCHITECTURES[:5]]
-    rivals += ["HydraLoRA, restructured"]
+        return [FROZEN, *rivals, *ARCHITECTURES[1:5]]
+    rivals += ["HydraLoRA, loop", "HydraLoRA, restructured"]
     forms = [f"{name}, compiled" for name in rivals if not name.startswith("PEFT")]
     return [FROZEN, *rivals, *forms, "PEFT's LoRA" + FLOAT32, *ARCHITECTURES, "align_lora" + FLOAT32]
 

@@ -26,7 +26,8 @@ class Setting:
         dtypes: of the frozen layers.
         rounds: of each comparison at most.
         seconds: after which a comparison begins no further round.
-        compiled: how many of the shapes torch.compile takes part at: compiling takes longer than measuring.
+        compiled: how many tables of layers have the baselines under torch.compile too, which takes long to compile.
+        mixed: at how many of the shapes 16-bit layers are measured with float32 adapters too.
         model: that takes whole steps and decodes: "random" (SmolLM2-135M's sizes), "tiny", "smollm2" (the model
             itself), a folder or a hub id.
         batch: samples of a step.
@@ -43,8 +44,9 @@ class Setting:
     rounds: int = 15
     seconds: float = 8
     compiled: int = 1
+    mixed: int = 1
     model: str = "random"
-    batch: int = 8
+    batch: int = 4
     seq_len: int = 128
     step_rounds: int = 3
     steps: Literal["few", "usual", "every"] = "usual"

@@ -81,7 +81,6 @@ def serve(work: Work, commands: TextIO, answers: TextIO) -> None:
     torch.set_num_threads(work.threads)
     step = make_step(work)
     wall_clock(step)
-    wall_clock(step)
     print("ready", file=answers, flush=True)
     for _ in commands:
         print(wall_clock(step), file=answers, flush=True)
