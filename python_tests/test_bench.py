@@ -110,8 +110,7 @@ def bench(monkeypatch, capsys, tmp_path):
 
 
 def test_every_suite_runs_and_writes_what_it_measured(bench, tmp_path):
-    pytest.importorskip("matplotlib")
-    code, out, _ = bench("--quick", "--device", "cpu", "--json", "all.json", "--plot", "sweep.svg")
+    code, out, _ = bench("--quick", "--device", "cpu", "--json", "all.json")
     assert code == 0
     results = json.loads((tmp_path / "all.json").read_text())
     assert out.startswith(results.pop("machine"))
@@ -129,7 +128,24 @@ def test_every_suite_runs_and_writes_what_it_measured(bench, tmp_path):
     lines = plots.points({title: Comparison(c["times_ms"], point=c["point"]) for title, c in results.items()})
     assert lines.keys() == {"tokens", "rank", "heads", "tasks"}
     assert [value for value, *_ in lines["heads"]["r_lora"]] == [1, 2, 4, 8, 16]
+
+
+def test_a_sweep_becomes_a_plot_with_a_panel_for_each_axis(tmp_path):
+    pytest.importorskip("matplotlib")
+    times = {"frozen": [1.0, 1.0, 2.0], "ours": [2.0, 3.0, 2.0]}
+    results = {f"{axis} {x}": Comparison(times, point=(axis, x)) for axis in ("rank", "tasks") for x in (1, 2)}
+    assert plots.points(results)["rank"] == {"ours": [(1, 1.5, 2, 2.5), (2, 1.5, 2, 2.5)]}
+    assert plots.points(results)["tasks"].keys() == times.keys()
+    with pytest.raises(ValueError, match="the ending must be one of"):
+        plots.check(tmp_path / "sweep.doc")
+    plots.write(tmp_path / "sweep.svg", results, "a machine")
     assert (tmp_path / "sweep.svg").read_text().lstrip().startswith("<?xml")
+
+
+def test_without_matplotlib_a_plot_is_refused_before_anything_is_measured(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+    with pytest.raises(ValueError, match="pip install matplotlib"):
+        plots.check(tmp_path / "sweep.png")
 
 
 @pytest.mark.parametrize(
@@ -140,7 +156,6 @@ def test_every_suite_runs_and_writes_what_it_measured(bench, tmp_path):
         (["--quick", "--full"], "not both"),
         (["--device", "gpu"], "unknown device 'gpu'"),
         (["--json", "absent/all.json"], "json='absent/all.json' is no file in an existing folder"),
-        (["--plot", "sweep.doc"], "the ending must be one of"),
         (["--only", "decode", "--model", "/absent"], "no model folder '/absent'"),
     ],
 )

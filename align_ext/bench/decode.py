@@ -13,7 +13,7 @@ from align_ext.bench import models
 from align_ext.bench.setting import Case, Say, Setting
 from align_ext.bench.step import MODEL_DTYPE
 from align_ext.bench.timing import Call, Comparison, measure
-from align_ext.hf.export import merge_and_unload
+from align_ext.hf.merge import merge_and_unload
 from align_ext.step import set_task
 
 RIVALS = ("PEFT's LoRA", "R-LoRA, loop", "HydraLoRA, loop")

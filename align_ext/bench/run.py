@@ -44,7 +44,7 @@ SUITES: dict[str, Callable[[Setting], Iterator[Case]]] = {
     "decode": _decode,
 }
 _QUICK = Setting(
-    sizes=Sizes(tokens=16), shapes=((32, 48),), rounds=3, seconds=0, compiled=0, model="tiny", batch=5, seq_len=8,
+    sizes=Sizes(tokens=16), shapes=((64, 96),), rounds=3, seconds=0, compiled=0, model="tiny", batch=5, seq_len=8,
     steps="few", goals=False,
 )  # fmt: skip
 _FULL = Setting(rounds=25, seconds=60, compiled=4, mixed=2, batch=8, step_rounds=7, steps="every")
