@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +14,14 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, has_length
 
 from align_ext.batch import Step
-from align_ext.config import AlignLoraConfig
+from align_ext.config import AlignLoraConfig, unknown_name
+from align_ext.hf.checkpoint import load_trained, save_trained
 from align_ext.hf.evaluate import answer_nll
 from align_ext.hf.mixing import Mixing, TaskSampler, example_tasks, join_tasks, with_task
 from align_ext.state import find_state
 from align_ext.step import align_step
 
+AlignSchedule = Literal["constant", "linear", "cosine"]
 _NO_IDS = (
     "alignment is on, but a training batch has no task_ids: give the training dataset an integer column task_ids "
     "(join_tasks makes one of a dataset for each task); AlignTrainer needs TaskCollator to collate it, AlignSFTTrainer "
@@ -62,16 +65,30 @@ class AlignMixin(_Base):
             of the same names then needs no task_ids either.
         mixing: mix the tasks of the training examples (their column task_ids) by a TaskSampler: "proportional",
             "temperature", "equal" or "round_robin", or a dictionary of its options with "mixing" among them.
+        align_schedule: of the alignment weight over the steps: "constant", "linear" or "cosine" (to 0 at the end);
+            logged as `align_weight`.
+        align_warmup: share of the steps over which the weight rises from 0 before that.
         **kwargs: as for Trainer.
 
+    Checkpoints hold what is trained and the adapters' state (align_ext/hf/checkpoint.py), not the frozen model; train
+    goes on from them to the bit.
+
     Raises:
-        ValueError: nn.DataParallel would be used with alignment on; or, in training, a batch without task_ids.
+        ValueError: an option out of range; nn.DataParallel would be used with alignment on; or, in training, a batch
+            without task_ids.
     """
 
     def __init__(
         self, *args: Any, task_names: Sequence[str] = (), in_order: bool = False,
-        mixing: Mixing | Mapping[str, Any] | None = None, **kwargs: Any,
+        mixing: Mixing | Mapping[str, Any] | None = None, align_schedule: AlignSchedule = "constant",
+        align_warmup: float = 0.0, **kwargs: Any,
     ) -> None:  # fmt: skip
+        if align_schedule not in get_args(AlignSchedule):
+            raise ValueError(unknown_name("align_schedule", str(align_schedule), get_args(AlignSchedule)))
+        if not 0 <= align_warmup < 1:
+            raise ValueError(f"align_warmup must be a share of the steps, 0 <= share < 1, got {align_warmup}")
+        self.align_schedule, self.align_warmup = align_schedule, align_warmup
+        self._last_weight: float | None = None
         if isinstance(kwargs.get("train_dataset"), Mapping):
             kwargs["train_dataset"], names = join_tasks(kwargs["train_dataset"])
             task_names = task_names or names
@@ -167,13 +184,22 @@ class AlignMixin(_Base):
         self._train_sums.add("lm_loss", loss if scaled else loss * share)
         if step is None:
             return loss
-        total = step.total(loss, scale=share if scaled else 1.0)
+        self._last_weight = self._align_weight()
+        total = step.total(loss, weight=self._last_weight, scale=share if scaled else 1.0)
         values = {"align_loss": step.alignment, "balance_loss": step.balance}
         losses = {name: part.value for name, part in values.items() if part is not None}
         losses |= {} if step.spectral is None else {"spectral_loss": step.spectral}
         for name, value in losses.items():
             self._train_sums.add(name, value * share)
         return total
+
+    def _align_weight(self) -> float | None:
+        """The weight of the step under way, after its schedule; None without alignment."""
+        config, state = self._config(), self.state
+        if config is None or config.align_weight is None:
+            return None
+        schedule = self.align_schedule, self.align_warmup
+        return config.align_weight * schedule_factor(*schedule, state.global_step, state.max_steps)
 
     def _is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Trainer's own rule (training_step) for a loss that it does not divide by the accumulation steps."""
@@ -193,6 +219,8 @@ class AlignMixin(_Base):
         """Adds the parts of the loss to a training log."""
         if "loss" in logs:
             logs.update(self._train_sums.over_processes(self.accelerator).means(self.task_names))
+            if "align_loss" in logs and self._last_weight is not None:
+                logs["align_weight"] = self._last_weight
             self._train_sums = _LossSums()
         super().log(logs, start_time)
 
@@ -204,9 +232,43 @@ class AlignMixin(_Base):
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if self._config() is None:
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            save_trained(self.model, folder, state_dict)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._config() is None or self.is_fsdp_enabled:  # of FSDP the whole model was saved
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_trained(self.model if model is None else model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self._config() is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            load_trained(self.model, self.state.best_model_checkpoint)
+
 
 class AlignTrainer(AlignMixin, Trainer):
     """Trains a model adapted by replace_linear_with_align_lora on batches with `task_ids`: transformers' Trainer."""
+
+
+def schedule_factor(schedule: AlignSchedule, warmup: float, step: int, steps: int) -> float:
+    """Computes the factor on the alignment weight at a step.
+
+    step / W  before step W = warmup * steps; then, with p = (step - W) / (steps - W),
+    1 ("constant"),  1 - p ("linear"),  (1 + cos(pi p)) / 2 ("cosine")
+    """
+    rise = warmup * steps
+    if step < rise:
+        return step / rise
+    p = (step - rise) / max(steps - rise, 1)
+    return {"constant": 1.0, "linear": 1 - p, "cosine": (1 + math.cos(math.pi * p)) / 2}[schedule]
 
 
 class _NextEpoch(TrainerCallback):

@@ -62,8 +62,7 @@ def trainer(folder, rows, callbacks=(), kind=AlignSFTTrainer, model=None, argume
         train_dataset=datasets.Dataset.from_list(rows) if isinstance(rows, list) else rows,
         processing_class=tokenizer(chat=True),
         callbacks=list(callbacks),
-        **own,
-        **(arguments or {}),
+        **(own | (arguments or {})),
     )
 
 

@@ -49,7 +49,8 @@ class Gradients(TrainerCallback):
         self.steps.append(gradients(model))
 
 
-def trainer(tmp_path, model, rows, callbacks=(), eval_rows=None, **options):
+def trainer(tmp_path, model, rows, callbacks=(), eval_rows=None, arguments=None, **options):
+    own = {"in_order": True, **(arguments or {})}
     arguments = {
         "per_device_train_batch_size": 6,
         "max_steps": 1,
@@ -67,8 +68,8 @@ def trainer(tmp_path, model, rows, callbacks=(), eval_rows=None, **options):
         eval_dataset=eval_rows,
         data_collator=TaskCollator(tokenizer()),
         task_names=NAMES,
-        in_order=True,
         callbacks=list(callbacks),
+        **own,
     )
     return result
 
