@@ -86,20 +86,18 @@ class TaskSampler(Sampler[int]):
         names, most = list(self.shares), max(1, self.batch_size // self.per_task)
         owed = dict.fromkeys(names, 0.0)
         for number in range(self.batches):
+            for task in names:
+                owed[task] += self.shares[task] * self.batch_size
             if self.mixing == "round_robin":
                 count = min(most, len(names))
                 chosen = [names[(number * count + i) % len(names)] for i in range(count)]
-                debts = dict.fromkeys(chosen, 0.0)
             else:
-                for task in names:
-                    owed[task] += self.shares[task] * self.batch_size
                 most_owed = sorted(names, key=lambda task: (-owed[task], rng.random()))[:most]
                 # Tasks that are owed less than per_task examples wait, but two tasks there must be to compare.
                 chosen = [task for i, task in enumerate(most_owed) if i < 2 or owed[task] >= self.per_task]
-                debts = owed
             counts = dict.fromkeys(chosen, self.per_task)
             for _ in range(self.batch_size - self.per_task * len(chosen)):
-                counts[max(chosen, key=lambda task: (debts[task] - counts[task], -names.index(task)))] += 1
+                counts[max(chosen, key=lambda task: (owed[task] - counts[task], -names.index(task)))] += 1
             for task, count in counts.items():
                 owed[task] -= count
             yield counts
