@@ -158,7 +158,7 @@ class AlignMixin(_Base):
             if model.training:
                 self._train_sums.add_tasks(losses.sum(0))
             else:
-                self._eval_sums.add_tasks(self._gather_samples(losses).sum(0))
+                self._eval_sums.add_tasks(self._gather_samples(losses, flattened=ids.dim() == 2 and len(ids) == 1))
         return (total, outputs) if return_outputs else total
 
     def _loss_and_outputs(
@@ -168,12 +168,12 @@ class AlignMixin(_Base):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         return loss, outputs, outputs
 
-    def _gather_samples(self, losses: Tensor) -> Tensor:
-        """`_task_losses` of all processes, without the samples that fill up the last batch."""
-        accelerator = self.accelerator
-        losses = accelerator.pad_across_processes(losses, dim=1)
-        # A padding-free batch is one row, whatever its samples: there accelerate cannot tell the further ones.
-        return accelerator.gather(losses) if len(losses) == 1 else accelerator.gather_for_metrics(losses)
+    def _gather_samples(self, losses: Tensor, *, flattened: bool) -> Tensor:
+        """The sum of `_task_losses` over all processes' samples, without those that fill up the last batch."""
+        losses = self.accelerator.pad_across_processes(losses, dim=1)
+        # Of a padding-free batch, one row whatever its samples, accelerate cannot tell the further ones.
+        gather = self.accelerator.gather if flattened else self.accelerator.gather_for_metrics
+        return gather(losses).sum(0)
 
     def _record(self, step: Step | None, loss: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         """Adds the alignment to a micro-batch's loss, each micro-batch weighing 1 / accumulation steps in the end."""

@@ -20,6 +20,8 @@ from hf.trainers import (
 from hf.words import tokenizer
 from safetensors.torch import load_file
 from tiny import error
+from transformers import TrainerCallback
+from transformers.integrations.integration_utils import rewrite_logs
 
 from align_ext import AlignTrainer, TaskCollator
 from align_ext.hf.trainer import align_training_arguments
@@ -186,6 +188,27 @@ def test_with_an_adapter_for_each_task_an_evaluation_uses_that_of_each_sample(tm
         with torch.no_grad():
             exact = model.eval()(**batch).loss.item()
         assert metrics[f"eval_loss/{name}"] == pytest.approx(exact, rel=1e-5)
+
+
+class Reporter(TrainerCallback):
+    """What an integration (tensorboard, wandb, trackio) is given to report."""
+
+    def __init__(self):
+        self.reported = []
+
+    def on_log(self, args, state, control, logs=None, **_):
+        self.reported.append(rewrite_logs(dict(logs)))
+
+
+def test_integrations_are_given_the_losses_by_task_as_plain_numbers(tmp_path):
+    reporter, rows = Reporter(), features()
+    options = {"eval_rows": rows, "eval_strategy": "steps", "eval_steps": 1}
+    trainer(tmp_path, adapted(), rows, [reporter], **options).train()
+    training, evaluation, _ = reporter.reported
+    losses = {f"{split}/loss/{name}" for name in NAMES for split in ("train", "eval")}
+    assert training.keys() >= {"train/lm_loss", "train/align_loss", "train/align_weight"}
+    assert (training.keys() | evaluation.keys()) >= losses
+    assert all(type(value) in (int, float) for value in (training | evaluation).values())
 
 
 def test_samples_of_no_task_count_in_the_loss_but_in_no_tasks_loss(tmp_path):
