@@ -2,12 +2,15 @@
 
 import datasets
 import trl
-from hf.trainers import NAMES, Gradients, adapted, logged
+from hf.trainers import NAMES, ONE_STEP, Gradients, adapted, logged
 from hf.words import tokenizer
 
 from align_ext import AlignSFTTrainer
 
 DIGITS = ("012", "345", "678")  # a task's texts are of its own digits
+
+
+UNLIKE_TRL = {"report_to": "none", "bf16": False, "gradient_checkpointing": False}
 
 
 def text(i):
@@ -36,29 +39,12 @@ def token_rows(count=24):
 FORMATS = {"text": text_rows, "prompt": prompt_rows, "chat": chat_rows, "tokens": token_rows}
 
 
-def config(folder, **options):
-    arguments = {
-        "per_device_train_batch_size": 6,
-        "max_steps": 1,
-        "learning_rate": 0.0,
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-        "gradient_checkpointing": False,
-    }
-    return trl.SFTConfig(output_dir=str(folder), **(arguments | options))
-
-
 def trainer(folder, rows, callbacks=(), kind=AlignSFTTrainer, model=None, arguments=None, **options):
     """A trainer of rows (a list becomes a Dataset); options of SFTConfig, arguments of the trainer."""
     own = {"task_names": () if isinstance(rows, dict) else NAMES, "in_order": True} if kind is AlignSFTTrainer else {}
     return kind(
         model=adapted() if model is None else model,
-        args=config(folder, **options),
+        args=trl.SFTConfig(str(folder), **(ONE_STEP | UNLIKE_TRL | options)),
         train_dataset=datasets.Dataset.from_list(rows) if isinstance(rows, list) else rows,
         processing_class=tokenizer(chat=True),
         callbacks=list(callbacks),

@@ -13,6 +13,16 @@ from align_ext import AlignTrainer, TaskCollator, align_step, replace_linear_wit
 from align_ext.hf.trainer import align_training_arguments
 
 WEIGHT, NAMES = 0.3, ("even", "odd", "other")
+ONE_STEP = {
+    "per_device_train_batch_size": 6,
+    "max_steps": 1,
+    "learning_rate": 0.0,
+    "max_grad_norm": 0.0,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
 
 
 def features(count=24, seed=0):
@@ -51,19 +61,9 @@ class Gradients(TrainerCallback):
 
 def trainer(tmp_path, model, rows, callbacks=(), eval_rows=None, arguments=None, **options):
     own = {"in_order": True, **(arguments or {})}
-    arguments = {
-        "per_device_train_batch_size": 6,
-        "max_steps": 1,
-        "learning_rate": 0.0,
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
     result = AlignTrainer(
         model=model,
-        args=align_training_arguments(str(tmp_path), **(arguments | options)),
+        args=align_training_arguments(str(tmp_path), **(ONE_STEP | options)),
         train_dataset=rows,
         eval_dataset=eval_rows,
         data_collator=TaskCollator(tokenizer()),
