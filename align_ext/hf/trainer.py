@@ -70,8 +70,8 @@ class AlignMixin(_Base):
         align_warmup: share of the steps over which the weight rises from 0 before that.
         **kwargs: as for Trainer.
 
-    Checkpoints hold what is trained and the adapters' state (align_ext/hf/checkpoint.py), not the frozen model; train
-    goes on from them to the bit.
+    A checkpoint is a folder of save_adapter, with what else is trained, and not the frozen model (with FSDP and
+    DeepSpeed it is Trainer's own); train(resume_from_checkpoint=...) goes on to the bit.
 
     Raises:
         ValueError: an option out of range; nn.DataParallel would be used with alignment on; or, in training, a batch
@@ -232,23 +232,27 @@ class AlignMixin(_Base):
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
+    def _whole(self) -> bool:
+        """Whether checkpoints are Trainer's own, of the whole model: no adapters, or parameters in shards."""
+        return self._config() is None or self.is_fsdp_enabled or self.is_deepspeed_enabled
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if self._config() is None:
+        if self._whole():
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
             folder = output_dir or self.args.output_dir
-            save_trained(self.model, folder, state_dict)
+            save_trained(self.model, folder, self.task_names)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._config() is None or self.is_fsdp_enabled:  # of FSDP the whole model was saved
+        if self._whole():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_trained(self.model if model is None else model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        if self._config() is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self._whole():
             super()._load_best_model()
         else:
             load_trained(self.model, self.state.best_model_checkpoint)

@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 from hf.resumed import CASES, build, go_on, state
-from hf.trainers import WEIGHT, adapted, features, logged, trainer
-from safetensors.torch import load_file, save_file
+from hf.trainers import NAMES, WEIGHT, adapted, features, logged, trainer
+from hf.words import llama
+from safetensors.torch import load_file
 
-from align_ext.hf.checkpoint import WEIGHTS, load_trained, save_trained
+from align_ext import load_adapter
+from align_ext.hf.checkpoint import OTHERS, load_trained, save_trained
 from align_ext.hf.trainer import schedule_factor
 
 
@@ -34,13 +36,19 @@ def test_a_run_that_goes_on_in_a_new_process_is_the_unbroken_run_to_the_bit(tmp_
 def test_a_checkpoint_holds_the_adapters_and_what_else_is_trained_but_not_the_frozen_model(tmp_path):
     model = adapted()
     model.model.norm.weight.requires_grad_(True)
-    ran = trainer(tmp_path, model, features(), save_strategy="steps", save_steps=1)
+    ran = trainer(tmp_path, model, features(), save_strategy="steps", save_steps=1, learning_rate=1e-2)
     ran.train()
     folder = tmp_path / "checkpoint-1"
-    kept = load_file(folder / WEIGHTS)
-    assert kept.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
-    assert "model.norm.weight" in kept
+    assert load_file(folder / OTHERS).keys() == {"model.norm.weight"}
     assert not list(folder.glob("model*")) + list(folder.glob("*.bin"))
+    trained = state(model) | {"norm": model.model.norm.weight.detach()}
+    fresh = adapted()
+    fresh.model.norm.weight.requires_grad_(True)
+    load_trained(fresh, folder)
+    loaded = state(fresh) | {"norm": fresh.model.norm.weight.detach()}
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in trained.items())
+    alone = load_adapter(llama(torch.float64), folder)
+    assert all(torch.equal(state(alone)[name], tensor) for name, tensor in state(model).items())
 
 
 def test_the_best_checkpoint_comes_back_at_the_end(tmp_path):
@@ -60,37 +68,18 @@ def test_the_best_checkpoint_comes_back_at_the_end(tmp_path):
         assert not torch.equal(tensor, kept[3][name])
 
 
-def test_another_model_other_options_or_a_missing_file_are_refused_and_change_nothing(tmp_path):
+def test_another_adapter_or_other_trained_parameters_are_refused_and_change_nothing(tmp_path):
     model = adapted()
-    save_trained(model, tmp_path)
+    save_trained(model, tmp_path, NAMES)
     before = state(model)
-    with pytest.raises(ValueError, match=r"align='kl', now 'mmd'.*go on with its own"):
-        load_trained(adapted("mmd"), tmp_path)
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="r="):
+        load_trained(adapted(r=2), tmp_path)
+    with pytest.raises(ValueError, match="no adapter folder"):
         load_trained(model, tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match=r"1 tensors, the first is .*float32 .* in the file, torch.float64"):
-        load_trained(model, changed(tmp_path, lambda tensor: tensor.float()))
-    with pytest.raises(ValueError, match=r"nothing in the file"):
-        load_trained(model, changed(tmp_path, lambda tensor: None))
-    with pytest.raises(ValueError, match=r"in the file, nothing in the model"):
-        load_trained(model, changed(tmp_path, lambda tensor: tensor, add="lora_C"))
+    model.model.norm.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"1 keys are missing \['model.norm.weight'\].*trained beside the adapters"):
+        load_trained(model, tmp_path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in state(model).items())
-
-
-def changed(folder, change, add=None):
-    """A copy of a checkpoint with one tensor changed, left out (None) or added."""
-    from safetensors import safe_open
-
-    tensors = load_file(folder / WEIGHTS)
-    with safe_open(folder / WEIGHTS, "pt") as content:
-        metadata = content.metadata()
-    first = min(tensors)
-    tensors[first] = change(tensors[first])
-    tensors |= {add: torch.zeros(1)} if add else {}
-    (folder / "changed").mkdir(exist_ok=True)
-    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    save_file(kept, folder / "changed" / WEIGHTS, metadata=metadata)
-    return folder / "changed"
 
 
 def test_the_schedules_rise_over_the_warm_up_and_end_at_one_or_zero():
