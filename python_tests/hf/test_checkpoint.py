@@ -36,12 +36,13 @@ def test_a_run_that_goes_on_in_a_new_process_is_the_unbroken_run_to_the_bit(tmp_
 def test_a_checkpoint_holds_the_adapters_and_what_else_is_trained_but_not_the_frozen_model(tmp_path):
     model = adapted()
     model.model.norm.weight.requires_grad_(True)
-    ran = trainer(tmp_path, model, features(), save_strategy="steps", save_steps=1, learning_rate=1e-2)
+    ran = trainer(tmp_path, model, features(), save_strategy="steps", max_steps=3, save_steps=3, learning_rate=1e-2)
     ran.train()
-    folder = tmp_path / "checkpoint-1"
+    folder = tmp_path / "checkpoint-3"
     assert load_file(folder / OTHERS).keys() == {"model.norm.weight"}
     assert not list(folder.glob("model*")) + list(folder.glob("*.bin"))
     trained = state(model) | {"norm": model.model.norm.weight.detach()}
+    assert not torch.equal(trained["norm"], adapted().model.norm.weight)
     fresh = adapted()
     fresh.model.norm.weight.requires_grad_(True)
     load_trained(fresh, folder)
