@@ -17,8 +17,9 @@ def literal_gradients(precision):
     model = adapted(dtype=torch.float32)
     oracle = Oracle(model if precision else model.double())
     with torch.autocast("cpu", precision or torch.bfloat16, enabled=precision is not None):
-        lm, latents, task = oracle.losses(0)
-    total = lm + WEIGHT * sum(literal_kl(z.double(), task) for z in latents) / len(latents)
+        lm, _, task = oracle.forward(0)
+    latents = [z.double() for z in oracle.latents]
+    total = lm + WEIGHT * sum(literal_kl(z, task) for z in latents) / len(latents)
     total.backward()
     return {name: g.double() for name, g in gradients(oracle.model).items()}
 
@@ -32,9 +33,10 @@ def error(found, exact):
 def rows():
     """The tiny batch without its padding."""
     inputs, tasks = batch()
-    for ids, mask, task in zip(inputs["input_ids"], inputs["attention_mask"], tasks, strict=True):
-        tokens = ids[mask == 1].tolist()
-        yield {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": tokens, "task_ids": int(task)}
+    for mask, task, ids, labels in zip(inputs["attention_mask"] == 1, tasks, inputs["input_ids"], inputs["labels"],
+                                       strict=True):  # fmt: skip
+        tokens = {"input_ids": ids[mask].tolist(), "labels": labels[mask].tolist()}
+        yield tokens | {"attention_mask": [1] * int(mask.sum()), "task_ids": int(task)}
 
 
 def by_trainer(folder, kept):
