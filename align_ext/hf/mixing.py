@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import datasets
-import torch
 from torch.utils.data import Sampler
 
 from align_ext.config import unknown_name
@@ -39,7 +38,7 @@ class TaskSampler(Sampler[int]):
         seed: of the order.
 
     Raises:
-        ValueError: an option out of range, or fewer examples in a batch than a pair of tasks needs.
+        ValueError: an option out of range, no example of a task, or a batch too small for a pair of tasks.
     """
 
     def __init__(
@@ -48,8 +47,6 @@ class TaskSampler(Sampler[int]):
     ) -> None:  # fmt: skip
         if mixing not in get_args(Mixing):
             raise ValueError(unknown_name("mixing", str(mixing), get_args(Mixing)))
-        if per_task < 1 or batch_size < per_task:
-            raise ValueError(f"per_task={per_task} must be in 1 .. batch_size={batch_size}")
         if not temperature >= 1:
             raise ValueError(f"temperature must be at least 1, got {temperature}")
         self.pools: dict[int, list[int]] = {}
@@ -58,6 +55,11 @@ class TaskSampler(Sampler[int]):
                 self.pools.setdefault(int(task), []).append(index)
         if not self.pools:
             raise ValueError("no example belongs to a task: task_ids are empty or all -1")
+        if per_task < 1 or batch_size < per_task * min(2, len(self.pools)):
+            raise ValueError(
+                f"batch_size={batch_size} must hold two tasks with per_task={per_task} examples of each, and per_task "
+                "must be at least 1: take a larger batch, or per_task=1"
+            )
         self.batch_size, self.mixing, self.per_task, self.seed, self.epoch = batch_size, mixing, per_task, seed, 0
         sizes = {task: len(pool) for task, pool in sorted(self.pools.items())}
         power = {"proportional": 1.0, "temperature": 1 / temperature}.get(mixing, 0.0)
@@ -66,7 +68,7 @@ class TaskSampler(Sampler[int]):
         self.batches = batches if batches is not None else -(-sum(sizes.values()) // batch_size)
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the order of an epoch; Trainer and accelerate call it."""
+        """Chooses the order of an epoch; AlignMixin and accelerate call it."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -84,20 +86,18 @@ class TaskSampler(Sampler[int]):
         names, most = list(self.shares), max(1, self.batch_size // self.per_task)
         owed = dict.fromkeys(names, 0.0)
         for number in range(self.batches):
+            for task in names:
+                owed[task] += self.shares[task] * self.batch_size
             if self.mixing == "round_robin":
                 count = min(most, len(names))
                 chosen = [names[(number * count + i) % len(names)] for i in range(count)]
-                debts = dict.fromkeys(chosen, 0.0)
             else:
-                for task in names:
-                    owed[task] += self.shares[task] * self.batch_size
                 most_owed = sorted(names, key=lambda task: (-owed[task], rng.random()))[:most]
                 # Tasks that are owed less than per_task examples wait, but two tasks there must be to compare.
                 chosen = [task for i, task in enumerate(most_owed) if i < 2 or owed[task] >= self.per_task]
-                debts = owed
             counts = dict.fromkeys(chosen, self.per_task)
             for _ in range(self.batch_size - self.per_task * len(chosen)):
-                counts[max(chosen, key=lambda task: (debts[task] - counts[task], -names.index(task)))] += 1
+                counts[max(chosen, key=lambda task: (owed[task] - counts[task], -names.index(task)))] += 1
             for task, count in counts.items():
                 owed[task] -= count
             yield counts
@@ -108,44 +108,74 @@ def _endless(pool: list[int], rng: random.Random) -> Iterator[int]:
         yield from rng.sample(pool, len(pool))
 
 
-def join_tasks(parts: Mapping[str, Any]) -> tuple[Any, tuple[str, ...]]:
+def join_tasks(parts: Mapping[str, Any], *, per_task: int = 2) -> tuple[Any, tuple[str, ...]]:
     """Joins one dataset for each task into one with a column task_ids.
 
     Args:
         parts: task name -> datasets.Dataset, or all of them datasets.IterableDataset, with the same columns.
+        per_task: iterable: examples of a task that follow each other, so that a batch whose size is a multiple of it
+            holds so many of each of its tasks.
 
     Returns:
-        The joined dataset, whose task_ids number the names in their order, and the names. Iterable ones are read in
-        turns; a TaskSampler orders the others.
+        The joined dataset, whose task_ids number the names in their order, and the names. A TaskSampler orders
+        datasets of known size. Iterable ones take turns, per_task examples each; what has ended starts again until
+        all have, so that all tasks come equally often; resumable by state_dict and load_state_dict of datasets.
 
     Raises:
-        ValueError: no parts, or a mixture of both kinds.
+        ValueError: no parts, both kinds of them, splits in place of tasks, or per_task below 1.
     """
-    if not parts:
-        raise ValueError("parts is empty: give a dataset for each task")
+    if not parts or {"train", "test"} & set(parts):
+        raise ValueError(f"parts must have a dataset for each task, got {list(parts)}: of splits take one, ['train']")
     iterable = {isinstance(part, datasets.IterableDataset) for part in parts.values()}
     if len(iterable) > 1:
         raise ValueError("parts holds datasets.Dataset and datasets.IterableDataset: make them all of one kind")
-    if iterable == {True}:
-        numbered = [
-            part.map(lambda example, task: {**example, "task_ids": task}, fn_kwargs={"task": number})
-            for number, part in enumerate(parts.values())
-        ]
-        return datasets.interleave_datasets(numbered, stopping_strategy="all_exhausted"), tuple(parts)
-    columns = [part.add_column("task_ids", [number] * len(part)) for number, part in enumerate(parts.values())]
-    return datasets.concatenate_datasets(columns), tuple(parts)
+    if per_task < 1:
+        raise ValueError(f"per_task must be at least 1, got {per_task}")
+    numbered = [with_task(part, number) for number, part in enumerate(parts.values())]
+    if iterable == {False}:
+        return datasets.concatenate_datasets(numbered), tuple(parts)
+    groups = [part.batch(per_task, drop_last_batch=True) for part in numbered]
+    turns = datasets.interleave_datasets(groups, stopping_strategy="all_exhausted")
+    return turns.map(_flattened, batched=True, batch_size=1), tuple(parts)
 
 
-def padded_token_tasks(rows: Sequence[Sequence[int]], shape: torch.Size) -> torch.Tensor:
-    """Task ids of the tokens of a batch, int64 of a given shape [B, S], -1 on padding.
+def with_task(dataset: Any, task: int) -> Any:
+    """A dataset with a column task_ids that is the same number everywhere."""
+    if isinstance(dataset, datasets.IterableDataset):
+        return dataset.map(_add_task, fn_kwargs={"task": task})
+    return dataset.add_column("task_ids", [task] * len(dataset))
 
-    Args:
-        rows: the ids of each example's tokens; with shape [1, S] all examples follow each other in one row.
-        shape: of input_ids.
+
+def example_tasks(dataset: Any) -> list[int]:
+    """The task of each example of a training dataset.
+
+    Raises:
+        ValueError: no column task_ids, or examples of several tasks (packed rows).
     """
-    if shape[0] == 1 and len(rows) > 1:
-        rows = [[task for row in rows for task in row]]
-    ids = torch.full(tuple(shape), -1, dtype=torch.int64)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
-    return ids
+    columns = getattr(dataset, "column_names", None)
+    if columns is None and len(dataset):
+        columns = dataset[0]
+    if "task_ids" not in (columns or ()):
+        raise ValueError("mixing needs a training dataset with a column task_ids (join_tasks makes one)")
+    column = dataset["task_ids"] if hasattr(dataset, "column_names") else [row["task_ids"] for row in dataset]
+    return [_only_task(tasks) for tasks in column]
+
+
+def _only_task(tasks: Any) -> int:
+    if not isinstance(tasks, list):
+        return int(tasks)
+    found = set(tasks) - {-1} or {-1}
+    if len(found) > 1:
+        raise ValueError(
+            "mixing orders examples, but rows are packed from several tasks: use packing=False or no mixing"
+        )
+    return int(found.pop())
+
+
+def _add_task(example: dict[str, Any], task: int) -> dict[str, Any]:
+    return {**example, "task_ids": task}
+
+
+def _flattened(groups: dict[str, list[list[Any]]]) -> dict[str, list[Any]]:
+    """The examples of a batch of groups."""
+    return {name: [value for group in column for value in group] for name, column in groups.items()}

@@ -3,85 +3,72 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
-import torch
 import trl
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
+from trl.data_utils import get_dataset_column_names
 
-from align_ext.hf.mixing import padded_token_tasks
+from align_ext.hf.collator import TaskCollator, spread
 from align_ext.hf.trainer import AlignMixin
 
 
 class AlignSFTTrainer(AlignMixin, trl.SFTTrainer):
-    """Trains a model adapted by replace_linear_with_align_lora on a dataset with a column `task_ids`.
+    """Trains a model adapted by replace_linear_with_align_lora on a dataset with a column `task_ids`: TRL's SFTTrainer.
 
-    All of SFTTrainer's ways to prepare data work: text, prompt and completion, conversations, tokenised rows; packing
-    ("bfd", "bfd_split", "wrapped") and padding-free batches, whose tokens keep the tasks of the examples they are from.
+    All of its ways to prepare data work: text, prompt and completion, conversations, tokenised rows; packing ("bfd",
+    "bfd_split", "wrapped") and padding-free batches, whose tokens keep the tasks of the examples that they are from.
+    The rows are those of SFTTrainer, token for token.
 
     Args:
-        *args: as for trl.SFTTrainer.
-        task_names: as for AlignTrainer, like the other arguments that it adds.
-        **kwargs: as for trl.SFTTrainer.
+        *args: as for trl.SFTTrainer; a data_collator need not be a TaskCollator.
+        **kwargs: as for trl.SFTTrainer and AlignTrainer.
 
     Raises:
-        ValueError: a dataset without the column task_ids while alignment is on.
+        ValueError: in training, a dataset without the column task_ids while alignment is on.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.data_collator: Any = TokenTaskCollator(self.data_collator)
+        if not isinstance(self.data_collator, TaskCollator):
+            self.data_collator: Any = TaskCollator(self.data_collator, required=False)
 
-    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any) -> Any:
-        """TRL's preparation without packing, then the tasks of the tokens, then TRL's packing of all columns."""
-        first = dataset if isinstance(dataset, Dataset) else next(iter(dataset.take(1)))
-        if "task_ids" not in (first.column_names if isinstance(first, Dataset) else first):
-            return super()._prepare_dataset(dataset, processing_class, args, packing, *rest)
-        unpacked = args
-        if packing and args.packing_strategy != "bfd":  # which alone leaves out what exceeds max_length
-            unpacked = copy.copy(args)
-            unpacked.max_length = None
-        dataset = super()._prepare_dataset(dataset, processing_class, unpacked, False, *rest)
-        dataset = dataset.map(_spread_tasks)
-        if packing:
-            dataset = trl.pack_dataset(
-                dataset.select_columns(["input_ids", "labels", "task_ids"]), args.max_length, args.packing_strategy
-            )
-        return dataset
+    def _reject_skip_prepare_without_labels(self, datasets: dict[str, Any], data_collator: Any) -> None:
+        super()._reject_skip_prepare_without_labels(datasets, getattr(data_collator, "inner", data_collator))
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Callable | None,
+        dataset_name: str,
+    ) -> Any:  # fmt: skip
+        """TRL's preparation; to pack, that without packing, the tasks of the tokens, and TRL's packing of all three."""
+        own = super()._prepare_dataset
+        if not packing or args.max_length is None or "task_ids" not in get_dataset_column_names(dataset):
+            return own(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        whole = copy.copy(args)
+        whole.max_length = None  # packing cuts what is too long
+        dataset = own(dataset, processing_class, whole, False, formatting_func, dataset_name)
+        options = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
+        dataset = dataset.map(_spread_tasks, **options).select_columns(["input_ids", "labels", "task_ids"])
+        dataset = trl.pack_dataset(dataset, args.max_length, args.packing_strategy, options)
+        return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
 
     def _loss_and_outputs(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any, *, wanted: bool
-    ) -> tuple[torch.Tensor, Any]:
-        """TRL's loss; the outputs of its forward as they pass by, since asking for them costs a second forward."""
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any, *, return_outputs: bool, by_task: bool
+    ) -> tuple[Tensor, Any, Any]:
+        """TRL's loss; the outputs of its first forward as they pass by, since asking for them costs another."""
         seen: list[Any] = []
-        handle = model.register_forward_hook(lambda module, args, output: seen.append(output)) if wanted else None
+        handle = model.register_forward_hook(lambda module, args, output: seen.append(output)) if by_task else None
         try:
-            loss = trl.SFTTrainer.compute_loss(self, model, inputs, num_items_in_batch=num_items_in_batch)
+            result: Any = trl.SFTTrainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
         finally:
             if handle is not None:
                 handle.remove()
-        return loss, seen[0] if seen else None
-
-
-class TokenTaskCollator:
-    """Collates by another collator and adds task_ids [B, S], -1 on padding, from each example's list of them."""
-
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
-
-    def __call__(self, features: list[dict[str, Any]]) -> Any:
-        """Collates a batch; features without task_ids make a batch without."""
-        batch = self.inner([{k: v for k, v in feature.items() if k != "task_ids"} for feature in features])
-        if all("task_ids" in feature for feature in features):
-            batch["task_ids"] = padded_token_tasks([f["task_ids"] for f in features], batch["input_ids"].shape)
-        return batch
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["inner"], name)
+        loss, outputs = result if return_outputs else (result, None)
+        return loss, outputs, seen[0] if seen else None
 
 
 def _spread_tasks(example: dict[str, Any]) -> dict[str, Any]:
     """One id for each token in place of one for the example."""
-    task = example["task_ids"]
-    return {"task_ids": task if isinstance(task, list) else [task] * len(example["input_ids"])}
+    return {"task_ids": spread(example["task_ids"], len(example["input_ids"]))}

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, has_length
 
 from align_ext.batch import Step
-from align_ext.config import AlignLoraConfig
+from align_ext.config import AlignLoraConfig, unknown_name
+from align_ext.hf.checkpoint import load_trained, save_trained
 from align_ext.hf.evaluate import answer_nll
-from align_ext.hf.mixing import Mixing, TaskSampler
+from align_ext.hf.mixing import Mixing, TaskSampler, example_tasks, join_tasks, with_task
 from align_ext.state import find_state
 from align_ext.step import align_step
 
+AlignSchedule = Literal["constant", "linear", "cosine"]
 _NO_IDS = (
-    "alignment is on, but a training batch has no task_ids: give the dataset an integer column task_ids and collate "
-    "with TaskCollator (TRL's trainers drop the column even so)"
+    "alignment is on, but a training batch has no task_ids: give the training dataset an integer column task_ids "
+    "(join_tasks makes one of a dataset for each task); AlignTrainer needs TaskCollator to collate it, AlignSFTTrainer "
+    "does that by itself, other trainers of TRL drop the column"
 )
 
 
@@ -57,23 +61,46 @@ class AlignMixin(_Base):
         *args: as for Trainer.
         task_names: names for the log, by task id; the id itself where there is none.
         in_order: take the training examples in the dataset's own order instead of shuffling.
+        train_dataset: as for Trainer; or a dictionary of datasets by task name, joined by join_tasks. An eval_dataset
+            of the same names then needs no task_ids either.
         mixing: mix the tasks of the training examples (their column task_ids) by a TaskSampler: "proportional",
             "temperature", "equal" or "round_robin", or a dictionary of its options with "mixing" among them.
+        align_schedule: of the alignment weight over the steps: "constant", "linear" or "cosine" (to 0 at the end);
+            logged as `align_weight`.
+        align_warmup: share of the steps over which the weight rises from 0 before that.
         **kwargs: as for Trainer.
 
+    A checkpoint is a folder of save_adapter, with what else is trained, and not the frozen model (with FSDP and
+    DeepSpeed it is Trainer's own); train(resume_from_checkpoint=...) goes on to the bit.
+
     Raises:
-        ValueError: nn.DataParallel would be used with alignment on; or, in training, a batch without task_ids.
+        ValueError: an option out of range; nn.DataParallel would be used with alignment on; or, in training, a batch
+            without task_ids.
     """
 
     def __init__(
         self, *args: Any, task_names: Sequence[str] = (), in_order: bool = False,
-        mixing: Mixing | Mapping[str, Any] | None = None, **kwargs: Any,
+        mixing: Mixing | Mapping[str, Any] | None = None, align_schedule: AlignSchedule = "constant",
+        align_warmup: float = 0.0, **kwargs: Any,
     ) -> None:  # fmt: skip
+        if align_schedule not in get_args(AlignSchedule):
+            raise ValueError(unknown_name("align_schedule", str(align_schedule), get_args(AlignSchedule)))
+        if not 0 <= align_warmup < 1:
+            raise ValueError(f"align_warmup must be a share of the steps, 0 <= share < 1, got {align_warmup}")
+        self.align_schedule, self.align_warmup = align_schedule, align_warmup
+        self._last_weight: float | None = None
+        if isinstance(kwargs.get("train_dataset"), Mapping):
+            kwargs["train_dataset"], names = join_tasks(kwargs["train_dataset"])
+            task_names = task_names or names
+            kwargs["eval_dataset"] = _numbered(kwargs.get("eval_dataset"), names)
         super().__init__(*args, **kwargs)
         self.task_names, self.in_order = tuple(task_names), in_order
         self.mixing = {"mixing": mixing} if isinstance(mixing, str) else mixing
-        self._train_sums = _LossSums()
-        self._eval_sums = _LossSums()
+        self._train_sums, self._eval_sums = _LossSums(), _LossSums()
+        self._epochs = _NextEpoch()
+        self.add_callback(self._epochs)
+        if self.mixing is not None and not has_length(self.train_dataset):
+            raise ValueError("mixing needs a dataset of known size: join_tasks mixes iterable ones, leave mixing out")
         if self._aligned() and self.args.n_gpu > 1:
             raise ValueError("alignment needs one process per GPU: start the script with torchrun or accelerate launch")
 
@@ -96,11 +123,11 @@ class AlignMixin(_Base):
         return SequentialSampler(self.train_dataset) if self.in_order else super()._get_train_sampler(*args)
 
     def _task_sampler(self, dataset: Any) -> TaskSampler:
-        if "task_ids" not in (getattr(dataset, "column_names", None) or ()):
-            raise ValueError("mixing needs a training dataset with a column task_ids (join_tasks makes one)")
-        tasks = [max(row) if isinstance(row, list) else row for row in dataset["task_ids"]]
         size = self.args.train_batch_size * (self.args.world_size if self.args.accelerator_config.split_batches else 1)
-        return TaskSampler(tasks, size, **{"seed": self.args.data_seed or self.args.seed, **(self.mixing or {})})
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        sampler = TaskSampler(example_tasks(dataset), size, **{"seed": seed, **(self.mixing or {})})
+        self._epochs.sampler = sampler
+        return sampler
 
     def compute_loss(
         self,
@@ -122,21 +149,31 @@ class AlignMixin(_Base):
         )
         with step_or_not as step:
             by_task = not model.training or self._is_logging_step()
-            loss, outputs = self._loss_and_outputs(model, inputs, num_items_in_batch, wanted=return_outputs or by_task)
+            loss, outputs, predicted = self._loss_and_outputs(
+                model, inputs, num_items_in_batch, return_outputs=return_outputs, by_task=by_task
+            )
         total = self._record(step, loss, num_items_in_batch) if model.training else loss
         if by_task and labels is not None and ids is not None:
-            rows = _row_losses(outputs, labels, ids)
+            losses = _task_losses(predicted, labels, ids)
             if model.training:
-                self._train_sums.add_rows(rows)
-            else:  # without the samples that fill up the last batch of several processes
-                self._eval_sums.add_rows(self.accelerator.gather_for_metrics(rows))
+                self._train_sums.add_tasks(losses.sum(0))
+            else:
+                self._eval_sums.add_tasks(self._gather_samples(losses, flattened=ids.dim() == 2 and len(ids) == 1))
         return (total, outputs) if return_outputs else total
 
     def _loss_and_outputs(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any, *, wanted: bool
-    ) -> tuple[Tensor, Any]:
-        """The Trainer's own loss, and the model's outputs, which need not be there unless they are wanted."""
-        return super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any, *, return_outputs: bool, by_task: bool
+    ) -> tuple[Tensor, Any, Any]:
+        """The Trainer's own loss, its outputs (if to be returned), and outputs with the tokens' losses (by_task)."""
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        return loss, outputs, outputs
+
+    def _gather_samples(self, losses: Tensor, *, flattened: bool) -> Tensor:
+        """The sum of `_task_losses` over all processes' samples, without those that fill up the last batch."""
+        losses = self.accelerator.pad_across_processes(losses, dim=1)
+        # Of a padding-free batch, one row whatever its samples, accelerate cannot tell the further ones.
+        gather = self.accelerator.gather if flattened else self.accelerator.gather_for_metrics
+        return gather(losses).sum(0)
 
     def _record(self, step: Step | None, loss: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         """Adds the alignment to a micro-batch's loss, each micro-batch weighing 1 / accumulation steps in the end."""
@@ -147,13 +184,22 @@ class AlignMixin(_Base):
         self._train_sums.add("lm_loss", loss if scaled else loss * share)
         if step is None:
             return loss
-        total = step.total(loss, scale=share if scaled else 1.0)
+        self._last_weight = self._align_weight()
+        total = step.total(loss, weight=self._last_weight, scale=share if scaled else 1.0)
         values = {"align_loss": step.alignment, "balance_loss": step.balance}
         losses = {name: part.value for name, part in values.items() if part is not None}
         losses |= {} if step.spectral is None else {"spectral_loss": step.spectral}
         for name, value in losses.items():
             self._train_sums.add(name, value * share)
         return total
+
+    def _align_weight(self) -> float | None:
+        """The weight of the step under way, after its schedule; None without alignment."""
+        config, state = self._config(), self.state
+        if config is None or config.align_weight is None:
+            return None
+        schedule = self.align_schedule, self.align_warmup
+        return config.align_weight * schedule_factor(*schedule, state.global_step, state.max_steps)
 
     def _is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Trainer's own rule (training_step) for a loss that it does not divide by the accumulation steps."""
@@ -173,6 +219,8 @@ class AlignMixin(_Base):
         """Adds the parts of the loss to a training log."""
         if "loss" in logs:
             logs.update(self._train_sums.over_processes(self.accelerator).means(self.task_names))
+            if "align_loss" in logs and self._last_weight is not None:
+                logs["align_weight"] = self._last_weight
             self._train_sums = _LossSums()
         super().log(logs, start_time)
 
@@ -184,38 +232,94 @@ class AlignMixin(_Base):
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
+    def _whole(self) -> bool:
+        """Whether checkpoints are Trainer's own, of the whole model: no adapters, or parameters in shards."""
+        return self._config() is None or self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if self._whole():
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            save_trained(self.model, folder, self.task_names)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._whole():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_trained(self.model if model is None else model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self._whole():
+            super()._load_best_model()
+        else:
+            load_trained(self.model, self.state.best_model_checkpoint)
+
 
 class AlignTrainer(AlignMixin, Trainer):
     """Trains a model adapted by replace_linear_with_align_lora on batches with `task_ids`: transformers' Trainer."""
 
 
-def _row_losses(outputs: Any, labels: Tensor, ids: Tensor) -> Tensor:
-    """[K, 3] of a batch: NLL, how many supervised tokens, their task; summed by sample, or with ids per token by task.
+def schedule_factor(schedule: AlignSchedule, warmup: float, step: int, steps: int) -> float:
+    """Computes the factor on the alignment weight at a step.
+
+    step / W  before step W = warmup * steps; then, with p = (step - W) / (steps - W),
+    1 ("constant"),  1 - p ("linear"),  (1 + cos(pi p)) / 2 ("cosine")
+    """
+    rise = warmup * steps
+    if step < rise:
+        return step / rise
+    p = (step - rise) / max(steps - rise, 1)
+    return {"constant": 1.0, "linear": 1 - p, "cosine": (1 + math.cos(math.pi * p)) / 2}[schedule]
+
+
+class _NextEpoch(TrainerCallback):
+    """Tells the sampler the epoch: accelerate does not, where it skips the batches before a checkpoint."""
+
+    sampler: TaskSampler | None = None
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Chooses the order of the epoch that begins, or goes on."""
+        if self.sampler is not None:
+            self.sampler.set_epoch(int(state.epoch))
+
+
+def _numbered(eval_dataset: Any, names: Sequence[str]) -> Any:
+    """Gives evaluation datasets by task name the column task_ids, where they have none."""
+    if not isinstance(eval_dataset, Mapping) or not set(eval_dataset) <= set(names):
+        return eval_dataset
+    return {
+        name: part if "task_ids" in (part.column_names or ()) else with_task(part, names.index(name))
+        for name, part in eval_dataset.items()
+    }
+
+
+def _task_losses(outputs: Any, labels: Tensor, ids: Tensor) -> Tensor:
+    """[B, M, 2]: each sample's NLL and how many supervised tokens, by the task of the token that is predicted.
 
     Args:
-        outputs: the model's, with logits [B, S, vocab], or with log_probs [B, S - 1] of the labels (TRL's fused head).
+        outputs: the model's, with logits [B, S, vocab], or with log_probs [B, S - 1] of the labels (TRL's fused head);
+            all is 0 where they have neither.
         labels: [B, S].
-        ids: [B] or [B, S]. Rows of no task count nothing, as all do where the outputs have neither.
+        ids: [B] or [B, S]; tokens of no task (-1) count nothing.
     """
     outputs = outputs if isinstance(outputs, dict) else {}
     logits, log_probs = outputs.get("logits"), outputs.get("log_probs")
-    supervised = labels[:, 1:] != -100
-    if logits is not None and logits.shape[:2] == labels.shape:
+    supervised = labels[:, 1:] != -100 if labels.dim() == 2 else None
+    if supervised is not None and logits is not None and logits.shape[:2] == labels.shape:
         nll, where = answer_nll(logits.detach(), labels)
-    elif log_probs is not None and log_probs.shape == supervised.shape:
+    elif supervised is not None and log_probs is not None and log_probs.shape == supervised.shape:
         nll, where = -log_probs.detach()[supervised].float(), torch.nonzero(supervised)[:, 0]
     else:
-        return torch.zeros(1, 3, device=labels.device)
-    if ids.dim() == 2:  # of the token that is predicted
-        where = ids[:, 1:][supervised].to(where.device)
-        keep = where >= 0
-        nll, where, tasks = nll[keep], where[keep], torch.arange(int(ids.max()) + 1, device=where.device)
-    else:
-        tasks = ids.to(where.device)
-    rows = torch.zeros(len(tasks), 3, device=nll.device)
-    rows[:, :2].index_add_(0, where, torch.stack([nll, torch.ones_like(nll)], dim=1))
-    rows[:, 2] = tasks
-    return rows * (tasks >= 0)[:, None]
+        return torch.zeros(len(labels), 1, 2, device=labels.device)
+    ids = ids if ids.dim() == 2 else ids[:, None].expand_as(labels)
+    tasks = ids[:, 1:].to(nll.device)[supervised]
+    keep = tasks >= 0
+    sums = torch.zeros(len(labels), max(int(ids.max()) + 1, 1), 2, device=nll.device)
+    values = torch.stack([nll, torch.ones_like(nll)], dim=1)
+    return sums.index_put_((where[keep], tasks[keep]), values[keep], accumulate=True)  # deterministic on a GPU too
 
 
 class _LossSums:
@@ -224,33 +328,33 @@ class _LossSums:
     def __init__(self) -> None:
         self.steps = 0.0  # optimizer steps, of which each micro-batch is a share
         self.sums: dict[str, Tensor] = {}
-        self.rows: list[Tensor] = []  # of _row_losses
+        self.tasks: list[Tensor] = []  # [M, 2] each, M as far as a batch has tasks
 
     def add(self, name: str, value: Tensor) -> None:
         """Adds one loss of one micro-batch."""
         self.sums[name] = self.sums.get(name, 0.0) + value.detach().float()
 
-    def add_rows(self, rows: Tensor) -> None:
-        """Adds a batch's `_row_losses`."""
-        self.rows.append(rows)
+    def add_tasks(self, losses: Tensor) -> None:
+        """Adds a batch's NLL and supervised tokens by task, [M, 2]."""
+        self.tasks.append(losses)
 
     def over_processes(self, accelerator: Any) -> _LossSums:
-        """The sums of all processes: what is a mean over a process's samples averaged, rows put together."""
+        """The sums of all processes: what is a mean over a process's samples averaged, tasks added."""
         result = _LossSums()
         result.steps = self.steps
         result.sums = {name: accelerator.reduce(value, "mean") for name, value in self.sums.items()}
-        result.rows = [accelerator.gather(rows) for rows in self.rows]
+        if self.tasks:
+            tasks = torch.nn.utils.rnn.pad_sequence(self.tasks, batch_first=True).sum(0)
+            tasks = accelerator.pad_across_processes(tasks)
+            result.tasks = list(accelerator.gather(tasks[None]))
         return result
 
     def means(self, names: Sequence[str]) -> dict[str, float]:
         """The sums per optimizer step, and `loss/<task>` per supervised token."""
         result = {name: float(value) / self.steps for name, value in self.sums.items()}
-        totals: dict[int, list[float]] = {}
-        for nll, tokens, task in torch.cat(self.rows).tolist() if self.rows else ():
-            total = totals.setdefault(int(task), [0.0, 0.0])
-            total[0] += nll
-            total[1] += tokens
-        for task, (nll, tokens) in sorted(totals.items()):
-            if tokens > 0:
-                result[f"loss/{names[task] if task < len(names) else task}"] = nll / tokens
+        if self.tasks:
+            totals = torch.nn.utils.rnn.pad_sequence([t.double() for t in self.tasks], batch_first=True).sum(0)
+            for task, (nll, tokens) in enumerate(totals.tolist()):
+                if tokens > 0:
+                    result[f"loss/{names[task] if task < len(names) else task}"] = nll / tokens
         return result

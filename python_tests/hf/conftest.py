@@ -1,11 +1,21 @@
-"""The command line in a process of its own folder, for the tests of every command."""
+"""One thread for tiny models; the command line in a process of its own folder, for the tests of every command."""
 
 import sys
 
 import huggingface_hub
 import pytest
+import torch
 
 from align_ext import cli
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Two threads would wait for each other longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hf.words import tokenizer
 from transformers import default_data_collator
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from align_ext import TaskCollator
 
@@ -47,7 +48,33 @@ def test_a_feature_without_ids_is_an_error_that_names_its_columns_and_the_cure()
         TaskCollator(tokenizer())([feature(3, 0), lacking])
 
 
-@pytest.mark.parametrize("wrong", [[0, 1, 1], "qnli", 0.5, None])
-def test_ids_that_are_not_one_integer_are_refused(wrong):
-    with pytest.raises(ValueError, match="one integer per example"):
+@pytest.mark.parametrize("wrong", [[0, 1], [0, 1, 0.5], "qnli", 0.5, None])
+def test_ids_that_are_no_integers_or_of_another_number_than_the_tokens_are_refused(wrong):
+    with pytest.raises(ValueError, match="one integer per example or per token"):
         TaskCollator(tokenizer())([feature(3, wrong)])
+
+
+def test_ids_of_tokens_are_padded_on_the_side_of_the_tokens():
+    features = [feature(3, [0, 1, 1]), feature(5, [2, 2, 0, 0, 0]), feature(4, 1)]
+    right, left = tokenizer(), tokenizer()
+    left.padding_side = "left"
+    padded = [[0, 1, 1, -1, -1], [2, 2, 0, 0, 0], [1, 1, 1, 1, -1]]
+    assert TaskCollator(right)(features)["task_ids"].tolist() == padded
+    padded = [[-1, -1, 0, 1, 1], [2, 2, 0, 0, 0], [-1, 1, 1, 1, 1]]
+    assert TaskCollator(left)(features)["task_ids"].tolist() == padded
+
+
+def test_in_a_batch_without_padding_the_tokens_of_all_examples_have_their_tasks():
+    collate = TaskCollator(DataCollatorForLanguageModeling(0, padding_free=True, pad_to_multiple_of=4))
+    batch = collate([feature(3, 2), feature(2, 0), feature(2, -1)])
+    assert batch["task_ids"].tolist() == [[2, 2, 2, 0, 0, -1, -1, -1]]
+    assert batch["task_ids"].shape == batch["input_ids"].shape
+
+
+def test_where_ids_are_not_required_a_batch_may_be_without_but_not_half_of_it():
+    lacking = {k: v for k, v in feature(3, 0).items() if k != "task_ids"}
+    collate = TaskCollator(tokenizer(), required=False)
+    assert "task_ids" not in collate([lacking, lacking])
+    assert collate([feature(3, 1), feature(3, 0)])["task_ids"].tolist() == [1, 0]
+    with pytest.raises(ValueError, match="a feature has no task_ids"):
+        collate([feature(3, 0), lacking])

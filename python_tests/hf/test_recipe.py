@@ -23,15 +23,6 @@ from align_ext.hf.replace import adapted_layers
 from align_ext.hf.tasks import encode
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """A tiny model gains nothing by two threads, which wait for each other on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     model_folder(tmp_path / "model")

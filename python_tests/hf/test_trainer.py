@@ -5,12 +5,25 @@ import json
 import datasets
 import pytest
 import torch
-from hf.trainers import NAMES, WEIGHT, Gradients, adapted, features, logged, step_and_evaluation, step_on_rank, trainer
+from hf.trainers import (
+    NAMES,
+    WEIGHT,
+    Gradients,
+    adapted,
+    features,
+    logged,
+    on_rank,
+    shared_gradients,
+    step_and_evaluation,
+    trainer,
+)
 from hf.words import tokenizer
 from safetensors.torch import load_file
-from tiny import error, gradients
+from tiny import error
+from transformers import TrainerCallback
+from transformers.integrations.integration_utils import rewrite_logs
 
-from align_ext import AlignTrainer, TaskCollator, align_step
+from align_ext import AlignTrainer, TaskCollator
 from align_ext.hf.trainer import align_training_arguments
 
 ROUNDING = 1e-6  # the models are float64, but transformers computes their loss from float32 logits
@@ -20,26 +33,8 @@ def micro_batch(rows, start):
     return TaskCollator(tokenizer())(rows[start : start + 6])
 
 
-def own_gradients(model, batch, weight):
-    """The gradients of lm + weight * align of one micro-batch alone."""
-    ids = batch.pop("task_ids")
-    model.train().zero_grad()
-    with align_step(model, ids) as step:
-        loss = model(**batch).loss
-    step.total(loss, weight=weight).backward()
-    return gradients(model)
-
-
 def expected_gradients(rows, starts, lm_shares):
-    """Σ share * lm gradient + the mean of the micro-batches' alignment gradients."""
-    total = {}
-    for start, share in zip(starts, lm_shares, strict=True):
-        lm = own_gradients(adapted(), micro_batch(rows, start), 0.0)
-        both = own_gradients(adapted(), micro_batch(rows, start), WEIGHT)
-        for name in lm:
-            part = share * lm[name] + (both[name] - lm[name]) / len(starts)
-            total[name] = total.get(name, 0) + part
-    return total
+    return shared_gradients([micro_batch(rows, start) for start in starts], lm_shares)
 
 
 def supervised(rows, start):
@@ -132,7 +127,7 @@ def test_evaluation_logs_the_loss_of_each_task_per_token(tmp_path):
 
 
 def test_two_processes_get_the_gradient_and_the_losses_of_one(tmp_path, unused_port):
-    torch.multiprocessing.spawn(step_on_rank, (unused_port, tmp_path), nprocs=2)
+    torch.multiprocessing.spawn(on_rank, (unused_port, tmp_path, step_and_evaluation), nprocs=2)
     expected, losses = step_and_evaluation(tmp_path, 1)
     assert error(load_file(tmp_path / "gradients.safetensors"), expected) < ROUNDING
     assert len(losses) == 9
@@ -193,6 +188,27 @@ def test_with_an_adapter_for_each_task_an_evaluation_uses_that_of_each_sample(tm
         with torch.no_grad():
             exact = model.eval()(**batch).loss.item()
         assert metrics[f"eval_loss/{name}"] == pytest.approx(exact, rel=1e-5)
+
+
+class Reporter(TrainerCallback):
+    """What an integration (tensorboard, wandb, trackio) is given to report."""
+
+    def __init__(self):
+        self.reported = []
+
+    def on_log(self, args, state, control, logs=None, **_):
+        self.reported.append(rewrite_logs(dict(logs)))
+
+
+def test_integrations_are_given_the_losses_by_task_as_plain_numbers(tmp_path):
+    reporter, rows = Reporter(), features()
+    options = {"eval_rows": rows, "eval_strategy": "steps", "eval_steps": 1}
+    trainer(tmp_path, adapted(), rows, [reporter], **options).train()
+    training, evaluation, _ = reporter.reported
+    losses = {f"{split}/loss/{name}" for name in NAMES for split in ("train", "eval")}
+    assert training.keys() >= {"train/lm_loss", "train/align_loss", "train/align_weight"}
+    assert (training.keys() | evaluation.keys()) >= losses
+    assert all(type(value) in (int, float) for value in (training | evaluation).values())
 
 
 def test_samples_of_no_task_count_in_the_loss_but_in_no_tasks_loss(tmp_path):

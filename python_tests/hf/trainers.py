@@ -9,10 +9,20 @@ from safetensors.torch import save_file
 from tiny import gradients
 from transformers import TrainerCallback
 
-from align_ext import AlignTrainer, TaskCollator, replace_linear_with_align_lora
+from align_ext import AlignTrainer, TaskCollator, align_step, replace_linear_with_align_lora
 from align_ext.hf.trainer import align_training_arguments
 
 WEIGHT, NAMES = 0.3, ("even", "odd", "other")
+ONE_STEP = {
+    "per_device_train_batch_size": 6,
+    "max_steps": 1,
+    "learning_rate": 0.0,
+    "max_grad_norm": 0.0,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
 
 
 def features(count=24, seed=0):
@@ -49,28 +59,39 @@ class Gradients(TrainerCallback):
         self.steps.append(gradients(model))
 
 
-def trainer(tmp_path, model, rows, callbacks=(), eval_rows=None, **options):
-    arguments = {
-        "per_device_train_batch_size": 6,
-        "max_steps": 1,
-        "learning_rate": 0.0,
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
+def trainer(tmp_path, model, rows, callbacks=(), eval_rows=None, arguments=None, **options):
+    own = {"in_order": True, **(arguments or {})}
     result = AlignTrainer(
         model=model,
-        args=align_training_arguments(str(tmp_path), **(arguments | options)),
+        args=align_training_arguments(str(tmp_path), **(ONE_STEP | options)),
         train_dataset=rows,
         eval_dataset=eval_rows,
         data_collator=TaskCollator(tokenizer()),
         task_names=NAMES,
-        in_order=True,
         callbacks=list(callbacks),
+        **own,
     )
     return result
+
+
+def own_gradients(batch, weight, loss_of=lambda model, inputs: model(**inputs, use_cache=False).loss):
+    """The gradients of lm + weight * align of one micro-batch alone."""
+    model, inputs = adapted().train(), dict(batch)
+    with align_step(model, inputs.pop("task_ids")) as step:
+        loss = loss_of(model, inputs)
+    step.total(loss, weight=weight).backward()
+    return gradients(model)
+
+
+def shared_gradients(batches, lm_shares, **loss):
+    """Σ share * lm gradient + the mean of the micro-batches' alignment gradients."""
+    total = {}
+    for batch, share in zip(batches, lm_shares, strict=True):
+        lm, both = own_gradients(batch, 0.0, **loss), own_gradients(batch, WEIGHT, **loss)
+        for name in lm:
+            part = share * lm[name] + (both[name] - lm[name]) / len(batches)
+            total[name] = total.get(name, 0) + part
+    return total
 
 
 def logged(ran):
@@ -88,11 +109,12 @@ def step_and_evaluation(folder, world):
     return kept.steps[0], losses
 
 
-def step_on_rank(rank, port, folder):
+def on_rank(rank, port, folder, run, *arguments):
+    """Process `rank` of two: run(folder, 2, ...), whose gradients and losses the first one leaves in the folder."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    found, losses = step_and_evaluation(folder, 2)
+    found, losses = run(folder, 2, *arguments)
     if rank == 0:
         save_file(found, folder / "gradients.safetensors")
         (folder / "losses.json").write_text(json.dumps(losses))
