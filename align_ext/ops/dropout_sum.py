@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from align_ext.ops import _projection as projection
+from align_ext.ops._autograd import differentiable
 
 
 def dropout_sum(
@@ -58,9 +59,7 @@ def dropout_sum(
     rng = projection.checked_rng(x, dropout_p, rng, weight, bias, base_out)
     number = projection.checked_site(site, dropout_p, A0, B0)
     of_heads = scaling / max(len(B), 1) if reduce == "mean" else scaling
-    return torch.ops.align_ext.dropout_sum(
-        x, A, B, of_heads, -scaling, A0, B0, number, dropout_p, rng, weight, bias, base_out, step, slot
-    )
+    return _dropout_sum(x, A, B, of_heads, -scaling, A0, B0, number, dropout_p, rng, weight, bias, base_out, step, slot)
 
 
 @torch.library.register_fake("align_ext::dropout_sum")
@@ -97,4 +96,4 @@ def _backward(ctx: Any, dy: Tensor | None, dz: Tensor | None) -> tuple[Tensor | 
     return projection.gradients(ctx, dy, grads, (A, B), positions=(12, 15))
 
 
-torch.library.register_autograd("align_ext::dropout_sum", _backward, setup_context=_setup_context)
+_dropout_sum = differentiable("dropout_sum", _backward, _setup_context)

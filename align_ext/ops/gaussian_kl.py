@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from align_ext.ops import _native  # noqa: F401
+from align_ext.ops._autograd import differentiable
 
 
 def gaussian_kl(
@@ -63,14 +64,14 @@ def gaussian_kl(
     ddof = int(released) if ddof is None else ddof
     mean_pairs = released if pairs is None else pairs == "mean"
     if not released:
-        return torch.ops.align_ext.gaussian_kl(z, task, num_tasks, eps, ddof, mean_pairs)[0]
+        return _gaussian_kl(z, task, num_tasks, eps, ddof, mean_pairs)[0]
     if z.dim() != 3 or task.shape != z.shape[:1]:
         raise ValueError(
             'statistics="position" needs z [B, S, rank] of an unpacked batch and task [B], one id a sample, got '
             f"z {list(z.shape)} and task {list(task.shape)}: z.view(B, S, rank) makes it of [B * S, rank]"
         )
     # One Gaussian of S * rank dimensions is S Gaussians of rank: the KL of diagonal ones sums over the dimensions.
-    loss = torch.ops.align_ext.gaussian_kl(z.flatten(1), task, num_tasks, eps, ddof, mean_pairs)[0]
+    loss = _gaussian_kl(z.flatten(1), task, num_tasks, eps, ddof, mean_pairs)[0]
     return loss / max(z.shape[1], 1)
 
 
@@ -196,4 +197,4 @@ def _backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("align_ext::task_moments", _moments_backward, setup_context=_setup_moments)
-torch.library.register_autograd("align_ext::gaussian_kl", _backward, setup_context=_setup_context)
+_gaussian_kl = differentiable("gaussian_kl", _backward, _setup_context)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from align_ext.ops import _projection as projection
+from align_ext.ops._autograd import differentiable
 
 
 def grouped_lora(
@@ -57,9 +58,7 @@ def grouped_lora(
         RuntimeError: shapes or dtypes that do not match; the message names the argument.
     """
     rng = projection.checked_rng(x, dropout_p, rng, weight, bias, base_out)
-    return torch.ops.align_ext.grouped_lora(
-        x, A, B, scaling, offsets, group, dropout_p, rng, weight, bias, base_out, step, slot
-    )
+    return _grouped_lora(x, A, B, scaling, offsets, group, dropout_p, rng, weight, bias, base_out, step, slot)
 
 
 @torch.library.register_fake("align_ext::grouped_lora")
@@ -93,4 +92,4 @@ def _backward(ctx: Any, dy: Tensor | None, dz: Tensor | None) -> tuple[Tensor | 
     return projection.gradients(ctx, dy, grads, (A, B), positions=(10, 13))
 
 
-torch.library.register_autograd("align_ext::grouped_lora", _backward, setup_context=_setup_context)
+_grouped_lora = differentiable("grouped_lora", _backward, _setup_context)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from align_ext.ops import _native  # noqa: F401
+from align_ext.ops._autograd import differentiable
 
 _MAX_KERNELS = 32  # kMaxMmdKernels
 
@@ -63,9 +64,7 @@ def mk_mmd(
     if not 1 <= num_kernels <= _MAX_KERNELS:
         raise ValueError(f"num_kernels must be in 1 .. {_MAX_KERNELS}, got {num_kernels}")
     widths = _widths(bandwidths)
-    return torch.ops.align_ext.mk_mmd(
-        z, task, num_tasks, widths, num_kernels, statistic == "u", n_max, pairs == "mean"
-    )[0]
+    return _mk_mmd(z, task, num_tasks, widths, num_kernels, statistic == "u", n_max, pairs == "mean")[0]
 
 
 def _widths(bandwidths: str | Sequence[float]) -> list[float]:
@@ -121,4 +120,4 @@ def _backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]
     return dz, None, None, None, None, None, None, None
 
 
-torch.library.register_autograd("align_ext::mk_mmd", _backward, setup_context=_setup_context)
+_mk_mmd = differentiable("mk_mmd", _backward, _setup_context)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from align_ext.ops import _projection as projection
+from align_ext.ops._autograd import differentiable
 
 
 def routed_lora(
@@ -59,7 +60,7 @@ def routed_lora(
     rng = projection.checked_rng(x, dropout_p, rng, weight, bias, base_out)
     number = projection.checked_site(site, dropout_p, A0, B0)
     k = len(B) if top_k is None else top_k
-    return torch.ops.align_ext.routed_lora(
+    return _routed_lora(
         x, A, B, R, scaling, -scaling, A0, B0, k, tau, number, dropout_p, rng, weight, bias, base_out, step, slot
     )
 
@@ -101,4 +102,4 @@ def _backward(ctx: Any, dy: Tensor | None, dz: Tensor | None, dw: Tensor | None)
     return projection.gradients(ctx, dy, grads, (A, B, R), positions=(15, 18))
 
 
-torch.library.register_autograd("align_ext::routed_lora", _backward, setup_context=_setup_context)
+_routed_lora = differentiable("routed_lora", _backward, _setup_context)
