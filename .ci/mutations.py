@@ -383,7 +383,7 @@ def outcome(mutant: Mutant, tree: Path) -> int:
         subprocess.run(build, shell=True, cwd=tree, check=True, capture_output=True)
         command = f"ctest --test-dir build -R '^{mutant.test}$' || exit 1"
     else:
-        command = f"{sys.executable} -m pytest -x -q -p no:cacheprovider {mutant.test}"
+        command = f"{sys.executable} -m pytest -x -q -n0 -p no:cacheprovider {mutant.test}"
     return subprocess.run(command, shell=True, cwd=tree, env=environment, capture_output=True, check=False).returncode
 
 

@@ -13,8 +13,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the tests run in several processes
+
 import pytest
 import torch
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[1]
 CUDA_LACKS = {
@@ -56,10 +59,19 @@ def device(request):
 
 @pytest.fixture(scope="session")
 def native_build(tmp_path_factory):
-    """A build folder of the C++ tests, and of the extension whose CUDA kernels the SIMT engine runs."""
+    """A build folder of the C++ tests, and of the extension whose CUDA kernels the SIMT engine runs; built once."""
+    parallel = "PYTEST_XDIST_WORKER" in os.environ
+    parent = tmp_path_factory.getbasetemp().parent if parallel else tmp_path_factory.getbasetemp()
+    folder = parent / "native"
+    with FileLock(parent / "native.lock"):
+        build(folder)  # which has nothing to do the second time
+    return folder
+
+
+def build(folder):
+    """Builds the C++ tests and the SIMT extension."""
     import pybind11
 
-    folder = tmp_path_factory.mktemp("native")
     options = {
         "ALIGN_TESTS": "ON",
         "ALIGN_SIMT": "ON",
@@ -72,7 +84,6 @@ def native_build(tmp_path_factory):
     for command in configure, ["cmake", "--build", folder, "--parallel", str(os.cpu_count() or 1)]:
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
-    return folder
 
 
 @pytest.fixture
