@@ -13,12 +13,13 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, has_length
 
+from align_ext.accumulation import align_statistics
 from align_ext.batch import Step
 from align_ext.config import AlignLoraConfig, unknown_name
 from align_ext.hf.checkpoint import load_trained, save_trained
 from align_ext.hf.evaluate import answer_nll
 from align_ext.hf.mixing import Mixing, TaskSampler, example_tasks, join_tasks, with_task
-from align_ext.state import find_state
+from align_ext.state import UnionPart, find_state
 from align_ext.step import align_step
 
 AlignSchedule = Literal["constant", "linear", "cosine"]
@@ -52,10 +53,11 @@ class AlignMixin(_Base):
     """Alignment for a Trainer, placed before it in a class's bases; AlignTrainer and AlignSFTTrainer are such classes.
 
     The loss is Trainer's own loss plus weight * alignment, each micro-batch counting alike in the alignment whatever
-    the gradient accumulation. Beside `loss` it logs `lm_loss` and, where they are on, `align_loss`, `balance_loss` and
-    `spectral_loss`, without their weights, means over the steps since the last log, and `loss/<task>`, taken from the
-    batches of the logging steps alone (not with logging_strategy="epoch"); evaluation logs `eval_loss/<task>`. Where
-    nothing tells tasks apart (plain LoRA) task_ids are optional.
+    the gradient accumulation; the model's align_accumulation says what is aligned with what, and with "exact" each
+    step begins with a forward of all its micro-batches for their statistics. Beside `loss` it logs `lm_loss` and, where
+    they are on, `align_loss`, `balance_loss` and `spectral_loss`, without their weights, means over the steps since the
+    last log, and `loss/<task>`, taken from the batches of the logging steps alone (not with logging_strategy="epoch");
+    evaluation logs `eval_loss/<task>`. Where nothing tells tasks apart (plain LoRA) task_ids are optional.
 
     Args:
         *args: as for Trainer.
@@ -71,7 +73,8 @@ class AlignMixin(_Base):
         **kwargs: as for Trainer.
 
     A checkpoint is a folder of save_adapter, with what else is trained, and not the frozen model (with FSDP and
-    DeepSpeed it is Trainer's own); train(resume_from_checkpoint=...) goes on to the bit.
+    DeepSpeed it is Trainer's own); train(resume_from_checkpoint=...) goes on to the bit, but for
+    align_accumulation="queue", whose queue starts empty.
 
     Raises:
         ValueError: an option out of range; nn.DataParallel would be used with alignment on; or, in training, a batch
@@ -97,6 +100,8 @@ class AlignMixin(_Base):
         self.task_names, self.in_order = tuple(task_names), in_order
         self.mixing = {"mixing": mixing} if isinstance(mixing, str) else mixing
         self._train_sums, self._eval_sums = _LossSums(), _LossSums()
+        self._batches: list[Any] = []  # of the step under way, until its first pass
+        self._parts: list[UnionPart] = []  # of its micro-batches still to come
         self._epochs = _NextEpoch()
         self.add_callback(self._epochs)
         if self.mixing is not None and not has_length(self.train_dataset):
@@ -144,6 +149,7 @@ class AlignMixin(_Base):
             raise ValueError(_NO_IDS)
         if ids is not None and not model.training and config is not None and config.architecture == "multi_adapter":
             inputs["task_ids"] = ids  # each sample is scored with the adapter of its task
+        part = self._next_part(model) if aligned else None
         step_or_not = (
             align_step(model, ids, inputs.get("attention_mask"), labels) if aligned else contextlib.nullcontext()
         )
@@ -152,7 +158,7 @@ class AlignMixin(_Base):
             loss, outputs, predicted = self._loss_and_outputs(
                 model, inputs, num_items_in_batch, return_outputs=return_outputs, by_task=by_task
             )
-        total = self._record(step, loss, num_items_in_batch) if model.training else loss
+        total = self._record(step, part, loss, num_items_in_batch) if model.training else loss
         if by_task and labels is not None and ids is not None:
             losses = _task_losses(predicted, labels, ids)
             if model.training:
@@ -175,7 +181,32 @@ class AlignMixin(_Base):
         gather = self.accelerator.gather if flattened else self.accelerator.gather_for_metrics
         return gather(losses).sum(0)
 
-    def _record(self, step: Step | None, loss: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's: the micro-batches of a step; kept, since align_accumulation="exact" needs them all at once."""
+        batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        self._batches, self._parts = batches, []
+        return batches, num_items_in_batch
+
+    def _next_part(self, model: nn.Module) -> UnionPart | None:
+        """A micro-batch's part of its step where that is aligned as one batch, its dropout masks about to come again.
+
+        The first pass is here, not where the batches come: a run that goes on restores its generators in between.
+        """
+        config = self._config()
+        if config is None or config.align is None or config.align_accumulation != "exact":
+            return None
+        if not self._parts and self._batches:
+            self._parts = align_statistics(model, [self._prepare_inputs(batch) for batch in self._batches]).parts
+            self._batches = []
+        if not self._parts:
+            return None  # no step of Trainer's: the total says what is missing
+        part = self._parts.pop(0)
+        part.restore_rng()
+        return part
+
+    def _record(
+        self, step: Step | None, part: UnionPart | None, loss: Tensor, num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
         """Adds the alignment to a micro-batch's loss, each micro-batch weighing 1 / accumulation steps in the end."""
         share = 1 / getattr(self, "current_gradient_accumulation_steps", 1)
         # A loss over the tokens of the whole accumulated batch is a share already: Trainer will not divide the total.
@@ -185,7 +216,7 @@ class AlignMixin(_Base):
         if step is None:
             return loss
         self._last_weight = self._align_weight()
-        total = step.total(loss, weight=self._last_weight, scale=share if scaled else 1.0)
+        total = step.total(loss, weight=self._last_weight, scale=share if scaled else 1.0, of=part)
         values = {"align_loss": step.alignment, "balance_loss": step.balance}
         losses = {name: part.value for name, part in values.items() if part is not None}
         losses |= {} if step.spectral is None else {"spectral_loss": step.spectral}

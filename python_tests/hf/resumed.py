@@ -17,6 +17,7 @@ CASES = {
     "kl, heads with masks": {"architecture": "m_lora", "align": "kl"},
     "mmd, mixed tasks": {"align": "mmd"},
     "spectral, blocks": {"architecture": "mtlora", "align": "kl", "spectral_steps": 2},
+    "exact accumulation": {"align": "kl", "align_accumulation": "exact"},
     "sft": {"align": "kl"},
 }
 
@@ -34,7 +35,8 @@ def build(case, folder):
         )
     rows = datasets.Dataset.from_list(trainers.features())
     own |= {"mixing": "temperature"} if "mixed" in case else {}
-    return trainers.trainer(folder, model, rows, arguments=own | {"in_order": False}, **OPTIONS)
+    parts = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2} if "accumulation" in case else {}
+    return trainers.trainer(folder, model, rows, arguments=own | {"in_order": False}, **OPTIONS, **parts)
 
 
 def state(model):

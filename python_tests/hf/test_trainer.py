@@ -19,12 +19,13 @@ from hf.trainers import (
 )
 from hf.words import tokenizer
 from safetensors.torch import load_file
-from tiny import error
+from tiny import error, gradients
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import rewrite_logs
 
-from align_ext import AlignTrainer, TaskCollator
+from align_ext import AlignTrainer, TaskCollator, align_step
 from align_ext.hf.trainer import align_training_arguments
+from align_ext.state import UnionPart
 
 ROUNDING = 1e-6  # the models are float64, but transformers computes their loss from float32 logits
 
@@ -50,6 +51,53 @@ def test_under_accumulation_the_alignment_gradient_is_the_mean_of_the_micro_batc
     assert error(kept.steps[0], expected) < ROUNDING
     plain = expected_gradients(rows, [0, 6], [1, 1])
     assert error(kept.steps[0], plain) > 1e-2
+
+
+@pytest.mark.parametrize("align", ["kl", "mmd"])
+@pytest.mark.parametrize("by_tokens", [True, False])
+def test_exact_accumulation_gives_the_alignment_gradient_of_the_one_big_batch(tmp_path, align, by_tokens):
+    """With dropout: the loop below is given the masks of the Trainer's by the same seed."""
+    options = {"align_accumulation": "exact", "align": align, "lora_dropout": 0.4}
+    rows, kept = features(), Gradients()
+    ran = trainer(tmp_path, adapted(**options), rows, [kept], gradient_accumulation_steps=2)
+    ran.model_accepts_loss_kwargs = by_tokens
+    ran.add_callback(Seeds())
+    ran.train()
+    tokens = [supervised(rows, 0), supervised(rows, 6)]
+    shares = [n / sum(tokens) for n in tokens] if by_tokens else [0.5, 0.5]
+    model, steps = adapted(**options).train(), []
+    torch.manual_seed(7)
+    for start in (0, 6):
+        inputs = micro_batch(rows, start)
+        with align_step(model, inputs.pop("task_ids")) as step:
+            steps.append((step, model(**inputs, use_cache=False).loss))
+        # Two forwards whose graphs hold their masks: the oracle below aligns their latents as one batch.
+        steps[-1] += (step.statistics(),)
+    union = steps[0][2].merge(steps[1][2])
+    tokens_before = (0, steps[0][2].tokens)
+    for (step, loss, _), share, before in zip(steps, shares, tokens_before, strict=True):
+        step.total(share * loss, scale=0.5, of=UnionPart(union.after(before), 2, ())).backward()
+    assert error(kept.steps[0], gradients(model)) < ROUNDING
+    (entry,) = logged(ran)
+    assert entry["align_loss"] == pytest.approx(steps[0][0].alignment.value.item(), rel=1e-5)
+    assert entry["loss"] == pytest.approx(entry["lm_loss"] + WEIGHT * entry["align_loss"], rel=1e-5)
+
+
+class Seeds(TrainerCallback):
+    def on_step_begin(self, *_, **__):
+        torch.manual_seed(7)
+
+
+def test_exact_accumulation_is_the_whole_batch_and_micro_is_not(tmp_path):
+    rows, gradients_of = features(), {}
+    for kind, size, accumulation in (("exact", 6, 2), ("micro", 12, 1), ("other", 6, 2)):
+        model, kept = adapted(align_accumulation="micro" if kind == "other" else kind), Gradients()
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation, "max_steps": 2}
+        trainer(tmp_path, model, rows, [kept], **options).train()
+        gradients_of[kind] = kept.steps
+    for step in range(2):
+        assert error(gradients_of["exact"][step], gradients_of["micro"][step]) < ROUNDING
+        assert error(gradients_of["other"][step], gradients_of["micro"][step]) > 1e-2
 
 
 def test_a_model_whose_loss_is_a_mean_per_batch_gets_the_same_alignment_gradient(tmp_path):
