@@ -18,7 +18,8 @@ class TaskSampler(Sampler[int]):
     """Orders examples so that each batch holds few tasks, and of each of them enough to compare.
 
     A batch of b examples takes up to b // per_task tasks and at least per_task examples of each (statistics of one
-    example's tokens are poor; alignment needs two tasks). Which tasks, and how many of each, follows the shares
+    example's tokens are poor; alignment needs two tasks; per_task=1 takes a batch of any size). Which tasks, and how
+    many of each, follows the shares
 
         proportional  n_i / Σ n       temperature  n_i^(1/T) / Σ n^(1/T)       equal  1 / M
 
@@ -55,7 +56,8 @@ class TaskSampler(Sampler[int]):
                 self.pools.setdefault(int(task), []).append(index)
         if not self.pools:
             raise ValueError("no example belongs to a task: task_ids are empty or all -1")
-        if per_task < 1 or batch_size < per_task * min(2, len(self.pools)):
+        least = per_task * min(2, len(self.pools)) if per_task > 1 else 1
+        if per_task < 1 or batch_size < least:
             raise ValueError(
                 f"batch_size={batch_size} must hold two tasks with per_task={per_task} examples of each, and per_task "
                 "must be at least 1: take a larger batch, or per_task=1"

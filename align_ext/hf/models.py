@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from align_ext.config import AlignLoraConfig
+from align_ext.diagnostics.backend import has_kernel
 from align_ext.hf.blocks import mlp_linears
 from align_ext.hf.replace import ALL_LINEAR
 
@@ -132,6 +133,23 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not one of auto, {', '.join(DTYPES)}")
     return DTYPES[dtype]
+
+
+def usable_device(device: str = "auto") -> str:
+    """Names the device to run on, "cpu" or "cuda": a GPU only where this build has the adapters' kernels for it.
+
+    Raises:
+        ValueError: "cuda" is asked for and cannot be used.
+    """
+    if not torch.cuda.is_available():
+        missing = "torch sees no GPU here"
+    elif not has_kernel("grouped_lora", "cuda"):
+        missing = "this build has no CUDA kernels of the adapters"
+    else:
+        return "cpu" if device == "cpu" else "cuda"
+    if device == "cuda":
+        raise ValueError(f"device=cuda, but {missing}: use --device cpu")
+    return "cpu"
 
 
 def default_model(say: Say = _LOG.info) -> str:

@@ -39,6 +39,15 @@ class TrainOptions:
     seq_len: int = _option(256, "longest prompt and answer in tokens; longer examples are left out, never cut")
     lr: float = _option(2e-4, "peak learning rate")
     warmup: float = _option(0.03, "share of the steps in which the learning rate rises, before it falls by a cosine")
+    mixing: Literal["proportional", "temperature", "equal", "round_robin"] = _option(
+        "equal", "shares of the tasks: proportional (to their examples), temperature, equal or round_robin"
+    )
+    mixing_temperature: float = _option(2.0, "T of --mixing temperature: from proportional (1) towards equal")
+    per_task: int = _option(2, "least number of examples of a task in a micro-batch that holds the task")
+    align_schedule: Literal["constant", "linear", "cosine"] = _option(
+        "constant", "of the alignment weight over the steps: constant, or linear or cosine, both to 0"
+    )
+    align_warmup: float = _option(0.0, "share of the steps in which the alignment weight rises before that")
     train_examples: int = _option(500, "at most so many examples of each task to train on")
     eval_examples: int = _option(16, "at most so many held-out examples of each task to score")
     eval_batch_size: int = _option(16, "rows in a forward of the evaluation")
@@ -46,6 +55,9 @@ class TrainOptions:
     device: str = _option("auto", "auto (a GPU if there is one), cpu or cuda")
     gradient_checkpointing: bool = _option(False, "recompute activations in the backward pass to save memory")
     log_steps: int = _option(5, "log the losses every so many steps")
+    eval_steps: int = _option(0, "log the held-out examples' losses every so many steps; 0: before and after alone")
+    save_steps: int = _option(0, "write a checkpoint every so many steps, and keep the last two; 0: none")
+    resume: bool = _option(False, "go on from the last checkpoint of the interrupted run in the output folder")
     seed: int = _option(0, "of adapters, dropout, examples and their order")
     adapter: Mapping[str, Any] = field(default_factory=dict)
 
@@ -57,20 +69,26 @@ class TrainOptions:
         object.__setattr__(self, "adapter", _typed_options({**defaults, **self.adapter}))
         for name in ("steps", "batch_size", "accumulation", "seq_len", "train_examples", "eval_examples"):
             self._require(name, getattr(self, name) > 0, "a positive integer")
-        for name in ("eval_batch_size", "log_steps"):
+        for name in ("eval_batch_size", "log_steps", "per_task"):
             self._require(name, getattr(self, name) > 0, "a positive integer")
+        for name in ("eval_steps", "save_steps"):
+            self._require(name, getattr(self, name) >= 0, "0 or a positive integer")
         self._require("seed", 0 <= self.seed < 2**32, "in 0 .. 2**32-1")
         self._require("lr", 0 < self.lr < float("inf"), "a positive number")
-        self._require("warmup", 0 <= self.warmup < 1, "in [0, 1)")
+        for name in ("warmup", "align_warmup"):
+            self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        self._require("mixing_temperature", 1 <= self.mixing_temperature < float("inf"), "a number of at least 1")
         for name, allowed in (
             ("dtype", ("auto", "float32", "bfloat16", "float16")),
             ("device", ("auto", "cpu", "cuda")),
+            ("mixing", get_args(known_options()["mixing"].kind)),
+            ("align_schedule", get_args(known_options()["align_schedule"].kind)),
         ):
             self._require(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
         if self.adapter_config(num_tasks=1).align is not None:
-            self._require(
-                "batch_size", self.batch_size >= 4, "at least 4 to hold two examples of two tasks (or --align none)"
-            )
+            least = 2 * self.per_task
+            shown = f"at least {least} to hold per_task={self.per_task} examples of two tasks (or --align none)"
+            self._require("batch_size", self.batch_size >= least, shown)
 
     def _require(self, name: str, valid: bool, allowed: str) -> None:
         if not valid:

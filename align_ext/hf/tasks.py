@@ -1,4 +1,4 @@
-"""The tasks: five built-in ones, local JSON lines or a hub dataset; their tokens, and the order that mixes them."""
+"""The tasks: five built-in ones, local JSON lines or a hub dataset; their examples, splits and tokens."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import functools
 import gzip
 import hashlib
 import json
-import random
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -134,28 +132,57 @@ def select(
     """
     result, left_out = TaskData(tuple(pools), [], []), 0
     for name, splits in pools.items():
-        tested: list[Example] = []
-        trained: list[Example] = []
-        for taken, split, most in ((tested, "test", test_per_task), (trained, "train", train_per_task)):
-            prompts, too_long = {example.prompt for example in tested}, 0
-            for example in splits.get(split) or splits.get("", []):
-                if len(taken) == most:
-                    break
-                if example.prompt in prompts and split == "train":
-                    continue
-                if fits(example):
-                    taken.append(example)
-                else:
-                    too_long += 1
-            if not taken:
-                why = f": all {too_long} are too long (seq_len)" if too_long else ""
-                raise ValueError(
-                    f"the task {name!r} has no examples to {'train' if split == 'train' else 'score'} on{why}"
-                )
-            left_out += too_long
+        undivided = splits.get("", [])
+        tested, long_tests = _take(splits.get("test") or undivided, test_per_task, fits, name, "score")
+        prompts = {example.prompt for example in tested}
+        others = [example for example in splits.get("train") or undivided if example.prompt not in prompts]
+        trained, long_ones = _take(others, train_per_task, fits, name, "train")
+        left_out += long_tests + long_ones
         result.train.extend(trained)
         result.test.extend(tested)
     return replace(result, left_out=left_out)
+
+
+def scored_examples(pools: Pools, most: int, fits: Callable[[Example], bool], *, undivided: bool) -> TaskData:
+    """Takes the first fitting examples of each task's test split.
+
+    Args:
+        pools: as read_tasks gives them.
+        most: of each task.
+        fits: which examples can be used; the others are counted in left_out.
+        undivided: score also what is in no split.
+
+    Raises:
+        ValueError: a task has nothing to score on.
+    """
+    result, left_out = TaskData(tuple(pools), [], []), 0
+    for name, splits in pools.items():
+        pool = splits.get("test") or (splits.get("", []) if undivided else [])
+        if not pool:
+            raise ValueError(f"the task {name!r} has no test split: name a file of examples to score on with --data")
+        tested, too_long = _take(pool, most, fits, name, "score")
+        result.test.extend(tested)
+        left_out += too_long
+    return replace(result, left_out=left_out)
+
+
+def _take(
+    pool: Iterable[Example], most: int, fits: Callable[[Example], bool], name: str, purpose: str
+) -> tuple[list[Example], int]:
+    """The first fitting examples of a pool, and how many before them did not fit."""
+    taken: list[Example] = []
+    too_long = 0
+    for example in pool:
+        if len(taken) == most:
+            break
+        if fits(example):
+            taken.append(example)
+        else:
+            too_long += 1
+    if not taken:
+        why = f": all {too_long} are too long (seq_len)" if too_long else ""
+        raise ValueError(f"the task {name!r} has no examples to {purpose} on{why}")
+    return taken, too_long
 
 
 def builtin_examples(name: str, count: int, seed: int) -> list[Example]:
@@ -237,38 +264,6 @@ def features(tokenizer: Any, examples: Iterable[Example], ids: dict[str, int]) -
             }
         )
     return rows
-
-
-def mixing_order(tasks: Sequence[int], batch_size: int, batches: int, seed: int = 0) -> list[int]:
-    """Orders examples into batches that take every task equally often and at least two examples of a task.
-
-    Args:
-        tasks: the task of each example.
-        batch_size: examples in a batch; min(number of tasks, batch_size // 2) tasks share it.
-        batches: how many.
-        seed: of the order within a task, which is gone through without repetition before it starts again.
-
-    Returns:
-        batches * batch_size indices into `tasks`, batch after batch.
-    """
-    rng = random.Random(seed)
-    pools: dict[int, list[int]] = {}
-    for index, task in enumerate(tasks):
-        pools.setdefault(task, []).append(index)
-    streams = {task: _endless(pool, rng) for task, pool in pools.items()}
-    share, drawn, order = max(1, min(len(pools), batch_size // 2)), Counter(dict.fromkeys(pools, 0)), []
-    for _ in range(batches):
-        chosen = sorted(pools, key=lambda task: (drawn[task], rng.random()))[:share]
-        for place in range(batch_size):
-            task = chosen[place % share]
-            drawn[task] += 1
-            order.append(next(streams[task]))
-    return order
-
-
-def _endless(pool: list[int], rng: random.Random) -> Iterator[int]:
-    while True:
-        yield from rng.sample(pool, len(pool))
 
 
 def _generated_score(dataset: Any, entry: dict[str, Any], text: str) -> float:

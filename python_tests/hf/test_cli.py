@@ -16,6 +16,24 @@ from align_ext.diagnostics import doctor
 from align_ext.hf.options import TrainOptions
 
 
+RUN = """
+steps: 4
+save-steps: 2
+eval-steps: 2
+eval-examples: 2
+batch-size: 6
+per-task: 3
+accumulation: 2
+align-accumulation: exact
+align-schedule: cosine
+align-warmup: 0.25
+mixing: temperature
+mixing-temperature: 1.5
+dtype: float32
+device: cpu
+"""
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -89,6 +107,33 @@ def test_train_runs_a_local_model_on_local_rows(run, tmp_path):
     assert set(results["after"]["tasks"]) == {"next", "threes"}
     for expected in ("step 1/2", "next", "threes", "alignment loss", "stock PEFT: same logits", "wrote out"):
         assert expected in out
+
+
+def test_a_file_covers_the_whole_run_and_an_interrupted_one_is_resumed_to_the_bit(run, tmp_path, monkeypatch):
+    from align_ext.hf import recipe
+
+    class Stopped(recipe.ShowProgress):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    model_folder(tmp_path / "model")
+    write_rows(tmp_path / "rows.jsonl")
+    content = f"model: {tmp_path / 'model'}\ndata: {tmp_path / 'rows.jsonl'}\n" + RUN
+    (tmp_path / "x.yaml").write_text(content)
+    assert run("train", "--config", tmp_path / "x.yaml", "--output", "whole")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "ShowProgress", Stopped)
+        code, out, err = run("train", "--config", tmp_path / "x.yaml", "--output", "out")
+    assert (code, err) == (130, "align-lora: interrupted\n")
+    assert "out/checkpoints/checkpoint-2 is kept: --resume goes on from it" in out
+    code, out, err = run("train", "--config", tmp_path / "x.yaml", "--output", "out", "--resume")
+    assert code == 0, err
+    files = [tmp_path / "work" / name / "adapter/adapter_model.safetensors" for name in ("whole", "out")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    code, _, err = run("train", "--config", tmp_path / "x.yaml", "--output", "out", "--resume")
+    assert code == 2
+    assert "is complete: there is nothing to resume" in err
 
 
 def test_a_failed_check_is_exit_code_1(run, tmp_path, monkeypatch):

@@ -104,6 +104,11 @@ def test_options_out_of_range_are_refused_with_the_cure(options, match):
         TaskSampler(**({"tasks": TASKS} | options))
 
 
+def test_a_batch_of_one_example_takes_the_tasks_in_their_shares():
+    tasks = [0] * 6 + [1] * 6
+    assert sorted(tasks[i] for i in TaskSampler(tasks, 1, "equal", per_task=1)) == tasks
+
+
 def test_one_task_alone_fills_any_batch():
     assert sorted(TaskSampler([0] * 6, 3, per_task=3)) == list(range(6))
 

@@ -53,6 +53,12 @@ def test_a_file_may_be_written_as_people_write_them(tmp_path):
         ({"architecture": "lora2"}, "unknown architecture 'lora2'; did you mean"),
         ({"lora_dropout": 1.0}, "lora_dropout must be in"),
         ({"batch_size": 3}, "batch_size must be at least 4"),
+        ({"batch_size": 5, "per_task": 3}, "batch_size must be at least 6 to hold per_task=3 examples of two tasks"),
+        ({"mixing": "eqal"}, "mixing must be one of proportional, temperature, equal, round_robin, got 'eqal'"),
+        ({"mixing_temperature": 0.5}, "mixing_temperature must be a number of at least 1"),
+        ({"align_schedule": "none"}, "align_schedule must be one of constant, linear, cosine"),
+        ({"align_warmup": 1.0}, r"align_warmup must be in \[0, 1\)"),
+        ({"save_steps": -1}, "save_steps must be 0 or a positive integer"),
         ({"seed": -1}, "seed must be in"),
     ],
 )

@@ -9,6 +9,7 @@ from typing import get_args
 
 import pytest
 import torch
+from hf import words
 from hf.words import gpt2, llama, model_folder, qwen2, tokenizer, write_rows
 from peft import PeftModel
 from rich.console import Console
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from align_ext import load_adapter, unload
 from align_ext.config import Architecture
-from align_ext.hf import recipe
+from align_ext.hf import models, recipe
 from align_ext.hf.models import load_model
 from align_ext.hf.options import TrainOptions
 from align_ext.hf.replace import adapted_layers
@@ -166,6 +167,8 @@ def test_accumulation_and_checkpointing_run_and_plain_lora_has_no_alignment(plac
         ({"output": "file"}, "is a file"),
         ({"output": "full"}, "not empty: use --overwrite"),
         ({"output": "file/below"}, "cannot be made"),
+        ({"resume": True}, "'out' holds no checkpoint to resume from: --save-steps"),
+        ({"resume": True, "output": None}, "name it with --output"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(place, changed, message):
@@ -182,13 +185,13 @@ def test_bad_input_is_one_line_and_writes_nothing(place, changed, message):
 @pytest.mark.parametrize(("gpu", "reason"), [(False, "torch sees no GPU"), (True, "no CUDA kernels")])
 def test_a_gpu_is_used_only_where_there_is_one_and_kernels_for_it(place, monkeypatch, gpu, reason):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(recipe, "has_kernel", lambda op, device: False)
+    monkeypatch.setattr(models, "has_kernel", lambda op, device: False)
     with pytest.raises(ValueError, match=f"device=cuda, but .*{reason}"):
         recipe.prepare(options(place, device="cuda"), console())
-    assert recipe._device(options(place, device="auto")) == "cpu"
-    monkeypatch.setattr(recipe, "has_kernel", lambda op, device: True)
-    assert recipe._device(options(place, device="auto")) == ("cuda" if gpu else "cpu")
-    assert recipe._device(options(place, device="cpu")) == "cpu"
+    assert models.usable_device("auto") == "cpu"
+    monkeypatch.setattr(models, "has_kernel", lambda op, device: True)
+    assert models.usable_device("auto") == ("cuda" if gpu else "cpu")
+    assert models.usable_device("cpu") == "cpu"
 
 
 class Interrupt(Exception):
@@ -277,3 +280,94 @@ def test_overwrite_replaces_a_folder_and_a_default_output_never_does(place):
     run(place, steps=1, output=None)
     assert (place / "work/align_lora_run-2/results.json").is_file()
     assert list((place / "work/align_lora_run").iterdir()) == []
+
+
+def weights(folder):
+    return load_file(folder / "adapter/adapter_model.safetensors")
+
+
+class StopAt(recipe.ShowProgress):
+    """Ctrl-C at the end of a step."""
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+
+LONG = {
+    "steps": 6, "accumulation": 2, "batch_size": 4, "align_accumulation": "exact", "mixing": "temperature",
+    "mixing_temperature": 3, "align_schedule": "cosine", "align_warmup": 0.2, "eval_steps": 2, "save_steps": 3,
+}  # fmt: skip
+
+
+def test_an_interrupted_run_that_is_resumed_is_the_unbroken_one_to_the_bit(place, monkeypatch):
+    unbroken, said = run(place, output="whole", **LONG)
+    assert "held-out loss" in said
+    assert [entry["step"] for entry in unbroken["evaluations"]] == [2, 4, 6]
+    assert {"eval_loss/threes", "eval_loss/next"} <= unbroken["evaluations"][0].keys()
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "ShowProgress", StopAt)
+        with pytest.raises(KeyboardInterrupt):
+            run(place, **LONG)
+    work = place / "work"
+    assert [p.name for p in (work / "out").iterdir()] == ["checkpoints"]
+    with pytest.raises(ValueError, match="'out' is not empty: use --resume"):
+        recipe.prepare(options(place, **LONG), console())
+    with pytest.raises(ValueError, match=r"the run in 'out' had lr=0\.02, not 0\.5"):
+        recipe.prepare(options(place, **LONG | {"lr": 0.5, "resume": True}), console())
+    resumed, said = run(place, **LONG, resume=True)
+    assert "going on from out/checkpoints/checkpoint-3" in said
+    for name, tensor in weights(work / "whole").items():
+        assert torch.equal(weights(work / "out")[name], tensor), name
+    timeless = ("loss", "align_loss", "align_weight", "step")
+    for one, other in zip(resumed["losses"], unbroken["losses"], strict=True):
+        assert {name: one[name] for name in timeless} == {name: other[name] for name in timeless}
+    assert resumed["after"] == unbroken["after"]
+    assert sorted(p.name for p in (work / "out/checkpoints").iterdir()) == [
+        "checkpoint-3", "checkpoint-6", "options.yaml",
+    ]  # fmt: skip
+    assert sorted(p.name for p in work.iterdir()) == ["out", "whole"]
+    with pytest.raises(ValueError, match="is complete: there is nothing to resume"):
+        recipe.prepare(options(place, **LONG, resume=True), console())
+
+
+def test_an_interrupt_before_the_first_checkpoint_leaves_nothing(place, monkeypatch):
+    monkeypatch.setattr(recipe, "ShowProgress", StopAt)
+    with pytest.raises(KeyboardInterrupt):
+        run(place, steps=6, save_steps=6)
+    assert list((place / "work").iterdir()) == []
+
+
+def test_the_schedule_of_the_alignment_and_its_accumulation_reach_the_trainer(place):
+    changed = {"steps": 4, "log_steps": 1, "accumulation": 2, "batch_size": 4}
+    results, _ = run(place, align_schedule="linear", align_weight=0.5, **changed)
+    assert [entry["align_weight"] for entry in results["losses"]] == pytest.approx([0.5, 0.375, 0.25, 0.125])
+    first = {}
+    for kind in ("micro", "queue", "exact"):
+        results, _ = run(place, output=kind, align_accumulation=kind, **changed)
+        first[kind] = results["losses"][0]["align_loss"]
+    assert len(set(first.values())) == 3, "one batch, the last ones too, the union"
+
+
+def test_several_processes_are_told_how_to_train(place, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="start a script with AlignTrainer"):
+        recipe.prepare(options(place), console())
+
+
+@pytest.mark.parametrize("mixing", ["proportional", "temperature", "equal", "round_robin"])
+def test_the_mixing_decides_how_often_a_task_comes(place, mixing, monkeypatch):
+    rows = [row for i, row in enumerate(words.rows(40)) if row["task"] == "next" or i % 8 == 0]
+    write_rows(place / "rows.jsonl", rows)
+    seen = []
+
+    class Recording(recipe.AlignTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            seen.extend(inputs["task_ids"].tolist())
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(recipe, "AlignTrainer", Recording)
+    results, _ = run(place, steps=6, mixing=mixing, architecture="lora", eval_examples=2)
+    share = {"proportional": 38 / 46, "temperature": 38**0.5 / (38**0.5 + 8**0.5)}.get(mixing, 0.5)
+    assert seen.count(0) / len(seen) == pytest.approx(share, abs=0.06)
+    assert results["options"]["mixing"] == mixing

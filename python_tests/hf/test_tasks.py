@@ -11,7 +11,7 @@ import pytest
 from hf.words import rows, tokenizer, write_rows
 
 from align_ext.hf import tasks
-from align_ext.hf.tasks import Example, mixing_order, read_tasks, select
+from align_ext.hf.tasks import Example, read_tasks, scored_examples, select
 
 FORMS = {
     "chain_sum": r"-?\d+",
@@ -216,22 +216,17 @@ def test_examples_that_do_not_fit_make_room_for_others(tmp_path):
         load_tasks(file, fits=lambda x: x.task != "next")
 
 
-@pytest.mark.parametrize(("count", "batch_size"), [(1, 4), (2, 4), (3, 8), (5, 8), (5, 5), (5, 4), (25, 8), (3, 7)])
-def test_every_batch_holds_two_examples_of_two_tasks_and_all_tasks_come_equally_often(count, batch_size):
-    ids = [task for task in range(count) for _ in range(5 + 3 * task)]
-    order = mixing_order(ids, batch_size, 100)
-    assert len(order) == 100 * batch_size
-    drawn = Counter(ids[i] for i in order)
-    assert max(drawn.values()) - min(drawn.values()) <= batch_size / min(count, batch_size // 2) + 1
-    for start in range(0, len(order), batch_size):
-        batch = Counter(ids[i] for i in order[start : start + batch_size])
-        assert min(batch.values()) >= 2
-        assert len(batch) >= min(count, 2)
-
-
-def test_a_task_is_gone_through_before_an_example_comes_again():
-    order = mixing_order([0] * 6 + [1] * 6, 4, 6, seed=3)
-    assert sorted(order[:12]) == list(range(12))
-    assert order[:12] != order[12:]
-    assert order == mixing_order([0] * 6 + [1] * 6, 4, 6, seed=3)
-    assert order != mixing_order([0] * 6 + [1] * 6, 4, 6, seed=4)
+def test_only_a_test_split_is_scored_and_a_file_as_it_is(tmp_path):
+    write_rows(tmp_path / "x.train.jsonl", [{"task": "a", "prompt": str(i), "answer": "b"} for i in range(4)])
+    with pytest.raises(ValueError, match="the task 'a' has no test split"):
+        scored_examples(read_tasks(str(tmp_path)), 9, lambda _: True, undivided=False)
+    write_rows(tmp_path / "x.test.jsonl", [{"task": "a", "prompt": str(i), "answer": "b"} for i in range(5, 9)])
+    data = scored_examples(read_tasks(str(tmp_path)), 3, lambda x: x.prompt != "7", undivided=False)
+    assert {x.prompt for x in data.test} == {"5", "6", "8"}
+    assert (data.train, data.names) == ([], ("a",))
+    file = read_tasks(str(tmp_path / "x.train.jsonl"))
+    with pytest.raises(ValueError, match="no test split"):
+        scored_examples(file, 9, lambda _: True, undivided=False)
+    assert len(scored_examples(file, 9, lambda _: True, undivided=True).test) == 4
+    with pytest.raises(ValueError, match="no examples to score on: all 4 are too long"):
+        scored_examples(file, 9, lambda _: False, undivided=True)
