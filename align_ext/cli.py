@@ -1,4 +1,4 @@
-"""The command line, align-lora: train, merge, export, inspect, doctor, bench.
+"""The command line, align-lora: train, eval, merge, export, inspect, doctor, bench.
 
 A user's mistake is one line on stderr and exit code 2.
 """
@@ -70,6 +70,40 @@ def train(config: str | None, print_config: bool, **flags: Any) -> None:
     results = recipe.train(job, console)
     if any(check["passed"] is False for check in results["checks"].values()):
         raise typer.Exit(1)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[
+        str | None, typer.Option(help="base model: folder or hub id; none: SmolLM2-135M-Instruct, as `train`")
+    ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="adapter folder of any architecture; none: the base alone")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="as in `train`; none: the built-in tasks")] = None,
+    tasks: Annotated[str, typer.Option(help="names of the tasks to keep, separated by commas; none: all")] = "",
+    examples: Annotated[int, typer.Option(help="at most so many of each task")] = 100,
+    batch_size: Annotated[int, typer.Option(help="rows in a forward")] = 16,
+    seq_len: Annotated[int, typer.Option(help="longest prompt and answer in tokens; longer ones are left out")] = 256,
+    merge: Annotated[bool, typer.Option("--merge", help="score the merged model")] = False,
+    dtype: Annotated[str, typer.Option(help="auto, stored, float32, bfloat16 or float16")] = "auto",
+    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda")] = "auto",
+    json: Annotated[str | None, typer.Option(help="file for the results")] = None,
+) -> None:
+    """Scores a model, with an adapter or without, on the tasks' test splits; a data file is scored as it is.
+
+    For each task, with standard errors: the loss per token of the gold answer; where there are choices, how often the
+    gold one has the least loss per token; and the score of greedy answers, by the task's own scorer or else exact
+    match. A multi_adapter scores each task with its adapter.
+
+    Example: align-lora eval --adapter run/adapter --tasks syllogism,chain_sum --json scores.json
+    """
+    given = {name: value for name, value in locals().items() if name not in ("json", "tasks")}
+    with _on_models("scoring"):
+        from align_ext.hf.score import EvalRequest, score
+
+        names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+        score(EvalRequest(**given, tasks=names), json, _console())
 
 
 _Folder = Annotated[str, typer.Argument(help="folder of save_adapter or `train` (its adapter/), or of stock PEFT")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,17 +22,25 @@ from align_ext.step import align_step, set_task
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One task's result.
+    """One task's result; the standard errors are of its examples as a sample, None where there is one alone.
 
     Attributes:
         loss: negative log-likelihood of the gold answer per token, over all answer tokens of the task.
         score: share of right choices, or mean score of generated answers.
         examples: how many were scored.
+        loss_error: standard error of the loss as a ratio, sqrt(n / (n - 1) Σ (nll_i - loss tokens_i)²) / Σ tokens_i.
+        score_error: standard error of the score, s / sqrt(n).
+        greedy: mean score of generated answers where score is of choices, if asked for.
+        greedy_error: its standard error.
     """
 
     loss: float
     score: float
     examples: int
+    loss_error: float | None = None
+    score_error: float | None = None
+    greedy: float | None = None
+    greedy_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,8 @@ def evaluate(
     batch_size: int = 16,
     progress: Progress | None = None,
     ids: Mapping[str, int] | None = None,
+    *,
+    greedy: bool = False,
 ) -> dict[str, TaskScore]:
     """Scores a causal language model on each task, in eval mode.
 
@@ -83,13 +94,14 @@ def evaluate(
         batch_size: rows in a forward.
         progress: a running rich display to which a bar is added.
         ids: each task's id, for a model that has an adapter for each task (multi_adapter).
+        greedy: answers are generated to examples with choices too.
 
     Raises:
         ValueError: the model has an adapter for each task, and ids lacks one.
     """
     tasks = _task_ids(model, examples, ids)
     rows = _rows(tokenizer, examples, tasks)
-    free = [i for i, example in enumerate(examples) if not example.choices]
+    free = [i for i, example in enumerate(examples) if greedy or not example.choices]
     bar = None if progress is None else progress.add_task("evaluating", total=len(rows) + len(free))
 
     def advance(count: int) -> None:
@@ -98,29 +110,50 @@ def evaluate(
 
     with _eval_mode(model):
         sums = _choice_nll(model, tokenizer, rows, batch_size, advance)
-        scores: dict[int, float] = {}
+        generated: dict[int, float] = {}
         # Task by task: a batch generates as long as its longest answer, and a model may need to know its task.
         for _, same in itertools.groupby(sorted(free, key=lambda i: examples[i].task), lambda i: examples[i].task):
             group = list(same)
             with _named_task(model, tasks[group[0]]):
-                scores |= _generated_scores(model, tokenizer, examples, group, batch_size, advance)
+                generated |= _generated_scores(model, tokenizer, examples, group, batch_size, advance)
     if progress is not None and bar is not None:
         progress.remove_task(bar)
 
-    results = {}
-    for task in dict.fromkeys(example.task for example in examples):
-        mine = [i for i, example in enumerate(examples) if example.task == task]
-        gold = [sums[i, max(examples[i].label, 0)] for i in mine]
-        for i in mine:
-            if examples[i].choices:
-                per_token = [sums[i, c][0] / sums[i, c][1] for c in range(len(examples[i].choices))]
-                scores[i] = float(min(range(len(per_token)), key=per_token.__getitem__) == examples[i].label)
-        results[task] = TaskScore(
-            loss=sum(nll for nll, _ in gold) / sum(tokens for _, tokens in gold),
-            score=sum(scores[i] for i in mine) / len(mine),
-            examples=len(mine),
-        )
-    return results
+    return {
+        task: _task_score([i for i, example in enumerate(examples) if example.task == task], examples, sums, generated)
+        for task in dict.fromkeys(example.task for example in examples)
+    }
+
+
+def _task_score(
+    mine: list[int],
+    examples: Sequence[Example],
+    sums: Mapping[tuple[int, int], tuple[float, int]],
+    generated: Mapping[int, float],
+) -> TaskScore:
+    """The result of one task's examples, from the answers' (NLL, tokens) and the scores of what was generated."""
+    gold = [sums[i, max(examples[i].label, 0)] for i in mine]
+    tokens = sum(count for _, count in gold)
+    loss = sum(nll for nll, _ in gold) / tokens
+    residuals = sum((nll - loss * count) ** 2 for nll, count in gold)
+    chosen = {}
+    for i in mine:
+        if choices := examples[i].choices:
+            per_token = [sums[i, c][0] / sums[i, c][1] for c in range(len(choices))]
+            chosen[i] = float(min(range(len(per_token)), key=per_token.__getitem__) == examples[i].label)
+    score, score_error = mean_and_error([chosen.get(i, generated.get(i, 0.0)) for i in mine])
+    both = [generated[i] for i in mine] if chosen and all(i in generated for i in mine) else []
+    return TaskScore(
+        loss, score, len(mine),
+        math.sqrt(residuals * len(mine) / (len(mine) - 1)) / tokens if len(mine) > 1 else None,
+        score_error, *(mean_and_error(both) if both else (None, None)),
+    )  # fmt: skip
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean and its standard error, s / sqrt(n) with s² = Σ (x - mean)² / (n - 1); None for one value."""
+    n, mean = len(values), sum(values) / len(values)
+    return mean, math.sqrt(sum((x - mean) ** 2 for x in values) / (n * (n - 1))) if n > 1 else None
 
 
 @torch.no_grad()

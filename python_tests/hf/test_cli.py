@@ -15,7 +15,6 @@ from align_ext import __version__, cli
 from align_ext.diagnostics import doctor
 from align_ext.hf.options import TrainOptions
 
-
 RUN = """
 steps: 4
 save-steps: 2

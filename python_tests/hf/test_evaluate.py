@@ -1,5 +1,8 @@
 """Scoring: losses, choices and generations as a naive loop has them; the alignment as its definition has it."""
 
+import dataclasses
+import statistics
+
 import pytest
 import torch
 from hf.words import llama, tokenizer
@@ -49,6 +52,14 @@ def test_losses_and_choices_are_those_of_one_sequence_at_a_time(model, batch_siz
         tokens = [nll for example in mine for nll in naive_nll(model, example.prompt, example.answer)]
         assert score.loss == pytest.approx(sum(tokens) / len(tokens), rel=1e-5)
         assert score.examples == len(mine)
+        nlls = [naive_nll(model, example.prompt, example.answer) for example in mine]
+        residuals = [sum(nll) - score.loss * len(nll) for nll in nlls]  # whose mean is 0
+        error = statistics.stdev(residuals) * len(mine) ** 0.5 / sum(map(len, nlls))
+        assert score.loss_error == pytest.approx(error, rel=1e-4)
+        assert score.greedy is None
+    assert result["colour"].score_error == pytest.approx(
+        (result["colour"].score * (1 - result["colour"].score) / 8) ** 0.5
+    )
     means, sums = [], []
     for example in examples()[:9]:
         nlls = [naive_nll(model, example.prompt, choice) for choice in CHOICES]
@@ -81,6 +92,22 @@ def test_generation_is_greedy_whatever_the_padding(model, batch_size):
     assert said == expected
     assert len(set(said)) > 3
     assert result["copy"].score == pytest.approx(sum(len(text) % 2 for text in said) / 7)
+
+
+def test_choices_may_be_answered_freely_too(model):
+    said = []
+
+    def keep(text):
+        said.append(text)
+        return float(len(said) in (2, 3, 5))
+
+    choosing = [dataclasses.replace(example, scorer=keep) for example in examples()[:9]]
+    result = evaluate(model, tokenizer(), choosing, 3, greedy=True)["colour"]
+    assert len(said) == 9
+    assert result.greedy == pytest.approx(1 / 3)
+    assert result.greedy_error == pytest.approx((1 / 3 * 2 / 3 / 8) ** 0.5)
+    plain = evaluate(model, tokenizer(), choosing, 3)["colour"]
+    assert (plain.score, plain.loss, plain.greedy) == (result.score, result.loss, None)
 
 
 def test_scoring_leaves_the_model_in_the_mode_it_found(model):

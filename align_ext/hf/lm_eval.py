@@ -1,0 +1,75 @@
+"""EleutherAI's lm-evaluation-harness on a base model with an adapter of any architecture: its model "align".
+
+    pip install lm-eval
+    python -m align_ext.hf.lm_eval run --model align --model_args pretrained=MODEL,adapter=FOLDER --tasks arc_easy
+
+or, in Python,  lm_eval.simple_evaluate(align_lm(MODEL, FOLDER), tasks=["arc_easy"]).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from align_ext.hf.folder import AdapterFolder
+from align_ext.hf.score import EvalRequest, load_scored
+
+
+def align_lm(
+    pretrained: str | None = None, adapter: str | None = None, task: str | int | None = None, **options: Any
+) -> Any:
+    """Makes the harness's model (lm_eval.models.huggingface.HFLM) of a base model and an adapter's folder.
+
+    Args:
+        pretrained: base model, a folder or hub id; None: SmolLM2-135M-Instruct.
+        adapter: folder of save_adapter or stock PEFT; None: the base alone.
+        task: multi_adapter: name or number of the adapter's task that the harness's tasks belong to.
+        **options: merge, dtype, device as for `align-lora eval`; others are HFLM's (batch_size, ...).
+
+    Raises:
+        ValueError: the model or adapter cannot be loaded; a multi_adapter without a task; or an adapter with
+            routing="sequence", which would see the answers that the harness scores.
+        ModuleNotFoundError: lm-eval is not installed.
+    """
+    return _model_class()(pretrained=pretrained, adapter=adapter, task=task, **options)
+
+
+@functools.cache
+def _model_class() -> Any:
+    """The harness's model class, registered as "align"; made here since lm-eval is no dependency."""
+    try:
+        from lm_eval.api.registry import register_model
+        from lm_eval.models.huggingface import HFLM
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"the harness needs {error.name}: pip install lm-eval", name=error.name) from error
+
+    @register_model("align")
+    class AlignLM(HFLM):  # type: ignore[misc, unused-ignore]
+        def __init__(
+            self, pretrained: str | None = None, adapter: str | None = None, task: str | int | None = None, *,
+            merge: bool = False, dtype: str = "auto", device: str | None = None, **options: Any,
+        ) -> None:  # fmt: skip
+            config = None if adapter is None else AdapterFolder.read(adapter).config
+            if config is not None and config.architecture == "multi_adapter" and task is None:
+                raise ValueError("the adapter has one part for each task: name one, as task=...")
+            if config is not None and config.routing == "sequence":
+                raise ValueError('an adapter with routing="sequence" would route by the answers that are scored: use '
+                                 "`align-lora eval`, which routes by the prompts alone")  # fmt: skip
+            where = (device or "auto").partition(":")[0]
+            request = EvalRequest(model=pretrained, adapter=adapter, merge=merge, dtype=dtype, device=where)
+            model, tokenizer = load_scored(request, None if task is None else str(task))
+            super().__init__(pretrained=model, tokenizer=tokenizer, **options)
+
+    return AlignLM
+
+
+def main() -> None:
+    """Runs the harness's command line with the model "align" in it."""
+    _model_class()
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()

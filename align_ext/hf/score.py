@@ -1,0 +1,149 @@
+"""What `align-lora eval` does: a base model, an adapter's folder or none, and the tasks' test splits; a table out."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from align_ext.hf.commands import task_number
+from align_ext.hf.evaluate import TaskScore, evaluate
+from align_ext.hf.export import load_adapter
+from align_ext.hf.folder import AdapterFolder
+from align_ext.hf.merge import merge_and_unload
+from align_ext.hf.models import best_dtype, load_model, usable_device
+from align_ext.hf.report import bars_on, say, versions
+from align_ext.hf.tasks import TaskData, fits, read_tasks, scored_examples
+from align_ext.step import set_task
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """What to score: the options of `align-lora eval`."""
+
+    model: str | None = None
+    adapter: str | None = None
+    merge: bool = False
+    data: str | None = None
+    tasks: tuple[str, ...] = ()
+    examples: int = 100
+    batch_size: int = 16
+    seq_len: int = 256
+    dtype: str = "auto"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("examples", "batch_size", "seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)}")
+        if self.merge and self.adapter is None:
+            raise ValueError("--merge goes with --adapter: without one there is nothing to merge")
+
+
+def score(request: EvalRequest, file: str | None, console: Console) -> dict[str, TaskScore]:
+    """Scores a model on each task's test split, prints the table, and writes it as JSON where a file is named.
+
+    Raises:
+        ValueError: something of the request cannot be used; nothing is written.
+    """
+    _check_file(file)
+    pools = read_tasks(request.data, request.tasks, count=request.examples)
+    stored = None if request.adapter is None else AdapterFolder.read(request.adapter)
+    ids = None if stored is None else _task_ids(stored, tuple(pools), merged=request.merge)
+    with console.status("loading the model"):
+        model, tokenizer = load_scored(request)
+    fit = functools.partial(fits, tokenizer, max_tokens=request.seq_len)
+    own_file = request.data is not None and Path(request.data).expanduser().is_file()
+    data = scored_examples(pools, request.examples, fit, undivided=own_file)
+    left_out = f" ({data.left_out} too long, left out)" if data.left_out else ""
+    say(
+        console,
+        f"{len(data.names)} tasks: {len(data.test)} examples to score on{left_out}, {model.dtype} on {model.device}",
+    )
+    with bars_on(console) as bars:
+        scores = evaluate(model, tokenizer, data.test, request.batch_size, bars, ids, greedy=True)
+    console.print(_table(scores, data))
+    if file is not None:
+        tasks = {name: _parts(name, found, data) for name, found in scores.items()}
+        content = {"options": asdict(request), "versions": versions(), "dtype": str(model.dtype), "tasks": tasks}
+        Path(file).expanduser().write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return scores
+
+
+def load_scored(request: EvalRequest, task: str | None = None) -> tuple[Any, Any]:
+    """Loads the request's base model, with the adapter on it or merged into it, and the tokenizer; in eval mode.
+
+    Args:
+        request: model, adapter, merge, dtype, device.
+        task: multi_adapter: name or number of the task that the model is to be about.
+
+    Raises:
+        ValueError: as load_model, load_adapter and merge_and_unload say; or there is no such task.
+    """
+    device = usable_device(request.device)
+    model, tokenizer = load_model(request.model, best_dtype(device) if request.dtype == "auto" else request.dtype)
+    if request.adapter is not None:
+        load_adapter(model, request.adapter)
+        if task is not None:
+            set_task(model, task_number(AdapterFolder.read(request.adapter), task))
+        if request.merge:
+            try:
+                merge_and_unload(model)
+            except ValueError as error:
+                raise ValueError(f"{error} (with `align-lora merge`, and score the model that it writes)") from error
+    return model.to(device).eval(), tokenizer
+
+
+def _task_ids(stored: AdapterFolder, tasks: tuple[str, ...], *, merged: bool) -> dict[str, int] | None:
+    """The ids by which an adapter of its own for each task knows them; None where one adapter serves all."""
+    if stored.config.architecture != "multi_adapter":
+        return None
+    if merged:
+        raise ValueError("--merge: a multi_adapter has one adapter for each task: score it without, or score what "
+                         "`align-lora merge --task` writes")  # fmt: skip
+    names = stored.task_names or tuple(str(i) for i in range(stored.config.num_tasks or 0))
+    missing = [task for task in tasks if task not in names]
+    if missing:
+        raise ValueError(f"the adapter has none for {', '.join(missing)}: its tasks are {', '.join(names)} (--tasks "
+                         "keeps some of the data's)")  # fmt: skip
+    return {name: i for i, name in enumerate(names)}
+
+
+def _check_file(file: str | None) -> None:
+    if file is not None and (
+        Path(file).expanduser().is_dir() or not Path(file).expanduser().absolute().parent.is_dir()
+    ):
+        raise ValueError(f"--json {file}: name a file in a folder that exists")
+
+
+def _parts(name: str, found: TaskScore, data: TaskData) -> dict[str, float | int | None]:
+    """A task's numbers by what they are."""
+    of_choices = any(example.choices for example in data.test if example.task == name)
+    choice = (found.score, found.score_error) if of_choices else (None, None)
+    greedy = (found.greedy, found.greedy_error) if of_choices else (found.score, found.score_error)
+    return {
+        "examples": found.examples, "loss": found.loss, "loss_error": found.loss_error, "accuracy": choice[0],
+        "accuracy_error": choice[1], "greedy": greedy[0], "greedy_error": greedy[1],
+    }  # fmt: skip
+
+
+def _table(scores: dict[str, TaskScore], data: TaskData) -> Table:
+    table = Table("task", title="test splits: value ± standard error")
+    for title in ("examples", "loss per answer token", "accuracy by likelihood", "score of greedy answers"):
+        table.add_column(title, justify="right")
+    for name, found in scores.items():
+        parts = _parts(name, found, data)
+        cells = [_shown(parts[key], parts[f"{key}_error"]) for key in ("loss", "accuracy", "greedy")]
+        table.add_row(name, str(found.examples), *cells)
+    return table
+
+
+def _shown(value: float | None, error: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")

@@ -1,0 +1,120 @@
+"""The model "align" of lm-evaluation-harness: its likelihoods and answers are those of the model with its adapter."""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+import torch
+from hf.words import llama, model_folder, tokenizer
+
+from align_ext import load_adapter, replace_linear_with_align_lora, save_adapter, set_task
+from align_ext.hf import lm_eval as ours
+from align_ext.hf.replace import adapted_layers
+
+installed = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="lm-eval, which the harness needs, is not installed"
+)
+TASK = """
+task: local
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: label
+metric_list: [{{metric: acc}}]
+"""
+
+
+def adapter(folder, **options):
+    """An adapter that counts, of two tasks."""
+    model = llama()
+    replace_linear_with_align_lora(model, num_tasks=2, r=4, **options)
+    torch.manual_seed(1)
+    for layer in adapted_layers(model).values():
+        torch.nn.init.normal_(layer.adapter.lora_B, std=0.3)
+    save_adapter(model, folder, task_names=("a", "b"))
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    model_folder(tmp_path / "model")
+    return tmp_path
+
+
+def align_lm(place, folder=None, **options):
+    options = {"dtype": "float32", "device": "cpu", "batch_size": 3} | options
+    return ours.align_lm(str(place / "model"), None if folder is None else str(folder), **options)
+
+
+def log_likelihood(model, prompt, answer):
+    """Of an answer's characters, each a token; and whether greedy decoding gives it."""
+    ids = tokenizer()(prompt + answer, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    gold = ids[0, len(prompt) :]
+    return logits.gather(1, gold[:, None]).sum().item(), bool((logits.argmax(-1) == gold).all())
+
+
+@installed
+@pytest.mark.parametrize("options", [{}, {"architecture": "hydra"}, {"architecture": "multi_adapter"}])
+def test_the_harness_meets_the_model_with_its_adapter(place, options):
+    from lm_eval.api.instance import Instance
+
+    folder, task = adapter(place / "adapter", **options), "b" if "multi" in str(options) else None
+    model = load_adapter(llama(), folder).eval()
+    if task is not None:
+        set_task(model, 1)
+    pairs = [("one and one", " is two"), ("a", "b"), ("what is this, then?", " a test"), ("x", " y z")]
+    requests = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
+    found = align_lm(place, folder, task=task).loglikelihood(requests)
+    for (value, greedy), pair in zip(found, pairs, strict=True):
+        expected = log_likelihood(model, *pair)
+        assert value == pytest.approx(expected[0], rel=1e-4)
+        assert greedy is expected[1]
+        assert value != pytest.approx(log_likelihood(llama(), *pair)[0], rel=1e-3)
+    if not options:
+        merged = align_lm(place, folder, merge=True).loglikelihood(requests)
+        assert [value for value, _ in merged] == pytest.approx([value for value, _ in found], rel=1e-4)
+
+
+@installed
+def test_a_local_task_runs_through_the_harnesss_own_command_line(place, monkeypatch):
+    folder = adapter(place / "adapter")
+    model = load_adapter(llama(), folder).eval()
+    rows = [{"question": f"{i} is", "choices": ["odd", "even"], "label": i % 2} for i in range(12)]
+    (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (place / "tasks").mkdir()
+    (place / "tasks/local.yaml").write_text(TASK.format(file=place / "rows.jsonl"))
+    right = 0
+    for row in rows:
+        values = [log_likelihood(model, row["question"], " " + choice)[0] for choice in row["choices"]]
+        right += values.index(max(values)) == row["label"]
+    arguments = f"pretrained={place / 'model'},adapter={folder},dtype=float32"
+    flags = ["--tasks", "local", "--include_path", place / "tasks", "--device", "cpu", "--batch_size", "4"]
+    flags += ["--model", "align", "--model_args", arguments, "--output_path", place / "out"]
+    monkeypatch.setattr(sys, "argv", ["lm_eval", "run", *map(str, flags)])
+    ours.main()
+    (file,) = (place / "out").rglob("results_*.json")
+    assert json.loads(file.read_text())["results"]["local"]["acc,none"] == pytest.approx(right / len(rows))
+
+
+@installed
+def test_adapters_that_the_harness_cannot_score_are_refused(place):
+    with pytest.raises(ValueError, match="name one, as task="):
+        align_lm(place, adapter(place / "many", architecture="multi_adapter"))
+    routed = adapter(place / "routed", architecture="hydra", router="mlp", routing="sequence")
+    with pytest.raises(ValueError, match="would route by the answers"):
+        align_lm(place, routed)
+
+
+def test_without_the_harness_the_error_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.api.registry", None)
+    monkeypatch.setattr(ours, "_model_class", ours._model_class.__wrapped__)  # as before its first use
+    with pytest.raises(ModuleNotFoundError, match="pip install lm-eval"):
+        ours.align_lm()

@@ -1,0 +1,109 @@
+"""align-lora eval: the numbers of a run's own scores, of every kind of adapter, on test splits alone; its mistakes."""
+
+import json
+
+import pytest
+from hf.words import model_folder, rows, write_rows
+
+from align_ext.hf.evaluate import mean_and_error
+
+KEYS = {"examples", "loss", "loss_error", "accuracy", "accuracy_error", "greedy", "greedy_error"}
+
+
+@pytest.fixture
+def place(tmp_path):
+    model_folder(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    content = list(rows())
+    write_rows(tmp_path / "data/x.train.jsonl", content[12:])
+    write_rows(tmp_path / "data/x.test.jsonl", content[:12])
+    return tmp_path
+
+
+def common(place):
+    return ["--model", place / "model", "--data", place / "data", "--dtype", "float32", "--device", "cpu"]
+
+
+def trained(run, place, *flags):
+    """Results of a few steps of `train`, whose adapter is in out/adapter."""
+    flags = ["--steps", 3, "--lr", 2e-2, "--eval-examples", 4, "--output", "out", *flags]
+    code, _, err = run("train", *common(place), *flags)
+    assert code == 0, err
+    return json.loads((place / "work/out/results.json").read_text())
+
+
+def scored(run, place, *flags):
+    code, out, err = run("eval", *common(place), "--examples", 4, "--json", "scores.json", *flags)
+    assert code == 0, err
+    return json.loads((place / "work/scores.json").read_text()), out
+
+
+def test_the_standard_error_of_a_mean_is_that_of_a_sample():
+    assert mean_and_error([1, 0, 0, 1]) == (0.5, pytest.approx((1 / 12) ** 0.5))
+    assert mean_and_error([3.0]) == (3.0, None)
+
+
+@pytest.mark.parametrize("architecture", ["align_lora", "hydra", "multi_adapter"])
+def test_the_scores_are_those_of_the_run_that_trained_the_adapter(run, place, architecture):
+    results = trained(run, place, "--architecture", architecture)
+    base, _ = scored(run, place)
+    found, out = scored(run, place, "--adapter", "out/adapter")
+    assert found["options"]["adapter"] == "out/adapter"
+    assert "2 tasks: 8 examples to score on, torch.float32 on cpu" in out
+    for task in ("threes", "next"):
+        mine, own = found["tasks"][task], results["after"]["tasks"][task]
+        assert mine.keys() == KEYS
+        assert mine["loss"] == pytest.approx(own["loss"], rel=1e-5)
+        assert (mine["accuracy"] if task == "threes" else mine["greedy"]) == own["score"]
+        assert base["tasks"][task]["loss"] == pytest.approx(results["before"]["tasks"][task]["loss"], rel=1e-5)
+        assert base["tasks"][task]["loss"] != pytest.approx(mine["loss"], rel=1e-2)
+        assert f"{mine['loss']:.3f} ± {mine['loss_error']:.3f}" in out
+    assert found["tasks"]["next"]["accuracy"] is None
+    assert found["tasks"]["threes"]["greedy"] is not None
+    if architecture == "align_lora":
+        merged, _ = scored(run, place, "--adapter", "out/adapter", "--merge")
+        assert merged["tasks"]["next"]["loss"] == pytest.approx(found["tasks"]["next"]["loss"], rel=1e-4)
+        return
+    code, _, err = run("eval", *common(place), "--adapter", "out/adapter", "--merge")
+    assert code == 2
+    assert ("(with `align-lora merge`, and score" if architecture == "hydra" else "one adapter for each task") in err
+    if architecture == "multi_adapter":
+        write_rows(place / "data/y.test.jsonl", [{"task": "new", "prompt": "a", "answer": "b"}])
+        code, _, err = run("eval", *common(place), "--adapter", "out/adapter")
+        assert code == 2
+        assert "the adapter has none for new: its tasks are next, threes (--tasks keeps" in err
+        assert scored(run, place, "--adapter", "out/adapter", "--tasks", "threes, next")[0] == found | {
+            "options": found["options"] | {"tasks": ["threes", "next"]}
+        }
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--merge"], "--merge goes with --adapter"),
+        (["--adapter", "absent"], "absent"),
+        (["--data", "absent.jsonl"], "no data file or folder 'absent.jsonl'"),
+        (["--tasks", "nexd"], "did you mean 'next'"),
+        (["--json", "absent/x.json"], "--json absent/x.json: name a file in a folder that exists"),
+        (["--examples", 0], "examples must be a positive integer, got 0"),
+        (["--dtype", "int8"], "dtype='int8' is not one of"),
+        (["--seq-len", 3], "are too long (seq_len)"),
+        (["--batch-size", "many"], "--batch-size"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(run, place, flags, message):
+    code, out, err = run("eval", *common(place), *flags)
+    assert (code, out) == (2, "")
+    assert err.startswith("align-lora: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert list((place / "work").iterdir()) == []
+
+
+def test_data_without_a_test_split_is_refused_and_a_file_of_its_own_is_scored(run, place):
+    (place / "data/x.test.jsonl").unlink()
+    code, _, err = run("eval", *common(place))
+    assert code == 2
+    assert "the task 'next' has no test split" in err
+    found, _ = scored(run, place, "--data", place / "data/x.train.jsonl", "--examples", 99)
+    assert found["tasks"]["next"]["examples"] == 18
