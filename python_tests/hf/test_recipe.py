@@ -317,6 +317,8 @@ def test_an_interrupted_run_that_is_resumed_is_the_unbroken_one_to_the_bit(place
         recipe.prepare(options(place, **LONG | {"lr": 0.5, "resume": True}), console())
     resumed, said = run(place, **LONG, resume=True)
     assert "going on from out/checkpoints/checkpoint-3" in said
+    assert "step 1/6" not in said, "a run from the start would end in the same bits"
+    assert "step 6/6" in said
     for name, tensor in weights(work / "whole").items():
         assert torch.equal(weights(work / "out")[name], tensor), name
     timeless = ("loss", "align_loss", "align_weight", "step")
