@@ -26,14 +26,13 @@ import torch
 from torch import Tensor
 
 from align_ext.losses.balance import Balance
-from align_ext.losses.kl import KlAlignment, KlStatistics
-from align_ext.losses.mmd import MmdAlignment, MmdStatistics
+from align_ext.losses.kl import KlAlignment
+from align_ext.losses.mmd import MmdAlignment
 from align_ext.losses.tokens import Latents, TokenTasks
 from align_ext.ops._keyed import LATENT, WEIGHTS, register_step, slot_of
-from align_ext.state import AlignParts, AlignState, Statistics, UnionPart, world_size
+from align_ext.state import STATISTICS, AlignParts, AlignState, Statistics, UnionPart, world_size
 
 NO_TASK = -1
-_STATISTICS: dict[str, type[Statistics]] = {"kl": KlStatistics, "mmd": MmdStatistics}
 _NOT_DIFFERENTIATED = (
     "backward reached an aligned layer, but not the alignment loss: differentiate step.total(loss), or the loss of "
     "model(..., task_ids=ids); align_step(..., strict=False) allows it, and the layer then gets no alignment gradient"
@@ -159,7 +158,7 @@ class Step:
         """What the alignment needs of this process's tokens; before total."""
         state = self.state
         sizes = len(state.names), state.tasks, state.rank
-        return _STATISTICS[state.config.align or "kl"].of(self._kept[LATENT], self.aligned_tokens, sizes, state.config)
+        return STATISTICS[state.config.align or "kl"].of(self._kept[LATENT], self.aligned_tokens, sizes, state.config)
 
     def take(self, slot: int, output: int = LATENT) -> Tensor | None:
         """What a layer adds to dz or dw, the caller's own from now on; None outside the loss's backward."""

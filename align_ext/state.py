@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from align_ext.batch import Step
 
 Statistics = KlStatistics | MmdStatistics
+STATISTICS: dict[str, type[Statistics]] = {"kl": KlStatistics, "mmd": MmdStatistics}
 _NO_IDS = (
     "{what} needs task ids, but this training step has none: call model(**batch, task_ids=ids), or run the forward "
     "inside `with align_step(model, ids)`; without tasks, use align=None or model.eval()"

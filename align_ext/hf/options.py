@@ -57,9 +57,7 @@ class TrainOptions:
     log_steps: int = _option(5, "log the losses every so many steps")
     eval_steps: int = _option(0, "log the held-out examples' losses every so many steps; 0: before and after alone")
     save_steps: int = _option(0, "write a checkpoint every so many steps, and keep the last two; 0: none")
-    resume: bool = _option(
-        False, "go on from the output folder's last checkpoint as if nothing had happened (queue: empty)"
-    )
+    resume: bool = _option(False, "go on from the output folder's last checkpoint as if nothing had happened")
     seed: int = _option(0, "of adapters, dropout, examples and their order")
     adapter: Mapping[str, Any] = field(default_factory=dict)
 

@@ -73,8 +73,7 @@ class AlignMixin(_Base):
         **kwargs: as for Trainer.
 
     A checkpoint is a folder of save_adapter, with what else is trained, and not the frozen model (with FSDP and
-    DeepSpeed it is Trainer's own); train(resume_from_checkpoint=...) goes on to the bit, but for
-    align_accumulation="queue", whose queue starts empty.
+    DeepSpeed it is Trainer's own); train(resume_from_checkpoint=...) goes on to the bit.
 
     Raises:
         ValueError: an option out of range; nn.DataParallel would be used with alignment on; or, in training, a batch

@@ -92,6 +92,16 @@ class KlStatistics:
         value, per_layer, share = layer_value(per_latent / self.positions, self.latents, config.align_layers)
         return KlAlignment(value, per_layer, share / self.positions, tables, self)
 
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Everything in it, to be stored."""
+        return {"moments": self.moments, "sizes": torch.tensor([self.latents, self.positions])}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> KlStatistics:
+        """The inverse of to_tensors."""
+        latents, positions = tensors["sizes"].tolist()
+        return cls(tensors["moments"], latents, positions)
+
     def per_task(self, config: AlignLoraConfig) -> list[float]:
         """The divergence of each task from all others, averaged (or summed) over the layers; for reports."""
         return (task_divergences(self.moments, config, self.latents).sum(1) / self.positions).tolist()

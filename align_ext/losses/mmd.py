@@ -81,6 +81,18 @@ class MmdStatistics:
         value, per_layer, share = layer_value(torch.stack(losses), config.latents, config.align_layers)
         return MmdAlignment(value, per_layer, share, gradients, self)
 
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Everything in it, to be stored."""
+        rows = {f"rows.{slot}": z for slot, z in self.rows.items()}
+        return rows | {"ids": self.ids, "sizes": torch.tensor([self.start, self.tasks])}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> MmdStatistics:
+        """The inverse of to_tensors."""
+        start, tasks = tensors["sizes"].tolist()
+        slots = sorted(int(name.removeprefix("rows.")) for name in tensors if name.startswith("rows."))
+        return cls({slot: tensors[f"rows.{slot}"] for slot in slots}, tensors["ids"], start, tasks)
+
     def per_task(self, config: AlignLoraConfig) -> list[float]:
         """The discrepancy of each task from all others, each pair by itself; for reports."""
         per_task = [0.0] * self.tasks

@@ -18,6 +18,8 @@ CASES = {
     "mmd, mixed tasks": {"align": "mmd"},
     "spectral, blocks": {"architecture": "mtlora", "align": "kl", "spectral_steps": 2},
     "exact accumulation": {"align": "kl", "align_accumulation": "exact"},
+    "queue, kl": {"align": "kl", "align_accumulation": "queue"},
+    "queue, mmd": {"align": "mmd", "align_accumulation": "queue", "align_queue": 2},
     "sft": {"align": "kl"},
 }
 
