@@ -143,7 +143,7 @@ def refuse_compiled_autograd() -> None:
     if on or dynamo.config.compiled_autograd:
         raise RuntimeError(
             "compiled autograd cannot trace the backward of the adapters' losses: set "
-            "torch._dynamo.config.compiled_autograd = False (torch.compile(model) compiles the layers' backward without)"
+            "torch._dynamo.config.compiled_autograd = False; torch.compile(model) compiles the layers' backward as well"
         )
 
 

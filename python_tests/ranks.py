@@ -134,19 +134,19 @@ def whole_layers_are_needed():
         return parallelize_module(model, mesh, plan)
 
     for block in ("mlp", "self_attn"):  # the defaults adapt the first
-        with pytest.raises(ValueError, match="tensor parallelism.*without a tensor parallel plan"):
+        with pytest.raises(ValueError, match=r"tensor parallelism.*without a tensor parallel plan"):
             replace_linear_with_align_lora(sharded(llama(), block))
     model = llama()
     model._tp_size = 2  # as from_pretrained with a plan leaves it
-    with pytest.raises(ValueError, match="tensor parallelism.*without a tensor parallel plan"):
+    with pytest.raises(ValueError, match=r"tensor parallelism.*without a tensor parallel plan"):
         replace_linear_with_align_lora(model)
     for model in (sharded(adapted(), "mlp", ".base_layer"), sharded(adapted(), "self_attn")):
-        with pytest.raises(ValueError, match="tensor parallelism.*without a tensor parallel plan"):
+        with pytest.raises(ValueError, match=r"tensor parallelism.*without a tensor parallel plan"):
             by_keyword(model, 0)
-    with pytest.raises(ValueError, match="wrapped already.*plain model first, then wrap it"):
+    with pytest.raises(ValueError, match=r"wrapped already.*plain model first, then wrap it"):
         replace_linear_with_align_lora(wrapped(llama(), "fsdp2"))
     stage = PipelineStage(llama(), dist.get_rank(), 2, torch.device("cpu"))
-    with pytest.raises(ValueError, match="pipeline stage.*DistributedDataParallel or fully_shard"):
+    with pytest.raises(ValueError, match=r"pipeline stage.*DistributedDataParallel or fully_shard"):
         replace_linear_with_align_lora(stage)
 
 
