@@ -8,11 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timing import Comparison, main, measure
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from align_ext import AlignLoraConfig, replace_linear_with_align_lora
+from align_ext.bench.timing import Comparison, main, measure
 
 TASKS = 5
 MODEL = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
