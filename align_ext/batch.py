@@ -30,7 +30,15 @@ from align_ext.losses.kl import KlAlignment
 from align_ext.losses.mmd import MmdAlignment
 from align_ext.losses.tokens import Latents, TokenTasks
 from align_ext.ops._keyed import LATENT, WEIGHTS, register_step, slot_of
-from align_ext.state import STATISTICS, AlignParts, AlignState, Statistics, UnionPart, world_size
+from align_ext.state import (
+    STATISTICS,
+    AlignParts,
+    AlignState,
+    Statistics,
+    UnionPart,
+    refuse_compiled_autograd,
+    world_size,
+)
 
 NO_TASK = -1
 _NOT_DIFFERENTIATED = (
@@ -174,6 +182,7 @@ class Step:
 
     def arm(self, d_total: Tensor, factors: dict[int, float], kept: dict[int, Latents]) -> None:
         """Computes the gradients in all outputs, for the layers to take until the running backward ends."""
+        refuse_compiled_autograd()
         losses = {LATENT: (self.alignment, self.aligned_tokens), WEIGHTS: (self.balance, self.tokens)}
         self._owed = {
             output: loss.gradients(kept[output], tokens, d_total, factors[output])

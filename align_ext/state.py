@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -131,6 +132,39 @@ def find_state(model: nn.Module) -> AlignState | None:
         if isinstance(state, AlignState):
             return state
     return None
+
+
+def refuse_compiled_autograd() -> None:
+    """Raises RuntimeError where the compiler traces backward, which hands out the step's gradients by Python."""
+    dynamo = sys.modules.get("torch._dynamo")  # nothing is compiled where nobody imported it
+    if dynamo is None:
+        return
+    autograd = dynamo.compiled_autograd
+    on = autograd.compiled_autograd_enabled or autograd.in_compiled_autograd_region
+    if on or dynamo.config.compiled_autograd:
+        raise RuntimeError(
+            "compiled autograd cannot trace the backward of the adapters' losses: set "
+            "torch._dynamo.config.compiled_autograd = False; torch.compile(model) compiles the layers' backward as well"
+        )
+
+
+def refuse_parts_of_a_model(model: nn.Module) -> None:
+    """Raises ValueError for a model that other processes hold parts of; FSDP2's shards are whole in forward."""
+    modules: list[Any] = list(model.modules()) if isinstance(model, nn.Module) else [model]
+    kinds = {kind.__name__ for module in modules for kind in type(module).__mro__}
+    if "_PipelineStageBase" in kinds or any("_pp_stage" in module.__dict__ for module in modules):
+        raise ValueError(
+            "the model is a pipeline stage, whose layers see no loss and no task ids: train the whole model with "
+            "DistributedDataParallel or fully_shard after replace_linear_with_align_lora"
+        )
+    parallel = any((module.__dict__.get("_tp_size") or 1) > 1 for module in modules)
+    # DTensor by its attribute: its module takes long to import.
+    sharded = "FSDPModule" not in kinds and any(hasattr(p, "device_mesh") for p in model.parameters())
+    if parallel or sharded:
+        raise ValueError(
+            "the model's weights are split over processes (tensor parallelism): load it without a tensor parallel "
+            "plan, call replace_linear_with_align_lora, then use DistributedDataParallel or fully_shard"
+        )
 
 
 def world_size() -> int:

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from align_ext.batch import Step
-from align_ext.state import AlignParts, AlignState, find_state
+from align_ext.state import (
+    AlignParts,
+    AlignState,
+    find_state,
+    refuse_compiled_autograd,
+    refuse_parts_of_a_model,
+    world_size,
+)
 
 
 class BoundCheckpoint:
@@ -44,6 +51,9 @@ def _state_of(model: nn.Module) -> AlignState:
 
 def open_step(model: nn.Module, state: AlignState, ids: Tensor | None, **options: bool) -> Step:
     """A new step for a model's next forward; the model's checkpoint functions will find it again."""
+    refuse_compiled_autograd()
+    if world_size() > 1:
+        refuse_parts_of_a_model(model)
     adapter = next(p for name, p in model.named_parameters() if "lora_A" in name)
     for module in model.modules():
         checkpoint = module.__dict__.get("_gradient_checkpointing_func")

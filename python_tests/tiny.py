@@ -1,7 +1,7 @@
 """Tiny real models and batches with tasks, and a literal oracle of their gradients."""
 
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import literal
@@ -79,8 +79,8 @@ class Oracle:
     the balance + spectral_weight * sum over layers of the spectral loss.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.config = model, model.align_state.config
+    def __init__(self, model: nn.Module, batches: Callable[[int], Any] = batch) -> None:
+        self.model, self.config, self.batches = model, model.align_state.config, batches
         self.adapters = [module.adapter for module in model.modules() if isinstance(module, AdaptedModule)]
         self.outputs: list[literal.Output] = []
         self.tasks = self.prompt = None
@@ -109,7 +109,7 @@ class Oracle:
     def forward(self, seed: int) -> tuple[Tensor, list[literal.Output], Tensor]:
         """The lm loss of batch `seed`, what its layers computed, and the task of each token that counts."""
         torch.manual_seed(seed)
-        inputs, tasks = batch(seed)
+        inputs, tasks = self.batches(seed)
         self.tasks = tasks.repeat_interleave(inputs["input_ids"].shape[1])
         self.prompt = prompts(inputs)
         self.outputs = []

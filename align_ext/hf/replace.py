@@ -26,7 +26,7 @@ from align_ext.hooks import register_hooks
 from align_ext.nn import adapter_class
 from align_ext.nn.base import AdaptedLinear, Adapter, features_of, has_float_weight, is_conv1d
 from align_ext.nn.block import AdaptedBlock
-from align_ext.state import AlignState, find_state
+from align_ext.state import AlignState, find_state, refuse_parts_of_a_model
 
 logger = logging.getLogger(__name__)
 ALL_LINEAR = "all-linear"
@@ -213,7 +213,9 @@ def _refuse_wrapped(model: nn.Module) -> None:
         "DataParallel",
         "DeepSpeedEngine",
     )
-    if type(model).__name__ in wrappers or any(type(m).__name__ == "FSDPModule" for m in type(model).__mro__):
+    refuse_parts_of_a_model(model)
+    sharded = any(kind.__name__ == "FSDPModule" for module in model.modules() for kind in type(module).__mro__)
+    if type(model).__name__ in wrappers or sharded:
         raise ValueError(
             f"the model is wrapped already ({type(model).__name__}): call replace_linear_with_align_lora on the plain "
             "model first, then wrap it"
