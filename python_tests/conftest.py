@@ -38,6 +38,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    # What takes longest starts first, so that no process is left alone with it.
+    items.sort(key=lambda item: "native_build" not in getattr(item, "fixturenames", ()))
     lacks = LACKS[config.getoption("--device")]
     for item in items:
         for mark in list(item.iter_markers("needs")):

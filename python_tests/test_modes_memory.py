@@ -13,7 +13,7 @@ LOSSES = {"kl": {}, "mmd": {"align": "mmd"}, "queue": {"align_accumulation": "qu
 def tensors_alive() -> int:
     """The bytes of all tensors that Python can reach."""
     gc.collect()
-    tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+    tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
     return sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 

@@ -94,6 +94,8 @@ def test_a_routers_weights_are_those_of_the_softmax_of_the_tokens_that_count(arc
 
 def test_a_zero_router_is_uniform_and_a_steep_one_is_not():
     model = adapted(architecture="r_lora", **OF_HEADS)
+    for adapter in adapters(model).values():
+        torch.nn.init.zeros_(adapter.lora_router.lora_R)
     assert similarity.routing(model, with_tasks())[UP].entropy == pytest.approx(1)
     for adapter in adapters(model).values():
         torch.nn.init.normal_(adapter.lora_router.lora_R, std=100)

@@ -93,8 +93,10 @@ class Process:
     def __init__(self, work: Work) -> None:
         self.variant, self.errors = work.variant, tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by __exit__)
         command = [sys.executable, "-m", "align_ext.bench.step", json.dumps(asdict(work))]
+        # The sources in the current folder, if it has them, are not the installed package.
+        environment = os.environ | {"PYTHONSAFEPATH": "1"}
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=environment
         )
 
     def __enter__(self) -> Process:

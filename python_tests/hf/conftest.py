@@ -1,5 +1,6 @@
 """One thread for tiny models; the command line in a process of its own folder, for the tests of every command."""
 
+import signal
 import sys
 
 import huggingface_hub
@@ -24,6 +25,7 @@ def run(tmp_path, monkeypatch, capsys):
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["align-lora", *map(str, arguments)])

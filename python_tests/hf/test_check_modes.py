@@ -3,7 +3,6 @@
 import io
 
 import pytest
-from hf.test_cli import run  # noqa: F401
 from hf.words import model_folder
 from rich.console import Console
 
@@ -54,7 +53,7 @@ def test_a_model_folder_is_checked_in_every_mode(tmp_path):
 
 
 @pytest.mark.parametrize("healthy", [True, False])
-def test_the_exit_code_is_the_verdict(run, healthy, monkeypatch):  # noqa: F811
+def test_the_exit_code_is_the_verdict(run, healthy, monkeypatch):
     monkeypatch.setattr(check_modes, "check_modes", lambda name, console: healthy)
     assert run("doctor", "--grad-check")[0] == (0 if healthy else 1)
 
@@ -66,7 +65,7 @@ def test_the_exit_code_is_the_verdict(run, healthy, monkeypatch):  # noqa: F811
         (["doctor", "--grad-check", "--model", "/absent"], "no model folder '/absent'"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(run, arguments, message):  # noqa: F811
+def test_a_mistake_is_one_line_and_exit_code_2(run, arguments, message):
     code, _, err = run(*arguments)
     assert code == 2
     assert message in err
