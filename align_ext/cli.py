@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,19 +51,7 @@ def train(config: str | None, print_config: bool, **flags: Any) -> None:
     if print_config:
         typer.echo(yaml.safe_dump(options.to_dict(), sort_keys=False), nl=False)
         return
-    try:
-        import transformers
-
-        from align_ext.hf import recipe
-    except ModuleNotFoundError as error:
-        raise Mistake(f"training needs {error.name}: pip install 'align_ext[train]'") from error
-    from rich.console import Console
-
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    transformers.utils.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a job that is ended cleans up, as on Ctrl-C
-    console = Console()
+    recipe, console = _on_transformers("training", "recipe"), _console()
     try:
         job = recipe.prepare(options, console)
     except ValueError as error:
@@ -191,20 +180,26 @@ def inspect_folder(adapter: _Folder) -> None:
 @contextmanager
 def _on_models(what: str) -> Iterator[Any]:
     """The commands on a base model and an adapter, with transformers quiet; what a user can mend is a Mistake."""
+    commands = _on_transformers(what, "commands")
+    try:
+        yield commands
+    except (ValueError, OSError) as error:
+        raise Mistake(str(error).replace("approximate='uniform'", "--approximate uniform")) from error
+
+
+def _on_transformers(what: str, name: str) -> Any:
+    """The module align_ext.hf.<name>, which needs transformers; transformers is quiet from then on."""
     try:
         import transformers
 
-        from align_ext.hf import commands
+        module = import_module(f"align_ext.hf.{name}")
     except ModuleNotFoundError as error:
         raise Mistake(f"{what} needs {error.name}: pip install 'align_ext[train]'") from error
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a job that is ended leaves nothing half done
-    try:
-        yield commands
-    except (ValueError, OSError) as error:
-        raise Mistake(str(error).replace("approximate='uniform'", "--approximate uniform")) from error
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a job that is ended cleans up, as on Ctrl-C
+    return module
 
 
 def _console() -> Any:
@@ -236,18 +231,9 @@ def _self_test() -> bool:
 
 
 def _grad_check(model: str | None) -> bool:
+    modes = _on_transformers("the gradient check", "check_modes")
     try:
-        import transformers
-
-        from align_ext.hf.check_modes import check_modes
-    except ModuleNotFoundError as error:
-        raise Mistake(f"the gradient check needs {error.name}: pip install 'align_ext[train]'") from error
-    from rich.console import Console
-
-    transformers.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    try:
-        return check_modes(model, Console())
+        return modes.check_modes(model, _console())
     except ValueError as error:
         raise Mistake(str(error)) from error
 

@@ -18,10 +18,9 @@ from align_ext.hf.folder import AdapterFolder, atomic_folder
 from align_ext.hf.merge import merge_and_unload, unload
 from align_ext.hf.models import load_model
 from align_ext.hf.peft_form import cannot_export
+from align_ext.hf.report import SAME, say
 from align_ext.step import set_task
 
-# Largest difference of two models' float32 logits, relative to the largest logit, that is rounding and nothing else.
-SAME = 1e-4
 PROMPTS = (
     "The capital of France is",
     "Question: what is 17 + 25? Answer:",
@@ -63,7 +62,7 @@ def merge(request: Request, approximate: Any, prompts: str | None, dtype: str, c
         batch = dict(tokenizer(list(texts), return_tensors="pt", padding=True))
         merge_and_unload(model, approximate, batch if approximate else None)
     if approximate:
-        _say(console, str(model.merge_report))
+        say(console, str(model.merge_report))
     with _doing(f"writing {target}", console), atomic_folder(target) as path:
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
@@ -98,7 +97,7 @@ def export(request: Request, verify: bool, console: Console) -> bool:
         differences = _verify(model, tokenizer, target, places)
     for reader, difference in differences.items():
         verdict = "same logits" if difference <= SAME else "OTHER LOGITS"
-        _say(console, f"{reader}: {verdict} (relative difference {difference:.1e})")
+        say(console, f"{reader}: {verdict} (relative difference {difference:.1e})")
     return all(difference <= SAME for difference in differences.values())
 
 
@@ -175,8 +174,4 @@ def _doing(what: str, console: Console) -> Iterator[None]:
     start = time.perf_counter()
     with console.status(what):
         yield
-    _say(console, f"{what}: {time.perf_counter() - start:.1f} s")
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    say(console, f"{what}: {time.perf_counter() - start:.1f} s")

@@ -26,13 +26,11 @@ from align_ext.hf.merge import merge_and_unload
 from align_ext.hf.models import best_dtype, default_targets, load_model, usable_device
 from align_ext.hf.options import TrainOptions
 from align_ext.hf.replace import adapted_layers, adapter_report, replace_linear_with_align_lora
-from align_ext.hf.report import ShowProgress, bars_on, plot_losses, say, summarise, versions
+from align_ext.hf.report import SAME, ShowProgress, bars_on, plot_losses, say, summarise, versions
 from align_ext.hf.run_folder import RunFolder, Target, find_target, last_checkpoint, new_folder
 from align_ext.hf.tasks import TaskData, encode, features, fits, read_tasks, select
 from align_ext.hf.trainer import AlignTrainer, align_training_arguments
 
-# Largest difference of two models' float32 logits, relative to the largest logit, that is rounding and nothing else.
-_SAME = 1e-4
 # transformers renamed the argument within version 5 and warns of the old name.
 _CHECKPOINTING = next(
     name
@@ -255,7 +253,7 @@ def verify(job: Job, adapter: Path) -> dict[str, Check]:
             continue
         try:
             difference = float((logits(make()) - trained).abs().max() / trained.abs().max())
-            checks[name] = Check(difference <= _SAME, difference)
+            checks[name] = Check(difference <= SAME, difference)
         except Exception as error:  # the training is done and kept; a check reports whatever stops it
             checks[name] = Check(False, None, f"{type(error).__name__}: {error}")
     return checks

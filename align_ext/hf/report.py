@@ -12,10 +12,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+# Largest difference of two models' float32 logits, relative to the largest logit, that is rounding and nothing else.
+SAME = 1e-4
+
 
 def say(console: Console, line: str) -> None:
     """Prints a line as it is."""
-    console.print(line, highlight=False, soft_wrap=True)
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def bars_on(console: Console) -> Progress:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from align_ext.losses.tokens import Latents, TokenTasks
+from align_ext.losses.tokens import Latents, TokenTasks, gather
 
 
 @dataclass(frozen=True)
@@ -38,9 +37,7 @@ class Balance:
         first = next(iter(weights.values()))
         sums = torch.stack([_sums(w, tokens).to(first) for _, w in sorted(weights.items())])  # [layers, 2 N + 1]
         if distributed:
-            parts = [torch.empty_like(sums) for _ in range(dist.get_world_size())]
-            dist.all_gather(parts, sums)
-            sums = torch.stack(parts).sum(0)
+            sums = torch.stack(gather(sums)).sum(0)
         heads = first.shape[-1]
         count, total, chosen = sums.split([1, heads, heads], dim=1)
         count = count.clamp_min(1)

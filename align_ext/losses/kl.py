@@ -6,15 +6,15 @@ on several devices; then moments and gradients take one call a device.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from align_ext.config import AlignLoraConfig
-from align_ext.losses.tokens import Latents, TokenTasks, heads_of, layer_value
+from align_ext.losses.tokens import Latents, TokenTasks, gather, heads_of, layer_value
 from align_ext.ops import gaussian_kl_tables, task_moments
 from align_ext.ops.gaussian_kl import gaussian_kl_backward
 
@@ -67,7 +67,7 @@ class KlStatistics:
                 f'align_statistics="position" met {self.positions} and {other.positions} positions: pad all processes '
                 'and micro-batches to one length, or use align_statistics="token"'
             )
-        return KlStatistics(merge_moments(self.moments, other.moments), self.latents, self.positions)
+        return replace(self, moments=merge_moments(self.moments, other.moments))
 
     tokens = 0  # need no place: the gradient of a token depends on the moments and on itself
 
@@ -77,13 +77,7 @@ class KlStatistics:
 
     def over_processes(self) -> KlStatistics:
         """The statistics of all processes: one collective, merged in rank order: the same bits everywhere."""
-        world = dist.get_world_size()
-        parts = [torch.empty_like(self.moments) for _ in range(world)]
-        dist.all_gather(parts, self.moments)
-        merged = parts[0]
-        for part in parts[1:]:
-            merged = merge_moments(merged, part)
-        return KlStatistics(merged, self.latents, self.positions)
+        return replace(self, moments=functools.reduce(merge_moments, gather(self.moments)))
 
     def evaluate(self, config: AlignLoraConfig) -> KlAlignment:
         """The loss of every layer, and its gradient tables."""

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from align_ext.config import AlignLoraConfig
-from align_ext.losses.tokens import Latents, TokenTasks, heads_of, layer_value
+from align_ext.losses.tokens import Latents, TokenTasks, gather, heads_of, layer_value
 from align_ext.ops import mk_mmd
 
 
@@ -58,12 +58,12 @@ class MmdStatistics:
 
     def over_processes(self) -> MmdStatistics:
         """The statistics of all processes in rank order: one collective for all layers, one for the ids."""
-        counts = _gather(torch.tensor([len(self.ids)], device=self.ids.device))
+        counts = gather(torch.tensor([len(self.ids)], device=self.ids.device))
         longest, sizes = int(torch.cat(counts).max()), [int(count) for count in counts]
         flat = [z.movedim(1, 0).flatten(1) for z in self.rows.values()]  # [K, latents * rank] of each layer
         packed = torch.cat([z.to(self.ids.device) for z in flat], 1)
-        parts = _gather(_padded(packed, longest))
-        ids = _gather(_padded(self.ids, longest))
+        parts = gather(_padded(packed, longest))
+        ids = gather(_padded(self.ids, longest))
         together = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
         rows = {}
         for (slot, z), piece in zip(self.rows.items(), together.split([z.shape[1] for z in flat], 1), strict=True):
@@ -151,12 +151,6 @@ def _value_and_gradient(z: Tensor, ids: Tensor, tasks: int, config: AlignLoraCon
     leaf = z.detach().requires_grad_()
     loss = mk_mmd(leaf, ids, tasks, **_options(config))
     return loss.detach(), torch.autograd.grad(loss, leaf)[0]
-
-
-def _gather(part: Tensor) -> list[Tensor]:
-    parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, part.contiguous())
-    return parts
 
 
 def _padded(part: Tensor, length: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Latents of a model's layers by slot, and the task of every token that they belong to."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 Latents = dict[int, Tensor]  # slot, the layer's place in the model -> z [T, rank], or [T, N, rank], one of each head
@@ -29,6 +30,13 @@ class TokenTasks:
             ids = ids if len(ids) == tokens else ids.repeat_interleave(tokens // len(ids), output_size=tokens)
             self._expanded[device, tokens] = ids.to(device)
         return self._expanded[device, tokens]
+
+
+def gather(part: Tensor) -> list[Tensor]:
+    """A tensor of one shape from all processes, in the order of their ranks: one collective."""
+    parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, part.contiguous())
+    return parts
 
 
 def heads_of(z: Tensor) -> tuple[Tensor, ...]:
