@@ -36,14 +36,17 @@ TEST(a_threshold_of_p_keeps_one_minus_p) {
 TEST(vectorised_bits_are_philox_s_decisions) {
   const uint64_t seed = 0x123456789abcdef0ull, offset = 0xfedcba9876543210ull;
   test::for_each_vector_width([&] {
-    for (int64_t count : {0, 1, 7, 8, 127, 128, 129, 5000}) {
-      for (uint32_t threshold : {0u, 1u, 6554u, 32768u, 65535u}) {
-        std::vector<uint8_t> bits(cpu::dropout_bits_bytes(count) + 1, 0xA5);
-        cpu::fill_dropout_bits(seed, offset, threshold, count, bits.data());
-        for (int64_t e = 0; e < count; ++e) {
-          CHECK((bits[e / 8] >> (e % 8) & 1) == dropout_keep(seed, offset, e, threshold));
+    for (int64_t first : {int64_t(0), int64_t(3), int64_t(64), (int64_t(1) << 40) + 7}) {
+      for (int64_t count : {0, 1, 7, 8, 57, 64, 65, 129, 5000}) {
+        for (uint32_t threshold : {0u, 1u, 6554u, 32768u, 65535u}) {
+          std::vector<uint8_t> bits(cpu::DropoutBits::bytes(count) + 1, 0xA5);
+          cpu::DropoutBits(seed, offset, threshold).draw(first, count, bits.data());
+          for (int64_t e = 0; e < count; ++e) {
+            const int64_t bit = first % 8 + e;
+            CHECK((bits[bit / 8] >> (bit % 8) & 1) == dropout_keep(seed, offset, first + e, threshold));
+          }
+          CHECK(bits.back() == 0xA5);
         }
-        CHECK(bits.back() == 0xA5);
       }
     }
   });
@@ -53,34 +56,38 @@ TEST(a_lane_equal_to_the_threshold_is_kept) {
   for (int64_t e = 0; e < 64; ++e) {
     const uint32_t word = philox(9, e / 8, 10).word[e % 8 / 2];
     const uint32_t lane = e % 2 ? word >> 16 : word & 0xFFFF;
-    std::vector<uint8_t> bits(cpu::dropout_bits_bytes(64));
+    std::vector<uint8_t> bits(cpu::DropoutBits::bytes(64));
     test::for_each_vector_width([&] {
-      cpu::fill_dropout_bits(9, 10, lane, 64, bits.data());
+      cpu::DropoutBits(9, 10, lane).draw(0, 64, bits.data());
       CHECK(bits[e / 8] >> (e % 8) & 1);
-      cpu::fill_dropout_bits(9, 10, lane + 1, 64, bits.data());
+      cpu::DropoutBits(9, 10, lane + 1).draw(0, 64, bits.data());
       CHECK(!(bits[e / 8] >> (e % 8) & 1));
     });
   }
 }
 
-TEST(bits_do_not_depend_on_how_ranges_are_cut) {
-  std::vector<uint8_t> serial;
-  test::for_each_parallel_for([&] {
-    std::vector<uint8_t> bits(cpu::dropout_bits_bytes(100000));
-    cpu::fill_dropout_bits(5, 6, 6554, 100000, bits.data());
-    if (serial.empty()) serial = bits;
-    CHECK(check::same_bits(bits, serial));
-  });
+// Lanes of a vector of threes from column c of the row on, against the decisions.
+template <int W, typename A>
+ALIGN_INLINE void check_masked(const std::vector<uint8_t>& bits, int64_t start, int64_t first, int64_t columns) {
+  const cpu::KeptRow row = cpu::kept_row(bits.data(), start, first);
+  for (int64_t c = 0; c < columns; c += cpu::kLanes<A, W>) {
+    const auto masked = cpu::zero_dropped<W, A>(cpu::Vec<A, W>{} + A(3), row, c);
+    for (int lane = 0; lane < cpu::kLanes<A, W>; ++lane) {
+      CHECK(masked[lane] == (dropout_keep(1, 2, start + first + c + lane, 30000) ? 3 : 0));
+    }
+  }
 }
 
 TEST(masks_are_right_at_every_bit_offset) {
-  const int64_t count = 4096;
-  std::vector<uint8_t> bits(cpu::dropout_bits_bytes(count));
-  cpu::fill_dropout_bits(1, 2, 30000, count, bits.data());
-  for (int64_t e = 0; e + 4 <= 200; ++e) {
-    const auto masked = cpu::zero_dropped<16, float>(cpu::Vec<float, 16>{} + 3.f, bits.data(), e);
-    for (int lane = 0; lane < 4; ++lane) {
-      CHECK(masked[lane] == (dropout_keep(1, 2, e + lane, 30000) ? 3.f : 0.f));
+  const int64_t count = 512;
+  for (int64_t start = 0; start < 20; ++start) {
+    std::vector<uint8_t> bits(cpu::DropoutBits::bytes(count));
+    cpu::DropoutBits(1, 2, 30000).draw(start, count, bits.data());
+    for (int64_t first = 0; first < 20; ++first) {
+      test::for_each_vector_width([&] {
+        cpu::run_widest([&](auto width) ALIGN_INLINE_LAMBDA { check_masked<width(), float>(bits, start, first, 128); });
+      });
+      check_masked<16, double>(bits, start, first, 128);
     }
   }
 }

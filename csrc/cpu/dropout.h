@@ -1,5 +1,4 @@
-// Dropout decisions as a bit array: bit e % 8 of byte e / 8 is set iff element e is kept (ops/philox.h).
-// A byte is one Philox block, so the array is the generator's output compared with the threshold.
+// Dropout decisions as bits, one for an element, set iff it is kept (ops/philox.h). A byte is one Philox block.
 #pragma once
 
 #include <cstdint>
@@ -9,28 +8,47 @@
 
 namespace align::cpu {
 
-constexpr int64_t kDropoutChunkBytes = 16;  // the unit of work of fill_dropout_bits
-constexpr int64_t kDropoutChunk = kDropoutChunkBytes * kPhiloxLanes;
+// The bits of elements first .. first + count - 1: that of the first of them is bit first % 8 of byte 0.
+class DropoutBits {
+ public:
+  DropoutBits() = default;
+  DropoutBits(uint64_t seed, uint64_t offset, uint32_t threshold);  // dropout_threshold(p), at most 65535
 
-// Bytes of the bit array of count elements, with room for whole chunks and for zero_dropped's 32-bit loads.
-constexpr int64_t dropout_bits_bytes(int64_t count) {
-  return (count + kDropoutChunk - 1) / kDropoutChunk * kDropoutChunkBytes + int64_t(sizeof(uint32_t));
+  // Bytes that draw writes for count elements, and zero_dropped may read.
+  static constexpr int64_t bytes(int64_t count) { return (count + 7 + kUnit - 1) / kUnit * (kUnit / 8) + 4; }
+
+  void draw(int64_t first, int64_t count, uint8_t* bytes) const;
+
+ private:
+  static constexpr int64_t kUnit = 64;  // elements: eight blocks, for the eight lanes of the widest vectors
+
+  template <int W>
+  void draw_units(uint64_t block, int64_t units, uint8_t* bytes) const;
+
+  uint64_t offset_ = 0;
+  uint32_t threshold_ = 0;
+  uint64_t key_[kPhiloxRounds][2];  // of every round
+};
+
+// The bits of a row: that of column c is bit (shift + c) % 8 of byte (shift + c) / 8.
+struct KeptRow {
+  const uint8_t* bytes;
+  uint32_t shift;
+};
+
+// Of a row that begins at element start, and whose bits from there on are drawn at bytes: columns from its first on.
+inline KeptRow kept_row(const uint8_t* bytes, int64_t start, int64_t first) {
+  const int64_t bit = start % 8 + first;
+  return {bytes + bit / 8, uint32_t(bit % 8)};
 }
 
-// Bits of elements 0 .. count-1, on all threads. threshold is dropout_threshold(p), at most 65535.
-void fill_dropout_bits(uint64_t seed, uint64_t offset, uint32_t threshold, int64_t count, uint8_t* bits);
-
-// The same for p and rng (seed, offset); returns the scale of kept elements. p = 0: reads and fills nothing, returns 1.
-double draw_dropout(double p, const uint64_t* rng, int64_t count, uint8_t* bits);
-
-// v with the lanes of dropped elements zeroed; lane l is element first_element + l.
+// v, columns c .. of a row, with the dropped ones zeroed; c is a multiple of the lanes.
 template <int W, typename A>
-ALIGN_INLINE Vec<A, W> zero_dropped(const Vec<A, W>& v, const uint8_t* bits, int64_t first_element) {
-  uint32_t window;  // 25 bits or more from first_element on
-  std::memcpy(&window, bits + uint64_t(first_element) / 8, sizeof window);
-  Vec<UInt<A>, W> lane_bit;
-  for (int lane = 0; lane < kLanes<A, W>; ++lane) lane_bit[lane] = UInt<A>(1) << lane;
-  return (lane_bit & UInt<A>(window >> (uint64_t(first_element) % 8))) != 0 ? v : Vec<A, W>{};
+ALIGN_INLINE Vec<A, W> zero_dropped(const Vec<A, W>& v, const KeptRow& row, int64_t c) {
+  uint32_t window;
+  std::memcpy(&window, row.bytes + c / 8, sizeof window);
+  constexpr bool kWholeBytes = kLanes<A, W> % 8 == 0;
+  return keep_lanes<W, A>(v, window >> (kWholeBytes ? row.shift : row.shift + uint32_t(c % 8)));
 }
 
 }  // namespace align::cpu

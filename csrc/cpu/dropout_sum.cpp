@@ -1,5 +1,4 @@
-// Forward: one region over blocks of rows, which shrinks and expands a block while it is in cache. Backward: one over
-// blocks of rows (the latents' gradient, dx) and one each over the columns of dA and dB.
+// A projection without a router (cpu/heads.h).
 #include "ops/dropout_sum.h"
 
 #include "cpu/heads.h"
@@ -14,35 +13,25 @@ HeadsPlan plan_of(const HeadsShape& shape, bool dropout, bool backward) {
 }  // namespace
 
 int64_t dropout_sum_forward_workspace(const HeadsShape& shape, bool dropout) {
-  return heads_workspace(plan_of(shape, dropout, /*backward=*/false));
+  return heads_workspace(plan_of(shape, dropout, /*backward=*/false), shape.tokens);
 }
 
 int64_t dropout_sum_backward_workspace(const HeadsShape& shape, bool dropout) {
-  return heads_workspace(plan_of(shape, dropout, /*backward=*/true));
+  return heads_workspace(plan_of(shape, dropout, /*backward=*/true), shape.tokens);
 }
 
 template <typename T>
 void dropout_sum_forward(const DropoutSumForwardArgs<T>& args) {
-  const HeadsPlan plan = plan_of(args.inputs.shape, args.inputs.dropout.p > 0, /*backward=*/false);
-  const Heads<T> heads = make_heads<T>(plan, args.inputs, nullptr, args.workspace);
-  for_row_blocks(plan.shape.tokens, [&](int64_t begin, int64_t end) {
-    shrink_rows(heads, args.z, begin, end);
-    head_rows(heads, args.z, begin, end);
-    expand_rows(heads, args, 0, {}, begin, end);
-  });
+  const HeadsInputs<T>& inputs = args.inputs;
+  const HeadsPlan plan = plan_of(inputs.shape, inputs.dropout.p > 0, /*backward=*/false);
+  project_forward(prepare_heads<T>(plan, inputs, nullptr, all_rows(inputs.shape.tokens), args.workspace), args);
 }
 
 template <typename T>
 void dropout_sum_backward(const DropoutSumBackwardArgs<T>& args) {
-  const HeadsPlan plan = plan_of(args.inputs.shape, args.inputs.dropout.p > 0, /*backward=*/true);
-  const Heads<T> heads = make_heads<T>(plan, args.inputs, nullptr, args.workspace);
-  for_row_blocks(plan.shape.tokens, [&](int64_t begin, int64_t end) {
-    head_rows(heads, args.z, begin, end);
-    pull_rows(heads, args.dy, 0, {}, begin, end);
-    latent_gradient_rows(heads, args, begin, end);
-  });
-  a_gradient<T>(heads, args.dA, nullptr);
-  b_gradient<T>(heads, args.dy, nullptr, args.dB);
+  const HeadsInputs<T>& inputs = args.inputs;
+  const HeadsPlan plan = plan_of(inputs.shape, inputs.dropout.p > 0, /*backward=*/true);
+  project_backward(prepare_heads<T>(plan, inputs, nullptr, all_rows(inputs.shape.tokens), args.workspace), args);
 }
 
 #define ALIGN_INSTANTIATE(T)                                             \

@@ -3,88 +3,87 @@
 #include <algorithm>
 
 #include "cpu/arena.h"
-#include "cpu/dropout.h"
 #include "cpu/operands.h"
-#include "cpu/parallel.h"
 
 namespace align::cpu {
 namespace {
 
+int64_t padded(int64_t rank) { return round_up(rank, kRankAlign); }
+
+int64_t a_rows(const HeadsPlan& plan) { return plan.a_row(plan.terms()); }
+
+// ---- Workspace: the operands of all chunks, then the chunks' scratch
+
+template <typename T>
+void carve_operands(Arena& arena, Heads<T>& heads) {
+  const HeadsPlan& plan = heads.plan;
+  heads.a = arena.take_small<Acc<T>>(a_rows(plan), round_up(plan.shape.in_dim, kColumnAlign));
+  heads.bt = arena.take_small<Acc<T>>(plan.groups * padded(plan.mixed()), round_up(plan.outputs(), kColumnAlign));
+}
+
 template <typename A>
-HeadsScratch<A> carve(Arena& arena, const HeadsPlan& plan) {
-  const HeadsShape& shape = plan.shape;
-  const auto ranks = [](int64_t rank) { return round_up(rank, kRankAlign); };
-  const int64_t in_columns = round_up(shape.in_dim, kColumnAlign), tokens = shape.tokens;
-  const int64_t out_columns = round_up(plan.outputs(), kColumnAlign);
-  const int64_t mixed = ranks(plan.columns() + shape.offset_rank);
-  const int64_t logits = ranks(plan.routed ? plan.groups * shape.heads : 0);
-  HeadsScratch<A> s;
-  if (plan.dropout) s.keep = arena.take<uint8_t>(dropout_bits_bytes(plan.mask_elements()));
-  s.terms = arena.take<RankTerm<A>>(plan.terms());
-  s.latent = arena.take_small<A>(plan.parts() * tokens, ranks(plan.part_rank()));
-  s.offset = arena.take_small<A>(tokens, ranks(shape.offset_rank));
-  s.logits = arena.take_small<A>(tokens, logits);
-  s.a = arena.take_small<A>(plan.part_matrices() * ranks(plan.part_rank()), in_columns);
-  s.a0 = arena.take_small<A>(ranks(shape.offset_rank), in_columns);
-  s.r = arena.take_small<A>(logits, in_columns);
-  s.bt = arena.take_small<A>(plan.groups * mixed, out_columns);
-  s.u = arena.take_small<A>(tokens, ranks(plan.columns()));
-  s.mixed = arena.take_small<A>(tokens, mixed);
-  if (plan.backward) {
-    s.q = arena.take_small<A>(tokens, mixed);
-    s.dbt = arena.take_small<A>(plan.groups * plan.columns(), out_columns);
-  }
+ChunkScratch<A> carve_chunk(Arena& arena, const HeadsPlan& plan) {
+  const auto of_block = [&](int64_t rank) { return arena.take_small<A>(kRowBlock, padded(rank)); };
+  ChunkScratch<A> s;
+  if (plan.dropout) s.keep = arena.take<uint8_t>(kRowBlock * DropoutBits::bytes(plan.mask_row()));
+  for (int64_t k = 0; k < plan.terms(); ++k) s.g.push_back(of_block(plan.rank(k)));
+  s.u = of_block(plan.columns());
+  s.mixed = of_block(plan.mixed());
+  if (!plan.backward) return s;
+  s.q = of_block(plan.mixed());
+  s.weighted = of_block(plan.routed ? plan.columns() : 0);
+  s.da = arena.take_small<A>(a_rows(plan), round_up(plan.shape.in_dim, kColumnAlign));
+  s.dbt = arena.take_small<A>(plan.groups * plan.columns(), round_up(plan.outputs(), kColumnAlign));
   return s;
 }
 
-// The terms' places and masks: the offset path shares the mask of site input, the router has none.
-template <typename T>
-void describe_terms(const Heads<T>& heads) {
-  const HeadsPlan& plan = heads.plan;
-  const auto& s = heads.scratch;
-  const HeadsShape& shape = plan.shape;
-  const bool masked = plan.masks_inputs(), shared = masked && shape.site == DropoutSite::kInput;
-  RankTerm<Acc<T>>* term = s.terms;
-  for (int64_t p = 0; p < plan.parts(); ++p) {
-    const KeepBits keep{masked ? s.keep : nullptr, plan.parts(), p};
-    const Small<Acc<T>> latent{s.latent.row(p * shape.tokens), s.latent.stride};
-    const Small<Acc<T>> a{s.a.row(shape.own_A ? p * s.latent.stride : 0), s.a.stride};
-    *term++ = {keep, latent, a, plan.part_rank(), masked ? heads.mask_scale : 1};
-  }
-  const KeepBits keep{shared ? s.keep : nullptr};
-  if (shape.offset_rank > 0) *term++ = {keep, s.offset, s.a0, shape.offset_rank, shared ? heads.mask_scale : 1};
-  if (plan.routed) *term++ = {{}, s.logits, s.r, plan.groups * shape.heads, 1};
+template <typename A>
+int64_t chunk_bytes(const HeadsPlan& plan) {
+  Arena arena(nullptr);
+  carve_chunk<A>(arena, plan);
+  return arena.bytes();
 }
 
-// Columns [first, last) of every operand.
+// ---- Operands
+
+template <typename T>
+Operand<T> rows_of(const T* data, int64_t rows, int64_t columns) {
+  return {data, rows, columns, columns, 1};
+}
+template <typename T>
+Operand<T> transpose_of(const T* data, int64_t rows, int64_t columns) {
+  return {data, columns, rows, 1, columns};
+}
+
+// Columns [first, last) of a and bt.
 template <typename T>
 void prepare_columns(const Heads<T>& heads, const T* R, int64_t first, int64_t last) {
   const HeadsPlan& plan = heads.plan;
-  const auto& s = heads.scratch;
+  const HeadsInputs<T>& in = heads.inputs;
   const auto& [tokens, in_dim, out_dim, rank, count, offset_rank, own_A, site] = plan.shape;
-  const int64_t part_rank = plan.part_rank();
-  clear_columns(s.a, plan.part_matrices() * s.latent.stride, first, last);
-  for (int64_t p = 0; p < plan.part_matrices(); ++p) {
-    const Operand<T> a{heads.inputs.A + p * part_rank * in_dim, part_rank, in_dim, in_dim, 1};
-    add_columns(a, {s.a.row(p * s.latent.stride), s.a.stride}, first, last);
-  }
-  clear_columns(s.a0, s.offset.stride, first, last);
-  add_columns(Operand<T>{heads.inputs.A0, offset_rank, in_dim, in_dim, 1}, s.a0, first, last);
-  clear_columns(s.r, s.logits.stride, first, last);
-  if (plan.routed) add_columns(Operand<T>{R, plan.groups * count, in_dim, in_dim, 1}, s.r, first, last);
-  clear_columns(s.bt, plan.groups * s.mixed.stride, first, last);
+  const auto add_a = [&](const Operand<T>& operand, const Place& place) {
+    add_columns(operand, {heads.a.row(plan.a_row(place.term) + place.column), heads.a.stride}, first, last);
+  };
+  clear_columns(heads.a, a_rows(plan), first, last);
+  const int64_t matrices = own_A ? plan.shape.heads : 1;
+  for (int64_t i = 0; i < matrices; ++i) add_a(rows_of(in.A + i * rank * in_dim, rank, in_dim), plan.latent(i));
+  if (plan.routed) add_a(rows_of(R, plan.logits(), in_dim), plan.router());
+  if (offset_rank > 0) add_a(rows_of(in.A0, offset_rank, in_dim), plan.offset());
+
   const int64_t outputs = plan.outputs();
+  clear_columns(heads.bt, plan.groups * padded(plan.mixed()), first, last);
   for (int64_t g = 0; g < plan.groups; ++g) {
+    const Small<Acc<T>> bt = heads.bt_of(g);
     for (int64_t i = 0; i < count; ++i) {
-      const Operand<T> b{heads.inputs.B + (i * out_dim + g * outputs) * rank, rank, outputs, 1, rank};
-      add_columns(b, {heads.bt(g).row(plan.summed() ? 0 : i * rank), s.bt.stride}, first, last);
+      const T* b = in.B + (i * out_dim + g * outputs) * rank;
+      add_columns(transpose_of(b, outputs, rank), {bt.row(plan.summed() ? 0 : i * rank), bt.stride}, first, last);
     }
-    const Operand<T> b0{heads.inputs.B0 + g * outputs * offset_rank, offset_rank, outputs, 1, offset_rank};
-    add_columns(b0, {heads.bt(g).row(plan.columns()), s.bt.stride}, first, last);
+    const Operand<T> b0 = transpose_of(in.B0 + g * outputs * offset_rank, outputs, offset_rank);
+    add_columns(b0, {bt.row(plan.columns()), bt.stride}, first, last);
   }
 }
 
-// target += scale * source, with the elements zeroed that bits from first on say are dropped (null: none).
+// target += scale * source, with the elements zeroed that the bits from first on say are dropped (null: none).
 template <typename A>
 void add_masked(A* target, const A* source, int64_t count, A scale, const uint8_t* bits, int64_t first) {
   for (int64_t d = 0; d < count; ++d) {
@@ -93,230 +92,293 @@ void add_masked(A* target, const A* source, int64_t count, A scale, const uint8_
   }
 }
 
+// Bits of the latents of row i of a block; null without masks on latents.
+template <typename T>
+KeptRow latent_bits(const HeadsBlock<T>& block, int64_t i) {
+  if (!block.plan.masks_latents()) return {nullptr, 0};
+  const int64_t elements = block.plan.mask_row();
+  return kept_row(block.scratch.keep + i * DropoutBits::bytes(elements), block.rows.row(i) * elements, 0);
+}
+
+template <typename T>
+ChunkScratch<Acc<T>> scratch_of(const Heads<T>& heads, int64_t chunk) {
+  Arena arena(heads.chunks + chunk * chunk_bytes<Acc<T>>(heads.plan));
+  return carve_chunk<Acc<T>>(arena, heads.plan);
+}
+
 }  // namespace
 
-int64_t HeadsPlan::mask_elements() const {
+// ---- Plan
+
+int64_t HeadsPlan::terms() const {
+  return parts() + (apart() ? logits() + shape.offset_rank > 0 : offset_masked() && routed);
+}
+
+Place HeadsPlan::router() const {
+  if (apart()) return {parts(), 0};
+  return offset_masked() ? Place{1, 0} : Place{0, part_rank()};
+}
+
+Place HeadsPlan::offset() const {
+  if (apart()) return {parts(), logits()};
+  return {0, part_rank() + (offset_masked() ? 0 : logits())};
+}
+
+int64_t HeadsPlan::rank(int64_t term) const {
+  return (is_part(term) ? part_rank() : 0) + (term == router().term ? logits() : 0) +
+         (term == offset().term ? shape.offset_rank : 0);
+}
+
+int64_t HeadsPlan::a_row(int64_t term) const {
+  int64_t row = 0;
+  for (int64_t k = 0; k < term; ++k) {
+    const bool shared = is_part(k) && is_part(k + 1) && !shape.own_A;  // the parts have one A
+    row += shared ? 0 : padded(rank(k));
+  }
+  return row;
+}
+
+int64_t HeadsPlan::mask_row() const {
   switch (shape.site) {
     case DropoutSite::kNone:
       return 0;
     case DropoutSite::kInput:
-      return shape.tokens * shape.in_dim;
+      return shape.in_dim;
     case DropoutSite::kLatent:
-      return shape.tokens * shape.heads * shape.rank;
+      return shape.heads * shape.rank;
     case DropoutSite::kInputPerHead:
-      return shape.tokens * shape.heads * shape.in_dim;
+      return shape.heads * shape.in_dim;
   }
   return 0;
 }
 
-int64_t heads_workspace(const HeadsPlan& plan) {
+int64_t heads_workspace(const HeadsPlan& plan, int64_t tokens) {
+  using A = double;  // the widest accumulator
+  Heads<A> heads{plan, {}, {}, 1, {}, {}, {}, nullptr};
   Arena arena(nullptr);
-  carve<double>(arena, plan);  // the widest accumulator
-  return arena.bytes();
+  carve_operands(arena, heads);
+  return arena.bytes() + Chunks::most(tokens, plan.backward) * chunk_bytes<A>(plan);
 }
 
 template <typename T>
-Small<Acc<T>> Heads<T>::bt(int64_t group) const {
-  return {scratch.bt.row(group * scratch.mixed.stride), scratch.bt.stride};
-}
-
-template <typename T>
-Acc<T>* Heads<T>::latent(int64_t i, int64_t t) const {
-  const bool apart = plan.parts() > 1;
-  return scratch.latent.row(apart ? i * plan.shape.tokens + t : t) + (apart ? 0 : i * plan.shape.rank);
-}
-
-template <typename T>
-Heads<T> make_heads(const HeadsPlan& plan, const HeadsInputs<T>& inputs, const T* R, void* workspace) {
+Heads<T> prepare_heads(const HeadsPlan& plan, const HeadsInputs<T>& inputs, const T* R, const RowBlock& rows,
+                       void* workspace) {
+  Heads<T> heads{plan, inputs, rows, 1, {}, {}, {}, nullptr};
   Arena arena(workspace);
-  Heads<T> heads{plan, inputs, carve<Acc<T>>(arena, plan), 1};
-  const DropoutArgs& dropout = inputs.dropout;
+  carve_operands(arena, heads);
+  heads.chunks = static_cast<char*>(workspace) + arena.bytes();
   if (plan.dropout) {
-    heads.mask_scale = Acc<T>(draw_dropout(dropout.p, dropout.rng, plan.mask_elements(), heads.scratch.keep));
+    const uint32_t threshold = dropout_threshold(inputs.dropout.p);
+    heads.masks = DropoutBits(inputs.dropout.rng[0], inputs.dropout.rng[1], threshold);
+    heads.mask_scale = Acc<T>(dropout_scale(threshold));
   }
-  describe_terms(heads);
-  const int64_t columns = std::max(heads.scratch.a.stride, heads.scratch.bt.stride);
-  parallel_for(0, ceil_div(columns, kPrepareColumns), 4, [&](int64_t begin, int64_t end) {
-    prepare_columns(heads, R, begin * kPrepareColumns, end * kPrepareColumns);
-  });
+  parallel_for(
+      0, ceil_div(std::max(heads.a.stride, heads.bt.stride), kPrepareColumns), 4,
+      [&](int64_t begin, int64_t end) { prepare_columns(heads, R, begin * kPrepareColumns, end * kPrepareColumns); });
   return heads;
 }
 
+// ---- Chunks
+
 template <typename T>
-void shrink_rows(const Heads<T>& heads, Acc<T>* z, int64_t begin, int64_t end) {
+HeadsBlock<T> begin_chunk(const Heads<T>& heads, int64_t chunk) {
   const HeadsPlan& plan = heads.plan;
-  const auto& s = heads.scratch;
-  const HeadsShape& shape = plan.shape;
+  HeadsBlock<T> block{heads, plan, scratch_of(heads, chunk), {}, heads.rows, false};
+  const ChunkScratch<Acc<T>>& s = block.scratch;
   for (int64_t k = 0; k < plan.terms(); ++k) {
-    const RankTerm<Acc<T>>& term = s.terms[k];
-    rows_dot(RowsDot<T>{{nullptr, shape.in_dim}, heads.inputs.x, term.keep, term.b, term.g}, begin, end);
-    for (int64_t t = begin; t < end; ++t) {
-      for (int64_t j = 0; j < term.rank; ++j) term.g.row(t)[j] *= term.scale;
+    const bool masked = plan.masks_inputs() && plan.is_part(k);
+    const int64_t elements = plan.mask_row();
+    const KeepBits keep{masked ? s.keep : nullptr, DropoutBits::bytes(elements), elements, k * plan.shape.in_dim};
+    const Small<Acc<T>> a{heads.a.row(plan.a_row(k)), heads.a.stride};
+    block.terms.push_back({keep, s.g[k], a, plan.rank(k), masked ? heads.mask_scale : 1});
+  }
+  return block;
+}
+
+template <typename T>
+void begin_block(HeadsBlock<T>& block, int64_t first, int64_t count, bool first_of_chunk) {
+  const RowBlock& all = block.heads.rows;
+  block.first_of_chunk = first_of_chunk;
+  block.rows = {all.order, all.first + first, count, all.end};
+  const int64_t elements = block.plan.mask_row();
+  for (int64_t i = 0; block.plan.dropout && i < count; ++i) {
+    uint8_t* bytes = block.scratch.keep + i * DropoutBits::bytes(elements);
+    block.heads.masks.draw(block.rows.row(i) * elements, elements, bytes);
+  }
+}
+
+// ---- Forward
+
+template <typename T>
+void HeadsBlock<T>::shrink(A* z) const {
+  const HeadsShape& shape = plan.shape;
+  for (const RankTerm<A>& term : terms) {
+    rows_dot(RowsDot<T>{rows, {heads.inputs.x, shape.in_dim}, term.keep, term.b, term.g, term.rank});
+    for (int64_t i = 0; i < rows.count && term.scale != 1; ++i) {
+      for (int64_t j = 0; j < term.rank; ++j) term.g.row(i)[j] *= term.scale;
     }
   }
-  for (int64_t t = begin; t < end; ++t) {
-    for (int64_t i = 0; i < shape.latents(); ++i) {
-      std::copy_n(heads.latent(i, t), shape.rank, z + (t * shape.latents() + i) * shape.rank);
-    }
+  for (int64_t i = 0; i < rows.count; ++i) {
+    A* row = z + rows.row(i) * shape.latents() * shape.rank;
+    for (int64_t l = 0; l < shape.latents(); ++l) std::copy_n(at(plan.latent(l), i), shape.rank, row + l * shape.rank);
   }
 }
 
 template <typename T>
-void head_rows(const Heads<T>& heads, const Acc<T>* z, int64_t begin, int64_t end) {
-  const HeadsPlan& plan = heads.plan;
+void HeadsBlock<T>::make_heads(const A* z) const {
   const int64_t rank = plan.shape.rank, latents = plan.shape.latents();
-  const bool masked = plan.masks_latents();
-  const uint8_t* bits = masked ? heads.scratch.keep : nullptr;
-  for (int64_t t = begin; t < end; ++t) {
-    Acc<T>* u = heads.scratch.u.row(t);
-    std::fill_n(u, heads.scratch.u.stride, Acc<T>(0));
-    for (int64_t i = 0; i < plan.heads(); ++i) {
-      const Acc<T>* latent = z + (t * latents + (latents > 1 ? i : 0)) * rank;
-      add_masked(u + i * rank, latent, rank, masked ? heads.mask_scale : Acc<T>(1), bits,
-                 t * plan.columns() + i * rank);
+  for (int64_t i = 0; i < rows.count; ++i) {
+    A* u = scratch.u.row(i);
+    const A* row = z + rows.row(i) * latents * rank;
+    const KeptRow kept = latent_bits(*this, i);
+    std::fill_n(u, scratch.u.stride, A(0));
+    for (int64_t h = 0; h < plan.heads(); ++h) {
+      const A* latent = row + (latents > 1 ? h * rank : 0);
+      add_masked(u + h * rank, latent, rank, kept.bytes ? heads.mask_scale : A(1), kept.bytes, kept.shift + h * rank);
     }
   }
 }
 
 template <typename T>
-void expand_rows(const Heads<T>& heads, const HeadsForwardArgs<T>& args, int64_t group, HeadFactors<Acc<T>> v,
-                 int64_t begin, int64_t end) {
-  const HeadsPlan& plan = heads.plan;
-  const auto& s = heads.scratch;
-  const auto& [tokens, in_dim, out_dim, rank, count, offset_rank, own_A, site] = plan.shape;
-  for (int64_t t = begin; t < end; ++t) {
-    Acc<T>* mixed = s.mixed.row(t);
-    for (int64_t i = 0; i < plan.heads(); ++i) {
-      const Acc<T> factor = Acc<T>(heads.inputs.scaling) * (v.data ? v.row(t)[i] : 1);
-      for (int64_t j = i * rank; j < (i + 1) * rank; ++j) mixed[j] = factor * s.u.row(t)[j];
+void HeadsBlock<T>::expand(const HeadsForwardArgs<T>& args, int64_t group, Small<const A> v) const {
+  const int64_t rank = plan.shape.rank, offset_rank = plan.shape.offset_rank;
+  for (int64_t i = 0; i < rows.count; ++i) {
+    A* mixed = scratch.mixed.row(i);
+    const A* u = scratch.u.row(i);
+    for (int64_t h = 0; h < plan.heads(); ++h) {
+      const A factor = A(heads.inputs.scaling) * (v.data ? v.row(rows.row(i))[h] : 1);
+      for (int64_t j = h * rank; j < (h + 1) * rank; ++j) mixed[j] = factor * u[j];
     }
-    for (int64_t j = 0; j < offset_rank; ++j) {
-      mixed[plan.columns() + j] = Acc<T>(heads.inputs.offset_scaling) * s.offset.row(t)[j];
-    }
+    const A* offset = at(plan.offset(), i);
+    for (int64_t j = 0; j < offset_rank; ++j) mixed[plan.columns() + j] = A(heads.inputs.offset_scaling) * offset[j];
   }
   const int64_t outputs = plan.outputs(), first = group * outputs;
-  const RankTerm<Acc<T>> low_rank{{}, s.mixed, heads.bt(group), plan.columns() + offset_rank, 1};
-  rank_add(RankAdd<T>{{nullptr, outputs, out_dim},
+  const RankTerm<A> low_rank{{}, scratch.mixed, heads.bt_of(group), plan.mixed(), 1};
+  rank_add(RankAdd<T>{rows,
                       args.y_in + first,
-                      args.y + first,
+                      {args.y + first, outputs, plan.shape.out_dim},
                       &low_rank,
                       1,
-                      args.bias ? args.bias + first : nullptr},
-           begin, end);
+                      args.bias ? args.bias + first : nullptr});
 }
 
+// ---- Backward
+
 template <typename T>
-void pull_rows(const Heads<T>& heads, const T* dy, int64_t group, HeadFactors<Acc<T>> v, int64_t begin, int64_t end) {
-  const HeadsPlan& plan = heads.plan;
-  const auto& s = heads.scratch;
+void HeadsBlock<T>::pull(const T* dy, int64_t group, Small<const A> v) const {
   const int64_t rank = plan.shape.rank, outputs = plan.outputs();
-  const RowOrder order{nullptr, outputs, plan.shape.out_dim};
-  rows_dot(RowsDot<T>{order, dy + group * outputs, {}, heads.bt(group), s.q}, begin, end);
-  for (int64_t t = begin; t < end; ++t) {
-    const Acc<T>* q = s.q.row(t);
-    Acc<T>* d_mixed = s.mixed.row(t);
-    if (group == 0) std::fill_n(d_mixed, s.mixed.stride, Acc<T>(0));
-    for (int64_t i = 0; i < plan.heads(); ++i) {
-      const Acc<T> factor = Acc<T>(heads.inputs.scaling) * (v.data ? v.row(t)[i] : 1);
-      for (int64_t j = i * rank; j < (i + 1) * rank; ++j) d_mixed[j] += factor * q[j];
+  const Tall<const T> dy_of_group{dy + group * outputs, outputs, plan.shape.out_dim};
+  rows_dot(RowsDot<T>{rows, dy_of_group, {}, heads.bt_of(group), scratch.q, plan.mixed()});
+  for (int64_t i = 0; i < rows.count; ++i) {
+    const A *q = scratch.q.row(i), *u = scratch.u.row(i);
+    A* d_mixed = scratch.mixed.row(i);
+    if (group == 0) std::fill_n(d_mixed, scratch.mixed.stride, A(0));
+    for (int64_t h = 0; h < plan.heads(); ++h) {
+      const A weight = v.data ? v.row(rows.row(i))[h] : 1, factor = A(heads.inputs.scaling) * weight;
+      for (int64_t j = h * rank; j < (h + 1) * rank; ++j) d_mixed[j] += factor * q[j];
+      for (int64_t j = h * rank; v.data && j < (h + 1) * rank; ++j) scratch.weighted.row(i)[j] = weight * u[j];
     }
-    for (int64_t j = plan.columns(); j < plan.columns() + plan.shape.offset_rank; ++j) {
-      d_mixed[j] += Acc<T>(heads.inputs.offset_scaling) * q[j];
+    for (int64_t j = plan.columns(); j < plan.mixed(); ++j) d_mixed[j] += A(heads.inputs.offset_scaling) * q[j];
+  }
+  const Small<A> dbt{scratch.dbt.row(group * plan.columns()), scratch.dbt.stride};
+  outer_add(
+      OuterAdd<T>{rows, dy_of_group, {}, v.data ? scratch.weighted : scratch.u, plan.columns(), dbt, first_of_chunk});
+}
+
+template <typename T>
+void HeadsBlock<T>::latent_gradient(const A* dz_in) const {
+  const int64_t rank = plan.shape.rank, latents = plan.shape.latents();
+  for (int64_t i = 0; i < rows.count; ++i) {
+    for (int64_t l = 0; l < latents; ++l) {
+      A* dz = at(plan.latent(l), i);
+      std::fill_n(dz, rank, A(0));
+      if (dz_in) std::copy_n(dz_in + (rows.row(i) * latents + l) * rank, rank, dz);
+    }
+    const KeptRow kept = latent_bits(*this, i);
+    const A* d_mixed = scratch.mixed.row(i);
+    for (int64_t h = 0; h < plan.heads(); ++h) {
+      add_masked(at(plan.latent(latents > 1 ? h : 0), i), d_mixed + h * rank, rank,
+                 kept.bytes ? heads.mask_scale : A(1), kept.bytes, kept.shift + h * rank);
+    }
+    if (plan.shape.offset_rank > 0) {
+      std::copy_n(d_mixed + plan.columns(), plan.shape.offset_rank, at(plan.offset(), i));
     }
   }
 }
 
 template <typename T>
-void latent_gradient_rows(const Heads<T>& heads, const HeadsBackwardArgs<T>& args, int64_t begin, int64_t end) {
-  const HeadsPlan& plan = heads.plan;
-  const auto& s = heads.scratch;
-  const HeadsShape& shape = plan.shape;
-  const int64_t rank = shape.rank, latents = shape.latents();
-  const bool masked = plan.masks_latents();
-  for (int64_t t = begin; t < end; ++t) {
-    for (int64_t p = 0; p < plan.parts(); ++p) std::fill_n(s.terms[p].g.row(t), s.latent.stride, Acc<T>(0));
-    for (int64_t i = 0; i < latents && args.dz_in; ++i) {
-      std::copy_n(args.dz_in + (t * latents + i) * rank, rank, heads.latent(i, t));
-    }
-    for (int64_t i = 0; i < plan.heads(); ++i) {
-      add_masked(heads.latent(latents > 1 ? i : 0, t), s.mixed.row(t) + i * rank, rank,
-                 masked ? heads.mask_scale : Acc<T>(1), masked ? s.keep : nullptr, t * plan.columns() + i * rank);
-    }
-    std::copy_n(s.mixed.row(t) + plan.columns(), shape.offset_rank, s.offset.row(t));
-  }
-  if (args.dx) {
-    rank_add(RankAdd<T>{{nullptr, shape.in_dim}, args.dx_in, args.dx, s.terms, plan.terms()}, begin, end);
+void HeadsBlock<T>::input_gradient(const T* dx_in, T* dx) const {
+  const int64_t in_dim = plan.shape.in_dim;
+  if (dx) rank_add(RankAdd<T>{rows, dx_in, {dx, in_dim}, terms.data(), plan.terms()});
+  for (int64_t k = 0; k < plan.terms(); ++k) {
+    const Small<A> da{scratch.da.row(plan.a_row(k)), scratch.da.stride};
+    const bool shares_a = plan.is_part(k) && k > 0 && !plan.shape.own_A;
+    outer_add(OuterAdd<T>{
+        rows, {heads.inputs.x, in_dim}, terms[k].keep, terms[k].g, plan.trained(k), da, first_of_chunk && !shares_a});
   }
 }
 
 template <typename T>
-void a_gradient(const Heads<T>& heads, Acc<T>* dA, Acc<T>* dR) {
+void finish_gradients(const Heads<T>& heads, Acc<T>* dA, Acc<T>* dB, Acc<T>* dR) {
+  using A = Acc<T>;
+  constexpr int64_t kColumns = 4 * kColumnAlign;
   const HeadsPlan& plan = heads.plan;
-  const auto& s = heads.scratch;
-  const HeadsShape& shape = plan.shape;
-  const int64_t size = plan.part_rank() * shape.in_dim;
-  const auto add = [&](const RankTerm<Acc<T>>& term, Acc<T>* gradient, int64_t first, int64_t last) {
-    const Small<Acc<T>> w{gradient, shape.in_dim};
-    outer_add(OuterAdd<T>{{nullptr, shape.in_dim}, heads.inputs.x, term.keep, term.g, term.rank, term.scale, w}, 0,
-              shape.tokens, first, last);
+  const int64_t rank = plan.shape.rank, in_dim = plan.shape.in_dim, out_dim = plan.shape.out_dim;
+  const int64_t outputs = plan.outputs();
+  std::vector<ChunkScratch<A>> chunks;
+  for (int64_t k = 0; k < Chunks(heads.rows.count, true).count; ++k) chunks.push_back(scratch_of(heads, k));
+
+  // target = scale times the sum over the chunks of a row; source(chunk) is where it begins.
+  const auto add_chunks = [&](A scale, int64_t columns, A* target, const auto& source) {
+    const A* parts[Chunks::kMost];
+    for (size_t k = 0; k < chunks.size(); ++k) parts[k] = source(chunks[k]);
+    if (chunks.empty()) return std::fill_n(target, columns, A(0)), void();
+    add_up<A>(parts, int64_t(chunks.size()), scale, columns, target);
   };
-  parallel_for(0, ceil_div(shape.in_dim, kColumnBlock), 1, [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * kColumnBlock, last = std::min(end * kColumnBlock, shape.in_dim);
-    clear_columns(Small<Acc<T>>{dA, shape.in_dim}, plan.part_matrices() * plan.part_rank(), first, last);
-    for (int64_t p = 0; p < plan.parts(); ++p) add(s.terms[p], dA + (shape.own_A ? p * size : 0), first, last);
-    if (!plan.routed) return;
-    clear_columns(Small<Acc<T>>{dR, shape.in_dim}, plan.groups * shape.heads, first, last);
-    add(s.terms[plan.terms() - 1], dR, first, last);
+  const auto add_a = [&](const Place& place, int64_t rows, A scale, A* target, int64_t first) {
+    for (int64_t j = 0; j < rows; ++j) {
+      const int64_t row = plan.a_row(place.term) + place.column + j;
+      add_chunks(scale, std::min(kColumns, in_dim - first), target + j * in_dim + first,
+                 [&](const auto& chunk) { return chunk.da.row(row) + first; });
+    }
+  };
+  const auto add_b = [&](int64_t group, int64_t first) {
+    const int64_t columns = std::min(kColumns, outputs - first);
+    std::vector<A> dbt(rank * columns);
+    for (int64_t h = 0; h < plan.shape.heads; ++h) {
+      for (int64_t j = 0; j < rank; ++j) {
+        const int64_t row = group * plan.columns() + (plan.summed() ? 0 : h * rank) + j;
+        add_chunks(A(heads.inputs.scaling), columns, &dbt[j * columns],
+                   [&](const auto& chunk) { return chunk.dbt.row(row) + first; });
+      }
+      A* target = dB + (h * out_dim + group * outputs + first) * rank;
+      for (int64_t c = 0; c < columns; ++c) {
+        for (int64_t j = 0; j < rank; ++j) *target++ = dbt[j * columns + c];
+      }
+    }
+  };
+  const A mask_scale = plan.masks_inputs() ? heads.mask_scale : A(1);
+  const int64_t a_blocks = ceil_div(in_dim, kColumns), b_blocks = ceil_div(outputs, kColumns);
+  parallel_for(0, a_blocks + plan.groups * b_blocks, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      if (block >= a_blocks) {
+        add_b((block - a_blocks) / b_blocks, (block - a_blocks) % b_blocks * kColumns);
+        continue;
+      }
+      for (int64_t i = 0; i < (plan.shape.own_A ? plan.shape.heads : 1); ++i) {
+        add_a(plan.latent(i), rank, mask_scale, dA + i * rank * in_dim, block * kColumns);
+      }
+      if (plan.routed) add_a(plan.router(), plan.logits(), 1, dR, block * kColumns);
+    }
   });
 }
 
-template <typename T>
-void b_gradient(const Heads<T>& heads, const T* dy, const Acc<T>* w, Acc<T>* dB) {
-  const HeadsPlan& plan = heads.plan;
-  const auto& s = heads.scratch;
-  const int64_t tokens = plan.shape.tokens, out_dim = plan.shape.out_dim;
-  const int64_t rank = plan.shape.rank, count = plan.shape.heads;
-  const int64_t outputs = plan.outputs(), blocks = ceil_div(outputs, kColumnBlock);
-  parallel_for(0, plan.groups * blocks, 1,
-               [&, &plan = plan, &s = s, rank = rank, out_dim = out_dim, count = count](int64_t begin, int64_t end) {
-                 for (int64_t block = begin; block < end; ++block) {
-                   const int64_t group = block / blocks, first = block % blocks * kColumnBlock;
-                   const int64_t last = std::min(first + kColumnBlock, outputs);
-                   const Small<Acc<T>> dbt{s.dbt.row(group * plan.columns()), s.dbt.stride};
-                   const HeadFactors<Acc<T>> v{w ? w + group * count : nullptr, plan.groups * count};
-                   clear_columns(dbt, plan.columns(), first, last);
-                   outer_add(OuterAdd<T>{{nullptr, outputs, out_dim},
-                                         dy + group * outputs,
-                                         {},
-                                         s.u,
-                                         plan.columns(),
-                                         Acc<T>(heads.inputs.scaling),
-                                         dbt,
-                                         v,
-                                         rank},
-                             0, tokens, first, last);
-                   for (int64_t i = 0; i < count; ++i) {
-                     const int64_t row = plan.summed() ? 0 : i * rank;
-                     for (int64_t c = first; c < last; ++c) {
-                       Acc<T>* target = dB + (i * out_dim + group * outputs + c) * rank;
-                       for (int64_t d = 0; d < rank; ++d) target[d] = dbt.row(row + d)[c];
-                     }
-                   }
-                 }
-               });
-}
-
-#define ALIGN_INSTANTIATE(T)                                                                                    \
-  template struct Heads<T>;                                                                                     \
-  template Heads<T> make_heads(const HeadsPlan&, const HeadsInputs<T>&, const T*, void*);                       \
-  template void shrink_rows(const Heads<T>&, Acc<T>*, int64_t, int64_t);                                        \
-  template void head_rows(const Heads<T>&, const Acc<T>*, int64_t, int64_t);                                    \
-  template void expand_rows(const Heads<T>&, const HeadsForwardArgs<T>&, int64_t, HeadFactors<Acc<T>>, int64_t, \
-                            int64_t);                                                                           \
-  template void pull_rows(const Heads<T>&, const T*, int64_t, HeadFactors<Acc<T>>, int64_t, int64_t);           \
-  template void latent_gradient_rows(const Heads<T>&, const HeadsBackwardArgs<T>&, int64_t, int64_t);           \
-  template void a_gradient(const Heads<T>&, Acc<T>*, Acc<T>*);                                                  \
-  template void b_gradient(const Heads<T>&, const T*, const Acc<T>*, Acc<T>*);
+#define ALIGN_INSTANTIATE(T)                                                                                  \
+  template struct HeadsBlock<T>;                                                                              \
+  template Heads<T> prepare_heads(const HeadsPlan&, const HeadsInputs<T>&, const T*, const RowBlock&, void*); \
+  template HeadsBlock<T> begin_chunk(const Heads<T>&, int64_t);                                               \
+  template void begin_block(HeadsBlock<T>&, int64_t, int64_t, bool);                                          \
+  template void finish_gradients(const Heads<T>&, Acc<T>*, Acc<T>*, Acc<T>*);
 ALIGN_INSTANTIATE(float)
 ALIGN_INSTANTIATE(double)
 ALIGN_INSTANTIATE(bfloat16)

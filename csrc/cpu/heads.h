@@ -1,20 +1,32 @@
-// The steps of a projection with several heads (ops/heads.h), which dropout_sum and routed_lora put together. Steps on
-// rows take blocks of kRowBlock rows, and all steps of a block run one after the other while it is in cache; steps on
-// columns keep every sum over rows in one thread. No result depends on how rows or columns are cut.
+// The steps of a projection, which grouped_lora, dropout_sum and routed_lora put together: ops/heads.h on a segment of
+// rows, with grouped_lora as one head.
+//
+// Rows are taken in blocks, and all steps of a block run one after the other while it is in cache: x, y and dy come
+// from memory once. Blocks belong to chunks of rows that depend on the shapes alone. A chunk has scratch of its own
+// and, backward, sums of its own for dA, dB and dR, which are added in the order of the chunks at the end: no result
+// depends on how chunks are spread over threads.
 //
 // u holds the u_i of all heads side by side, so that the heads are one product. A group of outputs has a factor
 // v[t,i] for each head (routing); without routing there is one group, all factors are 1, and where all u_i are one z
-// the heads are summed first.
+// the heads are summed first. Likewise the latents, the offset path and the router's logits lie side by side, those
+// that share a mask in one term: a product of x with A, R and A0 one below the other.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
+#include "cpu/dropout.h"
 #include "cpu/parallel.h"
 #include "cpu/skinny.h"
 #include "ops/heads.h"
 
 namespace align::cpu {
+
+// A place among the terms.
+struct Place {
+  int64_t term, column;
+};
 
 // What is computed, and the sizes that follow.
 struct HeadsPlan {
@@ -24,102 +36,158 @@ struct HeadsPlan {
   bool routed;
   int64_t groups;  // of outputs; 1 without routing
 
-  bool masks_inputs() const {
-    return dropout && (shape.site == DropoutSite::kInput || shape.site == DropoutSite::kInputPerHead);
-  }
   bool masks_latents() const { return dropout && shape.site == DropoutSite::kLatent; }
   bool summed() const { return !routed && shape.latents() == 1 && !masks_latents(); }
   int64_t outputs() const { return shape.out_dim / groups; }  // of a group
   int64_t heads() const { return summed() ? 1 : shape.heads; }
-  int64_t columns() const { return heads() * shape.rank; }  // of u
+  int64_t columns() const { return heads() * shape.rank; }         // of u
+  int64_t mixed() const { return columns() + shape.offset_rank; }  // columns of what the groups' bt multiply
+  int64_t logits() const { return routed ? groups * shape.heads : 0; }
+
   // Products of x that make z: one, or one per mask.
-  int64_t parts() const { return shape.site == DropoutSite::kInputPerHead ? shape.heads : 1; }
+  bool apart() const { return shape.site == DropoutSite::kInputPerHead; }
+  int64_t parts() const { return apart() ? shape.heads : 1; }
   int64_t part_rank() const { return shape.latents() / parts() * shape.rank; }
-  int64_t part_matrices() const { return shape.own_A ? parts() : 1; }
-  int64_t terms() const { return parts() + (shape.offset_rank > 0) + routed; }
-  int64_t mask_elements() const;
+
+  // A term holds, side by side, those of a part, the logits and the offset path that share a mask.
+  bool masks_inputs() const { return dropout && (apart() || shape.site == DropoutSite::kInput); }
+  bool offset_masked() const { return masks_inputs() && !apart(); }
+  bool is_part(int64_t term) const { return term < parts(); }
+  int64_t terms() const;
+  int64_t rank(int64_t term) const;
+  int64_t trained(int64_t term) const { return rank(term) - (term == offset().term ? shape.offset_rank : 0); }
+  int64_t a_row(int64_t term) const;  // where the term's rows of the operand a begin
+  Place latent(int64_t i) const { return apart() ? Place{i, 0} : Place{0, i * shape.rank}; }
+  Place router() const;
+  Place offset() const;
+
+  int64_t mask_row() const;  // elements of all masks of a row
 };
 
-int64_t heads_workspace(const HeadsPlan& plan);  // bytes
+int64_t heads_workspace(const HeadsPlan& plan, int64_t tokens);  // bytes, for so many rows at most
 
-template <typename A>
-struct HeadsScratch {
-  uint8_t* keep = nullptr;  // dropout bits
-  RankTerm<A>* terms;       // [terms] products of x: the parts of z, the offset path, the router; g in backward: their
-                            // gradients
-  Small<A> latent;          // g of the parts      [parts * tokens, part_rank padded]
-  Small<A> offset;          // g of the offset     [tokens, offset_rank padded]
-  Small<A> logits;          // g of the router     [tokens, groups * heads padded]
-  Small<A> a, a0, r;        // b of the parts (one after the other), the offset, the router
-  Small<A> bt;              // transposes of B and B0, of each group [groups * (columns + offset_rank padded), outputs]
-  Small<A> u;               // [tokens, columns padded]
-  Small<A> mixed;           // what bt is multiplied by, or its gradient [tokens, columns + offset_rank padded]
-  Small<A> q;               // backward: dy bt' of one group, like mixed
-  Small<A> dbt;             // backward: gradient of bt [groups * columns, outputs]
-};
-
+// A prepared projection: the small operands in the accumulation type, for rows [begin, end) of an order of rows.
 template <typename T>
 struct Heads {
   HeadsPlan plan;
   HeadsInputs<T> inputs;
-  HeadsScratch<Acc<T>> scratch;
+  RowBlock rows;
   Acc<T> mask_scale;
+  DropoutBits masks;
+  Small<Acc<T>> a;   // [the terms' ranks, each padded; in_dim] A, R and A0, term after term
+  Small<Acc<T>> bt;  // [groups * (mixed padded), outputs] transposes of B and B0, of each group
+  char* chunks;      // their scratch
 
-  Small<Acc<T>> bt(int64_t group) const;
-  Acc<T>* latent(int64_t i, int64_t t) const;  // latent i of row t
+  Small<Acc<T>> bt_of(int64_t group) const { return {bt.row(group * round_up(plan.mixed(), kRankAlign)), bt.stride}; }
 };
 
-// The factors of the heads of one group, or null: 1.
+// What a chunk of rows needs of its own.
 template <typename A>
-using HeadFactors = Small<const A>;
+struct ChunkScratch {
+  uint8_t* keep = nullptr;  // dropout bits of a block
+  std::vector<Small<A>> g;  // of each term, [rows of a block, rank padded]: products of x, or their gradients
+  Small<A> u;               // [rows of a block, columns padded]
+  Small<A> mixed;           // what bt is multiplied by, or its gradient [rows of a block, mixed padded]
+  Small<A> q;               // backward: dy bt' of one group, like mixed
+  Small<A> weighted;        // backward, routed: v u of one group, like u
+  Small<A> da;              // backward: the gradient of a over the chunk, without dropout's scale
+  Small<A> dbt;             // backward: that of bt, without scaling [groups * columns, outputs]
+};
 
-// Draws the masks and prepares the operands; R is null unless routed.
+// A block of rows at work.
 template <typename T>
-Heads<T> make_heads(const HeadsPlan& plan, const HeadsInputs<T>& inputs, const T* R, void* workspace);
+struct HeadsBlock {
+  using A = Acc<T>;
 
-// ---- Forward, rows [begin, end)
+  const Heads<T>& heads;
+  const HeadsPlan& plan;
+  ChunkScratch<A> scratch;
+  std::vector<RankTerm<A>> terms;
+  RowBlock rows;
+  bool first_of_chunk;
 
-// The latents, with x once for all terms, and z.
+  A* at(const Place& place, int64_t i) const { return scratch.g[place.term].row(i) + place.column; }
+
+  // Forward: z from x; u from z; y of one group, whose heads have factors v[row] (null: 1), each row's stride apart.
+  void shrink(A* z) const;
+  void make_heads(const A* z) const;
+  void expand(const HeadsForwardArgs<T>& args, int64_t group, Small<const A> v) const;
+
+  // Backward, after make_heads: one group's share of the gradient of mixed, leaving its q, and of dB; the gradients of
+  // latents and offset path; then, with those of the logits in their place, dx and the shares of dA and dR.
+  void pull(const T* dy, int64_t group, Small<const A> v) const;
+  void latent_gradient(const A* dz_in) const;
+  void input_gradient(const T* dx_in, T* dx) const;
+};
+
+// Prepares the rows, on all threads; R is null unless routed.
 template <typename T>
-void shrink_rows(const Heads<T>& heads, Acc<T>* z, int64_t begin, int64_t end);
+Heads<T> prepare_heads(const HeadsPlan& plan, const HeadsInputs<T>& inputs, const T* R, const RowBlock& rows,
+                       void* workspace);
 
-// u from z.
+// Adds up the chunks' sums, on all threads; dR is null unless routed.
 template <typename T>
-void head_rows(const Heads<T>& heads, const Acc<T>* z, int64_t begin, int64_t end);
+void finish_gradients(const Heads<T>& heads, Acc<T>* dA, Acc<T>* dB, Acc<T>* dR);
 
-// y of one group.
+// ---- Chunks
+
+// At most kMost of them, of whole blocks: enough for many threads, and each worth sums of its own.
+struct Chunks {
+  static constexpr int64_t kMost = 32;
+
+  int64_t rows, count;  // rows of each but the last
+
+  Chunks(int64_t all, bool backward)
+      : rows(std::max(least(backward), round_up(ceil_div(all, kMost), kRowBlock))), count(ceil_div(all, rows)) {}
+
+  // How many some of so many rows have at most.
+  static int64_t most(int64_t all, bool backward) { return std::min(kMost, ceil_div(all, least(backward))); }
+
+ private:
+  static constexpr int64_t least(bool backward) { return backward ? 4 * kRowBlock : kRowBlock; }
+};
+
 template <typename T>
-void expand_rows(const Heads<T>& heads, const HeadsForwardArgs<T>& args, int64_t group, HeadFactors<Acc<T>> v,
-                 int64_t begin, int64_t end);
-
-// ---- Backward, rows [begin, end); head_rows first
-
-// Adds one group's share of the gradient of mixed; leaves q of the group.
+HeadsBlock<T> begin_chunk(const Heads<T>& heads, int64_t chunk);
 template <typename T>
-void pull_rows(const Heads<T>& heads, const T* dy, int64_t group, HeadFactors<Acc<T>> v, int64_t begin, int64_t end);
+void begin_block(HeadsBlock<T>& block, int64_t first, int64_t count, bool first_of_chunk);  // draws its masks
 
-// Gradients of the latents and the offset path, then, with that of the logits, dx.
-template <typename T>
-void latent_gradient_rows(const Heads<T>& heads, const HeadsBackwardArgs<T>& args, int64_t begin, int64_t end);
-
-// ---- Backward, columns
-
-// dA and dR (null unless routed) of all columns, on all threads.
-template <typename T>
-void a_gradient(const Heads<T>& heads, Acc<T>* dA, Acc<T>* dR);
-
-// dB, on all threads; w holds the factors of all groups, [tokens, groups, heads], or is null.
-template <typename T>
-void b_gradient(const Heads<T>& heads, const T* dy, const Acc<T>* w, Acc<T>* dB);
-
-// Calls body(begin, end) for blocks of rows, on all threads.
-template <typename Body>
-void for_row_blocks(int64_t tokens, const Body& body) {
-  parallel_for(0, ceil_div(tokens, kRowBlock), 1, [&](int64_t first, int64_t last) {
-    for (int64_t block = first; block < last; ++block) {
-      body(block * kRowBlock, std::min((block + 1) * kRowBlock, tokens));
+// Calls body(block) for all blocks of rows, on all threads.
+template <typename T, typename Body>
+void for_blocks(const Heads<T>& heads, const Body& body) {
+  const Chunks chunks(heads.rows.count, heads.plan.backward);
+  parallel_for(0, chunks.count, 1, [&](int64_t first_chunk, int64_t last_chunk) {
+    for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
+      HeadsBlock<T> block = begin_chunk(heads, chunk);
+      const int64_t begin = chunk * chunks.rows, end = std::min(begin + chunks.rows, heads.rows.count);
+      for (int64_t row = begin; row < end; row += kRowBlock) {
+        begin_block(block, row, std::min(kRowBlock, end - row), row == begin);
+        body(block);
+      }
     }
   });
+}
+
+// ---- A projection without a router
+
+template <typename T>
+void project_forward(const Heads<T>& heads, const HeadsForwardArgs<T>& args) {
+  for_blocks(heads, [&](const HeadsBlock<T>& block) {
+    block.shrink(args.z);
+    block.make_heads(args.z);
+    block.expand(args, 0, {});
+  });
+}
+
+template <typename T>
+void project_backward(const Heads<T>& heads, const HeadsBackwardArgs<T>& args) {
+  for_blocks(heads, [&](const HeadsBlock<T>& block) {
+    block.make_heads(args.z);
+    block.pull(args.dy, 0, {});
+    block.latent_gradient(args.dz_in);
+    block.input_gradient(args.dx_in, args.dx);
+  });
+  finish_gradients<T>(heads, args.dA, args.dB, nullptr);
 }
 
 }  // namespace align::cpu

@@ -33,52 +33,52 @@ void softmax(const A* logits, int64_t heads, int64_t top_k, double tau, A* w) {
 
 // The factors of one group's heads, of all rows.
 template <typename A>
-HeadFactors<A> factors_of(const A* w, const HeadsPlan& plan, int64_t group) {
-  return {w + group * plan.shape.heads, plan.groups * plan.shape.heads};
+Small<const A> factors_of(const A* w, const HeadsPlan& plan, int64_t group) {
+  return {w + group * plan.shape.heads, plan.logits()};
 }
 
 template <typename T>
-void route_rows(const Heads<T>& heads, const RoutedLoraForwardArgs<T>& args, int64_t begin, int64_t end) {
-  const int64_t count = heads.plan.shape.heads, groups = heads.plan.groups;
-  for (int64_t t = begin; t < end; ++t) {
-    for (int64_t g = 0; g < groups; ++g) {
-      softmax(heads.scratch.logits.row(t) + g * count, count, args.routing.top_k, args.routing.tau,
-              args.w + (t * groups + g) * count);
+void route(const HeadsBlock<T>& block, const RoutedLoraForwardArgs<T>& args) {
+  const HeadsPlan& plan = block.plan;
+  const int64_t count = plan.shape.heads;
+  for (int64_t i = 0; i < block.rows.count; ++i) {
+    const Acc<T>* logits = block.at(plan.router(), i);
+    Acc<T>* w = args.w + block.rows.row(i) * plan.logits();
+    for (int64_t g = 0; g < plan.groups; ++g) {
+      softmax(logits + g * count, count, args.routing.top_k, args.routing.tau, w + g * count);
     }
   }
 }
 
 // dw of one group, where the logits were: scaling u_i . q_i plus what came in.
 template <typename T>
-void factor_gradient_rows(const Heads<T>& heads, const RoutedLoraBackwardArgs<T>& args, int64_t group, int64_t begin,
-                          int64_t end) {
-  const auto& s = heads.scratch;
-  const int64_t count = heads.plan.shape.heads, rank = heads.plan.shape.rank;
-  for (int64_t t = begin; t < end; ++t) {
-    const Acc<T>*u = s.u.row(t), *q = s.q.row(t);
-    for (int64_t i = 0; i < count; ++i) {
+void factor_gradient(const HeadsBlock<T>& block, const RoutedLoraBackwardArgs<T>& args, int64_t group) {
+  const HeadsPlan& plan = block.plan;
+  const int64_t count = plan.shape.heads, rank = plan.shape.rank;
+  for (int64_t i = 0; i < block.rows.count; ++i) {
+    const Acc<T>*u = block.scratch.u.row(i), *q = block.scratch.q.row(i);
+    const Acc<T>* incoming = args.dw_in ? args.dw_in + block.rows.row(i) * plan.logits() + group * count : nullptr;
+    Acc<T>* dw = block.at(plan.router(), i) + group * count;
+    for (int64_t h = 0; h < count; ++h) {
       Acc<T> dot = 0;
-      for (int64_t j = i * rank; j < (i + 1) * rank; ++j) dot += u[j] * q[j];
-      const int64_t column = group * count + i;
-      const Acc<T> incoming = args.dw_in ? args.dw_in[t * heads.plan.groups * count + column] : 0;
-      s.logits.row(t)[column] = Acc<T>(heads.inputs.scaling) * dot + incoming;
+      for (int64_t j = h * rank; j < (h + 1) * rank; ++j) dot += u[j] * q[j];
+      dw[h] = Acc<T>(block.heads.inputs.scaling) * dot + (incoming ? incoming[h] : 0);
     }
   }
 }
 
 // The logits' gradient, in place of dw: w (dw - sum_j w_j dw_j) / tau.
 template <typename T>
-void softmax_gradient_rows(const Heads<T>& heads, const RoutedLoraBackwardArgs<T>& args, int64_t begin, int64_t end) {
-  const int64_t count = heads.plan.shape.heads, groups = heads.plan.groups;
-  for (int64_t t = begin; t < end; ++t) {
-    Acc<T>* row = heads.scratch.logits.row(t);
-    std::fill(row + groups * count, row + heads.scratch.logits.stride, Acc<T>(0));
-    for (int64_t g = 0; g < groups; ++g) {
-      const Acc<T>* w = args.w + (t * groups + g) * count;
-      Acc<T>* d = row + g * count;
+void softmax_gradient(const HeadsBlock<T>& block, const RoutedLoraBackwardArgs<T>& args) {
+  const HeadsPlan& plan = block.plan;
+  const int64_t count = plan.shape.heads;
+  for (int64_t i = 0; i < block.rows.count; ++i) {
+    for (int64_t g = 0; g < plan.groups; ++g) {
+      const Acc<T>* w = args.w + block.rows.row(i) * plan.logits() + g * count;
+      Acc<T>* d = block.at(plan.router(), i) + g * count;
       Acc<T> mean = 0;
-      for (int64_t i = 0; i < count; ++i) mean += w[i] * d[i];
-      for (int64_t i = 0; i < count; ++i) d[i] = w[i] * (d[i] - mean) / Acc<T>(args.routing.tau);
+      for (int64_t h = 0; h < count; ++h) mean += w[h] * d[h];
+      for (int64_t h = 0; h < count; ++h) d[h] = w[h] * (d[h] - mean) / Acc<T>(args.routing.tau);
     }
   }
 }
@@ -86,25 +86,23 @@ void softmax_gradient_rows(const Heads<T>& heads, const RoutedLoraBackwardArgs<T
 }  // namespace
 
 int64_t routed_lora_forward_workspace(const HeadsShape& shape, const Routing& routing, bool dropout) {
-  return heads_workspace(plan_of(shape, routing, dropout, /*backward=*/false));
+  return heads_workspace(plan_of(shape, routing, dropout, /*backward=*/false), shape.tokens);
 }
 
 int64_t routed_lora_backward_workspace(const HeadsShape& shape, const Routing& routing, bool dropout) {
-  return heads_workspace(plan_of(shape, routing, dropout, /*backward=*/true));
+  return heads_workspace(plan_of(shape, routing, dropout, /*backward=*/true), shape.tokens);
 }
 
 template <typename T>
 void routed_lora_forward(const RoutedLoraForwardArgs<T>& args) {
   const HeadsInputs<T>& inputs = args.heads.inputs;
   const HeadsPlan plan = plan_of(inputs.shape, args.routing, inputs.dropout.p > 0, /*backward=*/false);
-  const Heads<T> heads = make_heads<T>(plan, inputs, args.R, args.heads.workspace);
-  for_row_blocks(plan.shape.tokens, [&](int64_t begin, int64_t end) {
-    shrink_rows(heads, args.heads.z, begin, end);
-    head_rows(heads, args.heads.z, begin, end);
-    route_rows(heads, args, begin, end);
-    for (int64_t g = 0; g < plan.groups; ++g) {
-      expand_rows(heads, args.heads, g, factors_of<Acc<T>>(args.w, plan, g), begin, end);
-    }
+  const Heads<T> heads = prepare_heads<T>(plan, inputs, args.R, all_rows(plan.shape.tokens), args.heads.workspace);
+  for_blocks(heads, [&](const HeadsBlock<T>& block) {
+    block.shrink(args.heads.z);
+    block.make_heads(args.heads.z);
+    route(block, args);
+    for (int64_t g = 0; g < plan.groups; ++g) block.expand(args.heads, g, factors_of<Acc<T>>(args.w, plan, g));
   });
 }
 
@@ -112,18 +110,18 @@ template <typename T>
 void routed_lora_backward(const RoutedLoraBackwardArgs<T>& args) {
   const HeadsInputs<T>& inputs = args.heads.inputs;
   const HeadsPlan plan = plan_of(inputs.shape, args.routing, inputs.dropout.p > 0, /*backward=*/true);
-  const Heads<T> heads = make_heads<T>(plan, inputs, args.R, args.heads.workspace);
-  for_row_blocks(plan.shape.tokens, [&](int64_t begin, int64_t end) {
-    head_rows(heads, args.heads.z, begin, end);
+  const Heads<T> heads = prepare_heads<T>(plan, inputs, args.R, all_rows(plan.shape.tokens), args.heads.workspace);
+  for_blocks(heads, [&](const HeadsBlock<T>& block) {
+    block.make_heads(args.heads.z);
     for (int64_t g = 0; g < plan.groups; ++g) {
-      pull_rows(heads, args.heads.dy, g, factors_of(args.w, plan, g), begin, end);
-      factor_gradient_rows(heads, args, g, begin, end);
+      block.pull(args.heads.dy, g, factors_of(args.w, plan, g));
+      factor_gradient(block, args, g);
     }
-    softmax_gradient_rows(heads, args, begin, end);
-    latent_gradient_rows(heads, args.heads, begin, end);
+    softmax_gradient(block, args);
+    block.latent_gradient(args.heads.dz_in);
+    block.input_gradient(args.heads.dx_in, args.heads.dx);
   });
-  a_gradient(heads, args.heads.dA, args.dR);
-  b_gradient(heads, args.heads.dy, args.w, args.heads.dB);
+  finish_gradients(heads, args.heads.dA, args.heads.dB, args.dR);
 }
 
 #define ALIGN_INSTANTIATE(T)                                             \

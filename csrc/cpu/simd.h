@@ -123,6 +123,21 @@ ALIGN_INLINE void store_first(T* target, const Vec<Acc<T>, W>& v, int64_t count)
   std::memcpy(target, all, count * sizeof(T));
 }
 
+// v with the lanes zeroed whose bit in kept is not set.
+template <int W, typename A>
+ALIGN_INLINE Vec<A, W> keep_lanes(const Vec<A, W>& v, uint32_t kept) {
+#ifdef ALIGN_X86_LEVELS
+  if constexpr (W == 64 && sizeof(A) == 4) {  // GCC 12 makes six instructions of the expression below
+    Vec<A, W> result;
+    asm("vmovaps %1, %0%{%2%}%{z%}" : "=v"(result) : "v"(v), "Yk"(uint16_t(kept)));
+    return result;
+  }
+#endif
+  Vec<UInt<A>, W> lane_bit;
+  for (int lane = 0; lane < kLanes<A, W>; ++lane) lane_bit[lane] = UInt<A>(1) << lane;
+  return (lane_bit & UInt<A>(kept)) != 0 ? v : Vec<A, W>{};
+}
+
 // Lane l of the result is low[l] + low[l + kDistance] where bit kDistance of l is clear, and high[l - kDistance] +
 // high[l] where it is set.
 template <int kDistance, typename V, int... lane>
