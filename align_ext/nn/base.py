@@ -184,7 +184,9 @@ class AdaptedLinear(AdaptedModule):
         """Computes base(x) + low rank for x [..., in_features]; base(x) alone while merged."""
         if self.merged:
             return self.base_layer(x)
-        return self.adapter(*self.base_arguments(x))
+        # Not self.adapter: nn.Module.__getattr__ takes longer than most of what it is asked for in a call.
+        adapter: Any = self._modules["adapter"]
+        return adapter(*self.base_arguments(x))
 
     def base_arguments(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """The base layer in the form that the ops take.
@@ -192,7 +194,7 @@ class AdaptedLinear(AdaptedModule):
         Returns:
             x in the dtype of the product, then weight, bias and base_out: one of weight and base_out is None.
         """
-        base: Any = self.base_layer
+        base: Any = self._modules["base_layer"]
         weight, bias = base._parameters.get("weight"), base._parameters.get("bias")  # None where they are computed
         plain = (
             type(base) is nn.Linear

@@ -63,10 +63,14 @@ def differentiable(
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward_eager)}
     function: Any = type(name, (torch.autograd.Function,), members)
+    apply = super(torch.autograd.Function, function).apply  # past Function.apply, which is all about torch.func
 
     def call(*inputs: Any) -> Any:
         if torch.compiler.is_compiling():
             return operator(*inputs)
-        return function.apply(*trained_of(inputs), inputs) if torch.is_grad_enabled() else below_autograd(inputs)
+        if not torch.is_grad_enabled():
+            return below_autograd(inputs)
+        of_func = torch._C._are_functorch_transforms_active()  # refused, by a message of torch's
+        return (function.apply if of_func else apply)(*trained_of(inputs), inputs)
 
     return call

@@ -115,5 +115,5 @@ def gradients(
         d_base_out: the gradient of y, or None if there is no base_out.
     """
     dx, *d_adapters = grads
-    cast = [d if d.dtype == adapter.dtype else d.to(adapter.dtype) for d, adapter in zip(d_adapters, adapters)]
+    cast = [d if d.dtype == adapter.dtype else d.to(adapter.dtype) for d, adapter in zip(d_adapters, adapters, strict=True)]
     return dx if ctx.needs_input_grad[0] else None, *cast, d_base_out

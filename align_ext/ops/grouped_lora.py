@@ -86,9 +86,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, dy: Tensor | None, dz: Tensor | None) -> tuple[Tensor | None, ...]:
     x, z, A, B, offsets, group, rng, weight = ctx.saved_tensors
     dz, dy = projection.latent_gradient(ctx, "grouped_lora", z, dz), projection.output_gradient(dy, x, B)
-    grads = _gradients(
-        dy, dz, x, z, A, B, ctx.scaling, offsets, group, ctx.p, rng, weight, ctx.needs_input_grad[0]
-    )
+    grads = _gradients(dy, dz, x, z, A, B, ctx.scaling, offsets, group, ctx.p, rng, weight, ctx.needs_input_grad[0])
     return projection.gradients(ctx, grads, (A, B), dy if weight is None else None)
 
 
