@@ -94,7 +94,8 @@ def weights_gradient(ctx: Any, w: Tensor, dw: Tensor | None) -> Tensor | None:
 
 
 def _injected(ctx: Any, z: Tensor, dz: Tensor | None, output: int) -> Tensor:
-    injected = (_keyed.injected if ctx.eager else torch.ops.align_ext.injected)(z, *ctx.keyed, output)
+    ask: Any = _keyed.injected if ctx.eager else torch.ops.align_ext.injected
+    injected = ask(z, *ctx.keyed, output)
     return injected if dz is None else dz + injected
 
 
@@ -115,5 +116,6 @@ def gradients(
         d_base_out: the gradient of y, or None if there is no base_out.
     """
     dx, *d_adapters = grads
-    cast = [d if d.dtype == adapter.dtype else d.to(adapter.dtype) for d, adapter in zip(d_adapters, adapters, strict=True)]
+    pairs = zip(d_adapters, adapters, strict=True)
+    cast = [d if d.dtype == adapter.dtype else d.to(adapter.dtype) for d, adapter in pairs]
     return dx if ctx.needs_input_grad[0] else None, *cast, d_base_out
