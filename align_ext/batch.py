@@ -158,7 +158,7 @@ class Step:
                 f"the aligned layer {self.state.names[slot]!r} ran twice in one step: use one align_step (or one "
                 "task_ids= call) per forward"
             )
-        self.tokens.check(len(z))
+        self.tokens.check(z.shape[0])
         self.seen.add(slot)
         self._kept[output][slot] = z
 

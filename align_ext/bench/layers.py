@@ -46,7 +46,8 @@ GOALS |= dict.fromkeys(("m_lora, offset", "r_lora, offset", "hydra, offset"), (1
 GOALS |= {"hydra, input_per_head": (1.60, 1.60, 1.18)}
 FLOAT32_GOALS = (1.25, 1.08)
 WIDE = 2048  # in_features
-TINY_MS = 0.06  # of a layer that has next to nothing to compute
+TINY, TINY_MS = 16, 0.06  # width of a layer that has next to nothing to compute, and what its call may take
+IN_A_ROW = 16
 
 
 def config(options: dict[str, Any], sizes: Sizes, *, float32: bool) -> AlignLoraConfig:
@@ -59,12 +60,17 @@ def config(options: dict[str, Any], sizes: Sizes, *, float32: bool) -> AlignLora
     return AlignLoraConfig.from_dict(common | heads | options)
 
 
+def adapted(row: nn.Sequential, options: dict[str, Any], sizes: Sizes, *, float32: bool = False) -> nn.Module:
+    """A row of layers with this package's beside each."""
+    targets = {"target_modules": [name for name, _ in row.named_children()]}
+    return replace_linear_with_align_lora(row, config(options | targets, sizes, float32=float32))
+
+
 def ours(options: dict[str, Any]) -> Make:
     """Makes this package's layer."""
 
     def make(base: nn.Linear, sizes: Sizes, dtype: torch.dtype) -> nn.Module:
-        own = config({**options, "target_modules": ["0"]}, sizes, float32=dtype != base.weight.dtype)
-        return replace_linear_with_align_lora(nn.Sequential(base), own)
+        return adapted(nn.Sequential(base), options, sizes, float32=dtype != base.weight.dtype)
 
     return make
 
@@ -120,7 +126,7 @@ def variants(
     return {name: training_call(layer, x, dy) for name, layer in {FROZEN: base, **layers}.items()}
 
 
-def available(makes: dict[str, Make], device: str) -> dict[str, Make]:
+def available(makes: dict[str, Any], device: str) -> dict[str, Any]:
     """Those that this machine can run."""
     without: tuple[str, ...] = NOT_ON_CUDA if device == "cuda" else ()
     without += () if importlib.util.find_spec("peft") else ("PEFT's LoRA",)
@@ -179,16 +185,9 @@ def several(setting: Setting) -> Iterator[Case]:
 def dispatch(setting: Setting) -> Iterator[Case]:
     """What a call costs that has next to nothing to compute, and what a second thread brings."""
     sizes = replace(setting.sizes, tokens=4)
-    makes = {name: ours(options) for name, options in (SINGLE | HEADS).items()} | LORA
-
-    def tiny(_: Say) -> Comparison:
-        calls = variants(available(makes, setting.device), sizes, (16, 16), torch.float32, setting.device)
-        result = measure(calls, setting.rounds, setting.device, host=True, repeats=20, seconds=setting.seconds)
-        result.goals = dict.fromkeys(SINGLE | HEADS, Goal(TINY_MS, in_ms=True))
-        result.goals = {name: goal for name, goal in result.goals.items() if name in calls}
-        return result
-
-    yield Case(f"calling a layer, forward + backward, 16 -> 16, {sizes}", tiny)
+    tiny = f"forward + backward, {TINY} -> {TINY}, {sizes}"
+    yield Case(f"calling one of {IN_A_ROW} layers in a row, {tiny}", partial(_calls, setting, sizes, IN_A_ROW))
+    yield Case(f"a step of one layer, {tiny}", partial(_calls, setting, sizes, 1))
     threads = torch.get_num_threads()
     if setting.device == "cpu" and threads > 1:
         for name in (FROZEN, *SINGLE, "r_lora, offset"):
@@ -196,6 +195,29 @@ def dispatch(setting: Setting) -> Iterator[Case]:
                 f"threads, {name}, {setting.shapes[0][0]} -> {setting.shapes[0][1]}, {setting.sizes}",
                 partial(_over_threads, setting, name, threads),
             )
+
+
+def _calls(setting: Setting, sizes: Sizes, count: int, _: Say) -> Comparison:
+    """A step of so many layers, divided by their number: a step's own cost is seen in that of one layer."""
+    torch.manual_seed(0)
+
+    def row() -> nn.Sequential:
+        linears = (nn.Linear(TINY, TINY, bias=False, device=setting.device) for _ in range(count))
+        return nn.Sequential(*linears).requires_grad_(False)
+
+    own: dict[str, Any] = available(SINGLE | HEADS, setting.device)
+    rows = {FROZEN: row()} | {name: adapted(row(), options, sizes) for name, options in own.items()}
+    for name, make in available(LORA, setting.device).items():
+        rows[name] = nn.Sequential(*(make(layer, sizes, torch.float32) for layer in row()))
+    x, dy = (torch.randn(sizes.tokens, TINY, device=setting.device) for _ in range(2))
+    calls = {name: training_call(layers, x, dy) for name, layers in rows.items()}
+    result = measure(
+        calls, setting.rounds, setting.device, host=True, repeats=2 * IN_A_ROW // count, seconds=setting.seconds
+    )
+    result.times_ms = {name: [ms / count for ms in times] for name, times in result.times_ms.items()}
+    if count > 1:
+        result.goals = dict.fromkeys(own, Goal(TINY_MS, in_ms=True))
+    return result
 
 
 def _over_threads(setting: Setting, name: str, threads: int, _: Say) -> Comparison:

@@ -132,8 +132,8 @@ class KlAlignment:
             dz = gaussian_kl_backward(d_here, z, ids, own, scale=scale * self.share)
             for i, slot in enumerate(slots):
                 heads = dz[i * per_layer : (i + 1) * per_layer]
-                gradients[slot] = torch.stack(heads, 1) if latents[slot].dim() == 3 else heads[0]
-                gradients[slot] = gradients[slot].view(latents[slot].shape)
+                gradient = torch.stack(heads, 1) if latents[slot].dim() == 3 else heads[0]
+                gradients[slot] = gradient if positions == 1 else gradient.view(latents[slot].shape)
         return gradients
 
 
@@ -153,7 +153,7 @@ def _groups(latents: Latents, tokens: TokenTasks, positions: int) -> list[tuple[
     groups: dict[tuple[torch.device, int, torch.dtype], list[int]] = {}
     for slot in sorted(latents):
         z = latents[slot]
-        groups.setdefault((z.device, len(z), z.dtype), []).append(slot)
+        groups.setdefault((z.device, z.shape[0], z.dtype), []).append(slot)
     result = []
     for (device, count, _), slots in groups.items():
         rows = count // positions

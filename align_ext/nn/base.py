@@ -11,8 +11,6 @@ from align_ext.batch import Step
 from align_ext.config import AlignLoraConfig
 from align_ext.state import AlignState
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-Base = dict[str, Tensor | None]  # weight and bias of the frozen layer, or its base_out: as the ops take them
 Projected = tuple[Tensor, Tensor, Tensor | None]  # y, z, w
 Term = tuple[Tensor, Tensor]  # A, B
 
@@ -54,13 +52,17 @@ class Adapter(nn.Module):
         if state.config.align or state.config.balance:
             self.slot = state.add_layer(name, self.r)
 
-    def forward(self, x: Tensor, **base: Any) -> Tensor:
-        """Computes base(x) + low rank for x [..., in_features]."""
+    def forward(
+        self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, base_out: Tensor | None = None
+    ) -> Tensor:
+        """Computes base(x) + low rank for x [..., in_features]; the base is weight and bias, or what it returned."""
         dropout_p = self.dropout_p if self.training else 0.0
         step = self.state.find(self.training) if self.state is not None else None
         if step is None or self.slot is None or not (self.training and step.records):
-            return self.project(x, dropout_p, step, **base)[0]
-        y, z, w = self.project(x, dropout_p, step, **base, step=step.key, slot=self.slot)
+            return self.project(x, dropout_p, step, weight=weight, bias=bias, base_out=base_out)[0]
+        y, z, w = self.project(
+            x, dropout_p, step, weight=weight, bias=bias, base_out=base_out, step=step.key, slot=self.slot
+        )
         step.keep(self.slot, z.detach(), None if w is None else w.detach())
         return y
 
@@ -131,6 +133,12 @@ def has_float_weight(base: nn.Module) -> bool:
     return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and weight.element_size() >= 2
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something runs before or after a module."""
+    of_forward, of_backward = module._forward_hooks or module._forward_pre_hooks, module._backward_hooks
+    return bool(of_forward or of_backward or module._backward_pre_hooks)
+
+
 class AdaptedModule(nn.Module):
     """A frozen module with an adapter beside it."""
 
@@ -176,31 +184,33 @@ class AdaptedLinear(AdaptedModule):
         """Computes base(x) + low rank for x [..., in_features]; base(x) alone while merged."""
         if self.merged:
             return self.base_layer(x)
-        x, base = self.base_arguments(x)
-        return self.adapter(x, **base)
+        # Not self.adapter: nn.Module.__getattr__ takes longer than most of what it is asked for in a call.
+        adapter: Any = self._modules["adapter"]
+        return adapter(*self.base_arguments(x))
 
-    def base_arguments(self, x: Tensor) -> tuple[Tensor, Base]:
+    def base_arguments(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """The base layer in the form that the ops take.
 
         Returns:
-            x in the dtype of the product, and either weight and bias or base_out.
+            x in the dtype of the product, then weight, bias and base_out: one of weight and base_out is None.
         """
-        base, weight = self.base_layer, getattr(self.base_layer, "weight", None)
+        base: Any = self._modules["base_layer"]
+        weight, bias = base._parameters.get("weight"), base._parameters.get("bias")  # None where they are computed
         plain = (
             type(base) is nn.Linear
             and type(weight) is nn.Parameter
             and weight.dtype == x.dtype
             and weight.device == x.device
             and not weight.requires_grad
-            and (base.bias is None or not base.bias.requires_grad)
+            and (bias is None or not bias.requires_grad)
             and not torch.is_autocast_enabled(x.device.type)
             and "forward" not in base.__dict__  # accelerate's hooks replace it
-            and not any(getattr(base, hooks) for hooks in _HOOKS)
+            and not has_hooks(base)
         )
         if plain:
-            return x, {"weight": weight, "bias": base.bias}  # type: ignore[dict-item]
+            return x, weight, bias, None
         base_out = base(x)
-        return x.to(base_out.dtype), {"base_out": base_out}
+        return x.to(base_out.dtype), None, None, base_out
 
     def delta_weight(self) -> Tensor:
         """The adapter as a change of the base weight, [out_features, in_features], float32."""
@@ -219,7 +229,7 @@ class AdaptedLinear(AdaptedModule):
             return "the base weight is computed from others (parametrised, pruned)"
         if not is_conv1d(base) and type(base).forward is not nn.Linear.forward:
             return f"{type(base).__name__} has a forward of its own"
-        if any(getattr(base, hooks) for hooks in _HOOKS):
+        if has_hooks(base):
             return "the base layer has hooks, which may change its output"
         if self.weight.is_meta:
             return "the base weight is on the meta device or offloaded: load it first"

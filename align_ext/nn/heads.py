@@ -67,7 +67,8 @@ class HeadsAdapter(Adapter):
     @property
     def offset(self) -> dict[str, Tensor | None]:
         """A0 and B0 as the ops take them."""
-        return {"A0": self.lora_A0, "B0": self.lora_B0}
+        buffers = self._buffers
+        return {"A0": buffers["lora_A0"], "B0": buffers["lora_B0"]}
 
     @override
     def uniform_terms(self) -> list[Term]:

@@ -55,7 +55,7 @@ class LoraAdapter(Adapter):
 
     @override
     def project(self, x: Tensor, dropout_p: float, current: Step | None, **op: Any) -> Projected:
-        if self.lora_A0 is None:
+        if self.init != "pissa":
             return *grouped_lora(x, self.lora_A, self.lora_B, self.scaling, dropout_p=dropout_p, **op), None
         op |= {"A0": self.lora_A0, "B0": self.lora_B0, "site": "input"}
         return *dropout_sum(x, self.lora_A, self.lora_B[None], self.scaling, dropout_p=dropout_p, **op), None

@@ -1,43 +1,76 @@
 """How an operator gets its autograd formula: registered for compilers and tracers, called directly in eager mode.
 
 Both ways run the same two functions. The registered formula costs some 100 microseconds of Python a call, forward and
-backward, most of them in torch's own machinery; torch.autograd.Function costs a few.
+backward, most of them in torch's own machinery; torch.autograd.Function costs twenty. What it costs grows with its
+arguments, so it is given those that may need a gradient, and all others as one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
+from torch import Tensor
 
 SetupContext = Callable[[Any, tuple[Any, ...], Any], None]
+Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
-def differentiable(name: str, backward: Callable[..., Any], setup_context: SetupContext) -> Callable[..., Any]:
+def differentiable(
+    name: str, backward: Backward, setup_context: SetupContext, trained: Sequence[str] = ()
+) -> Callable[..., Any]:
     """Gives the operator align_ext::name its gradient.
 
     Args:
         name: of the operator.
-        backward: (ctx, *gradients of the outputs) -> gradients of the inputs.
-        setup_context: (ctx, inputs, outputs): saves what backward needs.
+        backward: (ctx, *gradients of the outputs) -> gradients of trained.
+        setup_context: (ctx, inputs, outputs): saves what backward needs. ctx.eager says how both were called.
+        trained: the arguments that have a gradient, the first one first (ctx.needs_input_grad[0] is about it in both
+            ways); all if not given.
 
     Returns:
         A function that calls the operator, arguments by position.
     """
-    torch.library.register_autograd(f"align_ext::{name}", backward, setup_context=setup_context)
     operator = getattr(torch.ops.align_ext, name).default
+    arguments = [argument.name for argument in operator._schema.arguments]
+    positions = [arguments.index(argument) for argument in trained or arguments]
+    trained_of = itemgetter(*positions)
 
-    def forward(*inputs: Any) -> Any:
+    def setup_registered(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.eager = False
+        setup_context(ctx, inputs, output)
+
+    def backward_registered(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradients = dict(zip(positions, backward(ctx, *d_outputs), strict=True))
+        return tuple(gradients.get(position) for position in range(len(arguments)))
+
+    torch.library.register_autograd(f"align_ext::{name}", backward_registered, setup_context=setup_registered)
+
+    def below_autograd(inputs: tuple[Any, ...]) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*inputs)
 
-    members = {"forward": forward, "backward": backward, "setup_context": setup_context}
-    function: Any = type(
-        name, (torch.autograd.Function,), {key: staticmethod(member) for key, member in members.items()}
-    )
+    # Not split into forward and setup_context: torch inspects the signature of such at every call.
+    def forward(ctx: Any, *trained_and_inputs: Any) -> Any:
+        inputs = trained_and_inputs[-1]
+        output = below_autograd(inputs)
+        ctx.eager = True
+        setup_context(ctx, inputs, output)
+        return output
+
+    def backward_eager(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *backward(ctx, *d_outputs), None
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward_eager)}
+    function: Any = type(name, (torch.autograd.Function,), members)
+    apply = super(torch.autograd.Function, function).apply  # past Function.apply, 2 us that are all about torch.func
 
     def call(*inputs: Any) -> Any:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
             return operator(*inputs)
-        return function.apply(*inputs)
+        if not torch.is_grad_enabled():
+            return below_autograd(inputs)
+        of_func = torch._C._are_functorch_transforms_active()  # refused, by a message of torch's
+        return (function.apply if of_func else apply)(*trained_of(inputs), inputs)
 
     return call

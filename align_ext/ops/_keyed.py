@@ -52,14 +52,16 @@ _library.define("injected(Tensor z, Tensor step, Tensor slot, int output) -> Ten
 
 def slot_of(slot: Tensor) -> int:
     """The number in a slot; its shape says whether the step deals with the routing weights too ([2]) or not ([])."""
-    return int(slot.reshape(-1)[0])
+    number = slot.tolist()
+    return number[0] if isinstance(number, list) else number
 
 
 def _keep_(door: Tensor, z: Tensor, step: Tensor, slot: Tensor, output: int) -> None:
     _STEPS[int(step)].receive(slot_of(slot), z.clone(), output)
 
 
-def _injected(z: Tensor, step: Tensor, slot: Tensor, output: int) -> Tensor:
+def injected(z: Tensor, step: Tensor, slot: Tensor, output: int) -> Tensor:
+    """The operator; in eager mode called as it is."""
     owner = _STEPS.get(int(step))
     if owner is None:
         raise RuntimeError(
@@ -75,6 +77,6 @@ def _no_output(door: Tensor, z: Tensor, step: Tensor, slot: Tensor, output: int)
 
 
 _library.impl("keep_", _keep_, "CompositeExplicitAutograd")
-_library.impl("injected", _injected, "CompositeExplicitAutograd")
+_library.impl("injected", injected, "CompositeExplicitAutograd")
 torch.library.register_fake("align_ext::keep_", _no_output)
 torch.library.register_fake("align_ext::injected", lambda z, step, slot, output: torch.empty_like(z))

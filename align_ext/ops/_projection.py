@@ -94,7 +94,8 @@ def weights_gradient(ctx: Any, w: Tensor, dw: Tensor | None) -> Tensor | None:
 
 
 def _injected(ctx: Any, z: Tensor, dz: Tensor | None, output: int) -> Tensor:
-    injected = torch.ops.align_ext.injected(z, *ctx.keyed, output)
+    ask: Any = _keyed.injected if ctx.eager else torch.ops.align_ext.injected
+    injected = ask(z, *ctx.keyed, output)
     return injected if dz is None else dz + injected
 
 
@@ -104,22 +105,17 @@ def output_gradient(dy: Tensor | None, x: Tensor, B: Tensor) -> Tensor:
 
 
 def gradients(
-    ctx: Any, dy: Tensor, grads: tuple[Tensor, ...], adapters: tuple[Tensor, ...], positions: tuple[int, int]
+    ctx: Any, grads: tuple[Tensor, ...], adapters: tuple[Tensor, ...], d_base_out: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """Puts backward's results in their places: dx, the adapters' gradients in their dtypes, and dy for base_out.
+    """Gives backward's results to the arguments: dx, the adapters' gradients in their dtypes, and that of base_out.
 
     Args:
         ctx: of the autograd formula.
-        dy: the gradient of y, and so of base_out.
         grads: dx, then one gradient for each adapter.
         adapters: the arguments that follow x.
-        positions: that of base_out among the arguments, and how many arguments there are.
+        d_base_out: the gradient of y, or None if there is no base_out.
     """
-    base_out, count = positions
     dx, *d_adapters = grads
-    answer: list[Tensor | None] = [None] * count
-    answer[0] = dx if ctx.needs_input_grad[0] else None
-    for index, (d_adapter, adapter) in enumerate(zip(d_adapters, adapters, strict=True)):
-        answer[1 + index] = d_adapter.to(adapter.dtype)
-    answer[base_out] = dy if ctx.needs_input_grad[base_out] else None
-    return tuple(answer)
+    pairs = zip(d_adapters, adapters, strict=True)
+    cast = [d if d.dtype == adapter.dtype else d.to(adapter.dtype) for d, adapter in pairs]
+    return dx if ctx.needs_input_grad[0] else None, *cast, d_base_out

@@ -90,10 +90,11 @@ def _backward(ctx: Any, dy: Tensor | None, dz: Tensor | None) -> tuple[Tensor | 
     x, z, A, B, A0, B0, rng, weight = ctx.saved_tensors
     dz, dy = projection.latent_gradient(ctx, "dropout_sum", z, dz), projection.output_gradient(dy, x, B)
     scaling, offset_scaling, site, p = ctx.options
-    grads = torch.ops.align_ext.dropout_sum_backward(
+    grads = _gradients(
         dy, dz, x, z, A, B, scaling, offset_scaling, A0, B0, site, p, rng, weight, ctx.needs_input_grad[0]
     )
-    return projection.gradients(ctx, dy, grads, (A, B), positions=(12, 15))
+    return projection.gradients(ctx, grads, (A, B), dy if weight is None else None)
 
 
-_dropout_sum = differentiable("dropout_sum", _backward, _setup_context)
+_gradients = torch.ops.align_ext.dropout_sum_backward.default
+_dropout_sum = differentiable("dropout_sum", _backward, _setup_context, ["x", "A", "B", "base_out"])

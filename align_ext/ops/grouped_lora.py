@@ -86,10 +86,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, dy: Tensor | None, dz: Tensor | None) -> tuple[Tensor | None, ...]:
     x, z, A, B, offsets, group, rng, weight = ctx.saved_tensors
     dz, dy = projection.latent_gradient(ctx, "grouped_lora", z, dz), projection.output_gradient(dy, x, B)
-    grads = torch.ops.align_ext.grouped_lora_backward(
-        dy, dz, x, z, A, B, ctx.scaling, offsets, group, ctx.p, rng, weight, ctx.needs_input_grad[0]
-    )
-    return projection.gradients(ctx, dy, grads, (A, B), positions=(10, 13))
+    grads = _gradients(dy, dz, x, z, A, B, ctx.scaling, offsets, group, ctx.p, rng, weight, ctx.needs_input_grad[0])
+    return projection.gradients(ctx, grads, (A, B), dy if weight is None else None)
 
 
-_grouped_lora = differentiable("grouped_lora", _backward, _setup_context)
+_gradients = torch.ops.align_ext.grouped_lora_backward.default
+_grouped_lora = differentiable("grouped_lora", _backward, _setup_context, ["x", "A", "B", "base_out"])

@@ -95,11 +95,12 @@ def _backward(ctx: Any, dy: Tensor | None, dz: Tensor | None, dw: Tensor | None)
     dz, dy = projection.latent_gradient(ctx, "routed_lora", z, dz), projection.output_gradient(dy, x, B)
     dw = projection.weights_gradient(ctx, w, dw)
     scaling, offset_scaling, tau, site, p = ctx.options
-    grads = torch.ops.align_ext.routed_lora_backward(
+    grads = _gradients(
         dy, dz, dw, x, z, w, A, B, R, scaling, offset_scaling, A0, B0, tau, site, p, rng, weight,
         ctx.needs_input_grad[0],
     )  # fmt: skip
-    return projection.gradients(ctx, dy, grads, (A, B, R), positions=(15, 18))
+    return projection.gradients(ctx, grads, (A, B, R), dy if weight is None else None)
 
 
-_routed_lora = differentiable("routed_lora", _backward, _setup_context)
+_gradients = torch.ops.align_ext.routed_lora_backward.default
+_routed_lora = differentiable("routed_lora", _backward, _setup_context, ["x", "A", "B", "R", "base_out"])

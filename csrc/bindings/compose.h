@@ -8,26 +8,29 @@
 
 namespace align {
 
-inline void mm_out(const Tensor& a, const Tensor& b, Tensor& out) {
+inline void mm_out(const Tensor& a, const Tensor& b, const Tensor& out) {
   std::array<StableIValue, 3> stack = {torch::stable::detail::from(a), torch::stable::detail::from(b),
                                        torch::stable::detail::from(out)};
   const auto status = torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION);
   STD_TORCH_CHECK(status == AOTI_TORCH_SUCCESS, "the base layer's product failed");
-  out = torch::stable::detail::to<Tensor>(stack[0]);
+  torch::stable::detail::to<Tensor>(stack[0]);  // out again, ours to release
 }
 
-// x Wᵀ for x [tokens, in_dim], weight [out_dim, in_dim]; the bias is added with the low-rank term.
-inline Tensor base_forward(const Tensor& x, const Tensor& weight) {
-  Tensor out = torch::stable::new_empty(x, {x.size(0), weight.size(0)});
-  mm_out(x, torch::stable::transpose(weight, 0, 1), out);
-  return out;
+// x [..., columns], contiguous, as [rows, columns].
+inline Tensor rows_of(const Tensor& x, int64_t rows) {
+  const int64_t columns = x.size(x.dim() - 1);
+  return matrix(x, {rows, columns}, {columns, 1});
 }
 
-// dx = dy W for dy [tokens, out_dim].
-inline Tensor base_backward(const Tensor& dy, const Tensor& weight) {
-  Tensor out = torch::stable::new_empty(dy, {dy.size(0), weight.size(1)});
-  mm_out(dy, weight, out);
-  return out;
+// out = x Wᵀ for x [..., in_dim] of so many rows, weight [out_dim, in_dim]; the bias is added with the low-rank term.
+inline void base_forward(const Tensor& x, int64_t rows, const Tensor& weight, const Tensor& out) {
+  const Tensor transposed = matrix(weight, {weight.size(1), weight.size(0)}, {weight.stride(1), weight.stride(0)});
+  mm_out(rows_of(x, rows), transposed, rows_of(out, rows));
+}
+
+// dx = dy W for dy [..., out_dim].
+inline void base_backward(const Tensor& dy, int64_t rows, const Tensor& weight, const Tensor& dx) {
+  mm_out(rows_of(dy, rows), weight, rows_of(dx, rows));
 }
 
 }  // namespace align

@@ -24,7 +24,7 @@ struct GroupedRows {
   }
 
   void from_offsets(const GroupedLoraShape& shape, const Tensor& offsets) {
-    given = torch::stable::contiguous(offsets);
+    given = as_contiguous(offsets);
     const int64_t* o = data<int64_t>(given);
     bool valid = o[0] == 0 && o[shape.groups] == shape.tokens;
     for (int64_t k = 0; k < shape.groups; ++k) valid = valid && o[k] <= o[k + 1];
@@ -33,12 +33,12 @@ struct GroupedRows {
   }
 
   void from_group(const GroupedLoraShape& shape, const Tensor& like, const Tensor& group) {
-    given = torch::stable::contiguous(group);
+    given = as_contiguous(group);
     const int64_t* k = data<int64_t>(given);
     for (int64_t t = 0; t < shape.tokens; ++t)
       STD_TORCH_CHECK(k[t] >= 0 && k[t] < shape.groups, "group must be in 0..", shape.groups - 1, ", got ", k[t],
                       " at row ", t);
-    sorted = torch::stable::new_empty(like, {shape.tokens + shape.groups + 1}, ScalarType::Long);
+    sorted = make_empty(like, {shape.tokens + shape.groups + 1}, ScalarType::Long);
     int64_t* rows = mutable_data<int64_t>(sorted);
     int64_t* offsets = rows + shape.tokens;
     cpu::group_rows(k, shape.tokens, shape.groups, rows, offsets);
@@ -53,14 +53,14 @@ std::tuple<Tensor, Tensor> grouped_lora(const Tensor& x, const Tensor& A, const 
                                         const OptionalTensor&, const OptionalTensor&) {
   const GroupedLoraShape shape = check_inputs(x, A, B);
   const ScalarType dtype = x.scalar_type();
-  const Tensor xc = torch::stable::contiguous(x);
+  const Tensor xc = as_contiguous(x);
   const Tensor Ac = contiguous_as(A, dtype), Bc = contiguous_as(B, dtype);
   const Dropout dropout(p, rng, x);
   const GroupedRows rows(shape, x, offsets, group);
   const Tensor base = base_of(xc, shape, weight, bias, base_out);
   const OptionalTensor biasc = contiguous_as(bias, dtype);
-  Tensor y = weight ? base : torch::stable::empty_like(base);
-  Tensor z = torch::stable::new_empty(x, {shape.tokens, shape.rank}, acc_type(x));
+  Tensor y = weight ? base : make_empty(base, sizes_of(base));
+  Tensor z = make_empty(x, {shape.tokens, shape.rank}, acc_type(x));
   dispatch_dtype(x, "x", [&](auto type) {
     using T = decltype(type);
     Tensor workspace = empty_bytes(x, cpu::grouped_lora_forward_workspace(shape, p > 0));
@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_lora_backward(const Tensor& dy, const
   const GroupedLoraShape shape = check_inputs(x, A, B);
   check_gradients(shape, x, dy, dz, z, weight);
   const ScalarType dtype = x.scalar_type(), acc = acc_type(x);
-  const Tensor xc = torch::stable::contiguous(x), zc = contiguous_as(z, acc);
+  const Tensor xc = as_contiguous(x), zc = contiguous_as(z, acc);
   const Tensor Ac = contiguous_as(A, dtype), Bc = contiguous_as(B, dtype), dyc = contiguous_as(dy, dtype);
   const OptionalTensor dzc = contiguous_as(dz, acc);
   const Dropout dropout(p, rng, x);

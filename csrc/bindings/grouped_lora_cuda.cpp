@@ -15,11 +15,11 @@ struct GroupedRows {
     check_groups(shape, like, offsets, group);
     check_counts(shape);
     if (offsets) {
-      given = torch::stable::contiguous(*offsets);
+      given = as_contiguous(*offsets);
       view.offsets = data<int64_t>(given);
     } else if (group && shape.groups > 0) {
-      given = torch::stable::contiguous(*group);
-      sorted = torch::stable::new_empty(like, {shape.tokens + shape.groups + 1}, ScalarType::Long);
+      given = as_contiguous(*group);
+      sorted = make_empty(like, {shape.tokens + shape.groups + 1}, ScalarType::Long);
       int64_t* rows = mutable_data<int64_t>(sorted);
       view = {rows, rows + shape.tokens};
       cuda::group_rows(data<int64_t>(given), shape.tokens, shape.groups, rows, rows + shape.tokens, stream);
@@ -34,15 +34,15 @@ std::tuple<Tensor, Tensor> grouped_lora(const Tensor& x, const Tensor& A, const 
                                         const OptionalTensor&, const OptionalTensor&) {
   const GroupedLoraShape shape = check_inputs(x, A, B);
   const Device device(x);
-  const Tensor xc = torch::stable::contiguous(x);
+  const Tensor xc = as_contiguous(x);
   const ScalarType adapters = adapter_type(x, {A, B});
   const Tensor Ac = contiguous_as(A, adapters), Bc = contiguous_as(B, adapters);
   const Dropout dropout(p, rng, x);
   const GroupedRows rows(shape, x, offsets, group, device.stream());
   const Tensor base = base_of(xc, shape, weight, bias, base_out);
   const OptionalTensor biasc = contiguous_as(bias, x.scalar_type());
-  Tensor y = weight ? base : torch::stable::empty_like(base);
-  Tensor z = torch::stable::new_empty(x, {shape.tokens, shape.rank}, ScalarType::Float);
+  Tensor y = weight ? base : make_empty(base, sizes_of(base));
+  Tensor z = make_empty(x, {shape.tokens, shape.rank}, ScalarType::Float);
   dispatch_cuda_types(x, adapters, [&](auto type, auto adapter) {
     using T = decltype(type);
     using W = decltype(adapter);
@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_lora_backward(const Tensor& dy, const
   const GroupedLoraShape shape = check_inputs(x, A, B);
   check_gradients(shape, x, dy, dz, z, weight);
   const Device device(x);
-  const Tensor xc = torch::stable::contiguous(x), zc = contiguous_as(z, ScalarType::Float);
+  const Tensor xc = as_contiguous(x), zc = contiguous_as(z, ScalarType::Float);
   const Tensor dyc = contiguous_as(dy, x.scalar_type());
   const OptionalTensor dzc = contiguous_as(dz, ScalarType::Float);
   const ScalarType adapters = adapter_type(x, {A, B});

@@ -69,7 +69,7 @@ struct HeadsTensors {
       : shape(checked),
         scaling(s),
         offset_scaling(offset_s),
-        x(torch::stable::contiguous(given_x)),
+        x(as_contiguous(given_x)),
         A(contiguous_as(given.A, adapters)),
         B(contiguous_as(given.B, adapters)),
         A0(contiguous_as(given.A0, adapters)),
@@ -90,9 +90,9 @@ struct HeadsOutputs {
   HeadsOutputs(const HeadsTensors& in, const OptionalTensor& weight, const OptionalTensor& given_bias,
                const OptionalTensor& base_out)
       : base(base_of(in.x, in.shape, weight, given_bias, base_out)),
-        y(weight ? base : torch::stable::empty_like(base)),
-        z(torch::stable::new_empty(in.x, latent_sizes(in.shape), acc_type(in.x))) {
-    if (given_bias) bias = torch::stable::contiguous(*given_bias);
+        y(weight ? base : make_empty(base, sizes_of(base))),
+        z(make_empty(in.x, latent_sizes(in.shape), acc_type(in.x))) {
+    if (given_bias) bias = as_contiguous(*given_bias);
   }
 
   template <typename T, typename W = T>

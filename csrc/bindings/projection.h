@@ -24,7 +24,7 @@ struct Dropout {
     check_shape(*given, {2}, "rng");
     check_dtype(*given, ScalarType::Long, "rng", "int64 (seed, offset)");
     check_device(*given, like, "rng");
-    rng = torch::stable::contiguous(*given);
+    rng = as_contiguous(*given);
     view = {p, reinterpret_cast<const uint64_t*>(data<int64_t>(rng))};
   }
 };
@@ -47,14 +47,12 @@ void check_counts(const Shape& shape) {
 }
 
 inline std::vector<int64_t> with_last_dim(const Tensor& x, int64_t last) {
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  std::vector<int64_t> sizes = sizes_of(x);
   sizes.back() = last;
   return sizes;
 }
 
-inline Tensor rows_of(const Tensor& x, int64_t tokens) { return torch::stable::view(x, {tokens, x.size(x.dim() - 1)}); }
-
-// What the low-rank term is added to, [tokens, out_dim]: base(x) into a new tensor, or base_out.
+// What the low-rank term is added to, [..., out_dim]: base(x) into a new tensor, or base_out.
 template <typename Shape>
 Tensor base_of(const Tensor& x, const Shape& shape, const OptionalTensor& weight, const OptionalTensor& bias,
                const OptionalTensor& base_out) {
@@ -67,7 +65,7 @@ Tensor base_of(const Tensor& x, const Shape& shape, const OptionalTensor& weight
     STD_TORCH_CHECK(!bias, "bias goes with weight; base_out already holds it");
     check_shape(*base_out, with_last_dim(x, shape.out_dim), "base_out");
     check_dtype(*base_out, dtype, "base_out", "of the dtype of x");
-    return torch::stable::contiguous(*base_out);
+    return as_contiguous(*base_out);
   }
   check_shape(*weight, {shape.out_dim, shape.in_dim}, "weight");
   check_dtype(*weight, dtype, "weight", "of the dtype of x");
@@ -75,8 +73,9 @@ Tensor base_of(const Tensor& x, const Shape& shape, const OptionalTensor& weight
     check_shape(*bias, {shape.out_dim}, "bias");
     check_dtype(*bias, dtype, "bias", "of the dtype of x");
   }
-  const Tensor out = base_forward(rows_of(x, shape.tokens), *weight);
-  return torch::stable::view(out, with_last_dim(x, shape.out_dim));
+  const Tensor out = make_empty(x, with_last_dim(x, shape.out_dim));
+  base_forward(x, shape.tokens, *weight, out);
+  return out;
 }
 
 template <typename Shape>
@@ -95,18 +94,18 @@ void check_gradients(const Shape& shape, const Tensor& x, const Tensor& dy, cons
   }
 }
 
-// Where dx goes: base_backward's result, if there is a base (the kernels then add to it), or new.
+// Where dx goes, new: it holds base_backward's result, if there is a base, and the kernels then add to it.
 template <typename Shape>
 Tensor dx_of(const Shape& shape, const Tensor& x, const Tensor& dy, const OptionalTensor& weight, bool need_dx) {
-  if (!need_dx) return torch::stable::new_empty(x, {0});
-  if (!weight) return torch::stable::empty_like(x);
-  return torch::stable::view(base_backward(rows_of(dy, shape.tokens), *weight), with_last_dim(x, shape.in_dim));
+  if (!need_dx) return make_empty(x, {0});
+  const Tensor dx = make_empty(x, sizes_of(x));
+  if (weight) base_backward(dy, shape.tokens, *weight, dx);
+  return dx;
 }
 
 // The gradient of an adapter, in the accumulation type.
 inline Tensor like_adapter(const Tensor& adapter, const Tensor& x) {
-  return torch::stable::new_empty(adapter, std::vector<int64_t>(adapter.sizes().begin(), adapter.sizes().end()),
-                                  acc_type(x));
+  return make_empty(adapter, sizes_of(adapter), acc_type(x));
 }
 
 }  // namespace align

@@ -15,7 +15,7 @@ std::tuple<Tensor, Tensor, Tensor> routed_lora(const Tensor& x, const Tensor& A,
   const HeadsTensors in(shape, x, adapters, x.scalar_type(), scaling, offset_scaling, p, rng);
   const Tensor Rc = contiguous_as(R, x.scalar_type());
   HeadsOutputs out(in, weight, bias, base_out);
-  Tensor w = torch::stable::new_empty(x, factor_sizes(shape, routing), acc_type(x));
+  Tensor w = make_empty(x, factor_sizes(shape, routing), acc_type(x));
   dispatch_dtype(x, "x", [&](auto type) {
     using T = decltype(type);
     Tensor workspace = empty_bytes(x, cpu::routed_lora_forward_workspace(shape, routing, p > 0));

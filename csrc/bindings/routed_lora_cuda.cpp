@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor, Tensor> routed_lora(const Tensor& x, const Tensor& A,
   const HeadsTensors in(checked.shape, x, adapters, dtype, scaling, offset_scaling, p, rng);
   const Tensor Rc = contiguous_as(R, dtype);
   HeadsOutputs out(in, weight, bias, base_out);
-  Tensor w = torch::stable::new_empty(x, factor_sizes(checked.shape, checked.routing), ScalarType::Float);
+  Tensor w = make_empty(x, factor_sizes(checked.shape, checked.routing), ScalarType::Float);
   dispatch_cuda_types(x, dtype, [&](auto type, auto adapter) {
     using T = decltype(type);
     using W = decltype(adapter);

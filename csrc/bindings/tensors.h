@@ -1,10 +1,13 @@
 // What every binding needs of torch: optional tensors, dtype dispatch, checks that name the argument.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -25,18 +28,19 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-inline std::string shape_of(const Tensor& tensor) {
+inline std::vector<int64_t> sizes_of(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
+
+inline std::string text_of(const std::vector<int64_t>& sizes) {
   std::string text = "[";
-  for (int64_t d = 0; d < tensor.dim(); ++d) text += (d ? ", " : "") + std::to_string(tensor.size(d));
+  for (size_t d = 0; d < sizes.size(); ++d) text += (d ? ", " : "") + std::to_string(sizes[d]);
   return text + "]";
 }
 
+inline std::string shape_of(const Tensor& tensor) { return text_of(sizes_of(tensor)); }
+
 inline void check_shape(const Tensor& tensor, const std::vector<int64_t>& expected, const char* name) {
-  bool same = tensor.dim() == int64_t(expected.size());
-  for (size_t d = 0; same && d < expected.size(); ++d) same = tensor.size(d) == expected[d];
-  std::string text = "[";
-  for (size_t d = 0; d < expected.size(); ++d) text += (d ? ", " : "") + std::to_string(expected[d]);
-  STD_TORCH_CHECK(same, name, " must have shape ", text, "], got ", shape_of(tensor));
+  STD_TORCH_CHECK(sizes_of(tensor) == expected, name, " must have shape ", text_of(expected), ", got ",
+                  shape_of(tensor));
 }
 
 inline void check_dtype(const Tensor& tensor, ScalarType expected, const char* name, const char* what) {
@@ -56,17 +60,45 @@ inline ScalarType acc_type(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// New tensors and views by torch's C shim, and no call where there is nothing to do: a call through the dispatcher
+// costs up to a microsecond, and a layer at sizes of no work has a dozen of them.
+
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
 inline Tensor contiguous_as(const Tensor& tensor, ScalarType dtype) {
-  const Tensor cast = tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
-  return torch::stable::contiguous(cast);
+  return as_contiguous(tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype));
 }
 
 inline OptionalTensor contiguous_as(const OptionalTensor& tensor, ScalarType dtype) {
   return tensor ? OptionalTensor(contiguous_as(*tensor, dtype)) : std::nullopt;
 }
 
-inline Tensor empty_bytes(const Tensor& like, int64_t bytes) {
-  return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+// A new tensor on the device of another.
+inline Tensor make_empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
+  int32_t device_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle created = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), type,
+                                                  device_type, like.get_device_index(), &created));
+  return Tensor(created);
+}
+
+inline Tensor make_empty(const Tensor& like, const std::vector<int64_t>& sizes) {
+  return make_empty(like, sizes, like.scalar_type());
+}
+
+inline Tensor empty_bytes(const Tensor& like, int64_t bytes) { return make_empty(like, {bytes}, ScalarType::Byte); }
+
+// A tensor's memory as a matrix.
+inline Tensor matrix(const Tensor& tensor, const std::array<int64_t, 2>& sizes, const std::array<int64_t, 2>& strides) {
+  AtenTensorHandle view = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes.data(), strides.data(), 0, &view));
+  return Tensor(view);
 }
 
 // Memory for kernels. What a kernel reads before it writes is taken by data(), what it writes first (outputs,

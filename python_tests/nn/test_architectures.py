@@ -79,12 +79,11 @@ def test_the_layer_is_its_equations_written_out(name, p, base):
     layer, (x, _, _) = model[0], batch()
     x.requires_grad_()
     with step_of(model, config) as step:
-        x_in, given = layer.base_arguments(x)
+        x_in, weight, bias, given = layer.base_arguments(x)
         base_out = layer.base_layer(x)
-        if "base_out" in given:  # otherwise the operator computes the base itself
-            given = {"base_out": base_out}
+        given = None if given is None else base_out  # otherwise the operator computes the base itself
         torch.manual_seed(3)
-        y, z, w = layer.adapter.project(x_in, p, step, **given)
+        y, z, w = layer.adapter.project(x_in, p, step, weight=weight, bias=bias, base_out=given)
     prompt, tasks = prompt_and_tasks()
     torch.manual_seed(3)
     expected = low_rank(layer.adapter, config, x, p, tasks, prompt)

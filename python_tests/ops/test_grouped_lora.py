@@ -320,3 +320,13 @@ def test_several_groups_need_a_grouping(device):
     x, A, B, base = (torch.zeros(shape, device=device) for shape in ((3, 4), (2, 1, 4), (2, 5, 1), (3, 5)))
     with pytest.raises(RuntimeError, match="A holds 2 groups: give offsets or group"):
         ops.grouped_lora(x, A, B, base_out=base)
+
+
+TRANSFORMS = [torch.func.grad, lambda f: lambda A: torch.func.jvp(f, (A,), (A,))]
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=["grad", "jvp"])
+def test_transforms_of_torch_func_are_refused_in_words(transform):
+    x, A, B, weight = torch.randn(3, 8), torch.randn(2, 8), torch.randn(4, 2), torch.randn(4, 8)
+    with pytest.raises(RuntimeError, match="Function with functorch transforms"):
+        transform(lambda A: ops.grouped_lora(x, A, B, weight=weight)[0].sum())(A)
