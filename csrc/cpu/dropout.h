@@ -51,4 +51,8 @@ ALIGN_INLINE Vec<A, W> zero_dropped(const Vec<A, W>& v, const KeptRow& row, int6
   return keep_lanes<W, A>(v, window >> (kWholeBytes ? row.shift : row.shift + uint32_t(c % 8)));
 }
 
+// row[c] = scale * row[c] where column c is kept, and 0 elsewhere.
+template <typename A>
+void drop(A* row, int64_t columns, const KeptRow& kept, A scale);
+
 }  // namespace align::cpu

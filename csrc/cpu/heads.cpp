@@ -83,21 +83,13 @@ void prepare_columns(const Heads<T>& heads, const T* R, int64_t first, int64_t l
   }
 }
 
-// target += scale * source, with the elements zeroed that the bits from first on say are dropped (null: none).
-template <typename A>
-void add_masked(A* target, const A* source, int64_t count, A scale, const uint8_t* bits, int64_t first) {
-  for (int64_t d = 0; d < count; ++d) {
-    const uint64_t e = uint64_t(first + d);
-    if (!bits || (bits[e / 8] >> (e % 8) & 1)) target[d] += scale * source[d];
-  }
-}
-
-// Bits of the latents of row i of a block; null without masks on latents.
+// Masks what belongs to all heads' latents of row i of a block, if they are masked.
 template <typename T>
-KeptRow latent_bits(const HeadsBlock<T>& block, int64_t i) {
-  if (!block.plan.masks_latents()) return {nullptr, 0};
+void mask_latents(const HeadsBlock<T>& block, int64_t i, Acc<T>* of_heads) {
+  if (!block.plan.masks_latents()) return;
   const int64_t elements = block.plan.mask_row();
-  return kept_row(block.scratch.keep + i * DropoutBits::bytes(elements), block.rows.row(i) * elements, 0);
+  const uint8_t* bytes = block.scratch.keep + i * DropoutBits::bytes(elements);
+  drop(of_heads, elements, kept_row(bytes, block.rows.row(i) * elements, 0), block.heads.mask_scale);
 }
 
 template <typename T>
@@ -230,12 +222,9 @@ void HeadsBlock<T>::make_heads(const A* z) const {
   for (int64_t i = 0; i < rows.count; ++i) {
     A* u = scratch.u.row(i);
     const A* row = z + rows.row(i) * latents * rank;
-    const KeptRow kept = latent_bits(*this, i);
-    std::fill_n(u, scratch.u.stride, A(0));
-    for (int64_t h = 0; h < plan.heads(); ++h) {
-      const A* latent = row + (latents > 1 ? h * rank : 0);
-      add_masked(u + h * rank, latent, rank, kept.bytes ? heads.mask_scale : A(1), kept.bytes, kept.shift + h * rank);
-    }
+    for (int64_t h = 0; h < plan.heads(); ++h) std::copy_n(row + (latents > 1 ? h * rank : 0), rank, u + h * rank);
+    std::fill(u + plan.columns(), scratch.u.row(i + 1), A(0));
+    mask_latents(*this, i, u);
   }
 }
 
@@ -294,11 +283,11 @@ void HeadsBlock<T>::latent_gradient(const A* dz_in) const {
       std::fill_n(dz, rank, A(0));
       if (dz_in) std::copy_n(dz_in + (rows.row(i) * latents + l) * rank, rank, dz);
     }
-    const KeptRow kept = latent_bits(*this, i);
-    const A* d_mixed = scratch.mixed.row(i);
+    A* d_mixed = scratch.mixed.row(i);
+    mask_latents(*this, i, d_mixed);
     for (int64_t h = 0; h < plan.heads(); ++h) {
-      add_masked(at(plan.latent(latents > 1 ? h : 0), i), d_mixed + h * rank, rank,
-                 kept.bytes ? heads.mask_scale : A(1), kept.bytes, kept.shift + h * rank);
+      A* dz = at(plan.latent(latents > 1 ? h : 0), i);
+      for (int64_t j = 0; j < rank; ++j) dz[j] += d_mixed[h * rank + j];
     }
     if (plan.shape.offset_rank > 0) {
       std::copy_n(d_mixed + plan.columns(), plan.shape.offset_rank, at(plan.offset(), i));
