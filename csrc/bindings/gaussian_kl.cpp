@@ -1,19 +1,13 @@
 #include "bindings/gaussian_kl.h"
 
-#include <cstddef>
-#include <memory>
-
 namespace align {
 namespace {
-
-// A tensor would cost more than the kernel here.
-std::unique_ptr<std::byte[]> scratch(int64_t bytes) { return std::make_unique_for_overwrite<std::byte[]>(bytes); }
 
 template <typename T>
 void run_moments(const LatentTensors& latents, int64_t num_tasks, Acc<T>* moments) {
   latents.with<T>([&](const Latents<T>& all) {
-    const auto workspace = scratch(cpu::task_moments_workspace(all, num_tasks));
-    cpu::task_moments<T>({all, num_tasks, moments, workspace.get()});
+    Tensor workspace = empty_bytes(latents.z[0], cpu::task_moments_workspace(all, num_tasks));
+    cpu::task_moments<T>({all, num_tasks, moments, workspace.mutable_data_ptr()});
   });
 }
 
@@ -30,9 +24,9 @@ Tensor task_moments(const std::vector<Tensor>& z, const Tensor& task, int64_t nu
 std::tuple<Tensor, Tensor> gaussian_kl_tables(const Tensor& moments, double eps, int64_t ddof, bool mean_pairs) {
   check_moments(moments, ddof);
   const int64_t layers = moments.size(0), tasks = moments.size(1), rank = moments.size(2) / 2;
-  const Tensor mc = dense(moments, acc_type(moments));
-  Tensor loss = torch::stable::new_empty(mc, {layers});
-  Tensor tables = torch::stable::new_empty(mc, {layers, tasks, 3 * rank});
+  const Tensor mc = contiguous_as(moments, acc_type(moments));
+  Tensor loss = make_empty(mc, {layers});
+  Tensor tables = make_empty(mc, {layers, tasks, 3 * rank});
   const auto run = [&](auto type) {
     using A = decltype(type);
     cpu::gaussian_kl_tables<A>(
@@ -47,13 +41,12 @@ std::tuple<Tensor, Tensor> gaussian_kl(const Tensor& z, const Tensor& task, int6
   check_gaussian_kl(z, num_tasks, ddof);
   const int64_t rank = z.size(1);
   const LatentTensors latents({z}, task, rank);
-  Tensor loss = torch::stable::new_empty(z, {}, acc_type(z));
-  Tensor tables = torch::stable::new_empty(z, {1, num_tasks, 3 * rank}, acc_type(z));
+  Tensor memory = empty_moments(latents, num_tasks), loss = make_empty(z, {}, acc_type(z));
+  Tensor tables = make_empty(z, {1, num_tasks, 3 * rank}, acc_type(z));
   dispatch_dtype(z, "z", [&](auto type) {
     using T = decltype(type);
     using A = Acc<T>;
-    const auto memory = scratch(num_tasks * (2 * rank + 1) * int64_t(sizeof(A)));
-    A* moments = reinterpret_cast<A*>(memory.get());
+    A* moments = mutable_data<A>(memory);
     run_moments<T>(latents, num_tasks, moments);
     cpu::gaussian_kl_tables<A>(
         {1, rank, num_tasks, eps, int(ddof), mean_pairs, moments, mutable_data<A>(loss), mutable_data<A>(tables)});
@@ -65,7 +58,7 @@ Tensor gaussian_kl_backward(const Tensor& d_loss, double scale, const std::vecto
                             const Tensor& tables) {
   const LatentTensors latents(z, task, check_tables(d_loss, z, tables));
   const int64_t tasks = tables.size(1);
-  const Tensor tc = dense(tables, acc_type(z[0])), gc = dense(d_loss, acc_type(z[0]));
+  const Tensor tc = contiguous_as(tables, acc_type(z[0])), gc = contiguous_as(d_loss, acc_type(z[0]));
   Tensor dz = empty_gradients(latents);
   dispatch_dtype(z[0], "z", [&](auto type) {
     using T = decltype(type);

@@ -9,11 +9,6 @@
 
 namespace align {
 
-// contiguous_as without a call of the dispatcher where nothing is to be done: these operators take microseconds.
-inline Tensor dense(const Tensor& tensor, ScalarType dtype) {
-  return tensor.scalar_type() == dtype && tensor.is_contiguous() ? tensor : contiguous_as(tensor, dtype);
-}
-
 // Checked latents of all layers: contiguous, and as the kernels take them. rank: of moments and tables, the widest
 // layer's or more.
 struct LatentTensors {
@@ -29,7 +24,7 @@ struct LatentTensors {
       check_shape(layer, {layers[0].size(0), layer.size(1)}, "z of every layer");
       check_device(layer, layers[0], "z of every layer");
       STD_TORCH_CHECK(layer.scalar_type() == layers[0].scalar_type(), "z of every layer must have the same dtype");
-      z.push_back(dense(layer, layer.scalar_type()));
+      z.push_back(as_contiguous(layer));
       ranks.push_back(layer.size(1));
       STD_TORCH_CHECK(ranks.back() <= rank, "z has rank ", ranks.back(), ", but there is room for rank ", rank);
     }
@@ -37,7 +32,7 @@ struct LatentTensors {
     check_shape(ids, {tokens}, "task");
     check_device(ids, z[0], "task");
     check_dtype(ids, ScalarType::Long, "task", "int64");
-    task = dense(ids, ScalarType::Long);
+    task = as_contiguous(ids);
   }
 
   int64_t layers() const { return int64_t(z.size()); }
@@ -84,13 +79,13 @@ inline int64_t check_tables(const Tensor& d_loss, const std::vector<Tensor>& z, 
 inline Tensor empty_moments(const LatentTensors& latents, int64_t num_tasks) {
   check_tasks(num_tasks);
   const Tensor& z = latents.z[0];
-  return torch::stable::new_empty(z, {latents.layers(), num_tasks, 2 * latents.rank + 1}, acc_type(z));
+  return make_empty(z, {latents.layers(), num_tasks, 2 * latents.rank + 1}, acc_type(z));
 }
 
 // [layers, tokens * rank and up to 15 more]: each layer's part begins where a vector may.
 inline Tensor empty_gradients(const LatentTensors& latents) {
   const int64_t size = (latents.tokens * latents.rank + 15) / 16 * 16;
-  return torch::stable::new_empty(latents.z[0], {latents.layers(), size});
+  return make_empty(latents.z[0], {latents.layers(), size});
 }
 
 }  // namespace align
