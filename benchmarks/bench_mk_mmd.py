@@ -1,6 +1,6 @@
 """mk_mmd against the literal sum over pairs of tasks in plain PyTorch, as it is and compiled: value and gradient."""
 
-from align_ext.bench.losses import mk_mmd
+from align_ext.bench.losses import ROW_MS, mk_mmd
 from align_ext.bench.timing import Comparison, main, measure
 
 # tasks, tokens of each, rounds, ranks
@@ -16,7 +16,7 @@ def run(device: str, size: str) -> dict[str, Comparison]:
     tasks, tokens, rounds, ranks = SIZES[size]
     return {
         f"mk_mmd, M={tasks}, {tokens} tokens each, r={rank}": measure(
-            mk_mmd(tasks, tokens, rank, device, compiled=size != "quick"), rounds, device
+            mk_mmd(tasks, tokens, rank, device, compiled=size != "quick"), rounds, device, row_ms=ROW_MS
         )
         for rank in ranks
     }

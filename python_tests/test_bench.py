@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from torch.autograd import gradcheck
 
 from align_ext import cli, reference
-from align_ext.bench import models, plots, step
+from align_ext.bench import losses, models, plots, step
 from align_ext.bench.baselines import ALPHA, LORA, SEVERAL, ConcatenatedHeads, LoopedHeads, Sizes
 from align_ext.bench.setting import Setting
 from align_ext.bench.timing import Comparison, Goal, measure
@@ -55,6 +56,18 @@ def test_the_restructured_backward_is_right_under_dropout(site, router):
     assert gradcheck(call, (x, *(parameters[name] for name in names)))
 
 
+def test_the_losses_in_plain_pytorch_are_those_of_the_reference():
+    z, tasks = torch.randn(24, 5, dtype=torch.float64, requires_grad=True), 3
+    task = torch.arange(tasks).repeat_interleave(8)
+    expected = reference.gaussian_kl(z, task, tasks), reference.mk_mmd(z, task, tasks)
+    actual = losses.kl_in_closed_form(z, task, tasks), losses.mmd_by_pairs(z, tasks)
+    by_products = losses.mmd_by_pairs(z, tasks, losses.by_products)
+    for loss, exact in zip((*actual, by_products), (*expected, expected[1]), strict=True):
+        torch.testing.assert_close(loss, exact)
+        torch.testing.assert_close(torch.autograd.grad(loss, z, retain_graph=True),
+                                   torch.autograd.grad(exact, z, retain_graph=True))  # fmt: skip
+
+
 def test_ratios_are_of_the_same_round_and_goals_look_at_their_median():
     times = {"base": [1.0, 2.0, 4.0], "ours": [2.0, 2.0, 12.0], "other": [9.0, 9.0, 9.0]}
     goals = {"ours": Goal(2), "base": Goal(1.5, at_least=True), "other": Goal(9, in_ms=True)}
@@ -68,6 +81,21 @@ def test_variants_take_turns():
     calls = []
     measure({name: lambda n=name: calls.append(n) for name in "ab"}, 3, "cpu", repeats=2)
     assert "".join(calls) == "ab" + "aabb" * 3
+
+
+def test_a_short_call_is_repeated_until_its_row_takes_long_enough(monkeypatch):
+    now, called = 0.0, []
+
+    def call(name, seconds):
+        nonlocal now
+        now += seconds
+        called.append(name)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    calls = {"short": lambda: call("short", 0.002), "long": lambda: call("long", 0.03)}
+    times = measure(calls, 3, "cpu", row_ms=10).times_ms
+    assert called == ["short", "long"] * 2 + (["short"] * 5 + ["long"]) * 3
+    assert times == {"short": pytest.approx([2] * 3), "long": pytest.approx([30] * 3)}
 
 
 def test_no_round_begins_when_the_time_is_up_but_there_are_three():

@@ -1,4 +1,8 @@
-"""The alignment losses against the literal sums over pairs of tasks, value and gradient; dropout against nn.Dropout."""
+"""The alignment losses against plain PyTorch, value and gradient; dropout against nn.Dropout.
+
+On a CPU a time is that of many calls in a row: the first call of anything after other work takes up to 0.3 ms more,
+of which little says anything about the losses.
+"""
 
 from __future__ import annotations
 
@@ -14,24 +18,46 @@ from align_ext.bench.setting import TASKS, Case, Say, Setting, name_of
 from align_ext.bench.timing import Call, Comparison, Goal, measure, training_step
 
 PAIRS = "pairs in plain PyTorch"
+ROW_MS = 20  # of calls in a row, on a CPU
 KL_CASES = ((5, 8), (25, 8), (5, 64))  # tasks, rank
 KL_GOALS = {5: 50, 25: 300}
 MMD_TOKENS, MMD_RANKS = 400, (8, 16, 64)  # tokens of each task
+Kernels = Callable[[Tensor, Tensor, Tensor], Tensor]  # of tokens a and b, and the bandwidth
 DROPOUT_GOALS = {torch.float32: 15, torch.bfloat16: 10}
 
 
-def gaussian_kl(tokens: int, tasks: int, rank: int, device: str) -> dict[str, Call]:
-    """gaussian_kl, and the same pair by pair."""
+def gaussian_kl(tokens: int, tasks: int, rank: int, device: str, *, compiled: bool = False) -> dict[str, Call]:
+    """gaussian_kl, the same pair by pair, and its closed form, as it is and compiled."""
     torch.manual_seed(0)
     z, task = torch.randn(tokens, rank).to(device), (torch.arange(tokens) % tasks).to(device)
-    return {
+    closed = partial(kl_in_closed_form, task=task, tasks=tasks)
+    result: dict[str, Call] = {
         "gaussian_kl": training_step(lambda z: ops.gaussian_kl(z, task, tasks), [z]),
         PAIRS: training_step(lambda z: reference.gaussian_kl(z, task, tasks), [z]),
+        "closed form in plain PyTorch": training_step(closed, [z]),
     }
+    if compiled:
+        result["closed form, compiled"] = training_step(torch.compile(closed, dynamic=False), [z])
+    return result
+
+
+def kl_in_closed_form(z: Tensor, task: Tensor, tasks: int, eps: float = 1e-6) -> Tensor:
+    """What gaussian_kl computes (docs/numerics.md), in O(tasks * rank); every task has two tokens at least."""
+    member = nn.functional.one_hot(task, tasks).to(z.dtype).T
+    n = member.sum(1, keepdim=True)
+    mu = member @ z / n
+    v = member @ (z - mu[task]) ** 2 / n + eps
+    c, p, vb = mu - mu.mean(0), 1 / v, v.mean(0)
+    terms = tasks / vb * ((v - vb) ** 2 * p).sum(0) + tasks * (p * c**2).sum(0) + p.sum(0) * (c**2).sum(0)
+    return terms.sum() / 4
 
 
 def mk_mmd(tasks: int, tokens: int, rank: int, device: str, *, compiled: bool) -> dict[str, Call]:
-    """mk_mmd over tasks of so many tokens each, and the same pair by pair, as it is and compiled."""
+    """mk_mmd over tasks of so many tokens each, and the same pair by pair, as it is and compiled.
+
+    Compiled there are two forms: what mk_mmd computes, and its distances by products of matrices and its kernels by
+    squaring, which is the fastest that torch.compile makes of it and loses the distances of near tokens.
+    """
     torch.manual_seed(0)
     z, task = torch.randn(tasks * tokens, rank).to(device), torch.arange(tasks).repeat_interleave(tokens).to(device)
     options: Any = {"task": task, "num_tasks": tasks, "n_max": tokens}
@@ -40,18 +66,38 @@ def mk_mmd(tasks: int, tokens: int, rank: int, device: str, *, compiled: bool) -
         PAIRS: training_step(partial(reference.mk_mmd, **options), [z]),
     }
     if compiled:
-        result["pairs, compiled"] = training_step(torch.compile(partial(mmd_by_pairs, tasks=tasks), dynamic=False), [z])
+        for name, kernels in (("pairs, compiled", by_differences), ("pairs by products, compiled", by_products)):
+            pairs = torch.compile(partial(mmd_by_pairs, tasks=tasks, kernels=kernels), dynamic=False)
+            result[name] = training_step(pairs, [z])
     return result
 
 
-def mmd_by_pairs(z: Tensor, tasks: int) -> Tensor:
+def by_differences(a: Tensor, b: Tensor, bw: Tensor) -> Tensor:
+    """The kernels of all pairs of tokens, summed over five bandwidths."""
+    d2 = ((a[:, None] - b[None]) ** 2).sum(-1)
+    total = torch.exp(-d2 / (bw / 4))
+    for k in range(1, 5):
+        total = total + torch.exp(-d2 / (bw * 2.0 ** (k - 2)))
+    return total
+
+
+def by_products(a: Tensor, b: Tensor, bw: Tensor) -> Tensor:
+    """The same, of a narrower kernel as the square of the next wider one, and of |a|² + |b|² - 2 a b."""
+    d2 = ((a * a).sum(1)[:, None] + (b * b).sum(1)[None] - 2 * a @ b.T).clamp_min(0)
+    total = kernel = torch.exp(-d2 / (bw * 4))
+    for _ in range(4):
+        kernel = kernel * kernel
+        total = total + kernel
+    return total
+
+
+def mmd_by_pairs(z: Tensor, tasks: int, kernels: Kernels = by_differences) -> Tensor:
     """The reference without its indexing: z holds one task after the other, and all tokens take part."""
     bw = 2 * z.detach().var(0, correction=1).sum()
     groups = z.chunk(tasks)
 
     def mean(a: Tensor, b: Tensor) -> Tensor:
-        d2 = ((a[:, None] - b[None]) ** 2).sum(-1)
-        return torch.stack([torch.exp(-d2 / (bw * 2.0 ** (k - 2))).mean() for k in range(5)]).sum()
+        return kernels(a, b, bw).mean()
 
     within = [mean(g, g) for g in groups]
     pairs = [(i, j) for i in range(tasks) for j in range(i)]
@@ -83,16 +129,17 @@ def losses(setting: Setting) -> Iterator[Case]:
     """gaussian_kl, mk_mmd and dropout, each against plain PyTorch; the ratio says how much longer that takes."""
     device, tokens, seconds = setting.device, setting.sizes.tokens, setting.seconds
     per_task = min(MMD_TOKENS, tokens)
+    compiled = setting.compiled > 0
 
     def kl(tasks: int, rank: int, _: Say) -> Comparison:
-        calls = gaussian_kl(tokens, tasks, rank, device)
-        result = measure(calls, 2 * setting.rounds, device, seconds=seconds)
+        calls = gaussian_kl(tokens, tasks, rank, device, compiled=compiled)
+        result = measure(calls, 2 * setting.rounds, device, seconds=seconds, row_ms=ROW_MS)
         result.goals = {PAIRS: Goal(KL_GOALS[tasks], at_least=True)}
         return result
 
     def mmd(rank: int, _: Say) -> Comparison:
-        calls = mk_mmd(TASKS, per_task, rank, device, compiled=setting.compiled > 0)
-        result = measure(calls, setting.rounds, device, seconds=seconds)
+        calls = mk_mmd(TASKS, per_task, rank, device, compiled=compiled)
+        result = measure(calls, setting.rounds, device, seconds=seconds, row_ms=ROW_MS)
         known = {PAIRS: Goal(50, at_least=True), "pairs, compiled": Goal(5, at_least=True)}
         result.goals = {name: known[name] for name in calls if name in known}
         return result
@@ -121,6 +168,6 @@ def sweep(setting: Setting) -> Iterator[Case]:
 
 def _point(setting: Setting, tasks: int, _: Say) -> Comparison:
     calls = gaussian_kl(setting.sizes.tokens, tasks, setting.sizes.rank, setting.device)
-    result = measure(calls, setting.rounds, setting.device, seconds=setting.seconds / 4)
+    result = measure(calls, setting.rounds, setting.device, seconds=setting.seconds / 4, row_ms=ROW_MS)
     result.point = ("tasks", tasks)
     return result

@@ -117,7 +117,7 @@ def gpu_clock(calls: list[Call]) -> Callable[[Call], float]:
 
 
 def measure(
-    variants: dict[str, Call], rounds: int, device: str, *, host: bool = False, repeats: int = 1,
+    variants: dict[str, Call], rounds: int, device: str, *, host: bool = False, repeats: int = 1, row_ms: float = 0,
     seconds: float = math.inf,
 ) -> Comparison:  # fmt: skip
     """Times of the variants, which take turns, after warm-up calls of each.
@@ -128,6 +128,8 @@ def measure(
         device: "cpu" or "cuda".
         host: measure what calling costs (see above).
         repeats: calls that make one measurement, for calls that a clock can hardly see.
+        row_ms: on a CPU each variant is repeated until one measurement takes so long, so that a short call does not
+            pay for the caches that a long one leaves behind.
         seconds: after FEWEST_ROUNDS rounds and so many seconds no further round is begun.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
@@ -135,13 +137,16 @@ def measure(
         for _ in range(3 if device == "cuda" else 1):
             wall_clock(call)
     clock = wall_clock if host or device == "cpu" else gpu_clock(list(variants.values()))
-    repeated = {name: _repeated(call, repeats) for name, call in variants.items()}
+    row = dict.fromkeys(variants, repeats)
+    if row_ms and device == "cpu":
+        row = {name: max(repeats, round(row_ms / wall_clock(call))) for name, call in variants.items()}
+    repeated = {name: _repeated(call, row[name]) for name, call in variants.items()}
     start = time.monotonic()
     for done in range(rounds):
         if done >= FEWEST_ROUNDS and time.monotonic() - start > seconds:
             break
         for name, call in repeated.items():
-            times[name].append(clock(call) / repeats)
+            times[name].append(clock(call) / row[name])
     return Comparison(times)
 
 

@@ -155,7 +155,7 @@ def _(moments: Tensor, eps: float, ddof: int, mean_pairs: bool) -> tuple[Tensor,
 
 @torch.library.register_fake("align_ext::gaussian_kl")
 def _(z: Tensor, task: Tensor, num_tasks: int, eps: float, ddof: int, mean_pairs: bool) -> tuple[Tensor, Tensor]:
-    return z.new_empty((), dtype=_acc(z)), z.new_empty((num_tasks, 3 * z.shape[1]), dtype=_acc(z))
+    return z.new_empty((), dtype=_acc(z)), z.new_empty((1, num_tasks, 3 * z.shape[1]), dtype=_acc(z))
 
 
 @torch.library.register_fake("align_ext::gaussian_kl_backward")
@@ -188,12 +188,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     z, task, *_ = inputs
     ctx.save_for_backward(z, task, output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for the tables
 
 
-def _backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, d_loss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if d_loss is None:
+        return (None,) * 6
     _refuse_double_backward("gaussian_kl")
     z, task, tables = ctx.saved_tensors
-    return gaussian_kl_backward(d_loss, [z], task, tables[None])[0], None, None, None, None, None
+    return gaussian_kl_backward(d_loss, [z], task, tables)[0], None, None, None, None, None
 
 
 torch.library.register_autograd("align_ext::task_moments", _moments_backward, setup_context=_setup_moments)

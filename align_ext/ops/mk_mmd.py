@@ -109,10 +109,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     _, gradient, slot = output
     ctx.save_for_backward(gradient, slot)
     ctx.mark_non_differentiable(gradient, slot)
+    ctx.set_materialize_grads(False)  # no zeros for these two
     ctx.dtype = inputs[0].dtype
 
 
-def _backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, d_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if d_loss is None:
+        return (None,) * 8
     if torch.is_grad_enabled():
         raise RuntimeError("mk_mmd cannot be differentiated twice: call backward without create_graph=True")
     gradient, slot = ctx.saved_tensors

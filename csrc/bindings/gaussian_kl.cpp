@@ -3,15 +3,20 @@
 namespace align {
 namespace {
 
+template <typename T>
+void run_moments(const LatentTensors& latents, int64_t num_tasks, Acc<T>* moments) {
+  latents.with<T>([&](const Latents<T>& all) {
+    Tensor workspace = empty_bytes(latents.z[0], cpu::task_moments_workspace(all, num_tasks));
+    cpu::task_moments<T>({all, num_tasks, moments, workspace.mutable_data_ptr()});
+  });
+}
+
 Tensor task_moments(const std::vector<Tensor>& z, const Tensor& task, int64_t num_tasks, int64_t rank) {
   const LatentTensors latents(z, task, rank);
   Tensor moments = empty_moments(latents, num_tasks);
   dispatch_dtype(z[0], "z", [&](auto type) {
     using T = decltype(type);
-    latents.with<T>([&](const Latents<T>& all) {
-      Tensor workspace = empty_bytes(z[0], cpu::task_moments_workspace(all, num_tasks));
-      cpu::task_moments<T>({all, num_tasks, mutable_data<Acc<T>>(moments), workspace.mutable_data_ptr()});
-    });
+    run_moments<T>(latents, num_tasks, mutable_data<Acc<T>>(moments));
   });
   return moments;
 }
@@ -20,8 +25,8 @@ std::tuple<Tensor, Tensor> gaussian_kl_tables(const Tensor& moments, double eps,
   check_moments(moments, ddof);
   const int64_t layers = moments.size(0), tasks = moments.size(1), rank = moments.size(2) / 2;
   const Tensor mc = contiguous_as(moments, acc_type(moments));
-  Tensor loss = torch::stable::new_empty(mc, {layers});
-  Tensor tables = torch::stable::new_empty(mc, {layers, tasks, 3 * rank});
+  Tensor loss = make_empty(mc, {layers});
+  Tensor tables = make_empty(mc, {layers, tasks, 3 * rank});
   const auto run = [&](auto type) {
     using A = decltype(type);
     cpu::gaussian_kl_tables<A>(
@@ -33,8 +38,20 @@ std::tuple<Tensor, Tensor> gaussian_kl_tables(const Tensor& moments, double eps,
 
 std::tuple<Tensor, Tensor> gaussian_kl(const Tensor& z, const Tensor& task, int64_t num_tasks, double eps, int64_t ddof,
                                        bool mean_pairs) {
-  STD_TORCH_CHECK(z.dim() == 2, "z must be [tokens, rank], got ", shape_of(z));
-  return only_layer(gaussian_kl_tables(task_moments({z}, task, num_tasks, z.size(1)), eps, ddof, mean_pairs));
+  check_gaussian_kl(z, num_tasks, ddof);
+  const int64_t rank = z.size(1);
+  const LatentTensors latents({z}, task, rank);
+  Tensor memory = empty_moments(latents, num_tasks), loss = make_empty(z, {}, acc_type(z));
+  Tensor tables = make_empty(z, {1, num_tasks, 3 * rank}, acc_type(z));
+  dispatch_dtype(z, "z", [&](auto type) {
+    using T = decltype(type);
+    using A = Acc<T>;
+    A* moments = mutable_data<A>(memory);
+    run_moments<T>(latents, num_tasks, moments);
+    cpu::gaussian_kl_tables<A>(
+        {1, rank, num_tasks, eps, int(ddof), mean_pairs, moments, mutable_data<A>(loss), mutable_data<A>(tables)});
+  });
+  return {loss, tables};
 }
 
 Tensor gaussian_kl_backward(const Tensor& d_loss, double scale, const std::vector<Tensor>& z, const Tensor& task,

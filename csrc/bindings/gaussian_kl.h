@@ -24,7 +24,7 @@ struct LatentTensors {
       check_shape(layer, {layers[0].size(0), layer.size(1)}, "z of every layer");
       check_device(layer, layers[0], "z of every layer");
       STD_TORCH_CHECK(layer.scalar_type() == layers[0].scalar_type(), "z of every layer must have the same dtype");
-      z.push_back(torch::stable::contiguous(layer));
+      z.push_back(as_contiguous(layer));
       ranks.push_back(layer.size(1));
       STD_TORCH_CHECK(ranks.back() <= rank, "z has rank ", ranks.back(), ", but there is room for rank ", rank);
     }
@@ -32,7 +32,7 @@ struct LatentTensors {
     check_shape(ids, {tokens}, "task");
     check_device(ids, z[0], "task");
     check_dtype(ids, ScalarType::Long, "task", "int64");
-    task = torch::stable::contiguous(ids);
+    task = as_contiguous(ids);
   }
 
   int64_t layers() const { return int64_t(z.size()); }
@@ -46,10 +46,22 @@ struct LatentTensors {
   }
 };
 
+inline void check_tasks(int64_t num_tasks) {
+  STD_TORCH_CHECK(num_tasks > 0, "num_tasks must be positive, got ", num_tasks);
+}
+
+inline void check_ddof(int64_t ddof) { STD_TORCH_CHECK(ddof == 0 || ddof == 1, "ddof must be 0 or 1, got ", ddof); }
+
+inline void check_gaussian_kl(const Tensor& z, int64_t num_tasks, int64_t ddof) {
+  STD_TORCH_CHECK(z.dim() == 2, "z must be [tokens, rank], got ", shape_of(z));
+  check_tasks(num_tasks);
+  check_ddof(ddof);
+}
+
 inline void check_moments(const Tensor& moments, int64_t ddof) {
   STD_TORCH_CHECK(moments.dim() == 3 && moments.size(2) % 2 == 1, "moments must be [layers, tasks, 2 rank + 1], got ",
                   shape_of(moments));
-  STD_TORCH_CHECK(ddof == 0 || ddof == 1, "ddof must be 0 or 1, got ", ddof);
+  check_ddof(ddof);
 }
 
 // The rank that tables [layers, tasks, 3 rank] have room for.
@@ -65,20 +77,15 @@ inline int64_t check_tables(const Tensor& d_loss, const std::vector<Tensor>& z, 
 }
 
 inline Tensor empty_moments(const LatentTensors& latents, int64_t num_tasks) {
-  STD_TORCH_CHECK(num_tasks > 0, "num_tasks must be positive, got ", num_tasks);
+  check_tasks(num_tasks);
   const Tensor& z = latents.z[0];
-  return torch::stable::new_empty(z, {latents.layers(), num_tasks, 2 * latents.rank + 1}, acc_type(z));
+  return make_empty(z, {latents.layers(), num_tasks, 2 * latents.rank + 1}, acc_type(z));
 }
 
 // [layers, tokens * rank and up to 15 more]: each layer's part begins where a vector may.
 inline Tensor empty_gradients(const LatentTensors& latents) {
   const int64_t size = (latents.tokens * latents.rank + 15) / 16 * 16;
-  return torch::stable::new_empty(latents.z[0], {latents.layers(), size});
-}
-
-inline std::tuple<Tensor, Tensor> only_layer(const std::tuple<Tensor, Tensor>& loss_and_tables) {
-  const auto& [loss, tables] = loss_and_tables;
-  return {torch::stable::view(loss, {}), torch::stable::view(tables, {tables.size(1), tables.size(2)})};
+  return make_empty(latents.z[0], {latents.layers(), size});
 }
 
 }  // namespace align

@@ -34,8 +34,9 @@ std::tuple<Tensor, Tensor> gaussian_kl_tables(const Tensor& moments, double eps,
 
 std::tuple<Tensor, Tensor> gaussian_kl(const Tensor& z, const Tensor& task, int64_t num_tasks, double eps, int64_t ddof,
                                        bool mean_pairs) {
-  STD_TORCH_CHECK(z.dim() == 2, "z must be [tokens, rank], got ", shape_of(z));
-  return only_layer(gaussian_kl_tables(task_moments({z}, task, num_tasks, z.size(1)), eps, ddof, mean_pairs));
+  check_gaussian_kl(z, num_tasks, ddof);
+  const auto [loss, tables] = gaussian_kl_tables(task_moments({z}, task, num_tasks, z.size(1)), eps, ddof, mean_pairs);
+  return {torch::stable::view(loss, {}), tables};
 }
 
 Tensor gaussian_kl_backward(const Tensor& d_loss, double scale, const std::vector<Tensor>& z, const Tensor& task,

@@ -11,7 +11,7 @@ namespace align::cpu {
 namespace {
 
 constexpr int64_t kBlockRows = 1024;
-constexpr int64_t kDims = 32;  // dimensions handled at a time, in local arrays
+constexpr int64_t kDims = 16;  // dimensions handled at a time
 
 // First row of a run of equal ids that ends before end.
 ALIGN_INLINE int64_t run_end(const int64_t* task, int64_t t, int64_t end) {
@@ -20,14 +20,23 @@ ALIGN_INLINE int64_t run_end(const int64_t* task, int64_t t, int64_t end) {
   return t;
 }
 
-// Calls body(constant width, first dimension) over [0, rank) in pieces of 32, 8 and 1, so that inner loops have
-// constant lengths.
+// Calls body(constant width, first dimension) over [0, rank) in pieces of 16, 8 and 1.
 template <typename Body>
 ALIGN_INLINE void for_dims(int64_t rank, const Body& body) {
   int64_t d = 0;
   for (; d + kDims <= rank; d += kDims) body(std::integral_constant<int, kDims>{}, d);
   for (; d + 8 <= rank; d += 8) body(std::integral_constant<int, 8>{}, d);
   for (; d < rank; ++d) body(std::integral_constant<int, 1>{}, d);
+}
+
+// A vector of one dimension a lane: GCC does not make vectors of loops that add to memory.
+template <int kWidth, typename T>
+ALIGN_INLINE auto load_dims(const T* source) {
+  return load<kWidth* int(sizeof(Acc<T>))>(source);
+}
+template <int kWidth, typename T, typename V>
+ALIGN_INLINE void store_dims(T* target, const V& v) {
+  store<kWidth* int(sizeof(Acc<T>))>(target, v);
 }
 
 // ---- Moments
@@ -85,11 +94,10 @@ ALIGN_INLINE void block_means(const Layer<T>& layer, int64_t begin, int64_t end,
     }
     m.count() += A(last - first);
     for_dims(rank, [&](auto width, int64_t d) ALIGN_INLINE_LAMBDA {
-      A sum[width()] = {};
-      for (int64_t t = first; t < last; ++t) {
-        for (int l = 0; l < width(); ++l) sum[l] += widen(layer.z[t * rank + d + l]) - m.m2()[d + l];
-      }
-      for (int l = 0; l < width(); ++l) m.mean()[d + l] += sum[l];
+      const auto pivot = load_dims<width()>(m.m2() + d);
+      decltype(load_dims<width()>(m.mean())) sum = {};
+      for (int64_t t = first; t < last; ++t) sum += load_dims<width()>(layer.z + t * rank + d) - pivot;
+      store_dims<width()>(m.mean() + d, load_dims<width()>(m.mean() + d) + sum);
     });
   });
   for (int64_t i = 0; i < layer.tasks; ++i) {
@@ -108,14 +116,13 @@ ALIGN_INLINE void block_squares(const Layer<T>& layer, int64_t begin, int64_t en
   for_runs(layer, begin, end, [&](int64_t id, int64_t first, int64_t last) ALIGN_INLINE_LAMBDA {
     const Moments<A> m = moments_of(layer, out, id);
     for_dims(rank, [&](auto width, int64_t d) ALIGN_INLINE_LAMBDA {
-      A sum[width()] = {};
+      const auto mean = load_dims<width()>(m.mean() + d);
+      decltype(load_dims<width()>(m.mean())) sum = {};
       for (int64_t t = first; t < last; ++t) {
-        for (int l = 0; l < width(); ++l) {
-          const A difference = widen(layer.z[t * rank + d + l]) - m.mean()[d + l];
-          sum[l] += difference * difference;
-        }
+        const auto difference = load_dims<width()>(layer.z + t * rank + d) - mean;
+        sum += difference * difference;
       }
-      for (int l = 0; l < width(); ++l) m.m2()[d + l] += sum[l];
+      store_dims<width()>(m.m2() + d, load_dims<width()>(m.m2() + d) + sum);
     });
   });
 }
@@ -273,11 +280,10 @@ void backward_rows(const GaussianKlBackwardArgs<T>& args, int64_t index, int64_t
       const A* a = tables + (counts ? id * 3 * width : 0);
       const A *b = a + width, *mu = b + width;
       for_dims(layer.rank, [&](auto dims, int64_t d) ALIGN_INLINE_LAMBDA {
-        for (int l = 0; l < dims(); ++l) {
-          const int64_t e = t * layer.rank + d + l;
-          const A value = counts ? d_loss * (a[d + l] + b[d + l] * (widen(layer.z[e]) - mu[d + l])) : A(0);
-          dz[e] = narrow<T>(value);
-        }
+        const int64_t e = t * layer.rank + d;
+        const auto of_mean = load_dims<dims()>(layer.z + e) - load_dims<dims()>(mu + d);
+        const auto value = d_loss * (load_dims<dims()>(a + d) + load_dims<dims()>(b + d) * of_mean);
+        store_dims<dims()>(dz + e, counts ? value : decltype(value){});
       });
     }
   });

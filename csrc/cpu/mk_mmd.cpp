@@ -290,11 +290,15 @@ template <typename T>
 void mk_mmd_backward(const MkMmdBackwardArgs<T>& args) {
   parallel_for(0, args.tokens, 2048, [&args](int64_t begin, int64_t end) {
     const int64_t rank = args.rank;
+    const Acc<T> d_loss = args.d_loss[0];
     for (int64_t t = begin; t < end; ++t) {
-      const Acc<T>* row = args.gradient + std::max<int64_t>(args.slot[t], 0) * rank;
-      for (int64_t d = 0; d < rank; ++d) {
-        args.dz[t * rank + d] = narrow<T>(args.slot[t] < 0 ? Acc<T>(0) : args.d_loss[0] * row[d]);
+      T* dz = args.dz + t * rank;
+      if (args.slot[t] < 0) {
+        std::fill_n(dz, rank, narrow<T>(Acc<T>(0)));
+        continue;
       }
+      const Acc<T>* row = args.gradient + args.slot[t] * rank;
+      for (int64_t d = 0; d < rank; ++d) dz[d] = narrow<T>(d_loss * row[d]);
     }
   });
 }

@@ -31,13 +31,13 @@ struct Rates {
   }
 };
 
-// 2^t for t <= 0, exact at 0: two to the nearest integer times a polynomial of the rest (relative error 2e-9).
+// 2^(-rate d2), exact at 0: two to the nearest integer times a polynomial of the rest (relative error 2e-9).
 template <int W>
-ALIGN_INLINE Vec<float, W> exp2_of(const Vec<float, W>& t) {
+ALIGN_INLINE Vec<float, W> exp2_of(float rate, const Vec<float, W>& d2) {
   using V = Vec<float, W>;
-  constexpr float kRound = 0x1.8p23f;  // a float this large has no fraction
-  const V clamped = t < -126.f ? V{} - 126.f : t;
-  const V shifted = clamped + kRound, f = clamped - (shifted - kRound);
+  constexpr float kRound = 0x1.8p23f;                            // a float this large has no fraction
+  const V most = V{} + 126.f / rate, x = most < d2 ? most : d2;  // a NaN stays one
+  const V shifted = kRound - rate * x, f = (kRound - shifted) - rate * x;
   V p = f * 0x1.41fbbcp-13f + 0x1.5f3e54p-10f;
   p = p * f + 0x1.3b2d4cp-7f;
   p = p * f + 0x1.c6aee8p-5f;
@@ -48,9 +48,9 @@ ALIGN_INLINE Vec<float, W> exp2_of(const Vec<float, W>& t) {
   return bit_cast<V>(bit_cast<U>(p) + (bit_cast<U>(shifted) << 23));
 }
 template <int W>
-ALIGN_INLINE Vec<double, W> exp2_of(const Vec<double, W>& t) {
+ALIGN_INLINE Vec<double, W> exp2_of(double rate, const Vec<double, W>& d2) {
   Vec<double, W> v;
-  for (int l = 0; l < kLanes<double, W>; ++l) v[l] = std::exp2(t[l]);
+  for (int l = 0; l < kLanes<double, W>; ++l) v[l] = std::exp2(-rate * d2[l]);
   return v;
 }
 
@@ -122,11 +122,14 @@ ALIGN_INLINE void kernels_of(const TilePair<A>& pair, const Rates<A>& rates, dou
     const V exists = lane < A(pair.b.rows - b) ? V{} + A(1) : V{};
     for (int64_t a = 0; a < pair.a.rows; a += kGroup) {
       A* at = h + a * kMmdTileRows + b;
-      V d2[kGroup], e[kGroup] = {}, sum[kGroup] = {}, weighted[kGroup] = {};
-      for (int i = 0; i < kGroup; ++i) d2[i] = load<W>(at + i * kMmdTileRows);
-      for (int k = 0; k < rates.count; ++k) {
+      V d2[kGroup], e[kGroup], sum[kGroup], weighted[kGroup];
+      for (int i = 0; i < kGroup; ++i) {
+        d2[i] = load<W>(at + i * kMmdTileRows);
+        e[i] = sum[i] = weighted[i] = exp2_of<W>(rates.rate[0], d2[i]);  // of weight 1
+      }
+      for (int k = 1; k < rates.count; ++k) {
         for (int i = 0; i < kGroup; ++i) {
-          e[i] = rates.squared[k] ? e[i] * e[i] : exp2_of<W>(-rates.rate[k] * d2[i]);
+          e[i] = rates.squared[k] ? e[i] * e[i] : exp2_of<W>(rates.rate[k], d2[i]);
           sum[i] += e[i];
           weighted[i] += rates.weight[k] * e[i];
         }
