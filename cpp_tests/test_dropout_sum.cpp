@@ -15,10 +15,10 @@ struct Kernels {
     return cpu::dropout_sum_backward_workspace(problem.shape, problem.p > 0);
   }
   static void forward(const HeadsProblem&, const HeadsForwardArgs<T>& args, HeadsData<T>&) {
-    cpu::dropout_sum_forward<T>(args);
+    cpu::dropout_sum_forward<T, T>(args);
   }
   static void backward(const HeadsProblem&, const HeadsBackwardArgs<T>& args, HeadsData<T>&) {
-    cpu::dropout_sum_backward<T>(args);
+    cpu::dropout_sum_backward<T, T>(args);
   }
 };
 

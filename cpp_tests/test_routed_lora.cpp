@@ -15,11 +15,11 @@ struct Kernels {
     return cpu::routed_lora_backward_workspace(problem.shape, problem.routing, problem.p > 0);
   }
   static void forward(const HeadsProblem& problem, const HeadsForwardArgs<T>& args, HeadsData<T>& data) {
-    cpu::routed_lora_forward<T>({args, problem.routing, data.R.data(), data.w.data()});
+    cpu::routed_lora_forward<T, T>({args, problem.routing, data.R.data(), data.w.data()});
   }
   static void backward(const HeadsProblem& problem, const HeadsBackwardArgs<T>& args, HeadsData<T>& data) {
     const Acc<T>* dw_in = problem.gradients_in ? data.dw_in.data() : nullptr;
-    cpu::routed_lora_backward<T>({args, problem.routing, data.R.data(), data.w.data(), dw_in, data.dR.data()});
+    cpu::routed_lora_backward<T, T>({args, problem.routing, data.R.data(), data.w.data(), dw_in, data.dR.data()});
   }
 };
 

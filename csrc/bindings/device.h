@@ -60,14 +60,6 @@ void dispatch_cuda_dtype(const Tensor& tensor, const char* name, const Body& bod
   }
 }
 
-// The dtype in which kernels take adapters: float32 if all are, else x's. They round them while they load them.
-inline ScalarType adapter_type(const Tensor& x, std::initializer_list<Tensor> adapters) {
-  for (const Tensor& adapter : adapters) {
-    if (adapter.scalar_type() != ScalarType::Float) return x.scalar_type();
-  }
-  return ScalarType::Float;
-}
-
 // Calls body(T{}, W{}) with the kernel types of x and of the adapters.
 template <typename Body>
 void dispatch_cuda_types(const Tensor& x, ScalarType adapters, const Body& body) {

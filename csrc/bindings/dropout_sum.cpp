@@ -12,12 +12,14 @@ std::tuple<Tensor, Tensor> dropout_sum(const Tensor& x, const Tensor& A, const T
                                        const OptionalTensor&, const OptionalTensor&) {
   const HeadsAdapters adapters{A, B, A0, B0};
   const HeadsShape shape = check_heads(x, adapters, site, /*may_own_A=*/false);
-  const HeadsTensors in(shape, x, adapters, x.scalar_type(), scaling, offset_scaling, p, rng);
+  const ScalarType dtype = adapter_type(x, {A, B});
+  const HeadsTensors in(shape, x, adapters, dtype, scaling, offset_scaling, p, rng);
   HeadsOutputs out(in, weight, bias, base_out);
-  dispatch_dtype(x, "x", [&](auto type) {
+  dispatch_types(x, dtype, [&](auto type, auto adapter) {
     using T = decltype(type);
+    using W = decltype(adapter);
     Tensor workspace = empty_bytes(x, cpu::dropout_sum_forward_workspace(shape, p > 0));
-    cpu::dropout_sum_forward<T>(out.args<T>(in, workspace));
+    cpu::dropout_sum_forward<T, W>(out.args<T, W>(in, workspace));
   });
   return {out.y, out.z};
 }
@@ -30,12 +32,14 @@ std::tuple<Tensor, Tensor, Tensor> dropout_sum_backward(const Tensor& dy, const 
                                                         bool need_dx) {
   const HeadsAdapters adapters{A, B, A0, B0};
   const HeadsShape shape = check_heads(x, adapters, site, /*may_own_A=*/false);
-  const HeadsTensors in(shape, x, adapters, x.scalar_type(), scaling, offset_scaling, p, rng);
+  const ScalarType dtype = adapter_type(x, {A, B});
+  const HeadsTensors in(shape, x, adapters, dtype, scaling, offset_scaling, p, rng);
   HeadsGradients out(in, adapters, dy, dz, z, weight, need_dx);
-  dispatch_dtype(x, "x", [&](auto type) {
+  dispatch_types(x, dtype, [&](auto type, auto adapter) {
     using T = decltype(type);
+    using W = decltype(adapter);
     Tensor workspace = empty_bytes(x, cpu::dropout_sum_backward_workspace(shape, p > 0));
-    cpu::dropout_sum_backward<T>(out.args<T>(in, workspace));
+    cpu::dropout_sum_backward<T, W>(out.args<T, W>(in, workspace));
   });
   return {out.dx, out.dA, out.dB};
 }

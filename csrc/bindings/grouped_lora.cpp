@@ -52,21 +52,22 @@ std::tuple<Tensor, Tensor> grouped_lora(const Tensor& x, const Tensor& A, const 
                                         const OptionalTensor& bias, const OptionalTensor& base_out,
                                         const OptionalTensor&, const OptionalTensor&) {
   const GroupedLoraShape shape = check_inputs(x, A, B);
-  const ScalarType dtype = x.scalar_type();
+  const ScalarType dtype = x.scalar_type(), adapters = adapter_type(x, {A, B});
   const Tensor xc = as_contiguous(x);
-  const Tensor Ac = contiguous_as(A, dtype), Bc = contiguous_as(B, dtype);
+  const Tensor Ac = contiguous_as(A, adapters), Bc = contiguous_as(B, adapters);
   const Dropout dropout(p, rng, x);
   const GroupedRows rows(shape, x, offsets, group);
   const Tensor base = base_of(xc, shape, weight, bias, base_out);
   const OptionalTensor biasc = contiguous_as(bias, dtype);
   Tensor y = weight ? base : make_empty(base, sizes_of(base));
   Tensor z = make_empty(x, {shape.tokens, shape.rank}, acc_type(x));
-  dispatch_dtype(x, "x", [&](auto type) {
+  dispatch_types(x, adapters, [&](auto type, auto adapter) {
     using T = decltype(type);
+    using W = decltype(adapter);
     Tensor workspace = empty_bytes(x, cpu::grouped_lora_forward_workspace(shape, p > 0));
-    cpu::grouped_lora_forward<T>({shape, rows.view, dropout.view, scaling, data<T>(xc), data<T>(Ac), data<T>(Bc),
-                                  data<T>(base), data<T>(biasc), mutable_data<Acc<T>>(z), mutable_data<T>(y),
-                                  workspace.mutable_data_ptr()});
+    cpu::grouped_lora_forward<T, W>({shape, rows.view, dropout.view, scaling, data<T>(xc), data<W>(Ac), data<W>(Bc),
+                                     data<T>(base), data<T>(biasc), mutable_data<Acc<T>>(z), mutable_data<T>(y),
+                                     workspace.mutable_data_ptr()});
   });
   return {y, z};
 }
@@ -79,22 +80,24 @@ std::tuple<Tensor, Tensor, Tensor> grouped_lora_backward(const Tensor& dy, const
                                                          bool need_dx) {
   const GroupedLoraShape shape = check_inputs(x, A, B);
   check_gradients(shape, x, dy, dz, z, weight);
-  const ScalarType dtype = x.scalar_type(), acc = acc_type(x);
-  const Tensor xc = as_contiguous(x), zc = contiguous_as(z, acc);
-  const Tensor Ac = contiguous_as(A, dtype), Bc = contiguous_as(B, dtype), dyc = contiguous_as(dy, dtype);
+  const ScalarType dtype = x.scalar_type(), acc = acc_type(x), adapters = adapter_type(x, {A, B});
+  const Tensor xc = as_contiguous(x), zc = contiguous_as(z, acc), dyc = contiguous_as(dy, dtype);
+  const Tensor Ac = contiguous_as(A, adapters), Bc = contiguous_as(B, adapters);
   const OptionalTensor dzc = contiguous_as(dz, acc);
   const Dropout dropout(p, rng, x);
   const GroupedRows rows(shape, x, offsets, group);
   const bool has_base = need_dx && weight.has_value();
   Tensor dx = dx_of(shape, xc, dyc, weight, need_dx);
   Tensor dA = like_adapter(A, x), dB = like_adapter(B, x);
-  dispatch_dtype(x, "x", [&](auto type) {
+  dispatch_types(x, adapters, [&](auto type, auto adapter) {
     using T = decltype(type);
+    using W = decltype(adapter);
     Tensor workspace = empty_bytes(x, cpu::grouped_lora_backward_workspace(shape, p > 0));
     T* dx_data = need_dx ? mutable_data<T>(dx) : nullptr;
-    cpu::grouped_lora_backward<T>({shape, rows.view, dropout.view, scaling, data<T>(xc), data<Acc<T>>(zc), data<T>(Ac),
-                                   data<T>(Bc), has_base ? dx_data : nullptr, data<T>(dyc), data<Acc<T>>(dzc), dx_data,
-                                   mutable_data<Acc<T>>(dA), mutable_data<Acc<T>>(dB), workspace.mutable_data_ptr()});
+    cpu::grouped_lora_backward<T, W>({shape, rows.view, dropout.view, scaling, data<T>(xc), data<Acc<T>>(zc),
+                                      data<W>(Ac), data<W>(Bc), has_base ? dx_data : nullptr, data<T>(dyc),
+                                      data<Acc<T>>(dzc), dx_data, mutable_data<Acc<T>>(dA), mutable_data<Acc<T>>(dB),
+                                      workspace.mutable_data_ptr()});
   });
   return {dx, dA, dB};
 }

@@ -12,14 +12,16 @@ std::tuple<Tensor, Tensor, Tensor> routed_lora(const Tensor& x, const Tensor& A,
   const HeadsAdapters adapters{A, B, A0, B0};
   const HeadsShape shape = check_heads(x, adapters, site, /*may_own_A=*/true);
   const Routing routing = check_router(shape, x, R, top_k, tau);
-  const HeadsTensors in(shape, x, adapters, x.scalar_type(), scaling, offset_scaling, p, rng);
-  const Tensor Rc = contiguous_as(R, x.scalar_type());
+  const ScalarType dtype = adapter_type(x, {A, B, R});
+  const HeadsTensors in(shape, x, adapters, dtype, scaling, offset_scaling, p, rng);
+  const Tensor Rc = contiguous_as(R, dtype);
   HeadsOutputs out(in, weight, bias, base_out);
   Tensor w = make_empty(x, factor_sizes(shape, routing), acc_type(x));
-  dispatch_dtype(x, "x", [&](auto type) {
+  dispatch_types(x, dtype, [&](auto type, auto adapter) {
     using T = decltype(type);
+    using W = decltype(adapter);
     Tensor workspace = empty_bytes(x, cpu::routed_lora_forward_workspace(shape, routing, p > 0));
-    cpu::routed_lora_forward<T>({out.args<T>(in, workspace), routing, data<T>(Rc), mutable_data<Acc<T>>(w)});
+    cpu::routed_lora_forward<T, W>({out.args<T, W>(in, workspace), routing, data<W>(Rc), mutable_data<Acc<T>>(w)});
   });
   return {out.y, out.z, w};
 }
@@ -32,17 +34,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> routed_lora_backward(
   const HeadsAdapters adapters{A, B, A0, B0};
   const HeadsShape shape = check_heads(x, adapters, site, /*may_own_A=*/true);
   const Routing routing = check_router(shape, x, R, shape.heads, tau);
-  const HeadsTensors in(shape, x, adapters, x.scalar_type(), scaling, offset_scaling, p, rng);
+  const ScalarType dtype = adapter_type(x, {A, B, R});
+  const HeadsTensors in(shape, x, adapters, dtype, scaling, offset_scaling, p, rng);
   check_factors(factor_sizes(shape, routing), x, w, dw);
-  const Tensor Rc = contiguous_as(R, x.scalar_type()), wc = contiguous_as(w, acc_type(x));
+  const Tensor Rc = contiguous_as(R, dtype), wc = contiguous_as(w, acc_type(x));
   const OptionalTensor dwc = contiguous_as(dw, acc_type(x));
   HeadsGradients out(in, adapters, dy, dz, z, weight, need_dx);
   Tensor dR = like_adapter(R, x);
-  dispatch_dtype(x, "x", [&](auto type) {
+  dispatch_types(x, dtype, [&](auto type, auto adapter) {
     using T = decltype(type);
+    using W = decltype(adapter);
     Tensor workspace = empty_bytes(x, cpu::routed_lora_backward_workspace(shape, routing, p > 0));
-    cpu::routed_lora_backward<T>({out.args<T>(in, workspace), routing, data<T>(Rc), data<Acc<T>>(wc), data<Acc<T>>(dwc),
-                                  mutable_data<Acc<T>>(dR)});
+    cpu::routed_lora_backward<T, W>({out.args<T, W>(in, workspace), routing, data<W>(Rc), data<Acc<T>>(wc),
+                                     data<Acc<T>>(dwc), mutable_data<Acc<T>>(dR)});
   });
   return {out.dx, out.dA, out.dB, dR};
 }

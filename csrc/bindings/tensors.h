@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <vector>
@@ -135,6 +136,24 @@ void dispatch_dtype(const Tensor& tensor, const char* name, const Body& body) {
     default:
       STD_TORCH_CHECK(false, name, " must be float32, bfloat16, float16 or float64");
   }
+}
+
+// The dtype in which kernels take adapters: float32 if all are, and x is not float64, else x's. They round them.
+inline ScalarType adapter_type(const Tensor& x, std::initializer_list<Tensor> adapters) {
+  bool all_float = x.scalar_type() != ScalarType::Double;
+  for (const Tensor& adapter : adapters) all_float = all_float && adapter.scalar_type() == ScalarType::Float;
+  return all_float ? ScalarType::Float : x.scalar_type();
+}
+
+// Calls body(T{}, W{}) with the kernel types of x and of the adapters.
+template <typename Body>
+void dispatch_types(const Tensor& x, ScalarType adapters, const Body& body) {
+  dispatch_dtype(x, "x", [&](auto type) {
+    if constexpr (sizeof(type) == 2) {
+      if (adapters == ScalarType::Float) return body(type, float{});
+    }
+    body(type, type);
+  });
 }
 
 }  // namespace align

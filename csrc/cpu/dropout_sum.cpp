@@ -2,6 +2,7 @@
 #include "ops/dropout_sum.h"
 
 #include "cpu/heads.h"
+#include "cpu/operands.h"
 
 namespace align::cpu {
 namespace {
@@ -20,27 +21,24 @@ int64_t dropout_sum_backward_workspace(const HeadsShape& shape, bool dropout) {
   return heads_workspace(plan_of(shape, dropout, /*backward=*/true), shape.tokens);
 }
 
-template <typename T>
-void dropout_sum_forward(const DropoutSumForwardArgs<T>& args) {
-  const HeadsInputs<T>& inputs = args.inputs;
+template <typename T, typename W>
+void dropout_sum_forward(const DropoutSumForwardArgs<T, W>& args) {
+  const HeadsInputs<T, W>& inputs = args.inputs;
   const HeadsPlan plan = plan_of(inputs.shape, inputs.dropout.p > 0, /*backward=*/false);
-  project_forward(prepare_heads<T>(plan, inputs, nullptr, all_rows(inputs.shape.tokens), args.workspace), args);
+  project_forward(prepare_heads<T, W>(plan, inputs, nullptr, all_rows(inputs.shape.tokens), args.workspace), args);
 }
 
-template <typename T>
-void dropout_sum_backward(const DropoutSumBackwardArgs<T>& args) {
-  const HeadsInputs<T>& inputs = args.inputs;
+template <typename T, typename W>
+void dropout_sum_backward(const DropoutSumBackwardArgs<T, W>& args) {
+  const HeadsInputs<T, W>& inputs = args.inputs;
   const HeadsPlan plan = plan_of(inputs.shape, inputs.dropout.p > 0, /*backward=*/true);
-  project_backward(prepare_heads<T>(plan, inputs, nullptr, all_rows(inputs.shape.tokens), args.workspace), args);
+  project_backward(prepare_heads<T, W>(plan, inputs, nullptr, all_rows(inputs.shape.tokens), args.workspace), args);
 }
 
-#define ALIGN_INSTANTIATE(T)                                             \
-  template void dropout_sum_forward<T>(const DropoutSumForwardArgs<T>&); \
-  template void dropout_sum_backward<T>(const DropoutSumBackwardArgs<T>&);
-ALIGN_INSTANTIATE(float)
-ALIGN_INSTANTIATE(double)
-ALIGN_INSTANTIATE(bfloat16)
-ALIGN_INSTANTIATE(float16)
+#define ALIGN_INSTANTIATE(T, W)                                                \
+  template void dropout_sum_forward<T, W>(const DropoutSumForwardArgs<T, W>&); \
+  template void dropout_sum_backward<T, W>(const DropoutSumBackwardArgs<T, W>&);
+ALIGN_EACH_TYPE_AND_ADAPTER(ALIGN_INSTANTIATE)
 #undef ALIGN_INSTANTIATE
 
 }  // namespace align::cpu

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "cpu/heads.h"
+#include "cpu/operands.h"
 
 namespace align::cpu {
 namespace {
@@ -15,17 +16,17 @@ HeadsPlan plan_of(const GroupedLoraShape& shape, bool dropout, bool backward) {
 }
 
 // Calls body(k, heads) for every group k, with its adapter and its rows.
-template <typename T, typename Args, typename Body>
+template <typename T, typename W, typename Args, typename Body>
 void for_groups(const Args& args, bool backward, const Body& body) {
   const auto& [tokens, in_dim, out_dim, rank, groups] = args.shape;
   const HeadsPlan plan = plan_of(args.shape, args.dropout.p > 0, backward);
   for (int64_t k = 0; k < groups; ++k) {
     const int64_t begin = args.row_groups.offsets[k], end = args.row_groups.offsets[k + 1];
-    const HeadsInputs<T> inputs{
+    const HeadsInputs<T, W> inputs{
         plan.shape, args.dropout, args.scaling, 0, args.x, args.A + k * rank * in_dim, args.B + k * out_dim * rank,
         nullptr,    nullptr};
     body(k, inputs,
-         prepare_heads<T>(plan, inputs, nullptr, {args.row_groups.rows, begin, end - begin, end}, args.workspace));
+         prepare_heads<T, W>(plan, inputs, nullptr, {args.row_groups.rows, begin, end - begin, end}, args.workspace));
   }
 }
 
@@ -39,23 +40,23 @@ int64_t grouped_lora_backward_workspace(const GroupedLoraShape& shape, bool drop
   return heads_workspace(plan_of(shape, dropout, /*backward=*/true), shape.tokens);
 }
 
-template <typename T>
-void grouped_lora_forward(const GroupedLoraForwardArgs<T>& args) {
-  for_groups<T>(args, /*backward=*/false, [&](int64_t, const HeadsInputs<T>& inputs, const Heads<T>& heads) {
-    project_forward<T>(heads, {inputs, args.y_in, args.bias, args.z, args.y, args.workspace});
+template <typename T, typename W>
+void grouped_lora_forward(const GroupedLoraForwardArgs<T, W>& args) {
+  for_groups<T, W>(args, /*backward=*/false, [&](int64_t, const HeadsInputs<T, W>& inputs, const Heads<T>& heads) {
+    project_forward<T, W>(heads, {inputs, args.y_in, args.bias, args.z, args.y, args.workspace});
   });
 }
 
-template <typename T>
-void grouped_lora_backward(const GroupedLoraBackwardArgs<T>& args) {
+template <typename T, typename W>
+void grouped_lora_backward(const GroupedLoraBackwardArgs<T, W>& args) {
   const auto& [tokens, in_dim, out_dim, rank, groups] = args.shape;
-  for_groups<T>(args, /*backward=*/true,
-                [&, in_dim = in_dim, out_dim = out_dim, rank = rank](int64_t k, const HeadsInputs<T>& inputs,
-                                                                     const Heads<T>& heads) {
-                  project_backward<T>(
-                      heads, {inputs, args.z, args.dx_in, args.dy, args.dz_in, args.dx, args.dA + k * rank * in_dim,
-                              args.dB + k * out_dim * rank, args.workspace});
-                });
+  for_groups<T, W>(args, /*backward=*/true,
+                   [&, in_dim = in_dim, out_dim = out_dim, rank = rank](int64_t k, const HeadsInputs<T, W>& inputs,
+                                                                        const Heads<T>& heads) {
+                     project_backward<T, W>(
+                         heads, {inputs, args.z, args.dx_in, args.dy, args.dz_in, args.dx, args.dA + k * rank * in_dim,
+                                 args.dB + k * out_dim * rank, args.workspace});
+                   });
 }
 
 void group_rows(const int64_t* group, int64_t tokens, int64_t groups, int64_t* rows, int64_t* offsets) {
@@ -68,13 +69,10 @@ void group_rows(const int64_t* group, int64_t tokens, int64_t groups, int64_t* r
   offsets[0] = 0;
 }
 
-#define ALIGN_INSTANTIATE(T)                                               \
-  template void grouped_lora_forward<T>(const GroupedLoraForwardArgs<T>&); \
-  template void grouped_lora_backward<T>(const GroupedLoraBackwardArgs<T>&);
-ALIGN_INSTANTIATE(float)
-ALIGN_INSTANTIATE(double)
-ALIGN_INSTANTIATE(bfloat16)
-ALIGN_INSTANTIATE(float16)
+#define ALIGN_INSTANTIATE(T, W)                                                  \
+  template void grouped_lora_forward<T, W>(const GroupedLoraForwardArgs<T, W>&); \
+  template void grouped_lora_backward<T, W>(const GroupedLoraBackwardArgs<T, W>&);
+ALIGN_EACH_TYPE_AND_ADAPTER(ALIGN_INSTANTIATE)
 #undef ALIGN_INSTANTIATE
 
 }  // namespace align::cpu

@@ -56,13 +56,12 @@ Operand<T> transpose_of(const T* data, int64_t rows, int64_t columns) {
 }
 
 // Columns [first, last) of a and bt.
-template <typename T>
-void prepare_columns(const Heads<T>& heads, const T* R, int64_t first, int64_t last) {
+template <typename T, typename W>
+void prepare_columns(const Heads<T>& heads, const HeadsInputs<T, W>& in, const W* R, int64_t first, int64_t last) {
   const HeadsPlan& plan = heads.plan;
-  const HeadsInputs<T>& in = heads.inputs;
   const auto& [tokens, in_dim, out_dim, rank, count, offset_rank, own_A, site] = plan.shape;
-  const auto add_a = [&](const Operand<T>& operand, const Place& place) {
-    add_columns(operand, {heads.a.row(plan.a_row(place.term) + place.column), heads.a.stride}, first, last);
+  const auto add_a = [&](const Operand<W>& operand, const Place& place) {
+    add_columns<T>(operand, {heads.a.row(plan.a_row(place.term) + place.column), heads.a.stride}, first, last);
   };
   clear_columns(heads.a, a_rows(plan), first, last);
   const int64_t matrices = own_A ? plan.shape.heads : 1;
@@ -75,11 +74,11 @@ void prepare_columns(const Heads<T>& heads, const T* R, int64_t first, int64_t l
   for (int64_t g = 0; g < plan.groups; ++g) {
     const Small<Acc<T>> bt = heads.bt_of(g);
     for (int64_t i = 0; i < count; ++i) {
-      const T* b = in.B + (i * out_dim + g * outputs) * rank;
-      add_columns(transpose_of(b, outputs, rank), {bt.row(plan.summed() ? 0 : i * rank), bt.stride}, first, last);
+      const W* b = in.B + (i * out_dim + g * outputs) * rank;
+      add_columns<T>(transpose_of(b, outputs, rank), {bt.row(plan.summed() ? 0 : i * rank), bt.stride}, first, last);
     }
-    const Operand<T> b0 = transpose_of(in.B0 + g * outputs * offset_rank, outputs, offset_rank);
-    add_columns(b0, {bt.row(plan.columns()), bt.stride}, first, last);
+    const Operand<W> b0 = transpose_of(in.B0 + g * outputs * offset_rank, outputs, offset_rank);
+    add_columns<T>(b0, {bt.row(plan.columns()), bt.stride}, first, last);
   }
 }
 
@@ -146,27 +145,29 @@ int64_t HeadsPlan::mask_row() const {
 
 int64_t heads_workspace(const HeadsPlan& plan, int64_t tokens) {
   using A = double;  // the widest accumulator
-  Heads<A> heads{plan, {}, {}, 1, {}, {}, {}, nullptr};
+  Heads<A> heads{plan, nullptr, 1, 1, 1, {}, {}, {}, {}, nullptr};
   Arena arena(nullptr);
   carve_operands(arena, heads);
   return arena.bytes() + Chunks::most(tokens, plan.backward) * chunk_bytes<A>(plan);
 }
 
-template <typename T>
-Heads<T> prepare_heads(const HeadsPlan& plan, const HeadsInputs<T>& inputs, const T* R, const RowBlock& rows,
+template <typename T, typename W>
+Heads<T> prepare_heads(const HeadsPlan& plan, const HeadsInputs<T, W>& inputs, const W* R, const RowBlock& rows,
                        void* workspace) {
-  Heads<T> heads{plan, inputs, rows, 1, {}, {}, {}, nullptr};
+  using A = Acc<T>;
+  Heads<T> heads{plan, inputs.x, A(inputs.scaling), A(inputs.offset_scaling), 1, rows, {}, {}, {}, nullptr};
   Arena arena(workspace);
   carve_operands(arena, heads);
   heads.chunks = static_cast<char*>(workspace) + arena.bytes();
   if (plan.dropout) {
     const uint32_t threshold = dropout_threshold(inputs.dropout.p);
     heads.masks = DropoutBits(inputs.dropout.rng[0], inputs.dropout.rng[1], threshold);
-    heads.mask_scale = Acc<T>(dropout_scale(threshold));
+    heads.mask_scale = A(dropout_scale(threshold));
   }
-  parallel_for(
-      0, ceil_div(std::max(heads.a.stride, heads.bt.stride), kPrepareColumns), 4,
-      [&](int64_t begin, int64_t end) { prepare_columns(heads, R, begin * kPrepareColumns, end * kPrepareColumns); });
+  parallel_for(0, ceil_div(std::max(heads.a.stride, heads.bt.stride), kPrepareColumns), 4,
+               [&](int64_t begin, int64_t end) {
+                 prepare_columns(heads, inputs, R, begin * kPrepareColumns, end * kPrepareColumns);
+               });
   return heads;
 }
 
@@ -205,7 +206,7 @@ template <typename T>
 void HeadsBlock<T>::shrink(A* z) const {
   const HeadsShape& shape = plan.shape;
   for (const RankTerm<A>& term : terms) {
-    rows_dot(RowsDot<T>{rows, {heads.inputs.x, shape.in_dim}, term.keep, term.b, term.g, term.rank});
+    rows_dot(RowsDot<T>{rows, {heads.x, shape.in_dim}, term.keep, term.b, term.g, term.rank});
     for (int64_t i = 0; i < rows.count && term.scale != 1; ++i) {
       for (int64_t j = 0; j < term.rank; ++j) term.g.row(i)[j] *= term.scale;
     }
@@ -229,26 +230,22 @@ void HeadsBlock<T>::make_heads(const A* z) const {
 }
 
 template <typename T>
-void HeadsBlock<T>::expand(const HeadsForwardArgs<T>& args, int64_t group, Small<const A> v) const {
+void HeadsBlock<T>::expand(int64_t group, Small<const A> v, const T* y_in, const T* bias, T* y) const {
   const int64_t rank = plan.shape.rank, offset_rank = plan.shape.offset_rank;
   for (int64_t i = 0; i < rows.count; ++i) {
     A* mixed = scratch.mixed.row(i);
     const A* u = scratch.u.row(i);
     for (int64_t h = 0; h < plan.heads(); ++h) {
-      const A factor = A(heads.inputs.scaling) * (v.data ? v.row(rows.row(i))[h] : 1);
+      const A factor = heads.scaling * (v.data ? v.row(rows.row(i))[h] : 1);
       for (int64_t j = h * rank; j < (h + 1) * rank; ++j) mixed[j] = factor * u[j];
     }
     const A* offset = at(plan.offset(), i);
-    for (int64_t j = 0; j < offset_rank; ++j) mixed[plan.columns() + j] = A(heads.inputs.offset_scaling) * offset[j];
+    for (int64_t j = 0; j < offset_rank; ++j) mixed[plan.columns() + j] = heads.offset_scaling * offset[j];
   }
   const int64_t outputs = plan.outputs(), first = group * outputs;
   const RankTerm<A> low_rank{{}, scratch.mixed, heads.bt_of(group), plan.mixed(), 1};
-  rank_add(RankAdd<T>{rows,
-                      args.y_in + first,
-                      {args.y + first, outputs, plan.shape.out_dim},
-                      &low_rank,
-                      1,
-                      args.bias ? args.bias + first : nullptr});
+  rank_add(RankAdd<T>{
+      rows, y_in + first, {y + first, outputs, plan.shape.out_dim}, &low_rank, 1, bias ? bias + first : nullptr});
 }
 
 // ---- Backward
@@ -263,11 +260,11 @@ void HeadsBlock<T>::pull(const T* dy, int64_t group, Small<const A> v) const {
     A* d_mixed = scratch.mixed.row(i);
     if (group == 0) std::fill_n(d_mixed, scratch.mixed.stride, A(0));
     for (int64_t h = 0; h < plan.heads(); ++h) {
-      const A weight = v.data ? v.row(rows.row(i))[h] : 1, factor = A(heads.inputs.scaling) * weight;
+      const A weight = v.data ? v.row(rows.row(i))[h] : 1, factor = heads.scaling * weight;
       for (int64_t j = h * rank; j < (h + 1) * rank; ++j) d_mixed[j] += factor * q[j];
       for (int64_t j = h * rank; v.data && j < (h + 1) * rank; ++j) scratch.weighted.row(i)[j] = weight * u[j];
     }
-    for (int64_t j = plan.columns(); j < plan.mixed(); ++j) d_mixed[j] += A(heads.inputs.offset_scaling) * q[j];
+    for (int64_t j = plan.columns(); j < plan.mixed(); ++j) d_mixed[j] += heads.offset_scaling * q[j];
   }
   const Small<A> dbt{scratch.dbt.row(group * plan.columns()), scratch.dbt.stride};
   outer_add(
@@ -303,7 +300,7 @@ void HeadsBlock<T>::input_gradient(const T* dx_in, T* dx) const {
     const Small<A> da{scratch.da.row(plan.a_row(k)), scratch.da.stride};
     const bool shares_a = plan.is_part(k) && k > 0 && !plan.shape.own_A;
     outer_add(OuterAdd<T>{
-        rows, {heads.inputs.x, in_dim}, terms[k].keep, terms[k].g, plan.trained(k), da, first_of_chunk && !shares_a});
+        rows, {heads.x, in_dim}, terms[k].keep, terms[k].g, plan.trained(k), da, first_of_chunk && !shares_a});
   }
 }
 
@@ -337,7 +334,7 @@ void finish_gradients(const Heads<T>& heads, Acc<T>* dA, Acc<T>* dB, Acc<T>* dR)
     for (int64_t h = 0; h < plan.shape.heads; ++h) {
       for (int64_t j = 0; j < rank; ++j) {
         const int64_t row = group * plan.columns() + (plan.summed() ? 0 : h * rank) + j;
-        add_chunks(A(heads.inputs.scaling), columns, &dbt[j * columns],
+        add_chunks(heads.scaling, columns, &dbt[j * columns],
                    [&](const auto& chunk) { return chunk.dbt.row(row) + first; });
       }
       A* target = dB + (h * out_dim + group * outputs + first) * rank;
@@ -362,16 +359,20 @@ void finish_gradients(const Heads<T>& heads, Acc<T>* dA, Acc<T>* dB, Acc<T>* dR)
   });
 }
 
-#define ALIGN_INSTANTIATE(T)                                                                                  \
-  template struct HeadsBlock<T>;                                                                              \
-  template Heads<T> prepare_heads(const HeadsPlan&, const HeadsInputs<T>&, const T*, const RowBlock&, void*); \
-  template HeadsBlock<T> begin_chunk(const Heads<T>&, int64_t);                                               \
-  template void begin_block(HeadsBlock<T>&, int64_t, int64_t, bool);                                          \
+#define ALIGN_INSTANTIATE(T)                                         \
+  template struct HeadsBlock<T>;                                     \
+  template HeadsBlock<T> begin_chunk(const Heads<T>&, int64_t);      \
+  template void begin_block(HeadsBlock<T>&, int64_t, int64_t, bool); \
   template void finish_gradients(const Heads<T>&, Acc<T>*, Acc<T>*, Acc<T>*);
 ALIGN_INSTANTIATE(float)
 ALIGN_INSTANTIATE(double)
 ALIGN_INSTANTIATE(bfloat16)
 ALIGN_INSTANTIATE(float16)
+#undef ALIGN_INSTANTIATE
+
+#define ALIGN_INSTANTIATE(T, W) \
+  template Heads<T> prepare_heads(const HeadsPlan&, const HeadsInputs<T, W>&, const W*, const RowBlock&, void*);
+ALIGN_EACH_TYPE_AND_ADAPTER(ALIGN_INSTANTIATE)
 #undef ALIGN_INSTANTIATE
 
 }  // namespace align::cpu

@@ -70,9 +70,9 @@ int64_t heads_workspace(const HeadsPlan& plan, int64_t tokens);  // bytes, for s
 template <typename T>
 struct Heads {
   HeadsPlan plan;
-  HeadsInputs<T> inputs;
+  const T* x;
+  Acc<T> scaling, offset_scaling, mask_scale;
   RowBlock rows;
-  Acc<T> mask_scale;
   DropoutBits masks;
   Small<Acc<T>> a;   // [the terms' ranks, each padded; in_dim] A, R and A0, term after term
   Small<Acc<T>> bt;  // [groups * (mixed padded), outputs] transposes of B and B0, of each group
@@ -111,7 +111,7 @@ struct HeadsBlock {
   // Forward: z from x; u from z; y of one group, whose heads have factors v[row] (null: 1), each row's stride apart.
   void shrink(A* z) const;
   void make_heads(const A* z) const;
-  void expand(const HeadsForwardArgs<T>& args, int64_t group, Small<const A> v) const;
+  void expand(int64_t group, Small<const A> v, const T* y_in, const T* bias, T* y) const;
 
   // Backward, after make_heads: one group's share of the gradient of mixed, leaving its q, and of dB; the gradients of
   // latents and offset path; then, with those of the logits in their place, dx and the shares of dA and dR.
@@ -121,8 +121,8 @@ struct HeadsBlock {
 };
 
 // Prepares the rows, on all threads; R is null unless routed.
-template <typename T>
-Heads<T> prepare_heads(const HeadsPlan& plan, const HeadsInputs<T>& inputs, const T* R, const RowBlock& rows,
+template <typename T, typename W>
+Heads<T> prepare_heads(const HeadsPlan& plan, const HeadsInputs<T, W>& inputs, const W* R, const RowBlock& rows,
                        void* workspace);
 
 // Adds up the chunks' sums, on all threads; dR is null unless routed.
@@ -170,17 +170,17 @@ void for_blocks(const Heads<T>& heads, const Body& body) {
 
 // ---- A projection without a router
 
-template <typename T>
-void project_forward(const Heads<T>& heads, const HeadsForwardArgs<T>& args) {
+template <typename T, typename W>
+void project_forward(const Heads<T>& heads, const HeadsForwardArgs<T, W>& args) {
   for_blocks(heads, [&](const HeadsBlock<T>& block) {
     block.shrink(args.z);
     block.make_heads(args.z);
-    block.expand(args, 0, {});
+    block.expand(0, {}, args.y_in, args.bias, args.y);
   });
 }
 
-template <typename T>
-void project_backward(const Heads<T>& heads, const HeadsBackwardArgs<T>& args) {
+template <typename T, typename W>
+void project_backward(const Heads<T>& heads, const HeadsBackwardArgs<T, W>& args) {
   for_blocks(heads, [&](const HeadsBlock<T>& block) {
     block.make_heads(args.z);
     block.pull(args.dy, 0, {});

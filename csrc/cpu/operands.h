@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "cpu/skinny.h"
 #include "ops/convert.h"
@@ -19,6 +20,15 @@ struct Operand {
   int64_t row_stride, column_stride;
 };
 
+// The types of x and of the adapters that kernels are made for.
+#define ALIGN_EACH_TYPE_AND_ADAPTER(INSTANTIATE) \
+  INSTANTIATE(float, float)                      \
+  INSTANTIATE(double, double)                    \
+  INSTANTIATE(bfloat16, bfloat16)                \
+  INSTANTIATE(bfloat16, float)                   \
+  INSTANTIATE(float16, float16)                  \
+  INSTANTIATE(float16, float)
+
 template <typename A>
 void clear_columns(Small<A> target, int64_t rows, int64_t first, int64_t last) {
   for (int64_t j = 0; j < rows; ++j) {
@@ -26,13 +36,20 @@ void clear_columns(Small<A> target, int64_t rows, int64_t first, int64_t last) {
   }
 }
 
-template <typename T>
-void add_columns(const Operand<T>& operand, Small<Acc<T>> target, int64_t first, int64_t last) {
+// Rounded to T.
+template <typename T, typename W>
+void add_columns(const Operand<W>& operand, Small<Acc<T>> target, int64_t first, int64_t last) {
   for (int64_t j = 0; j < operand.rows; ++j) {
-    const T* source = operand.data + j * operand.row_stride;
+    const W* source = operand.data + j * operand.row_stride;
     Acc<T>* row = target.row(j);
-    for (int64_t c = first; c < std::min(last, operand.columns); ++c)
-      row[c] += widen(source[c * operand.column_stride]);
+    for (int64_t c = first; c < std::min(last, operand.columns); ++c) {
+      const W value = source[c * operand.column_stride];
+      if constexpr (std::is_same_v<T, W>) {
+        row[c] += widen(value);
+      } else {
+        row[c] += widen(narrow<T>(value));
+      }
+    }
   }
 }
 

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "cpu/heads.h"
+#include "cpu/operands.h"
 
 namespace align::cpu {
 namespace {
@@ -37,8 +38,8 @@ Small<const A> factors_of(const A* w, const HeadsPlan& plan, int64_t group) {
   return {w + group * plan.shape.heads, plan.logits()};
 }
 
-template <typename T>
-void route(const HeadsBlock<T>& block, const RoutedLoraForwardArgs<T>& args) {
+template <typename T, typename W>
+void route(const HeadsBlock<T>& block, const RoutedLoraForwardArgs<T, W>& args) {
   const HeadsPlan& plan = block.plan;
   const int64_t count = plan.shape.heads;
   for (int64_t i = 0; i < block.rows.count; ++i) {
@@ -51,8 +52,8 @@ void route(const HeadsBlock<T>& block, const RoutedLoraForwardArgs<T>& args) {
 }
 
 // dw of one group, where the logits were: scaling u_i . q_i plus what came in.
-template <typename T>
-void factor_gradient(const HeadsBlock<T>& block, const RoutedLoraBackwardArgs<T>& args, int64_t group) {
+template <typename T, typename W>
+void factor_gradient(const HeadsBlock<T>& block, const RoutedLoraBackwardArgs<T, W>& args, int64_t group) {
   const HeadsPlan& plan = block.plan;
   const int64_t count = plan.shape.heads, rank = plan.shape.rank;
   for (int64_t i = 0; i < block.rows.count; ++i) {
@@ -62,14 +63,14 @@ void factor_gradient(const HeadsBlock<T>& block, const RoutedLoraBackwardArgs<T>
     for (int64_t h = 0; h < count; ++h) {
       Acc<T> dot = 0;
       for (int64_t j = h * rank; j < (h + 1) * rank; ++j) dot += u[j] * q[j];
-      dw[h] = Acc<T>(block.heads.inputs.scaling) * dot + (incoming ? incoming[h] : 0);
+      dw[h] = block.heads.scaling * dot + (incoming ? incoming[h] : 0);
     }
   }
 }
 
 // The logits' gradient, in place of dw: w (dw - sum_j w_j dw_j) / tau.
-template <typename T>
-void softmax_gradient(const HeadsBlock<T>& block, const RoutedLoraBackwardArgs<T>& args) {
+template <typename T, typename W>
+void softmax_gradient(const HeadsBlock<T>& block, const RoutedLoraBackwardArgs<T, W>& args) {
   const HeadsPlan& plan = block.plan;
   const int64_t count = plan.shape.heads;
   for (int64_t i = 0; i < block.rows.count; ++i) {
@@ -93,24 +94,25 @@ int64_t routed_lora_backward_workspace(const HeadsShape& shape, const Routing& r
   return heads_workspace(plan_of(shape, routing, dropout, /*backward=*/true), shape.tokens);
 }
 
-template <typename T>
-void routed_lora_forward(const RoutedLoraForwardArgs<T>& args) {
-  const HeadsInputs<T>& inputs = args.heads.inputs;
+template <typename T, typename W>
+void routed_lora_forward(const RoutedLoraForwardArgs<T, W>& args) {
+  const HeadsInputs<T, W>& inputs = args.heads.inputs;
   const HeadsPlan plan = plan_of(inputs.shape, args.routing, inputs.dropout.p > 0, /*backward=*/false);
-  const Heads<T> heads = prepare_heads<T>(plan, inputs, args.R, all_rows(plan.shape.tokens), args.heads.workspace);
+  const Heads<T> heads = prepare_heads<T, W>(plan, inputs, args.R, all_rows(plan.shape.tokens), args.heads.workspace);
   for_blocks(heads, [&](const HeadsBlock<T>& block) {
     block.shrink(args.heads.z);
     block.make_heads(args.heads.z);
     route(block, args);
-    for (int64_t g = 0; g < plan.groups; ++g) block.expand(args.heads, g, factors_of<Acc<T>>(args.w, plan, g));
+    for (int64_t g = 0; g < plan.groups; ++g)
+      block.expand(g, factors_of<Acc<T>>(args.w, plan, g), args.heads.y_in, args.heads.bias, args.heads.y);
   });
 }
 
-template <typename T>
-void routed_lora_backward(const RoutedLoraBackwardArgs<T>& args) {
-  const HeadsInputs<T>& inputs = args.heads.inputs;
+template <typename T, typename W>
+void routed_lora_backward(const RoutedLoraBackwardArgs<T, W>& args) {
+  const HeadsInputs<T, W>& inputs = args.heads.inputs;
   const HeadsPlan plan = plan_of(inputs.shape, args.routing, inputs.dropout.p > 0, /*backward=*/true);
-  const Heads<T> heads = prepare_heads<T>(plan, inputs, args.R, all_rows(plan.shape.tokens), args.heads.workspace);
+  const Heads<T> heads = prepare_heads<T, W>(plan, inputs, args.R, all_rows(plan.shape.tokens), args.heads.workspace);
   for_blocks(heads, [&](const HeadsBlock<T>& block) {
     block.make_heads(args.heads.z);
     for (int64_t g = 0; g < plan.groups; ++g) {
@@ -124,13 +126,10 @@ void routed_lora_backward(const RoutedLoraBackwardArgs<T>& args) {
   finish_gradients(heads, args.heads.dA, args.heads.dB, args.dR);
 }
 
-#define ALIGN_INSTANTIATE(T)                                             \
-  template void routed_lora_forward<T>(const RoutedLoraForwardArgs<T>&); \
-  template void routed_lora_backward<T>(const RoutedLoraBackwardArgs<T>&);
-ALIGN_INSTANTIATE(float)
-ALIGN_INSTANTIATE(double)
-ALIGN_INSTANTIATE(bfloat16)
-ALIGN_INSTANTIATE(float16)
+#define ALIGN_INSTANTIATE(T, W)                                                \
+  template void routed_lora_forward<T, W>(const RoutedLoraForwardArgs<T, W>&); \
+  template void routed_lora_backward<T, W>(const RoutedLoraBackwardArgs<T, W>&);
+ALIGN_EACH_TYPE_AND_ADAPTER(ALIGN_INSTANTIATE)
 #undef ALIGN_INSTANTIATE
 
 }  // namespace align::cpu

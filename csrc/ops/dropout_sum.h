@@ -30,13 +30,13 @@ using DropoutSumForwardArgs = HeadsForwardArgs<T, W>;
 template <typename T, typename W = T>
 using DropoutSumBackwardArgs = HeadsBackwardArgs<T, W>;
 
-namespace cpu {
+namespace cpu {  // T: float, double, bfloat16, float16; W: T, or float for 16-bit T
 int64_t dropout_sum_forward_workspace(const HeadsShape& shape, bool dropout);   // bytes
 int64_t dropout_sum_backward_workspace(const HeadsShape& shape, bool dropout);  // bytes
-template <typename T>
-void dropout_sum_forward(const DropoutSumForwardArgs<T>& args);
-template <typename T>
-void dropout_sum_backward(const DropoutSumBackwardArgs<T>& args);
+template <typename T, typename W>
+void dropout_sum_forward(const DropoutSumForwardArgs<T, W>& args);
+template <typename T, typename W>
+void dropout_sum_backward(const DropoutSumBackwardArgs<T, W>& args);
 }  // namespace cpu
 
 namespace cuda {  // T: float, bfloat16, float16; W: T or float

@@ -78,13 +78,13 @@ struct GroupedLoraBackwardArgs {
   void* workspace;
 };
 
-namespace cpu {
+namespace cpu {  // T: float, double, bfloat16, float16; W: T, or float for 16-bit T
 int64_t grouped_lora_forward_workspace(const GroupedLoraShape& shape, bool dropout);   // bytes
 int64_t grouped_lora_backward_workspace(const GroupedLoraShape& shape, bool dropout);  // bytes
-template <typename T>
-void grouped_lora_forward(const GroupedLoraForwardArgs<T>& args);
-template <typename T>
-void grouped_lora_backward(const GroupedLoraBackwardArgs<T>& args);
+template <typename T, typename W>
+void grouped_lora_forward(const GroupedLoraForwardArgs<T, W>& args);
+template <typename T, typename W>
+void grouped_lora_backward(const GroupedLoraBackwardArgs<T, W>& args);
 
 // Stable counting sort of per-row group numbers (each in 0 .. groups-1) into RowGroups' two arrays.
 void group_rows(const int64_t* group, int64_t tokens, int64_t groups, int64_t* rows, int64_t* offsets);

@@ -52,13 +52,13 @@ struct RoutedLoraBackwardArgs {
   Acc<T>* dR;           // [groups * heads, in_dim] grad input, assigned
 };
 
-namespace cpu {
+namespace cpu {  // T: float, double, bfloat16, float16; W: T, or float for 16-bit T
 int64_t routed_lora_forward_workspace(const HeadsShape& shape, const Routing& routing, bool dropout);   // bytes
 int64_t routed_lora_backward_workspace(const HeadsShape& shape, const Routing& routing, bool dropout);  // bytes
-template <typename T>
-void routed_lora_forward(const RoutedLoraForwardArgs<T>& args);
-template <typename T>
-void routed_lora_backward(const RoutedLoraBackwardArgs<T>& args);
+template <typename T, typename W>
+void routed_lora_forward(const RoutedLoraForwardArgs<T, W>& args);
+template <typename T, typename W>
+void routed_lora_backward(const RoutedLoraBackwardArgs<T, W>& args);
 }  // namespace cpu
 
 namespace cuda {  // T: float, bfloat16, float16; W: T or float
