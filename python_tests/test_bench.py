@@ -106,7 +106,7 @@ def test_no_round_begins_when_the_time_is_up_but_there_are_three():
 def test_every_variant_trains_a_model(variant):
     if variant.startswith("PEFT"):
         pytest.importorskip("peft")
-    run = step.make_step(step.work(TINY, variant))
+    run = step.make_step(step.work(TINY, variant, "bfloat16"))
     run()
     model = models.adapt(models.frozen_model("tiny", torch.float32, "cpu"), variant, SMALL)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -117,7 +117,7 @@ def test_every_variant_trains_a_model(variant):
 def test_a_process_says_why_it_ended():
     with (
         pytest.raises(RuntimeError, match="'nothing' ended: KeyError: 'nothing'"),
-        step.Process(step.work(TINY, "nothing")),
+        step.Process(step.work(TINY, "nothing", "float32")),
     ):
         pass
 

@@ -11,7 +11,6 @@ import torch
 
 from align_ext.bench import models
 from align_ext.bench.setting import Case, Say, Setting
-from align_ext.bench.step import MODEL_DTYPE
 from align_ext.bench.timing import Call, Comparison, measure
 from align_ext.hf.merge import merge_and_unload
 from align_ext.step import set_task
@@ -33,7 +32,7 @@ def decode(setting: Setting) -> Iterator[Case]:
 
 
 def _models(setting: Setting) -> dict[str, Any]:
-    frozen = models.frozen_model(setting.model, MODEL_DTYPE, setting.device)
+    frozen = models.frozen_model(setting.model, torch.bfloat16, setting.device)
     result = {models.FROZEN: frozen}
     for name in MERGED:
         result[f"{name}, merged"] = merge_and_unload(models.adapt(copy.deepcopy(frozen), name, setting.sizes))

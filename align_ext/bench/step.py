@@ -22,10 +22,8 @@ import torch
 
 from align_ext.bench import models
 from align_ext.bench.baselines import Sizes
-from align_ext.bench.setting import TASKS, Case, Say, Setting
+from align_ext.bench.setting import TASKS, Case, Say, Setting, name_of
 from align_ext.bench.timing import Comparison, Goal, wall_clock
-
-MODEL_DTYPE = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -34,6 +32,7 @@ class Work:
 
     variant: str
     model: str
+    dtype: str
     device: str
     batch: int
     seq_len: int
@@ -46,7 +45,7 @@ class Work:
 def make_step(work: Work) -> Callable[[], None]:
     """A training step of a variant: forward, backward, AdamW."""
     sizes = Sizes(work.batch * work.seq_len, work.rank, work.heads, work.dropout_p)
-    model: Any = models.frozen_model(work.model, MODEL_DTYPE, work.device).train()
+    model: Any = models.frozen_model(work.model, getattr(torch, work.dtype), work.device).train()
     model = models.adapt(model, work.variant, sizes)
     # All variants compute dx down to the embeddings, the frozen model too, which would compute no gradient otherwise.
     model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
@@ -134,19 +133,20 @@ class Process:
 def step(setting: Setting) -> Iterator[Case]:
     """Whole steps of a model with each variant, divided by those of the frozen model."""
     models.fetch(setting.model)
-    title = f"whole step, {setting.model} model, {setting.batch} x {setting.seq_len} tokens, bfloat16"
-    yield Case(f"{title}, r={setting.sizes.rank}, N={setting.sizes.heads}", partial(_whole_steps, setting))
+    work, sizes = f"whole step, {setting.model} model, {setting.batch} x {setting.seq_len} tokens", setting.sizes
+    for dtype in map(name_of, setting.dtypes):
+        yield Case(f"{work}, {dtype}, r={sizes.rank}, N={sizes.heads}", partial(_whole_steps, setting, dtype))
 
 
-def _whole_steps(setting: Setting, say: Say) -> Comparison:
+def _whole_steps(setting: Setting, dtype: str, say: Say) -> Comparison:
     first, *others = models.variants(setting.steps)
     tokens, peak = setting.batch * setting.seq_len, {}
     times: dict[str, list[float]] = {first: []}
     baselines: dict[str, list[float]] = {}
-    with Process(work(setting, first)) as frozen:
+    with Process(work(setting, first, dtype)) as frozen:
         for index, variant in enumerate(others):
             say(f"{variant} ({index + 1} of {len(others)})")
-            with Process(work(setting, variant)) as process:
+            with Process(work(setting, variant, dtype)) as process:
                 pairs = [(frozen.step(), process.step()) for _ in range(setting.step_rounds)]
                 peak[variant] = process.finish()
             baselines[variant], times[variant] = map(list, zip(*pairs, strict=True))
@@ -160,11 +160,11 @@ def _whole_steps(setting: Setting, say: Say) -> Comparison:
     return result
 
 
-def work(setting: Setting, variant: str) -> Work:
+def work(setting: Setting, variant: str, dtype: str) -> Work:
     """What a variant's process trains."""
     sizes = setting.sizes
     return Work(
-        variant, setting.model, setting.device, setting.batch, setting.seq_len, sizes.rank, sizes.heads,
+        variant, setting.model, dtype, setting.device, setting.batch, setting.seq_len, sizes.rank, sizes.heads,
         sizes.dropout_p, torch.get_num_threads(),
     )  # fmt: skip
 
