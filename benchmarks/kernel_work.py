@@ -1,0 +1,280 @@
+"""What the kernels of an adapted layer move and compute: ours, and those that eager PyTorch launches.
+
+Bytes are those that cpp_tests/simt counts (check_ledger in test_grouped_lora_cuda.cpp), the work is cut as in
+csrc/cuda/plan.h, and the loops are those of align_ext/bench/baselines.py. benchmarks/roofline.py makes tables of it.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+ELEMENT = 2  # bytes of bfloat16; our latents are float
+TILE_ROWS, TILE_COLS, OUTER_COLS = 128, 64, 128  # of a tile, and columns of an outer product's block (plan.h)
+PHILOX, KEEP = 60, 3  # instructions: ten rounds of two products, two three-way xors and two keys; from bits to a mask
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """An H100 SXM: its datasheet, then assumptions."""
+
+    multiprocessors: int = 132
+    memory: float = 3.35e12  # bytes/s
+    tensor: float = 989e12  # dense bfloat16 FLOP/s
+    ffma: float = 67e12  # float32 FLOP/s; an FFMA is two, and integers have half of its lanes
+    hbm: float = 0.9  # of the memory's bytes/s that a stream gets
+    gemm: float = 0.65  # of the tensor cores' peak that the base layer's products get
+    block: float = 40e9  # bytes/s that one block streams, with 32 KiB under way (plan.h)
+    launch: float = 3e-6  # s from one kernel's end to the next one's full speed; the CPU is ahead
+
+
+@dataclass(frozen=True)
+class Layer:
+    """An adapted layer in bfloat16."""
+
+    in_dim: int
+    out_dim: int
+    tokens: int = 8192
+    rank: int = 8
+    heads: int = 1
+    site: str = "input"  # of dropout: input, latent, input_per_head, none
+    router: bool = False
+    offset_rank: int = 0
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Columns and bytes of the tall matrices."""
+        n, m = self.in_dim, self.out_dim
+        columns = {"x": n, "y": m, "dy": m, "dx": n}
+        return {name: (cols, ELEMENT * self.tokens * cols) for name, cols in columns.items()}
+
+    @property
+    def tiles(self) -> int:
+        """Row tiles."""
+        return ceil_div(self.tokens, TILE_ROWS)
+
+    @property
+    def masks(self) -> int:
+        """Masks for each element of x."""
+        return {"input": 1, "input_per_head": self.heads}.get(self.site, 0)
+
+    def latent(self, ranks: int) -> int:
+        """Bytes of so many columns of float."""
+        return 4 * self.tokens * ranks
+
+    def base_seconds(self, gpu: Gpu) -> float:
+        """The frozen layer's two products, y and dx."""
+        return 2 * 2 * self.tokens * self.in_dim * self.out_dim / (gpu.gemm * gpu.tensor)
+
+
+class Access(NamedTuple):
+    """An array that a kernel reads or writes; beyond the first time the second-level cache has it."""
+
+    name: str
+    size: int  # bytes
+    times: int = 1
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a kernel moves and computes."""
+
+    name: str
+    accesses: list[Access] = field(default_factory=list)
+    tensor: int = 0  # FLOPs of tensor cores, ranks padded
+    ffma: int = 0  # FLOPs in float32
+    integer: int = 0  # instructions, for masks
+    longest: float = 0  # seconds of the longest block, where too few share the work
+    floor: int = 0  # bytes with every big operand once
+
+    def __add__(self, other: "Work") -> "Work":
+        """Both in one launch, whose blocks run side by side."""
+        return Work(
+            self.name, self.accesses + other.accesses, self.tensor + other.tensor, self.ffma + other.ffma,
+            self.integer + other.integer, max(self.longest, other.longest), self.floor + other.floor,
+        )  # fmt: skip
+
+    @property
+    def bytes(self) -> int:
+        """From and to memory."""
+        return sum(access.size for access in self.accesses)
+
+    @property
+    def bytes_again(self) -> int:
+        """Read again, from the second-level cache."""
+        return sum(access.size * (access.times - 1) for access in self.accesses)
+
+    def limits(self, gpu: Gpu) -> dict[str, float]:
+        """Seconds by each of them."""
+        return {
+            "memory": self.bytes / (gpu.hbm * gpu.memory),
+            "tensor cores": self.tensor / gpu.tensor,
+            "FFMA": self.ffma / gpu.ffma,
+            "masks": self.integer / (gpu.ffma / 4),
+            "one block": self.longest,
+        }
+
+    def seconds(self, gpu: Gpu) -> float:
+        """The modelled time, with the launch."""
+        return max(self.limits(gpu).values()) + gpu.launch
+
+
+Kernels = Callable[[Layer, Gpu], list[Work]]
+
+
+def ceil_div(value: int, divisor: int) -> int:
+    """Rounds up."""
+    return -(-value // divisor)
+
+
+def mask_instructions(masks: int, of_block: int = 8) -> int:
+    """For so many masks, so many from a Philox block."""
+    return masks * (PHILOX + of_block * KEEP) // of_block
+
+
+# ---- csrc/cuda/plan.h
+
+
+def slabs(cols: int, tiles: int, gpu: Gpu, most: int = 1 << 15) -> int:
+    """Slabs of columns that a tall matrix is cut into."""
+    of_row = ceil_div(cols, TILE_COLS)
+    wanted = min(ceil_div(2 * gpu.multiprocessors, tiles), most, max(of_row // 4, 1))
+    return ceil_div(of_row, ceil_div(of_row, wanted))
+
+
+def padded(rank: int) -> int:
+    """Ranks that a kernel computes; beyond 64 it also reads everything again, which is not modelled."""
+    return 16 if rank <= 16 else 32 if rank <= 32 else ceil_div(rank, 64) * 64
+
+
+def one_pass(layer: Layer, gpu: Gpu) -> bool:
+    """Whether grouped_lora's backward reads dy once."""
+    return layer.rank <= 16 and 2 * ceil_div(layer.out_dim, OUTER_COLS) >= gpu.multiprocessors
+
+
+# ---- Kernels, named by what they stream
+
+
+def shrink(layer: Layer, gpu: Gpu, tall: str, ranks: int) -> Work:
+    """The slabs' parts of x Aᵀ, or of dy B."""
+    cols, size = layer.sizes[tall]
+    count = slabs(cols, layer.tiles, gpu, most=8 if tall == "x" else 1 << 15)
+    small = Access("A" if tall == "x" else "B", ELEMENT * ranks * cols, layer.tiles)
+    accesses = [Access(tall, size), small, Access("parts", count * layer.latent(ranks))]
+    masks = mask_instructions(layer.tokens * cols * layer.masks) if tall == "x" else 0
+    return Work(f"shrink {tall}", accesses, 2 * layer.tokens * cols * padded(ranks), integer=masks, floor=size)
+
+
+def expand(layer: Layer, gpu: Gpu, tall: str, ranks: int, latents: Access) -> Work:
+    """Base + z Bᵀ, or base + dz A; latents are read by every slab."""
+    cols, size = layer.sizes[tall]
+    count = slabs(cols, layer.tiles, gpu)
+    small = Access("A" if tall == "dx" else "B", ELEMENT * ranks * cols, layer.tiles)
+    read = latents._replace(times=latents.times - 1 + count)
+    accesses = [Access(f"{tall}_in", size), Access(tall, size), small, read]
+    masks = mask_instructions(layer.tokens * cols * layer.masks) if tall == "dx" else 0
+    return Work(f"expand {tall}", accesses, 2 * layer.tokens * cols * padded(ranks), integer=masks, floor=size)
+
+
+def outer(layer: Layer, gpu: Gpu, tall: str, latents: str, ranks: int, masks: int = 0) -> Work:
+    """The gradient latentsᵀ x, or latentsᵀ dy: a block has 128 columns and all rows, once for each mask."""
+    cols, size = layer.sizes[tall]
+    blocks, turns = ceil_div(cols, OUTER_COLS), max(masks, 1)
+    rows, gradient = Access(latents, layer.latent(ranks), blocks), Access("gradients", 4 * ranks * cols)
+    tensor, integer = 2 * layer.tokens * cols * padded(ranks) * turns, mask_instructions(layer.tokens * cols * masks)
+    alone = max(size / gpu.block, integer / (gpu.ffma / 4) * gpu.multiprocessors) / blocks
+    return Work(f"outer {tall}", [Access(tall, size, turns), rows, gradient], tensor, integer=integer, longest=alone)
+
+
+def small(layer: Layer, name: str, ranks: dict[str, int], masks: int = 0) -> Work:
+    """A kernel of latents alone, a mask a Philox block: arrays and their columns."""
+    accesses = [Access(array, layer.latent(columns)) for array, columns in ranks.items()]
+    masks = mask_instructions(layer.tokens * masks, of_block=1)
+    return Work(name, accesses, ffma=2 * layer.tokens * sum(ranks.values()), integer=masks)
+
+
+def grouped_lora(layer: Layer, gpu: Gpu) -> list[Work]:
+    """Kernels of lora and align_lora (csrc/cuda/grouped_lora.cu)."""
+    r, count = layer.rank, slabs(layer.in_dim, layer.tiles, gpu, most=8)
+    z = small(layer, "z", {"z": r})
+    # Every slab of expand adds the parts; the first one also for z, where there are several.
+    parts = Access("parts", count * z.bytes, 1 + (count > 1))
+    y = expand(layer, gpu, "y", r, parts)
+    d_b = outer(layer, gpu, "dy", "z", r)
+    if one_pass(layer, gpu):
+        count = ceil_div(layer.out_dim, OUTER_COLS)
+        both = [Access("B", ELEMENT * r * layer.out_dim), Access("parts", count * z.bytes)]
+        dot = Work("", both, d_b.tensor, floor=layer.sizes["dy"][1])
+        of_dy, d_b = replace(d_b + dot, name="sweep dy"), Work("")
+    else:
+        count, of_dy = slabs(layer.out_dim, layer.tiles, gpu), shrink(layer, gpu, "dy", r)
+    return [
+        shrink(layer, gpu, "x", r),
+        (y + z) if count > 1 else y,
+        of_dy,
+        small(layer, "sum of the parts", {"parts": count * r, "dz": r}),
+        *backward(layer, gpu, r, [outer(layer, gpu, "x", "dz", r, layer.masks), d_b]),
+    ]
+
+
+def heads(layer: Layer, gpu: Gpu) -> list[Work]:
+    """Kernels of several heads, with or without a router (csrc/cuda/heads.cuh)."""
+    r, count, per_head = layer.rank, layer.heads, layer.site == "input_per_head"
+    latents = count if per_head else 1
+    ranks_a = latents * (ceil_div(r, 8) * 8 if per_head else r) + layer.offset_rank
+    logits = count if layer.router else 0
+    width = ceil_div(ranks_a, 8) * 8 + logits if layer.router else ranks_a
+    u, z, du = count * r, latents * r, count * r + layer.offset_rank
+    of_x, of_dy = slabs(layer.in_dim, layer.tiles, gpu, most=8), slabs(layer.out_dim, layer.tiles, gpu)
+    masks = u if layer.site == "latent" else 0
+    weights = small(layer, "weights", {"w": logits, "u": u * layer.router, "segments": of_dy * logits})
+    d_a = outer(layer, gpu, "x", "dz", width, layer.masks)
+    # With dropout on x the router's gradient stands on another x.
+    d_r = [outer(layer, gpu, "x", "dz", logits)] if layer.router and layer.masks else []
+    unmixed = {"parts": of_dy * du, "z": z, "u": u, "dz": width, "w": logits, "segments": of_dy * logits}
+    return [
+        shrink(layer, gpu, "x", width),
+        small(layer, "mix", {"parts": of_x * width, "z": z, "w": logits, "u": du}, masks),
+        expand(layer, gpu, "y", du, Access("u", layer.latent(du + logits))),
+        *([small(layer, "mix again", {"z": z, "u": u}, masks)] if layer.router else []),
+        shrink(layer, gpu, "dy", du) + weights,
+        small(layer, "unmix", unmixed, masks),
+        *backward(layer, gpu, width, [d_a, *d_r, outer(layer, gpu, "dy", "u", du)]),
+    ]
+
+
+def backward(layer: Layer, gpu: Gpu, ranks: int, outers: Iterable[Work]) -> list[Work]:
+    """The last launch: gradients of the adapters, and dx."""
+    launch = Work("backward: dA, dB, dx", floor=layer.sizes["x"][1])  # dA waits for dz: x once more is no waste
+    for work in [*outers, expand(layer, gpu, "dx", ranks, Access("dz", layer.latent(ranks)))]:
+        launch += work
+    return [launch]
+
+
+def loop(layer: Layer, _: Gpu) -> list[Work]:
+    """Operations of the released form, head after head, in eager PyTorch and bfloat16; with one head PEFT's LoRA."""
+    tokens, r, n, m = layer.tokens, layer.rank, layer.in_dim, layer.out_dim
+    x, y, z, w, w_i = (ELEMENT * tokens * columns for columns in (n, m, r, layer.heads, 1))
+    A, B, R = ELEMENT * r * n, ELEMENT * r * m, ELEMENT * layer.heads * n
+
+    def op(name: str, *arrays: int, product: int = 0, masks: int = 0) -> Work:
+        accesses = [Access(name, size) for size in arrays]
+        return Work(name, accesses, 2 * tokens * product, integer=mask_instructions(tokens * masks, of_block=4))
+
+    of_x = [op("A x", x, A, z, product=r * n)]
+    to_x = [op("dA", z, x, A, product=r * n), op("dx", z, A, x, product=r * n)]
+    more = [op("dx +=", x, x, x)]
+    before, after, weigh, unweigh = [], [], [], []
+    if layer.site == "latent":
+        before, after = of_x, to_x + more
+        u, du = [op("dropout", z, z, z // 2, masks=r)], [op("dropout, backward", z, z // 2, z), op("dz +=", z, z, z)]
+    else:
+        u = [op("dropout", x, x, x // 2, masks=n), *of_x]
+        du = [*to_x, op("dropout, backward", x, x // 2, x), *more]
+    if layer.router:
+        before = [*before, op("logits", x, R, w, product=layer.heads * n), op("softmax", w, w)]
+        after = [*after, op("softmax, backward", w, w, w), op("dR", w, x, R), op("dx", w, R, x), *more]
+        weigh = [op("w head", y, w_i, y)]
+        unweigh = [op("w dy", y, w_i, y), op("dy head", y, y, y), op("sum", y, w_i)]
+    forward = [*u, op("B u", z, B, y, product=r * m), op("scale", y, y), *weigh, op("y +=", y, y, y)]
+    back = [*unweigh, op("scale", y, y), op("dB", y, z, B, product=r * m), op("du", y, B, z, product=r * m), *du]
+    return [*before, *layer.heads * [*forward, *back], *after]
