@@ -47,7 +47,10 @@ _QUICK = Setting(
     sizes=Sizes(tokens=16), shapes=((64, 96),), rounds=3, seconds=0, compiled=0, model="tiny", batch=5, seq_len=8,
     steps="few", goals=False,
 )  # fmt: skip
-_FULL = Setting(rounds=25, seconds=60, compiled=4, mixed=2, batch=8, step_rounds=7, steps="every")
+_FULL = Setting(
+    rounds=25, seconds=60, compiled=4, mixed=2, batch=8, step_rounds=7, steps="every",
+    step_dtypes=(torch.float32, torch.bfloat16),
+)  # fmt: skip
 _CUDA = {"sizes": Sizes(tokens=8192), "shapes": ((576, 1536), (2048, 5504), (4096, 11264))}
 
 

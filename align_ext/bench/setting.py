@@ -32,6 +32,7 @@ class Setting:
             itself), a folder or a hub id.
         batch: samples of a step.
         seq_len: tokens of each.
+        step_dtypes: of the models that take whole steps.
         step_rounds: of whole steps.
         steps: which variants take whole steps: a "few", the "usual" ones, or "every" one (models.variants).
         goals: whether these sizes are those that goals are laid down for.
@@ -48,6 +49,7 @@ class Setting:
     model: str = "random"
     batch: int = 4
     seq_len: int = 128
+    step_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
     step_rounds: int = 3
     steps: Literal["few", "usual", "every"] = "usual"
     goals: bool = True

@@ -134,7 +134,7 @@ def step(setting: Setting) -> Iterator[Case]:
     """Whole steps of a model with each variant, divided by those of the frozen model."""
     models.fetch(setting.model)
     work, sizes = f"whole step, {setting.model} model, {setting.batch} x {setting.seq_len} tokens", setting.sizes
-    for dtype in map(name_of, setting.dtypes):
+    for dtype in map(name_of, setting.step_dtypes):
         yield Case(f"{work}, {dtype}, r={sizes.rank}, N={sizes.heads}", partial(_whole_steps, setting, dtype))
 
 
