@@ -36,7 +36,6 @@ HEADS: dict[str, dict[str, Any]] = {
     # As a layer, and without the losses that depend on parameters or weights alone.
     "mtlora": {"architecture": "mtlora", "target_blocks": (), "balance": None, "spectral": None},
 }
-NOT_ON_CUDA = ("hydra, input_per_head", "mtlora")  # need kernels that there are none of on CUDA
 COMPILED = [name for name in LORA | SEVERAL if "PEFT" not in name]
 FLOAT32 = ", float32 adapters"
 # At most these ratios: name -> float32, 16 bits, either where the layer is wide.
@@ -126,11 +125,10 @@ def variants(
     return {name: training_call(layer, x, dy) for name, layer in {FROZEN: base, **layers}.items()}
 
 
-def available(makes: dict[str, Any], device: str) -> dict[str, Any]:
-    """Those that this machine can run."""
-    without: tuple[str, ...] = NOT_ON_CUDA if device == "cuda" else ()
-    without += () if importlib.util.find_spec("peft") else ("PEFT's LoRA",)
-    return {name: make for name, make in makes.items() if not name.startswith(without)}
+def available(makes: dict[str, Any]) -> dict[str, Any]:
+    """Those that can run here: all of them, but for PEFT's where it is not installed."""
+    peft = importlib.util.find_spec("peft") is not None
+    return {name: make for name, make in makes.items() if peft or not name.startswith("PEFT")}
 
 
 def goals(names: dict[str, Any], in_features: int, dtype: torch.dtype) -> dict[str, Goal]:
@@ -154,7 +152,7 @@ def _cases(kind: str, setting: Setting, makes: dict[str, Make], mixed: dict[str,
             every |= mixed
         yield Case(
             f"{kind}, forward + backward, {shape[0]} -> {shape[1]}, {name_of(dtype)}, {setting.sizes}",
-            partial(_measured, setting, available(every, setting.device), shape, dtype),
+            partial(_measured, setting, available(every), shape, dtype),
         )
 
 
@@ -205,9 +203,9 @@ def _calls(setting: Setting, sizes: Sizes, count: int, _: Say) -> Comparison:
         linears = (nn.Linear(TINY, TINY, bias=False, device=setting.device) for _ in range(count))
         return nn.Sequential(*linears).requires_grad_(False)
 
-    own: dict[str, Any] = available(SINGLE | HEADS, setting.device)
+    own: dict[str, Any] = available(SINGLE | HEADS)
     rows = {FROZEN: row()} | {name: adapted(row(), options, sizes) for name, options in own.items()}
-    for name, make in available(LORA, setting.device).items():
+    for name, make in available(LORA).items():
         rows[name] = nn.Sequential(*(make(layer, sizes, torch.float32) for layer in row()))
     x, dy = (torch.randn(sizes.tokens, TINY, device=setting.device) for _ in range(2))
     calls = {name: training_call(layers, x, dy) for name, layers in rows.items()}
