@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import sass
+from page import show
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = ["-std=c++17", "-O3", "-DNDEBUG"]  # CMake's, for a release build
@@ -254,12 +255,8 @@ def main() -> None:
     parser.add_argument("--archs", default=",".join(map(str, MULTIPROCESSORS)))
     parser.add_argument("--write", type=Path, metavar="FILE")
     options = parser.parse_args()
-    text = table(cells(compile_all(list(map(int, options.archs.split(","))))))
-    if options.write is None:
-        print(text)
-        return
-    before, rest = options.write.read_text().split(BEGIN)
-    options.write.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+    kernels = compile_all(list(map(int, options.archs.split(","))))
+    show(table(cells(kernels)), (BEGIN, END), options.write)
 
 
 if __name__ == "__main__":

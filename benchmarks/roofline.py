@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kernel_work import Gpu, Kernels, Layer, Work, grouped_lora, heads, loop
+from page import show
 
 BEGIN, END = "<!-- roofline: begin -->", "<!-- roofline: end -->"
 LAYERS = [(3072, 8192), (2048, 5504)]  # of MLPs; 3072 -> 8192 is a 3B model's
@@ -140,12 +141,7 @@ def main() -> None:
     parser.add_argument("--hbm", type=float, default=Gpu.hbm, help="fraction of the memory's bandwidth")
     parser.add_argument("--write", type=Path, metavar="FILE")
     options = parser.parse_args()
-    text = tables(Gpu(gemm=options.gemm, hbm=options.hbm))
-    if options.write is None:
-        print(text)
-        return
-    before, rest = options.write.read_text().split(BEGIN)
-    options.write.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+    show(tables(Gpu(gemm=options.gemm, hbm=options.hbm)), (BEGIN, END), options.write)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,6 @@ struct Small {
   int64_t stride;
 
   A* row(int64_t i) const { return data + i * stride; }
-  Small from_column(int64_t j) const { return {data + j, stride}; }
   operator Small<const A>() const { return {data, stride}; }
 };
 
