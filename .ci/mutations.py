@@ -247,9 +247,23 @@ MUTANTS = [
     Mutant(
         "ignore the dropout mask in dx",
         "csrc/cpu/skinny.cpp",
-        "term.scale * masks[k].template apply<W, A>(sum, t + i, c + v * kLane)",
+        "term.scale * masks[k].template apply<W, A>(sum, row, column)",
         "term.scale * sum",
         "test_grouped_lora",
+    ),
+    Mutant(
+        "leave the last columns of dy out of its products with many ranks",
+        "csrc/cpu/outer.cpp",
+        "if (c < width) store<W>(target + c, load_first<W>(row + c, width - c));",
+        "if (c < width) store<W>(target + c, Vec<A, W>{});",
+        "test_routed_lora",
+    ),
+    Mutant(
+        "let each panel of dy begin dz anew",
+        "csrc/cpu/outer.cpp",
+        "for (int v = 0; v < kVecs; ++v) sum[i][v] = load<W>(out + i * out_stride + v * kLane);",
+        "for (int v = 0; v < kVecs; ++v) sum[i][v] = Vec<A, W>{};",
+        "test_routed_lora",
     ),
     Mutant(
         "forget the scale of kept elements",
@@ -261,8 +275,8 @@ MUTANTS = [
     Mutant(
         "forget the scaling in dz",
         "csrc/cpu/heads.cpp",
-        "factor = heads.scaling * weight;",
-        "factor = weight;",
+        "d_mixed[j] += factor * q[j];",
+        "d_mixed[j] += (v.data ? v.row(rows.row(i))[h] : 1) * q[j];",
         "test_grouped_lora",
     ),
     Mutant(

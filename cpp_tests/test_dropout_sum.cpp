@@ -9,10 +9,10 @@ namespace {
 template <typename T>
 struct Kernels {
   static int64_t forward_workspace(const HeadsProblem& problem) {
-    return cpu::dropout_sum_forward_workspace(problem.shape, problem.p > 0);
+    return cpu::dropout_sum_forward_workspace(problem.shape, problem.p > 0, sizeof(Acc<T>));
   }
   static int64_t backward_workspace(const HeadsProblem& problem) {
-    return cpu::dropout_sum_backward_workspace(problem.shape, problem.p > 0);
+    return cpu::dropout_sum_backward_workspace(problem.shape, problem.p > 0, sizeof(Acc<T>));
   }
   static void forward(const HeadsProblem&, const HeadsForwardArgs<T>& args, HeadsData<T>&) {
     cpu::dropout_sum_forward<T, T>(args);

@@ -19,7 +19,7 @@ void run(const Problem& problem, Data<T>& data) {
       GroupedLoraForwardArgs<T>{shape, row_groups, dropout, problem.scaling, data.x.data(), data.A.data(),
                                 data.B.data(), in_place ? data.y.data() : data.y_in.data(),
                                 data.bias.empty() ? nullptr : data.bias.data(), data.z.data(), data.y.data(), nullptr},
-      cpu::grouped_lora_forward_workspace(shape, problem.p > 0), cpu::grouped_lora_forward<T, T>);
+      cpu::grouped_lora_forward_workspace(shape, problem.p > 0, sizeof(Acc<T>)), cpu::grouped_lora_forward<T, T>);
 
   data.dx = in_place ? data.dx_in : unassigned<T>(shape.tokens * shape.in_dim);
   data.dA = unassigned<Acc<T>>(shape.groups * shape.rank * shape.in_dim);
@@ -29,7 +29,8 @@ void run(const Problem& problem, Data<T>& data) {
                                               data.A.data(), data.B.data(), dx_in, data.dy.data(),
                                               problem.gradients_in ? data.dz_in.data() : nullptr, data.dx.data(),
                                               data.dA.data(), data.dB.data(), nullptr},
-                   cpu::grouped_lora_backward_workspace(shape, problem.p > 0), cpu::grouped_lora_backward<T, T>);
+                   cpu::grouped_lora_backward_workspace(shape, problem.p > 0, sizeof(Acc<T>)),
+                   cpu::grouped_lora_backward<T, T>);
 }
 
 template <typename T>
@@ -125,7 +126,8 @@ TEST(dx_may_be_unwanted) {
                                                   data.dA.data(),
                                                   data.dB.data(),
                                                   nullptr},
-                   cpu::grouped_lora_backward_workspace(problem.shape, true), cpu::grouped_lora_backward<float, float>);
+                   cpu::grouped_lora_backward_workspace(problem.shape, true, sizeof(float)),
+                   cpu::grouped_lora_backward<float, float>);
   CHECK(check::same_bits(data.dA, dA) && check::same_bits(data.dB, dB));
 }
 

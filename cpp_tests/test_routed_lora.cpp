@@ -9,10 +9,10 @@ namespace {
 template <typename T>
 struct Kernels {
   static int64_t forward_workspace(const HeadsProblem& problem) {
-    return cpu::routed_lora_forward_workspace(problem.shape, problem.routing, problem.p > 0);
+    return cpu::routed_lora_forward_workspace(problem.shape, problem.routing, problem.p > 0, sizeof(Acc<T>));
   }
   static int64_t backward_workspace(const HeadsProblem& problem) {
-    return cpu::routed_lora_backward_workspace(problem.shape, problem.routing, problem.p > 0);
+    return cpu::routed_lora_backward_workspace(problem.shape, problem.routing, problem.p > 0, sizeof(Acc<T>));
   }
   static void forward(const HeadsProblem& problem, const HeadsForwardArgs<T>& args, HeadsData<T>& data) {
     cpu::routed_lora_forward<T, T>({args, problem.routing, data.R.data(), data.w.data()});

@@ -10,10 +10,10 @@ from torch import nn
 from torch.autograd import gradcheck
 
 from align_ext import cli, reference
-from align_ext.bench import losses, models, plots, step
+from align_ext.bench import losses, models, plots, run, step
 from align_ext.bench.baselines import ALPHA, LORA, SEVERAL, ConcatenatedHeads, LoopedHeads, Sizes
-from align_ext.bench.setting import Setting
-from align_ext.bench.timing import Comparison, Goal, measure
+from align_ext.bench.setting import Case, Setting
+from align_ext.bench.timing import Comparison, Goal, measure, visits
 
 SMALL = Sizes(tokens=7, rank=3, heads=4, dropout_p=0.0)
 TINY = Setting(sizes=SMALL, model="tiny", batch=5, seq_len=6)
@@ -98,16 +98,46 @@ def test_a_short_call_is_repeated_until_its_row_takes_long_enough(monkeypatch):
     assert times == {"short": pytest.approx([2] * 3), "long": pytest.approx([30] * 3)}
 
 
-def test_no_round_begins_when_the_time_is_up_but_there_are_three():
-    assert len(measure({"a": lambda: None}, 9, "cpu", seconds=0).times_ms["a"]) == 3
+def test_a_visit_has_one_round_at_least_and_adds_to_those_before():
+    taken = visits({"a": lambda: None}, 9, "cpu", seconds=0)
+    assert [len(next(taken).times_ms["a"]) for _ in range(3)] == [1, 2, 3]
+
+
+def test_visits_to_one_comparison_lie_between_those_to_others_and_whole_steps_are_one(monkeypatch):
+    order = []
+
+    def case(title, count):
+        def visit(_):
+            for done in range(count):
+                order.append(title)
+                yield Comparison({"base": [1.0] * (done + 1)})
+
+        return Case(title, visit)
+
+    monkeypatch.setattr(run, "SUITES", {"some": lambda _: iter([case("a", 3), case("b", 1)])})
+    results = run.run(["some"], Setting(visits=3))
+    assert order == ["a", "b", "a", "a"]
+    assert {title: len(c.times_ms["base"]) for title, c in results.items()} == {"a": 3, "b": 1}
+
+
+def test_an_interrupted_run_shows_and_keeps_what_it_has(monkeypatch, capsys, tmp_path):
+    def visit(_):
+        yield Comparison({"base": [1.0], "ours": [3.0]})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "SUITES", {"some": lambda _: iter([Case("a table", visit)])})
+    with pytest.raises(KeyboardInterrupt):
+        run.run(["some"], Setting(visits=3), tmp_path / "all.json")
+    assert "a table" in (out := capsys.readouterr().out)
+    assert "3.000 .. 3.000" in out
+    assert json.loads((tmp_path / "all.json").read_text())["a table"]["times_ms"]["ours"] == [3]
 
 
 @pytest.mark.parametrize("variant", [v for v in models.variants("every") if "compiled" not in v])
 def test_every_variant_trains_a_model(variant):
     if variant.startswith("PEFT"):
         pytest.importorskip("peft")
-    run = step.make_step(step.work(TINY, variant, "bfloat16"))
-    run()
+    step.make_step(step.work(TINY, variant, "bfloat16"))()
     model = models.adapt(models.frozen_model("tiny", torch.float32, "cpu"), variant, SMALL)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert bool(trained) == (variant != models.FROZEN)
@@ -196,12 +226,10 @@ def test_a_mistake_is_one_line_and_nothing_is_measured(bench, arguments, message
 
 
 def test_the_help_explains_every_suite_and_what_a_ratio_is(bench):
-    from align_ext.bench.run import SUITES
-
     code, out, _ = bench("--help")
     assert code == 0
     assert "1.10 means that" in " ".join(out.split())
-    for suite in SUITES:
+    for suite in run.SUITES:
         assert f"  {suite}: " in out
 
 

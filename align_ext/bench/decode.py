@@ -11,7 +11,7 @@ import torch
 
 from align_ext.bench import models
 from align_ext.bench.setting import Case, Say, Setting
-from align_ext.bench.timing import Call, Comparison, measure
+from align_ext.bench.timing import Call, Comparison, visits
 from align_ext.hf.merge import merge_and_unload
 from align_ext.step import set_task
 
@@ -44,10 +44,10 @@ def _models(setting: Setting) -> dict[str, Any]:
     return result
 
 
-def _decoding(setting: Setting, batch: int, made: Callable[[], dict[str, Any]], _: Say) -> Comparison:
+def _decoding(setting: Setting, batch: int, made: Callable[[], dict[str, Any]], _: Say) -> Iterator[Comparison]:
     ids = torch.ones((batch, 1), dtype=torch.int64, device=setting.device)
     calls = {name: _call(model.eval(), ids) for name, model in made().items()}
-    return measure(calls, setting.rounds, setting.device, host=True, seconds=setting.seconds)
+    yield from visits(calls, setting.rounds, setting.device, host=True, seconds=setting.seconds)
 
 
 def _call(model: Any, ids: torch.Tensor) -> Call:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from align_ext.bench.baselines import ALPHA, LORA, SEVERAL, Make, Sizes, compiled
 from align_ext.bench.setting import TASKS, Case, Say, Setting, name_of
-from align_ext.bench.timing import Call, Comparison, Goal, measure
+from align_ext.bench.timing import ROW_MS, Call, Comparison, Goal, visits
 from align_ext.config import AlignLoraConfig
 from align_ext.hf.replace import replace_linear_with_align_lora
 from align_ext.step import align_step
@@ -99,14 +99,14 @@ def training_call(layer: nn.Module, x: Tensor, dy: Tensor) -> Call:
     ids = torch.arange(len(x), device=x.device) % TASKS
 
     def run() -> None:
-        for leaf in trained:
-            leaf.grad = None
         if state is None or not state.config.needs_step:
             layer(x).backward(dy)
-            return
-        with align_step(layer, ids) as step:
-            y = layer(x)
-        step.total(GivenGradient.apply(y, dy)).backward()
+        else:
+            with align_step(layer, ids) as step:
+                y = layer(x)
+            step.total(GivenGradient.apply(y, dy)).backward()
+        for leaf in trained:
+            leaf.grad = None
 
     return run
 
@@ -158,12 +158,11 @@ def _cases(kind: str, setting: Setting, makes: dict[str, Make], mixed: dict[str,
 
 def _measured(
     setting: Setting, makes: dict[str, Make], shape: tuple[int, int], dtype: torch.dtype, _: Say
-) -> Comparison:
-    torch.compiler.reset()
+) -> Iterator[Comparison]:
     calls = variants(makes, setting.sizes, shape, dtype, setting.device)
-    result = measure(calls, setting.rounds, setting.device, seconds=setting.seconds)
-    result.goals = goals(calls, shape[0], dtype)
-    return result
+    for result in visits(calls, setting.rounds, setting.device, seconds=setting.seconds):
+        result.goals = goals(calls, shape[0], dtype)
+        yield result
 
 
 def layers(setting: Setting) -> Iterator[Case]:
@@ -195,7 +194,7 @@ def dispatch(setting: Setting) -> Iterator[Case]:
             )
 
 
-def _calls(setting: Setting, sizes: Sizes, count: int, _: Say) -> Comparison:
+def _calls(setting: Setting, sizes: Sizes, count: int, _: Say) -> Iterator[Comparison]:
     """A step of so many layers, divided by their number: a step's own cost is seen in that of one layer."""
     torch.manual_seed(0)
 
@@ -209,16 +208,17 @@ def _calls(setting: Setting, sizes: Sizes, count: int, _: Say) -> Comparison:
         rows[name] = nn.Sequential(*(make(layer, sizes, torch.float32) for layer in row()))
     x, dy = (torch.randn(sizes.tokens, TINY, device=setting.device) for _ in range(2))
     calls = {name: training_call(layers, x, dy) for name, layers in rows.items()}
-    result = measure(
-        calls, setting.rounds, setting.device, host=True, repeats=2 * IN_A_ROW // count, seconds=setting.seconds
-    )
-    result.times_ms = {name: [ms / count for ms in times] for name, times in result.times_ms.items()}
-    if count > 1:
-        result.goals = dict.fromkeys(own, Goal(TINY_MS, in_ms=True))
-    return result
+    for result in visits(
+        calls, setting.rounds, setting.device, host=True, repeats=2 * IN_A_ROW // count, row_ms=ROW_MS,
+        seconds=setting.seconds,
+    ):  # fmt: skip
+        result.times_ms = {name: [ms / count for ms in times] for name, times in result.times_ms.items()}
+        if count > 1:
+            result.goals = dict.fromkeys(own, Goal(TINY_MS, in_ms=True))
+        yield result
 
 
-def _over_threads(setting: Setting, name: str, threads: int, _: Say) -> Comparison:
+def _over_threads(setting: Setting, name: str, threads: int, _: Say) -> Iterator[Comparison]:
     makes = {n: ours(options) for n, options in (SINGLE | HEADS).items() if n == name}
     call = variants(makes, setting.sizes, setting.shapes[0], torch.float32, setting.device)[name]
 
@@ -226,14 +226,12 @@ def _over_threads(setting: Setting, name: str, threads: int, _: Say) -> Comparis
         def run() -> None:
             torch.set_num_threads(count)
             call()
+            torch.set_num_threads(threads)
 
         return run
 
-    try:
-        calls = {"1 thread": on(1), f"{threads} threads": on(threads)}
-        return measure(calls, setting.rounds, setting.device, seconds=setting.seconds)
-    finally:
-        torch.set_num_threads(threads)
+    calls = {"1 thread": on(1), f"{threads} threads": on(threads)}
+    return visits(calls, setting.rounds, setting.device, seconds=setting.seconds)
 
 
 AXES = {"tokens": (512, 1024, 2048, 4096), "rank": (4, 8, 16, 32, 64), "heads": (1, 2, 4, 8, 16)}
@@ -252,8 +250,10 @@ def sweep(setting: Setting) -> Iterator[Case]:
             )
 
 
-def _point(setting: Setting, makes: dict[str, Make], sizes: Sizes, point: tuple[str, int], _: Say) -> Comparison:
+def _point(
+    setting: Setting, makes: dict[str, Make], sizes: Sizes, point: tuple[str, int], _: Say
+) -> Iterator[Comparison]:
     calls = variants(makes, sizes, setting.shapes[0], torch.float32, setting.device)
-    result = measure(calls, setting.rounds, setting.device, seconds=setting.seconds / 4)
-    result.point = point
-    return result
+    for result in visits(calls, setting.rounds, setting.device, seconds=setting.seconds / 4):
+        result.point = point
+        yield result

@@ -1,8 +1,4 @@
-"""The alignment losses against plain PyTorch, value and gradient; dropout against nn.Dropout.
-
-On a CPU a time is that of many calls in a row: the first call of anything after other work takes up to 0.3 ms more,
-of which little says anything about the losses.
-"""
+"""The alignment losses against plain PyTorch, value and gradient; dropout against nn.Dropout."""
 
 from __future__ import annotations
 
@@ -15,10 +11,9 @@ from torch import Tensor, nn
 
 from align_ext import ops, reference
 from align_ext.bench.setting import TASKS, Case, Say, Setting, name_of
-from align_ext.bench.timing import Call, Comparison, Goal, measure, training_step
+from align_ext.bench.timing import ROW_MS, Call, Comparison, Goal, training_step, visits
 
 PAIRS = "pairs in plain PyTorch"
-ROW_MS = 20  # of calls in a row, on a CPU
 KL_CASES = ((5, 8), (25, 8), (5, 64))  # tasks, rank
 KL_GOALS = {5: 50, 25: 300}
 MMD_TOKENS, MMD_RANKS = 400, (8, 16, 64)  # tokens of each task
@@ -131,24 +126,23 @@ def losses(setting: Setting) -> Iterator[Case]:
     per_task = min(MMD_TOKENS, tokens)
     compiled = setting.compiled > 0
 
-    def kl(tasks: int, rank: int, _: Say) -> Comparison:
-        torch.compiler.reset()  # of one function torch.compile makes eight forms, and leaves the ninth as it is
+    def kl(tasks: int, rank: int, _: Say) -> Iterator[Comparison]:
         calls = gaussian_kl(tokens, tasks, rank, device, compiled=compiled)
-        result = measure(calls, 2 * setting.rounds, device, seconds=seconds, row_ms=ROW_MS)
-        result.goals = {PAIRS: Goal(KL_GOALS[tasks], at_least=True)}
-        return result
+        for result in visits(calls, setting.rounds, device, seconds=seconds, row_ms=ROW_MS):
+            result.goals = {PAIRS: Goal(KL_GOALS[tasks], at_least=True)}
+            yield result
 
-    def mmd(rank: int, _: Say) -> Comparison:
-        torch.compiler.reset()
+    def mmd(rank: int, _: Say) -> Iterator[Comparison]:
         calls = mk_mmd(TASKS, per_task, rank, device, compiled=compiled)
-        result = measure(calls, setting.rounds, device, seconds=seconds, row_ms=ROW_MS)
         known = {PAIRS: Goal(50, at_least=True), "pairs, compiled": Goal(5, at_least=True)}
-        result.goals = {name: known[name] for name in calls if name in known}
-        return result
+        for result in visits(calls, setting.rounds, device, seconds=seconds, row_ms=ROW_MS):
+            result.goals = {name: known[name] for name in calls if name in known}
+            yield result
 
-    def mask(dtype: torch.dtype, _: Say) -> Comparison:
+    def mask(dtype: torch.dtype, _: Say) -> Iterator[Comparison]:
         calls = dropout(tokens, setting.shapes[0][0], dtype, device)
-        return _mask_alone(measure(calls, 2 * setting.rounds, device, seconds=seconds), dtype)
+        for result in visits(calls, 2 * setting.rounds, device, seconds=seconds):
+            yield _mask_alone(result, dtype)
 
     for tasks, rank in KL_CASES:
         yield Case(f"gaussian_kl, M={tasks}, T={tokens}, r={rank}", partial(kl, tasks, rank))
@@ -168,8 +162,8 @@ def sweep(setting: Setting) -> Iterator[Case]:
         )
 
 
-def _point(setting: Setting, tasks: int, _: Say) -> Comparison:
+def _point(setting: Setting, tasks: int, _: Say) -> Iterator[Comparison]:
     calls = gaussian_kl(setting.sizes.tokens, tasks, setting.sizes.rank, setting.device)
-    result = measure(calls, setting.rounds, setting.device, seconds=setting.seconds / 4, row_ms=ROW_MS)
-    result.point = ("tasks", tasks)
-    return result
+    for result in visits(calls, setting.rounds, setting.device, seconds=setting.seconds / 4, row_ms=ROW_MS):
+        result.point = ("tasks", tasks)
+        yield result

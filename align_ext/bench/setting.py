@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -24,8 +24,9 @@ class Setting:
         sizes: of the adapters.
         shapes: (in, out) of the layers; the first is also that of the plots.
         dtypes: of the frozen layers.
-        rounds: of each comparison at most.
-        seconds: after which a comparison begins no further round.
+        visits: to each comparison, one after the other to all of them.
+        rounds: of a visit at most.
+        seconds: after which a visit begins no further round.
         compiled: how many tables of layers have the baselines under torch.compile too, which takes long to compile.
         mixed: at how many of the shapes 16-bit layers are measured with float32 adapters too.
         model: that takes whole steps and decodes: "random" (SmolLM2-135M's sizes), "tiny", "smollm2" (the model
@@ -42,8 +43,9 @@ class Setting:
     sizes: Sizes = field(default_factory=Sizes)
     shapes: tuple[tuple[int, int], ...] = ((576, 1536), (2048, 5504))
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
-    rounds: int = 15
-    seconds: float = 8
+    visits: int = 4
+    rounds: int = 5
+    seconds: float = 2
     compiled: int = 1
     mixed: int = 1
     model: str = "random"
@@ -57,10 +59,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Case:
-    """One table of the report: its title, and what measures it."""
+    """One table of the report: its title, and its visits, each of which yields all that is known so far."""
 
     title: str
-    run: Callable[[Say], Comparison]
+    run: Callable[[Say], Iterator[Comparison]]
 
 
 def name_of(dtype: torch.dtype) -> str:

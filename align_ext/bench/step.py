@@ -2,7 +2,7 @@
 
 `python -m align_ext.bench.step JSON` is such a process: it makes its model, takes a first step, says so, then takes a
 step for each line that it reads and answers with its milliseconds; at the end of its input it tells its peak memory.
-The frozen model's process lives on beside each variant's, and the two take turns.
+The frozen model's process and those of up to TOGETHER variants live side by side and take turns.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,8 @@ from align_ext.bench import models
 from align_ext.bench.baselines import Sizes
 from align_ext.bench.setting import TASKS, Case, Say, Setting, name_of
 from align_ext.bench.timing import Comparison, Goal, wall_clock
+
+TOGETHER = 4  # processes of variants; between steps each keeps its model and what its allocator does not give back
 
 
 @dataclass(frozen=True)
@@ -138,26 +141,36 @@ def step(setting: Setting) -> Iterator[Case]:
         yield Case(f"{work}, {dtype}, r={sizes.rank}, N={sizes.heads}", partial(_whole_steps, setting, dtype))
 
 
-def _whole_steps(setting: Setting, dtype: str, say: Say) -> Comparison:
+def _whole_steps(setting: Setting, dtype: str, say: Say) -> Iterator[Comparison]:
     first, *others = models.variants(setting.steps)
-    tokens, peak = setting.batch * setting.seq_len, {}
+    tokens = setting.batch * setting.seq_len
+    peak: dict[str, float] = {}
     times: dict[str, list[float]] = {first: []}
     baselines: dict[str, list[float]] = {}
     with Process(work(setting, first, dtype)) as frozen:
-        for index, variant in enumerate(others):
-            say(f"{variant} ({index + 1} of {len(others)})")
-            with Process(work(setting, variant, dtype)) as process:
-                pairs = [(frozen.step(), process.step()) for _ in range(setting.step_rounds)]
-                peak[variant] = process.finish()
-            baselines[variant], times[variant] = map(list, zip(*pairs, strict=True))
-            times[first] += baselines[variant]
+        for begin in range(0, len(others), TOGETHER):
+            group = others[begin : begin + TOGETHER]
+            with ExitStack() as alive:
+                processes = {}
+                for index, variant in enumerate(group):
+                    say(f"first step of {variant} ({begin + index + 1} of {len(others)})")
+                    processes[variant] = alive.enter_context(Process(work(setting, variant, dtype)))
+                rounds = []
+                for done in range(setting.step_rounds):
+                    say(f"{', '.join(group)}: round {done + 1} of {setting.step_rounds}")
+                    rounds.append([process.step() for process in (frozen, *processes.values())])
+                peak |= {variant: process.finish() for variant, process in processes.items()}
+            of_frozen, *of_group = map(list, zip(*rounds, strict=True))
+            times |= dict(zip(group, of_group, strict=True))
+            baselines |= dict.fromkeys(group, of_frozen)
+            times[first] += of_frozen
         peak[first] = frozen.finish()
     result = Comparison(times, tokens=tokens, baselines=baselines, peak_mib=peak)
     if {"R-LoRA, loop", "LoRA, restructured"} <= set(others):
         # 1.5 times as fast as the loop, and within 5% of LoRA with one head.
         limit = min(result.ratios("R-LoRA, loop")[1] / 1.5, 1.05 * result.ratios("LoRA, restructured")[1])
         result.goals = {"r_lora": Goal(round(limit, 3))}
-    return result
+    yield result  # the only visit, which lasts for minutes
 
 
 def work(setting: Setting, variant: str, dtype: str) -> Work:

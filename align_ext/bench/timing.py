@@ -1,5 +1,9 @@
 """Interleaved timing: every variant once per round, medians and quartiles, ratios to the first variant.
 
+What a machine's other users, its clock and its memory do to a ratio changes within minutes. So the rounds of a
+comparison are not measured in one go but in visits, between which others have their turn: quartiles then show what
+another run may give.
+
 On a GPU a time is that between two CUDA events. Before each call the GPU clears a buffer for longer than the CPU takes
 to issue the call, so that the time is the device's alone (as in a model, where the CPU runs ahead) and the second-level
 cache is cold; a call that waits for the device loses this head start. With host=True a time is the wall clock's, from
@@ -9,20 +13,24 @@ an idle device to an idle device: what a call costs that has nothing to compute.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+# On a CPU a short call is measured by many in a row: the first one after other work takes up to 0.3 ms more, which says
+# little about the call.
+ROW_MS = 20
 CLEARED_BYTES = 512 << 20  # more than any second-level cache
-FEWEST_ROUNDS = 3  # for quartiles
 Call = Callable[[], object]
 
 
@@ -64,7 +72,7 @@ class Comparison:
         """Lower quartile, median and upper quartile of a variant's ratio to the first one, round by round."""
         baseline = self.baselines.get(name, next(iter(self.times_ms.values())))
         ratios = [v / b for v, b in zip(self.times_ms[name], baseline, strict=True)]
-        low, mid, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        low, mid, high = statistics.quantiles(ratios if len(ratios) > 1 else 2 * ratios, n=4, method="inclusive")
         return low, mid, high
 
     def reaches(self, name: str) -> bool | None:
@@ -95,9 +103,14 @@ def between_events(call: Call) -> float:
     return start.elapsed_time(end)
 
 
+@functools.cache
+def _cleared() -> torch.Tensor:
+    return torch.empty(CLEARED_BYTES, dtype=torch.uint8, device="cuda")
+
+
 def gpu_clock(calls: list[Call]) -> Callable[[Call], float]:
     """A clock for these calls, which were called before, by CUDA events after a head start of the CPU."""
-    buffer = torch.empty(CLEARED_BYTES, dtype=torch.uint8, device="cuda")
+    buffer = _cleared()
     between_events(buffer.zero_)
     clearing = between_events(buffer.zero_)
     issue = []
@@ -116,21 +129,21 @@ def gpu_clock(calls: list[Call]) -> Callable[[Call], float]:
     return clock
 
 
-def measure(
+def visits(
     variants: dict[str, Call], rounds: int, device: str, *, host: bool = False, repeats: int = 1, row_ms: float = 0,
     seconds: float = math.inf,
-) -> Comparison:  # fmt: skip
-    """Times of the variants, which take turns, after warm-up calls of each.
+) -> Iterator[Comparison]:  # fmt: skip
+    """Times of the variants, which take turns, after warm-up calls of each: after every visit all times so far.
 
     Args:
         variants: by name; the first one is what the others are compared with.
-        rounds: how often each is called at most.
+        rounds: of a visit at most.
         device: "cpu" or "cuda".
         host: measure what calling costs (see above).
         repeats: calls that make one measurement, for calls that a clock can hardly see.
         row_ms: on a CPU each variant is repeated until one measurement takes so long, so that a short call does not
             pay for the caches that a long one leaves behind.
-        seconds: after FEWEST_ROUNDS rounds and so many seconds no further round is begun.
+        seconds: after which a visit begins no further round; it has one at least.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
     for call in variants.values():
@@ -141,13 +154,19 @@ def measure(
     if row_ms and device == "cpu":
         row = {name: max(repeats, round(row_ms / wall_clock(call))) for name, call in variants.items()}
     repeated = {name: _repeated(call, row[name]) for name, call in variants.items()}
-    start = time.monotonic()
-    for done in range(rounds):
-        if done >= FEWEST_ROUNDS and time.monotonic() - start > seconds:
-            break
-        for name, call in repeated.items():
-            times[name].append(clock(call) / row[name])
-    return Comparison(times)
+    while True:
+        start = time.monotonic()
+        for done in range(rounds):
+            if done and time.monotonic() - start > seconds:
+                break
+            for name, call in repeated.items():
+                times[name].append(clock(call) / row[name])
+        yield Comparison(times)
+
+
+def measure(variants: dict[str, Call], rounds: int, device: str, **options: Any) -> Comparison:
+    """The times of one visit (see `visits`)."""
+    return next(visits(variants, rounds, device, **options))
 
 
 def _repeated(call: Call, repeats: int) -> Call:
@@ -161,13 +180,13 @@ def _repeated(call: Call, repeats: int) -> Call:
 def training_step(
     call: Callable[..., torch.Tensor], leaves: list[torch.Tensor], dy: torch.Tensor | None = None
 ) -> Callable[[], None]:
-    """Forward and backward of y = call(*leaves), with new gradients each time; a loss needs no dy."""
+    """Forward and backward of y = call(*leaves), whose gradients are dropped; a loss needs no dy."""
     trained = [leaf.detach().requires_grad_() for leaf in leaves]
 
     def run() -> None:
+        call(*trained).backward(dy)
         for leaf in trained:
             leaf.grad = None
-        call(*trained).backward(dy)
 
     return run
 

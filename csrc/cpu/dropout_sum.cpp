@@ -13,12 +13,12 @@ HeadsPlan plan_of(const HeadsShape& shape, bool dropout, bool backward) {
 
 }  // namespace
 
-int64_t dropout_sum_forward_workspace(const HeadsShape& shape, bool dropout) {
-  return heads_workspace(plan_of(shape, dropout, /*backward=*/false), shape.tokens);
+int64_t dropout_sum_forward_workspace(const HeadsShape& shape, bool dropout, int64_t acc_bytes) {
+  return heads_workspace(plan_of(shape, dropout, /*backward=*/false), shape.tokens, acc_bytes);
 }
 
-int64_t dropout_sum_backward_workspace(const HeadsShape& shape, bool dropout) {
-  return heads_workspace(plan_of(shape, dropout, /*backward=*/true), shape.tokens);
+int64_t dropout_sum_backward_workspace(const HeadsShape& shape, bool dropout, int64_t acc_bytes) {
+  return heads_workspace(plan_of(shape, dropout, /*backward=*/true), shape.tokens, acc_bytes);
 }
 
 template <typename T, typename W>

@@ -32,12 +32,12 @@ void for_groups(const Args& args, bool backward, const Body& body) {
 
 }  // namespace
 
-int64_t grouped_lora_forward_workspace(const GroupedLoraShape& shape, bool dropout) {
-  return heads_workspace(plan_of(shape, dropout, /*backward=*/false), shape.tokens);
+int64_t grouped_lora_forward_workspace(const GroupedLoraShape& shape, bool dropout, int64_t acc_bytes) {
+  return heads_workspace(plan_of(shape, dropout, /*backward=*/false), shape.tokens, acc_bytes);
 }
 
-int64_t grouped_lora_backward_workspace(const GroupedLoraShape& shape, bool dropout) {
-  return heads_workspace(plan_of(shape, dropout, /*backward=*/true), shape.tokens);
+int64_t grouped_lora_backward_workspace(const GroupedLoraShape& shape, bool dropout, int64_t acc_bytes) {
+  return heads_workspace(plan_of(shape, dropout, /*backward=*/true), shape.tokens, acc_bytes);
 }
 
 template <typename T, typename W>

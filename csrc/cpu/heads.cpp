@@ -19,6 +19,8 @@ void carve_operands(Arena& arena, Heads<T>& heads) {
   const HeadsPlan& plan = heads.plan;
   heads.a = arena.take_small<Acc<T>>(a_rows(plan), round_up(plan.shape.in_dim, kColumnAlign));
   heads.bt = arena.take_small<Acc<T>>(plan.groups * padded(plan.mixed()), round_up(plan.outputs(), kColumnAlign));
+  if (!plan.backward || !plan.many_ranks()) return;
+  heads.b = arena.take_small<Acc<T>>(plan.shape.out_dim, round_up(plan.mixed(), kColumnAlign));
 }
 
 template <typename A>
@@ -30,7 +32,7 @@ ChunkScratch<A> carve_chunk(Arena& arena, const HeadsPlan& plan) {
   s.u = of_block(plan.columns());
   s.mixed = of_block(plan.mixed());
   if (!plan.backward) return s;
-  s.q = of_block(plan.mixed());
+  s.q = of_block(round_up(plan.mixed(), kColumnAlign));
   s.weighted = of_block(plan.routed ? plan.columns() : 0);
   s.da = arena.take_small<A>(a_rows(plan), round_up(plan.shape.in_dim, kColumnAlign));
   s.dbt = arena.take_small<A>(plan.groups * plan.columns(), round_up(plan.outputs(), kColumnAlign));
@@ -79,6 +81,12 @@ void prepare_columns(const Heads<T>& heads, const HeadsInputs<T, W>& in, const W
     }
     const Operand<W> b0 = transpose_of(in.B0 + g * outputs * offset_rank, outputs, offset_rank);
     add_columns<T>(b0, {bt.row(plan.columns()), bt.stride}, first, last);
+    if (!heads.b.data) continue;
+    const Small<Acc<T>> b = heads.b_of(g);
+    for (int64_t c = first; c < std::min(last, outputs); ++c) {
+      for (int64_t j = 0; j < plan.mixed(); ++j) b.row(c)[j] = bt.row(j)[c];
+      std::fill(b.row(c) + plan.mixed(), b.row(c + 1), Acc<T>(0));
+    }
   }
 }
 
@@ -143,19 +151,22 @@ int64_t HeadsPlan::mask_row() const {
   return 0;
 }
 
-int64_t heads_workspace(const HeadsPlan& plan, int64_t tokens) {
-  using A = double;  // the widest accumulator
-  Heads<A> heads{plan, nullptr, 1, 1, 1, {}, {}, {}, {}, nullptr};
-  Arena arena(nullptr);
-  carve_operands(arena, heads);
-  return arena.bytes() + Chunks::most(tokens, plan.backward) * chunk_bytes<A>(plan);
+int64_t heads_workspace(const HeadsPlan& plan, int64_t tokens, int64_t acc_bytes) {
+  const auto bytes = [&](auto zero) {
+    using A = decltype(zero);
+    Heads<A> heads{plan, nullptr, 1, 1, 1, {}, {}, {}, {}, {}, nullptr};
+    Arena arena(nullptr);
+    carve_operands(arena, heads);
+    return arena.bytes() + Chunks::most(tokens, plan) * chunk_bytes<A>(plan);
+  };
+  return acc_bytes == sizeof(double) ? bytes(0.0) : bytes(0.0f);
 }
 
 template <typename T, typename W>
 Heads<T> prepare_heads(const HeadsPlan& plan, const HeadsInputs<T, W>& inputs, const W* R, const RowBlock& rows,
                        void* workspace) {
   using A = Acc<T>;
-  Heads<T> heads{plan, inputs.x, A(inputs.scaling), A(inputs.offset_scaling), 1, rows, {}, {}, {}, nullptr};
+  Heads<T> heads{plan, inputs.x, A(inputs.scaling), A(inputs.offset_scaling), 1, rows, {}, {}, {}, {}, nullptr};
   Arena arena(workspace);
   carve_operands(arena, heads);
   heads.chunks = static_cast<char*>(workspace) + arena.bytes();
@@ -254,21 +265,31 @@ template <typename T>
 void HeadsBlock<T>::pull(const T* dy, int64_t group, Small<const A> v) const {
   const int64_t rank = plan.shape.rank, outputs = plan.outputs();
   const Tall<const T> dy_of_group{dy + group * outputs, outputs, plan.shape.out_dim};
-  rows_dot(RowsDot<T>{rows, dy_of_group, {}, heads.bt_of(group), scratch.q, plan.mixed()});
+  const Small<A> dbt{scratch.dbt.row(group * plan.columns()), scratch.dbt.stride};
+  const Small<A> factors = v.data ? scratch.weighted : scratch.u;
+  for (int64_t i = 0; v.data && i < rows.count; ++i) {
+    for (int64_t h = 0; h < plan.heads(); ++h) {
+      const A weight = v.row(rows.row(i))[h];
+      for (int64_t j = h * rank; j < (h + 1) * rank; ++j) factors.row(i)[j] = weight * scratch.u.row(i)[j];
+    }
+  }
+  if (plan.many_ranks()) {
+    dot_outer(DotOuter<T>{rows, dy_of_group, heads.b_of(group), scratch.q, plan.mixed(), factors, plan.columns(), dbt,
+                          first_of_chunk});
+  } else {
+    rows_dot(RowsDot<T>{rows, dy_of_group, {}, heads.bt_of(group), scratch.q, plan.mixed()});
+    outer_add(OuterAdd<T>{rows, dy_of_group, {}, factors, plan.columns(), dbt, first_of_chunk});
+  }
   for (int64_t i = 0; i < rows.count; ++i) {
-    const A *q = scratch.q.row(i), *u = scratch.u.row(i);
+    const A* q = scratch.q.row(i);
     A* d_mixed = scratch.mixed.row(i);
     if (group == 0) std::fill_n(d_mixed, scratch.mixed.stride, A(0));
     for (int64_t h = 0; h < plan.heads(); ++h) {
-      const A weight = v.data ? v.row(rows.row(i))[h] : 1, factor = heads.scaling * weight;
+      const A factor = heads.scaling * (v.data ? v.row(rows.row(i))[h] : 1);
       for (int64_t j = h * rank; j < (h + 1) * rank; ++j) d_mixed[j] += factor * q[j];
-      for (int64_t j = h * rank; v.data && j < (h + 1) * rank; ++j) scratch.weighted.row(i)[j] = weight * u[j];
     }
     for (int64_t j = plan.columns(); j < plan.mixed(); ++j) d_mixed[j] += heads.offset_scaling * q[j];
   }
-  const Small<A> dbt{scratch.dbt.row(group * plan.columns()), scratch.dbt.stride};
-  outer_add(
-      OuterAdd<T>{rows, dy_of_group, {}, v.data ? scratch.weighted : scratch.u, plan.columns(), dbt, first_of_chunk});
 }
 
 template <typename T>
@@ -312,7 +333,7 @@ void finish_gradients(const Heads<T>& heads, Acc<T>* dA, Acc<T>* dB, Acc<T>* dR)
   const int64_t rank = plan.shape.rank, in_dim = plan.shape.in_dim, out_dim = plan.shape.out_dim;
   const int64_t outputs = plan.outputs();
   std::vector<ChunkScratch<A>> chunks;
-  for (int64_t k = 0; k < Chunks(heads.rows.count, true).count; ++k) chunks.push_back(scratch_of(heads, k));
+  for (int64_t k = 0; k < Chunks(heads.rows.count, plan).count; ++k) chunks.push_back(scratch_of(heads, k));
 
   // target = scale times the sum over the chunks of a row; source(chunk) is where it begins.
   const auto add_chunks = [&](A scale, int64_t columns, A* target, const auto& source) {

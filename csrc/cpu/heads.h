@@ -13,6 +13,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <vector>
 
@@ -42,6 +43,7 @@ struct HeadsPlan {
   int64_t heads() const { return summed() ? 1 : shape.heads; }
   int64_t columns() const { return heads() * shape.rank; }         // of u
   int64_t mixed() const { return columns() + shape.offset_rank; }  // columns of what the groups' bt multiply
+  bool many_ranks() const { return mixed() > kRankAlign; }         // worth products that want B itself too
   int64_t logits() const { return routed ? groups * shape.heads : 0; }
 
   // Products of x that make z: one, or one per mask.
@@ -62,9 +64,13 @@ struct HeadsPlan {
   Place offset() const;
 
   int64_t mask_row() const;  // elements of all masks of a row
+
+  // About as many rows as a chunk has at least: backward its sums of dB should be much smaller than its rows of dy.
+  int64_t chunk_rows() const { return backward ? std::max(4 * kRowBlock, 6 * mixed()) : kRowBlock; }
 };
 
-int64_t heads_workspace(const HeadsPlan& plan, int64_t tokens);  // bytes, for so many rows at most
+// Bytes, for so many rows at most and an accumulation type of acc_bytes.
+int64_t heads_workspace(const HeadsPlan& plan, int64_t tokens, int64_t acc_bytes);
 
 // A prepared projection: the small operands in the accumulation type, for rows [begin, end) of an order of rows.
 template <typename T>
@@ -76,9 +82,11 @@ struct Heads {
   DropoutBits masks;
   Small<Acc<T>> a;   // [the terms' ranks, each padded; in_dim] A, R and A0, term after term
   Small<Acc<T>> bt;  // [groups * (mixed padded), outputs] transposes of B and B0, of each group
+  Small<Acc<T>> b;   // backward, many ranks: [out_dim, mixed padded] B and B0
   char* chunks;      // their scratch
 
   Small<Acc<T>> bt_of(int64_t group) const { return {bt.row(group * round_up(plan.mixed(), kRankAlign)), bt.stride}; }
+  Small<Acc<T>> b_of(int64_t group) const { return {b.row(group * plan.outputs()), b.stride}; }
 };
 
 // What a chunk of rows needs of its own.
@@ -131,20 +139,19 @@ void finish_gradients(const Heads<T>& heads, Acc<T>* dA, Acc<T>* dB, Acc<T>* dR)
 
 // ---- Chunks
 
-// At most kMost of them, of whole blocks: enough for many threads, and each worth sums of its own.
+// Whole blocks in at most kMost chunks: enough for many threads, and a power of two, which threads share evenly.
 struct Chunks {
-  static constexpr int64_t kMost = 32;
+  static constexpr uint64_t kMost = 32;
 
   int64_t rows, count;  // rows of each but the last
 
-  Chunks(int64_t all, bool backward)
-      : rows(std::max(least(backward), round_up(ceil_div(all, kMost), kRowBlock))), count(ceil_div(all, rows)) {}
+  Chunks(int64_t all, const HeadsPlan& plan)
+      : rows(std::max(kRowBlock, round_up(ceil_div(all, most(all, plan)), kRowBlock))), count(ceil_div(all, rows)) {}
 
   // How many some of so many rows have at most.
-  static int64_t most(int64_t all, bool backward) { return std::min(kMost, ceil_div(all, least(backward))); }
-
- private:
-  static constexpr int64_t least(bool backward) { return backward ? 4 * kRowBlock : kRowBlock; }
+  static int64_t most(int64_t all, const HeadsPlan& plan) {
+    return std::min(kMost, std::bit_ceil(uint64_t(ceil_div(all, plan.chunk_rows()))));
+  }
 };
 
 template <typename T>
@@ -155,7 +162,7 @@ void begin_block(HeadsBlock<T>& block, int64_t first, int64_t count, bool first_
 // Calls body(block) for all blocks of rows, on all threads.
 template <typename T, typename Body>
 void for_blocks(const Heads<T>& heads, const Body& body) {
-  const Chunks chunks(heads.rows.count, heads.plan.backward);
+  const Chunks chunks(heads.rows.count, heads.plan);
   parallel_for(0, chunks.count, 1, [&](int64_t first_chunk, int64_t last_chunk) {
     for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
       HeadsBlock<T> block = begin_chunk(heads, chunk);

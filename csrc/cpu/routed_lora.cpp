@@ -86,12 +86,14 @@ void softmax_gradient(const HeadsBlock<T>& block, const RoutedLoraBackwardArgs<T
 
 }  // namespace
 
-int64_t routed_lora_forward_workspace(const HeadsShape& shape, const Routing& routing, bool dropout) {
-  return heads_workspace(plan_of(shape, routing, dropout, /*backward=*/false), shape.tokens);
+int64_t routed_lora_forward_workspace(const HeadsShape& shape, const Routing& routing, bool dropout,
+                                      int64_t acc_bytes) {
+  return heads_workspace(plan_of(shape, routing, dropout, /*backward=*/false), shape.tokens, acc_bytes);
 }
 
-int64_t routed_lora_backward_workspace(const HeadsShape& shape, const Routing& routing, bool dropout) {
-  return heads_workspace(plan_of(shape, routing, dropout, /*backward=*/true), shape.tokens);
+int64_t routed_lora_backward_workspace(const HeadsShape& shape, const Routing& routing, bool dropout,
+                                       int64_t acc_bytes) {
+  return heads_workspace(plan_of(shape, routing, dropout, /*backward=*/true), shape.tokens, acc_bytes);
 }
 
 template <typename T, typename W>

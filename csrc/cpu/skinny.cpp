@@ -1,83 +1,13 @@
-// Each product is made of tiles of vector accumulators that stay in registers: a tile reads every operand once and
-// does eight or more multiply-adds for a vector of x.
+// rows_dot, rank_add and add_up of skinny.h.
 #include "cpu/skinny.h"
 
 #include <algorithm>
 #include <vector>
 
-#include "cpu/dropout.h"
-#include "cpu/simd.h"
+#include "cpu/tiles.h"
 
 namespace align::cpu {
 namespace {
-
-// Accumulators of a tile: half of the 32 registers of AVX-512 and NEON, or of the 16 of AVX2 and SSE.
-#if defined(__x86_64__)
-template <int W>
-constexpr int kTile = W == 64 ? 16 : 8;
-#else
-template <int W>
-constexpr int kTile = 16;
-#endif
-constexpr int kRanks = kRankAlign;  // ranks of a tile of rows_dot and outer_add
-
-// Rows between what is computed and what is prefetched: a few where rows come one after the other, and the next block
-// where this one is in cache already.
-constexpr int64_t kNear = 8, kFar = kRowBlock;
-
-ALIGN_INLINE void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
-
-// Runs body(width, masked) with both as compile-time constants. Double, which only gradient checks use, has no wide
-// version.
-template <typename T, typename Body>
-void dispatch(bool masked, const Body& body) {
-  if constexpr (std::is_same_v<T, double>) {
-    constexpr std::integral_constant<int, 16> kNarrow;
-    masked ? body(kNarrow, std::true_type{}) : body(kNarrow, std::false_type{});
-  } else if (masked) {
-    run_widest([&](auto width) ALIGN_INLINE_LAMBDA { body(width, std::true_type{}); });
-  } else {
-    run_widest([&](auto width) ALIGN_INLINE_LAMBDA { body(width, std::false_type{}); });
-  }
-}
-
-// Where the rows of a block, and those to prefetch meanwhile, begin. Rows beyond the block's are its last.
-template <typename T>
-struct RowPointers {
-  T* at[kRowBlock];
-  T* ahead[kRowBlock];
-
-  RowPointers(const RowBlock& rows, const Tall<T>& x, int64_t distance) {
-    for (int64_t i = 0; i < kRowBlock; ++i) {
-      const int64_t row = std::min(i, rows.count - 1);
-      at[i] = x.row(rows.row(row));
-      ahead[i] = x.row(rows.row_ahead(row, distance));
-    }
-  }
-};
-
-// The masks of a block's rows.
-template <bool kMasked>
-struct RowMasks {
-  KeptRow at[kMasked ? kRowBlock : 1];
-
-  RowMasks(const RowBlock& rows, const KeepBits& keep) {
-    for (int64_t i = 0; kMasked && keep.bytes && i < kRowBlock; ++i) {
-      const int64_t row = std::min(i, rows.count - 1);
-      at[i] = kept_row(keep.bytes + row * keep.row_bytes, rows.row(row) * keep.row_elements, keep.first);
-    }
-  }
-
-  // v, columns c .. of row i, with the dropped ones zeroed.
-  template <int W, typename A>
-  ALIGN_INLINE Vec<A, W> apply(const Vec<A, W>& v, int64_t i, int64_t c) const {
-    if constexpr (kMasked) {
-      return zero_dropped<W, A>(v, at[i], c);
-    } else {
-      return v;
-    }
-  }
-};
 
 // ---- rows_dot
 
@@ -143,6 +73,7 @@ ALIGN_INLINE void term_products(const RankTerm<A>& term, int64_t t, int64_t c, V
   for (int i = 0; i < kRows; ++i) {
     for (int v = 0; v < kVecs; ++v) sum[i][v] = Vec<A, W>{};
   }
+#pragma GCC unroll 4
   for (int64_t j = 0; j < term.rank; ++j, ++g, b += term.b.stride) {
     Vec<A, W> columns[kVecs];
     for (int v = 0; v < kVecs; ++v) columns[v] = load<W>(b + v * kLanes<A, W>);
@@ -152,48 +83,57 @@ ALIGN_INLINE void term_products(const RankTerm<A>& term, int64_t t, int64_t c, V
   }
 }
 
-// Rows t .. t+3, kVecs vectors of columns from c on; unless kWhole only lanes columns of the last vector exist. The
-// sums of the first term stay in registers; those of further terms (kMany) go through the stack.
+// kRows rows from t on, kVecs vectors of columns from c on; unless kWhole only lanes columns of the last vector exist.
+// The sums of the first term stay in registers; those of further terms (kMany) go through the stack.
 template <int W, int kRows, int kVecs, bool kWhole, bool kMasked, bool kMany, typename T>
 ALIGN_INLINE void add_tile(const RankAdd<T>& op, const RowPointers<T>& out, const RowPointers<const T>& in,
                            const RowMasks<kMasked>* masks, int64_t t, int64_t c, int64_t lanes) {
   using A = Acc<T>;
   constexpr int kLane = kLanes<A, W>;
-  const auto term_value = [&](int64_t k, const Vec<A, W>& sum, int i, int v) ALIGN_INLINE_LAMBDA {
+  // Calls body(i, v, row, column) for the tile's vectors, unrolled: sums that a loop indexes would go through memory.
+  const auto each = [&](const auto& body) ALIGN_INLINE_LAMBDA {
+    const int64_t first_row = opaque(t), first_column = opaque(c);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 16
+      for (int v = 0; v < kVecs; ++v) body(i, v, first_row + i, first_column + v * kLane);
+    }
+  };
+  const auto load_y = [&](const T* p) ALIGN_INLINE_LAMBDA { return kWhole ? load<W>(p) : load_first<W>(p, lanes); };
+  const auto term_value = [&](int64_t k, const Vec<A, W>& sum, int64_t row, int64_t column) ALIGN_INLINE_LAMBDA {
     const RankTerm<A>& term = op.terms[k];
     if (kMasked && !term.keep.bytes) return term.scale * sum;
-    return term.scale * masks[k].template apply<W, A>(sum, t + i, c + v * kLane);
+    return term.scale * masks[k].template apply<W, A>(sum, row, column);
   };
   Vec<A, W> sum[kRows][kVecs];
   Vec<A, W> further[kRows][kVecs] = {};
   for (int64_t k = 1; kMany && k < op.count; ++k) {
     term_products<W>(op.terms[k], t, c, sum);
-    for (int i = 0; i < kRows; ++i) {
-      for (int v = 0; v < kVecs; ++v) further[i][v] += term_value(k, sum[i][v], i, v);
-    }
+    each([&](int i, int v, int64_t row, int64_t column)
+             ALIGN_INLINE_LAMBDA { further[i][v] += term_value(k, sum[i][v], row, column); });
   }
   if (op.in) {
-    for (int i = 0; i < kRows; ++i) {
-      for (int v = 0; v < kVecs; ++v) prefetch(in.ahead[t + i] + c + v * kLane);
-    }
+    each([&](int, int, int64_t row, int64_t column) ALIGN_INLINE_LAMBDA { prefetch(in.ahead[row] + column); });
   }
   term_products<W>(op.terms[0], t, c, sum);
-  for (int i = 0; i < kRows; ++i) {
-    if (t + i >= op.rows.count) break;
-    for (int v = 0; v < kVecs; ++v) {
-      const int64_t e = c + v * kLane;
-      Vec<A, W> y = {};
-      if (op.in) y = kWhole ? load<W>(in.at[t + i] + e) : load_first<W>(in.at[t + i] + e, lanes);
-      if (op.bias) y += kWhole ? load<W>(op.bias + e) : load_first<W>(op.bias + e, lanes);
-      y += term_value(0, sum[i][v], i, v);
-      if (kMany) y += further[i][v];
-      if (kWhole) {
-        store<W>(out.at[t + i] + e, y);
-      } else {
-        store_first<W>(out.at[t + i] + e, y, lanes);
-      }
-    }
+  each([&](int i, int v, int64_t row, int64_t column) ALIGN_INLINE_LAMBDA {
+    sum[i][v] = term_value(0, sum[i][v], row, column);
+    if (kMany) sum[i][v] += further[i][v];
+  });
+  if (op.in) {
+    each([&](int i, int v, int64_t row, int64_t column)
+             ALIGN_INLINE_LAMBDA { sum[i][v] += load_y(in.at[row] + column); });
   }
+  if (op.bias) {
+    each([&](int i, int v, int64_t, int64_t column) ALIGN_INLINE_LAMBDA { sum[i][v] += load_y(op.bias + column); });
+  }
+  each([&](int i, int v, int64_t row, int64_t column) ALIGN_INLINE_LAMBDA {
+    if (kWhole) {
+      store<W>(out.at[row] + column, sum[i][v]);
+    } else {
+      store_first<W>(out.at[row] + column, sum[i][v], lanes);
+    }
+  });
 }
 
 template <int W, bool kMasked, bool kMany, typename T>
@@ -206,66 +146,18 @@ ALIGN_INLINE void rank_add_tiles(const RankAdd<T>& op, const RowMasks<kMasked>* 
                                 kNear);
   for (int64_t first = 0; first < op.out.columns; first += kPanel) {
     const int64_t last = std::min(first + kPanel, op.out.columns);
-    for (int64_t t = 0; t < op.rows.count; t += kRows) {
+    const auto add_rows = [&](auto rows, int64_t t) ALIGN_INLINE_LAMBDA {
       int64_t c = first;
       for (; c + kWide <= last; c += kWide) {
-        add_tile<W, kRows, kVecs, true, kMasked, kMany, T>(op, out, in, masks, t, c, kLane);
+        add_tile<W, rows(), kVecs, true, kMasked, kMany, T>(op, out, in, masks, t, c, kLane);
       }
       for (; c < last; c += kLane) {
-        add_tile<W, kRows, 1, false, kMasked, kMany, T>(op, out, in, masks, t, c, std::min(kLane, last - c));
+        add_tile<W, rows(), 1, false, kMasked, kMany, T>(op, out, in, masks, t, c, std::min(kLane, last - c));
       }
-    }
-  }
-}
-
-// ---- outer_add
-
-// Ranks j .. j+7, kVecs vectors of columns from c on; unless kWhole only lanes columns of the last vector exist.
-template <int W, int kVecs, bool kWhole, bool kMasked, typename T>
-ALIGN_INLINE void outer_tile(const OuterAdd<T>& op, const RowPointers<const T>& x, const RowMasks<kMasked>& masks,
-                             int64_t j, int64_t c, int64_t lanes) {
-  using A = Acc<T>;
-  constexpr int kLane = kLanes<A, W>;
-  Vec<A, W> sum[kRanks][kVecs] = {};
-  for (int64_t t = 0; t < op.rows.count; ++t) {
-    const A* factor = op.g.row(t) + j;
-    Vec<A, W> xd[kVecs];
-    for (int v = 0; v < kVecs; ++v) {
-      const int64_t column = c + v * kLane;
-      const T* p = x.at[t] + column;
-      prefetch(x.ahead[t] + column);
-      xd[v] = masks.template apply<W, A>(kWhole ? load<W>(p) : load_first<W>(p, lanes), t, column);
-    }
-    for (int k = 0; k < kRanks; ++k) {
-      for (int v = 0; v < kVecs; ++v) sum[k][v] += xd[v] * factor[k];
-    }
-  }
-  for (int k = 0; k < kRanks; ++k) {
-    if (j + k >= op.rank) break;  // padding
-    for (int v = 0; v < kVecs; ++v) {
-      A* w = op.w.row(j + k) + c + v * kLane;
-      if (kWhole) {
-        store<W>(w, op.first ? sum[k][v] : load<W>(w) + sum[k][v]);
-      } else {
-        store_first<W>(w, op.first ? sum[k][v] : load_first<W>(w, lanes) + sum[k][v], lanes);
-      }
-    }
-  }
-}
-
-template <int W, bool kMasked, typename T>
-ALIGN_INLINE void outer_add_tiles(const OuterAdd<T>& op) {
-  constexpr int64_t kVecs = kTile<W> / kRanks, kLane = kLanes<Acc<T>, W>, kWide = kVecs * kLane;
-  const RowPointers<const T> x(op.rows, op.x, kFar);
-  const RowMasks<kMasked> masks(op.rows, op.keep);
-  for (int64_t j = 0; j < op.rank; j += kRanks) {
-    int64_t c = 0;
-    for (; c + kWide <= op.x.columns; c += kWide) {
-      outer_tile<W, kVecs, true, kMasked, T>(op, x, masks, j, c, kLane);
-    }
-    for (; c < op.x.columns; c += kLane) {
-      outer_tile<W, 1, false, kMasked, T>(op, x, masks, j, c, std::min(kLane, op.x.columns - c));
-    }
+    };
+    int64_t t = 0;
+    for (; t + kRows <= op.rows.count; t += kRows) add_rows(std::integral_constant<int, kRows>{}, t);
+    for (; t < op.rows.count; ++t) add_rows(std::integral_constant<int, 1>{}, t);
   }
 }
 
@@ -309,12 +201,6 @@ void rank_add(const RankAdd<T>& op) {
   });
 }
 
-template <typename T>
-void outer_add(const OuterAdd<T>& op) {
-  dispatch<T>(op.keep.bytes,
-              [&](auto width, auto masked) ALIGN_INLINE_LAMBDA { outer_add_tiles<width(), masked(), T>(op); });
-}
-
 template <typename A>
 void add_up(const A* const* parts, int64_t count, A scale, int64_t columns, A* w) {
   run_widest([&](auto width) ALIGN_INLINE_LAMBDA { add_up_columns<width()>(parts, count, scale, columns, w); });
@@ -324,8 +210,7 @@ template void add_up(const double* const*, int64_t, double, int64_t, double*);
 
 #define ALIGN_INSTANTIATE(T)                 \
   template void rows_dot(const RowsDot<T>&); \
-  template void rank_add(const RankAdd<T>&); \
-  template void outer_add(const OuterAdd<T>&);
+  template void rank_add(const RankAdd<T>&);
 ALIGN_INSTANTIATE(float)
 ALIGN_INSTANTIATE(double)
 ALIGN_INSTANTIATE(bfloat16)

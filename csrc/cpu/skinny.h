@@ -3,6 +3,7 @@
 //   rows_dot   out[i,j]  = sum_c xd[i,c] a[j,c]                            shrink, and its twin dz = dy B
 //   rank_add   y[i,c]    = y_in[i,c] + bias[c] + sum over terms of scale m[i,c] sum_j g[i,j] b[j,c]    expand, and dx
 //   outer_add  w[j,c]   += sum_i g[i,j] xd[i,c]                            dA and dB
+//   dot_outer  out[i,j]  = sum_c x[i,c] bt[c,j], w[j,c] += sum_i g[i,j] x[i,c]   dz and dB of more ranks, dy read once
 //   add_up     w[c]      = scale sum_k parts[k][c]                         what several outer_adds made
 //
 // xd is x with dropped elements zeroed and m is 0 or 1; dropout's 1/(1-p) is part of the scales. Big matrices are of
@@ -111,6 +112,22 @@ struct OuterAdd {
 };
 template <typename T>
 void outer_add(const OuterAdd<T>& op);
+
+// rows_dot of a, given as its transpose bt, and outer_add, for ranks that fill vectors of their own.
+template <typename T>
+struct DotOuter {
+  RowBlock rows;
+  Tall<const T> x;
+  Small<const Acc<T>> bt;  // [columns, rank padded with zeros to a multiple of kColumnAlign]
+  Small<Acc<T>> out;       // assigned, kRowBlock rows, padded like bt
+  int64_t rank;            // of bt and out
+  Small<const Acc<T>> g;
+  int64_t w_rank;
+  Small<Acc<T>> w;  // accumulated into
+  bool first;       // w is assigned instead
+};
+template <typename T>
+void dot_outer(const DotOuter<T>& op);
 
 // count parts, at least 1, that may be read up to a multiple of kColumnAlign columns.
 template <typename A>

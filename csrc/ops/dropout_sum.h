@@ -31,8 +31,8 @@ template <typename T, typename W = T>
 using DropoutSumBackwardArgs = HeadsBackwardArgs<T, W>;
 
 namespace cpu {  // T: float, double, bfloat16, float16; W: T, or float for 16-bit T
-int64_t dropout_sum_forward_workspace(const HeadsShape& shape, bool dropout);   // bytes
-int64_t dropout_sum_backward_workspace(const HeadsShape& shape, bool dropout);  // bytes
+int64_t dropout_sum_forward_workspace(const HeadsShape& shape, bool dropout, int64_t acc_bytes);   // bytes
+int64_t dropout_sum_backward_workspace(const HeadsShape& shape, bool dropout, int64_t acc_bytes);  // bytes
 template <typename T, typename W>
 void dropout_sum_forward(const DropoutSumForwardArgs<T, W>& args);
 template <typename T, typename W>

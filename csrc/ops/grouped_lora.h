@@ -79,8 +79,8 @@ struct GroupedLoraBackwardArgs {
 };
 
 namespace cpu {  // T: float, double, bfloat16, float16; W: T, or float for 16-bit T
-int64_t grouped_lora_forward_workspace(const GroupedLoraShape& shape, bool dropout);   // bytes
-int64_t grouped_lora_backward_workspace(const GroupedLoraShape& shape, bool dropout);  // bytes
+int64_t grouped_lora_forward_workspace(const GroupedLoraShape& shape, bool dropout, int64_t acc_bytes);   // bytes
+int64_t grouped_lora_backward_workspace(const GroupedLoraShape& shape, bool dropout, int64_t acc_bytes);  // bytes
 template <typename T, typename W>
 void grouped_lora_forward(const GroupedLoraForwardArgs<T, W>& args);
 template <typename T, typename W>

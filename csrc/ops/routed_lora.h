@@ -53,8 +53,10 @@ struct RoutedLoraBackwardArgs {
 };
 
 namespace cpu {  // T: float, double, bfloat16, float16; W: T, or float for 16-bit T
-int64_t routed_lora_forward_workspace(const HeadsShape& shape, const Routing& routing, bool dropout);   // bytes
-int64_t routed_lora_backward_workspace(const HeadsShape& shape, const Routing& routing, bool dropout);  // bytes
+int64_t routed_lora_forward_workspace(const HeadsShape& shape, const Routing& routing, bool dropout,
+                                      int64_t acc_bytes);  // bytes
+int64_t routed_lora_backward_workspace(const HeadsShape& shape, const Routing& routing, bool dropout,
+                                       int64_t acc_bytes);  // bytes
 template <typename T, typename W>
 void routed_lora_forward(const RoutedLoraForwardArgs<T, W>& args);
 template <typename T, typename W>

@@ -1,0 +1,163 @@
+// outer_add and dot_outer of skinny.h.
+#include <algorithm>
+
+#include "cpu/skinny.h"
+#include "cpu/tiles.h"
+
+namespace align::cpu {
+namespace {
+
+// ---- outer_add
+
+// Ranks j .. j+7, kVecs vectors of columns from c on; unless kWhole only lanes columns of the last vector exist.
+// load_x(t, column) is a vector of row t, or the first lanes of it.
+template <int W, int kVecs, bool kWhole, typename T, typename LoadX>
+ALIGN_INLINE void outer_tile(const OuterAdd<T>& op, const LoadX& load_x, int64_t j, int64_t c, int64_t lanes) {
+  using A = Acc<T>;
+  constexpr int kLane = kLanes<A, W>;
+  Vec<A, W> sum[kRanks][kVecs] = {};
+#pragma GCC unroll 4
+  for (int64_t t = 0; t < op.rows.count; ++t) {
+    const A* factor = op.g.row(t) + j;
+    Vec<A, W> xd[kVecs];
+    for (int v = 0; v < kVecs; ++v) xd[v] = load_x(t, c + v * kLane, std::bool_constant<kWhole>{}, lanes);
+    for (int k = 0; k < kRanks; ++k) {
+      for (int v = 0; v < kVecs; ++v) sum[k][v] += xd[v] * factor[k];
+    }
+  }
+#pragma GCC unroll 16
+  for (int k = 0; k < kRanks; ++k) {
+    if (j + k >= op.rank) continue;  // padding; not break, for a loop that can be left keeps the sums in memory
+#pragma GCC unroll 16
+    for (int v = 0; v < kVecs; ++v) {
+      A* w = op.w.row(j + k) + c + v * kLane;
+      if (kWhole) {
+        store<W>(w, op.first ? sum[k][v] : load<W>(w) + sum[k][v]);
+      } else {
+        store_first<W>(w, op.first ? sum[k][v] : load_first<W>(w, lanes) + sum[k][v], lanes);
+      }
+    }
+  }
+}
+
+template <int W, typename T, typename LoadX>
+ALIGN_INLINE void outer_tiles(const OuterAdd<T>& op, const LoadX& load_x) {
+  constexpr int64_t kVecs = kTile<W> / kRanks, kLane = kLanes<Acc<T>, W>, kWide = kVecs * kLane;
+  for (int64_t j = 0; j < op.rank; j += kRanks) {
+    int64_t c = 0;
+    for (; c + kWide <= op.x.columns; c += kWide) outer_tile<W, kVecs, true, T>(op, load_x, j, c, kLane);
+    for (; c < op.x.columns; c += kLane) {
+      outer_tile<W, 1, false, T>(op, load_x, j, c, std::min(kLane, op.x.columns - c));
+    }
+  }
+}
+
+template <int W, bool kMasked, typename T>
+ALIGN_INLINE void outer_add_tiles(const OuterAdd<T>& op) {
+  const RowPointers<const T> x(op.rows, op.x, kFar);
+  const RowMasks<kMasked> masks(op.rows, op.keep);
+  outer_tiles<W, T>(op, [&](int64_t t, int64_t column, auto whole, int64_t lanes) ALIGN_INLINE_LAMBDA {
+    const T* p = x.at[t] + column;
+    prefetch(x.ahead[t] + column);
+    return masks.template apply<W, Acc<T>>(whole() ? load<W>(p) : load_first<W>(p, lanes), t, column);
+  });
+}
+
+// ---- dot_outer
+
+// Columns of a block of x that stay in the first-level cache with as many rows of bt, up to rank 48.
+constexpr int64_t kPanelColumns = 128, kLineColumns = 16;
+
+// Adds the panel's kRows rows, times as many rows of bt, to kVecs vectors of ranks, and asks for as much of the rows at
+// ahead (or null).
+template <int W, int kRows, int kVecs, typename T>
+ALIGN_INLINE void ranks_tile(const Acc<T>* panel, int64_t width, const Acc<T>* bt, int64_t bt_stride, Acc<T>* out,
+                             int64_t out_stride, const T* const* ahead, int64_t ahead_first) {
+  using A = Acc<T>;
+  constexpr int kLane = kLanes<A, W>;
+  Vec<A, W> sum[kRows][kVecs];
+  for (int i = 0; i < kRows; ++i) {
+    for (int v = 0; v < kVecs; ++v) sum[i][v] = load<W>(out + i * out_stride + v * kLane);
+  }
+  for (int64_t line = 0; line < width; line += kLineColumns) {
+    for (int i = 0; ahead && i < kRows; ++i) prefetch(ahead[i] + ahead_first + line);
+    for (int64_t c = line; c < std::min(line + kLineColumns, width); ++c) {
+      Vec<A, W> ranks[kVecs];
+      for (int v = 0; v < kVecs; ++v) ranks[v] = load<W>(bt + c * bt_stride + v * kLane);
+      for (int i = 0; i < kRows; ++i) {
+        for (int v = 0; v < kVecs; ++v) sum[i][v] += ranks[v] * panel[i * kPanelColumns + c];
+      }
+    }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int v = 0; v < kVecs; ++v) store<W>(out + i * out_stride + v * kLane, sum[i][v]);
+  }
+}
+
+template <int W, typename T>
+ALIGN_INLINE void dot_outer_tiles(const DotOuter<T>& op) {
+  using A = Acc<T>;
+  constexpr int64_t kLane = kLanes<A, W>;
+  const RowPointers<const T> x(op.rows, op.x, kFar);
+  const int64_t ranks = round_up(op.rank, kColumnAlign), vecs = ranks / kLane;
+  for (int64_t t = 0; t < kRowBlock; ++t) std::fill_n(op.out.row(t), ranks, A(0));
+  alignas(64) A panel[kRowBlock * kPanelColumns];
+  for (int64_t first = 0; first < op.x.columns; first += kPanelColumns) {
+    const int64_t width = std::min(kPanelColumns, op.x.columns - first);
+    for (int64_t i = 0; i < kRowBlock; ++i) {
+      const T* row = x.at[i] + first;
+      A* target = panel + i * kPanelColumns;
+      int64_t c = 0;
+      for (; c + kLane <= width; c += kLane) store<W>(target + c, load<W>(row + c));
+      if (c < width) store<W>(target + c, load_first<W>(row + c, width - c));
+    }
+    const bool last = first + kPanelColumns >= op.x.columns;
+    const T* const* next = last ? x.ahead : x.at;
+    const int64_t next_first = last ? 0 : first + kPanelColumns;
+    const auto tiles = [&](auto count, int64_t v) ALIGN_INLINE_LAMBDA {
+      constexpr int kVecs = count(), kRows = kTile<W> / (kVecs == 3 ? 4 : kVecs);
+      for (int64_t t = 0; t < op.rows.count; t += kRows) {
+        ranks_tile<W, kRows, kVecs, T>(panel + t * kPanelColumns, width, op.bt.row(first) + v * kLane, op.bt.stride,
+                                       op.out.row(t) + v * kLane, op.out.stride, v == 0 ? next + t : nullptr,
+                                       next_first);
+      }
+    };
+    int64_t v = 0;
+    for (; v + 3 <= vecs; v += 3) tiles(std::integral_constant<int, 3>{}, v);
+    if (v + 2 == vecs) tiles(std::integral_constant<int, 2>{}, v);
+    if (v + 1 == vecs) tiles(std::integral_constant<int, 1>{}, v);
+    const OuterAdd<A> outer{all_rows(op.rows.count),
+                            {panel, width, kPanelColumns},
+                            {},
+                            op.g,
+                            op.w_rank,
+                            {op.w.data + first, op.w.stride},
+                            op.first};
+    outer_tiles<W, A>(outer, [&](int64_t t, int64_t column, auto, int64_t)
+                                 ALIGN_INLINE_LAMBDA { return load<W>(panel + t * kPanelColumns + column); });
+  }
+}
+
+}  // namespace
+
+template <typename T>
+void outer_add(const OuterAdd<T>& op) {
+  dispatch<T>(op.keep.bytes,
+              [&](auto width, auto masked) ALIGN_INLINE_LAMBDA { outer_add_tiles<width(), masked(), T>(op); });
+}
+
+template <typename T>
+void dot_outer(const DotOuter<T>& op) {
+  dispatch<T>([&](auto width) ALIGN_INLINE_LAMBDA { dot_outer_tiles<width(), T>(op); });
+}
+
+#define ALIGN_INSTANTIATE(T)                   \
+  template void outer_add(const OuterAdd<T>&); \
+  template void dot_outer(const DotOuter<T>&);
+ALIGN_INSTANTIATE(float)
+ALIGN_INSTANTIATE(double)
+ALIGN_INSTANTIATE(bfloat16)
+ALIGN_INSTANTIATE(float16)
+#undef ALIGN_INSTANTIATE
+
+}  // namespace align::cpu
