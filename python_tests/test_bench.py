@@ -71,16 +71,37 @@ def test_the_losses_in_plain_pytorch_are_those_of_the_reference():
 def test_ratios_are_of_the_same_round_and_goals_look_at_their_median():
     times = {"base": [1.0, 2.0, 4.0], "ours": [2.0, 2.0, 12.0], "other": [9.0, 9.0, 9.0]}
     goals = {"ours": Goal(2), "base": Goal(1.5, at_least=True), "other": Goal(9, in_ms=True)}
-    comparison = Comparison(times, goals=goals, baselines={"other": [3.0, 9.0, 1.0]})
+    comparison = Comparison(times, goals=goals, baselines={"ours": times["base"], "other": [3.0, 9.0, 1.0]})
     assert comparison.ratios("ours") == (1.5, 2, 2.5)
     assert comparison.ratios("other") == (2, 3, 6)
     assert [comparison.reaches(name) for name in times] == [False, True, True]
 
 
-def test_variants_take_turns():
+def test_variants_take_turns_and_the_first_one_is_called_before_and_after_every_four():
     calls = []
     measure({name: lambda n=name: calls.append(n) for name in "ab"}, 3, "cpu", repeats=2)
-    assert "".join(calls) == "ab" + "aabb" * 3
+    assert "".join(calls) == "ab" + "aa" + "bbaa" * 3
+    calls.clear()
+    measure({name: lambda n=name: calls.append(n) for name in "abcdefg"}, 2, "cpu")
+    assert "".join(calls) == "abcdefg" + "a" + "bcdeafga" * 2
+
+
+def test_a_ratio_is_to_the_mean_of_the_first_variants_times_before_and_after(monkeypatch):
+    seconds = iter([1, 1, 2, 9, 4, 12, 8])  # warm-up of both, then a b a b a
+    now = 0.0
+
+    def call():
+        nonlocal now
+        now += next(seconds) / 1e3
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    result = measure({"a": call, "b": call}, 2, "cpu")
+    assert result.times_ms == {"a": pytest.approx([2, 4, 8]), "b": pytest.approx([9, 12])}
+    assert result.baselines == {"b": pytest.approx([3, 6])}
+    assert result.ratios("b") == pytest.approx((2.25, 2.5, 2.75))
+    assert result.ratios("a") == (1, 1, 1)
+    assert result.per(2).times_ms["b"] == pytest.approx([4.5, 6])
+    assert result.per(2).ratios("b") == pytest.approx(result.ratios("b"))
 
 
 def test_a_short_call_is_repeated_until_its_row_takes_long_enough(monkeypatch):
@@ -94,13 +115,13 @@ def test_a_short_call_is_repeated_until_its_row_takes_long_enough(monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: now)
     calls = {"short": lambda: call("short", 0.002), "long": lambda: call("long", 0.03)}
     times = measure(calls, 3, "cpu", row_ms=10).times_ms
-    assert called == ["short", "long"] * 2 + (["short"] * 5 + ["long"]) * 3
-    assert times == {"short": pytest.approx([2] * 3), "long": pytest.approx([30] * 3)}
+    assert called == ["short", "long"] * 2 + ["short"] * 5 + (["long"] + ["short"] * 5) * 3
+    assert times == {"short": pytest.approx([2] * 4), "long": pytest.approx([30] * 3)}
 
 
 def test_a_visit_has_one_round_at_least_and_adds_to_those_before():
-    taken = visits({"a": lambda: None}, 9, "cpu", seconds=0)
-    assert [len(next(taken).times_ms["a"]) for _ in range(3)] == [1, 2, 3]
+    taken = visits(dict.fromkeys("ab", lambda: None), 9, "cpu", seconds=0)
+    assert [len(next(taken).times_ms["b"]) for _ in range(3)] == [1, 2, 3]
 
 
 def test_visits_to_one_comparison_lie_between_those_to_others_and_whole_steps_are_one(monkeypatch):
@@ -122,7 +143,7 @@ def test_visits_to_one_comparison_lie_between_those_to_others_and_whole_steps_ar
 
 def test_an_interrupted_run_shows_and_keeps_what_it_has(monkeypatch, capsys, tmp_path):
     def visit(_):
-        yield Comparison({"base": [1.0], "ours": [3.0]})
+        yield Comparison({"base": [1.0], "ours": [3.0]}, baselines={"ours": [1.0]})
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run, "SUITES", {"some": lambda _: iter([Case("a table", visit)])})
@@ -183,7 +204,7 @@ def test_every_suite_runs_and_writes_what_it_measured(bench, tmp_path):
     whole = next(c for title, c in results.items() if title.startswith("whole step"))
     assert whole["peak_mib"].keys() == whole["times_ms"].keys() == {models.FROZEN, "r_lora"}
     assert len(set(whole["peak_mib"].values())) > 1  # each its own, not that of the process which started it
-    lines = plots.points({title: Comparison(c["times_ms"], point=c["point"]) for title, c in results.items()})
+    lines = plots.points({title: Comparison(**c) for title, c in results.items()})
     assert lines.keys() == {"tokens", "rank", "heads", "tasks"}
     assert [value for value, *_ in lines["heads"]["r_lora"]] == [1, 2, 4, 8, 16]
 
@@ -191,7 +212,12 @@ def test_every_suite_runs_and_writes_what_it_measured(bench, tmp_path):
 def test_a_sweep_becomes_a_plot_with_a_panel_for_each_axis(tmp_path):
     pytest.importorskip("matplotlib")
     times = {"frozen": [1.0, 1.0, 2.0], "ours": [2.0, 3.0, 2.0]}
-    results = {f"{axis} {x}": Comparison(times, point=(axis, x)) for axis in ("rank", "tasks") for x in (1, 2)}
+    frozen = {"ours": times["frozen"]}
+    results = {
+        f"{axis} {x}": Comparison(times, baselines=frozen, point=(axis, x))
+        for axis in ("rank", "tasks")
+        for x in (1, 2)
+    }
     assert plots.points(results)["rank"] == {"ours": [(1, 1.5, 2, 2.5), (2, 1.5, 2, 2.5)]}
     assert plots.points(results)["tasks"].keys() == times.keys()
     with pytest.raises(ValueError, match="the ending must be one of"):

@@ -212,7 +212,7 @@ def _calls(setting: Setting, sizes: Sizes, count: int, _: Say) -> Iterator[Compa
         calls, setting.rounds, setting.device, host=True, repeats=2 * IN_A_ROW // count, row_ms=ROW_MS,
         seconds=setting.seconds,
     ):  # fmt: skip
-        result.times_ms = {name: [ms / count for ms in times] for name, times in result.times_ms.items()}
+        result = result.per(count)
         if count > 1:
             result.goals = dict.fromkeys(own, Goal(TINY_MS, in_ms=True))
         yield result

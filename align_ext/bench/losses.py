@@ -114,10 +114,11 @@ def dropout(tokens: int, width: int, dtype: torch.dtype, device: str) -> dict[st
 
 def _mask_alone(comparison: Comparison, dtype: torch.dtype) -> Comparison:
     """What dropout adds to a layer, round by round, and nn.Dropout beside it."""
-    without, with_it, module = comparison.times_ms.values()
-    added = [b - a for a, b in zip(without, with_it, strict=True)]
+    _, with_it, module = comparison.times_ms
+    added = [b - a for a, b in zip(comparison.baselines[with_it], comparison.times_ms[with_it], strict=True)]
     goal = Goal(DROPOUT_GOALS.get(dtype, 1), at_least=True)
-    return Comparison({"mask inside the op": added, "nn.Dropout": module}, goals={"nn.Dropout": goal})
+    times = {"mask inside the op": added, module: comparison.times_ms[module]}
+    return Comparison(times, baselines={module: added}, goals={module: goal})
 
 
 def losses(setting: Setting) -> Iterator[Case]:

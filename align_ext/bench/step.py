@@ -1,8 +1,8 @@
 """Whole training steps: tokens per second and memory, each variant in a process of its own.
 
-`python -m align_ext.bench.step JSON` is such a process: it makes its model, takes a first step, says so, then takes a
-step for each line that it reads and answers with its milliseconds; at the end of its input it tells its peak memory.
-The frozen model's process and those of up to TOGETHER variants live side by side and take turns.
+`python -m align_ext.bench.step JSON` is such a process: it makes its model and says so; it takes a step for each line
+that it reads and says so; at the end of its input it tells its peak memory. The frozen model's process and those of up
+to TOGETHER variants live side by side and take turns.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from align_ext.bench import models
 from align_ext.bench.baselines import Sizes
 from align_ext.bench.setting import TASKS, Case, Say, Setting, name_of
-from align_ext.bench.timing import Comparison, Goal, wall_clock
+from align_ext.bench.timing import Call, Comparison, Goal, measure
 
 TOGETHER = 4  # processes of variants; between steps each keeps its model and what its allocator does not give back
 
@@ -82,10 +82,12 @@ def serve(work: Work, commands: TextIO, answers: TextIO) -> None:
     """Takes a step for each line."""
     torch.set_num_threads(work.threads)
     step = make_step(work)
-    wall_clock(step)
     print("ready", file=answers, flush=True)
     for _ in commands:
-        print(wall_clock(step), file=answers, flush=True)
+        step()
+        if work.device == "cuda":
+            torch.cuda.synchronize()
+        print("taken", file=answers, flush=True)
     print(peak_mib(work.device), file=answers, flush=True)
 
 
@@ -110,11 +112,11 @@ class Process:
         self.process.communicate()
         self.errors.close()
 
-    def step(self) -> float:
-        """Milliseconds of one step."""
+    def step(self) -> None:
+        """Takes a step."""
         assert self.process.stdin is not None
         print("step", file=self.process.stdin, flush=True)
-        return float(self._answer())
+        self._answer()
 
     def finish(self) -> float:
         """Ends it; its peak memory in MiB."""
@@ -153,17 +155,15 @@ def _whole_steps(setting: Setting, dtype: str, say: Say) -> Iterator[Comparison]
             with ExitStack() as alive:
                 processes = {}
                 for index, variant in enumerate(group):
-                    say(f"first step of {variant} ({begin + index + 1} of {len(others)})")
+                    say(f"{variant} ({begin + index + 1} of {len(others)})")
                     processes[variant] = alive.enter_context(Process(work(setting, variant, dtype)))
-                rounds = []
-                for done in range(setting.step_rounds):
-                    say(f"{', '.join(group)}: round {done + 1} of {setting.step_rounds}")
-                    rounds.append([process.step() for process in (frozen, *processes.values())])
+                say(f"{', '.join(group)}: {setting.step_rounds} rounds")
+                steps: dict[str, Call] = {name: process.step for name, process in processes.items()}
+                result = measure({first: frozen.step, **steps}, setting.step_rounds, "cpu")
                 peak |= {variant: process.finish() for variant, process in processes.items()}
-            of_frozen, *of_group = map(list, zip(*rounds, strict=True))
-            times |= dict(zip(group, of_group, strict=True))
-            baselines |= dict.fromkeys(group, of_frozen)
-            times[first] += of_frozen
+            times[first] += result.times_ms.pop(first)
+            times |= result.times_ms
+            baselines |= result.baselines
         peak[first] = frozen.finish()
     result = Comparison(times, tokens=tokens, baselines=baselines, peak_mib=peak)
     if {"R-LoRA, loop", "LoRA, restructured"} <= set(others):

@@ -1,8 +1,9 @@
 """Interleaved timing: every variant once per round, medians and quartiles, ratios to the first variant.
 
-What a machine's other users, its clock and its memory do to a ratio changes within minutes. So the rounds of a
-comparison are not measured in one go but in visits, between which others have their turn: quartiles then show what
-another run may give.
+The first variant is measured before and after every few others, whose ratios are to the mean of both: a clock that
+changes within a round meets all alike. What a machine's other users and its memory do to a ratio changes within
+minutes. So the rounds of a comparison are not measured in one go but in visits, between which others have their turn:
+quartiles then show what another run may give.
 
 On a GPU a time is that between two CUDA events. Before each call the GPU clears a buffer for longer than the CPU takes
 to issue the call, so that the time is the device's alone (as in a model, where the CPU runs ahead) and the second-level
@@ -20,7 +21,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from rich.table import Table
 # On a CPU a short call is measured by many in a row: the first one after other work takes up to 0.3 ms more, which says
 # little about the call.
 ROW_MS = 20
+AT_A_TIME = 4  # variants between two calls of the first one
 CLEARED_BYTES = 512 << 20  # more than any second-level cache
 Call = Callable[[], object]
 
@@ -51,10 +53,10 @@ class Comparison:
     """What was measured of some variants.
 
     Attributes:
-        times_ms: milliseconds of each variant, one a round.
+        times_ms: milliseconds of each variant, one a round; more of the first one.
         bytes_moved: by each variant, if that is known.
         tokens: that a call of each variant works on, where tokens per second say something.
-        baselines: of variants that took turns with the first one two by two: its times in their rounds.
+        baselines: what the other variants' times are divided by: the first one's at the same time.
         peak_mib: the largest memory of each variant's process, or of the device.
         goals: of some variants.
         point: what is varied, and its value here: ("heads", 4), for plots.
@@ -70,10 +72,18 @@ class Comparison:
 
     def ratios(self, name: str) -> tuple[float, float, float]:
         """Lower quartile, median and upper quartile of a variant's ratio to the first one, round by round."""
-        baseline = self.baselines.get(name, next(iter(self.times_ms.values())))
+        baseline = self.baselines.get(name, self.times_ms[name])
         ratios = [v / b for v, b in zip(self.times_ms[name], baseline, strict=True)]
         low, mid, high = statistics.quantiles(ratios if len(ratios) > 1 else 2 * ratios, n=4, method="inclusive")
         return low, mid, high
+
+    def per(self, count: int) -> Comparison:
+        """The same of one of so many parts of each call."""
+        times, baselines = (
+            {name: [ms / count for ms in values] for name, values in of.items()}
+            for of in (self.times_ms, self.baselines)
+        )
+        return replace(self, times_ms=times, baselines=baselines)
 
     def reaches(self, name: str) -> bool | None:
         """Whether a variant reaches its goal by the median; None without one."""
@@ -154,14 +164,28 @@ def visits(
     if row_ms and device == "cpu":
         row = {name: max(repeats, round(row_ms / wall_clock(call))) for name, call in variants.items()}
     repeated = {name: _repeated(call, row[name]) for name, call in variants.items()}
+    first, *others = repeated
+    groups = [others[begin : begin + AT_A_TIME] for begin in range(0, max(len(others), 1), AT_A_TIME)]
+    baselines: dict[str, list[float]] = {name: [] for name in others}
+
+    def take(name: str) -> float:
+        times[name].append(clock(repeated[name]) / row[name])
+        return times[name][-1]
+
     while True:
         start = time.monotonic()
+        before = take(first)
         for done in range(rounds):
             if done and time.monotonic() - start > seconds:
                 break
-            for name, call in repeated.items():
-                times[name].append(clock(call) / row[name])
-        yield Comparison(times)
+            for group in groups:
+                for name in group:
+                    take(name)
+                after = take(first)
+                for name in group:
+                    baselines[name].append((before + after) / 2)
+                before = after
+        yield Comparison(times, baselines=baselines)
 
 
 def measure(variants: dict[str, Call], rounds: int, device: str, **options: Any) -> Comparison:
