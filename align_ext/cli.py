@@ -252,9 +252,10 @@ def bench(
 ) -> None:
     """Measures what adapters and alignment losses cost here, beside plain PyTorch and PEFT; under ten minutes.
 
-    The variants of a table take turns, so that whatever else the machine does meets them all. A ratio is the median,
-    over the rounds, of a variant's time divided by the first variant's, followed by its quartiles: 1.10 means that the
-    adapter adds 10% to the frozen layer. Times in ms hold for the machine of the first line only.
+    The variants of a table take turns, so that whatever else the machine does meets them all. A ratio is the median
+    of a variant's times divided by the first variant's just before and just after, followed by its quartiles: 1.10
+    means that the adapter adds 10% to the frozen layer. The rounds are spread over the whole run, so that another
+    run's medians lie within these quartiles or near them. Times in ms hold for the machine of the first line only.
 
     Suites:
 

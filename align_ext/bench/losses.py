@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -115,10 +116,11 @@ def dropout(tokens: int, width: int, dtype: torch.dtype, device: str) -> dict[st
 def _mask_alone(comparison: Comparison, dtype: torch.dtype) -> Comparison:
     """What dropout adds to a layer, round by round, and nn.Dropout beside it."""
     _, with_it, module = comparison.times_ms
-    added = [b - a for a, b in zip(comparison.baselines[with_it], comparison.times_ms[with_it], strict=True)]
+    rounds = zip(comparison.baselines[with_it], comparison.times_ms[with_it], strict=True)
+    added = [time - statistics.mean(without) for without, time in rounds]
     goal = Goal(DROPOUT_GOALS.get(dtype, 1), at_least=True)
     times = {"mask inside the op": added, module: comparison.times_ms[module]}
-    return Comparison(times, baselines={module: added}, goals={module: goal})
+    return Comparison(times, baselines={module: [(ms, ms) for ms in added]}, goals={module: goal})
 
 
 def losses(setting: Setting) -> Iterator[Case]:

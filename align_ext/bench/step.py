@@ -148,7 +148,7 @@ def _whole_steps(setting: Setting, dtype: str, say: Say) -> Iterator[Comparison]
     tokens = setting.batch * setting.seq_len
     peak: dict[str, float] = {}
     times: dict[str, list[float]] = {first: []}
-    baselines: dict[str, list[float]] = {}
+    baselines: dict[str, list[tuple[float, ...]]] = {}
     with Process(work(setting, first, dtype)) as frozen:
         for begin in range(0, len(others), TOGETHER):
             group = others[begin : begin + TOGETHER]

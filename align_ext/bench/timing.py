@@ -1,7 +1,7 @@
 """Interleaved timing: every variant once per round, medians and quartiles, ratios to the first variant.
 
-The first variant is measured before and after every few others, whose ratios are to the mean of both: a clock that
-changes within a round meets all alike. What a machine's other users and its memory do to a ratio changes within
+The first variant is measured before and after every few others, each of which has a ratio to both: a clock that changes
+within a round meets all alike. What a machine's other users and its memory do to a ratio changes within
 minutes. So the rounds of a comparison are not measured in one go but in visits, between which others have their turn:
 quartiles then show what another run may give.
 
@@ -56,7 +56,7 @@ class Comparison:
         times_ms: milliseconds of each variant, one a round; more of the first one.
         bytes_moved: by each variant, if that is known.
         tokens: that a call of each variant works on, where tokens per second say something.
-        baselines: what the other variants' times are divided by: the first one's at the same time.
+        baselines: of each time of another variant what it is divided by: the first one's before and after it.
         peak_mib: the largest memory of each variant's process, or of the device.
         goals: of some variants.
         point: what is varied, and its value here: ("heads", 4), for plots.
@@ -65,24 +65,26 @@ class Comparison:
     times_ms: dict[str, list[float]]
     bytes_moved: int | None = None
     tokens: int | None = None
-    baselines: dict[str, list[float]] = field(default_factory=dict)
+    baselines: dict[str, list[tuple[float, ...]]] = field(default_factory=dict)
     peak_mib: dict[str, float] = field(default_factory=dict)
     goals: dict[str, Goal] = field(default_factory=dict)
     point: tuple[str, int] | None = None
 
     def ratios(self, name: str) -> tuple[float, float, float]:
-        """Lower quartile, median and upper quartile of a variant's ratio to the first one, round by round."""
-        baseline = self.baselines.get(name, self.times_ms[name])
-        ratios = [v / b for v, b in zip(self.times_ms[name], baseline, strict=True)]
-        low, mid, high = statistics.quantiles(ratios if len(ratios) > 1 else 2 * ratios, n=4, method="inclusive")
+        """Lower quartile, median and upper quartile of a variant's ratios to the first one."""
+        if name not in self.baselines:
+            return 1.0, 1.0, 1.0
+        rounds = zip(self.times_ms[name], self.baselines[name], strict=True)
+        ratios = [time / baseline for time, baselines in rounds for baseline in baselines]
+        low, mid, high = statistics.quantiles(ratios, n=4, method="inclusive")
         return low, mid, high
 
     def per(self, count: int) -> Comparison:
         """The same of one of so many parts of each call."""
-        times, baselines = (
-            {name: [ms / count for ms in values] for name, values in of.items()}
-            for of in (self.times_ms, self.baselines)
-        )
+        times = {name: [ms / count for ms in values] for name, values in self.times_ms.items()}
+        baselines = {
+            name: [tuple(ms / count for ms in of_time) for of_time in values] for name, values in self.baselines.items()
+        }
         return replace(self, times_ms=times, baselines=baselines)
 
     def reaches(self, name: str) -> bool | None:
@@ -166,7 +168,7 @@ def visits(
     repeated = {name: _repeated(call, row[name]) for name, call in variants.items()}
     first, *others = repeated
     groups = [others[begin : begin + AT_A_TIME] for begin in range(0, max(len(others), 1), AT_A_TIME)]
-    baselines: dict[str, list[float]] = {name: [] for name in others}
+    baselines: dict[str, list[tuple[float, ...]]] = {name: [] for name in others}
 
     def take(name: str) -> float:
         times[name].append(clock(repeated[name]) / row[name])
@@ -183,7 +185,7 @@ def visits(
                     take(name)
                 after = take(first)
                 for name in group:
-                    baselines[name].append((before + after) / 2)
+                    baselines[name].append((before, after))
                 before = after
         yield Comparison(times, baselines=baselines)
 

@@ -68,8 +68,8 @@ ALIGN_INLINE void outer_add_tiles(const OuterAdd<T>& op) {
 // Columns of a block of x that stay in the first-level cache with as many rows of bt, up to rank 48.
 constexpr int64_t kPanelColumns = 128, kLineColumns = 16;
 
-// Adds kRows rows of the panel times bt, which has a row for each of its columns, to kVecs vectors of ranks of out; asks
-// for as many columns of the rows at ahead, if that is not null.
+// Adds kRows rows of the panel times bt, which has a row for each of its columns, to kVecs vectors of ranks of out;
+// asks for as many columns of the rows at ahead, if that is not null.
 template <int W, int kRows, int kVecs, typename T>
 ALIGN_INLINE void ranks_tile(const Acc<T>* panel, int64_t width, const Acc<T>* bt, int64_t bt_stride, Acc<T>* out,
                              int64_t out_stride, const T* const* ahead, int64_t ahead_first) {
