@@ -47,7 +47,7 @@ SUITES: dict[str, Callable[[Setting], Iterator[Case]]] = {
 }
 _QUICK = Setting(
     sizes=Sizes(tokens=16), shapes=((64, 96),), visits=3, rounds=1, compiled=0, model="tiny", batch=5, seq_len=8,
-    steps="few", goals=False,
+    step_rounds=3, steps="few", goals=False,
 )  # fmt: skip
 _FULL = Setting(
     visits=8, rounds=5, seconds=8, compiled=4, mixed=2, batch=8, step_rounds=5, steps="every",

@@ -49,10 +49,10 @@ class Setting:
     compiled: int = 1
     mixed: int = 1
     model: str = "random"
-    batch: int = 4
+    batch: int = 2
     seq_len: int = 128
     step_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
-    step_rounds: int = 3
+    step_rounds: int = 6
     steps: Literal["few", "usual", "every"] = "usual"
     goals: bool = True
 

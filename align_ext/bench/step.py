@@ -24,7 +24,7 @@ import torch
 from align_ext.bench import models
 from align_ext.bench.baselines import Sizes
 from align_ext.bench.setting import TASKS, Case, Say, Setting, name_of
-from align_ext.bench.timing import Call, Comparison, Goal, measure
+from align_ext.bench.timing import Baselines, Call, Comparison, Goal, measure
 
 TOGETHER = 4  # processes of variants; between steps each keeps its model and what its allocator does not give back
 
@@ -148,7 +148,7 @@ def _whole_steps(setting: Setting, dtype: str, say: Say) -> Iterator[Comparison]
     tokens = setting.batch * setting.seq_len
     peak: dict[str, float] = {}
     times: dict[str, list[float]] = {first: []}
-    baselines: dict[str, list[tuple[float, ...]]] = {}
+    baselines: Baselines = {}
     with Process(work(setting, first, dtype)) as frozen:
         for begin in range(0, len(others), TOGETHER):
             group = others[begin : begin + TOGETHER]

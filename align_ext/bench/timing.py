@@ -34,6 +34,7 @@ ROW_MS = 20
 AT_A_TIME = 4  # variants between two calls of the first one
 CLEARED_BYTES = 512 << 20  # more than any second-level cache
 Call = Callable[[], object]
+Baselines = dict[str, list[tuple[float, ...]]]
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Comparison:
     times_ms: dict[str, list[float]]
     bytes_moved: int | None = None
     tokens: int | None = None
-    baselines: dict[str, list[tuple[float, ...]]] = field(default_factory=dict)
+    baselines: Baselines = field(default_factory=dict)
     peak_mib: dict[str, float] = field(default_factory=dict)
     goals: dict[str, Goal] = field(default_factory=dict)
     point: tuple[str, int] | None = None
@@ -168,7 +169,7 @@ def visits(
     repeated = {name: _repeated(call, row[name]) for name, call in variants.items()}
     first, *others = repeated
     groups = [others[begin : begin + AT_A_TIME] for begin in range(0, max(len(others), 1), AT_A_TIME)]
-    baselines: dict[str, list[tuple[float, ...]]] = {name: [] for name in others}
+    baselines: Baselines = {name: [] for name in others}
 
     def take(name: str) -> float:
         times[name].append(clock(repeated[name]) / row[name])
