@@ -7,6 +7,7 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/amx.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 #include "ops/dtype.h"
@@ -66,14 +67,17 @@ void for_each_parallel_for(const Body& body) {
   cpu::set_parallel_for(nullptr);
 }
 
-// Runs body with each vector width this processor has.
+// Runs body with each vector width this processor has, and with AMX if it has that.
 template <typename Body>
 void for_each_vector_width(const Body& body) {
+  if (cpu::amx_usable()) body();
+  cpu::amx_allowed = false;
   for (int bytes : {16, 32, 64}) {
     cpu::vector_bytes_limit = bytes;
     body();
   }
   cpu::vector_bytes_limit = 64;
+  cpu::amx_allowed = true;
 }
 
 }  // namespace align::test

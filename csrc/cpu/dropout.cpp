@@ -17,6 +17,30 @@ ALIGN_INLINE Vec<uint64_t, W> low_product(const Vec<uint64_t, W>& a, const Vec<u
   return (a & uint64_t(0xFFFFFFFFu)) * b;
 }
 
+// The lanes' high halves in their low ones, by a shuffle: shifts share a port with the products.
+template <int W, int... word>
+ALIGN_INLINE Vec<uint64_t, W> high_words(const Vec<uint64_t, W>& v, std::integer_sequence<int, word...>) {
+  using Words = Vec<uint32_t, W>;
+  return Vec<uint64_t, W>(__builtin_shufflevector(Words(v), Words(v), (word | 1)...));
+}
+template <int W>
+ALIGN_INLINE Vec<uint64_t, W> high_words(const Vec<uint64_t, W>& v) {
+  return high_words<W>(v, std::make_integer_sequence<int, W / 4>{});
+}
+
+// a ^ b ^ key, of which GCC 12 makes two instructions.
+template <int W>
+ALIGN_INLINE Vec<uint64_t, W> exclusive_or(const Vec<uint64_t, W>& a, const Vec<uint64_t, W>& b, uint64_t key) {
+#ifdef ALIGN_X86_LEVELS
+  if constexpr (W == 64) {
+    Vec<uint64_t, W> result = a;
+    asm("vpternlogq $0x96, %2, %1, %0" : "+v"(result) : "v"(b), "v"(Vec<uint64_t, W>{} + key));
+    return result;
+  }
+#endif
+  return a ^ b ^ key;
+}
+
 template <int W, typename A>
 ALIGN_INLINE void drop_columns(A* row, int64_t columns, const KeptRow& kept, A scale) {
   constexpr int64_t kLane = kLanes<A, W>;
@@ -42,27 +66,44 @@ ALIGN_INLINE void DropoutBits::draw_units(uint64_t block, int64_t units, uint8_t
   using Lanes16 = Vec<uint16_t, W>;
   constexpr int kBlocks = W / 8;
   constexpr uint64_t kLow = 0xFFFFFFFFu, kLaneBits = 0x0008000400020001u;  // 16-bit lane l holds 1 << l
-  U counter, multiplier0 = U{} + kPhiloxMultiplier0, multiplier1 = U{} + kPhiloxMultiplier1;
+  const U multiplier0 = U{} + kPhiloxMultiplier0, multiplier1 = U{} + kPhiloxMultiplier1;
+  U counter;
   for (int lane = 0; lane < kBlocks; ++lane) counter[lane] = block + lane;
   const Lanes16 limit = Lanes16{} + uint16_t(threshold_);
-  const int64_t vectors = units * (kUnit / 8 / kBlocks);
-  for (int64_t v = 0; v < vectors; ++v) {
-    U c0 = counter, c1 = counter >> 32, c2 = U{} + offset_, c3 = c2 >> 32;
-    counter += uint64_t(kBlocks);
-    for (int round = 0; round < kPhiloxRounds; ++round) {
-      const U product0 = low_product<W>(c0, multiplier0), product1 = low_product<W>(c2, multiplier1);
-      c0 = (product1 >> 32) ^ c1 ^ key_[round][0];
-      c1 = product1;
-      c2 = (product0 >> 32) ^ c3 ^ key_[round][1];
-      c3 = product0;
+  // Draws as many vectors: rounds wait for each other, so two are on their way together.
+  const auto draw_vectors = [&](auto many, int64_t v) ALIGN_INLINE_LAMBDA {
+    constexpr int kMany = many();
+    U c0[kMany], c1[kMany], c2[kMany], c3[kMany];
+    for (int k = 0; k < kMany; ++k, counter += uint64_t(kBlocks)) {
+      c0[k] = counter;
+      c1[k] = counter >> 32;
+      c2[k] = U{} + offset_;
+      c3[k] = c2[k] >> 32;
     }
-    const U low = U(Lanes16((c0 & kLow) | c1 << 32) >= limit), high = U(Lanes16((c2 & kLow) | c3 << 32) >= limit);
-    U bits = (low & kLaneBits) | (high & (kLaneBits << 4));
-    bits |= bits >> 32;
-    bits |= bits >> 16;
-    const auto packed = __builtin_convertvector(bits, Vec<uint8_t, kBlocks>);
-    std::memcpy(bytes + v * kBlocks, &packed, sizeof packed);
-  }
+#pragma GCC unroll 10
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      for (int k = 0; k < kMany; ++k) {
+        const U product0 = low_product<W>(c0[k], multiplier0), product1 = low_product<W>(c2[k], multiplier1);
+        c0[k] = exclusive_or<W>(high_words<W>(product1), c1[k], key_[round][0]);
+        c1[k] = product1;
+        c2[k] = exclusive_or<W>(high_words<W>(product0), c3[k], key_[round][1]);
+        c3[k] = product0;
+      }
+    }
+    for (int k = 0; k < kMany; ++k) {
+      const U low = U(Lanes16((c0[k] & kLow) | c1[k] << 32) >= limit);
+      const U high = U(Lanes16((c2[k] & kLow) | c3[k] << 32) >= limit);
+      U bits = (low & kLaneBits) | (high & (kLaneBits << 4));
+      bits |= bits >> 32;
+      bits |= bits >> 16;
+      const auto packed = __builtin_convertvector(bits, Vec<uint8_t, kBlocks>);
+      std::memcpy(bytes + (v + k) * kBlocks, &packed, sizeof packed);
+    }
+  };
+  const int64_t vectors = units * (kUnit / 8 / kBlocks);
+  int64_t v = 0;
+  for (; v + 2 <= vectors; v += 2) draw_vectors(std::integral_constant<int, 2>{}, v);
+  if (v < vectors) draw_vectors(std::integral_constant<int, 1>{}, v);
 }
 
 void DropoutBits::draw(int64_t first, int64_t count, uint8_t* bytes) const {
@@ -72,10 +113,14 @@ void DropoutBits::draw(int64_t first, int64_t count, uint8_t* bytes) const {
 }
 
 template <typename A>
-void drop(A* row, int64_t columns, const KeptRow& kept, A scale) {
-  run_widest([&](auto width) ALIGN_INLINE_LAMBDA { drop_columns<width()>(row, columns, kept, scale); });
+void drop_rows(A* data, int64_t stride, int64_t rows, int64_t columns, const KeptRow& first, A scale) {
+  run_widest([&](auto width) ALIGN_INLINE_LAMBDA {
+    for (int64_t i = 0; i < rows; ++i) {
+      drop_columns<width()>(data + i * stride, columns, kept_row(first.bytes, first.shift + i * columns), scale);
+    }
+  });
 }
-template void drop(float*, int64_t, const KeptRow&, float);
-template void drop(double*, int64_t, const KeptRow&, double);
+template void drop_rows(float*, int64_t, int64_t, int64_t, const KeptRow&, float);
+template void drop_rows(double*, int64_t, int64_t, int64_t, const KeptRow&, double);
 
 }  // namespace align::cpu

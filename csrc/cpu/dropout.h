@@ -15,7 +15,7 @@ class DropoutBits {
   DropoutBits(uint64_t seed, uint64_t offset, uint32_t threshold);  // dropout_threshold(p), at most 65535
 
   // Bytes that draw writes for count elements, and zero_dropped may read.
-  static constexpr int64_t bytes(int64_t count) { return (count + 7 + kUnit - 1) / kUnit * (kUnit / 8) + 4; }
+  static constexpr int64_t bytes(int64_t count) { return (count + 7 + kUnit - 1) / kUnit * (kUnit / 8) + 8; }
 
   void draw(int64_t first, int64_t count, uint8_t* bytes) const;
 
@@ -36,11 +36,8 @@ struct KeptRow {
   uint32_t shift;
 };
 
-// Of a row that begins at element start, and whose bits from there on are drawn at bytes: columns from its first on.
-inline KeptRow kept_row(const uint8_t* bytes, int64_t start, int64_t first) {
-  const int64_t bit = start % 8 + first;
-  return {bytes + bit / 8, uint32_t(bit % 8)};
-}
+// Of a row whose column 0 has that bit of bytes.
+inline KeptRow kept_row(const uint8_t* bytes, int64_t bit) { return {bytes + bit / 8, uint32_t(bit % 8)}; }
 
 // v, columns c .. of a row, with the dropped ones zeroed; c is a multiple of the lanes.
 template <int W, typename A>
@@ -51,8 +48,8 @@ ALIGN_INLINE Vec<A, W> zero_dropped(const Vec<A, W>& v, const KeptRow& row, int6
   return keep_lanes<W, A>(v, window >> (kWholeBytes ? row.shift : row.shift + uint32_t(c % 8)));
 }
 
-// row[c] = scale * row[c] where column c is kept, and 0 elsewhere.
+// Rows a stride apart, whose elements are numbered on from row to row: scale times what is kept, 0 elsewhere.
 template <typename A>
-void drop(A* row, int64_t columns, const KeptRow& kept, A scale);
+void drop_rows(A* data, int64_t stride, int64_t rows, int64_t columns, const KeptRow& first, A scale);
 
 }  // namespace align::cpu

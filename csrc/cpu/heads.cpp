@@ -12,6 +12,14 @@ int64_t padded(int64_t rank) { return round_up(rank, kRankAlign); }
 
 int64_t a_rows(const HeadsPlan& plan) { return plan.a_row(plan.terms()); }
 
+// Of so many columns of a (or bt, for a given pass).
+int64_t a_tiles(const HeadsPlan& plan, int64_t rank) {
+  return plan.backward ? add_tiles(rank, plan.shape.in_dim) : dot_tiles(rank, plan.shape.in_dim);
+}
+int64_t bt_tiles(const HeadsPlan& plan) {
+  return plan.backward ? dot_tiles(plan.mixed(), plan.outputs()) : add_tiles(plan.mixed(), plan.outputs());
+}
+
 // ---- Workspace: the operands of all chunks, then the chunks' scratch
 
 template <typename T>
@@ -19,20 +27,29 @@ void carve_operands(Arena& arena, Heads<T>& heads) {
   const HeadsPlan& plan = heads.plan;
   heads.a = arena.take_small<Acc<T>>(a_rows(plan), round_up(plan.shape.in_dim, kColumnAlign));
   heads.bt = arena.take_small<Acc<T>>(plan.groups * padded(plan.mixed()), round_up(plan.outputs(), kColumnAlign));
+  if (sizeof(Acc<T>) == sizeof(float) && use_amx<bfloat16>()) {
+    heads.a_tiles = arena.take<bfloat16>(plan.a_tile(plan.terms()));
+    heads.bt_tiles = arena.take<bfloat16>(plan.groups * bt_tiles(plan));
+  }
   if (!plan.backward || !plan.many_ranks()) return;
   heads.b = arena.take_small<Acc<T>>(plan.shape.out_dim, round_up(plan.mixed(), kColumnAlign));
 }
 
 template <typename A>
 ChunkScratch<A> carve_chunk(Arena& arena, const HeadsPlan& plan) {
-  const auto of_block = [&](int64_t rank) { return arena.take_small<A>(kRowBlock, padded(rank)); };
+  const auto of_block = [&](int64_t rank) { return arena.take_small<A>(kRowBlock, round_up(rank, kColumnAlign)); };
   ChunkScratch<A> s;
   if (plan.dropout) s.keep = arena.take<uint8_t>(kRowBlock * DropoutBits::bytes(plan.mask_row()));
   for (int64_t k = 0; k < plan.terms(); ++k) s.g.push_back(of_block(plan.rank(k)));
   s.u = of_block(plan.columns());
   s.mixed = of_block(plan.mixed());
+  if (sizeof(A) == sizeof(float) && use_amx<bfloat16>()) {
+    int64_t of_terms = 0;
+    for (int64_t k = 0; k < plan.terms(); ++k) of_terms += factor_tiles(plan.rank(k));
+    s.factors = arena.take<bfloat16>(std::max(of_terms, factor_tiles(plan.mixed())));
+  }
   if (!plan.backward) return s;
-  s.q = of_block(round_up(plan.mixed(), kColumnAlign));
+  s.q = of_block(plan.mixed());
   s.weighted = of_block(plan.routed ? plan.columns() : 0);
   s.da = arena.take_small<A>(a_rows(plan), round_up(plan.shape.in_dim, kColumnAlign));
   s.dbt = arena.take_small<A>(plan.groups * plan.columns(), round_up(plan.outputs(), kColumnAlign));
@@ -81,7 +98,7 @@ void prepare_columns(const Heads<T>& heads, const HeadsInputs<T, W>& in, const W
     }
     const Operand<W> b0 = transpose_of(in.B0 + g * outputs * offset_rank, outputs, offset_rank);
     add_columns<T>(b0, {bt.row(plan.columns()), bt.stride}, first, last);
-    if (!heads.b.data) continue;
+    if (!heads.b.data || heads.amx) continue;
     const Small<Acc<T>> b = heads.b_of(g);
     for (int64_t c = first; c < std::min(last, outputs); ++c) {
       for (int64_t j = 0; j < plan.mixed(); ++j) b.row(c)[j] = bt.row(j)[c];
@@ -90,13 +107,31 @@ void prepare_columns(const Heads<T>& heads, const HeadsInputs<T, W>& in, const W
   }
 }
 
-// Masks what belongs to all heads' latents of row i of a block, if they are masked.
+// Columns [first, last) of the tiles, after prepare_columns.
 template <typename T>
-void mask_latents(const HeadsBlock<T>& block, int64_t i, Acc<T>* of_heads) {
+void prepare_tiles(const Heads<T>& heads, int64_t first, int64_t last) {
+  const HeadsPlan& plan = heads.plan;
+  const auto pack = [&](const Small<const float>& small, int64_t rank, int64_t columns, bool dot, bfloat16* tiles) {
+    (dot ? pack_dot_tiles : pack_add_tiles)(small, rank, first, std::min(last, columns), tiles);
+  };
+  for (int64_t k = 0; k < plan.terms(); ++k) {
+    if (plan.shares_a(k)) continue;
+    const Small<const float> a{heads.a.row(plan.a_row(k)), heads.a.stride};
+    pack(a, plan.rank(k), plan.shape.in_dim, !plan.backward, heads.a_tiles + plan.a_tile(k));
+  }
+  for (int64_t g = 0; g < plan.groups; ++g) {
+    pack(heads.bt_of(g), plan.mixed(), plan.outputs(), plan.backward, heads.bt_tiles + g * bt_tiles(plan));
+  }
+}
+
+// Masks what belongs to all heads' latents in the rows of a block, if they are masked.
+template <typename T>
+void mask_latents(const HeadsBlock<T>& block, const Small<Acc<T>>& of_heads) {
   if (!block.plan.masks_latents()) return;
   const int64_t elements = block.plan.mask_row();
-  const uint8_t* bytes = block.scratch.keep + i * DropoutBits::bytes(elements);
-  drop(of_heads, elements, kept_row(bytes, block.rows.row(i) * elements, 0), block.heads.mask_scale);
+  const KeepBits keep{block.scratch.keep, 0, elements, 0};
+  drop_rows(of_heads.data, of_heads.stride, block.rows.count, elements, kept_row(keep.bytes, keep.begin(block.rows, 0)),
+            block.heads.mask_scale);
 }
 
 template <typename T>
@@ -128,13 +163,20 @@ int64_t HeadsPlan::rank(int64_t term) const {
          (term == offset().term ? shape.offset_rank : 0);
 }
 
+// Where a term's share of a begins, if that of a term k takes size(k).
+template <typename Size>
+static int64_t begin_of(const HeadsPlan& plan, int64_t term, const Size& size) {
+  int64_t begin = 0;
+  for (int64_t k = 0; k < term; ++k) begin += plan.shares_a(k + 1) ? 0 : size(k);
+  return begin;
+}
+
 int64_t HeadsPlan::a_row(int64_t term) const {
-  int64_t row = 0;
-  for (int64_t k = 0; k < term; ++k) {
-    const bool shared = is_part(k) && is_part(k + 1) && !shape.own_A;  // the parts have one A
-    row += shared ? 0 : padded(rank(k));
-  }
-  return row;
+  return begin_of(*this, term, [&](int64_t k) { return padded(rank(k)); });
+}
+
+int64_t HeadsPlan::a_tile(int64_t term) const {
+  return begin_of(*this, term, [&](int64_t k) { return a_tiles(*this, rank(k)); });
 }
 
 int64_t HeadsPlan::mask_row() const {
@@ -154,7 +196,7 @@ int64_t HeadsPlan::mask_row() const {
 int64_t heads_workspace(const HeadsPlan& plan, int64_t tokens, int64_t acc_bytes) {
   const auto bytes = [&](auto zero) {
     using A = decltype(zero);
-    Heads<A> heads{plan, nullptr, 1, 1, 1, {}, {}, {}, {}, {}, nullptr};
+    Heads<A> heads{plan, nullptr, 1, 1, 1, {}, {}, {}, {}, {}, false, nullptr, nullptr, nullptr};
     Arena arena(nullptr);
     carve_operands(arena, heads);
     return arena.bytes() + Chunks::most(tokens, plan) * chunk_bytes<A>(plan);
@@ -166,7 +208,9 @@ template <typename T, typename W>
 Heads<T> prepare_heads(const HeadsPlan& plan, const HeadsInputs<T, W>& inputs, const W* R, const RowBlock& rows,
                        void* workspace) {
   using A = Acc<T>;
-  Heads<T> heads{plan, inputs.x, A(inputs.scaling), A(inputs.offset_scaling), 1, rows, {}, {}, {}, {}, nullptr};
+  Heads<T> heads{
+      plan,    inputs.x, A(inputs.scaling), A(inputs.offset_scaling), 1, rows, {}, {}, {}, {}, use_amx<T>(), nullptr,
+      nullptr, nullptr};
   Arena arena(workspace);
   carve_operands(arena, heads);
   heads.chunks = static_cast<char*>(workspace) + arena.bytes();
@@ -178,6 +222,9 @@ Heads<T> prepare_heads(const HeadsPlan& plan, const HeadsInputs<T, W>& inputs, c
   parallel_for(0, ceil_div(std::max(heads.a.stride, heads.bt.stride), kPrepareColumns), 4,
                [&](int64_t begin, int64_t end) {
                  prepare_columns(heads, inputs, R, begin * kPrepareColumns, end * kPrepareColumns);
+                 if constexpr (kAmxExists && std::is_same_v<A, float>) {
+                   if (heads.amx) prepare_tiles(heads, begin * kPrepareColumns, end * kPrepareColumns);
+                 }
                });
   return heads;
 }
@@ -194,7 +241,8 @@ HeadsBlock<T> begin_chunk(const Heads<T>& heads, int64_t chunk) {
     const int64_t elements = plan.mask_row();
     const KeepBits keep{masked ? s.keep : nullptr, DropoutBits::bytes(elements), elements, k * plan.shape.in_dim};
     const Small<Acc<T>> a{heads.a.row(plan.a_row(k)), heads.a.stride};
-    block.terms.push_back({keep, s.g[k], a, plan.rank(k), masked ? heads.mask_scale : 1});
+    const bfloat16* tiles = heads.amx ? heads.a_tiles + plan.a_tile(k) : nullptr;
+    block.terms.push_back({keep, s.g[k], a, plan.rank(k), masked ? heads.mask_scale : 1, tiles});
   }
   return block;
 }
@@ -204,10 +252,12 @@ void begin_block(HeadsBlock<T>& block, int64_t first, int64_t count, bool first_
   const RowBlock& all = block.heads.rows;
   block.first_of_chunk = first_of_chunk;
   block.rows = {all.order, all.first + first, count, all.end};
+  if (!block.plan.dropout) return;
   const int64_t elements = block.plan.mask_row();
-  for (int64_t i = 0; block.plan.dropout && i < count; ++i) {
-    uint8_t* bytes = block.scratch.keep + i * DropoutBits::bytes(elements);
-    block.heads.masks.draw(block.rows.row(i) * elements, elements, bytes);
+  const DropoutBits& masks = block.heads.masks;
+  if (!all.order) return masks.draw(block.rows.first * elements, count * elements, block.scratch.keep);
+  for (int64_t i = 0; i < count; ++i) {
+    masks.draw(block.rows.row(i) * elements, elements, block.scratch.keep + i * DropoutBits::bytes(elements));
   }
 }
 
@@ -217,7 +267,7 @@ template <typename T>
 void HeadsBlock<T>::shrink(A* z) const {
   const HeadsShape& shape = plan.shape;
   for (const RankTerm<A>& term : terms) {
-    rows_dot(RowsDot<T>{rows, {heads.x, shape.in_dim}, term.keep, term.b, term.g, term.rank});
+    rows_dot(RowsDot<T>{rows, {heads.x, shape.in_dim}, term.keep, term.b, term.g, term.rank, term.tiles});
     for (int64_t i = 0; i < rows.count && term.scale != 1; ++i) {
       for (int64_t j = 0; j < term.rank; ++j) term.g.row(i)[j] *= term.scale;
     }
@@ -236,8 +286,8 @@ void HeadsBlock<T>::make_heads(const A* z) const {
     const A* row = z + rows.row(i) * latents * rank;
     for (int64_t h = 0; h < plan.heads(); ++h) std::copy_n(row + (latents > 1 ? h * rank : 0), rank, u + h * rank);
     std::fill(u + plan.columns(), scratch.u.row(i + 1), A(0));
-    mask_latents(*this, i, u);
   }
+  mask_latents(*this, scratch.u);
 }
 
 template <typename T>
@@ -254,9 +304,14 @@ void HeadsBlock<T>::expand(int64_t group, Small<const A> v, const T* y_in, const
     for (int64_t j = 0; j < offset_rank; ++j) mixed[plan.columns() + j] = heads.offset_scaling * offset[j];
   }
   const int64_t outputs = plan.outputs(), first = group * outputs;
-  const RankTerm<A> low_rank{{}, scratch.mixed, heads.bt_of(group), plan.mixed(), 1};
-  rank_add(RankAdd<T>{
-      rows, y_in + first, {y + first, outputs, plan.shape.out_dim}, &low_rank, 1, bias ? bias + first : nullptr});
+  const RankTerm<A> low_rank{{}, scratch.mixed, heads.bt_of(group), plan.mixed(), 1, heads.bt_tiles_of(group)};
+  rank_add(RankAdd<T>{rows,
+                      y_in + first,
+                      {y + first, outputs, plan.shape.out_dim},
+                      &low_rank,
+                      1,
+                      bias ? bias + first : nullptr,
+                      scratch.factors});
 }
 
 // ---- Backward
@@ -273,9 +328,10 @@ void HeadsBlock<T>::pull(const T* dy, int64_t group, Small<const A> v) const {
       for (int64_t j = h * rank; j < (h + 1) * rank; ++j) factors.row(i)[j] = weight * scratch.u.row(i)[j];
     }
   }
-  if (plan.many_ranks()) {
-    dot_outer(DotOuter<T>{rows, dy_of_group, heads.b_of(group), scratch.q, plan.mixed(), factors, plan.columns(), dbt,
-                          first_of_chunk});
+  if (plan.many_ranks() || heads.amx) {
+    const Small<const A> b = heads.amx ? Small<const A>{} : heads.b_of(group);
+    dot_outer(DotOuter<T>{rows, dy_of_group, b, scratch.q, plan.mixed(), factors, plan.columns(), dbt, first_of_chunk,
+                          heads.bt_tiles_of(group), scratch.factors});
   } else {
     rows_dot(RowsDot<T>{rows, dy_of_group, {}, heads.bt_of(group), scratch.q, plan.mixed()});
     outer_add(OuterAdd<T>{rows, dy_of_group, {}, factors, plan.columns(), dbt, first_of_chunk});
@@ -295,14 +351,14 @@ void HeadsBlock<T>::pull(const T* dy, int64_t group, Small<const A> v) const {
 template <typename T>
 void HeadsBlock<T>::latent_gradient(const A* dz_in) const {
   const int64_t rank = plan.shape.rank, latents = plan.shape.latents();
+  mask_latents(*this, scratch.mixed);
   for (int64_t i = 0; i < rows.count; ++i) {
     for (int64_t l = 0; l < latents; ++l) {
       A* dz = at(plan.latent(l), i);
       std::fill_n(dz, rank, A(0));
       if (dz_in) std::copy_n(dz_in + (rows.row(i) * latents + l) * rank, rank, dz);
     }
-    A* d_mixed = scratch.mixed.row(i);
-    mask_latents(*this, i, d_mixed);
+    const A* d_mixed = scratch.mixed.row(i);
     for (int64_t h = 0; h < plan.heads(); ++h) {
       A* dz = at(plan.latent(latents > 1 ? h : 0), i);
       for (int64_t j = 0; j < rank; ++j) dz[j] += d_mixed[h * rank + j];
@@ -316,12 +372,17 @@ void HeadsBlock<T>::latent_gradient(const A* dz_in) const {
 template <typename T>
 void HeadsBlock<T>::input_gradient(const T* dx_in, T* dx) const {
   const int64_t in_dim = plan.shape.in_dim;
-  if (dx) rank_add(RankAdd<T>{rows, dx_in, {dx, in_dim}, terms.data(), plan.terms()});
+  if (dx) rank_add(RankAdd<T>{rows, dx_in, {dx, in_dim}, terms.data(), plan.terms(), nullptr, scratch.factors});
   for (int64_t k = 0; k < plan.terms(); ++k) {
     const Small<A> da{scratch.da.row(plan.a_row(k)), scratch.da.stride};
-    const bool shares_a = plan.is_part(k) && k > 0 && !plan.shape.own_A;
-    outer_add(OuterAdd<T>{
-        rows, {heads.x, in_dim}, terms[k].keep, terms[k].g, plan.trained(k), da, first_of_chunk && !shares_a});
+    outer_add(OuterAdd<T>{rows,
+                          {heads.x, in_dim},
+                          terms[k].keep,
+                          terms[k].g,
+                          plan.trained(k),
+                          da,
+                          first_of_chunk && !plan.shares_a(k),
+                          heads.amx ? scratch.factors : nullptr});
   }
 }
 

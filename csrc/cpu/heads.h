@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/amx.h"
 #include "cpu/dropout.h"
 #include "cpu/parallel.h"
 #include "cpu/skinny.h"
@@ -55,10 +56,12 @@ struct HeadsPlan {
   bool masks_inputs() const { return dropout && (apart() || shape.site == DropoutSite::kInput); }
   bool offset_masked() const { return masks_inputs() && !apart(); }
   bool is_part(int64_t term) const { return term < parts(); }
+  bool shares_a(int64_t term) const { return term > 0 && is_part(term) && !shape.own_A; }  // with the term before it
   int64_t terms() const;
   int64_t rank(int64_t term) const;
   int64_t trained(int64_t term) const { return rank(term) - (term == offset().term ? shape.offset_rank : 0); }
-  int64_t a_row(int64_t term) const;  // where the term's rows of the operand a begin
+  int64_t a_row(int64_t term) const;   // where the term's rows of the operand a begin
+  int64_t a_tile(int64_t term) const;  // and where its tiles do
   Place latent(int64_t i) const { return apart() ? Place{i, 0} : Place{0, i * shape.rank}; }
   Place router() const;
   Place offset() const;
@@ -83,23 +86,32 @@ struct Heads {
   Small<Acc<T>> a;   // [the terms' ranks, each padded; in_dim] A, R and A0, term after term
   Small<Acc<T>> bt;  // [groups * (mixed padded), outputs] transposes of B and B0, of each group
   Small<Acc<T>> b;   // backward, many ranks: [out_dim, mixed padded] B and B0
-  char* chunks;      // their scratch
+  bool amx;
+  bfloat16 *a_tiles,
+      *bt_tiles;  // AMX: of each term of a, of bt of each group; forward dot and add tiles, backward the others
+  char* chunks;   // their scratch
 
   Small<Acc<T>> bt_of(int64_t group) const { return {bt.row(group * round_up(plan.mixed(), kRankAlign)), bt.stride}; }
   Small<Acc<T>> b_of(int64_t group) const { return {b.row(group * plan.outputs()), b.stride}; }
+  const bfloat16* bt_tiles_of(int64_t group) const {
+    const int64_t size =
+        plan.backward ? dot_tiles(plan.mixed(), plan.outputs()) : add_tiles(plan.mixed(), plan.outputs());
+    return amx ? bt_tiles + group * size : nullptr;
+  }
 };
 
 // What a chunk of rows needs of its own.
 template <typename A>
 struct ChunkScratch {
-  uint8_t* keep = nullptr;  // dropout bits of a block
-  std::vector<Small<A>> g;  // of each term, [rows of a block, rank padded]: products of x, or their gradients
-  Small<A> u;               // [rows of a block, columns padded]
-  Small<A> mixed;           // what bt is multiplied by, or its gradient [rows of a block, mixed padded]
-  Small<A> q;               // backward: dy bt' of one group, like mixed
-  Small<A> weighted;        // backward, routed: v u of one group, like u
-  Small<A> da;              // backward: the gradient of a over the chunk, without dropout's scale
-  Small<A> dbt;             // backward: that of bt, without scaling [groups * columns, outputs]
+  uint8_t* keep = nullptr;      // dropout bits of a block
+  std::vector<Small<A>> g;      // of each term, [rows of a block, rank padded]: products of x, or their gradients
+  Small<A> u;                   // [rows of a block, columns padded]
+  Small<A> mixed;               // what bt is multiplied by, or its gradient [rows of a block, mixed padded]
+  Small<A> q;                   // backward: dy bt' of one group, like mixed
+  Small<A> weighted;            // backward, routed: v u of one group, like u
+  bfloat16* factors = nullptr;  // AMX: left tiles of the factors at work
+  Small<A> da;                  // backward: the gradient of a over the chunk, without dropout's scale
+  Small<A> dbt;                 // backward: that of bt, without scaling [groups * columns, outputs]
 };
 
 // A block of rows at work.

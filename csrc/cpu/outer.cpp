@@ -1,6 +1,7 @@
 // outer_add and dot_outer of skinny.h.
 #include <algorithm>
 
+#include "cpu/amx.h"
 #include "cpu/skinny.h"
 #include "cpu/tiles.h"
 
@@ -43,11 +44,13 @@ ALIGN_INLINE void outer_tile(const OuterAdd<T>& op, const LoadX& load_x, int64_t
 template <int W, typename T, typename LoadX>
 ALIGN_INLINE void outer_tiles(const OuterAdd<T>& op, const LoadX& load_x) {
   constexpr int64_t kVecs = kTile<W> / kRanks, kLane = kLanes<Acc<T>, W>, kWide = kVecs * kLane;
-  for (int64_t j = 0; j < op.rank; j += kRanks) {
-    int64_t c = 0;
-    for (; c + kWide <= op.x.columns; c += kWide) outer_tile<W, kVecs, true, T>(op, load_x, j, c, kLane);
-    for (; c < op.x.columns; c += kLane) {
-      outer_tile<W, 1, false, T>(op, load_x, j, c, std::min(kLane, op.x.columns - c));
+  constexpr int64_t kPanel = 512;  // columns of all rows that stay in the second-level cache for all ranks
+  for (int64_t first = 0; first < op.x.columns; first += kPanel) {
+    const int64_t last = std::min(first + kPanel, op.x.columns);
+    for (int64_t j = 0; j < op.rank; j += kRanks) {
+      int64_t c = first;
+      for (; c + kWide <= last; c += kWide) outer_tile<W, kVecs, true, T>(op, load_x, j, c, kLane);
+      for (; c < last; c += kLane) outer_tile<W, 1, false, T>(op, load_x, j, c, std::min(kLane, last - c));
     }
   }
 }
@@ -66,7 +69,7 @@ ALIGN_INLINE void outer_add_tiles(const OuterAdd<T>& op) {
 // ---- dot_outer
 
 // Columns of a block of x that stay in the first-level cache with as many rows of bt, up to rank 48.
-constexpr int64_t kPanelColumns = 128, kLineColumns = 16;
+constexpr int64_t kPanelColumns = 64, kLineColumns = 16;
 
 // Adds kRows rows of the panel times bt, which has a row for each of its columns, to kVecs vectors of ranks of out;
 // asks for as many columns of the rows at ahead, if that is not null.
@@ -142,12 +145,18 @@ ALIGN_INLINE void dot_outer_tiles(const DotOuter<T>& op) {
 
 template <typename T>
 void outer_add(const OuterAdd<T>& op) {
+  if constexpr (kAmxExists && std::is_same_v<T, bfloat16>) {
+    if (op.factors) return amx_outer_add(op);
+  }
   dispatch<T>(op.keep.bytes,
               [&](auto width, auto masked) ALIGN_INLINE_LAMBDA { outer_add_tiles<width(), masked(), T>(op); });
 }
 
 template <typename T>
 void dot_outer(const DotOuter<T>& op) {
+  if constexpr (kAmxExists && std::is_same_v<T, bfloat16>) {
+    if (op.tiles) return amx_dot_outer(op);
+  }
   dispatch<T>([&](auto width) ALIGN_INLINE_LAMBDA { dot_outer_tiles<width(), T>(op); });
 }
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "cpu/amx.h"
 #include "cpu/tiles.h"
 
 namespace align::cpu {
@@ -181,12 +182,18 @@ ALIGN_INLINE void add_up_columns(const A* const* parts, int64_t count, A scale, 
 
 template <typename T>
 void rows_dot(const RowsDot<T>& op) {
+  if constexpr (kAmxExists && std::is_same_v<T, bfloat16>) {
+    if (op.tiles) return amx_rows_dot(op);
+  }
   dispatch<T>(op.keep.bytes,
               [&](auto width, auto masked) ALIGN_INLINE_LAMBDA { rows_dot_tiles<width(), masked(), T>(op); });
 }
 
 template <typename T>
 void rank_add(const RankAdd<T>& op) {
+  if constexpr (kAmxExists && std::is_same_v<T, bfloat16>) {
+    if (op.terms[0].tiles) return amx_rank_add(op);
+  }
   const bool masked_terms =
       std::any_of(op.terms, op.terms + op.count, [](const auto& term) { return term.keep.bytes != nullptr; });
   dispatch<T>(masked_terms, [&](auto width, auto masked) ALIGN_INLINE_LAMBDA {

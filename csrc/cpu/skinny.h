@@ -21,7 +21,7 @@ namespace align::cpu {
 
 constexpr int64_t kRankAlign = 8;     // a, out and g have their ranks padded with zeros to a multiple of this
 constexpr int64_t kColumnAlign = 16;  // a and b have their columns padded with zeros to a multiple of this
-constexpr int64_t kRowBlock = 32;     // rows of a block, at most
+constexpr int64_t kRowBlock = 64;     // rows of a block, at most
 
 constexpr int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return ceil_div(value, multiple) * multiple; }
@@ -58,12 +58,18 @@ struct Tall {
 };
 
 // The dropout bits of a block of rows (dropout.h): of the whole of each row, or of one of the parts that have a mask of
-// their own, in the order (row, part, column).
+// their own, in the order (row, part, column). Rows that come one after the other are drawn together.
 struct KeepBits {
   const uint8_t* bytes = nullptr;  // or null: no dropout
-  int64_t row_bytes = 0;           // from one row of the block to the next
+  int64_t row_bytes = 0;           // from one row of the block to the next, if rows have an order
   int64_t row_elements = 0;        // of all parts
   int64_t first = 0;               // element of a row that column 0 is
+
+  // The bit that element 0 of row i of the block is.
+  int64_t begin(const RowBlock& rows, int64_t i) const {
+    if (rows.order) return 8 * i * row_bytes + rows.row(i) * row_elements % 8;
+    return rows.first * row_elements % 8 + i * row_elements;
+  }
 };
 
 template <typename T>
@@ -72,8 +78,9 @@ struct RowsDot {
   Tall<const T> x;
   KeepBits keep;  // of x
   Small<const Acc<T>> a;
-  Small<Acc<T>> out;  // assigned
-  int64_t rank;       // rounded up to kRankAlign
+  Small<Acc<T>> out;                // assigned
+  int64_t rank;                     // rounded up to kRankAlign
+  const bfloat16* tiles = nullptr;  // of a (amx.h), or null
 };
 template <typename T>
 void rows_dot(const RowsDot<T>& op);
@@ -86,6 +93,7 @@ struct RankTerm {
   Small<A> b;
   int64_t rank;
   A scale;
+  const bfloat16* tiles = nullptr;  // of b (amx.h), or null
 };
 
 template <typename T>
@@ -94,8 +102,9 @@ struct RankAdd {
   const T* in;  // like out, or null: zero; may be out
   Tall<T> out;  // assigned, one rounding for all terms
   const RankTerm<Acc<T>>* terms;
-  int64_t count;            // of terms, at least 1
-  const T* bias = nullptr;  // [columns], added to every row, or null: zero
+  int64_t count;                // of terms, at least 1
+  const T* bias = nullptr;      // [columns], added to every row, or null: zero
+  bfloat16* factors = nullptr;  // scratch if the terms have tiles: their factor_tiles
 };
 template <typename T>
 void rank_add(const RankAdd<T>& op);
@@ -107,8 +116,9 @@ struct OuterAdd {
   KeepBits keep;  // of x
   Small<const Acc<T>> g;
   int64_t rank;
-  Small<Acc<T>> w;  // accumulated into
-  bool first;       // w is assigned instead
+  Small<Acc<T>> w;              // accumulated into
+  bool first;                   // w is assigned instead
+  bfloat16* factors = nullptr;  // scratch for AMX: factor_tiles(rank)
 };
 template <typename T>
 void outer_add(const OuterAdd<T>& op);
@@ -123,8 +133,10 @@ struct DotOuter {
   int64_t rank;            // of bt and out
   Small<const Acc<T>> g;
   int64_t w_rank;
-  Small<Acc<T>> w;  // accumulated into
-  bool first;       // w is assigned instead
+  Small<Acc<T>> w;                  // accumulated into
+  bool first;                       // w is assigned instead
+  const bfloat16* tiles = nullptr;  // of bt's transpose (amx.h), or null
+  bfloat16* factors = nullptr;      // scratch if there are tiles: factor_tiles(w_rank)
 };
 template <typename T>
 void dot_outer(const DotOuter<T>& op);

@@ -76,7 +76,7 @@ struct RowMasks {
   RowMasks(const RowBlock& rows, const KeepBits& keep) {
     for (int64_t i = 0; kMasked && keep.bytes && i < kRowBlock; ++i) {
       const int64_t row = std::min(i, rows.count - 1);
-      at[i] = kept_row(keep.bytes + row * keep.row_bytes, rows.row(row) * keep.row_elements, keep.first);
+      at[i] = kept_row(keep.bytes, keep.begin(rows, row) + keep.first);
     }
   }
 

@@ -1,0 +1,103 @@
+// AMX's instructions, and the vectors between them and memory. Only for functions of AMX_TARGET.
+#pragma once
+
+#include "cpu/amx.h"
+
+#ifdef ALIGN_AMX
+
+#include <immintrin.h>
+
+#include "cpu/tiles.h"
+
+// What is inlined into a function must be compiled for its instructions too. The compiler does not know AMX itself
+// here: only the lines of assembler below use it.
+#define AMX_LEVEL "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,bmi2,fma"
+#define AMX_TARGET __attribute__((target(AMX_LEVEL)))
+#define AMX_INLINE inline __attribute__((always_inline, target(AMX_LEVEL)))
+
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // inside GCC 12's own intrinsics
+
+namespace align::cpu {
+
+// ---- Instructions: the tiles are named by numbers
+
+template <int tile>
+AMX_INLINE void load_tile(const void* rows, int64_t stride_bytes) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(rows), "r"(stride_bytes), "i"(tile) : "memory");
+}
+template <int tile>
+AMX_INLINE void store_tile(void* rows, int64_t stride_bytes) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(rows), "r"(stride_bytes), "i"(tile) : "memory");
+}
+// sum = 0, or what is there already
+template <int sum>
+AMX_INLINE void begin_sum(const float* rows, int64_t stride_bytes, bool zero) {
+  if (zero) {
+    asm volatile("tilezero %%tmm%c0" : : "i"(sum));
+  } else {
+    load_tile<sum>(rows, stride_bytes);
+  }
+}
+// sum += left right
+template <int sum, int left, int right>
+AMX_INLINE void multiply_add() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sum), "i"(left), "i"(right));
+}
+
+// The tiles of this thread, in use until it goes out of scope: of 16 rows, but for those from kShort on, which
+// hold the last few of so many ranks.
+constexpr int kShort = 5;
+class Tiles {
+ public:
+  AMX_INLINE explicit Tiles(int64_t ranks = kAmxRows) {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {};
+      uint8_t rows[16] = {};
+    } config;
+    for (int tile = 0; tile < 8; ++tile) {
+      config.row_bytes[tile] = 64;
+      const bool is_short = ranks % kAmxRows != 0 && tile >= kShort;
+      config.rows[tile] = uint8_t(is_short ? ranks % kAmxRows : kAmxRows);
+    }
+    asm volatile("ldtilecfg %0" : : "m"(config));
+  }
+  AMX_INLINE ~Tiles() { asm volatile("tilerelease"); }
+  Tiles(const Tiles&) = delete;
+};
+
+// ---- Vectors
+
+// The first count of 32 lanes; none if it is negative.
+AMX_INLINE __mmask32 first_lanes(int64_t count) { return count >= 32 ? ~0u : count > 0 ? (1u << count) - 1 : 0; }
+
+// Lane l holds l times bytes.
+AMX_INLINE __m512i lanes_apart(int bytes) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return _mm512_mullo_epi32(lane, _mm512_set1_epi32(bytes));
+}
+
+// Both as bfloat16, side by side in each lane.
+AMX_INLINE __m512i rounded_pairs(__m512 even, __m512 odd) {
+  const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
+  const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
+  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+// 32 floats, those of lanes, as bfloat16.
+AMX_INLINE __m512i rounded_line(const float* source, __mmask32 lanes, float scale) {
+  const __m512 low = _mm512_maskz_loadu_ps(__mmask16(lanes), source);
+  const __m512 high = _mm512_maskz_loadu_ps(__mmask16(lanes >> 16), source + kAmxRows);
+  return (__m512i)_mm512_cvtne2ps_pbh(scale * high, scale * low);
+}
+
+// Which of 32 columns from c on are kept.
+AMX_INLINE __mmask32 kept_columns(const KeptRow& row, int64_t c) {
+  uint64_t window;
+  __builtin_memcpy(&window, row.bytes + c / 8, sizeof window);
+  return __mmask32(window >> row.shift);
+}
+
+}  // namespace align::cpu
+
+#endif
