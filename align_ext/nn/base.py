@@ -42,6 +42,12 @@ class Adapter(nn.Module):
         """Gives the parameters their first values; weight: the base's [out, in], where the initialisation needs it."""
         raise NotImplementedError
 
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """lora_A and lora_B, as a rule past nn.Module.__getattr__, which takes longer than most of a call."""
+        A, B = self._parameters.get("lora_A"), self._parameters.get("lora_B")
+        return (self.lora_A, self.lora_B) if A is None or B is None else (A, B)
+
     def project(self, x: Tensor, dropout_p: float, current: Step | None, **op: Any) -> Projected:
         """Computes y, z and, with a router, its weights w; op holds the base and, in training, step and slot."""
         raise NotImplementedError

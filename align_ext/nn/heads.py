@@ -112,7 +112,7 @@ class SummedAdapter(HeadsAdapter):
     def project(self, x: Tensor, dropout_p: float, current: Step | None, **op: Any) -> Projected:
         reduce: Any = self.config.reduce
         options = {"reduce": reduce, "site": self.site, "dropout_p": dropout_p, **self.offset}
-        return *dropout_sum(x, self.lora_A, self.lora_B, self.scaling, **options, **op), None
+        return *dropout_sum(x, *self.factors, self.scaling, **options, **op), None
 
     def _collapsed(self, B: Tensor) -> Tensor:
         return B.mean(0) if self.config.reduce == "mean" else B.sum(0)
