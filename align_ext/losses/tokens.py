@@ -25,11 +25,12 @@ class TokenTasks:
 
     def expand(self, device: torch.device, tokens: int) -> Tensor:
         """int64 [T]: the ids as they are, or each of [B] repeated over its S = T / B positions; made once."""
-        if (device, tokens) not in self._expanded:
+        expanded = self._expanded.get((device, tokens))
+        if expanded is None:
             ids = self.ids.reshape(-1)
             ids = ids if len(ids) == tokens else ids.repeat_interleave(tokens // len(ids), output_size=tokens)
-            self._expanded[device, tokens] = ids.to(device)
-        return self._expanded[device, tokens]
+            expanded = self._expanded[device, tokens] = ids.to(device)
+        return expanded
 
 
 def gather(part: Tensor) -> list[Tensor]:
@@ -56,5 +57,6 @@ def layer_value(per_latent: Tensor, latents: int, layers: str) -> tuple[Tensor, 
         The value, each layer's, and the share of one latent's loss in the value.
     """
     per_layer = per_latent if latents == 1 else per_latent.view(-1, latents).mean(1)
-    value = per_layer.mean() if layers == "mean" else per_layer.sum()
-    return value, per_layer, 1 / (latents * (len(per_layer) if layers == "mean" else 1))
+    count = len(per_layer) if layers == "mean" else 1
+    total = per_layer.sum()
+    return total if count == 1 else total / count, per_layer, 1 / (latents * count)
