@@ -29,6 +29,7 @@ from align_ext.losses.balance import Balance
 from align_ext.losses.kl import KlAlignment
 from align_ext.losses.mmd import MmdAlignment
 from align_ext.losses.tokens import Latents, TokenTasks
+from align_ext.ops._autograd import apply_of
 from align_ext.ops._keyed import LATENT, WEIGHTS, register_step, slot_of
 from align_ext.state import (
     STATISTICS,
@@ -186,7 +187,7 @@ class Step:
 
     def arm(self, d_total: Tensor, factors: dict[int, float], kept: dict[int, Latents]) -> None:
         """Computes the gradients in all outputs, for the layers to take until the running backward ends."""
-        refuse_compiled_autograd()
+        refuse_compiled_autograd(ahead=False)
         losses = {LATENT: (self.alignment, self.aligned_tokens), WEIGHTS: (self.balance, self.tokens)}
         self._owed = {
             output: loss.gradients(kept[output], tokens, d_total, factors[output])
@@ -242,7 +243,7 @@ class Step:
         parts = 1 if of is None else of.parts
         of_gradients = {LATENT: factors[LATENT] * world * parts, WEIGHTS: factors[WEIGHTS] * world}
         # Even if it adds nothing: recomputed layers look for the step.
-        loss = _Total.apply(loss, self, factors, of_gradients, kept)
+        loss = _total(loss, self, factors, of_gradients, kept)
         if config.spectral:
             self.spectral = torch.stack([of_layer() for of_layer in self.state.spectral]).sum()
             loss = (loss + (config.spectral_weight * scale) * self.spectral).to(loss.dtype)
@@ -323,6 +324,9 @@ class _Total(torch.autograd.Function):
             kept[output][slot] = tensor
         ctx.step.arm(d_total, ctx.factors, kept)
         return d_total, None, None, None, None
+
+
+_total = apply_of(_Total)
 
 
 def prompt_of(keep: Tensor | None, labels: Tensor | None, training: bool) -> Tensor | None:
