@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -125,19 +125,9 @@ class AlignState:
         return None
 
 
-def modules_of(model: nn.Module) -> Iterator[nn.Module]:
-    """All modules in order, shared ones as often as they occur; model.modules() takes three times as long."""
-    waiting: list[nn.Module | None] = [model]
-    while waiting:
-        module = waiting.pop()
-        if module is not None:
-            yield module
-            waiting.extend(reversed(module._modules.values()))
-
-
 def find_state(model: nn.Module) -> AlignState | None:
     """The state of a model's adapters, also through DDP, FSDP2 and torch.compile; None if it has none."""
-    for module in modules_of(model):
+    for module in model.modules():
         state = module.__dict__.get("align_state")
         if isinstance(state, AlignState):
             return state
