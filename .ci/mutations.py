@@ -93,8 +93,8 @@ MUTANTS = [
     Mutant(
         "mean over layers becomes a sum",
         "align_ext/losses/tokens.py",
-        'len(per_layer) if layers == "mean" else 1',
-        "1",
+        'per_layer.mean() if layers == "mean" else per_layer.sum()',
+        "per_layer.sum()",
         BATCH,
     ),
     Mutant(

@@ -57,6 +57,5 @@ def layer_value(per_latent: Tensor, latents: int, layers: str) -> tuple[Tensor, 
         The value, each layer's, and the share of one latent's loss in the value.
     """
     per_layer = per_latent if latents == 1 else per_latent.view(-1, latents).mean(1)
-    count = len(per_layer) if layers == "mean" else 1
-    total = per_layer.sum()
-    return total if count == 1 else total / count, per_layer, 1 / (latents * count)
+    value = per_layer.mean() if layers == "mean" else per_layer.sum()
+    return value, per_layer, 1 / (latents * (len(per_layer) if layers == "mean" else 1))
