@@ -29,6 +29,7 @@ from align_ext.losses.balance import Balance
 from align_ext.losses.kl import KlAlignment
 from align_ext.losses.mmd import MmdAlignment
 from align_ext.losses.tokens import Latents, TokenTasks
+from align_ext.ops._autograd import apply_of
 from align_ext.ops._keyed import LATENT, WEIGHTS, register_step, slot_of
 from align_ext.state import (
     STATISTICS,
@@ -59,6 +60,8 @@ class Step:
         records: layers hand over their outputs; False for evaluation.
     """
 
+    door = torch.zeros((), dtype=torch.int64, device="cpu")  # of keep_ (align_ext/ops/_keyed.py), for all steps
+
     def __init__(
         self, state: AlignState, ids: Tensor | None, like: Tensor, *, strict: bool = True, by_keyword: bool = False,
         records: bool = True,
@@ -70,7 +73,6 @@ class Step:
         self.prompt: Tensor | None = None  # bool [B, S]: tokens before the first label, without padding
         self.decoding = False  # the tokens follow others, whose keys and values are cached
         self.key = register_step(self)
-        self.door = torch.zeros((), dtype=torch.int64, device="cpu")  # of keep_ (align_ext/ops/_keyed.py)
         self.seen: set[int] = set()
         self.alignment: KlAlignment | MmdAlignment | None = None
         self.balance: Balance | None = None
@@ -81,12 +83,11 @@ class Step:
         self._differentiated = False
         self._lm: Tensor | None = None
         self._weight = 0.0
-        self._parts = 1
 
     def _check(self, ids: Tensor, like: Tensor) -> Tensor:
         if ids.dim() not in (1, 2) or ids.is_floating_point() or ids.dtype == torch.bool:
             raise ValueError(f"task_ids must be integers, [B] or [B, S], got {ids.dtype} {list(ids.shape)}")
-        config, state, ids = self.state.config, self.state, ids.to(like.device).long()
+        config, state, ids = self.state.config, self.state, ids.to(like.device, torch.int64)
         if config.num_tasks is None:
             if world_size() > 1:
                 raise ValueError("num_tasks must be given when several processes train: every process needs the same")
@@ -96,11 +97,12 @@ class Step:
         allowed = f"task_ids must be in 0 .. num_tasks-1 = {state.tasks - 1}" + (
             "" if least == 0 else ", or -1 for none"
         )
-        valid = ((ids >= least) & (ids < state.tasks)).all()
         if ids.is_cuda:
-            torch._assert_async(valid, allowed)  # does not wait for the device
-        elif not valid:
-            raise ValueError(f"{allowed}; got {int(ids.min())} .. {int(ids.max())}")
+            torch._assert_async(((ids >= least) & (ids < state.tasks)).all(), allowed)  # does not wait for the device
+        elif ids.numel():
+            low, high = map(int, ids.aminmax())
+            if low < least or high >= state.tasks:
+                raise ValueError(f"{allowed}; got {low} .. {high}")
         return ids
 
     def mask(self, attention_mask: Tensor | None, labels: Tensor | None) -> None:
@@ -141,13 +143,16 @@ class Step:
 
     def keep(self, slot: Tensor, z: Tensor, w: Tensor | None) -> None:
         """Takes the outputs of a layer that ran, without a graph."""
-        outputs = [(LATENT, z)] if self.state.config.align else []
-        outputs += [(WEIGHTS, w)] if w is not None and self.state.config.balance else []
-        for output, tensor in outputs:
-            if torch.compiler.is_compiling():
-                torch.ops.align_ext.keep_(self.door, tensor, self.key, slot, output)
-            else:
-                self.receive(slot_of(slot), tensor, output)
+        if self.state.config.align:
+            self._hand_over(slot, z, LATENT)
+        if w is not None and self.state.config.balance:
+            self._hand_over(slot, w, WEIGHTS)
+
+    def _hand_over(self, slot: Tensor, output_of_layer: Tensor, output: int) -> None:
+        if torch.compiler.is_compiling():
+            torch.ops.align_ext.keep_(self.door, output_of_layer, self.key, slot, output)
+        else:
+            self.receive(slot_of(slot), output_of_layer, output)
 
     def receive(self, slot: int, z: Tensor, output: int = LATENT) -> None:
         """Keeps an output of a layer that ran; a second time is an error."""
@@ -182,7 +187,7 @@ class Step:
 
     def arm(self, d_total: Tensor, factors: dict[int, float], kept: dict[int, Latents]) -> None:
         """Computes the gradients in all outputs, for the layers to take until the running backward ends."""
-        refuse_compiled_autograd()
+        refuse_compiled_autograd(ahead=False)
         losses = {LATENT: (self.alignment, self.aligned_tokens), WEIGHTS: (self.balance, self.tokens)}
         self._owed = {
             output: loss.gradients(kept[output], tokens, d_total, factors[output])
@@ -223,7 +228,8 @@ class Step:
         self._check_total(loss)
         self._has_total = True
         self._lm, self._weight = loss.detach(), float((config.align_weight if weight is None else weight) or 0.0)
-        distributed = world_size() > 1
+        world = world_size()
+        distributed = world > 1
         with torch.no_grad():
             if config.align:
                 self.alignment = self._all_statistics(of, distributed).evaluate(config)
@@ -232,8 +238,12 @@ class Step:
                 self.balance = Balance.of(weights, self.tokens, config.balance, distributed=distributed)
         kept, self._kept = self._kept, {LATENT: {}, WEIGHTS: {}}
         factors = {LATENT: self._weight * scale, WEIGHTS: config.balance_weight * scale}
-        self._parts = 1 if of is None else of.parts
-        loss = _Total.apply(loss, self, factors, kept)  # even if it adds nothing: recomputed layers look for the step
+        # Data parallelism averages gradients over the processes; the statistics are of the whole batch already. Each
+        # of several micro-batches holds a share of the value, and its tokens' whole gradient.
+        parts = 1 if of is None else of.parts
+        of_gradients = {LATENT: factors[LATENT] * world * parts, WEIGHTS: factors[WEIGHTS] * world}
+        # Even if it adds nothing: recomputed layers look for the step.
+        loss = _total(loss, self, factors, of_gradients, kept)
         if config.spectral:
             self.spectral = torch.stack([of_layer() for of_layer in self.state.spectral]).sum()
             loss = (loss + (config.spectral_weight * scale) * self.spectral).to(loss.dtype)
@@ -293,11 +303,12 @@ class _Total(torch.autograd.Function):
     """loss + Σ factor * value, whose backward arms the step before the loss's own backward runs."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, step: Step, factors: dict[int, float], kept: dict[int, Latents]) -> Tensor:
+    def forward(
+        ctx: Any, loss: Tensor, step: Step, factors: dict[int, float], of_gradients: dict[int, float],
+        kept: dict[int, Latents],
+    ) -> Tensor:  # fmt: skip
         ctx.step, ctx.slots = step, [(output, slot) for output, latents in kept.items() for slot in latents]
-        # Data parallelism averages gradients over the processes; the statistics are of the whole batch already.
-        ctx.factors = {output: factor * world_size() for output, factor in factors.items()}
-        ctx.factors[LATENT] *= step._parts  # of which each holds a share of the value, and its tokens' whole gradient
+        ctx.factors = of_gradients
         ctx.save_for_backward(*(kept[output][slot] for output, slot in ctx.slots))  # freed when the loss's graph is
         total = loss
         for output, part in {LATENT: step.alignment, WEIGHTS: step.balance}.items():
@@ -312,7 +323,10 @@ class _Total(torch.autograd.Function):
         for (output, slot), tensor in zip(ctx.slots, ctx.saved_tensors, strict=True):
             kept[output][slot] = tensor
         ctx.step.arm(d_total, ctx.factors, kept)
-        return d_total, None, None, None
+        return d_total, None, None, None, None
+
+
+_total = apply_of(_Total)
 
 
 def prompt_of(keep: Tensor | None, labels: Tensor | None, training: bool) -> Tensor | None:

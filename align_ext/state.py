@@ -134,14 +134,18 @@ def find_state(model: nn.Module) -> AlignState | None:
     return None
 
 
-def refuse_compiled_autograd() -> None:
-    """Raises RuntimeError where the compiler traces backward, which hands out the step's gradients by Python."""
+def refuse_compiled_autograd(*, ahead: bool = True) -> None:
+    """Raises RuntimeError where the compiler traces backward, which hands out the step's gradients by Python.
+
+    Args:
+        ahead: or, if it does not yet, will in compiled models; to look that option up takes a microsecond.
+    """
     dynamo = sys.modules.get("torch._dynamo")  # nothing is compiled where nobody imported it
     if dynamo is None:
         return
     autograd = dynamo.compiled_autograd
     on = autograd.compiled_autograd_enabled or autograd.in_compiled_autograd_region
-    if on or dynamo.config.compiled_autograd:
+    if on or (ahead and dynamo.config.compiled_autograd):
         raise RuntimeError(
             "compiled autograd cannot trace the backward of the adapters' losses: set "
             "torch._dynamo.config.compiled_autograd = False; torch.compile(model) compiles the layers' backward as well"

@@ -50,12 +50,13 @@ def _state_of(model: nn.Module) -> AlignState:
 
 
 def _modules(model: nn.Module) -> Iterator[nn.Module]:
-    """All modules, shared ones as often as they occur; model.modules() takes three times as long for their names."""
-    waiting = [model]
+    """All modules in order, shared ones as often as they occur; model.modules() takes three times as long."""
+    waiting: list[nn.Module | None] = [model]
     while waiting:
         module = waiting.pop()
-        yield module
-        waiting.extend(child for child in module._modules.values() if child is not None)
+        if module is not None:
+            yield module
+            waiting.extend(reversed(module._modules.values()))
 
 
 def open_step(model: nn.Module, state: AlignState, ids: Tensor | None, **options: bool) -> Step:
@@ -63,15 +64,17 @@ def open_step(model: nn.Module, state: AlignState, ids: Tensor | None, **options
     refuse_compiled_autograd()
     if world_size() > 1:
         refuse_parts_of_a_model(model)
-    adapter = next(p for name, p in model.named_parameters() if "lora_A" in name)
+    adapter: Tensor | None = None
     for module in _modules(model):
+        adapter = module._parameters.get("lora_A") if adapter is None else adapter
         checkpoint = module.__dict__.get("_gradient_checkpointing_func")
         if isinstance(checkpoint, BoundCheckpoint):
             checkpoint.state = state
         elif checkpoint is not None:
             module._gradient_checkpointing_func = BoundCheckpoint(state, checkpoint)  # type: ignore[assignment]
     state.armed.clear()
-    step = Step(state, None if ids is None else torch.as_tensor(ids), adapter, **options)
+    like = next(model.parameters()) if adapter is None else adapter
+    step = Step(state, None if ids is None else torch.as_tensor(ids), like, **options)
     if step.records:
         state.last = step
     return step

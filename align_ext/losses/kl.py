@@ -83,7 +83,8 @@ class KlStatistics:
         """The loss of every layer, and its gradient tables."""
         options: Any = {"eps": config.align_eps, "ddof": config.align_ddof, "pairs": config.align_pairs}
         per_latent, tables = gaussian_kl_tables(self.moments, **options)
-        value, per_layer, share = layer_value(per_latent / self.positions, self.latents, config.align_layers)
+        per_latent = per_latent if self.positions == 1 else per_latent / self.positions
+        value, per_layer, share = layer_value(per_latent, self.latents, config.align_layers)
         return KlAlignment(value, per_layer, share / self.positions, tables, self)
 
     def to_tensors(self) -> dict[str, Tensor]:

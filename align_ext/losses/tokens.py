@@ -25,11 +25,12 @@ class TokenTasks:
 
     def expand(self, device: torch.device, tokens: int) -> Tensor:
         """int64 [T]: the ids as they are, or each of [B] repeated over its S = T / B positions; made once."""
-        if (device, tokens) not in self._expanded:
+        expanded = self._expanded.get((device, tokens))
+        if expanded is None:
             ids = self.ids.reshape(-1)
             ids = ids if len(ids) == tokens else ids.repeat_interleave(tokens // len(ids), output_size=tokens)
-            self._expanded[device, tokens] = ids.to(device)
-        return self._expanded[device, tokens]
+            expanded = self._expanded[device, tokens] = ids.to(device)
+        return expanded
 
 
 def gather(part: Tensor) -> list[Tensor]:

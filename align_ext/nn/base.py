@@ -30,6 +30,8 @@ class Adapter(nn.Module):
     formula: ClassVar[str]
     parameters_formula: ClassVar[str]
     paper: ClassVar[str]
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
 
     def __init__(self, config: AlignLoraConfig, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -41,6 +43,12 @@ class Adapter(nn.Module):
     def reset_lora_parameters(self, weight: Tensor | None) -> None:
         """Gives the parameters their first values; weight: the base's [out, in], where the initialisation needs it."""
         raise NotImplementedError
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """lora_A and lora_B, as a rule past nn.Module.__getattr__, which takes longer than most of a call."""
+        A, B = self._parameters.get("lora_A"), self._parameters.get("lora_B")
+        return self.lora_A if A is None else A, self.lora_B if B is None else B
 
     def project(self, x: Tensor, dropout_p: float, current: Step | None, **op: Any) -> Projected:
         """Computes y, z and, with a router, its weights w; op holds the base and, in training, step and slot."""

@@ -112,7 +112,8 @@ class SummedAdapter(HeadsAdapter):
     def project(self, x: Tensor, dropout_p: float, current: Step | None, **op: Any) -> Projected:
         reduce: Any = self.config.reduce
         options = {"reduce": reduce, "site": self.site, "dropout_p": dropout_p, **self.offset}
-        return *dropout_sum(x, self.lora_A, self.lora_B, self.scaling, **options, **op), None
+        A, B = self.factors
+        return *dropout_sum(x, A, B, self.scaling, **options, **op), None
 
     def _collapsed(self, B: Tensor) -> Tensor:
         return B.mean(0) if self.config.reduce == "mean" else B.sum(0)
@@ -146,7 +147,8 @@ class RoutedAdapter(HeadsAdapter):
             "top_k": self.config.top_k or None, "tau": self.config.router_temperature, "site": self.site,
             "dropout_p": dropout_p, **self.offset,
         }  # fmt: skip
-        return self.lora_router.route(self, x, current, **options, **op)
+        lora_router: Any = self._modules["lora_router"]
+        return lora_router.route(self, x, current, **options, **op)
 
     def cannot_merge(self) -> str | None:
         """Why not: the weight depends on the input."""

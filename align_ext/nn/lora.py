@@ -55,10 +55,11 @@ class LoraAdapter(Adapter):
 
     @override
     def project(self, x: Tensor, dropout_p: float, current: Step | None, **op: Any) -> Projected:
+        A, B = self.factors
         if self.init != "pissa":
-            return *grouped_lora(x, self.lora_A, self.lora_B, self.scaling, dropout_p=dropout_p, **op), None
+            return *grouped_lora(x, A, B, self.scaling, dropout_p=dropout_p, **op), None
         op |= {"A0": self.lora_A0, "B0": self.lora_B0, "site": "input"}
-        return *dropout_sum(x, self.lora_A, self.lora_B[None], self.scaling, dropout_p=dropout_p, **op), None
+        return *dropout_sum(x, A, B[None], self.scaling, dropout_p=dropout_p, **op), None
 
     @override
     def terms(self) -> list[Term]:
@@ -93,11 +94,12 @@ class MultiAdapter(Adapter):
 
     @override
     def project(self, x: Tensor, dropout_p: float, current: Step | None, **op: Any) -> Projected:
+        A, B = self.factors
         if current is not None:
             op["group"] = current.groups(x.shape[:-1].numel(), x.device)
-            return *grouped_lora(x, self.lora_A, self.lora_B, self.scaling, dropout_p=dropout_p, **op), None
+            return *grouped_lora(x, A, B, self.scaling, dropout_p=dropout_p, **op), None
         k = self._named_task()
-        return *grouped_lora(x, self.lora_A[k], self.lora_B[k], self.scaling, dropout_p=dropout_p, **op), None
+        return *grouped_lora(x, A[k], B[k], self.scaling, dropout_p=dropout_p, **op), None
 
     def _named_task(self) -> int:
         task = None if self.state is None else self.state.task

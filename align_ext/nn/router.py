@@ -29,7 +29,8 @@ class LinearRouter(nn.Module):
 
     def route(self, adapter: Any, x: Tensor, current: Step | None, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Computes y, z, w of an adapter."""
-        return routed_lora(x, adapter.lora_A, adapter.lora_B, self.lora_R, adapter.scaling, **options)
+        A, B = adapter.factors
+        return routed_lora(x, A, B, self.lora_R, adapter.scaling, **options)
 
 
 class SequenceRouter(nn.Module):

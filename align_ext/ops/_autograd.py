@@ -16,6 +16,17 @@ SetupContext = Callable[[Any, tuple[Any, ...], Any], None]
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
+def below_autograd(operator: Any, inputs: tuple[Any, ...]) -> Any:
+    """Calls an operator past its registered formula, which takes longer than a small operator itself."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*inputs)
+
+
+def apply_of(function: Any) -> Callable[..., Any]:
+    """An autograd.Function's apply, past 2 us of Python that are all about torch.func."""
+    return super(torch.autograd.Function, function).apply
+
+
 def differentiable(
     name: str, backward: Backward, setup_context: SetupContext, trained: Sequence[str] = ()
 ) -> Callable[..., Any]:
@@ -34,7 +45,7 @@ def differentiable(
     operator = getattr(torch.ops.align_ext, name).default
     arguments = [argument.name for argument in operator._schema.arguments]
     positions = [arguments.index(argument) for argument in trained or arguments]
-    trained_of = itemgetter(*positions)
+    trained_of: Any = itemgetter(*positions) if len(positions) > 1 else lambda inputs: (inputs[positions[0]],)
 
     def setup_registered(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.eager = False
@@ -46,14 +57,10 @@ def differentiable(
 
     torch.library.register_autograd(f"align_ext::{name}", backward_registered, setup_context=setup_registered)
 
-    def below_autograd(inputs: tuple[Any, ...]) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(*inputs)
-
     # Not split into forward and setup_context: torch inspects the signature of such at every call.
     def forward(ctx: Any, *trained_and_inputs: Any) -> Any:
         inputs = trained_and_inputs[-1]
-        output = below_autograd(inputs)
+        output = below_autograd(operator, inputs)
         ctx.eager = True
         setup_context(ctx, inputs, output)
         return output
@@ -63,13 +70,13 @@ def differentiable(
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward_eager)}
     function: Any = type(name, (torch.autograd.Function,), members)
-    apply = super(torch.autograd.Function, function).apply  # past Function.apply, 2 us that are all about torch.func
+    apply = apply_of(function)
 
     def call(*inputs: Any) -> Any:
         if torch.compiler.is_compiling():
             return operator(*inputs)
         if not torch.is_grad_enabled():
-            return below_autograd(inputs)
+            return below_autograd(operator, inputs)
         of_func = torch._C._are_functorch_transforms_active()  # refused, by a message of torch's
         return (function.apply if of_func else apply)(*trained_of(inputs), inputs)
 

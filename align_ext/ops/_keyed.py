@@ -41,7 +41,7 @@ def register_step(step: KeyedStep) -> Tensor:
     """Registers a step (weakly) and returns its key, an int64 scalar tensor on the CPU."""
     key = next(_KEYS)
     _STEPS[key] = step
-    return torch.tensor(key, dtype=torch.int64, device="cpu")
+    return torch.scalar_tensor(key, dtype=torch.int64, device="cpu")
 
 
 _library = torch.library.Library("align_ext", "FRAGMENT")

@@ -17,7 +17,7 @@ def dropout_rng(device: torch.device) -> Tensor:
 
     So activation checkpointing's preserved RNG state and a resumed run reproduce the same masks.
     """
-    return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device)
+    return torch.randint(2**63 - 1, (2,), device=device)
 
 
 def checked_rng(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from align_ext.ops import _native  # noqa: F401
-from align_ext.ops._autograd import differentiable
+from align_ext.ops._autograd import below_autograd, differentiable
 
 
 def gaussian_kl(
@@ -98,7 +98,9 @@ def task_moments(z: Tensor | Sequence[Tensor], task: Tensor, num_tasks: int, *, 
     if isinstance(z, Tensor):
         return task_moments([z], task, num_tasks, rank=rank)[0]
     rank = max([0, *(layer.shape[-1] for layer in z)]) if rank is None else rank
-    return torch.ops.align_ext.task_moments(list(z), task, num_tasks, rank)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _task_moments(list(z), task, num_tasks, rank)
+    return below_autograd(_task_moments, (list(z), task, num_tasks, rank))
 
 
 def gaussian_kl_tables(
@@ -116,7 +118,7 @@ def gaussian_kl_tables(
         loss: [layers].
         tables: [layers, tasks, 3 rank] = a | b | mu, so that dL/dz_t = a[task] + b[task] * (z_t - mu[task]).
     """
-    return torch.ops.align_ext.gaussian_kl_tables(moments, eps, ddof, pairs == "mean")
+    return _tables(moments, eps, ddof, pairs == "mean")
 
 
 def gaussian_kl_backward(
@@ -134,7 +136,7 @@ def gaussian_kl_backward(
     Returns:
         dz of each layer, like its z; parts of one buffer that do not overlap.
     """
-    dz = torch.ops.align_ext.gaussian_kl_backward(d_loss, scale, z, task, tables)
+    dz = _gradients(d_loss, scale, z, task, tables)
     return [torch.as_strided(dz, t.shape, (t.shape[1], 1), i * dz.shape[1]) for i, t in enumerate(z)]
 
 
@@ -193,11 +195,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, d_loss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if d_loss is None:
-        return (None,) * 6
+        return (None,)
     _refuse_double_backward("gaussian_kl")
     z, task, tables = ctx.saved_tensors
-    return gaussian_kl_backward(d_loss, [z], task, tables)[0], None, None, None, None, None
+    return (gaussian_kl_backward(d_loss, [z], task, tables)[0],)
 
 
 torch.library.register_autograd("align_ext::task_moments", _moments_backward, setup_context=_setup_moments)
-_gaussian_kl = differentiable("gaussian_kl", _backward, _setup_context)
+_task_moments = torch.ops.align_ext.task_moments.default
+_tables = torch.ops.align_ext.gaussian_kl_tables.default
+_gradients = torch.ops.align_ext.gaussian_kl_backward.default
+_gaussian_kl = differentiable("gaussian_kl", _backward, _setup_context, ["z"])

@@ -115,12 +115,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, d_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if d_loss is None:
-        return (None,) * 8
+        return (None,)
     if torch.is_grad_enabled():
         raise RuntimeError("mk_mmd cannot be differentiated twice: call backward without create_graph=True")
     gradient, slot = ctx.saved_tensors
-    dz = torch.ops.align_ext.mk_mmd_backward(d_loss, gradient, slot, ctx.dtype)
-    return dz, None, None, None, None, None, None, None
+    return (torch.ops.align_ext.mk_mmd_backward(d_loss, gradient, slot, ctx.dtype),)
 
 
-_mk_mmd = differentiable("mk_mmd", _backward, _setup_context)
+_mk_mmd = differentiable("mk_mmd", _backward, _setup_context, ["z"])

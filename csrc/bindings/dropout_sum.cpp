@@ -18,8 +18,8 @@ std::tuple<Tensor, Tensor> dropout_sum(const Tensor& x, const Tensor& A, const T
   dispatch_types(x, dtype, [&](auto type, auto adapter) {
     using T = decltype(type);
     using W = decltype(adapter);
-    Tensor workspace = empty_bytes(x, cpu::dropout_sum_forward_workspace(shape, p > 0, sizeof(Acc<T>)));
-    cpu::dropout_sum_forward<T, W>(out.args<T, W>(in, workspace));
+    const auto workspace = host_bytes(cpu::dropout_sum_forward_workspace(shape, p > 0, sizeof(Acc<T>)));
+    cpu::dropout_sum_forward<T, W>(out.args<T, W>(in, workspace.get()));
   });
   return {out.y, out.z};
 }
@@ -38,8 +38,8 @@ std::tuple<Tensor, Tensor, Tensor> dropout_sum_backward(const Tensor& dy, const 
   dispatch_types(x, dtype, [&](auto type, auto adapter) {
     using T = decltype(type);
     using W = decltype(adapter);
-    Tensor workspace = empty_bytes(x, cpu::dropout_sum_backward_workspace(shape, p > 0, sizeof(Acc<T>)));
-    cpu::dropout_sum_backward<T, W>(out.args<T, W>(in, workspace));
+    const auto workspace = host_bytes(cpu::dropout_sum_backward_workspace(shape, p > 0, sizeof(Acc<T>)));
+    cpu::dropout_sum_backward<T, W>(out.args<T, W>(in, workspace.get()));
   });
   return {out.dx, out.dA, out.dB};
 }

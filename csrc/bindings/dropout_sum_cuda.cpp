@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor> dropout_sum(const Tensor& x, const Tensor& A, const T
     using T = decltype(type);
     using W = decltype(adapter);
     Tensor workspace = empty_bytes(x, cuda::dropout_sum_forward_workspace(in.inputs<T, W>()));
-    cuda::dropout_sum_forward<T, W>(out.args<T, W>(in, workspace), device.stream());
+    cuda::dropout_sum_forward<T, W>(out.args<T, W>(in, mutable_data<void>(workspace)), device.stream());
   });
   return {out.y, out.z};
 }
@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor, Tensor> dropout_sum_backward(const Tensor& dy, const 
     using T = decltype(type);
     using W = decltype(adapter);
     Tensor workspace = empty_bytes(x, cuda::dropout_sum_backward_workspace(in.inputs<T, W>()));
-    cuda::dropout_sum_backward<T, W>(out.args<T, W>(in, workspace), device.stream());
+    cuda::dropout_sum_backward<T, W>(out.args<T, W>(in, mutable_data<void>(workspace)), device.stream());
   });
   return {out.dx, out.dA, out.dB};
 }

@@ -6,8 +6,8 @@ namespace {
 template <typename T>
 void run_moments(const LatentTensors& latents, int64_t num_tasks, Acc<T>* moments) {
   latents.with<T>([&](const Latents<T>& all) {
-    Tensor workspace = empty_bytes(latents.z[0], cpu::task_moments_workspace(all, num_tasks));
-    cpu::task_moments<T>({all, num_tasks, moments, workspace.mutable_data_ptr()});
+    const auto workspace = host_bytes(cpu::task_moments_workspace(all, num_tasks));
+    cpu::task_moments<T>({all, num_tasks, moments, workspace.get()});
   });
 }
 

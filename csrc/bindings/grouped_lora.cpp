@@ -64,10 +64,10 @@ std::tuple<Tensor, Tensor> grouped_lora(const Tensor& x, const Tensor& A, const 
   dispatch_types(x, adapters, [&](auto type, auto adapter) {
     using T = decltype(type);
     using W = decltype(adapter);
-    Tensor workspace = empty_bytes(x, cpu::grouped_lora_forward_workspace(shape, p > 0, sizeof(Acc<T>)));
+    const auto workspace = host_bytes(cpu::grouped_lora_forward_workspace(shape, p > 0, sizeof(Acc<T>)));
     cpu::grouped_lora_forward<T, W>({shape, rows.view, dropout.view, scaling, data<T>(xc), data<W>(Ac), data<W>(Bc),
                                      data<T>(base), data<T>(biasc), mutable_data<Acc<T>>(z), mutable_data<T>(y),
-                                     workspace.mutable_data_ptr()});
+                                     workspace.get()});
   });
   return {y, z};
 }
@@ -92,12 +92,12 @@ std::tuple<Tensor, Tensor, Tensor> grouped_lora_backward(const Tensor& dy, const
   dispatch_types(x, adapters, [&](auto type, auto adapter) {
     using T = decltype(type);
     using W = decltype(adapter);
-    Tensor workspace = empty_bytes(x, cpu::grouped_lora_backward_workspace(shape, p > 0, sizeof(Acc<T>)));
+    const auto workspace = host_bytes(cpu::grouped_lora_backward_workspace(shape, p > 0, sizeof(Acc<T>)));
     T* dx_data = need_dx ? mutable_data<T>(dx) : nullptr;
     cpu::grouped_lora_backward<T, W>({shape, rows.view, dropout.view, scaling, data<T>(xc), data<Acc<T>>(zc),
                                       data<W>(Ac), data<W>(Bc), has_base ? dx_data : nullptr, data<T>(dyc),
                                       data<Acc<T>>(dzc), dx_data, mutable_data<Acc<T>>(dA), mutable_data<Acc<T>>(dB),
-                                      workspace.mutable_data_ptr()});
+                                      workspace.get()});
   });
   return {dx, dA, dB};
 }

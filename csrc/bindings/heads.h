@@ -96,9 +96,8 @@ struct HeadsOutputs {
   }
 
   template <typename T, typename W = T>
-  HeadsForwardArgs<T, W> args(const HeadsTensors& in, Tensor& workspace) {
-    return {in.inputs<T, W>(),       data<T>(base),      data<T>(bias),
-            mutable_data<Acc<T>>(z), mutable_data<T>(y), mutable_data<void>(workspace)};
+  HeadsForwardArgs<T, W> args(const HeadsTensors& in, void* workspace) {
+    return {in.inputs<T, W>(), data<T>(base), data<T>(bias), mutable_data<Acc<T>>(z), mutable_data<T>(y), workspace};
   }
 };
 
@@ -121,7 +120,7 @@ struct HeadsGradients {
   }
 
   template <typename T, typename W = T>
-  HeadsBackwardArgs<T, W> args(const HeadsTensors& in, Tensor& workspace) {
+  HeadsBackwardArgs<T, W> args(const HeadsTensors& in, void* workspace) {
     return {in.inputs<T, W>(),
             data<Acc<T>>(z),
             has_base ? data<T>(dx) : nullptr,
@@ -130,7 +129,7 @@ struct HeadsGradients {
             need_dx ? mutable_data<T>(dx) : nullptr,
             mutable_data<Acc<T>>(dA),
             mutable_data<Acc<T>>(dB),
-            mutable_data<void>(workspace)};
+            workspace};
   }
 };
 

@@ -12,8 +12,8 @@ MkMmdOutputs mk_mmd(const Tensor& z, const Tensor& task, int64_t num_tasks, std:
   dispatch_dtype(z, "z", [&](auto type) {
     using T = decltype(type);
     MkMmdArgs<T> args = mk_mmd_args<T>(zc, taskc, options, outputs);
-    Tensor workspace = empty_bytes(z, cpu::mk_mmd_workspace(args));
-    args.workspace = mutable_data<void>(workspace);
+    const auto workspace = host_bytes(cpu::mk_mmd_workspace(args));
+    args.workspace = workspace.get();
     cpu::mk_mmd(args);
   });
   return outputs;

@@ -20,8 +20,9 @@ std::tuple<Tensor, Tensor, Tensor> routed_lora(const Tensor& x, const Tensor& A,
   dispatch_types(x, dtype, [&](auto type, auto adapter) {
     using T = decltype(type);
     using W = decltype(adapter);
-    Tensor workspace = empty_bytes(x, cpu::routed_lora_forward_workspace(shape, routing, p > 0, sizeof(Acc<T>)));
-    cpu::routed_lora_forward<T, W>({out.args<T, W>(in, workspace), routing, data<W>(Rc), mutable_data<Acc<T>>(w)});
+    const auto workspace = host_bytes(cpu::routed_lora_forward_workspace(shape, routing, p > 0, sizeof(Acc<T>)));
+    cpu::routed_lora_forward<T, W>(
+        {out.args<T, W>(in, workspace.get()), routing, data<W>(Rc), mutable_data<Acc<T>>(w)});
   });
   return {out.y, out.z, w};
 }
@@ -44,8 +45,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> routed_lora_backward(
   dispatch_types(x, dtype, [&](auto type, auto adapter) {
     using T = decltype(type);
     using W = decltype(adapter);
-    Tensor workspace = empty_bytes(x, cpu::routed_lora_backward_workspace(shape, routing, p > 0, sizeof(Acc<T>)));
-    cpu::routed_lora_backward<T, W>({out.args<T, W>(in, workspace), routing, data<W>(Rc), data<Acc<T>>(wc),
+    const auto workspace = host_bytes(cpu::routed_lora_backward_workspace(shape, routing, p > 0, sizeof(Acc<T>)));
+    cpu::routed_lora_backward<T, W>({out.args<T, W>(in, workspace.get()), routing, data<W>(Rc), data<Acc<T>>(wc),
                                      data<Acc<T>>(dwc), mutable_data<Acc<T>>(dR)});
   });
   return {out.dx, out.dA, out.dB, dR};

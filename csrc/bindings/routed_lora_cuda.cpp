@@ -35,7 +35,8 @@ std::tuple<Tensor, Tensor, Tensor> routed_lora(const Tensor& x, const Tensor& A,
     const auto inputs = in.inputs<T, W>();
     Tensor workspace = empty_bytes(x, cuda::routed_lora_forward_workspace(inputs, data<W>(Rc), checked.routing));
     cuda::routed_lora_forward<T, W>(
-        {out.args<T, W>(in, workspace), checked.routing, data<W>(Rc), mutable_data<float>(w)}, device.stream());
+        {out.args<T, W>(in, mutable_data<void>(workspace)), checked.routing, data<W>(Rc), mutable_data<float>(w)},
+        device.stream());
   });
   return {out.y, out.z, w};
 }
@@ -60,8 +61,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> routed_lora_backward(
     using W = decltype(adapter);
     const auto inputs = in.inputs<T, W>();
     Tensor workspace = empty_bytes(x, cuda::routed_lora_backward_workspace(inputs, data<W>(Rc), checked.routing));
-    cuda::routed_lora_backward<T, W>({out.args<T, W>(in, workspace), checked.routing, data<W>(Rc), data<float>(wc),
-                                      data<float>(dwc), mutable_data<float>(dR)},
+    cuda::routed_lora_backward<T, W>({out.args<T, W>(in, mutable_data<void>(workspace)), checked.routing, data<W>(Rc),
+                                      data<float>(wc), data<float>(dwc), mutable_data<float>(dR)},
                                      device.stream());
   });
   return {out.dx, out.dA, out.dB, dR};

@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <array>
+#include <cstddef>
 #include <initializer_list>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -28,20 +30,20 @@ namespace align {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
 inline std::vector<int64_t> sizes_of(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
 
-inline std::string text_of(const std::vector<int64_t>& sizes) {
+inline std::string text_of(Sizes sizes) {
   std::string text = "[";
   for (size_t d = 0; d < sizes.size(); ++d) text += (d ? ", " : "") + std::to_string(sizes[d]);
   return text + "]";
 }
 
-inline std::string shape_of(const Tensor& tensor) { return text_of(sizes_of(tensor)); }
+inline std::string shape_of(const Tensor& tensor) { return text_of(tensor.sizes()); }
 
-inline void check_shape(const Tensor& tensor, const std::vector<int64_t>& expected, const char* name) {
-  STD_TORCH_CHECK(sizes_of(tensor) == expected, name, " must have shape ", text_of(expected), ", got ",
-                  shape_of(tensor));
+inline void check_shape(const Tensor& tensor, Sizes expected, const char* name) {
+  STD_TORCH_CHECK(tensor.sizes() == expected, name, " must have shape ", text_of(expected), ", got ", shape_of(tensor));
 }
 
 inline void check_dtype(const Tensor& tensor, ScalarType expected, const char* name, const char* what) {
@@ -77,7 +79,7 @@ inline OptionalTensor contiguous_as(const OptionalTensor& tensor, ScalarType dty
 }
 
 // A new tensor on the device of another.
-inline Tensor make_empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+inline Tensor make_empty(const Tensor& like, Sizes sizes, ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
   int32_t device_type = 0;
@@ -89,11 +91,14 @@ inline Tensor make_empty(const Tensor& like, const std::vector<int64_t>& sizes, 
   return Tensor(created);
 }
 
-inline Tensor make_empty(const Tensor& like, const std::vector<int64_t>& sizes) {
-  return make_empty(like, sizes, like.scalar_type());
-}
+inline Tensor make_empty(const Tensor& like, Sizes sizes) { return make_empty(like, sizes, like.scalar_type()); }
 
 inline Tensor empty_bytes(const Tensor& like, int64_t bytes) { return make_empty(like, {bytes}, ScalarType::Byte); }
+
+// Memory for a CPU kernel, in which nothing is set: a tensor's takes a microsecond more.
+inline std::unique_ptr<std::byte[]> host_bytes(int64_t bytes) {
+  return std::unique_ptr<std::byte[]>(new std::byte[size_t(bytes)]);
+}
 
 // A tensor's memory as a matrix.
 inline Tensor matrix(const Tensor& tensor, const std::array<int64_t, 2>& sizes, const std::array<int64_t, 2>& strides) {

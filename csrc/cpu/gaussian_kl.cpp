@@ -15,7 +15,7 @@ constexpr int64_t kDims = 16;  // dimensions handled at a time
 
 // First row of a run of equal ids that ends before end.
 ALIGN_INLINE int64_t run_end(const int64_t* task, int64_t t, int64_t end) {
-  const int64_t id = task[t];
+  const int64_t id = task[t++];
   while (t < end && task[t] == id) ++t;
   return t;
 }
@@ -64,6 +64,12 @@ struct Layer {
 template <typename T>
 ALIGN_INLINE Layer<T> layer_of(const Latents<T>& latents, int64_t tasks, int64_t index) {
   return {latents.z[index], latents.ranks[index], latents.task, tasks};
+}
+
+// Calls body(layer), compiled twice: rows of 8 ranks are so short that loops over them cost more than what is in them.
+template <typename T, typename Body>
+ALIGN_INLINE void with_rank(const Layer<T>& layer, const Body& body) {
+  layer.rank == 8 ? body(Layer<T>{layer.z, 8, layer.task, layer.tasks}) : body(layer);
 }
 
 template <typename T>
@@ -148,8 +154,10 @@ void moments_blocks(const MomentsJob<T>& job, int64_t first, int64_t last) {
       const int64_t begin = block * kBlockRows, end = std::min(begin + kBlockRows, job.args.latents.tokens);
       Acc<T>* out = job.part(index, block);
       std::fill_n(out, layer.tasks * (2 * layer.rank + 1), Acc<T>(0));
-      block_means(layer, begin, end, out);
-      block_squares(layer, begin, end, out);
+      with_rank(layer, [&](const auto& of_rank) ALIGN_INLINE_LAMBDA {
+        block_means(of_rank, begin, end, out);
+        block_squares(of_rank, begin, end, out);
+      });
     }
   });
 }
@@ -266,26 +274,32 @@ void layer_tables(const GaussianKlTablesArgs<A>& args, int64_t index) {
 
 // Rows [begin, end) of one layer.
 template <typename T>
+ALIGN_INLINE void backward_of(const GaussianKlBackwardArgs<T>& args, const Layer<T>& layer, const Acc<T>* tables, T* dz,
+                              int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  const int64_t width = args.latents.rank;
+  const A d_loss = args.d_loss[0] * A(args.scale);
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t id = layer.task[t];
+    const bool counts = id >= 0 && id < layer.tasks;
+    const A* a = tables + (counts ? id * 3 * width : 0);
+    const A *b = a + width, *mu = b + width;
+    for_dims(layer.rank, [&](auto dims, int64_t d) ALIGN_INLINE_LAMBDA {
+      const int64_t e = t * layer.rank + d;
+      const auto of_mean = load_dims<dims()>(layer.z + e) - load_dims<dims()>(mu + d);
+      const auto value = d_loss * (load_dims<dims()>(a + d) + load_dims<dims()>(b + d) * of_mean);
+      store_dims<dims()>(dz + e, counts ? value : decltype(value){});
+    });
+  }
+}
+
+template <typename T>
 void backward_rows(const GaussianKlBackwardArgs<T>& args, int64_t index, int64_t begin, int64_t end) {
   run_widest([&](auto) ALIGN_INLINE_LAMBDA {
-    using A = Acc<T>;
-    const Layer<T> layer = layer_of(args.latents, args.tasks, index);
-    const int64_t width = args.latents.rank;
-    const A* tables = args.tables + index * layer.tasks * 3 * width;
+    const Acc<T>* tables = args.tables + index * args.tasks * 3 * args.latents.rank;
     T* dz = args.dz + index * args.dz_stride;
-    const A d_loss = args.d_loss[0] * A(args.scale);
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t id = layer.task[t];
-      const bool counts = id >= 0 && id < layer.tasks;
-      const A* a = tables + (counts ? id * 3 * width : 0);
-      const A *b = a + width, *mu = b + width;
-      for_dims(layer.rank, [&](auto dims, int64_t d) ALIGN_INLINE_LAMBDA {
-        const int64_t e = t * layer.rank + d;
-        const auto of_mean = load_dims<dims()>(layer.z + e) - load_dims<dims()>(mu + d);
-        const auto value = d_loss * (load_dims<dims()>(a + d) + load_dims<dims()>(b + d) * of_mean);
-        store_dims<dims()>(dz + e, counts ? value : decltype(value){});
-      });
-    }
+    with_rank(layer_of(args.latents, args.tasks, index),
+              [&](const auto& layer) ALIGN_INLINE_LAMBDA { backward_of(args, layer, tables, dz, begin, end); });
   });
 }
 
