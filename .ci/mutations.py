@@ -296,8 +296,8 @@ MUTANTS = [
     Mutant(
         "leave the last term out of dx",
         "csrc/cpu/heads.cpp",
-        "{dx, in_dim}, terms.data(), plan.terms()}",
-        "{dx, in_dim}, terms.data(), std::max<int64_t>(plan.terms() - 1, 1)}",
+        "{dx, in_dim}, terms.data(), plan.terms(), nullptr",
+        "{dx, in_dim}, terms.data(), std::max<int64_t>(plan.terms() - 1, 1), nullptr",
         "test_routed_lora",
     ),
     Mutant(
@@ -315,11 +315,18 @@ MUTANTS = [
         "test_grouped_lora",
     ),
     Mutant(
-        "draw every row's mask from a whole byte on",
+        "begin every row's mask in a whole byte",
         "csrc/cpu/dropout.h",
-        "const int64_t bit = start % 8 + first;",
-        "const int64_t bit = first;",
+        "{bytes + bit / 8, uint32_t(bit % 8)}",
+        "{bytes + bit / 8, 0}",
         "test_philox",
+    ),
+    Mutant(
+        "rows in a row all have the first one's mask",
+        "csrc/cpu/skinny.h",
+        "row_elements % 8 + i * row_elements;",
+        "row_elements % 8;",
+        "test_grouped_lora",
     ),
     Mutant(
         "forget the mean in the softmax's backward",
@@ -406,6 +413,53 @@ MUTANTS = [
         "test_grouped_lora_cuda",
     ),
 ]
+
+AMX = [
+    Mutant(
+        "AMX: no mask where x is copied",
+        "csrc/cpu/amx_panels.cpp",
+        "if constexpr (kMasked) lanes &= kept_columns(masks.at[i + k], c);",
+        "",
+        "test_grouped_lora",
+    ),
+    Mutant(
+        "AMX: leave out the ranks of the short tile",
+        "csrc/cpu/amx_panels.cpp",
+        "if (j == rank) continue;",
+        "continue;",
+        "test_grouped_lora",
+    ),
+    Mutant(
+        "AMX: the short tile is a whole one",
+        "csrc/cpu/amx_tiles.h",
+        "uint8_t(is_short ? ranks % kAmxRows : kAmxRows)",
+        "uint8_t(kAmxRows + 0 * is_short)",
+        "test_grouped_lora",
+    ),
+    Mutant(
+        "AMX: each panel begins the second tile's sums anew",
+        "csrc/cpu/amx_panels.cpp",
+        "begin_sum<1>(lower, stride, first);",
+        "begin_sum<1>(lower, stride, true);",
+        "test_dropout_sum",
+    ),
+    Mutant(
+        "AMX: leave all terms but the last out of dx",
+        "csrc/cpu/amx.cpp",
+        "if (k > 0) v = plus(v, load_sums(further + place));",
+        "",
+        "test_routed_lora",
+    ),
+    Mutant(
+        "AMX: stop after the first panel of columns",
+        "csrc/cpu/amx.cpp",
+        "} else if (panel + kPanel < op.out.columns) {",
+        "} else if (panel + kPanel < 0) {",
+        "test_dropout_sum",
+    ),
+]
+if "amx_bf16" in Path("/proc/cpuinfo").read_text():  # elsewhere nothing runs that they change
+    MUTANTS += AMX
 
 
 # What orders the threads of a kernel. ptx.cuh defines cp_async_wait, and does not use it.

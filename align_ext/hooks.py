@@ -44,10 +44,13 @@ def remove_hooks(model: nn.Module) -> None:
     del model.align_hooks, model.align_arguments, model.align_state
 
 
-def _argument(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
-    """An argument of a model's forward, whichever way it was passed."""
-    names: Any = module.align_arguments
-    return kwargs[name] if name in kwargs else dict(zip(names, args, strict=False)).get(name)
+CACHE = ("cache", "past_key_values")  # what transformers calls it, from 5.24 on and before
+
+
+def _argument(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> Any:
+    """An argument of a model's forward, whichever way, and by whichever of its names, it was passed."""
+    given = dict(zip(module.align_arguments, args, strict=False)) | kwargs  # type: ignore[arg-type]
+    return next((given[name] for name in names if name in given), None)
 
 
 def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -60,9 +63,8 @@ def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     if ids is not None and step is not None:
         raise RuntimeError("task ids were given twice: by align_step and by task_ids=")
     if step is None and _opens(state.config, module.training, ids):
-        mask, labels, cache = (
-            _argument(module, args, kwargs, name) for name in ("attention_mask", "labels", "past_key_values")
-        )
+        mask, labels = (_argument(module, args, kwargs, name) for name in ("attention_mask", "labels"))
+        cache = _argument(module, args, kwargs, *CACHE)
         _open_by_keyword(module, state, ids, mask, labels, cache)
     elif step is None and module.training and state.config.needs_step:
         state.find()  # raises: training has no step, and no layer ran yet
