@@ -267,14 +267,14 @@ MUTANTS = [
     ),
     Mutant(
         "forget the scale of kept elements",
-        "csrc/cpu/heads.cpp",
+        "csrc/cpu/heads_block.cpp",
         "term.g.row(i)[j] *= term.scale",
         "term.g.row(i)[j] *= 1",
         "test_grouped_lora",
     ),
     Mutant(
         "forget the scaling in dz",
-        "csrc/cpu/heads.cpp",
+        "csrc/cpu/heads_block.cpp",
         "d_mixed[j] += factor * q[j];",
         "d_mixed[j] += (v.data ? v.row(rows.row(i))[h] : 1) * q[j];",
         "test_grouped_lora",
@@ -295,7 +295,7 @@ MUTANTS = [
     ),
     Mutant(
         "leave the last term out of dx",
-        "csrc/cpu/heads.cpp",
+        "csrc/cpu/heads_block.cpp",
         "{dx, in_dim}, terms.data(), plan.terms(), nullptr",
         "{dx, in_dim}, terms.data(), std::max<int64_t>(plan.terms() - 1, 1), nullptr",
         "test_routed_lora",
@@ -337,7 +337,7 @@ MUTANTS = [
     ),
     Mutant(
         "forget the routing weights in dB",
-        "csrc/cpu/heads.cpp",
+        "csrc/cpu/heads_block.cpp",
         "v.data ? scratch.weighted : scratch.u",
         "scratch.u",
         "test_routed_lora",

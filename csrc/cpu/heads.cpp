@@ -12,14 +12,6 @@ int64_t padded(int64_t rank) { return round_up(rank, kRankAlign); }
 
 int64_t a_rows(const HeadsPlan& plan) { return plan.a_row(plan.terms()); }
 
-// Of so many columns of a (or bt, for a given pass).
-int64_t a_tiles(const HeadsPlan& plan, int64_t rank) {
-  return plan.backward ? add_tiles(rank, plan.shape.in_dim) : dot_tiles(rank, plan.shape.in_dim);
-}
-int64_t bt_tiles(const HeadsPlan& plan) {
-  return plan.backward ? dot_tiles(plan.mixed(), plan.outputs()) : add_tiles(plan.mixed(), plan.outputs());
-}
-
 // ---- Workspace: the operands of all chunks, then the chunks' scratch
 
 template <typename T>
@@ -29,7 +21,7 @@ void carve_operands(Arena& arena, Heads<T>& heads) {
   heads.bt = arena.take_small<Acc<T>>(plan.groups * padded(plan.mixed()), round_up(plan.outputs(), kColumnAlign));
   if (sizeof(Acc<T>) == sizeof(float) && use_amx<bfloat16>()) {
     heads.a_tiles = arena.take<bfloat16>(plan.a_tile(plan.terms()));
-    heads.bt_tiles = arena.take<bfloat16>(plan.groups * bt_tiles(plan));
+    heads.bt_tiles = arena.take<bfloat16>(plan.bt_tile(plan.groups));
   }
   if (!plan.backward || !plan.many_ranks()) return;
   heads.b = arena.take_small<Acc<T>>(plan.shape.out_dim, round_up(plan.mixed(), kColumnAlign));
@@ -120,18 +112,8 @@ void prepare_tiles(const Heads<T>& heads, int64_t first, int64_t last) {
     pack(a, plan.rank(k), plan.shape.in_dim, !plan.backward, heads.a_tiles + plan.a_tile(k));
   }
   for (int64_t g = 0; g < plan.groups; ++g) {
-    pack(heads.bt_of(g), plan.mixed(), plan.outputs(), plan.backward, heads.bt_tiles + g * bt_tiles(plan));
+    pack(heads.bt_of(g), plan.mixed(), plan.outputs(), plan.backward, heads.bt_tiles + plan.bt_tile(g));
   }
-}
-
-// Masks what belongs to all heads' latents in the rows of a block, if they are masked.
-template <typename T>
-void mask_latents(const HeadsBlock<T>& block, const Small<Acc<T>>& of_heads) {
-  if (!block.plan.masks_latents()) return;
-  const int64_t elements = block.plan.mask_row();
-  const KeepBits keep{block.scratch.keep, 0, elements, 0};
-  drop_rows(of_heads.data, of_heads.stride, block.rows.count, elements, kept_row(keep.bytes, keep.begin(block.rows, 0)),
-            block.heads.mask_scale);
 }
 
 template <typename T>
@@ -176,7 +158,13 @@ int64_t HeadsPlan::a_row(int64_t term) const {
 }
 
 int64_t HeadsPlan::a_tile(int64_t term) const {
-  return begin_of(*this, term, [&](int64_t k) { return a_tiles(*this, rank(k)); });
+  return begin_of(*this, term, [&](int64_t k) {
+    return backward ? add_tiles(rank(k), shape.in_dim) : dot_tiles(rank(k), shape.in_dim);
+  });
+}
+
+int64_t HeadsPlan::bt_tile(int64_t group) const {
+  return group * (backward ? dot_tiles(mixed(), outputs()) : add_tiles(mixed(), outputs()));
 }
 
 int64_t HeadsPlan::mask_row() const {
@@ -261,130 +249,7 @@ void begin_block(HeadsBlock<T>& block, int64_t first, int64_t count, bool first_
   }
 }
 
-// ---- Forward
-
-template <typename T>
-void HeadsBlock<T>::shrink(A* z) const {
-  const HeadsShape& shape = plan.shape;
-  for (const RankTerm<A>& term : terms) {
-    rows_dot(RowsDot<T>{rows, {heads.x, shape.in_dim}, term.keep, term.b, term.g, term.rank, term.tiles});
-    for (int64_t i = 0; i < rows.count && term.scale != 1; ++i) {
-      for (int64_t j = 0; j < term.rank; ++j) term.g.row(i)[j] *= term.scale;
-    }
-  }
-  for (int64_t i = 0; i < rows.count; ++i) {
-    A* row = z + rows.row(i) * shape.latents() * shape.rank;
-    for (int64_t l = 0; l < shape.latents(); ++l) std::copy_n(at(plan.latent(l), i), shape.rank, row + l * shape.rank);
-  }
-}
-
-template <typename T>
-void HeadsBlock<T>::make_heads(const A* z) const {
-  const int64_t rank = plan.shape.rank, latents = plan.shape.latents();
-  for (int64_t i = 0; i < rows.count; ++i) {
-    A* u = scratch.u.row(i);
-    const A* row = z + rows.row(i) * latents * rank;
-    for (int64_t h = 0; h < plan.heads(); ++h) std::copy_n(row + (latents > 1 ? h * rank : 0), rank, u + h * rank);
-    std::fill(u + plan.columns(), scratch.u.row(i + 1), A(0));
-  }
-  mask_latents(*this, scratch.u);
-}
-
-template <typename T>
-void HeadsBlock<T>::expand(int64_t group, Small<const A> v, const T* y_in, const T* bias, T* y) const {
-  const int64_t rank = plan.shape.rank, offset_rank = plan.shape.offset_rank;
-  for (int64_t i = 0; i < rows.count; ++i) {
-    A* mixed = scratch.mixed.row(i);
-    const A* u = scratch.u.row(i);
-    for (int64_t h = 0; h < plan.heads(); ++h) {
-      const A factor = heads.scaling * (v.data ? v.row(rows.row(i))[h] : 1);
-      for (int64_t j = h * rank; j < (h + 1) * rank; ++j) mixed[j] = factor * u[j];
-    }
-    const A* offset = at(plan.offset(), i);
-    for (int64_t j = 0; j < offset_rank; ++j) mixed[plan.columns() + j] = heads.offset_scaling * offset[j];
-  }
-  const int64_t outputs = plan.outputs(), first = group * outputs;
-  const RankTerm<A> low_rank{{}, scratch.mixed, heads.bt_of(group), plan.mixed(), 1, heads.bt_tiles_of(group)};
-  rank_add(RankAdd<T>{rows,
-                      y_in + first,
-                      {y + first, outputs, plan.shape.out_dim},
-                      &low_rank,
-                      1,
-                      bias ? bias + first : nullptr,
-                      scratch.factors});
-}
-
-// ---- Backward
-
-template <typename T>
-void HeadsBlock<T>::pull(const T* dy, int64_t group, Small<const A> v) const {
-  const int64_t rank = plan.shape.rank, outputs = plan.outputs();
-  const Tall<const T> dy_of_group{dy + group * outputs, outputs, plan.shape.out_dim};
-  const Small<A> dbt{scratch.dbt.row(group * plan.columns()), scratch.dbt.stride};
-  const Small<A> factors = v.data ? scratch.weighted : scratch.u;
-  for (int64_t i = 0; v.data && i < rows.count; ++i) {
-    for (int64_t h = 0; h < plan.heads(); ++h) {
-      const A weight = v.row(rows.row(i))[h];
-      for (int64_t j = h * rank; j < (h + 1) * rank; ++j) factors.row(i)[j] = weight * scratch.u.row(i)[j];
-    }
-  }
-  if (plan.many_ranks() || heads.amx) {
-    const Small<const A> b = heads.amx ? Small<const A>{} : heads.b_of(group);
-    dot_outer(DotOuter<T>{rows, dy_of_group, b, scratch.q, plan.mixed(), factors, plan.columns(), dbt, first_of_chunk,
-                          heads.bt_tiles_of(group), scratch.factors});
-  } else {
-    rows_dot(RowsDot<T>{rows, dy_of_group, {}, heads.bt_of(group), scratch.q, plan.mixed()});
-    outer_add(OuterAdd<T>{rows, dy_of_group, {}, factors, plan.columns(), dbt, first_of_chunk});
-  }
-  for (int64_t i = 0; i < rows.count; ++i) {
-    const A* q = scratch.q.row(i);
-    A* d_mixed = scratch.mixed.row(i);
-    if (group == 0) std::fill_n(d_mixed, scratch.mixed.stride, A(0));
-    for (int64_t h = 0; h < plan.heads(); ++h) {
-      const A factor = heads.scaling * (v.data ? v.row(rows.row(i))[h] : 1);
-      for (int64_t j = h * rank; j < (h + 1) * rank; ++j) d_mixed[j] += factor * q[j];
-    }
-    for (int64_t j = plan.columns(); j < plan.mixed(); ++j) d_mixed[j] += heads.offset_scaling * q[j];
-  }
-}
-
-template <typename T>
-void HeadsBlock<T>::latent_gradient(const A* dz_in) const {
-  const int64_t rank = plan.shape.rank, latents = plan.shape.latents();
-  mask_latents(*this, scratch.mixed);
-  for (int64_t i = 0; i < rows.count; ++i) {
-    for (int64_t l = 0; l < latents; ++l) {
-      A* dz = at(plan.latent(l), i);
-      std::fill_n(dz, rank, A(0));
-      if (dz_in) std::copy_n(dz_in + (rows.row(i) * latents + l) * rank, rank, dz);
-    }
-    const A* d_mixed = scratch.mixed.row(i);
-    for (int64_t h = 0; h < plan.heads(); ++h) {
-      A* dz = at(plan.latent(latents > 1 ? h : 0), i);
-      for (int64_t j = 0; j < rank; ++j) dz[j] += d_mixed[h * rank + j];
-    }
-    if (plan.shape.offset_rank > 0) {
-      std::copy_n(d_mixed + plan.columns(), plan.shape.offset_rank, at(plan.offset(), i));
-    }
-  }
-}
-
-template <typename T>
-void HeadsBlock<T>::input_gradient(const T* dx_in, T* dx) const {
-  const int64_t in_dim = plan.shape.in_dim;
-  if (dx) rank_add(RankAdd<T>{rows, dx_in, {dx, in_dim}, terms.data(), plan.terms(), nullptr, scratch.factors});
-  for (int64_t k = 0; k < plan.terms(); ++k) {
-    const Small<A> da{scratch.da.row(plan.a_row(k)), scratch.da.stride};
-    outer_add(OuterAdd<T>{rows,
-                          {heads.x, in_dim},
-                          terms[k].keep,
-                          terms[k].g,
-                          plan.trained(k),
-                          da,
-                          first_of_chunk && !plan.shares_a(k),
-                          heads.amx ? scratch.factors : nullptr});
-  }
-}
+// ---- The end of a backward
 
 template <typename T>
 void finish_gradients(const Heads<T>& heads, Acc<T>* dA, Acc<T>* dB, Acc<T>* dR) {
@@ -442,7 +307,6 @@ void finish_gradients(const Heads<T>& heads, Acc<T>* dA, Acc<T>* dB, Acc<T>* dR)
 }
 
 #define ALIGN_INSTANTIATE(T)                                         \
-  template struct HeadsBlock<T>;                                     \
   template HeadsBlock<T> begin_chunk(const Heads<T>&, int64_t);      \
   template void begin_block(HeadsBlock<T>&, int64_t, int64_t, bool); \
   template void finish_gradients(const Heads<T>&, Acc<T>*, Acc<T>*, Acc<T>*);

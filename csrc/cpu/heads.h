@@ -62,6 +62,7 @@ struct HeadsPlan {
   int64_t trained(int64_t term) const { return rank(term) - (term == offset().term ? shape.offset_rank : 0); }
   int64_t a_row(int64_t term) const;   // where the term's rows of the operand a begin
   int64_t a_tile(int64_t term) const;  // and where its tiles do
+  int64_t bt_tile(int64_t group) const;
   Place latent(int64_t i) const { return apart() ? Place{i, 0} : Place{0, i * shape.rank}; }
   Place router() const;
   Place offset() const;
@@ -93,11 +94,7 @@ struct Heads {
 
   Small<Acc<T>> bt_of(int64_t group) const { return {bt.row(group * round_up(plan.mixed(), kRankAlign)), bt.stride}; }
   Small<Acc<T>> b_of(int64_t group) const { return {b.row(group * plan.outputs()), b.stride}; }
-  const bfloat16* bt_tiles_of(int64_t group) const {
-    const int64_t size =
-        plan.backward ? dot_tiles(plan.mixed(), plan.outputs()) : add_tiles(plan.mixed(), plan.outputs());
-    return amx ? bt_tiles + group * size : nullptr;
-  }
+  const bfloat16* bt_tiles_of(int64_t group) const { return amx ? bt_tiles + plan.bt_tile(group) : nullptr; }
 };
 
 // What a chunk of rows needs of its own.
