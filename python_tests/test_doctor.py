@@ -1,8 +1,10 @@
 """The doctor sees what is wrong with an installation."""
 
 import io
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,3 +82,13 @@ def test_a_missing_extension_names_the_build_command(tmp_path):
     assert result.returncode != 0
     assert "pip install ." in result.stderr
     assert "align_ext._C is missing" in result.stderr
+
+
+@pytest.mark.parametrize("limit", [None, "AVX512_CORE_BF16", "AVX512_CORE_AMX"])
+def test_bfloat16_runs_on_amx_where_there_is_some_and_torch_s_own_products_may(limit):
+    code = "from align_ext.ops._native import build_info; print(build_info.uses_amx())"
+    env = {name: value for name, value in os.environ.items() if name != "ONEDNN_MAX_CPU_ISA"}
+    env |= {"ONEDNN_MAX_CPU_ISA": limit} if limit else {}
+    printed = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    there = "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    assert printed.strip() == str(there and limit != "AVX512_CORE_BF16")

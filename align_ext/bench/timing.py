@@ -28,6 +28,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from align_ext.ops._native import build_info
+
 # On a CPU a short call is measured by many in a row: the first one after other work takes up to 0.3 ms more, which says
 # little about the call.
 ROW_MS = 20
@@ -246,7 +248,7 @@ def machine(device: str) -> str:
     """The machine in one line: absolute times mean nothing without it."""
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}"
-    features = torch.backends.cpu.get_cpu_capability()
+    features = torch.backends.cpu.get_cpu_capability() + (" with AMX" if build_info.uses_amx() else "")
     return f"{platform.machine()} {features}, {torch.get_num_threads()} threads, torch {torch.__version__}, CPU"
 
 

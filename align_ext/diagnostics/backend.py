@@ -34,9 +34,8 @@ def backend() -> dict[str, Any]:
         devices: those that torch sees.
         ops: operator -> device -> "native" or "none" (no kernel in this build).
     """
-    devices = {
-        "cpu": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    }
+    vectors = torch.backends.cpu.get_cpu_capability() + (", AMX" if build_info.uses_amx() else "")
+    devices = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads, {vectors}"}
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
         devices[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}"

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "bindings/torch_cuda.h"
+#include "cpu/amx.h"
 #ifdef ALIGN_SIMT
 #include "report.h"
 #endif
@@ -14,6 +15,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.attr("built_with_torch") = ALIGN_BUILT_WITH_TORCH;
   m.attr("compiler") = __VERSION__;
+  m.def("uses_amx", align::cpu::amx_usable, "Whether bfloat16 products on the CPU run on AMX.");
   m.def(
       "finds_cuda_stream", [] { return align::find_in_torch_cuda(align::kCurrentStream) != nullptr; },
       "Whether the CUDA kernels would find torch's current stream.");

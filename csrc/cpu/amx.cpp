@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <cpuid.h>
+#include <cstdlib>
+#include <cstring>
 #include <sys/syscall.h>
 #include <unistd.h>
 #include <vector>
@@ -15,6 +17,8 @@ namespace align::cpu {
 
 bool amx_usable() {
   static const bool usable = [] {
+    const char* limit = std::getenv("ONEDNN_MAX_CPU_ISA");
+    if (limit && !std::strstr(limit, "AMX") && !std::strstr(limit, "DEFAULT")) return false;
     unsigned a, b, c, d;
     if (!__builtin_cpu_supports("x86-64-v4") || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
     constexpr unsigned kAmxBf16 = 1u << 22, kAmxTiles = 1u << 24, kAvx512Bf16 = 1u << 5;
