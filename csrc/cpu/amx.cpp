@@ -34,13 +34,15 @@ bool amx_usable() {
 
 AMX_TARGET void pack_dot_tiles(Small<const float> small, int64_t rank, int64_t first, int64_t last, bfloat16* tiles) {
   const int64_t ranks = round_up(rank, kAmxRows);
-  const __m512i rows = lanes_apart(kAmxColumns * sizeof(bfloat16));
   bfloat16* tile = tiles + first / kAmxColumns * ranks * kAmxColumns;
   for (int64_t c = first; c < last; c += kAmxColumns) {
-    for (int64_t j = 0; j < ranks; ++j) {
-      const __m512i pairs = rounded_line(small.row(j) + c, j < rank ? first_lanes(last - c) : 0, 1);
-      _mm512_i32scatter_epi32(tile + j % kAmxRows * 2, rows, pairs, 1);
-      if (j % kAmxRows == kAmxRows - 1) tile += kAmxTile;
+    for (int64_t j = 0; j < ranks; j += kAmxRows, tile += kAmxTile) {
+      __m512i rows[kAmxRows];
+      for (int64_t k = 0; k < kAmxRows; ++k) {
+        rows[k] = rounded_line(small.row(j + k) + c, j + k < rank ? first_lanes(last - c) : 0, 1);
+      }
+      transpose(rows);
+      for (int64_t k = 0; k < kAmxRows; ++k) _mm512_storeu_si512(tile + k * kAmxColumns, rows[k]);
     }
   }
 }

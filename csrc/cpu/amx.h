@@ -23,8 +23,8 @@ constexpr bool kAmxExists = false;
 
 inline bool amx_allowed = true;  // tests forbid it, to reach the vectors on a machine that has both
 
-// Whether this processor has AMX, the system lets this process use it, and ONEDNN_MAX_CPU_ISA, which limits what torch's
-// own products use, does not exclude it. False on other architectures.
+// Whether this processor has AMX, the system lets this process use it, and ONEDNN_MAX_CPU_ISA, which limits what
+// torch's own products use, does not exclude it. False on other architectures.
 bool amx_usable();
 
 template <typename T>

@@ -1,4 +1,4 @@
-// rows_dot, outer_add and dot_outer by AMX. The panels of a block of rows, 64 rows of 128 columns, are copied to the
+// rows_dot, outer_add and dot_outer by AMX. The panels of a block of rows, 64 rows of 64 columns, are copied to the
 // first-level cache: as left tiles, for products with ranks, and as right tiles, for those with rows. Dropped elements
 // are zeroed on the way.
 #include <algorithm>
@@ -10,7 +10,7 @@
 namespace align::cpu {
 namespace {
 
-constexpr int64_t kPanel = 128;                        // columns of a panel
+constexpr int64_t kPanel = 64;                         // columns of a panel
 constexpr int64_t kSteps = kRowBlock / kAmxColumns;    // right tiles that make the rows of a block
 constexpr int64_t kPanelTiles = kPanel / kAmxColumns;  // left tiles that make the columns of a panel
 
@@ -138,15 +138,19 @@ AMX_TARGET void rows_dot_panels(const RowsDot<bfloat16>& op) {
 
 // ---- outer_add
 
-// Left tiles of the factors' transpose: [rank][kRowBlock].
+// Left tiles of the factors' transpose: [rank padded to 16][kRowBlock].
 AMX_INLINE void transpose_factors(const Small<const float>& g, int64_t rank, int64_t count, bfloat16* factors) {
-  const __m512i rows = lanes_apart(kRowBlock * sizeof(bfloat16));
-  for (int64_t t = 0; t < kRowBlock; t += 2) {
-    for (int64_t j = 0; j < rank; j += kAmxRows) {
-      const __mmask16 lanes = __mmask16(first_lanes(rank - j));
-      const __m512 even = _mm512_maskz_loadu_ps(t < count ? lanes : 0, g.row(t) + j);
-      const __m512 odd = _mm512_maskz_loadu_ps(t + 1 < count ? lanes : 0, g.row(t + 1) + j);
-      _mm512_mask_i32scatter_epi32(factors + j * kRowBlock + t, lanes, rows, rounded_pairs(even, odd), 1);
+  for (int64_t j = 0; j < rank; j += kAmxRows) {
+    const __mmask16 lanes = __mmask16(first_lanes(rank - j));
+    for (int64_t t = 0; t < kRowBlock; t += 2 * kAmxRows) {
+      __m512i pairs[kAmxRows];
+      for (int64_t k = 0; k < kAmxRows; ++k) {
+        const int64_t even = t + 2 * k, odd = even + 1;
+        pairs[k] = rounded_pairs(_mm512_maskz_loadu_ps(even < count ? lanes : 0, g.row(even) + j),
+                                 _mm512_maskz_loadu_ps(odd < count ? lanes : 0, g.row(odd) + j));
+      }
+      transpose(pairs);
+      for (int64_t k = 0; k < kAmxRows; ++k) _mm512_storeu_si512(factors + (j + k) * kRowBlock + t, pairs[k]);
     }
   }
 }

@@ -6,6 +6,7 @@
 #ifdef ALIGN_AMX
 
 #include <immintrin.h>
+#include <utility>
 
 #include "cpu/tiles.h"
 
@@ -71,10 +72,27 @@ class Tiles {
 // The first count of 32 lanes; none if it is negative.
 AMX_INLINE __mmask32 first_lanes(int64_t count) { return count >= 32 ? ~0u : count > 0 ? (1u << count) - 1 : 0; }
 
-// Lane l holds l times bytes.
-AMX_INLINE __m512i lanes_apart(int bytes) {
-  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  return _mm512_mullo_epi32(lane, _mm512_set1_epi32(bytes));
+// Lanes whose bit d is clear of a and b, or those whose bit is set, with b's beside a's.
+template <int d, int... lane>
+AMX_INLINE void exchange(__m512i& a, __m512i& b, std::integer_sequence<int, lane...>) {
+  const auto x = (__v16si)a, y = (__v16si)b;
+  a = (__m512i)__builtin_shufflevector(x, y, (lane & d ? 16 + lane - d : lane)...);
+  b = (__m512i)__builtin_shufflevector(x, y, (lane & d ? 16 + lane : lane + d)...);
+}
+template <int d>
+AMX_INLINE void exchange_all(__m512i (&rows)[kAmxRows]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kAmxRows; ++i) {
+    if (!(i & d)) exchange<d>(rows[i], rows[i + d], std::make_integer_sequence<int, kAmxRows>{});
+  }
+}
+
+// 16 x 16 lanes of 32 bits.
+AMX_INLINE void transpose(__m512i (&rows)[kAmxRows]) {
+  exchange_all<1>(rows);
+  exchange_all<2>(rows);
+  exchange_all<4>(rows);
+  exchange_all<8>(rows);
 }
 
 // Both as bfloat16, side by side in each lane.
