@@ -19,9 +19,6 @@ struct Panel {
   alignas(64) bfloat16 left[kRowBlock * kPanel];
   alignas(64) bfloat16 right[kRowBlock * kPanel];
 
-  AMX_INLINE const bfloat16* left_tile(int64_t tile, int64_t k) const {
-    return left + tile * kAmxRows * kPanel + k * kAmxColumns;
-  }
   AMX_INLINE const bfloat16* right_tile(int64_t column_tile, int64_t step) const {
     return right + (column_tile * kSteps + step) * kAmxTile;
   }

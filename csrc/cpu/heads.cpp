@@ -184,7 +184,7 @@ int64_t HeadsPlan::mask_row() const {
 int64_t heads_workspace(const HeadsPlan& plan, int64_t tokens, int64_t acc_bytes) {
   const auto bytes = [&](auto zero) {
     using A = decltype(zero);
-    Heads<A> heads{plan, nullptr, 1, 1, 1, {}, {}, {}, {}, {}, false, nullptr, nullptr, nullptr};
+    Heads<A> heads{plan, nullptr, 1, 1, 1, {}};
     Arena arena(nullptr);
     carve_operands(arena, heads);
     return arena.bytes() + Chunks::most(tokens, plan) * chunk_bytes<A>(plan);
@@ -196,9 +196,7 @@ template <typename T, typename W>
 Heads<T> prepare_heads(const HeadsPlan& plan, const HeadsInputs<T, W>& inputs, const W* R, const RowBlock& rows,
                        void* workspace) {
   using A = Acc<T>;
-  Heads<T> heads{
-      plan,    inputs.x, A(inputs.scaling), A(inputs.offset_scaling), 1, rows, {}, {}, {}, {}, use_amx<T>(), nullptr,
-      nullptr, nullptr};
+  Heads<T> heads{plan, inputs.x, A(inputs.scaling), A(inputs.offset_scaling), 1, rows};
   Arena arena(workspace);
   carve_operands(arena, heads);
   heads.chunks = static_cast<char*>(workspace) + arena.bytes();

@@ -83,14 +83,15 @@ struct Heads {
   const T* x;
   Acc<T> scaling, offset_scaling, mask_scale;
   RowBlock rows;
-  DropoutBits masks;
-  Small<Acc<T>> a;   // [the terms' ranks, each padded; in_dim] A, R and A0, term after term
-  Small<Acc<T>> bt;  // [groups * (mixed padded), outputs] transposes of B and B0, of each group
-  Small<Acc<T>> b;   // backward, many ranks: [out_dim, mixed padded] B and B0
-  bool amx;
-  bfloat16 *a_tiles,
-      *bt_tiles;  // AMX: of each term of a, of bt of each group; forward dot and add tiles, backward the others
-  char* chunks;   // their scratch
+  DropoutBits masks = {};
+  Small<Acc<T>> a = {};   // [the terms' ranks, each padded; in_dim] A, R and A0, term after term
+  Small<Acc<T>> bt = {};  // [groups * (mixed padded), outputs] transposes of B and B0, of each group
+  Small<Acc<T>> b = {};   // backward, many ranks: [out_dim, mixed padded] B and B0
+  // With AMX the tiles of each term of a and of each group's bt: forward dot and add tiles, backward the others.
+  bool amx = use_amx<T>();
+  bfloat16* a_tiles = nullptr;
+  bfloat16* bt_tiles = nullptr;
+  char* chunks = nullptr;  // their scratch
 
   Small<Acc<T>> bt_of(int64_t group) const { return {bt.row(group * round_up(plan.mixed(), kRankAlign)), bt.stride}; }
   Small<Acc<T>> b_of(int64_t group) const { return {b.row(group * plan.outputs()), b.stride}; }
