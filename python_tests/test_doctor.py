@@ -85,10 +85,12 @@ def test_a_missing_extension_names_the_build_command(tmp_path):
 
 
 @pytest.mark.parametrize("limit", [None, "AVX512_CORE_BF16", "AVX512_CORE_AMX"])
-def test_bfloat16_runs_on_amx_where_there_is_some_and_torch_s_own_products_may(limit):
+def test_bfloat16_runs_on_amx_where_there_is_some_and_torch_s_own_products_may(limit, tmp_path):
     code = "from align_ext.ops._native import build_info; print(build_info.uses_amx())"
     env = {name: value for name, value in os.environ.items() if name != "ONEDNN_MAX_CPU_ISA"}
     env |= {"ONEDNN_MAX_CPU_ISA": limit} if limit else {}
-    printed = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    # From elsewhere: the sources in the current folder, if it has them, are not the installed package.
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=True)
     there = "amx_bf16" in Path("/proc/cpuinfo").read_text()
-    assert printed.strip() == str(there and limit != "AVX512_CORE_BF16")
+    assert run.stdout.strip() == str(there and limit != "AVX512_CORE_BF16")
