@@ -216,8 +216,7 @@ AMX_TARGET void rank_add_pieces(const RankAdd<bfloat16>& op, const RowMasks<kMas
   const Tiles tiles;
   alignas(64) float sums[kAmxRows * kAddColumns], further[kAmxRows * kAddColumns];
   if (op.rows.count == 0 || op.out.columns == 0) return;
-  // The tiles multiply one piece while the vectors add up the one before. Products are stored when they are there: a
-  // load waits for a store under way to an address with the same last twelve bits.
+  // The tiles may multiply one piece while the vectors add up the one before, whose products are stored by then.
   Piece next{0, 0, 0, op.factors};
   multiply(op, next);
   while (next.t < op.rows.count) {

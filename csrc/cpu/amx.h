@@ -27,9 +27,12 @@ inline bool amx_allowed = true;  // tests forbid it, to reach the vectors on a m
 // torch's own products use, does not exclude it. False on other architectures.
 bool amx_usable();
 
+// Whether there are products of T for AMX, and whether they are to be used.
+template <typename T>
+constexpr bool kForAmx = kAmxExists && std::is_same_v<T, bfloat16>;
 template <typename T>
 bool use_amx() {
-  return kAmxExists && std::is_same_v<T, bfloat16> && amx_allowed && amx_usable();
+  return kForAmx<T> && amx_allowed && amx_usable();
 }
 
 constexpr int64_t kAmxRows = 16;     // of a tile

@@ -14,12 +14,18 @@ int64_t a_rows(const HeadsPlan& plan) { return plan.a_row(plan.terms()); }
 
 // ---- Workspace: the operands of all chunks, then the chunks' scratch
 
+// Workspaces are of an accumulation type: float has room for the tiles of bfloat16.
+template <typename A>
+bool has_tiles() {
+  return std::is_same_v<A, float> && use_amx<bfloat16>();
+}
+
 template <typename T>
 void carve_operands(Arena& arena, Heads<T>& heads) {
   const HeadsPlan& plan = heads.plan;
   heads.a = arena.take_small<Acc<T>>(a_rows(plan), round_up(plan.shape.in_dim, kColumnAlign));
   heads.bt = arena.take_small<Acc<T>>(plan.groups * padded(plan.mixed()), round_up(plan.outputs(), kColumnAlign));
-  if (sizeof(Acc<T>) == sizeof(float) && use_amx<bfloat16>()) {
+  if (has_tiles<Acc<T>>()) {
     heads.a_tiles = arena.take<bfloat16>(plan.a_tile(plan.terms()));
     heads.bt_tiles = arena.take<bfloat16>(plan.bt_tile(plan.groups));
   }
@@ -35,7 +41,7 @@ ChunkScratch<A> carve_chunk(Arena& arena, const HeadsPlan& plan) {
   for (int64_t k = 0; k < plan.terms(); ++k) s.g.push_back(of_block(plan.rank(k)));
   s.u = of_block(plan.columns());
   s.mixed = of_block(plan.mixed());
-  if (sizeof(A) == sizeof(float) && use_amx<bfloat16>()) {
+  if (has_tiles<A>()) {
     int64_t of_terms = 0;
     for (int64_t k = 0; k < plan.terms(); ++k) of_terms += factor_tiles(plan.rank(k));
     s.factors = arena.take<bfloat16>(std::max(of_terms, factor_tiles(plan.mixed())));
@@ -208,7 +214,7 @@ Heads<T> prepare_heads(const HeadsPlan& plan, const HeadsInputs<T, W>& inputs, c
   parallel_for(0, ceil_div(std::max(heads.a.stride, heads.bt.stride), kPrepareColumns), 4,
                [&](int64_t begin, int64_t end) {
                  prepare_columns(heads, inputs, R, begin * kPrepareColumns, end * kPrepareColumns);
-                 if constexpr (kAmxExists && std::is_same_v<A, float>) {
+                 if constexpr (kForAmx<T>) {
                    if (heads.amx) prepare_tiles(heads, begin * kPrepareColumns, end * kPrepareColumns);
                  }
                });

@@ -145,7 +145,7 @@ ALIGN_INLINE void dot_outer_tiles(const DotOuter<T>& op) {
 
 template <typename T>
 void outer_add(const OuterAdd<T>& op) {
-  if constexpr (kAmxExists && std::is_same_v<T, bfloat16>) {
+  if constexpr (kForAmx<T>) {
     if (op.factors) return amx_outer_add(op);
   }
   dispatch<T>(op.keep.bytes,
@@ -154,7 +154,7 @@ void outer_add(const OuterAdd<T>& op) {
 
 template <typename T>
 void dot_outer(const DotOuter<T>& op) {
-  if constexpr (kAmxExists && std::is_same_v<T, bfloat16>) {
+  if constexpr (kForAmx<T>) {
     if (op.tiles) return amx_dot_outer(op);
   }
   dispatch<T>([&](auto width) ALIGN_INLINE_LAMBDA { dot_outer_tiles<width(), T>(op); });

@@ -182,7 +182,7 @@ ALIGN_INLINE void add_up_columns(const A* const* parts, int64_t count, A scale, 
 
 template <typename T>
 void rows_dot(const RowsDot<T>& op) {
-  if constexpr (kAmxExists && std::is_same_v<T, bfloat16>) {
+  if constexpr (kForAmx<T>) {
     if (op.tiles) return amx_rows_dot(op);
   }
   dispatch<T>(op.keep.bytes,
@@ -191,7 +191,7 @@ void rows_dot(const RowsDot<T>& op) {
 
 template <typename T>
 void rank_add(const RankAdd<T>& op) {
-  if constexpr (kAmxExists && std::is_same_v<T, bfloat16>) {
+  if constexpr (kForAmx<T>) {
     if (op.terms[0].tiles) return amx_rank_add(op);
   }
   const bool masked_terms =
