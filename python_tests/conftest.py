@@ -15,6 +15,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the tests run in several processes
 
+import hypothesis
 import pytest
 import torch
 from filelock import FileLock
@@ -29,10 +30,14 @@ LACKS = {"cpu": {}, "cuda": CUDA_LACKS, "simt": CUDA_LACKS | {"size": "too large
 
 def pytest_addoption(parser):
     parser.addoption("--device", choices=LACKS, default="cpu", help="where the operators' tests run")
+    parser.addoption("--fuzz", type=int, default=100, help="how many cases a test by hypothesis makes")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "needs(what): skipped on a --device that lacks it (conftest.LACKS)")
+    options = {"max_examples": config.getoption("--fuzz"), "derandomize": True, "deadline": None, "database": None}
+    hypothesis.settings.register_profile("align", **options, suppress_health_check=list(hypothesis.HealthCheck))
+    hypothesis.settings.load_profile("align")
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch sees no CUDA device here")
 
