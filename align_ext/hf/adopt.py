@@ -14,6 +14,8 @@ from align_ext.nn.base import AdaptedLinear, features_of
 from align_ext.nn.lora import LoraAdapter
 
 PEFT_PREFIX = "base_model.model."  # PEFT's name for the plain model inside a PeftModel
+BASE_UNTOUCHED = (None, True, False, "gaussian", "orthogonal", "eva")  # other initialisations change the base weight
+_START = "init_lora_weights"
 
 
 def is_peft_lora(module: nn.Module) -> bool:
@@ -23,13 +25,16 @@ def is_peft_lora(module: nn.Module) -> bool:
 
 def unfit_peft(module: Any) -> str | None:
     """Why a PEFT LoRA layer cannot be adopted, or None."""
-    if len(module.active_adapters) != 1:
-        return f"it has {len(module.active_adapters)} active PEFT adapters, and one can be adopted"
+    if len(module.active_adapters) != 1 or len(module.lora_A) + len(module.lora_embedding_A) != 1:
+        return "it has several PEFT adapters, or none is active, and one can be adopted: delete_adapter the others"
     adapter = module.active_adapters[0]
     if module.merged:
         return "its PEFT adapter is merged: unmerge it first"
-    if adapter not in module.lora_A or not isinstance(module.lora_A[adapter], nn.Linear):
-        return "its PEFT adapter is not one of linear layers"
+    if module.disable_adapters:
+        return "its PEFT adapter is disabled: enable it first"
+    linear = isinstance(module.lora_A[adapter], nn.Linear) if adapter in module.lora_A else False
+    if not linear or hasattr(module, "parameter_name"):  # ParamWrapper, for target_parameters
+        return "its PEFT adapter is not one of a linear layer (but of an embedding, a convolution, experts)"
     if module.use_dora.get(adapter) or getattr(module, "lora_variant", {}).get(adapter) is not None:
         return "its PEFT adapter is a variant (DoRA, ...) that plain LoRA cannot take over"
     if module.lora_B[adapter].bias is not None:
@@ -37,8 +42,16 @@ def unfit_peft(module: Any) -> str | None:
     return None
 
 
-def refuse_other_training(model: nn.Module, targets: Mapping[str, Any]) -> None:
-    """Raises if the PeftModel trains anything that would be frozen and lost by adopting only its LoRA layers."""
+def refuse_unfit(model: nn.Module, targets: Mapping[str, Any], skipped: Mapping[str, str]) -> None:
+    """Raises if anything of a PeftModel would be frozen, lost or saved as something else by adopting its LoRA layers.
+
+    Args:
+        model: the PeftModel, or the model that PEFT put its layers into.
+        targets: the LoRA layers that can be adopted, by name.
+        skipped: the reasons of those that cannot.
+    """
+    for name, reason in skipped.items():
+        raise ValueError(f"{name} cannot be adopted, and its change would be lost: {reason}")
     kept = {id(p) for module in targets.values() for p in module.parameters()}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in kept:
@@ -46,6 +59,37 @@ def refuse_other_training(model: nn.Module, targets: Mapping[str, Any]) -> None:
                 f"the PeftModel also trains {name}, which is no adopted LoRA layer: adopting would freeze it; remove "
                 "it (modules_to_save, a second adapter, DoRA) from the PEFT configuration, or freeze it first"
             )
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("peft.") and hasattr(module, "original_module"):
+            raise ValueError(
+                f"the PeftModel has a copy of {name} of its own (modules_to_save, trainable_token_indices), which "
+                "adopting would lose: remove it from the PEFT configuration"
+            )
+
+
+def refuse_other_peft(model: nn.Module) -> None:
+    """Raises if PEFT put something into a model that is no plain LoRA beside the base weights as they were."""
+    for module in model.modules():
+        configs = getattr(module, "peft_config", None)
+        for name, config in configs.items() if isinstance(configs, Mapping) else ():
+            kind, start = str(getattr(config.peft_type, "value", config.peft_type)), getattr(config, _START, True)
+            if kind != "LORA":
+                raise ValueError(
+                    f"the model has a PEFT adapter {name!r} of type {kind}, which cannot be adopted: adapt the base "
+                    "model (peft_model.unload())"
+                )
+            if start not in BASE_UNTOUCHED:
+                raise ValueError(
+                    f"the PEFT adapter {name!r} has {_START}={start!r}, which changes more than A and B (the base "
+                    "weights), so that an adopted adapter's folder would not fit the base model: start from the base "
+                    f'model with replace_linear_with_align_lora(model, {_START}="pissa"), or have PEFT save plain '
+                    "LoRA (save_pretrained(..., path_initial_model_for_weight_conversion=...)) and adopt that"
+                )
+            if getattr(config, "layer_replication", None):
+                raise ValueError(
+                    f"the PEFT adapter {name!r} has layer_replication={config.layer_replication!r}: its layers are "
+                    "not those of the base model, and cannot be adopted"
+                )
 
 
 def refuse_save_pretrained(*args: Any, **kwargs: Any) -> NoReturn:

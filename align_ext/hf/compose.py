@@ -258,6 +258,10 @@ def merge_delta(model: nn.Module, delta: LoraWeights | DenseDelta) -> nn.Module:
             raise ValueError(f"the change of {name} is {list(change.shape)}, but the model's weight is {sizes}")
         if reason := layer.base_cannot_merge():
             raise ValueError(f"{name} cannot be merged: {reason}")
+        try:
+            layer.merged_weight(change)  # of all, before the first is written
+        except ValueError as error:
+            raise ValueError(f"{name} cannot be merged: {error}") from error
     for name, change in deltas.items():
         layers[name].merged_base(change)
     return model

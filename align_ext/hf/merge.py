@@ -58,7 +58,8 @@ def merge_and_unload(
         The model.
 
     Raises:
-        ValueError: a layer cannot be merged; nothing was changed then, and the message says which and why.
+        ValueError: a layer cannot be merged, or its merged weight is not finite (float16 overflows); nothing was
+            changed then, and the message says which and why.
     """
     layers = adapted_layers(model)
     if approximate not in (None, "uniform"):
@@ -69,11 +70,18 @@ def merge_and_unload(
         if reason := layer.cannot_merge() if approximate is None else _cannot_approximate(layer):
             raise ValueError(f"{name} cannot be merged: {reason}")
     before = None if batch is None or approximate is None else _log_probabilities(model, batch)
-    bases = {}
-    for name, layer in layers.items():
-        assert isinstance(layer, AdaptedLinear)
-        bases[name] = layer.merged_base(layer.adapter.uniform_delta_weight() if approximate else None)
-    _put_back(model, bases)
+    linears = {name: layer for name, layer in layers.items() if isinstance(layer, AdaptedLinear)}
+
+    def delta(layer: AdaptedLinear) -> Tensor | None:
+        return layer.adapter.uniform_delta_weight() if approximate else None
+
+    for name, layer in linears.items():
+        try:
+            if not layer.merged:
+                layer.merged_weight(delta(layer))  # of all, before the first is written
+        except ValueError as error:
+            raise ValueError(f"{name} cannot be merged: {error}") from error
+    _put_back(model, {name: layer.merged_base(delta(layer)) for name, layer in linears.items()})
     if before is not None and batch is not None:
         model.merge_report = _compare(before, _log_probabilities(model, batch))  # type: ignore[assignment]
         logger.info("merged approximately: %s", model.merge_report)

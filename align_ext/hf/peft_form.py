@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from align_ext.config import AlignLoraConfig
-from align_ext.hf.adopt import PEFT_PREFIX
+from align_ext.hf.adopt import BASE_UNTOUCHED, PEFT_PREFIX
 from align_ext.nn.base import Adapter
 from align_ext.state import AlignState
 
@@ -26,7 +26,6 @@ _KINDS_OF_LORA = (
     "target_parameters", "layer_replication", "alora_invocation_tokens", "arrow_config", "kasa_config",
     "monteclora_config",
 )  # fmt: skip
-_BASE_UNTOUCHED = (None, True, False, "gaussian", "orthogonal", "eva")  # other initialisations change the base weight
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ def plain_lora(file: Path, peft: Mapping[str, Any], modules: Sequence[str]) -> A
     odd = [option for option in _KINDS_OF_LORA if peft.get(option)]
     odd += ["peft_type"] * (peft.get("peft_type") != "LORA") + ["bias"] * (peft.get("bias", "none") != "none")
     start = peft.get("init_lora_weights")
-    odd += ["init_lora_weights"] * (start not in _BASE_UNTOUCHED)
+    odd += ["init_lora_weights"] * (start not in BASE_UNTOUCHED)
     if odd:
         raise ValueError(f"{file}: {odd[0]}={peft.get(odd[0])!r} is not plain LoRA")
     names = ("r", "lora_alpha", "lora_dropout", "use_rslora")

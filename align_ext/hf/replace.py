@@ -17,8 +17,9 @@ from align_ext.hf.adopt import (
     adopt,
     adopted_config,
     is_peft_lora,
-    refuse_other_training,
+    refuse_other_peft,
     refuse_save_pretrained,
+    refuse_unfit,
     unfit_peft,
 )
 from align_ext.hf.blocks import find_blocks
@@ -99,6 +100,7 @@ def adapt(model: nn.Module, config: AlignLoraConfig, ranks: Mapping[str, int] | 
         config: the options.
         ranks: of an adapter that is about to be loaded, by module name; no first values are drawn for it then.
     """
+    refuse_other_peft(model)
     report = ReplaceReport()
     candidates = dict(_linear_like(model))
     adopting = {name: module for name, module in candidates.items() if is_peft_lora(module)}
@@ -112,7 +114,7 @@ def adapt(model: nn.Module, config: AlignLoraConfig, ranks: Mapping[str, int] | 
         if not targets:
             raise ValueError(_nothing_matched(model, candidates, config, report))
         if adopting:
-            refuse_other_training(model, targets)
+            refuse_unfit(model, targets, report.skipped)
             config, report.adopted = adopted_config(config, targets), list(targets)
             logger.info("r, lora_alpha, lora_dropout and target_modules are the PEFT adapter's: %s", config)
             state = AlignState(config)

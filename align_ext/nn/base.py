@@ -253,8 +253,10 @@ class AdaptedLinear(AdaptedModule):
         if reason is not None:
             raise ValueError(f"the layer cannot be merged: {reason}")
         if not self.merged:
+            merged = self.merged_weight(delta)
             self._before_merging = self.weight.detach().clone()
-            self._add_to_weight(self.delta_weight() if delta is None else delta)
+            with torch.no_grad():
+                self.weight.copy_(merged)
             self.merged = True
 
     def unmerge(self) -> None:
@@ -269,12 +271,26 @@ class AdaptedLinear(AdaptedModule):
     def merged_base(self, delta: Tensor | None = None) -> nn.Module:
         """The base layer with W + delta in its weight; the adapter is left without its place."""
         if not self.merged:
-            self._add_to_weight(self.delta_weight() if delta is None else delta)
+            self.weight.copy_(self.merged_weight(delta))
         return self.base_layer
 
     @torch.no_grad()
-    def _add_to_weight(self, delta: Tensor) -> None:
-        weight = self.weight
-        delta = delta.to(weight.device)
+    def merged_weight(self, delta: Tensor | None = None) -> Tensor:
+        """Computes W + delta (the adapter's, or a given one) in float32 or wider and rounds it once; W is not touched.
+
+        Raises:
+            ValueError: the result is not finite; the message says why.
+        """
+        delta = self.delta_weight() if delta is None else delta
+        weight, delta = self.weight, delta.to(self.weight.device)
         delta = delta.T if is_conv1d(self.base_layer) else delta
-        weight.copy_(weight.to(delta.dtype) + delta)
+        result = (weight.to(delta.dtype) + delta).to(weight.dtype)
+        if not torch.isfinite(result).all():
+            if not torch.isfinite(delta).all():
+                reason = "its adapter's change of the weight is not finite: load an earlier checkpoint of the adapter"
+            elif not torch.isfinite(weight).all():
+                reason = "the base weight holds values that are not finite: load the base model again"
+            else:
+                reason = f"the merged weight is too large for {weight.dtype}: load the base in bfloat16 or float32"
+            raise ValueError(reason)
+        return result

@@ -119,3 +119,50 @@ def test_a_report_says_how_far_in_one_line():
         "KL of the outputs before and after the merge 0.0123 nats a token, the same likeliest next token in 87.5% of "
         "16 tokens"
     )
+
+
+def overflow(model, name, value):
+    """Makes the change of one weight of a layer as large as this."""
+    adapter = adapted_layers(model)[name].adapter
+    with torch.no_grad():
+        for tensor in (adapter.lora_A, adapter.lora_B):
+            tensor.zero_()
+        adapter.lora_A.view(-1, adapter.in_features)[0, 0] = 1
+        adapter.lora_B.view(-1, adapter.r)[0, 0] = value / adapter.scaling
+
+
+@pytest.mark.parametrize("kind", ["lora", "m_lora", "hydra"])
+@pytest.mark.parametrize(
+    ("dtype", "value", "reason"),
+    [
+        (torch.float16, 1e6, r"too large for torch\.float16: load the base in bfloat16 or float32"),
+        (torch.float32, float("nan"), "its adapter's change of the weight is not finite: load an earlier"),
+        (torch.float16, float("inf"), "its adapter's change of the weight is not finite"),
+        (torch.bfloat16, 1e6, None),
+    ],
+)
+def test_a_weight_that_would_not_be_finite_is_not_merged_and_nothing_changed(kind, dtype, value, reason):
+    model, last = trained(kind, dtype=dtype), "model.layers.1.mlp.down_proj"
+    overflow(model, last, value)
+    before = weights(model)
+    options = {"approximate": "uniform", "batch": inputs()} if kind == "hydra" else {}
+    if reason is None:
+        assert all(torch.isfinite(p).all() for p in merge_and_unload(model, **options).parameters())
+        return
+    with pytest.raises(ValueError, match=f"{last} cannot be merged: .*{reason}"):
+        merge_and_unload(model, **options)
+    for name, tensor in weights(model).items():
+        assert torch.equal(tensor.nan_to_num(), before[name].nan_to_num())
+    layer = adapted_layers(model)[last]
+    if layer.cannot_merge() is None:
+        with pytest.raises(ValueError, match=reason):
+            layer.merge()
+        assert not layer.merged
+
+
+def test_a_base_weight_that_is_not_finite_is_named():
+    model, last = trained("lora"), "model.layers.1.mlp.down_proj"
+    with torch.no_grad():
+        adapted_layers(model)[last].weight[0, 0] = float("inf")
+    with pytest.raises(ValueError, match=rf"{last} cannot be merged: the base weight holds values that are not finite"):
+        merge_and_unload(model)

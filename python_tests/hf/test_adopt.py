@@ -1,0 +1,92 @@
+"""PEFT models that come with adapters: what can be taken over exactly is, everything else is refused by its name."""
+
+import pytest
+import torch
+from peft import LoHaConfig, LoraConfig, PromptTuningConfig, get_peft_model, inject_adapter_in_model
+from tiny import VOCAB, llama
+
+from align_ext import adapter_report, replace_linear_with_align_lora
+
+
+def with_peft(**options):
+    return get_peft_model(llama(), LoraConfig(**{"target_modules": ["up_proj"]} | options))
+
+
+def mixtral(**options):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_local_experts": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **heads, vocab_size=VOCAB))
+    return get_peft_model(model, LoraConfig(**options))
+
+
+def second_adapter():
+    model = with_peft()
+    model.add_adapter("second", LoraConfig(target_modules=["up_proj"]))
+    return model
+
+
+def switched_off():
+    model = with_peft()
+    model.base_model.disable_adapter_layers()
+    return model
+
+
+def for_inference(**options):
+    return with_peft(**options).requires_grad_(False)
+
+
+def injected(start):
+    return inject_adapter_in_model(LoraConfig(target_modules=["up_proj"], init_lora_weights=start), llama())
+
+
+UNFIT = {
+    "PiSSA": (lambda: with_peft(init_lora_weights="pissa"), "init_lora_weights='pissa', which changes .* base"),
+    "fast PiSSA": (lambda: with_peft(init_lora_weights="pissa_niter_2"), "init_lora_weights='pissa_niter_2'"),
+    "OLoRA": (lambda: with_peft(init_lora_weights="olora"), "init_lora_weights='olora'"),
+    "MiCA": (lambda: with_peft(init_lora_weights="mica"), "init_lora_weights='mica'"),
+    "without a PeftModel": (lambda: injected("olora"), "init_lora_weights='olora'"),
+    "repeated layers": (lambda: with_peft(layer_replication=[[0, 2], [1, 2]]), "layer_replication"),
+    "an embedding": (lambda: for_inference(target_modules=["up_proj", "embed_tokens"]), "embed_tokens cannot be"),
+    "the head": (lambda: for_inference(target_modules=["up_proj", "lm_head"]), "lm_head cannot be adopted"),
+    "experts": (
+        lambda: mixtral(target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"]),
+        "experts cannot be adopted.*not one of a linear layer",
+    ),
+    "a layer's parameter": (
+        lambda: mixtral(target_modules=["v_proj"], target_parameters=["q_proj.weight"]),
+        "q_proj cannot be adopted",
+    ),
+    "two adapters": (second_adapter, "several PEFT adapters"),
+    "an adapter that is off": (switched_off, "disabled: enable it first"),
+    "DoRA": (lambda: for_inference(use_dora=True), "DoRA"),
+    "a module's copy": (lambda: for_inference(modules_to_save=["lm_head"]), "copy of .*lm_head of its own"),
+    "tokens": (lambda: for_inference(trainable_token_indices=[1, 2]), "copy of .*embed_tokens of its own"),
+    "another method": (
+        lambda: get_peft_model(llama(), LoHaConfig(target_modules=["up_proj"])),
+        "of type LOHA, which cannot be adopted",
+    ),
+    "prompts": (
+        lambda: get_peft_model(llama(), PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")),
+        "of type PROMPT_TUNING",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_what_a_plain_lora_cannot_take_over_is_refused_and_the_model_left_as_it_was(case):
+    make, message = UNFIT[case]
+    torch.manual_seed(0)
+    model = make()
+    before = [(n, type(m)) for n, m in model.named_modules()], [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match=message):
+        replace_linear_with_align_lora(model, target_modules="all-linear")
+    after = [(n, type(m)) for n, m in model.named_modules()], [p.requires_grad for p in model.parameters()]
+    assert after == before
+
+
+@pytest.mark.parametrize("start", [True, "gaussian", "orthogonal"])
+def test_a_start_beside_the_untouched_base_is_adopted(start):
+    for model in (with_peft(init_lora_weights=start), injected(start)):
+        assert len(adapter_report(replace_linear_with_align_lora(model)).adopted) == 2
