@@ -18,7 +18,8 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from align_ext.hf.options import TrainOptions, known_options, read_config
+from align_ext.hf.options import TrainOptions, known_options
+from align_ext.reading import read_yaml
 
 app = typer.Typer(
     name="align-lora",
@@ -44,8 +45,8 @@ def train(config: str | None, print_config: bool, **flags: Any) -> None:
     PEFT and the merged model compute the same. Without a GPU and without the hub the default run takes a few minutes.
     """
     try:
-        given = read_config(config) if config is not None else {}
-        options = TrainOptions.from_mapping(given | {name: x for name, x in flags.items() if x is not None})
+        given = read_yaml(config) if config is not None else {}
+        options = TrainOptions.from_mapping(given, {name: x for name, x in flags.items() if x is not None})
     except ValueError as error:
         raise Mistake(str(error)) from error
     if print_config:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
+
+from align_ext.bounds import MOST, is_number, is_positive, is_whole, unknown_name, whole
+from align_ext.reading import check_names, check_pattern, shown
 
 Architecture = Literal["align_lora", "lora", "multi_adapter", "lora_moe", "hydra", "r_lora", "m_lora", "mtlora"]
 Align = Literal["kl", "mmd"]
@@ -15,6 +16,7 @@ Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "random_heads"]
 
 DEFAULT_WEIGHT: Mapping[str, float] = {"kl": 0.1, "mmd": 0.15}
 AUTO: Any = "auto"  # an option's default that depends on the architecture
+MOST_TASKS = 10_000  # of whose pairs there are tables
 
 # What an architecture takes where an option is "auto". None: it has no such thing, and the option may not be set.
 _ONE = {
@@ -41,14 +43,6 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     },
 }  # fmt: skip
 _OWN_A = ("multi_adapter", "lora_moe")  # no single A: an offset path of rank r cannot take their heads off again
-
-
-def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> str:
-    """A message for a name that is not one of the allowed ones, with the nearest of them."""
-    allowed = list(allowed)
-    nearest = difflib.get_close_matches(name, allowed, n=1)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    return f"unknown {kind} {name!r}{hint} (known: {', '.join(allowed)})"
 
 
 @dataclass(frozen=True)
@@ -159,20 +153,19 @@ class AlignLoraConfig:
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules"):
             self._normalise_names(name)
-        if self.mmd_bandwidths is not None:
-            self._set("mmd_bandwidths", tuple(self.mmd_bandwidths))
-        if not isinstance(self.target_blocks, str) and isinstance(self.target_blocks, Iterable):
-            self._set("target_blocks", tuple(self.target_blocks))
+        for name in ("mmd_bandwidths", "target_blocks"):
+            if isinstance(value := getattr(self, name), Iterable) and not isinstance(value, str):
+                self._set(name, tuple(value))
         if self.init_lora_weights is True:  # PEFT's name for its default
             self._set("init_lora_weights", "kaiming")
         if self.architecture not in get_args(Architecture):
-            raise ValueError(unknown_name("architecture", str(self.architecture), get_args(Architecture)))
+            raise ValueError(unknown_name("architecture", self.architecture, get_args(Architecture)))
         equal_weights = self.router_init == AUTO and self.init_lora_weights in (AUTO, "random_heads")
         self._fill_in(_DEFAULTS["hydra without router" if self._is_unrouted_hydra() else self.architecture])
         if equal_weights and self.router is not None and self.init_lora_weights == "random_heads":
             self._set("router_init", "zeros")  # only so is the start no change
         if self.align is not None and self.align not in get_args(Align):
-            raise ValueError(unknown_name("align", str(self.align), [*get_args(Align), "None"]))
+            raise ValueError(unknown_name("align", self.align, [*get_args(Align), "None"]))
         if self.align is not None and self.align_weight is None:
             self._set("align_weight", DEFAULT_WEIGHT[self.align])
         if self.align_statistics == "position":  # as released
@@ -191,13 +184,13 @@ class AlignLoraConfig:
         value = getattr(self, name)
         if isinstance(value, str):
             try:
-                re.compile(value)
-            except re.error as error:
-                raise ValueError(f"{name}={value!r} is no regular expression: {error}") from error
+                check_pattern(value)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
         elif isinstance(value, Iterable):
-            self._set(name, tuple(value))
+            self._set(name, check_names(tuple(value), name, most=100_000))
         else:
-            raise ValueError(f"{name} must be module names or a regular expression, got {value!r}")
+            raise ValueError(f"{name} must be module names or a regular expression, got {shown(value)}")
 
     def _fill_in(self, defaults: Mapping[str, Any]) -> None:
         """Gives "auto" options the architecture's values; refuses those that it has no use for."""
@@ -206,86 +199,80 @@ class AlignLoraConfig:
             if isinstance(value, str) and value == AUTO:
                 self._set(name, default)
             elif default is None and value is not None and not optional:
-                raise ValueError(f"{name}={value!r}: architecture {self._name()} has no {name}; leave it out")
+                raise ValueError(f"{name}={shown(value)}: architecture {self._name()} has no {name}; leave it out")
             elif default is not None and value is None and not optional:
                 raise ValueError(f"{name}=None: architecture {self._name()} needs it; leave it out for {default!r}")
         routed, heads = self.router is not None, self.num_heads is not None
         for name, has, what in (("balance", routed, "router"), ("spectral", heads, "heads")):
             if getattr(self, name) is not None and not has:
-                raise ValueError(f"{name}={getattr(self, name)!r}: architecture {self._name()} has no {what}")
+                raise ValueError(f"{name}={shown(getattr(self, name))}: architecture {self._name()} has no {what}")
 
     def _name(self) -> str:
         return f"{self.architecture!r} without a router" if self._is_unrouted_hydra() else repr(self.architecture)
 
     def _check_ranges(self) -> None:
-        def is_int(value: Any, least: int = 1) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-        def is_finite(value: Any) -> bool:
-            return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-        def is_positive(value: Any) -> bool:
-            return is_finite(value) and value > 0
-
-        widths = self.mmd_bandwidths
+        widths, blocks = self.mmd_bandwidths, self.target_blocks
+        heads = (
+            MOST if self.num_heads is None or not is_whole(self.num_heads) else self.num_heads
+        )  # it has its own rule
         rules = {
-            "r": (is_int(self.r), "a positive integer"),
-            "lora_alpha": (is_positive(self.lora_alpha), "a positive number"),
-            "lora_dropout": (is_finite(self.lora_dropout) and 0 <= self.lora_dropout < 1, "in [0, 1)"),
+            "lora_dropout": (
+                is_number(self.lora_dropout)
+                and 0 <= round(self.lora_dropout * 65536) < 65536,  # it is a count of these
+                "in [0, 1)",
+            ),
             "target_modules": (
-                len(self.target_modules) > 0 and all(isinstance(t, str) and t for t in self.target_modules),
+                len(self.target_modules) > 0,
                 'suffixes of module names, a regular expression or "all-linear"',
             ),
-            "exclude_modules": (
-                all(isinstance(t, str) and t for t in self.exclude_modules),
-                "suffixes of module names or a regular expression",
-            ),
             "target_blocks": (
-                isinstance(self.target_blocks, tuple) and set(self.target_blocks) <= {"attention", "mlp"},
+                isinstance(blocks, tuple) and all(block in ("attention", "mlp") for block in blocks),
                 'of "attention" and "mlp", or empty for linear layers',
             ),
-            "init_gamma": (is_positive(self.init_gamma), "a positive number"),
-            "num_heads": (self.num_heads is None or is_int(self.num_heads), "a positive integer"),
-            "routing_groups": (self.routing_groups is None or is_int(self.routing_groups), "a positive integer"),
             "top_k": (
-                self.top_k is None or (is_int(self.top_k, 0) and self.top_k <= (self.num_heads or 0)),
-                f"in 1 .. num_heads = {self.num_heads}, or 0 for all heads",
-            ),
-            "router_temperature": (
-                self.router_temperature is None or is_positive(self.router_temperature),
-                "a positive number",
+                self.top_k is None or is_whole(self.top_k, 0, heads),
+                f"in 1 .. num_heads = {shown(self.num_heads)}, or 0 for all heads",
             ),
             "align_weight": (
-                self.align_weight is None or (is_finite(self.align_weight) and self.align_weight >= 0),
+                self.align_weight is None or (is_number(self.align_weight) and self.align_weight >= 0),
                 "a number >= 0, or None for the default",
             ),
-            "num_tasks": (self.num_tasks is None or is_int(self.num_tasks), "a positive integer, or None"),
-            "align_eps": (is_positive(self.align_eps), "a positive number"),
-            "align_ddof": (self.align_ddof in (0, 1), "0 or 1"),
+            "num_tasks": (
+                self.num_tasks is None or is_whole(self.num_tasks, most=MOST_TASKS),
+                f"{whole(self.num_tasks, MOST_TASKS)}, or None",
+            ),
+            "align_ddof": (is_whole(self.align_ddof, 0, 1), "0 or 1"),
             "mmd_bandwidths": (
-                widths is None or (1 <= len(widths) <= 32 and all(map(is_positive, widths))),
+                widths is None
+                or (isinstance(widths, tuple) and 1 <= len(widths) <= 32 and all(map(is_positive, widths))),
                 "1 to 32 positive numbers, or None",
             ),
-            "mmd_kernels": (is_int(self.mmd_kernels) and self.mmd_kernels <= 32, "in 1 .. 32"),
-            "mmd_n_max": (is_int(self.mmd_n_max, 2), "an integer of at least 2"),
-            "align_queue": (is_int(self.align_queue), "a positive integer"),
-            "spectral_steps": (is_int(self.spectral_steps), "a positive integer"),
+            "mmd_kernels": (is_whole(self.mmd_kernels, most=32), "in 1 .. 32"),
+            "mmd_n_max": (is_whole(self.mmd_n_max, 2), f"an integer of at least 2 and at most {MOST}"),
         }
+        for name in ("r", "num_heads", "routing_groups", "align_queue", "spectral_steps"):
+            value = getattr(self, name)
+            none = value is None and name in ("num_heads", "routing_groups")
+            rules[name] = (none or is_whole(value), whole(value))
+        for name in ("lora_alpha", "init_gamma", "router_temperature", "align_eps"):
+            value = getattr(self, name)
+            none = value is None and name == "router_temperature"
+            rules[name] = (none or is_positive(value), "a positive number")
         for name in ("use_rslora", "response_only"):
             rules[name] = (isinstance(getattr(self, name), bool), "true or false")
         for name in ("balance_weight", "spectral_weight"):
             value = getattr(self, name)
-            rules[name] = (is_finite(value) and value >= 0, "a number >= 0")
+            rules[name] = (is_number(value) and value >= 0, "a number >= 0")
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             rules[name] = (value is None or value in choices, " or ".join(f'"{choice}"' for choice in choices))
         for name, (valid, allowed) in rules.items():
             if not valid:
-                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be {allowed}, got {shown(getattr(self, name))}")
 
     def _check_combinations(self) -> None:
         def refuse(option: str, why: str) -> None:
-            raise ValueError(f"{option}={getattr(self, option)!r}: {why}")
+            raise ValueError(f"{option}={shown(getattr(self, option))}: {why}")
 
         several = (self.num_heads or 1) > 1
         random = self.init_lora_weights in ("random_heads", "orthogonal")
@@ -356,8 +343,8 @@ class AlignLoraConfig:
         for name in options:
             if name == "use_dora":
                 raise ValueError(
-                    f"use_dora={options[name]!r}: DoRA rescales the columns of the whole weight, which no kernel here "
-                    "does; leave it out, or train it with PEFT"
+                    f"use_dora={shown(options[name])}: DoRA rescales the columns of the whole weight, which no kernel "
+                    "here does; leave it out, or train it with PEFT"
                 )
             if name not in known:
                 raise ValueError(unknown_name("option", name, known))

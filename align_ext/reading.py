@@ -9,8 +9,12 @@ from __future__ import annotations
 import functools
 import gzip
 import json
+import math
 import os
+import re
+import reprlib
 import stat
+import time
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,29 +24,61 @@ import regex
 import yaml
 
 MEBIBYTE = 1 << 20
-MOST_BYTES = 16 * MEBIBYTE  # of a configuration, or of one row of data
+MOST_BYTES = 16 * MEBIBYTE  # of one row of data
+_MOST_JSON = 4 * MEBIBYTE  # of a configuration
+_MOST_YAML = MEBIBYTE // 16  # the reader of YAML takes seconds for a megabyte
 _MOST_DEPTH = 64  # of brackets in a file
-_MOST_PATTERN = 1000  # letters of a regular expression
-_MOST_NAME = 200  # bytes of a name
-_SECONDS = 1.0  # that a pattern may take for one name
+_MOST_PATTERN = 2000  # letters of a regular expression
+_MOST_COUNT = 1000  # product of the counts {n} in it: it is written out so often when it is compiled
+_MOST_NAME, _MOST_FOLDER = 1000, 200  # bytes of a name, and of one that is to name a folder
+_SECONDS = 0.5  # that a file's patterns may take
 _INT64 = 2**63
+_SAME_AS_RE = "([:=!#)aimsux-]|<[=!]|P[<=>])"  # after "(?": what means to the module regex what it means to re
 
 
 def shown(value: Any, most: int = 80) -> str:
-    """A value in a message: its repr in one line, cut in the middle."""
+    """A value in a message: its repr in one line of printable letters, cut in the middle."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = most
+    short.maxlist = short.maxtuple = short.maxdict = short.maxset = short.maxfrozenset = 12
     try:
-        text = value if isinstance(value, str) and len(value) > 10 * most else repr(value)
-    except (RecursionError, ValueError):  # nested, or an integer of thousands of digits
+        return _line(short.repr(value), most)
+    except ValueError:  # an integer of thousands of digits
         return f"<{type(value).__name__}>"
-    text = " ".join(text.split())
-    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 3 :]}"
+
+
+def place(path: str | os.PathLike[str]) -> str:
+    """A path in a message, whole where it can be."""
+    return _line(os.fspath(path), 300)
 
 
 def why(error: BaseException) -> str:
     """The reason an exception gives, in a line that ends: an OSError's own words, else its first ones."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+    return _line(text, 300)
+
+
+def _line(text: str, most: int) -> str:
+    """One line of at most so many letters, cut in the middle; what cannot be printed is escaped."""
+    text = text if len(text) <= 4 * most else f"{text[: 2 * most]} {text[-2 * most :]}"
     text = " ".join(text.split())
-    return text if len(text) <= 200 else text[:200] + " ..."
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-(most // 2 - 5) :]}"
+
+
+def exists(path: str | os.PathLike[str]) -> bool:
+    """Whether there is something of this name.
+
+    Raises:
+        ValueError: nobody can tell, since a folder above it may not be searched.
+    """
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {place(path)}: {why(error)}") from error
+    return True
 
 
 def open_file(path: str | os.PathLike[str]) -> BinaryIO:
@@ -52,14 +88,17 @@ def open_file(path: str | os.PathLike[str]) -> BinaryIO:
         ValueError: there is none, it may not be read, or it is a folder, a device or a FIFO.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # so that a FIFO does not wait
+        kind = os.stat(path).st_mode  # before it is opened: to open a device may do something
+        if not stat.S_ISREG(kind):
+            raise ValueError(f"it is {'a folder' if stat.S_ISDIR(kind) else 'no ordinary file'}")
+        file = open(path, "rb")  # noqa: SIM115
     except (OSError, ValueError) as error:  # a name with a zero in it is a ValueError
-        raise ValueError(f"cannot read {shown(os.fspath(path))}: {why(error)}") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise ValueError(f"cannot read {shown(os.fspath(path))}: it is no ordinary file")
-    file = os.fdopen(descriptor, "rb")
-    return gzip.GzipFile(fileobj=file, mode="rb") if os.fspath(path).endswith(".gz") else file  # type: ignore[return-value]
+        raise ValueError(f"cannot read {place(path)}: {why(error)}") from error
+    if not os.fspath(path).endswith(".gz"):
+        return file
+    unzipped = gzip.GzipFile(fileobj=file, mode="rb")
+    unzipped.myfileobj = file  # type: ignore[assignment]  # which it closes with itself
+    return unzipped  # type: ignore[return-value]
 
 
 def read_text(path: str | os.PathLike[str], most: int = MOST_BYTES) -> str:
@@ -72,13 +111,13 @@ def read_text(path: str | os.PathLike[str], most: int = MOST_BYTES) -> str:
         with open_file(path) as file:
             content = file.read(most + 1)
     except (OSError, EOFError, zlib.error) as error:  # a disk that fails, a damaged .gz
-        raise ValueError(f"cannot read {shown(os.fspath(path))}: {why(error)}") from error
+        raise ValueError(f"cannot read {place(path)}: {why(error)}") from error
     if len(content) > most:
-        raise ValueError(f"cannot read {shown(os.fspath(path))}: it is larger than {most} bytes")
+        raise ValueError(f"cannot read {place(path)}: it is larger than {most} bytes")
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"cannot read {shown(os.fspath(path))}: {why(error)}") from error
+        raise ValueError(f"cannot read {place(path)}: {why(error)}") from error
 
 
 def read_lines(path: str | os.PathLike[str], most: int = MOST_BYTES) -> Iterator[tuple[int, str]]:
@@ -123,13 +162,13 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ValueError: it cannot be read, or it holds none.
     """
-    text = read_text(path)
+    text = read_text(path, _MOST_JSON)
     try:
         content = parse_json(text)
     except ValueError as error:
-        raise ValueError(f"{os.fspath(path)} is damaged: {why(error)}") from error
+        raise ValueError(f"{place(path)} is damaged: {why(error)}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{os.fspath(path)} is damaged: it holds no JSON object")
+        raise ValueError(f"{place(path)} is damaged: it holds no JSON object")
     return content
 
 
@@ -139,59 +178,65 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ValueError: it cannot be read, or it holds something else.
     """
-    text = read_text(path, MEBIBYTE)
+    text = read_text(path, _MOST_YAML)
     try:
         content = _PlainLoader(text).get_single_data()
         _check_values(content)
-    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
-        raise ValueError(f"{shown(os.fspath(path))} is not YAML: {why(error)}") from error
+    except Exception as error:  # PyYAML raises anything for a value that is not of its tag (!!int "", !!bool x)
+        raise ValueError(f"{place(path)} is not YAML: {why(error)}") from error
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise ValueError(f"{shown(os.fspath(path))} must hold `option: value` lines")
+        raise ValueError(f"{place(path)} must hold `option: value` lines")
     return content
 
 
 def check_pattern(pattern: str) -> None:
-    """Checks a regular expression.
+    """Checks a regular expression: that re and regex know it alike, and that it is small when it is written out.
 
     Raises:
-        ValueError: it is none, or longer than 1,000 letters.
+        ValueError: it is none, or too large.
     """
-    if len(pattern) > _MOST_PATTERN:
-        raise ValueError(f"the pattern {shown(pattern)} is longer than {_MOST_PATTERN} letters")
     try:
         _compiled(pattern)
     except (regex.error, OverflowError, RecursionError, MemoryError, ValueError) as error:
         raise ValueError(f"{shown(pattern)} is no regular expression: {why(error)}") from error
 
 
-def matches(pattern: str, name: str) -> bool:
-    """Whether a regular expression fits a whole name.
+class Matcher:
+    """Regular expressions on names, which together may take half a second."""
 
-    Raises:
-        ValueError: it is none, or takes longer than a second.
-    """
-    check_pattern(pattern)
-    try:
-        return _compiled(pattern).fullmatch(name, timeout=_SECONDS) is not None
-    except TimeoutError as error:
-        raise ValueError(
-            f"the pattern {shown(pattern)} takes more than {_SECONDS:g} s for {shown(name)}: write one without nested "
-            "repetitions, or list the names"
-        ) from error
-    except MemoryError as error:
-        raise ValueError(f"the pattern {shown(pattern)} takes too much memory for {shown(name)}") from error
+    def __init__(self) -> None:
+        self._left = _SECONDS
+
+    def matches(self, pattern: str, name: str, *, end: bool = False) -> bool:
+        """Whether a pattern fits a whole name, or (end) the whole name or what follows a dot.
+
+        Raises:
+            ValueError: it is none, or the time is over.
+        """
+        check_pattern(pattern)
+        start, fit = time.perf_counter(), _compiled(rf"(.*\.)?({pattern})" if end else pattern).fullmatch
+        try:
+            return fit(name, timeout=max(self._left, 1e-3)) is not None
+        except (TimeoutError, MemoryError) as error:
+            raise ValueError(
+                f"the pattern {shown(pattern)} takes too long for {shown(name)}: write one without nested "
+                "repetitions, or list the names"
+            ) from error
+        finally:
+            if (spent := time.perf_counter() - start) > 1e-3:  # others cannot add up to much
+                self._left -= spent
 
 
 def check_names(names: Any, what: str, *, most: int = 10_000, for_folders: bool = False) -> tuple[str, ...]:
-    """Checks names out of a file: a list of different, printable strings of 1 to 200 bytes.
+    """Checks names out of a file: a list of different, printable strings of 1 to 1,000 bytes.
 
     Args:
         names: what the file holds.
         what: opens the message of an error.
         most: how many there may be.
-        for_folders: each is to name a folder as well: no slash, no "." or "..".
+        for_folders: each is to name a folder as well: at most 200 bytes, no slash, no "." or "..".
 
     Returns:
         The names.
@@ -204,8 +249,7 @@ def check_names(names: Any, what: str, *, most: int = 10_000, for_folders: bool 
     for name in names:
         if reason := _unfit_name(name, for_folders=for_folders):
             raise ValueError(f"{what}: {shown(name)} is no name{' for a folder' * for_folders}: {reason}")
-    if len(set(names)) < len(names):
-        twice = next(name for i, name in enumerate(names) if name in names[:i])
+    if (twice := _twice(names)) is not None:
         raise ValueError(f"{what}: {shown(twice)} is there twice")
     return tuple(names)
 
@@ -213,9 +257,9 @@ def check_names(names: Any, what: str, *, most: int = 10_000, for_folders: bool 
 def _unfit_name(name: Any, *, for_folders: bool) -> str | None:
     if not isinstance(name, str):
         return f"it is a {type(name).__name__}, not text"
-    size = len(name.encode("utf-8", "surrogatepass"))
-    if not 1 <= size <= _MOST_NAME or name != name.strip():
-        return f"a name has 1 to {_MOST_NAME} bytes and no space at its ends"
+    most = _MOST_FOLDER if for_folders else _MOST_NAME
+    if not 1 <= len(name[: most + 1].encode("utf-8", "surrogatepass")) <= most or name != name.strip():
+        return f"a name has 1 to {most} bytes and no space at its ends"
     if not name.isprintable():
         return "a name is printable"
     if for_folders and (name in (".", "..") or "/" in name or "\\" in name):
@@ -223,27 +267,57 @@ def _unfit_name(name: Any, *, for_folders: bool) -> str | None:
     return None
 
 
+def _twice(items: Iterable[Any]) -> Any:
+    """The first item that was there before, or None."""
+    seen = set()
+    for item in items:
+        if item in seen:
+            return item
+        seen.add(item)
+    return None
+
+
 class _PlainLoader(yaml.SafeLoader):
-    """YAML's plain data; no aliases, since a few of them name billions of values."""
+    """YAML's plain data, each key once; no aliases and no merged keys: a few of them name billions of values."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("it uses aliases (*name): write the values out")
         return super().compose_node(parent, index)
 
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                raise yaml.YAMLError("it merges keys (<<): write them out")
+        pairs = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if (twice := _twice(map(repr, pairs))) is not None:
+            raise yaml.YAMLError(f"the key {twice} is there twice")
+        return super().construct_mapping(node, deep)
 
-@functools.lru_cache(maxsize=256)
+
+@functools.lru_cache(maxsize=4096)
 def _compiled(pattern: str) -> regex.Pattern[str]:
+    """A pattern of bounded size; without what only regex knows (calls of groups, fuzzy matching, properties)."""
+    if len(pattern) > _MOST_PATTERN + 20:
+        raise ValueError(f"it is longer than {_MOST_PATTERN} letters")
+    plain = re.sub(r"\\[^pPNLgGKRX]", "", pattern)
+    if odd := re.search(rf"\\.|\(\?(?!{_SAME_AS_RE}).?|\{{(?!\d*,?\d*\}}).?", plain):
+        raise ValueError(f"it holds {odd[0]!r}")
+    counts = [max(int(count[:9] or 1) for count in pair) for pair in re.findall(r"\{(\d*),?(\d*)\}", plain)]
+    if math.prod(max(count, 1) for count in counts) > _MOST_COUNT:
+        raise ValueError(f"its counts multiply to more than {_MOST_COUNT}")
     return regex.compile(pattern)
 
 
 def _check_values(value: Any) -> None:
-    """Checks how deep brackets are nested, and that integers fit into 64 bits."""
+    """Checks that values are what JSON knows, how deep brackets are nested, and that integers fit into 64 bits."""
     level: list[Any] = [value]
     for _ in range(_MOST_DEPTH):
-        for number in level:
-            if isinstance(number, int) and not -_INT64 <= number < _INT64:
-                raise ValueError(f"the number {shown(number)} is out of range")
+        for item in level:
+            if isinstance(item, int) and not -_INT64 <= item < _INT64:
+                raise ValueError(f"the number {shown(item)} is out of range")
+            if not isinstance(item, (str, int, float, list, dict, type(None))):
+                raise ValueError(f"it holds a {type(item).__name__}: write text in quotes")
         level = [item for items in level for item in _items(items)]
         if not level:
             return
@@ -257,8 +331,7 @@ def _items(value: Any) -> Iterable[Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
-        twice = next(key for i, (key, _) in enumerate(pairs) if key in (k for k, _ in pairs[:i]))
-        raise ValueError(f"the key {shown(twice)} is there twice")
+        raise ValueError(f"the key {shown(_twice(key for key, _ in pairs))} is there twice")
     return result
 
 

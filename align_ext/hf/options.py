@@ -8,16 +8,22 @@ import re
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
-from align_ext.config import AUTO, AlignLoraConfig, unknown_name
+from align_ext.bounds import is_positive, is_whole, unknown_name, whole
+from align_ext.config import AUTO, AlignLoraConfig
+from align_ext.reading import check_names, shown
 
 
 def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
+
+
+# The options that count something, with the most that there may be of it.
+_COUNTS = {
+    "steps": 10**9, "batch_size": 10**6, "accumulation": 10**6, "seq_len": 10**8, "train_examples": 10**9,
+    "eval_examples": 10**9, "eval_batch_size": 10**6, "log_steps": 10**9, "per_task": 10**6,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,37 +68,43 @@ class TrainOptions:
     adapter: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        defaults = {name: option.default for name, option in known_options().items() if option.of_adapter}
+        known = known_options()
+        if not isinstance(self.adapter, Mapping):
+            raise ValueError(f"adapter must hold options of the adapters, got {shown(self.adapter)}")
+        defaults = {name: option.default for name, option in known.items() if option.of_adapter}
         for name in self.adapter:
             if name not in defaults:
-                raise ValueError(unknown_name("option of the adapters", name, defaults))
+                raise ValueError(unknown_name("option of the adapters", str(name), defaults))
         object.__setattr__(self, "adapter", _typed_options({**defaults, **self.adapter}))
-        for name in ("steps", "batch_size", "accumulation", "seq_len", "train_examples", "eval_examples"):
-            self._require(name, getattr(self, name) > 0, "a positive integer")
-        for name in ("eval_batch_size", "log_steps", "per_task"):
-            self._require(name, getattr(self, name) > 0, "a positive integer")
+        job = {name: getattr(self, name) for name, option in known.items() if not option.of_adapter}
+        for name, value in _typed_options(job).items():
+            object.__setattr__(self, name, value)
+        check_names(self.tasks, "tasks")
+        for name, most in _COUNTS.items():
+            self._require(name, is_whole(getattr(self, name), most=most), whole(getattr(self, name), most))
         for name in ("eval_steps", "save_steps"):
-            self._require(name, getattr(self, name) >= 0, "0 or a positive integer")
+            most = _COUNTS["steps"]
+            self._require(name, is_whole(getattr(self, name), 0, most), f"0 or {whole(getattr(self, name), most)}")
         self._require("seed", 0 <= self.seed < 2**32, "in 0 .. 2**32-1")
-        self._require("lr", 0 < self.lr < float("inf"), "a positive number")
+        self._require("lr", is_positive(self.lr), "a positive number")
         for name in ("warmup", "align_warmup"):
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
-        self._require("mixing_temperature", 1 <= self.mixing_temperature < float("inf"), "a number of at least 1")
+        self._require("mixing_temperature", 1 <= self.mixing_temperature <= 1e30, "a number of at least 1")
         for name, allowed in (
             ("dtype", ("auto", "float32", "bfloat16", "float16")),
             ("device", ("auto", "cpu", "cuda")),
-            ("mixing", get_args(known_options()["mixing"].kind)),
-            ("align_schedule", get_args(known_options()["align_schedule"].kind)),
+            ("mixing", get_args(known["mixing"].kind)),
+            ("align_schedule", get_args(known["align_schedule"].kind)),
         ):
             self._require(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
         if self.adapter_config(num_tasks=1).align is not None:
             least = 2 * self.per_task
-            shown = f"at least {least} to hold per_task={self.per_task} examples of two tasks (or --align none)"
-            self._require("batch_size", self.batch_size >= least, shown)
+            wanted = f"at least {least} to hold per_task={self.per_task} examples of two tasks (or --align none)"
+            self._require("batch_size", self.batch_size >= least, wanted)
 
     def _require(self, name: str, valid: bool, allowed: str) -> None:
         if not valid:
-            raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
+            raise ValueError(f"{name} must be {allowed}, got {shown(getattr(self, name))}")
 
     def adapter_config(self, num_tasks: int, default_targets: tuple[str, ...] | str | None = None) -> AlignLoraConfig:
         """The adapters' options.
@@ -109,7 +121,7 @@ class TrainOptions:
             options["num_tasks"] = num_tasks
         elif options["num_tasks"] < num_tasks:
             raise ValueError(f"num_tasks must be at least {num_tasks}, the tasks of the data, or none, got "
-                             f"{options['num_tasks']}")  # fmt: skip
+                             f"{shown(options['num_tasks'])}")  # fmt: skip
         if options["target_modules"] == AUTO:
             del options["target_modules"]
             options |= {} if default_targets is None else {"target_modules": default_targets}
@@ -122,22 +134,26 @@ class TrainOptions:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> TrainOptions:
-        """Makes options from a configuration file or command line.
+    def from_mapping(cls, *sources: Mapping[str, Any]) -> TrainOptions:
+        """Makes options from a configuration file, a command line, or both.
 
         Args:
-            values: option -> value; dashes may stand for underscores, lists may be words separated by commas, and
-                "none" is None (or an empty list).
+            *sources: option -> value, the later ones before the earlier; dashes may stand for underscores, lists may be
+                words separated by commas, and "none" is None (or an empty list).
 
         Raises:
-            ValueError: an unknown option (with the nearest known one), or a value of a wrong type or range.
+            ValueError: an unknown option (with the nearest known one), one given twice, or a value of a wrong type or
+                range.
         """
         known, given = known_options(), {}
-        for key, value in values.items():
-            name = str(key).replace("-", "_")
-            if name not in known:
-                raise ValueError(unknown_name("option", str(key), known))
-            given[name] = value
+        for source in sources:
+            names = {key: key.replace("-", "_") if isinstance(key, str) else shown(key) for key in source}
+            for key, name in names.items():
+                if name not in known:
+                    raise ValueError(unknown_name("option", name, known))
+                if list(names.values()).count(name) > 1:
+                    raise ValueError(f"the option {name} is given twice, with a dash and an underscore")
+                given[name] = source[key]
         given = _typed_options(given)
         adapter = {name: given.pop(name) for name in list(given) if known[name].of_adapter}
         return cls(**given, adapter=adapter)
@@ -188,25 +204,6 @@ def _attribute_texts(cls: type) -> dict[str, str]:
     return {name: " ".join(text.split()) for name, _, text in named if text}
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
-    """Reads a YAML file of options.
-
-    Raises:
-        ValueError: no such file, or it is not a mapping in YAML.
-    """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the configuration {str(path)!r}: {error}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{str(path)!r} is not YAML: {' '.join(str(error).split())}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ValueError(f"{str(path)!r} must hold `option: value` lines")
-    return content
-
-
 def alternatives(kind: Any) -> tuple[Any, ...]:
     """The members of a union, or the type alone."""
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
@@ -220,9 +217,9 @@ def _typed_options(values: Mapping[str, Any]) -> dict[str, Any]:
 def _typed(name: str, value: Any, option: Option) -> Any:
     """A value as its option's type, from what YAML or a command line makes of it."""
     kinds = alternatives(option.kind)
-    if value == AUTO and option.default == AUTO:
+    if option.default == AUTO and isinstance(value, str) and value == AUTO:
         return AUTO
-    if value is None or value == "none":
+    if value is None or (isinstance(value, str) and value == "none"):
         if type(None) in kinds:
             return None
         value = () if any(get_origin(kind) is tuple for kind in kinds) else value
@@ -231,10 +228,10 @@ def _typed(name: str, value: Any, option: Option) -> Any:
     for kind in kinds:
         try:
             return _converted(value, kind)
-        except ValueError:
+        except (ValueError, OverflowError):  # the latter of an integer beyond the largest float
             continue
     wanted = " or ".join("none" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in kinds)
-    raise ValueError(f"{name} must be of type {wanted}, got {value!r}")
+    raise ValueError(f"{name} must be of type {wanted}, got {shown(value)}")
 
 
 def _converted(value: Any, kind: Any) -> Any:
@@ -251,4 +248,4 @@ def _converted(value: Any, kind: Any) -> Any:
         return float(value)  # YAML 1.1 reads 2e-4, without a dot, as a string
     if kind is int and isinstance(value, str):
         return int(value)
-    raise ValueError(f"{value!r} is no {kind}")
+    raise ValueError(f"{shown(value)} is no {kind}")

@@ -12,7 +12,8 @@ from pathlib import Path
 import yaml
 from transformers.trainer_utils import get_last_checkpoint
 
-from align_ext.hf.options import TrainOptions, read_config
+from align_ext.hf.options import TrainOptions
+from align_ext.reading import read_yaml
 
 _CHECKPOINTS, _OPTIONS, _RESULTS = "checkpoints", "options.yaml", "results.json"
 # What a run that goes on may do otherwise: nothing of it reaches the adapters.
@@ -64,7 +65,7 @@ def _interrupted(options: TrainOptions) -> Target:
     last = last_checkpoint(checkpoints)
     if last is None:
         raise ValueError(f"{options.output!r} holds no checkpoint to resume from: --save-steps writes them")
-    before = TrainOptions.from_mapping(read_config(checkpoints / _OPTIONS)).to_dict()
+    before = TrainOptions.from_mapping(read_yaml(checkpoints / _OPTIONS)).to_dict()
     for name, value in options.to_dict().items():
         if name not in _FREE and before[name] != value:
             raise ValueError(

@@ -44,7 +44,7 @@ device: cpu
         (["train", "--data", "absent.jsonl"], "no data file or folder 'absent.jsonl'"),
         (["train", "--model", "/absent"], "no model folder '/absent'"),
         (["train", "--tasks", "chain_sun"], "'chain_sum'"),
-        (["train", "--config", "absent.yaml"], "cannot read the configuration 'absent.yaml'"),
+        (["train", "--config", "absent.yaml"], "cannot read absent.yaml: No such file"),
         (["tarin"], "tarin"),
     ],
 )

@@ -7,23 +7,24 @@ import pytest
 import yaml
 
 from align_ext.config import AUTO, AlignLoraConfig, Architecture
-from align_ext.hf.options import TrainOptions, known_options, read_config
+from align_ext.hf.options import TrainOptions, known_options
+from align_ext.reading import read_yaml
 
 
 def test_options_survive_a_yaml_file(tmp_path):
     adapter = {"align": None, "target_modules": r".*(up|down)_proj", "mmd_bandwidths": (1.0, 2.0), "num_tasks": 3}
     options = TrainOptions(tasks=("a", "b"), lr=1e-3, output="x", overwrite=True, adapter=adapter)
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(options.to_dict()))
-    assert TrainOptions.from_mapping(read_config(tmp_path / "x.yaml")) == options
+    assert TrainOptions.from_mapping(read_yaml(tmp_path / "x.yaml")) == options
 
 
 def test_a_file_may_be_written_as_people_write_them(tmp_path):
     (tmp_path / "x.yaml").write_text("lr: 2e-4\nbatch-size: 4\nlora_alpha: 16\ntasks: a, b\nalign: null\nmodel:\n")
-    options = TrainOptions.from_mapping(read_config(tmp_path / "x.yaml"))
+    options = TrainOptions.from_mapping(read_yaml(tmp_path / "x.yaml"))
     assert (options.lr, options.batch_size, options.adapter["lora_alpha"]) == (2e-4, 4, 16.0)
     assert (options.tasks, options.adapter["align"], options.model) == (("a", "b"), None, None)
     (tmp_path / "empty.yaml").write_text("# all defaults\n")
-    assert TrainOptions.from_mapping(read_config(tmp_path / "empty.yaml")) == TrainOptions()
+    assert TrainOptions.from_mapping(read_yaml(tmp_path / "empty.yaml")) == TrainOptions()
 
 
 @pytest.mark.parametrize(
@@ -72,14 +73,14 @@ def test_a_wrong_option_is_named_with_what_is_allowed(values, message):
 def test_a_file_that_is_no_mapping_is_refused_in_one_line(content, tmp_path):
     (tmp_path / "x.yaml").write_text(content)
     with pytest.raises(ValueError, match=r"x\.yaml") as caught:
-        read_config(tmp_path / "x.yaml")
+        read_yaml(tmp_path / "x.yaml")
     assert "\n" not in str(caught.value)
 
 
 def test_a_file_that_builds_python_objects_is_refused(tmp_path):
     (tmp_path / "x.yaml").write_text(f"!!python/object/apply:pathlib.Path.touch [{tmp_path / 'ran'}]")
     with pytest.raises(ValueError, match="not YAML"):
-        read_config(tmp_path / "x.yaml")
+        read_yaml(tmp_path / "x.yaml")
     assert not (tmp_path / "ran").exists()
 
 
