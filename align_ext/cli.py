@@ -19,7 +19,7 @@ import typer
 import yaml
 
 from align_ext.hf.options import TrainOptions, known_options
-from align_ext.reading import read_yaml
+from align_ext.reading import line, read_yaml
 
 app = typer.Typer(
     name="align-lora",
@@ -170,10 +170,8 @@ def inspect_folder(adapter: _Folder) -> None:
     """
     from align_ext.hf.inspect import inspect_adapter
 
-    console = _console()
     try:
-        with console.status("reading"):
-            inspect_adapter(adapter, console)
+        inspect_adapter(adapter, _console())
     except ValueError as error:
         raise Mistake(str(error)) from error
 
@@ -204,9 +202,9 @@ def _on_transformers(what: str, name: str) -> Any:
 
 
 def _console() -> Any:
-    from rich.console import Console
+    from align_ext.terminal import plain_console
 
-    return Console()
+    return plain_console()
 
 
 @app.command()
@@ -342,6 +340,9 @@ app.command()(train)
 
 def main() -> None:
     """Runs the command line and exits."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a name may hold letters that the terminal has not
     try:
         code = app(standalone_mode=False, prog_name="align-lora")
     except (KeyboardInterrupt, typer.Abort):
@@ -351,7 +352,7 @@ def main() -> None:
         if not isinstance(error, Mistake) and not hasattr(error, "format_message"):
             raise
         text = error.format_message() if hasattr(error, "format_message") else str(error)
-        print("align-lora: error: " + " ".join(text.split()), file=sys.stderr)
+        print("align-lora: error: " + line(text, 800), file=sys.stderr)
         code = 2
     if code == _INTERRUPTED:
         print("align-lora: interrupted", file=sys.stderr)

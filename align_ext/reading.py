@@ -42,24 +42,24 @@ def shown(value: Any, most: int = 80) -> str:
     short.maxstring = short.maxother = short.maxlong = most
     short.maxlist = short.maxtuple = short.maxdict = short.maxset = short.maxfrozenset = 12
     try:
-        return _line(short.repr(value), most)
+        return line(short.repr(value), most)
     except ValueError:  # an integer of thousands of digits
         return f"<{type(value).__name__}>"
 
 
 def place(path: str | os.PathLike[str]) -> str:
     """A path in a message, whole where it can be."""
-    return _line(os.fspath(path), 300)
+    return line(os.fspath(path), 300)
 
 
 def why(error: BaseException) -> str:
     """The reason an exception gives, in a line that ends: an OSError's own words, else its first ones."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
-    return _line(text, 300)
+    return line(text, 300)
 
 
-def _line(text: str, most: int) -> str:
-    """One line of at most so many letters, cut in the middle; what cannot be printed is escaped."""
+def line(text: str, most: int) -> str:
+    """Text as one line of at most so many letters, cut in the middle; what cannot be printed is escaped."""
     text = text if len(text) <= 4 * most else f"{text[: 2 * most]} {text[-2 * most :]}"
     text = " ".join(text.split())
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from align_ext import ops, reference
@@ -16,6 +17,7 @@ from align_ext.diagnostics.backend import OPS, backend, has_kernel
 from align_ext.nn import ARCHITECTURES, adapter_class
 from align_ext.ops._native import build_info
 from align_ext.state import AlignState
+from align_ext.terminal import plain_console
 
 Test = Callable[[torch.device, torch.dtype], float]
 
@@ -25,36 +27,41 @@ _ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 def run(console: Console | None = None) -> bool:
     """Prints what is installed and tests every operator on every device; True if all is well."""
-    console = console or Console()
+    console = console or plain_console()
     facts = backend()
     for title in ("versions", "built_with", "devices"):
-        console.print(f"[bold]{title}[/bold]  " + "  ".join(f"{k}={_plain(v)}" for k, v in facts[title].items()))
+        text = "  ".join(f"{k}={_plain(v)}" for k, v in facts[title].items())
+        console.print(Text.assemble((title, "bold"), "  ", text))
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     table = Table("operator", "device", "path", "self-test", title="operators")
     healthy = True
     for device in devices:
         for op in OPS:
             if not has_kernel(op, device.split(":")[0]):
-                table.add_row(op, device, "none", "[yellow]not in this build[/yellow]")
+                table.add_row(op, device, "none", Text("not in this build", "yellow"))
                 continue
             verdict = next(
                 filter(None, (_verdict(_TESTS[op], torch.device(device), dtype) for dtype in _ALLOWED)), None
             )
             healthy = healthy and verdict is None
-            table.add_row(op, device, "native", "[green]ok[/green]" if verdict is None else f"[red]{verdict}[/red]")
+            table.add_row(op, device, "native", _shown(verdict))
     console.print(table)
     for device in devices:
         if not all(has_kernel(op, device.split(":")[0]) for op in OPS):
             continue
         verdicts = {name: _verdict(_architecture(name), torch.device(device), torch.float32) for name in ARCHITECTURES}
         healthy = healthy and not any(verdicts.values())
-        shown = (f"{name} [red]{bad}[/red]" if bad else f"{name} [green]ok[/green]" for name, bad in verdicts.items())
-        console.print(f"[bold]architectures[/bold] on {device}  " + "  ".join(shown))
+        parts = [part for name, bad in verdicts.items() for part in ("  ", name, " ", _shown(bad))]
+        console.print(Text.assemble(("architectures", "bold"), f" on {device}", *parts))
     if facts["built_with"]["cuda_archs"] and torch.version.cuda and not build_info.finds_cuda_stream():
-        console.print("[red]the CUDA kernels do not find torch's current stream: this torch is not known[/red]")
+        console.print(Text("the CUDA kernels do not find torch's current stream: this torch is not known", "red"))
         healthy = False
-    console.print("[green]healthy[/green]" if healthy else "[red]broken: rebuild with `pip install .`[/red]")
+    console.print(Text("healthy", "green") if healthy else Text("broken: rebuild with `pip install .`", "red"))
     return healthy
+
+
+def _shown(verdict: str | None) -> Text:
+    return Text("ok", "green") if verdict is None else Text(verdict, "red")
 
 
 def _plain(value: object) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from align_ext.diagnostics.observe import Observer, cause_of_zero, is_ours
@@ -144,12 +145,12 @@ def print_reports(reports: Mapping[str, GradReport], console: Console) -> None:
                 if x.expected is not None and x.verdict == "ok"
             ]
             reached = sum(layer.reached for layer in layers)
-            verdict = "[green]ok[/green]" if reached == len(layers) else "[red]not reached[/red]"
+            verdict = Text("ok", "green") if reached == len(layers) else Text("not reached", "red")
             table.add_row(name, loss, f"{reached}/{len(layers)}", f"{max(errors):.0e}" if errors else "-", verdict)
     console.print(table)
     for name, report in reports.items():
         if not report.ok:
-            console.print(f"[red]{name}[/red]: {report}", highlight=False)
+            console.print(Text.assemble((name, "red"), f": {report}"))
 
 
 def _losses(state: AlignState) -> list[str]:

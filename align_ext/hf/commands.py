@@ -18,8 +18,9 @@ from align_ext.hf.folder import AdapterFolder, atomic_folder
 from align_ext.hf.merge import merge_and_unload, unload
 from align_ext.hf.models import load_model
 from align_ext.hf.peft_form import cannot_export
-from align_ext.hf.report import SAME, say
+from align_ext.hf.report import SAME
 from align_ext.step import set_task
+from align_ext.terminal import say, working
 
 PROMPTS = (
     "The capital of France is",
@@ -54,7 +55,7 @@ def merge(request: Request, approximate: Any, prompts: str | None, dtype: str, c
     elif approximate is None and (reason := next(iter(stored.adapters.values())).cannot_merge()):
         raise ValueError(f"{request.adapter} cannot be merged: {reason}")
     with _doing("loading the model", console):
-        model, tokenizer = load_model(request.model, dtype, console.print)
+        model, tokenizer = load_model(request.model, dtype, lambda line: say(console, line))
         load_adapter(model, request.adapter)
     if task is not None:
         set_task(model, task)
@@ -86,7 +87,7 @@ def export(request: Request, verify: bool, console: Console) -> bool:
     elif reason := cannot_export(stored.adapters, stored.config):
         raise ValueError(f"PEFT has no form of this adapter: {reason}")
     with _doing("loading the model", console):
-        model, tokenizer = load_model(request.model, torch.float32, console.print)
+        model, tokenizer = load_model(request.model, torch.float32, lambda line: say(console, line))
         load_adapter(model, request.adapter)
     with _doing(f"writing {target}", console), atomic_folder(target) as path:
         for place, number in places.items():
@@ -172,6 +173,6 @@ def _free(output: str) -> Path:
 def _doing(what: str, console: Console) -> Iterator[None]:
     """Shows what goes on, and how long it took."""
     start = time.perf_counter()
-    with console.status(what):
+    with working(console, what):
         yield
     say(console, f"{what}: {time.perf_counter() - start:.1f} s")

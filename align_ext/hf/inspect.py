@@ -7,6 +7,7 @@ import os
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from align_ext.config import AlignLoraConfig
@@ -35,8 +36,7 @@ def inspect_adapter(folder: str | os.PathLike[str], console: Console) -> None:
         "values": "all finite",
     }
     for title, text in lines.items():
-        console.print(f"[bold]{title}[/bold]  ", end="")
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print(Text.assemble((title, "bold"), "  ", text), soft_wrap=True)
     console.print(_table(adapters, config))
 
 

@@ -26,10 +26,11 @@ from align_ext.hf.merge import merge_and_unload
 from align_ext.hf.models import best_dtype, default_targets, load_model, usable_device
 from align_ext.hf.options import TrainOptions
 from align_ext.hf.replace import adapted_layers, adapter_report, replace_linear_with_align_lora
-from align_ext.hf.report import SAME, ShowProgress, bars_on, plot_losses, say, summarise, versions
+from align_ext.hf.report import SAME, ShowProgress, plot_losses, summarise, versions
 from align_ext.hf.run_folder import RunFolder, Target, find_target, last_checkpoint, new_folder
 from align_ext.hf.tasks import TaskData, encode, features, fits, read_tasks, select
 from align_ext.hf.trainer import AlignTrainer, align_training_arguments
+from align_ext.terminal import bars_on, say
 
 # transformers renamed the argument within version 5 and warns of the old name.
 _CHECKPOINTING = next(

@@ -9,22 +9,13 @@ from typing import Any
 
 import transformers
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
+
+from align_ext.terminal import say
 
 # Largest difference of two models' float32 logits, relative to the largest logit, that is rounding and nothing else.
 SAME = 1e-4
-
-
-def say(console: Console, line: str) -> None:
-    """Prints a line as it is."""
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def bars_on(console: Console) -> Progress:
-    """Progress bars, on a terminal alone."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 class ShowProgress(transformers.TrainerCallback):

@@ -17,9 +17,10 @@ from align_ext.hf.export import load_adapter
 from align_ext.hf.folder import AdapterFolder
 from align_ext.hf.merge import merge_and_unload
 from align_ext.hf.models import best_dtype, load_model, usable_device
-from align_ext.hf.report import bars_on, say, versions
+from align_ext.hf.report import versions
 from align_ext.hf.tasks import TaskData, fits, read_tasks, scored_examples
 from align_ext.step import set_task
+from align_ext.terminal import bars_on, say, working
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def score(request: EvalRequest, file: str | None, console: Console) -> dict[str,
     pools = read_tasks(request.data, request.tasks, count=request.examples)
     stored = None if request.adapter is None else AdapterFolder.read(request.adapter)
     ids = None if stored is None else _task_ids(stored, tuple(pools), merged=request.merge)
-    with console.status("loading the model"):
+    with working(console, "loading the model"):
         model, tokenizer = load_scored(request)
     fit = functools.partial(fits, tokenizer, max_tokens=request.seq_len)
     own_file = request.data is not None and Path(request.data).expanduser().is_file()
