@@ -62,6 +62,8 @@ class AlignLoraConfig:
         lora_dropout: p, of dropout at dropout_site, in [0, 1).
         target_modules: suffixes of module names, a regular expression for the whole name, or "all-linear".
         exclude_modules: suffixes, or a regular expression, of modules to leave alone.
+        modules_to_save: names of modules to train whole, beside the adapters, and to save with them; "auto": the head
+            of a model that classifies or answers by spans, which starts at random; empty: none.
         target_blocks: adapt whole blocks in place of linear layers: "attention", "mlp" or both (mtLoRA).
         use_rslora: s = alpha / sqrt(r) (2312.03732).
         init_lora_weights: "kaiming" (A uniform, B = 0), "gaussian" (A ~ N(0, 1/r²), B = 0), "orthogonal" (A and B
@@ -115,6 +117,7 @@ class AlignLoraConfig:
     lora_dropout: float = 0.1
     target_modules: tuple[str, ...] | str = ("gate_proj", "up_proj", "down_proj")
     exclude_modules: tuple[str, ...] | str = ()
+    modules_to_save: tuple[str, ...] = AUTO
     target_blocks: tuple[str, ...] = AUTO
     use_rslora: bool = False
     init_lora_weights: Init = AUTO
@@ -153,6 +156,8 @@ class AlignLoraConfig:
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules"):
             self._normalise_names(name)
+        if self.modules_to_save != AUTO:
+            self._set("modules_to_save", check_names(self.modules_to_save, "modules_to_save"))
         for name in ("mmd_bandwidths", "target_blocks"):
             if isinstance(value := getattr(self, name), Iterable) and not isinstance(value, str):
                 self._set(name, tuple(value))

@@ -91,6 +91,7 @@ class AlignState:
         self.current: Step | None = None  # between a step's opening and closing
         self.armed: list[Step] = []  # inside a backward: those whose layers are owed gradients
         self.last: Step | None = None
+        self.originals: dict[str, Tensor] = {}  # the base's values of what is trained beside the adapters, for unload
         self.queue: deque[Statistics] = deque(maxlen=config.align_queue)  # of the last micro-batches
 
     def __getstate__(self) -> dict[str, Any]:

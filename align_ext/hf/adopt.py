@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from align_ext.config import AlignLoraConfig
 from align_ext.nn.base import AdaptedLinear, features_of
@@ -42,29 +42,51 @@ def unfit_peft(module: Any) -> str | None:
     return None
 
 
-def refuse_unfit(model: nn.Module, targets: Mapping[str, Any], skipped: Mapping[str, str]) -> None:
-    """Raises if anything of a PeftModel would be frozen, lost or saved as something else by adopting its LoRA layers.
+def refuse_unfit(model: nn.Module, targets: Mapping[str, Any], skipped: Mapping[str, str]) -> dict[str, Any]:
+    """Raises if anything of a PeftModel would be frozen, lost or saved as something else by adopting it.
 
     Args:
         model: the PeftModel, or the model that PEFT put its layers into.
         targets: the LoRA layers that can be adopted, by name.
         skipped: the reasons of those that cannot.
+
+    Returns:
+        PEFT's wrappers of the modules that it trains whole (modules_to_save), by name.
     """
     for name, reason in skipped.items():
         raise ValueError(f"{name} cannot be adopted, and its change would be lost: {reason}")
-    kept = {id(p) for module in targets.values() for p in module.parameters()}
+    copies: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("peft.") and hasattr(module, "original_module"):
+            if len(getattr(module, "modules_to_save", ())) != 1 or module.disable_adapters:
+                raise ValueError(
+                    f"PEFT trains {name} in a way that cannot be adopted (trainable_token_indices, several adapters, "
+                    "one that is off): remove it from the PEFT configuration"
+                )
+            copies[name] = module
+    kept = {id(p) for module in (*targets.values(), *copies.values()) for p in module.parameters()}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in kept:
             raise ValueError(
-                f"the PeftModel also trains {name}, which is no adopted LoRA layer: adopting would freeze it; remove "
-                "it (modules_to_save, a second adapter, DoRA) from the PEFT configuration, or freeze it first"
+                f"the PeftModel also trains {name}, which adopting would freeze: remove it from the PEFT "
+                "configuration, or freeze it first"
             )
-    for name, module in model.named_modules():
-        if type(module).__module__.startswith("peft.") and hasattr(module, "original_module"):
-            raise ValueError(
-                f"the PeftModel has a copy of {name} of its own (modules_to_save, trainable_token_indices), which "
-                "adopting would lose: remove it from the PEFT configuration"
-            )
+    return copies
+
+
+def adopt_copies(model: nn.Module, copies: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Puts the modules that PEFT trains whole in their places.
+
+    Returns:
+        What the base model had there, by name in the plain model.
+    """
+    originals = {}
+    for name, wrapper in copies.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, next(iter(wrapper.modules_to_save.values())))
+        for part, tensor in wrapper.original_module.state_dict().items():
+            originals[f"{name.removeprefix(PEFT_PREFIX)}.{part}"] = tensor
+    return originals
 
 
 def refuse_other_peft(model: nn.Module) -> None:

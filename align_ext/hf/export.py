@@ -6,6 +6,7 @@ save_adapter(model, folder) writes, all at once or not at all:
 |---|---|
 | adapter_model.safetensors, adapter_config.json | the adapter as one LoRA a layer, dropout off: for PEFT and vLLM too |
 | align_lora_heads.safetensors | every parameter and buffer of the adapters, where PEFT's form loses some |
+| align_trained.safetensors | what was trained beside the adapters, where PEFT's form is not all there is |
 | align_lora_config.json | every option |
 
 - lora, align_lora: PEFT's form is everything, and the only weights. From a PiSSA start, with the frozen offset A0, B0:
@@ -17,12 +18,17 @@ save_adapter(model, folder) writes, all at once or not at all:
   belongs to no one layer, so PEFT has no form of them. There is no adapter_config.json, and PeftModel.from_pretrained
   says "Can't find 'adapter_config.json'": load such a folder with load_adapter.
 
+What else is trained (modules_to_save, whatever requires a gradient) is in PEFT's form as modules_to_save, if it makes
+whole modules. Where it does not, say a bias alone, or where stock PEFT would take a model's layers for others, PEFT has
+no form either.
+
 Nothing is pickled, and load_adapter checks keys, shapes, dtypes, finiteness, and that the files belong together.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -34,9 +40,11 @@ from torch import nn
 
 from align_ext.config import AlignLoraConfig
 from align_ext.hf.adopt import PEFT_PREFIX
+from align_ext.hf.beside import Beside, check_ties, start_training, tensors_of, trained_beside
 from align_ext.hf.folder import (
     OUR_CONFIG,
     STATE,
+    TRAINED,
     AdapterFolder,
     atomic_folder,
     check_tensors,
@@ -55,10 +63,12 @@ from align_ext.hf.peft_form import (
     peft_form,
     peft_forms,
 )
+from align_ext.hf.peft_names import peft_misreads
 from align_ext.hf.replace import Adapted, adapt, adapted_layers
 from align_ext.nn.base import AdaptedLinear, is_conv1d
 from align_ext.state import AlignState, find_state
 
+logger = logging.getLogger(__name__)
 # Options that decide what adapters hold and compute; the others, of dropout and losses, may change between trainings.
 _DECISIVE = (
     "r", "lora_alpha", "use_rslora", "num_heads", "reduce", "router", "routing", "routing_groups", "top_k",
@@ -78,16 +88,19 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], task_names: S
         ValueError: the model has no adapters, a weight is not finite, or the names do not fit.
     """
     layers, config = _plain_names(adapted_layers(model)), _state(model).config
-    adapters = {name: layer.adapter for name, layer in layers.items()}
+    adapters, beside = {name: layer.adapter for name, layer in layers.items()}, trained_beside(model)
     _check_names(task_names, config)
     options = config.to_dict() | ({"task_names": list(task_names)} if task_names else {})
+    with_peft = _cannot_write(model, layers, beside) is None
     with atomic_folder(folder) as path:
-        for place, form in peft_forms(adapters, config, task_names).items():
-            _write_peft(path / place, form, model, layers)
-        if not is_plain(adapters, config):
+        for place, form in peft_forms(adapters, config, task_names, beside.tensors).items() if with_peft else ():
+            _write_peft(path / place, form, model, layers, beside)
+        if not with_peft or not is_plain(adapters, config):
             write_tensors(path / STATE, state_of(adapters))
             scaling = {name: adapter.scaling for name, adapter in adapters.items()}
             options |= {} if set(scaling.values()) == {config.scaling} else {"layer_scaling": scaling}
+            if beside.tensors:
+                write_tensors(path / TRAINED, beside.tensors)
         write_json(path / OUR_CONFIG, options)
 
 
@@ -104,20 +117,22 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str], task: int | No
             such task.
     """
     layers, state = _plain_names(adapted_layers(model)), _state(model)
-    adapters = {name: layer.adapter for name, layer in layers.items()}
+    adapters, beside = {name: layer.adapter for name, layer in layers.items()}, trained_beside(model)
     if task is not None:
         tasks = state.config.num_tasks if state.config.architecture == "multi_adapter" else 0
         if not 0 <= task < (tasks or 0):
             raise ValueError(f"task={task}: the model has an adapter for each of {tasks} tasks")
     with contextlib.nullcontext() if task is None else named_task(adapters, task):
-        if reason := cannot_export(adapters, state.config):
+        if reason := cannot_export(adapters, state.config) or _cannot_write(model, layers, beside):
             raise ValueError(f"PEFT has no form of this adapter: {reason}")
         with atomic_folder(folder) as path:
-            _write_peft(path, peft_form(adapters, state.config), model, layers)
+            _write_peft(path, peft_form(adapters, state.config, beside.tensors), model, layers, beside)
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     """Loads an adapter folder of save_adapter or of stock PEFT, strictly; training goes on where it stopped.
+
+    What was trained beside the adapters takes the place of the base's values, which unload gives back.
 
     Args:
         model: a plain model, which is adapted first as the folder says, or one with adapters of the same kind.
@@ -134,16 +149,17 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     stored = AdapterFolder.read(folder)
     if find_state(model) is not None:
         _refuse_other_options(stored, _state(model).config)
-        return _load(model, stored)
-    adapt(model, stored.config, stored.ranks())
+        return _load(model, stored, plain=False)
+    adapt(model, stored.config, stored.ranks(), stored.trained)
     try:
-        return _load(model, stored)
+        return _load(model, stored, plain=True)
     except ValueError:
         unload(model)
         raise
 
 
-def _load(model: nn.Module, stored: AdapterFolder) -> nn.Module:
+def _load(model: nn.Module, stored: AdapterFolder, *, plain: bool) -> nn.Module:
+    """Checks everything, then copies; plain: the model had no adapters, and trains beside them what the folder says."""
     adapters = {name: layer.adapter for name, layer in _plain_names(adapted_layers(model)).items()}
     tensors, own = stored.state(), state_of(adapters)
     here, there = _state(model).config.target_modules, stored.config.target_modules
@@ -154,9 +170,19 @@ def _load(model: nn.Module, stored: AdapterFolder) -> nn.Module:
                 f"{key} is {tensors[key].dtype}, which the model's {tensor.dtype} would round: adapt the model with "
                 'adapter_dtype="float32" first, or load the base model in a wider dtype'
             )
+    every = tensors_of(model)
+    beside = {n: t for n, t in every.items() if n in stored.trained} if plain else trained_beside(model).tensors
+    check_tensors(stored.trained, beside, " (what is trained beside the adapters)")
+    check_ties(model, stored.trained, alone=not stored.tied)
+    rounded = [n for n, t in beside.items() if torch.promote_types(stored.trained[n].dtype, t.dtype) != t.dtype]
+    if rounded:
+        logger.warning("%s is rounded to %s, as the base model is", ", ".join(rounded), beside[rounded[0]].dtype)
+    start_training(model, stored.trained)
     with torch.no_grad():
         for key, tensor in own.items():
             tensor.copy_(tensors[key])
+        for name, tensor in beside.items():
+            tensor.copy_(stored.trained[name])
     for name, adapter in adapters.items():
         adapter.scaling = stored.adapters[name].scaling
     return model
@@ -207,7 +233,12 @@ def _state(model: nn.Module) -> AlignState:
     return state
 
 
-def _write_peft(path: Path, form: PeftForm, model: nn.Module, layers: Mapping[str, Adapted]) -> None:
+def _cannot_write(model: nn.Module, layers: Mapping[str, Adapted], beside: Beside) -> str | None:
+    """Why stock PEFT would not read these layers in this model as they are, or None."""
+    return peft_misreads(model, list(layers)) or beside.cannot_export(model)
+
+
+def _write_peft(path: Path, form: PeftForm, model: nn.Module, layers: Mapping[str, Adapted], beside: Beside) -> None:
     path.mkdir(parents=True, exist_ok=True)
     write_tensors(path / WEIGHTS, form.tensors)
     content = {
@@ -217,6 +248,7 @@ def _write_peft(path: Path, form: PeftForm, model: nn.Module, layers: Mapping[st
         **form.options,
         "lora_dropout": _state(model).config.lora_dropout,
         "target_modules": _target_modules(model, list(layers)),
+        "modules_to_save": list(beside.modules) or None,
         "fan_in_fan_out": all(is_conv1d(layer.base_layer) for layer in layers.values()),
         "bias": "none",
         "inference_mode": True,

@@ -20,14 +20,16 @@ from torch import Tensor
 
 from align_ext.config import AlignLoraConfig
 from align_ext.hf.adopt import PEFT_PREFIX
+from align_ext.hf.beside import HEADS
 from align_ext.hf.peft_form import PEFT_CONFIG, TASKS, WEIGHTS, one_lora, peft_forms, plain_lora, scaling_of
 from align_ext.nn import adapter_class
 from align_ext.nn.base import Adapter
 from align_ext.state import AlignState
 
 OUR_CONFIG, STATE = "align_lora_config.json", "align_lora_heads.safetensors"
+TRAINED = "align_trained.safetensors"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_OWN = (WEIGHTS, PEFT_CONFIG, OUR_CONFIG, STATE, TASKS)
+_OWN = (WEIGHTS, PEFT_CONFIG, OUR_CONFIG, STATE, TRAINED, TASKS)
 
 
 @contextmanager
@@ -79,6 +81,8 @@ class AdapterFolder:
         adapters: by module name; on the CPU, with the folder's values.
         task_names: of tasks 0, 1, ..., where they were given.
         plain: whether stock PEFT wrote it: without options of ours.
+        trained: what was trained beside the adapters, by name in the plain model.
+        tied: whether PEFT ties modules_to_save as the base does.
     """
 
     path: Path
@@ -86,6 +90,8 @@ class AdapterFolder:
     adapters: dict[str, Adapter]
     task_names: tuple[str, ...]
     plain: bool
+    trained: dict[str, Tensor]
+    tied: bool
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> AdapterFolder:
@@ -100,13 +106,19 @@ class AdapterFolder:
         ours = {} if plain else read_json(path / OUR_CONFIG)
         task_names, scaling = tuple(ours.pop("task_names", None) or ()), ours.pop("layer_scaling", None) or {}
         config = None if plain else _config(path / OUR_CONFIG, ours)
+        tied, trained = True, dict[str, Tensor]()
         if config is not None and ((path / STATE).is_file() or not one_lora(config)):
             tensors = _read_tensors(path / STATE)
         else:
-            peft, tensors = _read_plain(path)
+            peft, tensors, trained = _read_plain(path)
             config = config or plain_lora(path / PEFT_CONFIG, peft, _modules(tensors))
             scaling = {name: scaling_of(peft, name, r, path / PEFT_CONFIG) for name, r in _ranks(tensors).items()}
-        found = cls(path, config, _adapters(path, config, tensors, scaling), task_names, plain)
+            tied = bool(peft.get("ensure_weight_tying"))
+        if (path / TRAINED).is_file():
+            tied, trained = True, _read_trained(path / TRAINED)
+        check_tensors(trained, trained)
+        adapters = _adapters(path, config, tensors, scaling)
+        found = cls(path, config, adapters, task_names, plain, trained, tied)
         if not plain:
             found._check_peft_files()
         return found
@@ -121,11 +133,13 @@ class AdapterFolder:
 
     def _check_peft_files(self) -> None:
         """The files for PEFT must say what ours say: one of them may have been replaced or edited."""
-        for place, form in peft_forms(self.adapters, self.config, self.task_names).items():
+        for place, form in peft_forms(self.adapters, self.config, self.task_names, self.trained).items():
             path = self.path / place
             if not (path / WEIGHTS).is_file():
                 continue  # it is for others
             peft, tensors = read_json(path / PEFT_CONFIG), _read_tensors(path / WEIGHTS)
+            if "modules_to_save" not in peft:  # as versions before wrote, with what else is trained in its own file
+                tensors |= {f"{PEFT_PREFIX}{name}": tensor for name, tensor in self.trained.items()}
             for option, value in form.options.items():
                 if (peft.get(option) or None) != (value or None):
                     raise ValueError(
@@ -196,7 +210,12 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name} holds values that are not finite")
-    save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, file, metadata={"format": "pt"})
+    content, seen = {}, set()
+    for name, tensor in tensors.items():
+        whole = tensor.detach().cpu().contiguous()
+        content[name] = whole.clone() if whole.data_ptr() in seen else whole  # no two names share memory in a file
+        seen.add(whole.data_ptr())
+    save_file(content, file, metadata={"format": "pt"})
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
@@ -208,16 +227,38 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} is damaged: {error}") from error
 
 
-def _read_plain(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A PEFT folder's options, and its tensors by our keys."""
+def _read_plain(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+    """A PEFT folder's options, its adapters' tensors by our keys, and those of modules_to_save."""
     tensors = _read_tensors(path / WEIGHTS)
     if not (path / PEFT_CONFIG).is_file():
         raise ValueError(f"{path} is no adapter folder: {PEFT_CONFIG} is missing")
-    matches = {key: re.fullmatch(rf"{re.escape(PEFT_PREFIX)}(.+\.lora_[AB])\.weight", key) for key in tensors}
-    odd = sorted(key for key, match in matches.items() if match is None)
+    peft, lora, trained, odd = read_json(path / PEFT_CONFIG), {}, {}, []
+    modules = peft.get("modules_to_save") or []
+    if not isinstance(modules, list) or not all(isinstance(name, str) and name for name in modules):
+        raise ValueError(f"{path / PEFT_CONFIG}: modules_to_save={modules!r} must be a list of names")
+    found = set()
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PEFT_PREFIX)
+        within = [module for module in modules if f"{module}." in name]
+        if match := re.fullmatch(r"(.+\.lora_[AB])\.weight", name):
+            lora[match[1]] = tensor
+        elif name != key and within and ".lora_" not in name:
+            trained[name] = tensor
+            found.update(within)
+        else:
+            odd.append(key)
     if odd:
-        raise ValueError(f"{path / WEIGHTS} is no plain LoRA: of its keys {len(odd)} are unexpected {odd[:3]}")
-    return read_json(path / PEFT_CONFIG), {match[1]: tensors[key] for key, match in matches.items() if match}
+        raise ValueError(f"{path / WEIGHTS} is no plain LoRA: of its keys {len(odd)} are unexpected {sorted(odd)[:3]}")
+    lost = [name for name in modules if name not in found and (name not in HEADS or not found)]
+    if lost:
+        raise ValueError(f"{path / WEIGHTS} has no tensors of modules_to_save={lost[0]!r}")
+    return peft, lora, trained
+
+
+def _read_trained(file: Path) -> dict[str, Tensor]:
+    """What was trained beside the adapters, by name in the plain model."""
+    tensors = _read_tensors(file)
+    return {name.removeprefix(PEFT_PREFIX).replace(".base_layer.", "."): t for name, t in tensors.items()}
 
 
 def _config(file: Path, options: dict[str, Any]) -> AlignLoraConfig:

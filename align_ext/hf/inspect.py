@@ -11,8 +11,9 @@ from rich.text import Text
 from torch import Tensor
 
 from align_ext.config import AlignLoraConfig
+from align_ext.hf.beside import describe
 from align_ext.hf.folder import AdapterFolder
-from align_ext.hf.peft_form import cannot_export, named_task
+from align_ext.hf.peft_form import PEFT_CONFIG, cannot_export, named_task
 from align_ext.nn import adapter_class
 from align_ext.nn.base import Adapter, Term, wide
 
@@ -32,6 +33,7 @@ def inspect_adapter(folder: str | os.PathLike[str], console: Console) -> None:
         "options": _options(config),
         "parameters": f"{sum(map(_parameters, adapters.values())):,} in {len(adapters)} layers, {', '.join(dtypes)}",
         "tasks": ", ".join(stored.task_names) or str(config.num_tasks or "not recorded"),
+        "trained beside them": describe(stored.trained) if stored.trained else "nothing",
         "stock PEFT": _peft(stored),
         "values": "all finite",
     }
@@ -88,8 +90,10 @@ def _options(config: AlignLoraConfig) -> str:
 def _peft(stored: AdapterFolder) -> str:
     if stored.config.architecture == "multi_adapter":
         return f"loads each folder in {stored.path / 'tasks'}, one a task"
-    reason = cannot_export(stored.adapters, stored.config)
-    return "loads this folder" if reason is None else f"cannot: {reason}"
+    if reason := cannot_export(stored.adapters, stored.config):
+        return f"cannot: {reason}"
+    written = (stored.path / PEFT_CONFIG).is_file()
+    return "loads this folder" if written else "cannot: it would misread the names of layers, or of what is trained"
 
 
 def _parameters(adapter: Adapter) -> int:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from align_ext.hf.beside import give_back
 from align_ext.hf.replace import adapted_layers
 from align_ext.hooks import remove_hooks
 from align_ext.nn.base import AdaptedLinear
@@ -47,7 +48,7 @@ def merge_and_unload(
     Exact for lora, align_lora, m_lora, hydra without a router, and multi_adapter's task that set_task named. Routed
     adapters are no change of the weight; approximate="uniform" merges what they are with equal weights of all heads,
     measures on a batch how far the outputs move, logs it, and leaves it as `model.merge_report` (a MergeReport).
-    Adapters beside whole blocks cannot be merged.
+    Adapters beside whole blocks cannot be merged. What was trained beside the adapters stays as it is.
 
     Args:
         model: with adapters.
@@ -89,8 +90,14 @@ def merge_and_unload(
 
 
 def unload(model: nn.Module) -> nn.Module:
-    """Removes the adapters: the model computes what its base computes. Parameters stay frozen."""
-    return _put_back(model, {name: layer.base_layer for name, layer in adapted_layers(model).items()})
+    """Removes the adapters: the model computes what its base computes. Parameters stay frozen.
+
+    Raises:
+        ValueError: something else was trained too whose value in the base model is not kept; nothing was changed then.
+    """
+    layers = adapted_layers(model)
+    give_back(model)
+    return _put_back(model, {name: layer.base_layer for name, layer in layers.items()})
 
 
 def _cannot_approximate(layer: AdaptedLinear | AdaptedBlock) -> str | None:

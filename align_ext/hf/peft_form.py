@@ -22,7 +22,7 @@ WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TASKS = "tasks"  # a folder for each task is in it
 _R, _ALPHA = 8, 8  # PEFT's defaults
 _KINDS_OF_LORA = (
-    "use_dora", "use_qalora", "use_bdlora", "lora_bias", "modules_to_save", "trainable_token_indices",
+    "use_dora", "use_qalora", "use_bdlora", "lora_bias", "trainable_token_indices",
     "target_parameters", "layer_replication", "alora_invocation_tokens", "arrow_config", "kasa_config",
     "monteclora_config",
 )  # fmt: skip
@@ -34,7 +34,7 @@ class PeftForm:
 
     Attributes:
         tensors: by PEFT's keys, which vLLM reads too.
-        options: r, lora_alpha, use_rslora and, where layers differ, rank_pattern and alpha_pattern.
+        options: r, lora_alpha, use_rslora and, where layers differ, rank_pattern and alpha_pattern; modules_to_save.
     """
 
     tensors: dict[str, Tensor]
@@ -60,25 +60,31 @@ def one_lora(config: AlignLoraConfig) -> bool:
 
 
 def peft_forms(
-    adapters: Mapping[str, Adapter], config: AlignLoraConfig, task_names: Sequence[str] = ()
+    adapters: Mapping[str, Adapter],
+    config: AlignLoraConfig,
+    task_names: Sequence[str] = (),
+    trained: Mapping[str, Tensor] | None = None,
 ) -> dict[str, PeftForm]:
     """The adapters' forms for PEFT, by the place below the folder; none where they have none.
 
     With an adapter for each task there is one form a task, in tasks/<its name or number>; else one, in the folder.
+    Each holds what is trained beside the adapters too, by name in the plain model.
     """
     if config.architecture != "multi_adapter":
-        return {} if cannot_export(adapters, config) else {"": peft_form(adapters, config)}
+        return {} if cannot_export(adapters, config) else {"": peft_form(adapters, config, trained)}
     if config.target_blocks:
         return {}
     assert config.num_tasks is not None
     forms = {}
     for task, name in enumerate(task_names or map(str, range(config.num_tasks))):
         with named_task(adapters, task):
-            forms[f"{TASKS}/{name}"] = peft_form(adapters, config)
+            forms[f"{TASKS}/{name}"] = peft_form(adapters, config, trained)
     return forms
 
 
-def peft_form(adapters: Mapping[str, Adapter], config: AlignLoraConfig) -> PeftForm:
+def peft_form(
+    adapters: Mapping[str, Adapter], config: AlignLoraConfig, trained: Mapping[str, Tensor] | None = None
+) -> PeftForm:
     """The adapters' one form for PEFT: terms s Σ_k B_k A_k become s [B_1 B_2] [A_1; A_2] of the sum of their ranks.
 
     PEFT divides alpha by that rank (by its root with rslora), so alpha grows with it. Where layers differ in rank or
@@ -92,6 +98,7 @@ def peft_form(adapters: Mapping[str, Adapter], config: AlignLoraConfig) -> PeftF
         times, ranks[name] = len(terms), A.shape[0]
         tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = A
         tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = B if alike else B * adapter.scaling
+    tensors |= {f"{PEFT_PREFIX}{name}": tensor.detach() for name, tensor in (trained or {}).items()}
     if alike:
         alpha = config.lora_alpha * (math.sqrt(times) if config.use_rslora else times)
         return PeftForm(tensors, {"r": times * config.r, "lora_alpha": alpha, "use_rslora": config.use_rslora})

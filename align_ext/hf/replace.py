@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,9 @@ from torch import nn
 
 from align_ext.config import AlignLoraConfig
 from align_ext.hf.adopt import (
+    PEFT_PREFIX,
     adopt,
+    adopt_copies,
     adopted_config,
     is_peft_lora,
     refuse_other_peft,
@@ -22,6 +24,7 @@ from align_ext.hf.adopt import (
     refuse_unfit,
     unfit_peft,
 )
+from align_ext.hf.beside import is_below, modules_to_train, start_training, tensors_of
 from align_ext.hf.blocks import find_blocks
 from align_ext.hooks import register_hooks
 from align_ext.nn import adapter_class
@@ -43,12 +46,14 @@ class ReplaceReport:
         adopted: those of them that took over a PEFT adapter's weights.
         skipped: name -> reason, for layers that matched target_modules but were left alone.
         unmatched: what else may have been meant: patterns that match nothing, experts that are no linear layers.
+        trained: names of the modules that are trained whole beside the adapters.
     """
 
     replaced: list[str] = field(default_factory=list)
     adopted: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     unmatched: list[str] = field(default_factory=list)
+    trained: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         kinds = Counter(name.rpartition(".")[2] for name in self.replaced)
@@ -56,6 +61,7 @@ class ReplaceReport:
         lines = [f"adapted {len(self.replaced)} layers ({counts})"]
         if self.adopted:
             lines.append(f"of them {len(self.adopted)} with the weights of a PEFT adapter")
+        lines += [f"trained whole beside them: {', '.join(self.trained)}"] if self.trained else []
         lines += [f"left alone {name}: {reason}" for name, reason in self.skipped.items()]
         return "\n".join([*lines, *self.unmatched])
 
@@ -67,8 +73,9 @@ def replace_linear_with_align_lora(
 
     nn.Linear and its subclasses, GPT-2's Conv1D and quantised linears are adapted; lm_head, layers with tied weights
     and layers whose forward is bypassed (nn.MultiheadAttention's out_proj) are left alone, and the report says so
-    (`adapter_report(model)`, also logged). LoRA layers of a PeftModel are adopted: same Parameters, same scaling.
-    A second call changes nothing.
+    (`adapter_report(model)`, also logged). The new head of a model that classifies, or what modules_to_save names, is
+    trained whole beside the adapters, and so is what gets requires_grad afterwards. LoRA layers of a PeftModel are
+    adopted: same Parameters, same scaling. A second call changes nothing.
 
     Args:
         model: any nn.Module; for Llama, Qwen and Mistral the defaults fit.
@@ -92,13 +99,19 @@ def replace_linear_with_align_lora(
     return adapt(model, config)
 
 
-def adapt(model: nn.Module, config: AlignLoraConfig, ranks: Mapping[str, int] | None = None) -> nn.Module:
+def adapt(
+    model: nn.Module,
+    config: AlignLoraConfig,
+    ranks: Mapping[str, int] | None = None,
+    trained: Collection[str] = (),
+) -> nn.Module:
     """Puts adapters into a plain model or a PeftModel.
 
     Args:
         model: the model.
         config: the options.
         ranks: of an adapter that is about to be loaded, by module name; no first values are drawn for it then.
+        trained: names of the tensors that are about to be loaded beside it; what they belong to is not adapted.
     """
     refuse_other_peft(model)
     report = ReplaceReport()
@@ -106,19 +119,23 @@ def adapt(model: nn.Module, config: AlignLoraConfig, ranks: Mapping[str, int] | 
     adopting = {name: module for name, module in candidates.items() if is_peft_lora(module)}
     state = AlignState(config)
     layers: dict[str, Adapted] = {}
+    whole = modules_to_train(model, config) if ranks is None and not adopting else []
+    if ranks is not None:  # adapted layers may have a trained bias
+        whole = [name for name in {key.rpartition(".")[0] for key in trained} if name not in ranks]
     if config.target_blocks and not adopting:
         for name, (block, hidden) in _target_blocks(model, config).items():
             layers[name] = AdaptedBlock(block, _adapter(name, block, (hidden, hidden), config, reset=ranks is None))
     else:
-        targets = _targets(model, config, adopting or candidates, report, by_name=not adopting)
+        targets = _targets(model, config, adopting or candidates, report, whole, by_name=not adopting)
         if not targets:
             raise ValueError(_nothing_matched(model, candidates, config, report))
         if adopting:
-            refuse_unfit(model, targets, report.skipped)
+            copies = refuse_unfit(model, targets, report.skipped)
             config, report.adopted = adopted_config(config, targets), list(targets)
             logger.info("r, lora_alpha, lora_dropout and target_modules are the PEFT adapter's: %s", config)
             state = AlignState(config)
             layers = {name: adopt(module, config) for name, module in targets.items()}
+            whole = [name.removeprefix(PEFT_PREFIX) for name in copies]
         else:
             report.unmatched = _unmatched(config, candidates, model)
             for name, module in targets.items():
@@ -136,7 +153,11 @@ def adapt(model: nn.Module, config: AlignLoraConfig, ranks: Mapping[str, int] | 
         report.replaced.append(name)
     if adopting:
         model.save_pretrained = refuse_save_pretrained  # type: ignore[assignment]
+        state.originals = adopt_copies(model, copies)
     register_hooks(model, state)
+    if ranks is None:
+        report.trained = whole
+        start_training(model, [name for name in tensors_of(model) if is_below(name, whole)])
     model.align_report = report  # type: ignore[assignment]
     (logger.warning if report.unmatched else logger.info)("%s", report)
     return model
@@ -147,6 +168,7 @@ def _targets(
     config: AlignLoraConfig,
     candidates: Mapping[str, nn.Module],
     report: ReplaceReport,
+    whole: Collection[str],
     *,
     by_name: bool,
 ) -> dict[str, nn.Module]:
@@ -155,7 +177,8 @@ def _targets(
     for name, module in candidates.items():
         if by_name and not _matches(name, config, module, model):
             continue
-        reason = _unfit(name, module, model)
+        trained = is_below(f"{name}.", whole)
+        reason = "it is trained whole (modules_to_save)" if trained else _unfit(name, module, model)
         if reason is None:
             targets[name] = module
         else:
@@ -172,7 +195,7 @@ def sizes_to_adapt(model: nn.Module, config: AlignLoraConfig) -> list[tuple[int,
     if config.target_blocks:
         return [(hidden, hidden) for _, hidden in _target_blocks(model, config).values()]
     candidates, report = dict(_linear_like(model)), ReplaceReport()
-    targets = _targets(model, config, candidates, report, by_name=True)
+    targets = _targets(model, config, candidates, report, modules_to_train(model, config), by_name=True)
     if not targets:
         raise ValueError(_nothing_matched(model, candidates, config, report))
     return [features_of(module) for module in targets.values()]

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from peft import LoHaConfig, LoraConfig, PromptTuningConfig, get_peft_model, inject_adapter_in_model
+from hf.folders import logits
+from peft import LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model, inject_adapter_in_model
 from tiny import VOCAB, llama
 
-from align_ext import adapter_report, replace_linear_with_align_lora
+from align_ext import adapter_report, load_adapter, replace_linear_with_align_lora, save_adapter, unload
 
 
 def with_peft(**options):
@@ -61,8 +62,7 @@ UNFIT = {
     "two adapters": (second_adapter, "several PEFT adapters"),
     "an adapter that is off": (switched_off, "disabled: enable it first"),
     "DoRA": (lambda: for_inference(use_dora=True), "DoRA"),
-    "a module's copy": (lambda: for_inference(modules_to_save=["lm_head"]), "copy of .*lm_head of its own"),
-    "tokens": (lambda: for_inference(trainable_token_indices=[1, 2]), "copy of .*embed_tokens of its own"),
+    "tokens": (lambda: for_inference(trainable_token_indices=[1, 2]), "embed_tokens in a way that cannot be adopted"),
     "another method": (
         lambda: get_peft_model(llama(), LoHaConfig(target_modules=["up_proj"])),
         "of type LOHA, which cannot be adopted",
@@ -90,3 +90,22 @@ def test_what_a_plain_lora_cannot_take_over_is_refused_and_the_model_left_as_it_
 def test_a_start_beside_the_untouched_base_is_adopted(start):
     for model in (with_peft(init_lora_weights=start), injected(start)):
         assert len(adapter_report(replace_linear_with_align_lora(model)).adopted) == 2
+
+
+def test_modules_that_peft_trains_whole_are_adopted_with_their_values(tmp_path):
+    torch.manual_seed(4)
+    peft = with_peft(modules_to_save=["lm_head", "model.norm"])
+    with torch.no_grad():
+        for parameter in peft.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    expected = logits(peft)
+    trained = {id(p) for p in peft.parameters() if p.requires_grad}
+    model = replace_linear_with_align_lora(peft, align=None)
+    assert {id(p) for p in model.parameters() if p.requires_grad} == trained
+    assert set(adapter_report(model).trained) == {"lm_head", "model.norm"}
+    torch.testing.assert_close(logits(model), expected)
+    save_adapter(model, tmp_path)
+    assert torch.equal(logits(load_adapter(llama(), tmp_path)), logits(model))
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path)), expected)
+    assert torch.equal(logits(unload(model)), logits(llama()))

@@ -270,10 +270,11 @@ def test_a_peft_variant_is_left_alone_and_named():
         replace_linear_with_align_lora(peft)
 
 
-def test_a_peft_model_that_trains_more_than_lora_is_refused():
+def test_a_peft_model_that_trains_what_cannot_be_adopted_is_refused():
     from peft import LoraConfig, get_peft_model
 
-    peft = get_peft_model(llama(), LoraConfig(target_modules=["up_proj"], modules_to_save=["lm_head"]))
+    peft = get_peft_model(llama(), LoraConfig(target_modules=["up_proj"]))
+    peft.base_model.model.lm_head.requires_grad_(True)
     with pytest.raises(ValueError, match=r"also trains .*lm_head"):
         replace_linear_with_align_lora(peft)
 
