@@ -183,15 +183,15 @@ MUTANTS = [
     ),
     Mutant(
         "an interrupted exchange of files is not undone",
-        "align_ext/hf/folder.py",
+        "align_ext/writing.py",
         "os.rename(place, source)",
         "pass",
         "python_tests/hf/test_folder_errors.py -k interrupted",
     ),
     Mutant(
         "files of an older adapter stay",
-        "align_ext/hf/folder.py",
-        "if (target / name).exists()]",
+        "align_ext/writing.py",
+        "if name != LOCK and _is_ours(target, name, ours)]",
         "if False]",
         "python_tests/hf/test_folder_errors.py -k over_another",
     ),

@@ -20,6 +20,7 @@ import yaml
 
 from align_ext.hf.options import TrainOptions, known_options
 from align_ext.reading import line, read_yaml
+from align_ext.writing import check_file
 
 app = typer.Typer(
     name="align-lora",
@@ -286,7 +287,7 @@ def bench(
         names = run.chosen(only)
         how = run.setting(device, "quick" if quick else "full" if full else "normal", model)
         if json is not None:
-            plots.check_folder("json", json)
+            check_file("json", json)
         if plot is not None:
             plots.check(plot)
     except ValueError as error:

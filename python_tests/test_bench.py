@@ -239,7 +239,7 @@ def test_without_matplotlib_a_plot_is_refused_before_anything_is_measured(monkey
         (["--only", ","], "names no suite"),
         (["--quick", "--full"], "not both"),
         (["--device", "gpu"], "unknown device 'gpu'"),
-        (["--json", "absent/all.json"], "json='absent/all.json' is no file in an existing folder"),
+        (["--json", "absent/all.json"], "json='absent/all.json' cannot be written: No such file"),
         (["--only", "decode", "--model", "/absent"], "no model folder '/absent'"),
     ],
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from align_ext.bench.timing import Comparison
+from align_ext.writing import atomic_file, check_file
 
 
 def check(path: Path) -> None:
@@ -18,13 +19,7 @@ def check(path: Path) -> None:
     endings = sorted(FigureCanvasBase.get_supported_filetypes())
     if path.suffix.removeprefix(".") not in endings:
         raise ValueError(f"plot={str(path)!r}: the ending must be one of .{', .'.join(endings)}")
-    check_folder("plot", path)
-
-
-def check_folder(option: str, path: Path) -> None:
-    """Raises ValueError if a file's folder is not there."""
-    if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(f"{option}={str(path)!r} is no file in an existing folder")
+    check_file("plot", path)
 
 
 def points(results: dict[str, Comparison]) -> dict[str, dict[str, list[tuple[int, float, float, float]]]]:
@@ -64,4 +59,5 @@ def write(path: Path, results: dict[str, Comparison], caption: str) -> None:
         panel.set_ylim(bottom=0)
         panel.legend(fontsize=7)
     figure.suptitle(caption, fontsize=8)
-    figure.savefig(path)
+    with atomic_file(path) as new:
+        figure.savefig(new, format=path.suffix.removeprefix("."))

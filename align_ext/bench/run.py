@@ -17,6 +17,7 @@ from align_ext.bench.baselines import Sizes
 from align_ext.bench.setting import Case, Setting
 from align_ext.bench.timing import Comparison, as_json, machine, report
 from align_ext.config import unknown_name
+from align_ext.writing import atomic_file
 
 
 def _step(setting: Setting) -> Iterator[Case]:
@@ -132,7 +133,8 @@ def run(
                         results[title].goals = {}
                     progress.advance(bar)
                     if json is not None:
-                        json.write_text(as_json(how.device, results))
+                        with atomic_file(json) as new:
+                            new.write_text(as_json(how.device, results))
     finally:  # an interrupted run shows what it has
         for title, comparison in results.items():
             report(title, comparison, console)

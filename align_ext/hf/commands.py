@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,13 +15,15 @@ from rich.console import Console
 from torch import Tensor
 
 from align_ext.hf.export import export_peft, load_adapter
-from align_ext.hf.folder import AdapterFolder, atomic_folder
+from align_ext.hf.folder import AdapterFolder
 from align_ext.hf.merge import merge_and_unload, unload
 from align_ext.hf.models import load_model
 from align_ext.hf.peft_form import cannot_export
 from align_ext.hf.report import SAME
+from align_ext.reading import shown
 from align_ext.step import set_task
 from align_ext.terminal import say, working
+from align_ext.writing import LOCK, atomic_folder, check_space, claimed
 
 PROMPTS = (
     "The capital of France is",
@@ -46,27 +49,29 @@ def merge(request: Request, approximate: Any, prompts: str | None, dtype: str, c
     Raises:
         ValueError: the adapter cannot be merged, or something given cannot be used; nothing is written.
     """
-    target, stored = _free(request.output), AdapterFolder.read(request.adapter)
-    texts = PROMPTS if prompts is None else _lines(prompts)
-    task = task_number(stored, request.task)
-    if stored.config.architecture == "multi_adapter":
-        if task is None:
-            raise ValueError(f"the adapter has one part for each task: name one with --task ({_tasks(stored)})")
-    elif approximate is None and (reason := next(iter(stored.adapters.values())).cannot_merge()):
-        raise ValueError(f"{request.adapter} cannot be merged: {reason}")
-    with _doing("loading the model", console):
-        model, tokenizer = load_model(request.model, dtype, lambda line: say(console, line))
-        load_adapter(model, request.adapter)
-    if task is not None:
-        set_task(model, task)
-    with _doing("merging", console):
-        batch = dict(tokenizer(list(texts), return_tensors="pt", padding=True))
-        merge_and_unload(model, approximate, batch if approximate else None)
-    if approximate:
-        say(console, str(model.merge_report))
-    with _doing(f"writing {target}", console), atomic_folder(target) as path:
-        model.save_pretrained(path)
-        tokenizer.save_pretrained(path)
+    with _claimed_output(request.output) as target:
+        stored = AdapterFolder.read(request.adapter)
+        texts = PROMPTS if prompts is None else _lines(prompts)
+        task = task_number(stored, request.task)
+        if stored.config.architecture == "multi_adapter":
+            if task is None:
+                raise ValueError(f"the adapter has one part for each task: name one with --task ({_tasks(stored)})")
+        elif approximate is None and (reason := next(iter(stored.adapters.values())).cannot_merge()):
+            raise ValueError(f"{request.adapter} cannot be merged: {reason}")
+        with _doing("loading the model", console):
+            model, tokenizer = load_model(request.model, dtype, lambda line: say(console, line))
+            load_adapter(model, request.adapter)
+        if task is not None:
+            set_task(model, task)
+        with _doing("merging", console):
+            batch = dict(tokenizer(list(texts), return_tensors="pt", padding=True))
+            merge_and_unload(model, approximate, batch if approximate else None)
+        if approximate:
+            say(console, str(model.merge_report))
+        check_space(target, sum(tensor.nbytes for tensor in model.state_dict().values()))
+        with _doing(f"writing {target}", console), atomic_folder(target) as path:
+            model.save_pretrained(path)
+            tokenizer.save_pretrained(path)
 
 
 def export(request: Request, verify: bool, console: Console) -> bool:
@@ -78,28 +83,29 @@ def export(request: Request, verify: bool, console: Console) -> bool:
     Raises:
         ValueError: PEFT has no form of the adapter, or something given cannot be used; nothing is written.
     """
-    target, stored = _free(request.output), AdapterFolder.read(request.adapter)
-    task = task_number(stored, request.task)
-    places: dict[str, int | None] = {"": task}
-    if stored.config.architecture == "multi_adapter":
-        names = stored.task_names or tuple(map(str, range(stored.config.num_tasks or 0)))
-        places = {name: number for number, name in enumerate(names)} if task is None else places
-    elif reason := cannot_export(stored.adapters, stored.config):
-        raise ValueError(f"PEFT has no form of this adapter: {reason}")
-    with _doing("loading the model", console):
-        model, tokenizer = load_model(request.model, torch.float32, lambda line: say(console, line))
-        load_adapter(model, request.adapter)
-    with _doing(f"writing {target}", console), atomic_folder(target) as path:
-        for place, number in places.items():
-            export_peft(model, path / place, number)
-    if not verify:
-        return True
-    with _doing("verifying", console):
-        differences = _verify(model, tokenizer, target, places)
-    for reader, difference in differences.items():
-        verdict = "same logits" if difference <= SAME else "OTHER LOGITS"
-        say(console, f"{reader}: {verdict} (relative difference {difference:.1e})")
-    return all(difference <= SAME for difference in differences.values())
+    with _claimed_output(request.output) as target:
+        stored = AdapterFolder.read(request.adapter)
+        task = task_number(stored, request.task)
+        places: dict[str, int | None] = {"": task}
+        if stored.config.architecture == "multi_adapter":
+            names = stored.task_names or tuple(map(str, range(stored.config.num_tasks or 0)))
+            places = {name: number for number, name in enumerate(names)} if task is None else places
+        elif reason := cannot_export(stored.adapters, stored.config):
+            raise ValueError(f"PEFT has no form of this adapter: {reason}")
+        with _doing("loading the model", console):
+            model, tokenizer = load_model(request.model, torch.float32, lambda line: say(console, line))
+            load_adapter(model, request.adapter)
+        with _doing(f"writing {target}", console), atomic_folder(target) as path:
+            for place, number in places.items():
+                export_peft(model, path / place, number)
+        if not verify:
+            return True
+        with _doing("verifying", console):
+            differences = _verify(model, tokenizer, target, places)
+        for reader, difference in differences.items():
+            verdict = "same logits" if difference <= SAME else "OTHER LOGITS"
+            say(console, f"{reader}: {verdict} (relative difference {difference:.1e})")
+        return all(difference <= SAME for difference in differences.values())
 
 
 def _verify(model: Any, tokenizer: Any, target: Path, places: Mapping[str, int | None]) -> dict[str, float]:
@@ -162,11 +168,15 @@ def _lines(file: str) -> Sequence[str]:
     return lines
 
 
-def _free(output: str) -> Path:
-    target = Path(output).expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"the output {output!r} exists and is no empty folder: choose another --output")
-    return target
+@contextmanager
+def _claimed_output(output: str) -> Iterator[Path]:
+    """The output, a new or an empty folder, for this process alone; what stays empty vanishes."""
+    if not output or (os.path.islink(output) and not os.path.exists(output)):
+        raise ValueError(f"the output {shown(output)} is {'a link to nothing' if output else 'empty'}: name a folder")
+    with claimed(Path(output).expanduser()) as target:
+        if os.listdir(target) != [LOCK]:
+            raise ValueError(f"the output {shown(output)} exists and is no empty folder: choose another --output")
+        yield target
 
 
 @contextmanager

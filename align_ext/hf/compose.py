@@ -27,8 +27,10 @@ from torch import Tensor, nn
 
 from align_ext.config import AlignLoraConfig
 from align_ext.hf.adopt import PEFT_PREFIX
-from align_ext.hf.export import OUR_CONFIG, PEFT_CONFIG, WEIGHTS, atomic_folder
+from align_ext.hf.export import OUR_CONFIG, PEFT_CONFIG, WEIGHTS
+from align_ext.hf.folder import ADAPTER_FILES
 from align_ext.nn.base import AdaptedLinear
+from align_ext.writing import atomic_folder
 
 _KEY = re.compile(re.escape(PEFT_PREFIX) + r"(.+)\.lora_([AB])\.weight")
 
@@ -111,7 +113,7 @@ def write_lora(adapter: LoraWeights, folder: str | os.PathLike[str]) -> None:
         for name, pair in adapter.layers.items()
         for part, weight in zip("AB", pair, strict=True)
     }
-    with atomic_folder(folder) as path:
+    with atomic_folder(folder, ADAPTER_FILES) as path:
         save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
         for file, options in ((PEFT_CONFIG, content), (OUR_CONFIG, options_of(adapter).to_dict())):
             (path / file).write_text(json.dumps(options, indent=2) + "\n")

@@ -42,11 +42,11 @@ from align_ext.config import AlignLoraConfig
 from align_ext.hf.adopt import PEFT_PREFIX
 from align_ext.hf.beside import Beside, check_ties, start_training, tensors_of, trained_beside
 from align_ext.hf.folder import (
+    ADAPTER_FILES,
     OUR_CONFIG,
     STATE,
     TRAINED,
     AdapterFolder,
-    atomic_folder,
     check_tensors,
     state_of,
     write_json,
@@ -67,6 +67,7 @@ from align_ext.hf.peft_names import peft_misreads
 from align_ext.hf.replace import Adapted, adapt, adapted_layers
 from align_ext.nn.base import AdaptedLinear, is_conv1d
 from align_ext.state import AlignState, find_state
+from align_ext.writing import atomic_folder
 
 logger = logging.getLogger(__name__)
 # Options that decide what adapters hold and compute; the others, of dropout and losses, may change between trainings.
@@ -92,7 +93,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], task_names: S
     _check_names(task_names, config)
     options = config.to_dict() | ({"task_names": list(task_names)} if task_names else {})
     with_peft = _cannot_write(model, layers, beside) is None
-    with atomic_folder(folder) as path:
+    with atomic_folder(folder, ADAPTER_FILES) as path:
         for place, form in peft_forms(adapters, config, task_names, beside.tensors).items() if with_peft else ():
             _write_peft(path / place, form, model, layers, beside)
         if not with_peft or not is_plain(adapters, config):
@@ -125,7 +126,7 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str], task: int | No
     with contextlib.nullcontext() if task is None else named_task(adapters, task):
         if reason := cannot_export(adapters, state.config) or _cannot_write(model, layers, beside):
             raise ValueError(f"PEFT has no form of this adapter: {reason}")
-        with atomic_folder(folder) as path:
+        with atomic_folder(folder, ADAPTER_FILES) as path:
             _write_peft(path, peft_form(adapters, state.config, beside.tensors), model, layers, beside)
 
 

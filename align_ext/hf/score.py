@@ -21,6 +21,7 @@ from align_ext.hf.report import versions
 from align_ext.hf.tasks import TaskData, fits, read_tasks, scored_examples
 from align_ext.step import set_task
 from align_ext.terminal import bars_on, say, working
+from align_ext.writing import atomic_file, check_file
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ def score(request: EvalRequest, file: str | None, console: Console) -> dict[str,
     Raises:
         ValueError: something of the request cannot be used; nothing is written.
     """
-    _check_file(file)
+    if file is not None:
+        check_file("--json", Path(file).expanduser())
     pools = read_tasks(request.data, request.tasks, count=request.examples)
     stored = None if request.adapter is None else AdapterFolder.read(request.adapter)
     ids = None if stored is None else _task_ids(stored, tuple(pools), merged=request.merge)
@@ -72,7 +74,8 @@ def score(request: EvalRequest, file: str | None, console: Console) -> dict[str,
     if file is not None:
         tasks = {name: _parts(name, found, data) for name, found in scores.items()}
         content = {"options": asdict(request), "versions": versions(), "dtype": str(model.dtype), "tasks": tasks}
-        Path(file).expanduser().write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        with atomic_file(Path(file).expanduser()) as new:
+            new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return scores
 
 
@@ -113,13 +116,6 @@ def _task_ids(stored: AdapterFolder, tasks: tuple[str, ...], *, merged: bool) ->
         raise ValueError(f"the adapter has none for {', '.join(missing)}: its tasks are {', '.join(names)} (--tasks "
                          "keeps some of the data's)")  # fmt: skip
     return {name: i for i, name in enumerate(names)}
-
-
-def _check_file(file: str | None) -> None:
-    if file is not None and (
-        Path(file).expanduser().is_dir() or not Path(file).expanduser().absolute().parent.is_dir()
-    ):
-        raise ValueError(f"--json {file}: name a file in a folder that exists")
 
 
 def _parts(name: str, found: TaskScore, data: TaskData) -> dict[str, float | int | None]:

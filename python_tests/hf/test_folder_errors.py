@@ -136,6 +136,7 @@ def test_saving_over_another_adapter_leaves_nothing_of_it_and_other_files_alone(
 def test_an_interrupted_write_leaves_what_was_there(fails, tmp_path, monkeypatch):
     model, other = trained("m_lora"), trained("m_lora", lora_alpha=9)
     save_adapter(model, tmp_path / "adapter")
+    (tmp_path / "adapter/notes.txt").write_text("mine")  # so that it cannot be one exchange of folders
     calls = []
 
     def interrupted(function, at):
@@ -167,5 +168,4 @@ def test_an_interrupted_first_write_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_module, "save_file", full)
     with pytest.raises(OSError, match="no space"):
         save_adapter(trained("r_lora"), tmp_path / "deep" / "adapter")
-    assert files(tmp_path) == []
-    assert list((tmp_path / "deep").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []

@@ -84,7 +84,7 @@ def test_the_scores_are_those_of_the_run_that_trained_the_adapter(run, place, ar
         (["--adapter", "absent"], "absent"),
         (["--data", "absent.jsonl"], "no data file or folder 'absent.jsonl'"),
         (["--tasks", "nexd"], "did you mean 'next'"),
-        (["--json", "absent/x.json"], "--json absent/x.json: name a file in a folder that exists"),
+        (["--json", "absent/x.json"], "--json='absent/x.json' cannot be written: No such file"),
         (["--examples", 0], "examples must be a positive integer, got 0"),
         (["--dtype", "int8"], "dtype='int8' is not one of"),
         (["--seq-len", 3], "are too long (seq_len)"),
