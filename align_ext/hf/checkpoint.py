@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from align_ext.hf.export import load_adapter, save_adapter
-from align_ext.hf.folder import write_tensors
+from align_ext.hf.tensors import write_tensors
 from align_ext.state import STATISTICS, AlignState, find_state
 
 QUEUE = "align_queue.safetensors"

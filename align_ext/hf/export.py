@@ -30,16 +30,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from align_ext.config import AlignLoraConfig
 from align_ext.hf.adopt import PEFT_PREFIX
+from align_ext.hf.base_model import BaseModel
 from align_ext.hf.beside import Beside, check_ties, start_training, tensors_of, trained_beside
 from align_ext.hf.folder import (
     ADAPTER_FILES,
@@ -47,12 +47,11 @@ from align_ext.hf.folder import (
     STATE,
     TRAINED,
     AdapterFolder,
-    check_tensors,
+    checked_task_names,
+    decisive,
     state_of,
     write_json,
-    write_tensors,
 )
-from align_ext.hf.merge import unload
 from align_ext.hf.peft_form import (
     PEFT_CONFIG,
     WEIGHTS,
@@ -64,17 +63,15 @@ from align_ext.hf.peft_form import (
     peft_forms,
 )
 from align_ext.hf.peft_names import peft_misreads
-from align_ext.hf.replace import Adapted, adapt, adapted_layers
-from align_ext.nn.base import AdaptedLinear, is_conv1d
+from align_ext.hf.replace import Adapted, adapt, adapted_layers, layer_names
+from align_ext.hf.tensors import check_tensors, digest_of, write_tensors
+from align_ext.nn.base import AdaptedLinear, Adapter, is_conv1d
+from align_ext.reading import shown
 from align_ext.state import AlignState, find_state
 from align_ext.writing import atomic_folder
 
 logger = logging.getLogger(__name__)
-# Options that decide what adapters hold and compute; the others, of dropout and losses, may change between trainings.
-_DECISIVE = (
-    "r", "lora_alpha", "use_rslora", "num_heads", "reduce", "router", "routing", "routing_groups", "top_k",
-    "router_temperature", "target_blocks",
-)  # fmt: skip
+_T = TypeVar("_T")
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], task_names: Sequence[str] = ()) -> None:
@@ -90,16 +87,19 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], task_names: S
     """
     layers, config = _plain_names(adapted_layers(model)), _state(model).config
     adapters, beside = {name: layer.adapter for name, layer in layers.items()}, trained_beside(model)
-    _check_names(task_names, config)
-    options = config.to_dict() | ({"task_names": list(task_names)} if task_names else {})
-    with_peft = _cannot_write(model, layers, beside) is None
+    names = checked_task_names(task_names, config)
+    scaling = {name: adapter.scaling for name, adapter in adapters.items()}
+    scaling = {} if set(scaling.values()) == {config.scaling} else scaling
+    with_peft, state = _cannot_write(model, layers, beside) is None, state_of(adapters)
+    plain = with_peft and is_plain(adapters, config)
+    record = {"options": decisive(config, scaling, names), "base": BaseModel.of(model).to_dict()}
+    options = config.to_dict() | {"digest": digest_of(state | beside.tensors)}
+    options |= ({"task_names": list(names)} if names else {}) | ({"layer_scaling": scaling} if scaling else {})
     with atomic_folder(folder, ADAPTER_FILES) as path:
-        for place, form in peft_forms(adapters, config, task_names, beside.tensors).items() if with_peft else ():
-            _write_peft(path / place, form, model, layers, beside)
-        if not with_peft or not is_plain(adapters, config):
-            write_tensors(path / STATE, state_of(adapters))
-            scaling = {name: adapter.scaling for name, adapter in adapters.items()}
-            options |= {} if set(scaling.values()) == {config.scaling} else {"layer_scaling": scaling}
+        for where, form in peft_forms(adapters, config, names, beside.tensors).items() if with_peft else ():
+            _write_peft(path / where, form, model, layers, beside, record if plain else None)
+        if not plain:
+            write_tensors(path / STATE, state, record)
             if beside.tensors:
                 write_tensors(path / TRAINED, beside.tensors)
         write_json(path / OUR_CONFIG, options)
@@ -130,7 +130,7 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str], task: int | No
             _write_peft(path, peft_form(adapters, state.config, beside.tensors), model, layers, beside)
 
 
-def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
+def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, force: bool = False) -> nn.Module:
     """Loads an adapter folder of save_adapter or of stock PEFT, strictly; training goes on where it stopped.
 
     What was trained beside the adapters takes the place of the base's values, which unload gives back.
@@ -138,72 +138,61 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     Args:
         model: a plain model, which is adapted first as the folder says, or one with adapters of the same kind.
         folder: the folder.
+        force: load it also where its record says that it belongs to another base model.
 
     Returns:
         The model.
 
     Raises:
         ValueError: missing or unexpected keys, other shapes, dtypes that would be rounded, weights that are not finite,
-            files that do not belong together, options that differ from the model's, or no such folder. The model is
-            then as it was.
+            files that do not belong together or were edited, options that differ from the model's, another base model,
+            or no such folder. The model is then as it was.
     """
-    stored = AdapterFolder.read(folder)
-    if find_state(model) is not None:
-        _refuse_other_options(stored, _state(model).config)
-        return _load(model, stored, plain=False)
-    adapt(model, stored.config, stored.ranks(), stored.trained)
-    try:
-        return _load(model, stored, plain=True)
-    except ValueError:
-        unload(model)
-        raise
-
-
-def _load(model: nn.Module, stored: AdapterFolder, *, plain: bool) -> nn.Module:
-    """Checks everything, then copies; plain: the model had no adapters, and trains beside them what the folder says."""
-    adapters = {name: layer.adapter for name, layer in _plain_names(adapted_layers(model)).items()}
-    tensors, own = stored.state(), state_of(adapters)
-    here, there = _state(model).config.target_modules, stored.config.target_modules
-    check_tensors(tensors, own, f"; target_modules={there!r} in the folder, {here!r} in the model")
-    for key, tensor in own.items():
-        if torch.promote_types(tensors[key].dtype, tensor.dtype) != tensor.dtype:
-            raise ValueError(
-                f"{key} is {tensors[key].dtype}, which the model's {tensor.dtype} would round: adapt the model with "
-                'adapter_dtype="float32" first, or load the base model in a wider dtype'
-            )
-    every = tensors_of(model)
-    beside = {n: t for n, t in every.items() if n in stored.trained} if plain else trained_beside(model).tensors
+    stored, state = AdapterFolder.read(folder), find_state(model)
+    if state is not None:
+        _refuse_other_options(stored, state.config)
+    stored.check_model(model, layer_names(model) if state is None else [], force=force)
+    if state is None:
+        beside = {name: tensor for name, tensor in tensors_of(model).items() if name in stored.trained}
+    else:
+        beside = trained_beside(model).tensors
     check_tensors(stored.trained, beside, " (what is trained beside the adapters)")
     check_ties(model, stored.trained, alone=not stored.tied)
+    if state is None:
+        adapt(model, stored.config, stored.ranks(), stored.trained, lambda own: _fill(own, stored, stored.config))
+    else:
+        _fill({name: layer.adapter for name, layer in adapted_layers(model).items()}, stored, state.config)
     rounded = [n for n, t in beside.items() if torch.promote_types(stored.trained[n].dtype, t.dtype) != t.dtype]
     if rounded:
         logger.warning("%s is rounded to %s, as the base model is", ", ".join(rounded), beside[rounded[0]].dtype)
     start_training(model, stored.trained)
     with torch.no_grad():
-        for key, tensor in own.items():
-            tensor.copy_(tensors[key])
         for name, tensor in beside.items():
             tensor.copy_(stored.trained[name])
+    return model
+
+
+def _fill(own: Mapping[str, Adapter], stored: AdapterFolder, config: AlignLoraConfig) -> None:
+    """Gives adapters the folder's values, after all checks."""
+    adapters, tensors = _plain_names(own), stored.state()
+    state, here, there = state_of(adapters), config.target_modules, stored.config.target_modules
+    check_tensors(tensors, state, f"; target_modules={shown(there)} in the folder, {shown(here)} in the model")
+    for key, tensor in state.items():
+        if torch.promote_types(tensors[key].dtype, tensor.dtype) != tensor.dtype:
+            raise ValueError(
+                f"{key} is {tensors[key].dtype}, which the model's {tensor.dtype} would round: adapt the model with "
+                'adapter_dtype="float32" first, or load the base model in a wider dtype'
+            )
+    with torch.no_grad():
+        for key, tensor in state.items():
+            tensor.copy_(tensors[key])
     for name, adapter in adapters.items():
         adapter.scaling = stored.adapters[name].scaling
-    return model
 
 
 def _refuse_other_options(stored: AdapterFolder, config: AlignLoraConfig) -> None:
     """Raises if the model's adapters are of another kind than the folder's; names the first option that differs."""
-
-    def kind(config: AlignLoraConfig) -> dict[str, Any]:
-        architecture, multi = config.architecture, config.architecture == "multi_adapter"
-        start, offset = config.init_lora_weights, config.init_lora_weights in ("pissa", "random_heads")
-        return {
-            "architecture": "lora" if architecture == "align_lora" else architecture,
-            **{option: getattr(config, option) for option in _DECISIVE},
-            "init_lora_weights": start if offset else "no offset",
-            "spectral": "paper" if config.spectral == "paper" else "no projectors",
-            "num_tasks": config.num_tasks if multi else None,
-        }
-
-    here, there = kind(config), kind(stored.config)
+    here, there = decisive(config), decisive(stored.config)
     for option, value in there.items():
         if here[option] != value:
             raise ValueError(
@@ -212,18 +201,8 @@ def _refuse_other_options(stored: AdapterFolder, config: AlignLoraConfig) -> Non
             )
 
 
-def _check_names(names: Sequence[str], config: AlignLoraConfig) -> None:
-    if names and config.num_tasks is not None and len(names) != config.num_tasks:
-        raise ValueError(f"task_names={list(names)!r} are {len(names)}, but there are {config.num_tasks} tasks")
-    if len(set(names)) < len(names):
-        raise ValueError(f"task_names={list(names)!r} name a task twice")
-    for name in names:
-        if config.architecture == "multi_adapter" and (not re.fullmatch(r"[^/\\\0]+", name) or name in (".", "..")):
-            raise ValueError(f"task_names: {name!r} is no name for a folder")
-
-
-def _plain_names(layers: Mapping[str, Adapted]) -> dict[str, Adapted]:
-    """The layers by their names without the PeftModel around an adopted model."""
+def _plain_names(layers: Mapping[str, _T]) -> dict[str, _T]:
+    """Layers or adapters by their names without the PeftModel around an adopted model."""
     return {name.removeprefix(PEFT_PREFIX): layer for name, layer in layers.items()}
 
 
@@ -239,13 +218,21 @@ def _cannot_write(model: nn.Module, layers: Mapping[str, Adapted], beside: Besid
     return peft_misreads(model, list(layers)) or beside.cannot_export(model)
 
 
-def _write_peft(path: Path, form: PeftForm, model: nn.Module, layers: Mapping[str, Adapted], beside: Beside) -> None:
+def _write_peft(
+    path: Path,
+    form: PeftForm,
+    model: nn.Module,
+    layers: Mapping[str, Adapted],
+    beside: Beside,
+    record: Mapping[str, Any] | None = None,
+) -> None:
     path.mkdir(parents=True, exist_ok=True)
-    write_tensors(path / WEIGHTS, form.tensors)
+    base = BaseModel.of(model)
+    write_tensors(path / WEIGHTS, form.tensors, record or {"base": base.to_dict()})
     content = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if hasattr(model, "generate") else None,
-        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "base_model_name_or_path": base.name,
         **form.options,
         "lora_dropout": _state(model).config.lora_dropout,
         "target_modules": _target_modules(model, list(layers)),

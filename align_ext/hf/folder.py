@@ -5,27 +5,44 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from align_ext.bounds import is_number
 from align_ext.config import AlignLoraConfig
 from align_ext.hf.adopt import PEFT_PREFIX
+from align_ext.hf.base_model import BaseModel
 from align_ext.hf.beside import HEADS
-from align_ext.hf.peft_form import PEFT_CONFIG, TASKS, WEIGHTS, one_lora, peft_forms, plain_lora, scaling_of
+from align_ext.hf.peft_form import (
+    PEFT_CONFIG,
+    TASKS,
+    WEIGHTS,
+    check_targets,
+    one_lora,
+    peft_forms,
+    plain_lora,
+    scalings,
+)
+from align_ext.hf.tensors import check_tensors, digest_of, read_tensors, write_tensors
 from align_ext.nn import adapter_class
 from align_ext.nn.base import Adapter
+from align_ext.reading import check_names, exists, place, read_json, shown
 from align_ext.state import AlignState
+
+__all__ = ["AdapterFolder", "check_tensors", "write_tensors"]
 
 OUR_CONFIG, STATE = "align_lora_config.json", "align_lora_heads.safetensors"
 TRAINED = "align_trained.safetensors"
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Options that decide what adapters hold and compute; the others, of dropout and losses, may change between trainings.
+_DECISIVE = (
+    "r", "lora_alpha", "use_rslora", "num_heads", "reduce", "router", "routing", "routing_groups", "top_k",
+    "router_temperature", "target_blocks",
+)  # fmt: skip
 # Our files in an adapter's folder, by their paths in it: what a new adapter replaces there.
 ADAPTER_FILES = "|".join(map(re.escape, (WEIGHTS, PEFT_CONFIG, OUR_CONFIG, STATE, TRAINED)))
 ADAPTER_FILES += f"|{TASKS}/[^/]+/({ADAPTER_FILES})"
@@ -40,48 +57,73 @@ class AdapterFolder:
         config: the adapters' options.
         adapters: by module name; on the CPU, with the folder's values.
         task_names: of tasks 0, 1, ..., where they were given.
+        peft: the adapter_config.json, empty where there is none.
         plain: whether stock PEFT wrote it: without options of ours.
         trained: what was trained beside the adapters, by name in the plain model.
         tied: whether PEFT ties modules_to_save as the base does.
+        base: the base model it belongs to; None where none is recorded, as in a folder of stock PEFT.
     """
 
     path: Path
     config: AlignLoraConfig
     adapters: dict[str, Adapter]
     task_names: tuple[str, ...]
+    peft: Mapping[str, Any]
     plain: bool
     trained: dict[str, Tensor]
     tied: bool
+    base: BaseModel | None
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> AdapterFolder:
         """Reads a folder of save_adapter or of stock PEFT.
 
         Raises:
-            ValueError: no such folder, a damaged file, missing or unexpected keys, other shapes, values that are not
-                finite, files that do not belong together, or an adapter that is no plain LoRA.
+            ValueError: no such folder, a damaged or edited file, missing or unexpected keys, other shapes, values that
+                are not finite, files that do not belong together, names that are none, or an adapter that is no plain
+                LoRA.
         """
         path = Path(folder)
-        plain = not (path / OUR_CONFIG).is_file()
+        plain = not exists(path / OUR_CONFIG)
+        if plain and exists(path / STATE):
+            raise ValueError(f"{place(path)} is no adapter folder: {OUR_CONFIG} is missing, to which {STATE} belongs")
         ours = {} if plain else read_json(path / OUR_CONFIG)
-        task_names, scaling = tuple(ours.pop("task_names", None) or ()), ours.pop("layer_scaling", None) or {}
+        task_names, scaling, digest = (ours.pop(name, None) for name in ("task_names", "layer_scaling", "digest"))
         config = None if plain else _config(path / OUR_CONFIG, ours)
-        tied, trained = True, dict[str, Tensor]()
-        if config is not None and ((path / STATE).is_file() or not one_lora(config)):
-            tensors = _read_tensors(path / STATE)
+        peft = read_json(path / PEFT_CONFIG) if exists(path / PEFT_CONFIG) else {}
+        if config is not None and (exists(path / STATE) or not one_lora(config)):
+            file, trained = path / STATE, dict[str, Tensor]()
+            tensors, record = _read(file)
         else:
-            peft, tensors, trained = _read_plain(path)
+            file = path / WEIGHTS
+            tensors, trained, record = _read_plain(path, peft)
             config = config or plain_lora(path / PEFT_CONFIG, peft, _modules(tensors))
-            scaling = {name: scaling_of(peft, name, r, path / PEFT_CONFIG) for name, r in _ranks(tensors).items()}
-            tied = bool(peft.get("ensure_weight_tying"))
-        if (path / TRAINED).is_file():
-            tied, trained = True, _read_trained(path / TRAINED)
+        in_peft = bool(trained) or not exists(path / TRAINED)
+        trained |= {} if in_peft else _read_trained(path / TRAINED)
         check_tensors(trained, trained)
-        adapters = _adapters(path, config, tensors, scaling)
-        found = cls(path, config, adapters, task_names, plain, trained, tied)
+        if plain:
+            check_targets(path / PEFT_CONFIG, peft, _modules(tensors))
+            factors = scalings(path / PEFT_CONFIG, peft, _ranks(tensors))
+        else:
+            factors = _checked_scaling(path / OUR_CONFIG, scaling, _modules(tensors))
+        names = checked_task_names([] if task_names is None else task_names, config)
+        adapters = _adapters(path, config, tensors, factors)
+        if digest not in (None, digest_of(tensors | trained)):
+            raise ValueError(f"{place(file)} holds other tensors than {OUR_CONFIG} was written for: one was replaced")
+        if not plain:
+            _check_options(path / OUR_CONFIG, file, record.get("options"), decisive(config, factors, names))
+        base = None if record.get("base") is None else BaseModel.from_dict(record["base"])
+        tied = bool(peft.get("ensure_weight_tying")) if in_peft and trained else True
+        found = cls(path, config, adapters, names, peft, plain, trained, tied, base)
         if not plain:
             found._check_peft_files()
         return found
+
+    @property
+    def base_name(self) -> str | None:
+        """The base model's name, if it is recorded."""
+        name = self.peft.get("base_model_name_or_path") if self.base is None else self.base.name
+        return name if isinstance(name, str) and name else None
 
     def ranks(self) -> dict[str, int]:
         """The rank of each layer."""
@@ -91,29 +133,78 @@ class AdapterFolder:
         """All tensors, by "<module>.<parameter>"."""
         return state_of(self.adapters)
 
+    def check_model(self, model: nn.Module, layers: Iterable[str], *, force: bool = False) -> None:
+        """Compares a model with what the folder says of it.
+
+        Args:
+            model: the model.
+            layers: the names of its linear layers.
+            force: it may be another base.
+
+        Raises:
+            ValueError: it is another base model, or has layers that a folder of stock PEFT names and holds no weights
+                of.
+        """
+        if self.base is not None and not force:
+            self.base.check(model)
+        if self.plain:
+            check_targets(self.path / PEFT_CONFIG, self.peft, list(self.adapters), layers)
+
     def _check_peft_files(self) -> None:
         """The files for PEFT must say what ours say: one of them may have been replaced or edited."""
-        for place, form in peft_forms(self.adapters, self.config, self.task_names, self.trained).items():
-            path = self.path / place
-            if not (path / WEIGHTS).is_file():
+        for where, form in peft_forms(self.adapters, self.config, self.task_names, self.trained).items():
+            path = self.path / where
+            if not exists(path / WEIGHTS):
                 continue  # it is for others
-            peft, tensors = read_json(path / PEFT_CONFIG), _read_tensors(path / WEIGHTS)
+            peft, tensors = read_json(path / PEFT_CONFIG), _read(path / WEIGHTS)[0]
             if "modules_to_save" not in peft:  # as versions before wrote, with what else is trained in its own file
                 tensors |= {f"{PEFT_PREFIX}{name}": tensor for name, tensor in self.trained.items()}
             for option, value in form.options.items():
                 if (peft.get(option) or None) != (value or None):
                     raise ValueError(
-                        f"{path / PEFT_CONFIG} has {option}={peft.get(option)!r}, but {OUR_CONFIG} means {value!r}: "
-                        f"one of them was edited; remove {OUR_CONFIG} and {STATE} to load the PEFT adapter alone"
+                        f"{place(path / PEFT_CONFIG)} has {option}={shown(peft.get(option))}, but {OUR_CONFIG} means "
+                        f"{shown(value)}: one of them was edited; remove {OUR_CONFIG} and {STATE} to load the PEFT "
+                        "adapter alone"
                     )
             if tensors.keys() != form.tensors.keys() or any(
                 tensors[key].shape != tensor.shape or not _same(tensors[key], tensor)
                 for key, tensor in form.tensors.items()
             ):
                 raise ValueError(
-                    f"{path / WEIGHTS} is not the adapter of {STATE}: one of them was replaced; remove the one that is "
-                    "out of date"
+                    f"{place(path / WEIGHTS)} is not the adapter of {STATE}: one of them was replaced; remove the one "
+                    "that is out of date"
                 )
+
+
+def decisive(
+    config: AlignLoraConfig, scaling: Mapping[str, float] | None = None, task_names: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The options that decide what adapters hold and compute; equal for two that are the same adapter."""
+    architecture, multi = config.architecture, config.architecture == "multi_adapter"
+    start, offset = config.init_lora_weights, config.init_lora_weights in ("pissa", "random_heads")
+    options = {option: getattr(config, option) for option in _DECISIVE}
+    return {
+        "architecture": "lora" if architecture == "align_lora" else architecture,
+        **{option: list(value) if isinstance(value, tuple) else value for option, value in options.items()},
+        "init_lora_weights": start if offset else "no offset",
+        "spectral": "paper" if config.spectral == "paper" else "no projectors",
+        "num_tasks": config.num_tasks if multi else None,
+        "layer_scaling": dict(scaling or {}),
+        "task_names": list(task_names) if multi else [],
+    }
+
+
+def checked_task_names(names: Any, config: AlignLoraConfig) -> tuple[str, ...]:
+    """The names of tasks, one for each or none.
+
+    Raises:
+        ValueError: they are none, are not as many as the tasks, or cannot name the folders of a multi_adapter.
+    """
+    checked = check_names(names, "task_names", for_folders=config.architecture == "multi_adapter")
+    if checked and config.num_tasks is not None and len(checked) != config.num_tasks:
+        names, tasks = shown(list(checked)), config.num_tasks
+        raise ValueError(f"task_names={names} are {len(checked)}, but there are {tasks} tasks")
+    return checked
 
 
 def state_of(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
@@ -123,101 +214,48 @@ def state_of(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
     }
 
 
-def check_tensors(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], hint: str = "") -> None:
-    """Compares keys, shapes and kinds of dtypes with those wanted, and checks that all values are finite.
-
-    Raises:
-        ValueError: they differ, or are not finite.
-    """
-    missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
-    if missing or unexpected:
-        raise ValueError(
-            f"the adapter does not fit the model: {len(missing)} keys are missing {missing[:3]}, "
-            f"{len(unexpected)} are unexpected {unexpected[:3]}{hint}"
-        )
-    for key, expected in wanted.items():
-        tensor = tensors[key]
-        if tensor.shape != expected.shape:
-            raise ValueError(f"{key} is {list(tensor.shape)}, but the model's is {list(expected.shape)}")
-        if tensor.dtype not in (_FLOATS if expected.is_floating_point() else (expected.dtype,)):
-            raise ValueError(f"{key} is {tensor.dtype}, but should be like {expected.dtype}")
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{key} holds values that are not finite")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Reads a JSON object; ValueError that names the file if it is none."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is damaged: it holds no JSON object")
-    return content
-
-
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON object."""
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes tensors of any device as safetensors.
-
-    Raises:
-        ValueError: a value is not finite.
-    """
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{name} holds values that are not finite")
-    content, seen = {}, set()
-    for name, tensor in tensors.items():
-        whole = tensor.detach().cpu().contiguous()
-        content[name] = whole.clone() if whole.data_ptr() in seen else whole  # no two names share memory in a file
-        seen.add(whole.data_ptr())
-    save_file(content, file, metadata={"format": "pt"})
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if not exists(file):
+        raise ValueError(f"{place(file.parent)} is no adapter folder: {file.name} is missing")
+    return read_tensors(file)
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    if not file.is_file():
-        raise ValueError(f"{file.parent} is no adapter folder: {file.name} is missing")
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
-
-
-def _read_plain(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    """A PEFT folder's options, its adapters' tensors by our keys, and those of modules_to_save."""
-    tensors = _read_tensors(path / WEIGHTS)
-    if not (path / PEFT_CONFIG).is_file():
-        raise ValueError(f"{path} is no adapter folder: {PEFT_CONFIG} is missing")
-    peft, lora, trained, odd = read_json(path / PEFT_CONFIG), {}, {}, []
+def _read_plain(path: Path, peft: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """A PEFT folder's tensors of adapters by our keys, those of modules_to_save, and their record."""
+    tensors, record = _read(path / WEIGHTS)
+    if not peft:
+        raise ValueError(f"{place(path)} is no adapter folder: {PEFT_CONFIG} is missing")
     modules = peft.get("modules_to_save") or []
-    if not isinstance(modules, list) or not all(isinstance(name, str) and name for name in modules):
-        raise ValueError(f"{path / PEFT_CONFIG}: modules_to_save={modules!r} must be a list of names")
-    found = set()
+    check_names(modules, f"{place(path / PEFT_CONFIG)}: modules_to_save")
+    lora, trained, odd, found = {}, {}, [], set()
     for key, tensor in tensors.items():
         name = key.removeprefix(PEFT_PREFIX)
         within = [module for module in modules if f"{module}." in name]
-        if match := re.fullmatch(r"(.+\.lora_[AB])\.weight", name):
+        match = re.fullmatch(r"(.+\.lora_[AB])\.weight", name)
+        if name != key and match:
             lora[match[1]] = tensor
         elif name != key and within and ".lora_" not in name:
             trained[name] = tensor
             found.update(within)
         else:
             odd.append(key)
+    file = place(path / WEIGHTS)
     if odd:
-        raise ValueError(f"{path / WEIGHTS} is no plain LoRA: of its keys {len(odd)} are unexpected {sorted(odd)[:3]}")
+        raise ValueError(f"{file} is no plain LoRA: of its keys {len(odd)} are unexpected {shown(sorted(odd)[:3])}")
     lost = [name for name in modules if name not in found and (name not in HEADS or not found)]
     if lost:
-        raise ValueError(f"{path / WEIGHTS} has no tensors of modules_to_save={lost[0]!r}")
-    return peft, lora, trained
+        raise ValueError(f"{file} has no tensors of modules_to_save={shown(lost[0])}")
+    return lora, trained, record
 
 
 def _read_trained(file: Path) -> dict[str, Tensor]:
     """What was trained beside the adapters, by name in the plain model."""
-    tensors = _read_tensors(file)
+    tensors, _ = _read(file)
     return {name.removeprefix(PEFT_PREFIX).replace(".base_layer.", "."): t for name, t in tensors.items()}
 
 
@@ -225,7 +263,28 @@ def _config(file: Path, options: dict[str, Any]) -> AlignLoraConfig:
     try:
         return AlignLoraConfig.from_dict(options)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise ValueError(f"{place(file)}: {error}") from error
+
+
+def _check_options(config: Path, file: Path, recorded: Any, own: Mapping[str, Any]) -> None:
+    """Raises if the weights were saved with other options; None: they recorded none, as version 0.1.0."""
+    recorded = own if recorded is None else recorded
+    for option, value in own.items():
+        meant = recorded.get(option, "nothing") if isinstance(recorded, dict) else "nothing"
+        if meant != value:
+            raise ValueError(
+                f"{place(config)} has {option}={shown(value)}, but {file.name} means {shown(meant)}: one of them was "
+                "edited"
+            )
+
+
+def _checked_scaling(file: Path, scaling: Any, modules: Sequence[str]) -> dict[str, float]:
+    """The scaling of each layer, or none where all have the options'."""
+    if scaling is None:
+        return {}
+    if not isinstance(scaling, dict) or not all(map(is_number, scaling.values())) or scaling.keys() != set(modules):
+        raise ValueError(f"{place(file)} has layer_scaling={shown(scaling)}, which is no number for each layer")
+    return scaling
 
 
 def _modules(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -251,7 +310,7 @@ def _adapters(
         adapter.state, adapter.scaling = state, scaling.get(name, config.scaling)
         adapters[name] = adapter
     if not adapters:
-        raise ValueError(f"{path} is no adapter folder: it holds no weights")
+        raise ValueError(f"{place(path)} is no adapter folder: it holds no weights")
     check_tensors(tensors, state_of(adapters))
     for name, adapter in adapters.items():
         own = {part: tensors[f"{name}.{part}"] for part in adapter.state_dict()}

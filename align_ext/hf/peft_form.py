@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align_ext.bounds import is_number
 from align_ext.config import AlignLoraConfig
 from align_ext.hf.adopt import BASE_UNTOUCHED, PEFT_PREFIX
 from align_ext.nn.base import Adapter
+from align_ext.reading import Matcher, line, place, shown, why
 from align_ext.state import AlignState
 
 WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TASKS = "tasks"  # a folder for each task is in it
 _R, _ALPHA = 8, 8  # PEFT's defaults
-_KINDS_OF_LORA = (
-    "use_dora", "use_qalora", "use_bdlora", "lora_bias", "trainable_token_indices",
-    "target_parameters", "layer_replication", "alora_invocation_tokens", "arrow_config", "kasa_config",
-    "monteclora_config",
+# What does not make an adapter another one, and what is read below; any further option that is set makes it one.
+_UNDERSTOOD = (
+    "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "task_type", "inference_mode", "r",
+    "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora",
+    "modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_config",
+    "megatron_core", "loftq_config", "eva_config", "corda_config", "qalora_group_size", "runtime_config",
+    "ensure_weight_tying",
 )  # fmt: skip
 
 
@@ -125,41 +130,108 @@ def plain_lora(file: Path, peft: Mapping[str, Any], modules: Sequence[str]) -> A
     Raises:
         ValueError: it is no plain LoRA; the message names the option.
     """
-    odd = [option for option in _KINDS_OF_LORA if peft.get(option)]
-    odd += ["peft_type"] * (peft.get("peft_type") != "LORA") + ["bias"] * (peft.get("bias", "none") != "none")
+    odd = ["peft_type"] * (peft.get("peft_type") != "LORA") + ["bias"] * (peft.get("bias", "none") != "none")
     start = peft.get("init_lora_weights")
     odd += ["init_lora_weights"] * (start not in BASE_UNTOUCHED)
+    others = (*_UNDERSTOOD, "peft_type", "bias", "init_lora_weights")
+    odd += [option for option, value in peft.items() if value and option not in others]
     if odd:
-        raise ValueError(f"{file}: {odd[0]}={peft.get(odd[0])!r} is not plain LoRA")
+        raise ValueError(f"{place(file)}: {line(odd[0], 80)}={shown(peft.get(odd[0]))} is not plain LoRA")
     names = ("r", "lora_alpha", "lora_dropout", "use_rslora")
     given = {"r": _R, "lora_alpha": _ALPHA, "lora_dropout": 0.0, "target_modules": tuple(modules) or ("none",)}
     try:
         return AlignLoraConfig.from_dict({"architecture": "lora"} | given | {n: peft[n] for n in names if n in peft})
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise ValueError(f"{place(file)}: {error}") from error
 
 
-def scaling_of(peft: Mapping[str, Any], name: str, r: int, file: Path) -> float:
-    """The scaling that PEFT gives a layer of rank r.
+def scalings(file: Path, peft: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
+    """The scaling that PEFT gives each layer.
+
+    Args:
+        file: the adapter_config.json.
+        peft: its content.
+        ranks: of the layers' lora_A.
 
     Raises:
-        ValueError: its options mean another rank, or are no numbers.
+        ValueError: its options mean other ranks, or are no numbers.
     """
-    expected = _by_pattern(peft.get("rank_pattern"), name, peft.get("r", _R))
-    if expected != r:
-        raise ValueError(f"{file} has r={expected!r} for {name}, whose lora_A has {r} rows")
-    alpha = _by_pattern(peft.get("alpha_pattern"), name, peft.get("lora_alpha", _ALPHA))
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise ValueError(f"{file} has lora_alpha={alpha!r} for {name}, which is no number")
-    return alpha / (math.sqrt(r) if peft.get("use_rslora") else r)
+    matcher, result = Matcher(), {}
+    for name, r in ranks.items():
+        expected = _by_pattern(matcher, peft, "rank_pattern", name, peft.get("r", _R))
+        if expected != r:
+            raise ValueError(f"{place(file)} has r={shown(expected)} for {name}, whose lora_A has {r} rows")
+        alpha = _by_pattern(matcher, peft, "alpha_pattern", name, peft.get("lora_alpha", _ALPHA))
+        if not is_number(alpha):
+            raise ValueError(f"{place(file)} has lora_alpha={shown(alpha)} for {name}, which is no number")
+        result[name] = alpha / (math.sqrt(r) if peft.get("use_rslora") else r)
+    return result
 
 
-def _by_pattern(patterns: Any, name: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the end of the name."""
+def check_targets(
+    file: Path, peft: Mapping[str, Any], held: Sequence[str], layers: Iterable[str] | None = None
+) -> None:
+    """Compares the layers whose weights a PEFT folder holds with those that its target_modules names.
+
+    Args:
+        file: the adapter_config.json.
+        peft: its content.
+        held: the layers.
+        layers: of the model; None: it is not known, nor whether a layer is missing.
+
+    Raises:
+        ValueError: weights that PEFT would leave alone, or layers without weights.
+    """
+    targets, matcher, layers = peft.get("target_modules"), Matcher(), list(held if layers is None else layers)
+    if targets is None:  # what PEFT does then depends on the kind of model
+        return
     try:
-        return next((x for p, x in (patterns or {}).items() if re.match(rf"(.*\.)?({p})$", name)), default)
-    except (AttributeError, re.error) as error:
-        raise ValueError(f"rank_pattern or alpha_pattern {patterns!r} is none: {error}") from error
+        extra = [name for name in held if not _is_target(matcher, peft, name)]
+        missing = [name for name in layers if name not in set(held) and _is_target(matcher, peft, name)]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{place(file)}: {why(error)}") from error
+    if extra:
+        raise ValueError(
+            f"{place(file)} has target_modules={shown(targets)}, which does not name {len(extra)} layers of which "
+            f"there are weights, {shown(extra[:3])}"
+        )
+    if missing:
+        raise ValueError(
+            f"{place(file.parent)} holds no weights of {len(missing)} layers that its target_modules={shown(targets)} "
+            f"names in this model, {shown(missing[:3])}: some are lost, or it belongs to another model"
+        )
+
+
+def _is_target(matcher: Matcher, peft: Mapping[str, Any], name: str) -> bool:
+    """PEFT's rule: a string is a regular expression for the whole name, a list holds names or their last parts."""
+
+    def fits(option: str) -> bool:
+        patterns = peft.get(option) or []
+        if isinstance(patterns, str):
+            return patterns == "all-linear" or matcher.matches(patterns, name)
+        if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise ValueError(f"{option}={shown(patterns)} is no list of names")
+        return name in patterns or any(name.endswith(f".{pattern}") for pattern in patterns)
+
+    whole = any(f".{module}." in f".{name}." for module in peft.get("modules_to_save") or ())
+    if whole or not fits("target_modules") or fits("exclude_modules"):
+        return False
+    only, targets = peft.get("layers_to_transform"), peft["target_modules"]
+    if only in (None, []) or isinstance(targets, str) or name in targets:
+        return True
+    index = re.search(r"\.(\d+)\.", name)  # the layer's, which comes first
+    return index is not None and int(index[1]) in (only if isinstance(only, list) else [only])
+
+
+def _by_pattern(matcher: Matcher, peft: Mapping[str, Any], option: str, name: str, default: Any) -> Any:
+    """PEFT's rule: the first pattern that matches the end of the name."""
+    patterns = peft.get(option) or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{option}={shown(patterns)} is none: it maps names to numbers")
+    try:
+        return next((x for p, x in patterns.items() if p == name or matcher.matches(p, name, end=True)), default)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from error
 
 
 def _alike(adapters: Mapping[str, Adapter], config: AlignLoraConfig) -> bool:

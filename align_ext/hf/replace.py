@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -104,14 +104,16 @@ def adapt(
     config: AlignLoraConfig,
     ranks: Mapping[str, int] | None = None,
     trained: Collection[str] = (),
+    fill: Callable[[dict[str, Adapter]], None] | None = None,
 ) -> nn.Module:
-    """Puts adapters into a plain model or a PeftModel.
+    """Puts adapters into a plain model or a PeftModel; whatever raises, the model is as it was.
 
     Args:
         model: the model.
         config: the options.
         ranks: of an adapter that is about to be loaded, by module name; no first values are drawn for it then.
         trained: names of the tensors that are about to be loaded beside it; what they belong to is not adapted.
+        fill: gives the adapters their values, or raises.
     """
     refuse_other_peft(model)
     report = ReplaceReport()
@@ -142,19 +144,22 @@ def adapt(
                 options = replace(config, r=(ranks or {}).get(name, config.r))
                 adapter = _adapter(name, module, features_of(module), options, reset=ranks is None)
                 layers[name] = AdaptedLinear(module, adapter)
+    if fill is not None:
+        fill({name: layer.adapter for name, layer in layers.items()})
+    register_hooks(model, state)  # the last that may raise
     model.requires_grad_(False)
     for name, layer in layers.items():
         layer.adapter.requires_grad_(True)
         if config.needs_step:
             layer.adapter.join(state, name)
-        layer.train(layer.base_layer.training)
+        layer.training = layer.base_layer.training
+        layer.adapter.train(layer.training)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
         report.replaced.append(name)
     if adopting:
         model.save_pretrained = refuse_save_pretrained  # type: ignore[assignment]
         state.originals = adopt_copies(model, copies)
-    register_hooks(model, state)
     if ranks is None:
         report.trained = whole
         start_training(model, [name for name in tensors_of(model) if is_below(name, whole)])
@@ -184,6 +189,12 @@ def _targets(
         else:
             report.skipped[name] = reason
     return targets
+
+
+def layer_names(model: nn.Module) -> list[str]:
+    """The names of a model's linear layers, without its output head."""
+    head = _output_embeddings(model)
+    return [name for name, module in _linear_like(model) if module is not head]
 
 
 def sizes_to_adapt(model: nn.Module, config: AlignLoraConfig) -> list[tuple[int, int]]:

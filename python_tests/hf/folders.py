@@ -2,9 +2,11 @@
 
 import copy
 import functools
+import json
 
 import torch
 from hf.test_replace import gpt2, qwen2
+from safetensors.torch import load_file, save_file
 from tiny import TASKS, batch, llama
 
 from align_ext import AlignLoraConfig, replace_linear_with_align_lora, set_task
@@ -92,6 +94,16 @@ def state(model):
 def assert_same_bits(a, b):
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
+
+
+def as_version_0_1_0(folder):
+    """Takes the records of digests, options and the base from a folder."""
+    for file in folder.rglob("*.safetensors"):
+        save_file(load_file(file), file)
+    for file in folder.rglob("align_lora_config.json"):
+        content = json.loads(file.read_text())
+        content.pop("digest", None)
+        file.write_text(json.dumps(content))
 
 
 def files(folder):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hf.folders import assert_same_bits, files, logits, state
+from hf.folders import as_version_0_1_0, assert_same_bits, files, logits, state
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -166,6 +166,7 @@ def test_a_model_that_trains_something_else_is_refused_and_left_as_it_was(tmp_pa
 
 def test_values_that_do_not_fit_leave_a_plain_model_as_it_was(tmp_path):
     save_adapter(trained(llama, ["model.norm.weight"]), tmp_path)
+    as_version_0_1_0(tmp_path)
     file, key = tmp_path / "adapter_model.safetensors", "base_model.model.model.norm.weight"
     for change, message in (
         (torch.ones(7), r"model\.norm\.weight is \[7\]"),
@@ -264,7 +265,7 @@ def test_a_name_that_peft_would_take_for_another_modules_is_not_given_to_it(tmp_
         export_peft(model, tmp_path / "peft")
     save_adapter(model, tmp_path)
     assert PEFT_CONFIG not in files(tmp_path)
-    assert torch.equal(load_adapter(Normed(), tmp_path).norm.weight, model.norm.weight)
+    assert torch.equal(load_adapter(Normed(), tmp_path, force=True).norm.weight, model.norm.weight)
 
 
 def test_checkpoints_of_versions_before_load(tmp_path):
@@ -278,6 +279,7 @@ def test_checkpoints_of_versions_before_load(tmp_path):
         names[1]: model.model.norm.weight,
     }
     save_file({name: tensor.detach().clone() for name, tensor in own.items()}, tmp_path / TRAINED)
+    as_version_0_1_0(tmp_path)
     text = (tmp_path / PEFT_CONFIG).read_text()
     (tmp_path / PEFT_CONFIG).write_text(text.replace('  "modules_to_save": null,\n', ""))
     # Equal but for the order of a sum: what has a trained bias is no product with a frozen weight any more.

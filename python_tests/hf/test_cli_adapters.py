@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from hf.folders import ARCHITECTURES, files
+from hf.folders import ARCHITECTURES, as_version_0_1_0, files
 from hf.words import llama, model_folder, tokenizer
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -217,6 +217,7 @@ MISTAKES = {
 
 
 def rename_layer(folder):
+    as_version_0_1_0(folder)
     for name in ("adapter_config.json", "align_lora_config.json"):
         file = folder / name
         file.write_text(file.read_text().replace("layers.1", "layers.9"))

@@ -19,7 +19,7 @@ from align_ext import (
     load_adapter,
     save_adapter,
 )
-from align_ext.hf import folder as folder_module
+from align_ext.hf import tensors as tensors_module
 from align_ext.nn.base import AdaptedLinear
 
 WEIGHTS, STATE = "adapter_model.safetensors", "align_lora_heads.safetensors"
@@ -150,7 +150,7 @@ def test_an_interrupted_write_leaves_what_was_there(fails, tmp_path, monkeypatch
 
     with monkeypatch.context() as patch:
         if fails == "save_file":
-            patch.setattr(folder_module, "save_file", interrupted(save_file, 2))
+            patch.setattr(tensors_module, "save_file", interrupted(save_file, 2))
         elif fails == "write_text":
             patch.setattr(type(tmp_path), "write_text", interrupted(type(tmp_path).write_text, 2))
         else:
@@ -165,7 +165,7 @@ def test_an_interrupted_first_write_leaves_nothing(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(folder_module, "save_file", full)
+    monkeypatch.setattr(tensors_module, "save_file", full)
     with pytest.raises(OSError, match="no space"):
         save_adapter(trained("r_lora"), tmp_path / "deep" / "adapter")
     assert list(tmp_path.iterdir()) == []

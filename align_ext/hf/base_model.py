@@ -1,0 +1,191 @@
+"""Which base model an adapter belongs to: its name, and some of its weights, by which another one is known.
+
+Of each kind of weight (q_proj.weight, norm.weight, ...) the first and the last are recorded: shape and 16 values, in
+bfloat16. So the record is a few kilobytes and costs nothing at any size; it is the same whether the base is loaded in
+float32 or bfloat16, close in float16, and says nothing of weights that are quantised, split, offloaded or trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from align_ext.hf.adopt import PEFT_PREFIX
+from align_ext.nn.base import AdaptedLinear, AdaptedModule
+from align_ext.reading import shown
+
+_VALUES, _MOST_WEIGHTS = 16, 64
+_DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+class OtherBaseError(ValueError):
+    """The adapter belongs to another base model."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What is recorded of a weight.
+
+    Attributes:
+        shape: its shape.
+        dtype: as it was loaded.
+        values: 16 of them in bfloat16, as hexadecimal digits.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    values: str
+
+    def decoded(self) -> Tensor:
+        """The values, float32."""
+        return torch.frombuffer(bytearray.fromhex(self.values), dtype=torch.bfloat16).float()
+
+    def differs(self, other: Sample) -> str | None:
+        """In what, or None."""
+        if self.shape != other.shape:
+            return f"is {list(other.shape)}, not {list(self.shape)}"
+        same = self.values == other.values
+        if not same and (self.dtype == "float16") != (other.dtype == "float16"):  # which rounds otherwise
+            same = torch.allclose(self.decoded(), other.decoded(), rtol=2**-7, atol=1e-6)
+        return None if same else "has other values"
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model.
+
+    Attributes:
+        name: a hub id or an absolute path, if it is known.
+        weights: samples by the weight's name in the plain model.
+    """
+
+    name: str | None
+    weights: Mapping[str, Sample]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> BaseModel:
+        """Records a model's base: of what is frozen, or of everything where nothing is."""
+        weights = _whole_weights(model)
+        frozen = {name: p for name, p in weights.items() if not p.requires_grad}
+        adapted = any(isinstance(module, AdaptedModule) for module in model.modules())
+        chosen = frozen if adapted else weights
+        return cls(name_of_base(model), {name: _sample(chosen[name]) for name in _some(list(chosen))})
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        weights = {name: [list(w.shape), w.dtype, w.values] for name, w in self.weights.items()}
+        return {"name": self.name, "weights": weights}
+
+    @classmethod
+    def from_dict(cls, content: Any) -> BaseModel:
+        """The inverse of to_dict.
+
+        Raises:
+            ValueError: it is none.
+        """
+        try:
+            name, weights = content["name"], content["weights"]
+            samples = {key: Sample(tuple(shape), dtype, values) for key, (shape, dtype, values) in weights.items()}
+            for sample in samples.values():
+                if sample.dtype not in _DTYPES or sample.decoded().dim() != 1:
+                    raise ValueError
+            if not isinstance(name, (str, type(None))) or len(samples) > _MOST_WEIGHTS:
+                raise ValueError
+        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+            raise ValueError("its record of the base model is damaged") from error
+        return cls(name, samples)
+
+    def check(self, model: nn.Module) -> None:
+        """Compares a model, with adapters or without, as far as its weights are there.
+
+        Raises:
+            OtherBaseError: it is another base.
+        """
+        weights, packed = _whole_weights(model), _packed(model)
+        adapted = any(isinstance(module, AdaptedModule) for module in model.modules())
+        for name, sample in self.weights.items():
+            if name in weights and adapted and weights[name].requires_grad:
+                reason = None  # it is trained, so that it may differ
+            elif name in weights:
+                reason = sample.differs(_sample(weights[name]))
+            else:
+                reason = None if name.rpartition(".")[0] in packed else "is not in it"
+            if reason is not None:
+                here = name_of_base(model)
+                raise OtherBaseError(
+                    f"the adapter belongs to another base model, {shown(self.name)}: in {shown(here)} {shown(name)} "
+                    f"{reason}; give its own, or go on with force=True"
+                )
+
+
+def name_of_base(model: nn.Module) -> str | None:
+    """The hub id or the absolute path of a model's folder: never a path in a cache, never a relative one."""
+    name = getattr(model, "name_or_path", None)
+    if not isinstance(name, str) or not name:
+        return None
+    parts = Path(name).parts
+    if len(parts) > 2 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):  # the hub's cache
+        return parts[-3].removeprefix("models--").replace("--", "/")
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.is_dir() else name
+
+
+def _plain(name: str) -> str:
+    """A name in the plain model."""
+    name = f"{name.removeprefix(PEFT_PREFIX)}.".replace(".base_layer.", ".").replace(".original_module.", ".")
+    return name[:-1]
+
+
+def _whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The base's floating-point weights by their names in the plain model, without what is packed, split or merged."""
+    left_out: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, AdaptedModule):
+            left_out |= {id(p) for p in module.adapter.parameters()}
+            if isinstance(module, AdaptedLinear) and module.merged:
+                left_out.add(id(module.weight))
+    return {
+        _plain(name): p
+        for name, p in model.named_parameters()
+        if id(p) not in left_out
+        and type(p) is nn.Parameter
+        and p.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        and not p.is_meta
+        and p.numel() > 0
+        and type(p.data) is Tensor
+        and not hasattr(p, "ds_id")  # ZeRO-3's share
+        and ".lora_" not in name
+    }
+
+
+def _packed(model: nn.Module) -> set[str]:
+    """Modules, by name in the plain model, of whose weights some are quantised, split or not loaded."""
+    whole = {id(p) for p in _whole_weights(model).values()}
+    return {
+        _plain(name)
+        for name, module in model.named_modules()
+        if any(id(t) not in whole for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+    }
+
+
+def _some(names: list[str]) -> list[str]:
+    """The first and the last of each kind."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(".".join(part for part in name.split(".")[-2:] if not part.isdecimal()), []).append(name)
+    chosen = [name for of_kind in kinds.values() for name in dict.fromkeys((of_kind[0], of_kind[-1]))]
+    return chosen[:: -(-len(chosen) // _MOST_WEIGHTS) or 1]
+
+
+@torch.no_grad()
+def _sample(weight: Tensor) -> Sample:
+    count = weight.numel()
+    places = torch.tensor([(2 * i + 1) * count // (2 * _VALUES) for i in range(_VALUES)], device=weight.device)
+    values = weight[torch.unravel_index(places, weight.shape)] if weight.dim() else weight.reshape(1)
+    bits = values.to(torch.bfloat16).cpu().view(torch.uint8)
+    return Sample(tuple(weight.shape), str(weight.dtype).removeprefix("torch."), bytes(bits.tolist()).hex())
