@@ -261,8 +261,8 @@ MUTANTS = [
     Mutant(
         "let each panel of dy begin dz anew",
         "csrc/cpu/outer.cpp",
-        "for (int v = 0; v < kVecs; ++v) sum[i][v] = load<W>(out + i * out_stride + v * kLane);",
-        "for (int v = 0; v < kVecs; ++v) sum[i][v] = Vec<A, W>{};",
+        "store<W>(to, load<W>(to) + sum[i][v]);",
+        "store<W>(to, sum[i][v]);",
         "test_routed_lora",
     ),
     Mutant(

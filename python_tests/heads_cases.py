@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from closeness import assert_as_close_as_torch
+from closeness import DRAWS, assert_draws_are_as_close_as_torch
 
 from align_ext import ops, reference
 from align_ext.ops import _keyed
@@ -23,8 +23,8 @@ SHAPES = [
 NOT_LEAVES = ("W", "bias", "A0", "B0")
 
 
-def make(shape, dtype, *, adapters=None, groups=0, own_A=False, offset_rank=0, site="latent", seed=0):
-    """Inputs by name whose low-rank term is as large as the base; with groups > 0 those of routed_lora."""
+def make(shape, dtype, *, adapters=None, groups=0, own_A=False, offset_rank=0, site="latent", base=1, seed=0):
+    """Inputs by name whose low-rank term is as large as the base, times base; with groups > 0 those of routed_lora."""
     tokens, n, m, r, heads = shape
     g = torch.Generator().manual_seed(seed)
     adapters = adapters or dtype
@@ -36,8 +36,8 @@ def make(shape, dtype, *, adapters=None, groups=0, own_A=False, offset_rank=0, s
         "x": normal(tokens, n),
         "A": normal(*([heads] if own_A else []), r, n, scale=n**-0.5, dtype=adapters),
         "B": normal(heads, m, r, scale=r**-0.5, dtype=adapters),
-        "W": normal(m, n, scale=n**-0.5),
-        "bias": normal(m),
+        "W": normal(m, n, scale=base * n**-0.5),
+        "bias": normal(m, scale=base),
         "base": normal(tokens, m),
         "dy": normal(tokens, m),
         "dz": normal(tokens, *([heads] if own_A or site == "input_per_head" else []), r, dtype=torch.float32),
@@ -83,21 +83,18 @@ def results(op, inputs, device="cpu", **options):
     return {name: tensor.detach().cpu() for name, tensor in named.items()}
 
 
-def compare(op, device, inputs, **options):
-    """Holds an op to the tolerance rule; the references see the adapters as the op rounds them."""
-    dtype = inputs["x"].dtype
-    rounded = {name: t.to(dtype) for name, t in inputs.items() if name not in ("dz", "dw")}
-    rounded |= {name: inputs[name] for name in ("dz", "dw") if name in inputs}
-    actual = results(op, inputs, device, **options)
-    same = results(getattr(reference, op), rounded, **options)
-    exact = results(getattr(reference, op), {name: t.double() for name, t in rounded.items()}, **options)
-    assert actual.keys() == exact.keys()
-    for name, tensor in actual.items():
-        try:
-            assert_as_close_as_torch(tensor, same[name].to(tensor.dtype), exact[name])
-        except AssertionError as error:
-            raise AssertionError(f"{name}: {error}") from error
-    return actual
+def compare(op, device, inputs, draws=DRAWS, **options):
+    """Holds an op to the tolerance rule on inputs(seed); the references see the adapters as the op rounds them."""
+
+    def draw(seed):
+        drawn = inputs(seed=seed)
+        dtype = drawn["x"].dtype
+        rounded = {name: t if name in ("dz", "dw") else t.to(dtype) for name, t in drawn.items()}
+        double = {name: t.double() for name, t in rounded.items()}
+        oracle = getattr(reference, op)
+        return tuple(results(*of, **options) for of in ((op, drawn, device), (oracle, rounded), (oracle, double)))
+
+    return assert_draws_are_as_close_as_torch(draw, draws)
 
 
 class GivenStep:

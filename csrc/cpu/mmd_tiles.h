@@ -2,6 +2,7 @@
 // [rank, 32], so that a vector holds one dimension of several rows.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "cpu/simd.h"
@@ -18,26 +19,29 @@ template <typename A>
 struct Rates {
   int count;
   A rate[kMaxMmdKernels];
+  A rest[kMaxMmdKernels];  // what rounding took off the rate: of all pairs, and times the exponent
   A weight[kMaxMmdKernels];
   bool squared[kMaxMmdKernels];
 
   Rates(const MmdKernels& kernels, double bandwidth) : count(kernels.count) {
     constexpr double kLog2E = 1.4426950408889634;
     for (int k = 0; k < count; ++k) {
-      rate[k] = A(kernels.beta[k] / bandwidth * kLog2E);
+      const double exact = kernels.beta[k] / bandwidth * kLog2E;
+      rate[k] = A(exact);
+      rest[k] = A(exact - double(rate[k]));
       weight[k] = A(kernels.beta[k] / kernels.beta[0]);
       squared[k] = kernels.squared[k];
     }
   }
 };
 
-// 2^(-rate d2), exact at 0: two to the nearest integer times a polynomial of the rest (relative error 2e-9).
+// 2^(-(rate + rest) d2), exact at 0: two to an integer times a polynomial of what is left (relative error 2e-9).
 template <int W>
-ALIGN_INLINE Vec<float, W> exp2_of(float rate, const Vec<float, W>& d2) {
+ALIGN_INLINE Vec<float, W> exp2_of(float rate, float rest, const Vec<float, W>& d2) {
   using V = Vec<float, W>;
   constexpr float kRound = 0x1.8p23f;                            // a float this large has no fraction
   const V most = V{} + 126.f / rate, x = most < d2 ? most : d2;  // a NaN stays one
-  const V shifted = kRound - rate * x, f = (kRound - shifted) - rate * x;
+  const V shifted = kRound - rate * x, f = ((kRound - shifted) - rate * x) - rest * x;
   V p = f * 0x1.41fbbcp-13f + 0x1.5f3e54p-10f;
   p = p * f + 0x1.3b2d4cp-7f;
   p = p * f + 0x1.c6aee8p-5f;
@@ -48,7 +52,7 @@ ALIGN_INLINE Vec<float, W> exp2_of(float rate, const Vec<float, W>& d2) {
   return bit_cast<V>(bit_cast<U>(p) + (bit_cast<U>(shifted) << 23));
 }
 template <int W>
-ALIGN_INLINE Vec<double, W> exp2_of(double rate, const Vec<double, W>& d2) {
+ALIGN_INLINE Vec<double, W> exp2_of(double rate, double, const Vec<double, W>& d2) {
   Vec<double, W> v;
   for (int l = 0; l < kLanes<double, W>; ++l) v[l] = std::exp2(-rate * d2[l]);
   return v;
@@ -84,27 +88,33 @@ ALIGN_INLINE void for_vectors(int64_t rows, const Body& body) {
   }
 }
 
-// |a - b|^2 of all pairs, [a][b].
+// |a - b|^2 of all pairs, [a][b]. Dimensions are added up in chains of kChain: a longer one rounds more than its parts.
 template <int W, typename A>
 ALIGN_INLINE void squared_distances(const TilePair<A>& pair, A* d2) {
   using V = Vec<A, W>;
   constexpr int kGroup = W == 64 ? 8 : 4, kLane = kLanes<A, W>;  // rows a whose sums stay in registers
+  constexpr int64_t kChain = 32;
   for_vectors<W, A>(pair.b.rows, [&](auto vectors, int64_t b) ALIGN_INLINE_LAMBDA {
     for (int64_t a = 0; a < pair.a.rows; a += kGroup) {
-      V sum[kGroup][vectors()] = {};
-      for (int64_t d = 0; d < pair.rank; ++d) {
-        const A *from = pair.a.z + d * kMmdTileRows + a, *to = pair.b.z + d * kMmdTileRows + b;
-        V z[vectors()];
-        for (int l = 0; l < vectors(); ++l) z[l] = load<W>(to + l * kLane);
-        for (int i = 0; i < kGroup; ++i) {
-          for (int l = 0; l < vectors(); ++l) {
-            const V difference = z[l] - from[i];
-            sum[i][l] += difference * difference;
+      for (int64_t first = 0; first < std::max<int64_t>(pair.rank, 1); first += kChain) {
+        V sum[kGroup][vectors()] = {};
+        for (int64_t d = first; d < std::min(first + kChain, pair.rank); ++d) {
+          const A *from = pair.a.z + d * kMmdTileRows + a, *to = pair.b.z + d * kMmdTileRows + b;
+          V z[vectors()];
+          for (int l = 0; l < vectors(); ++l) z[l] = load<W>(to + l * kLane);
+          for (int i = 0; i < kGroup; ++i) {
+            for (int l = 0; l < vectors(); ++l) {
+              const V difference = z[l] - from[i];
+              sum[i][l] += difference * difference;
+            }
           }
         }
-      }
-      for (int i = 0; i < kGroup; ++i) {
-        for (int l = 0; l < vectors(); ++l) store<W>(d2 + (a + i) * kMmdTileRows + b + l * kLane, sum[i][l]);
+        for (int i = 0; i < kGroup; ++i) {
+          for (int l = 0; l < vectors(); ++l) {
+            A* out = d2 + (a + i) * kMmdTileRows + b + l * kLane;
+            store<W>(out, first == 0 ? sum[i][l] : load<W>(out) + sum[i][l]);
+          }
+        }
       }
     }
   });
@@ -125,11 +135,11 @@ ALIGN_INLINE void kernels_of(const TilePair<A>& pair, const Rates<A>& rates, dou
       V d2[kGroup], e[kGroup], sum[kGroup], weighted[kGroup];
       for (int i = 0; i < kGroup; ++i) {
         d2[i] = load<W>(at + i * kMmdTileRows);
-        e[i] = sum[i] = weighted[i] = exp2_of<W>(rates.rate[0], d2[i]);  // of weight 1
+        e[i] = sum[i] = weighted[i] = exp2_of<W>(rates.rate[0], rates.rest[0], d2[i]);  // of weight 1
       }
       for (int k = 1; k < rates.count; ++k) {
         for (int i = 0; i < kGroup; ++i) {
-          e[i] = rates.squared[k] ? e[i] * e[i] : exp2_of<W>(rates.rate[k], d2[i]);
+          e[i] = rates.squared[k] ? e[i] * e[i] : exp2_of<W>(rates.rate[k], rates.rest[k], d2[i]);
           sum[i] += e[i];
           weighted[i] += rates.weight[k] * e[i];
         }

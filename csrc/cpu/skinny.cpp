@@ -66,16 +66,20 @@ ALIGN_INLINE void rows_dot_tiles(const RowsDot<T>& op) {
 
 // ---- rank_add
 
-// sum[i][v] = the products of one term, before scale and mask, for kRows rows and kVecs vectors of columns from c on.
+constexpr int64_t kChain = 64;  // ranks added up one after the other: a longer chain rounds more than its parts
+
+// sum[i][v] = the products of a term's ranks first .. first + kChain - 1, before scale and mask, for kRows rows and
+// kVecs vectors of columns from c on.
 template <int W, int kRows, int kVecs, typename A>
-ALIGN_INLINE void term_products(const RankTerm<A>& term, int64_t t, int64_t c, Vec<A, W> (&sum)[kRows][kVecs]) {
-  const A* g = term.g.row(t);
-  const A* b = term.b.data + c;
+ALIGN_INLINE void chain_products(const RankTerm<A>& term, int64_t first, int64_t t, int64_t c,
+                                 Vec<A, W> (&sum)[kRows][kVecs]) {
+  const A* g = term.g.row(t) + first;
+  const A* b = term.b.row(first) + c;
   for (int i = 0; i < kRows; ++i) {
     for (int v = 0; v < kVecs; ++v) sum[i][v] = Vec<A, W>{};
   }
 #pragma GCC unroll 4
-  for (int64_t j = 0; j < term.rank; ++j, ++g, b += term.b.stride) {
+  for (int64_t j = first; j < std::min(first + kChain, term.rank); ++j, ++g, b += term.b.stride) {
     Vec<A, W> columns[kVecs];
     for (int v = 0; v < kVecs; ++v) columns[v] = load<W>(b + v * kLanes<A, W>);
     for (int i = 0; i < kRows; ++i) {
@@ -85,7 +89,7 @@ ALIGN_INLINE void term_products(const RankTerm<A>& term, int64_t t, int64_t c, V
 }
 
 // kRows rows from t on, kVecs vectors of columns from c on; unless kWhole only lanes columns of the last vector exist.
-// The sums of the first term stay in registers; those of further terms (kMany) go through the stack.
+// The sums of the first chain stay in registers; those of further chains and terms (kMany) go through the stack.
 template <int W, int kRows, int kVecs, bool kWhole, bool kMasked, bool kMany, typename T>
 ALIGN_INLINE void add_tile(const RankAdd<T>& op, const RowPointers<T>& out, const RowPointers<const T>& in,
                            const RowMasks<kMasked>* masks, int64_t t, int64_t c, int64_t lanes) {
@@ -108,15 +112,17 @@ ALIGN_INLINE void add_tile(const RankAdd<T>& op, const RowPointers<T>& out, cons
   };
   Vec<A, W> sum[kRows][kVecs];
   Vec<A, W> further[kRows][kVecs] = {};
-  for (int64_t k = 1; kMany && k < op.count; ++k) {
-    term_products<W>(op.terms[k], t, c, sum);
-    each([&](int i, int v, int64_t row, int64_t column)
-             ALIGN_INLINE_LAMBDA { further[i][v] += term_value(k, sum[i][v], row, column); });
+  for (int64_t k = 0; kMany && k < op.count; ++k) {
+    for (int64_t first = k == 0 ? kChain : 0; first < op.terms[k].rank; first += kChain) {
+      chain_products<W>(op.terms[k], first, t, c, sum);
+      each([&](int i, int v, int64_t row, int64_t column)
+               ALIGN_INLINE_LAMBDA { further[i][v] += term_value(k, sum[i][v], row, column); });
+    }
   }
   if (op.in) {
     each([&](int, int, int64_t row, int64_t column) ALIGN_INLINE_LAMBDA { prefetch(in.ahead[row] + column); });
   }
-  term_products<W>(op.terms[0], t, c, sum);
+  chain_products<W>(op.terms[0], 0, t, c, sum);
   each([&](int i, int v, int64_t row, int64_t column) ALIGN_INLINE_LAMBDA {
     sum[i][v] = term_value(0, sum[i][v], row, column);
     if (kMany) sum[i][v] += further[i][v];
@@ -197,7 +203,7 @@ void rank_add(const RankAdd<T>& op) {
   const bool masked_terms =
       std::any_of(op.terms, op.terms + op.count, [](const auto& term) { return term.keep.bytes != nullptr; });
   dispatch<T>(masked_terms, [&](auto width, auto masked) ALIGN_INLINE_LAMBDA {
-    if (op.count > 1) {
+    if (op.count > 1 || op.terms[0].rank > kChain) {
       std::vector<RowMasks<masked()>> masks;
       for (int64_t k = 0; k < op.count; ++k) masks.emplace_back(op.rows, op.terms[k].keep);
       rank_add_tiles<width(), masked(), true, T>(op, masks.data());

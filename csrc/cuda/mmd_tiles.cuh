@@ -23,6 +23,7 @@ struct MmdTile {
 // e_k = 2^(-rate_k d^2), or the square of e_(k-1);  h = sum_k weight_k e_k, weights in units of the widest beta.
 struct Rates {
   float rate[kMaxMmdKernels], weight[kMaxMmdKernels];
+  float rest[kMaxMmdKernels];  // what rounding took off the rate: of all pairs, and times the exponent
   int squared[kMaxMmdKernels];
 };
 
@@ -31,7 +32,9 @@ __device__ inline void fill_rates(Rates& rates, const MmdKernels& kernels, doubl
   constexpr double kLog2E = 1.4426950408889634;
   const int k = threadIdx.x;
   if (k >= kernels.count) return;
-  rates.rate[k] = float(kernels.beta[k] / bandwidth * kLog2E);
+  const double exact = kernels.beta[k] / bandwidth * kLog2E;
+  rates.rate[k] = float(exact);
+  rates.rest[k] = float(exact - double(rates.rate[k]));
   rates.weight[k] = float(kernels.beta[k] / kernels.beta[0]);
   rates.squared[k] = kernels.squared[k];
 }
@@ -72,12 +75,12 @@ __device__ inline float add_kernels(const Rates& rates, int count, const float (
   const int row = 2 * (threadIdx.x / 8), column = threadIdx.x % 8;
   float e[2][4] = {}, sum[2][4] = {}, weighted[2][4] = {};
   for (int k = 0; k < count; ++k) {
-    const float rate = rates.rate[k], share = rates.weight[k];
+    const float rate = rates.rate[k], rest = rates.rest[k], share = rates.weight[k];
     const bool squared = rates.squared[k];
 #pragma unroll
     for (int p = 0; p < 8; ++p) {
       float& value = e[p / 4][p % 4];
-      value = squared ? value * value : exp2f(-rate * d2[p / 4][p % 4]);
+      value = squared ? value * value : exp2f(-rest * d2[p / 4][p % 4] - rate * d2[p / 4][p % 4]);
       sum[p / 4][p % 4] += value;
       weighted[p / 4][p % 4] += share * value;
     }

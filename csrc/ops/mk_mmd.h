@@ -38,9 +38,9 @@ struct MmdKernels {
   bool squared[kMaxMmdKernels];
 };
 
-// Squaring doubles a relative error, so that after four squarings a new exponential is due.
+// Squaring doubles a relative error, so that after two squarings a new exponential is due.
 inline void find_squares(MmdKernels& kernels) {
-  constexpr int kMaxSquarings = 4;
+  constexpr int kMaxSquarings = 2;
   int run = 0;
   for (int k = 0; k < kernels.count; ++k) {
     const bool twice = k > 0 && std::fabs(kernels.beta[k] / kernels.beta[k - 1] - 2) < 1e-9;

@@ -1,5 +1,7 @@
 """routed_lora: forward and every gradient against the float64 reference."""
 
+from functools import partial
+
 import heads_cases
 import pytest
 import torch
@@ -25,8 +27,14 @@ GROUPS = {96: 4, 45: 5, 24: 24, 129: 3, 1: 1, 8: 2, 712: 8}  # of an out_dim; 24
 
 def case(architecture, shape, dtype, groups=1, **options):
     """Inputs and the op's options."""
+    inputs, options = cases(architecture, shape, dtype, groups, **options)
+    return inputs(seed=0), options
+
+
+def cases(architecture, shape, dtype, groups=1, **options):
+    """Inputs of a seed and the op's options."""
     site, p, own_A, top_k = ARCHITECTURES[architecture]
-    inputs = make(shape, dtype, groups=groups, own_A=own_A, site=site, **options)
+    inputs = partial(make, shape, dtype, groups=groups, own_A=own_A, site=site, **options)
     return inputs, {"site": site, "dropout_p": p, "top_k": top_k and min(top_k, shape[-1]), "tau": 0.8}
 
 
@@ -56,7 +64,7 @@ def test_a_hand_computed_case(device):
 @FORMS
 def test_forward_and_every_gradient_match_the_reference(device, dtype, shape, architecture, weight_form):
     for groups in {1, GROUPS[shape[2]]}:
-        inputs, options = case(architecture, shape, dtype, groups)
+        inputs, options = cases(architecture, shape, dtype, groups)
         compare("routed_lora", device, inputs, weight_form=weight_form, **options)
 
 
@@ -64,7 +72,7 @@ def test_forward_and_every_gradient_match_the_reference(device, dtype, shape, ar
 @EVERY_ARCHITECTURE
 def test_the_offset_path_matches_the_reference(device, dtype, architecture):
     for groups in (1, 5):
-        inputs, options = case(architecture, (65, 67, 45, 5, 4), dtype, groups, offset_rank=3)
+        inputs, options = cases(architecture, (65, 67, 45, 5, 4), dtype, groups, offset_rank=3)
         compare("routed_lora", device, inputs, **options)
 
 
@@ -72,13 +80,24 @@ def test_the_offset_path_matches_the_reference(device, dtype, architecture):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("architecture", ["latent masks", "own A, top k"])
 def test_many_tiles_in_every_direction_are_right(device, dtype, architecture):
-    inputs, options = case(architecture, (257, 520, 712, 12, 4), dtype, 8, offset_rank=12)
+    inputs, options = cases(architecture, (257, 520, 712, 12, 4), dtype, 8, offset_rank=12)
     compare("routed_lora", device, inputs, weight_form=False, **options)
+
+
+@pytest.mark.needs("size")
+@pytest.mark.parametrize(
+    ("architecture", "shape"),
+    [("latent masks", (16, 32, 4096, 16, 1)), ("own A, latent masks", (16, 64, 64, 16, 16))],
+)
+def test_long_sums_round_no_more_than_torchs(device, architecture, shape):
+    """Of 4,096 outputs, and of the ranks of 16 heads side by side."""
+    inputs, options = cases(architecture, shape, torch.float32)
+    compare("routed_lora", device, inputs, draws=2, weight_form=False, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_float32_adapters_on_a_16_bit_input(device, dtype):
-    inputs, options = case("shared mask", (40, 72, 56, 8, 3), dtype, 2, adapters=torch.float32)
+    inputs, options = cases("shared mask", (40, 72, 56, 8, 3), dtype, 2, adapters=torch.float32)
     actual = compare("routed_lora", device, inputs, **options)
     assert actual["dA"].dtype == actual["dB[0]"].dtype == actual["dR"].dtype == torch.float32
 
@@ -87,14 +106,13 @@ def test_float32_adapters_on_a_16_bit_input(device, dtype):
 @EVERY_ARCHITECTURE
 def test_the_low_rank_term_alone_is_right(device, dtype, architecture):
     """With W = 0 nothing of the base can hide an error of the low-rank term."""
-    inputs, options = case(architecture, (50, 90, 70, 9, 3), dtype, 7)
-    inputs |= {name: torch.zeros_like(inputs[name]) for name in ("W", "bias")}
+    inputs, options = cases(architecture, (50, 90, 70, 9, 3), dtype, 7, base=0)
     compare("routed_lora", device, inputs, **options)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3, 4])
 def test_any_number_of_heads_may_be_chosen(device, top_k):
-    inputs, options = case("own A, top k", (33, 40, 30, 6, 4), torch.float32, 3)
+    inputs, options = cases("own A, top k", (33, 40, 30, 6, 4), torch.float32, 3)
     w = compare("routed_lora", device, inputs, **options | {"top_k": top_k})["w"]
     assert ((w > 0).sum(-1) == top_k).all()
     torch.testing.assert_close(w.sum(-1), torch.ones(33, 3))
