@@ -58,7 +58,9 @@ def align_statistics(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> 
     rng = []
     for batch in batches:
         inputs = dict(batch)
-        ids, labels = inputs.pop("task_ids", None), inputs.pop("labels", None)
+        ids, labels = inputs.pop("task_ids", None), inputs.get("labels")
+        if not state.encoder_decoder:  # which makes its decoder's tokens of them
+            inputs.pop("labels", None)
         rng.append(_rng_state())
         with align_step(model, ids, inputs.get("attention_mask"), labels) as step:
             model(**inputs)

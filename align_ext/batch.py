@@ -28,7 +28,7 @@ from torch import Tensor
 from align_ext.losses.balance import Balance
 from align_ext.losses.kl import KlAlignment
 from align_ext.losses.mmd import MmdAlignment
-from align_ext.losses.tokens import Latents, TokenTasks
+from align_ext.losses.tokens import Latents
 from align_ext.ops._autograd import apply_of
 from align_ext.ops._keyed import LATENT, WEIGHTS, register_step, slot_of
 from align_ext.state import (
@@ -40,15 +40,16 @@ from align_ext.state import (
     refuse_compiled_autograd,
     world_size,
 )
+from align_ext.tokens import StepTokens
 
-NO_TASK = -1
+_NO_SHAPE = torch.Size([])
 _NOT_DIFFERENTIATED = (
     "backward reached an aligned layer, but not the alignment loss: differentiate step.total(loss), or the loss of "
     "model(..., task_ids=ids); align_step(..., strict=False) allows it, and the layer then gets no alignment gradient"
 )
 
 
-class Step:
+class Step(StepTokens):
     """One forward's task ids, the layers' latents and, inside backward, the gradients of these.
 
     Args:
@@ -66,12 +67,8 @@ class Step:
         self, state: AlignState, ids: Tensor | None, like: Tensor, *, strict: bool = True, by_keyword: bool = False,
         records: bool = True,
     ) -> None:  # fmt: skip
-        self.state, self.strict, self.by_keyword, self.records = state, strict, by_keyword, records
-        self.masked = False
-        self.given = torch.zeros(1, dtype=torch.int64, device=like.device) if ids is None else self._check(ids, like)
-        self.all_tokens = self.tokens = TokenTasks(self.given)  # tokens: those that count in the losses
-        self.prompt: Tensor | None = None  # bool [B, S]: tokens before the first label, without padding
-        self.decoding = False  # the tokens follow others, whose keys and values are cached
+        super().__init__(state, ids, like, records=records)
+        self.strict, self.by_keyword = strict, by_keyword
         self.key = register_step(self)
         self.seen: set[int] = set()
         self.alignment: KlAlignment | MmdAlignment | None = None
@@ -84,69 +81,13 @@ class Step:
         self._lm: Tensor | None = None
         self._weight = 0.0
 
-    def _check(self, ids: Tensor, like: Tensor) -> Tensor:
-        if ids.dim() not in (1, 2) or ids.is_floating_point() or ids.dtype == torch.bool:
-            raise ValueError(f"task_ids must be integers, [B] or [B, S], got {ids.dtype} {list(ids.shape)}")
-        config, state, ids = self.state.config, self.state, ids.to(like.device, torch.int64)
-        if config.num_tasks is None:
-            if world_size() > 1:
-                raise ValueError("num_tasks must be given when several processes train: every process needs the same")
-            state.tasks = max(state.tasks, int(ids.max()) + 1 if ids.numel() else 0, 1)
-        # Every token runs through an adapter: with one for each task, no token can be without.
-        least = 0 if config.architecture == "multi_adapter" else NO_TASK
-        allowed = f"task_ids must be in 0 .. num_tasks-1 = {state.tasks - 1}" + (
-            "" if least == 0 else ", or -1 for none"
-        )
-        if ids.is_cuda:
-            torch._assert_async(((ids >= least) & (ids < state.tasks)).all(), allowed)  # does not wait for the device
-        elif ids.numel():
-            low, high = map(int, ids.aminmax())
-            if low < least or high >= state.tasks:
-                raise ValueError(f"{allowed}; got {low} .. {high}")
-        return ids
-
-    def mask(self, attention_mask: Tensor | None, labels: Tensor | None) -> None:
-        """Takes padding, and with response_only tokens without a label, out of the statistics."""
-        keep, config = None, self.state.config
-        if attention_mask is not None:
-            shape = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
-            if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
-                raise ValueError(
-                    f"attention_mask must be [B, S] to tell padding, got {shape}: for other masks give ids per token, "
-                    "-1 where a token does not count, and align_step(model, ids, attention_mask=ones)"
-                )
-            keep = attention_mask != 0
-        self.masked = True
-        if config.routing == "sequence":
-            self.prompt = prompt_of(keep, labels, self.records)
-        if config.response_only and self.records:
-            if labels is None:
-                raise ValueError("response_only=True needs labels in the batch (or align_step(..., labels=labels))")
-            keep = labels != -100 if keep is None else keep & (labels != -100)
-        if keep is None:
-            return
-        given = self.given
-        ids = given[:, None] if given.dim() == 1 else given
-        if ids.shape[0] not in (1, keep.shape[0]) or ids.shape[1] not in (1, keep.shape[1]):
-            raise ValueError(f"task_ids {list(given.shape)} do not fit a batch of {list(keep.shape)} tokens")
-        self.tokens = TokenTasks(torch.where(keep.to(ids.device), ids, NO_TASK))
-
-    def groups(self, tokens: int, device: torch.device) -> Tensor:
-        """int64 [T], the task of every token, padded ones too."""
-        self.all_tokens.check(tokens)
-        return self.all_tokens.expand(device, tokens)
-
-    @property
-    def aligned_tokens(self) -> TokenTasks:
-        """The tokens that count in the alignment: by position padding does too."""
-        return self.all_tokens if self.state.config.align_statistics == "position" else self.tokens
-
-    def keep(self, slot: Tensor, z: Tensor, w: Tensor | None) -> None:
-        """Takes the outputs of a layer that ran, without a graph."""
+    def keep(self, slot: Tensor, z: Tensor, w: Tensor | None, shape: torch.Size = _NO_SHAPE) -> None:
+        """Takes the outputs of a layer that ran on an input of this shape, without a graph."""
         if self.state.config.align:
             self._hand_over(slot, z, LATENT)
         if w is not None and self.state.config.balance:
             self._hand_over(slot, w, WEIGHTS)
+        self.check_layout(shape)
 
     def _hand_over(self, slot: Tensor, output_of_layer: Tensor, output: int) -> None:
         if torch.compiler.is_compiling():
@@ -163,7 +104,7 @@ class Step:
                 f"the aligned layer {self.state.names[slot]!r} ran twice in one step: use one align_step (or one "
                 "task_ids= call) per forward"
             )
-        self.tokens.check(z.shape[0])
+        self.check_tokens(slot, z.shape[0])
         self.seen.add(slot)
         self._kept[output][slot] = z
 
@@ -188,7 +129,7 @@ class Step:
     def arm(self, d_total: Tensor, factors: dict[int, float], kept: dict[int, Latents]) -> None:
         """Computes the gradients in all outputs, for the layers to take until the running backward ends."""
         refuse_compiled_autograd(ahead=False)
-        losses = {LATENT: (self.alignment, self.aligned_tokens), WEIGHTS: (self.balance, self.tokens)}
+        losses = {LATENT: (self.alignment, self.aligned_tokens), WEIGHTS: (self.balance, self.counting)}
         self._owed = {
             output: loss.gradients(kept[output], tokens, d_total, factors[output])
             for output, (loss, tokens) in losses.items()
@@ -235,7 +176,7 @@ class Step:
                 self.alignment = self._all_statistics(of, distributed).evaluate(config)
             if config.balance:
                 weights = self._kept[WEIGHTS]
-                self.balance = Balance.of(weights, self.tokens, config.balance, distributed=distributed)
+                self.balance = Balance.of(weights, self.counting, config.balance, distributed=distributed)
         kept, self._kept = self._kept, {LATENT: {}, WEIGHTS: {}}
         factors = {LATENT: self._weight * scale, WEIGHTS: config.balance_weight * scale}
         # Data parallelism averages gradients over the processes; the statistics are of the whole batch already. Each
@@ -327,17 +268,3 @@ class _Total(torch.autograd.Function):
 
 
 _total = apply_of(_Total)
-
-
-def prompt_of(keep: Tensor | None, labels: Tensor | None, training: bool) -> Tensor | None:
-    """The tokens of each sequence before its first label, bool [B, S], without padding; None: all tokens.
-
-    Pooling over more would let a token's routing depend on tokens that come after it.
-    """
-    if labels is None:
-        if training:
-            raise ValueError('routing="sequence" pools over the tokens before the first label: it needs labels in the '
-                             "batch (or align_step(..., labels=labels))")  # fmt: skip
-        return keep
-    before = (labels != -100).int().cumsum(1) == 0
-    return before if keep is None else before & keep

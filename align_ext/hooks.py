@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from align_ext.batch import Step
 from align_ext.config import AlignLoraConfig
+from align_ext.sources import watch_parts
 from align_ext.state import AlignState
 from align_ext.step import BoundCheckpoint, open_step
 
@@ -30,6 +33,7 @@ def register_hooks(model: nn.Module, state: AlignState) -> None:
     model.align_hooks = (  # type: ignore[assignment]
         model.register_forward_pre_hook(_before_forward, with_kwargs=True),
         model.register_forward_hook(_after_forward, with_kwargs=True, always_call=True),
+        *watch_parts(model, state),
     )
 
 
@@ -38,6 +42,7 @@ def remove_hooks(model: nn.Module) -> None:
     for handle in model.align_hooks:  # type: ignore[union-attr]
         handle.remove()
     for module in model.modules():
+        module.__dict__.pop("align_watched", None)
         checkpoint = module.__dict__.get("_gradient_checkpointing_func")
         if isinstance(checkpoint, BoundCheckpoint):
             module._gradient_checkpointing_func = checkpoint.checkpoint  # type: ignore[assignment]
@@ -47,10 +52,9 @@ def remove_hooks(model: nn.Module) -> None:
 CACHE = ("cache", "past_key_values")  # what transformers calls it, from 5.24 on and before
 
 
-def _argument(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> Any:
-    """An argument of a model's forward, whichever way, and by whichever of its names, it was passed."""
-    given = dict(zip(module.align_arguments, args, strict=False)) | kwargs  # type: ignore[arg-type]
-    return next((given[name] for name in names if name in given), None)
+def _given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a model's forward by name, whichever way they were passed."""
+    return dict(zip(module.align_arguments, args, strict=False)) | kwargs  # type: ignore[arg-type]
 
 
 def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -63,17 +67,34 @@ def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     if ids is not None and step is not None:
         raise RuntimeError("task ids were given twice: by align_step and by task_ids=")
     if step is None and _opens(state.config, module.training, ids):
-        mask, labels = (_argument(module, args, kwargs, name) for name in ("attention_mask", "labels"))
-        cache = _argument(module, args, kwargs, *CACHE)
-        _open_by_keyword(module, state, ids, mask, labels, cache)
+        given = _given(module, args, kwargs)
+        _open_by_keyword(module, state, ids, given)
     elif step is None and module.training and state.config.needs_step:
         state.find()  # raises: training has no step, and no layer ran yet
-    elif step is not None and not step.masked:
-        mask = _argument(module, args, kwargs, "attention_mask")
-        if mask is not None and torch.compiler.is_compiling():
+    elif step is not None:
+        given = _given(module, args, kwargs)
+        if not step.masked and given.get("attention_mask") is not None and torch.compiler.is_compiling():
             raise RuntimeError("under torch.compile give align_step the attention_mask: align_step(model, ids, mask)")
-        step.mask(mask, _argument(module, args, kwargs, "labels"))
+        _mask(step, given)
     return args, kwargs
+
+
+def _mask(step: Step, given: Mapping[str, Any]) -> None:
+    """Tells a step which of a forward's tokens count, by the forward's own arguments."""
+    if step.records and given.get("encoder_hidden_states") is not None:
+        raise RuntimeError(
+            "the model was given encoder_hidden_states, whose tokens its cross-attention reads: adapt and call the "
+            "whole encoder-decoder, so that both masks are known"
+        )
+    mask, labels = given.get("attention_mask"), given.get("labels")
+    tokens = given.get("input_ids")
+    if isinstance(tokens, Tensor) and tokens.dim() == 3:  # [B, choices, S] of a multiple choice
+        step.with_choices(tokens.shape[1])
+        mask = mask.flatten(0, 1) if isinstance(mask, Tensor) and mask.shape == tokens.shape else mask
+    if not step.masked:
+        step.mask(mask, labels)
+    if step.state.encoder_decoder:
+        step.mask_decoder(given.get("decoder_attention_mask"), labels)
 
 
 def _opens(config: AlignLoraConfig, training: bool, ids: Tensor | None) -> bool:
@@ -84,14 +105,13 @@ def _opens(config: AlignLoraConfig, training: bool, ids: Tensor | None) -> bool:
 
 
 @torch.compiler.disable
-def _open_by_keyword(
-    module: nn.Module, state: AlignState, ids: Tensor | None, mask: Any, labels: Any, cache: Any
-) -> None:
+def _open_by_keyword(module: nn.Module, state: AlignState, ids: Tensor | None, given: Mapping[str, Any]) -> None:
     ids = ids if state.config.needs_ids else None
     step = open_step(module, state, ids, by_keyword=True, records=module.training)
+    cache = next((given[name] for name in CACHE if name in given), None)
     step.decoding = cache is not None and cache.get_seq_length() > 0
     if not step.decoding:  # its mask is about the cached tokens too, and its tokens are no prompt
-        step.mask(mask, labels)
+        _mask(step, given)
     state.current = step
 
 
@@ -103,7 +123,7 @@ def _after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         state.current = suspended
         return None
     if state.current is not None and state.current.by_keyword:
-        return _close_by_keyword(state, output, _argument(module, args, kwargs, "labels") is not None)
+        return _close_by_keyword(state, output, _given(module, args, kwargs).get("labels") is not None)
     if state.config.needs_step and not module.training and not torch.compiler.is_compiling():
         _watch_evaluation(output)
     return None

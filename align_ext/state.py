@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import deque
 from collections.abc import Callable
@@ -86,13 +87,15 @@ class AlignState:
         self.names: list[str] = []
         self.rank = 0  # the widest layer's
         self.tasks = config.num_tasks or 0
-        self.task: int | None = None  # that evaluation is about (set_task)
+        self.task: int | Tensor | None = None  # that evaluation is about (set_task), or of each sample, [B]
         self.spectral: list[Callable[[], Tensor]] = []  # each layer's spectral loss
         self.current: Step | None = None  # between a step's opening and closing
         self.armed: list[Step] = []  # inside a backward: those whose layers are owed gradients
         self.last: Step | None = None
         self.originals: dict[str, Tensor] = {}  # the base's values of what is trained beside the adapters, for unload
         self.queue: deque[Statistics] = deque(maxlen=config.align_queue)  # of the last micro-batches
+        self.encoder_decoder = False  # the model has an encoder and a decoder, whose tokens differ
+        self.sources: dict[int, str] = {}  # by slot, where a layer's tokens come from (align_ext/tokens.py)
 
     def __getstate__(self) -> dict[str, Any]:
         queue: deque[Statistics] = deque(maxlen=self.queue.maxlen)
@@ -175,3 +178,10 @@ def refuse_parts_of_a_model(model: nn.Module) -> None:
 def world_size() -> int:
     """How many processes train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def refuse_processes_apart(cure: str = 'call torch.distributed.init_process_group("gloo" or "nccl") first') -> None:
+    """Raises RuntimeError if a launcher started several processes, which have not joined."""
+    started = os.environ.get("WORLD_SIZE", "1")
+    if "RANK" in os.environ and started.isdecimal() and int(started) > 1 and world_size() == 1:
+        raise RuntimeError(f"{started} processes were started, but each would train by itself: {cure}")

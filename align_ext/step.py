@@ -16,6 +16,7 @@ from align_ext.state import (
     find_state,
     refuse_compiled_autograd,
     refuse_parts_of_a_model,
+    refuse_processes_apart,
     world_size,
 )
 
@@ -64,6 +65,8 @@ def open_step(model: nn.Module, state: AlignState, ids: Tensor | None, **options
     refuse_compiled_autograd()
     if world_size() > 1:
         refuse_parts_of_a_model(model)
+    elif options.get("records", True):
+        refuse_processes_apart()
     adapter: Tensor | None = None
     for module in _modules(model):
         adapter = module._parameters.get("lora_A") if adapter is None else adapter
@@ -92,13 +95,13 @@ def align_step(
     """Opens a training step for one forward of the model; then differentiate step.total(loss).
 
     Args:
-        model: adapted by replace_linear_with_align_lora; may be wrapped by DDP, FSDP2 or torch.compile. Batch first,
-            and all adapted layers see the same tokens.
+        model: adapted by replace_linear_with_align_lora; may be wrapped by DDP, FSDP2 or torch.compile. Batch first.
         task_ids: int64 [B] (one task a sample) or [B, S] (one a token); -1: belongs to no task. None where nothing
             tells tasks apart (align=None).
         attention_mask: [B, S], 0 = padding, which does not count. Taken from the model's own arguments if not given
-            (torch.compile: give it here).
-        labels: [B, S], needed with response_only and routing="sequence", likewise.
+            (torch.compile: give it here), and so is decoder_attention_mask.
+        labels: [B, S], needed with response_only and routing="sequence", and where no decoder_attention_mask tells an
+            encoder-decoder's padding, likewise.
         strict: a backward that meets the layers without the alignment loss is an error.
 
     Yields:
@@ -115,7 +118,8 @@ def align_step(
     if not model.training:
         raise ValueError("align_step is for training, but the model is in eval mode: call model.train() first")
     step = open_step(model, state, task_ids, strict=strict)
-    if attention_mask is not None or labels is not None:
+    step.labels = labels
+    if attention_mask is not None:
         step.mask(attention_mask, labels)
     outer, state.current = state.current, step
     try:
@@ -146,3 +150,14 @@ def set_task(model: nn.Module, task: int | None) -> None:
     if task is not None and not 0 <= task < state.tasks:
         raise ValueError(f"task must be in 0 .. num_tasks-1 = {state.tasks - 1}, or None, got {task}")
     state.task = task
+
+
+@contextlib.contextmanager
+def named_tasks(model: nn.Module, ids: Tensor) -> Iterator[None]:
+    """Names the task of each sample, [B], of what a multi_adapter model evaluates or generates inside the context."""
+    state = _state_of(model)
+    before, state.task = state.task, ids
+    try:
+        yield
+    finally:
+        state.task = before

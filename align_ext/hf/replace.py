@@ -26,10 +26,12 @@ from align_ext.hf.adopt import (
 )
 from align_ext.hf.beside import is_below, modules_to_train, start_training, tensors_of
 from align_ext.hf.blocks import find_blocks
+from align_ext.hf.modalities import refuse_other_modalities
 from align_ext.hooks import register_hooks
 from align_ext.nn import adapter_class
 from align_ext.nn.base import AdaptedLinear, Adapter, features_of, has_float_weight, is_conv1d
 from align_ext.nn.block import AdaptedBlock
+from align_ext.sources import watch_layers
 from align_ext.state import AlignState, find_state, refuse_parts_of_a_model
 
 logger = logging.getLogger(__name__)
@@ -144,6 +146,8 @@ def adapt(
                 options = replace(config, r=(ranks or {}).get(name, config.r))
                 adapter = _adapter(name, module, features_of(module), options, reset=ranks is None)
                 layers[name] = AdaptedLinear(module, adapter)
+    if config.needs_step:
+        refuse_other_modalities(model, layers)
     if fill is not None:
         fill({name: layer.adapter for name, layer in layers.items()})
     register_hooks(model, state)  # the last that may raise
@@ -157,6 +161,7 @@ def adapt(
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
         report.replaced.append(name)
+    watch_layers(model, state)
     if adopting:
         model.save_pretrained = refuse_save_pretrained  # type: ignore[assignment]
         state.originals = adopt_copies(model, copies)

@@ -35,7 +35,9 @@ class Balance:
     def of(cls, weights: Latents, tokens: TokenTasks, kind: str, *, distributed: bool) -> Balance:
         """Evaluates the routing weights w [T, G, N] of the layers, by slot, over all processes."""
         first = next(iter(weights.values()))
-        sums = torch.stack([_sums(w, tokens).to(first) for _, w in sorted(weights.items())])  # [layers, 2 N + 1]
+        sums = torch.stack(
+            [_sums(w, tokens.of(slot)).to(first) for slot, w in sorted(weights.items())]
+        )  # [layers, 2 N + 1]
         if distributed:
             sums = torch.stack(gather(sums)).sum(0)
         heads = first.shape[-1]
@@ -49,7 +51,7 @@ class Balance:
     def gradients(self, weights: Latents, tokens: TokenTasks, d_value: Tensor, scale: float) -> Latents:
         """Computes scale * d_value * d value / d w of the tokens of this process."""
         return {
-            slot: _valid(w, tokens)[:, None, None] * (self.d_w[slot] * (d_value.to(w) * scale)).expand(w.shape)
+            slot: _valid(w, tokens.of(slot))[:, None, None] * (self.d_w[slot] * (d_value.to(w) * scale)).expand(w.shape)
             for slot, w in weights.items()
         }
 

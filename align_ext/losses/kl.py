@@ -151,16 +151,16 @@ def _positions(latents: Latents, tokens: TokenTasks) -> int:
 
 def _groups(latents: Latents, tokens: TokenTasks, positions: int) -> list[tuple[list[int], list[Tensor], Tensor]]:
     """Slots, latents and token ids of the layers that one call serves, as a rule all of them."""
-    groups: dict[tuple[torch.device, int, torch.dtype], list[int]] = {}
+    groups: dict[tuple[torch.device, int, torch.dtype, int], list[int]] = {}
     for slot in sorted(latents):
         z = latents[slot]
-        groups.setdefault((z.device, z.shape[0], z.dtype), []).append(slot)
+        groups.setdefault((z.device, z.shape[0], z.dtype, id(tokens.of(slot))), []).append(slot)
     result = []
-    for (device, count, _), slots in groups.items():
+    for (device, count, _, _), slots in groups.items():
         rows = count // positions
         heads = [head for slot in slots for head in heads_of(latents[slot])]
         heads = heads if positions == 1 else [head.reshape(rows, -1) for head in heads]
-        result.append((slots, heads, tokens.expand(device, rows)))
+        result.append((slots, heads, tokens.of(slots[0]).expand(device, rows)))
     return result
 
 

@@ -1,5 +1,9 @@
 """Latents of a model's layers by slot, and the task of every token that they belong to."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,14 +18,22 @@ class TokenTasks:
         self.ids = ids  # int64 [B] or [B, S]
         self._expanded: dict[tuple[torch.device, int], Tensor] = {}
 
-    def check(self, tokens: int) -> None:
+    def of(self, slot: int) -> TokenTasks:
+        """Those that a layer sees."""
+        return self
+
+    def check(self, tokens: int, layer: str = "") -> None:
         """Raises RuntimeError if a layer cannot have seen so many tokens."""
-        count = self.ids.numel()
-        if count != tokens and (count == 0 or tokens % count):
-            raise RuntimeError(
-                f"task_ids holds {count} ids, but an aligned layer saw {tokens} tokens: give one id per sample, [B], "
-                "or one per token, [B, S], of a batch-first model all of whose adapted layers see the same tokens"
-            )
+        count, ids = self.ids.numel(), self.ids
+        if count == tokens or (ids.dim() == 1 and count and tokens % count == 0):
+            return
+        if ids.dim() == 2 and count and tokens % count == 0 and ids.shape[1] == 1:
+            return
+        raise RuntimeError(
+            f"task_ids holds {count} ids, but an aligned layer saw {tokens} tokens{layer and f' ({layer})'}: give one "
+            "id per sample, [B], or one per token, [B, S], of a batch-first model, and leave layers that see other "
+            "tokens (images, routed experts, pooled ones) out by exclude_modules"
+        )
 
     def expand(self, device: torch.device, tokens: int) -> Tensor:
         """int64 [T]: the ids as they are, or each of [B] repeated over its S = T / B positions; made once."""
@@ -31,6 +43,18 @@ class TokenTasks:
             ids = ids if len(ids) == tokens else ids.repeat_interleave(tokens // len(ids), output_size=tokens)
             expanded = self._expanded[device, tokens] = ids.to(device)
         return expanded
+
+
+class LayerTokens(TokenTasks):
+    """The tokens that most layers see, and those of the others, by slot."""
+
+    def __init__(self, ids: Tensor, most: TokenTasks, others: Mapping[int, TokenTasks]) -> None:
+        super().__init__(ids)
+        self._most, self._others = most, others
+
+    def of(self, slot: int) -> TokenTasks:
+        """Those that a layer sees."""
+        return self._others.get(slot, self._most)
 
 
 def gather(part: Tensor) -> list[Tensor]:

@@ -71,7 +71,7 @@ class Adapter(nn.Module):
         y, z, w = self.project(
             x, dropout_p, step, weight=weight, bias=bias, base_out=base_out, step=step.key, slot=self.slot
         )
-        step.keep(self.slot, z.detach(), None if w is None else w.detach())
+        step.keep(self.slot, z.detach(), None if w is None else w.detach(), x.shape)
         return y
 
     def terms(self) -> list[Term]:

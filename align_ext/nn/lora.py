@@ -96,12 +96,15 @@ class MultiAdapter(Adapter):
     def project(self, x: Tensor, dropout_p: float, current: Step | None, **op: Any) -> Projected:
         A, B = self.factors
         if current is not None:
-            op["group"] = current.groups(x.shape[:-1].numel(), x.device)
+            op["group"] = current.groups(x)
             return *grouped_lora(x, A, B, self.scaling, dropout_p=dropout_p, **op), None
         k = self._named_task()
+        if isinstance(k, Tensor):
+            op["group"] = _of_samples(k, x)
+            return *grouped_lora(x, A, B, self.scaling, dropout_p=dropout_p, **op), None
         return *grouped_lora(x, A[k], B[k], self.scaling, dropout_p=dropout_p, **op), None
 
-    def _named_task(self) -> int:
+    def _named_task(self) -> int | Tensor:
         task = None if self.state is None else self.state.task
         if task is None:
             raise RuntimeError(
@@ -121,3 +124,11 @@ class MultiAdapter(Adapter):
         """(A_k, B_k) of the named task k."""
         task = self._named_task()
         return [(self.lora_A[task], self.lora_B[task])]
+
+
+def _of_samples(tasks: Tensor, x: Tensor) -> Tensor:
+    """int64 [T], the task of every token of x [rows, ..., n]: each sample has as many rows as the next (beams)."""
+    rows, tokens = len(x), x.shape[:-1].numel()
+    if rows % len(tasks):
+        raise RuntimeError(f"a layer saw {rows} rows of tokens, but {len(tasks)} samples have a task")
+    return tasks.to(x.device).repeat_interleave(tokens // len(tasks))

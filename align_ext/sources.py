@@ -1,0 +1,114 @@
+"""Watches the parts of an encoder-decoder, to find out whose tokens each adapted layer sees (align_ext/tokens.py)."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from align_ext.state import AlignState
+from align_ext.tokens import DECODER, ENCODER, place_of
+
+_DECODER_INPUT = "decoder_input"  # how the arguments for the decoder's tokens begin: _ids, s_embeds, _values
+
+
+def watch_parts(model: nn.Module, state: AlignState) -> list[Any]:
+    """Registers what sees an encoder-decoder's parts run; returns the handles, none for other models.
+
+    Raises:
+        ValueError: an option has no meaning for an encoder-decoder, or the model does not say which parts it has.
+    """
+    whole = encoder_decoder(model)
+    if whole is None or not state.config.needs_step:
+        return []
+    _check(state)
+    encoder, decoder = _parts(whole)
+    state.encoder_decoder = True
+    encoder.align_watched = decoder.align_watched = state  # type: ignore[assignment]
+    before = decoder.register_forward_pre_hook(_before_decoder, with_kwargs=True)
+    return [encoder.register_forward_hook(_after_encoder), before]
+
+
+def watch_layers(model: nn.Module, state: AlignState) -> None:
+    """Registers what finds the sources of an encoder-decoder's adapted layers; the hooks go with the layers.
+
+    A layer is found by the part that it is in and by its first input, which is the encoder's output itself in the
+    projections of keys and values of cross-attention.
+    """
+    if not state.encoder_decoder:
+        return
+    encoder, decoder = _parts(encoder_decoder(model))
+    inside = {layer: part for part, whole in ((ENCODER, encoder), (DECODER, decoder)) for layer in whole.modules()}
+    for layer in model.modules():
+        adapter: Any = layer._modules.get("adapter")
+        if getattr(adapter, "state", None) is state and adapter.slot is not None:
+            layer.align_part = inside.get(layer)  # type: ignore[assignment]
+            layer.register_forward_pre_hook(_before_layer, with_kwargs=True)
+
+
+def encoder_decoder(model: nn.Module) -> nn.Module | None:
+    """The encoder-decoder that a model is or wraps; None if its forward takes no tokens for a decoder."""
+    for module in model.modules():
+        if hasattr(module, "get_encoder") and any(
+            name.startswith(_DECODER_INPUT) for name in inspect.signature(type(module).forward).parameters
+        ):
+            return module
+    return None
+
+
+def _parts(whole: Any) -> tuple[nn.Module, nn.Module]:
+    encoder, decoder = whole.get_encoder(), whole.get_decoder()
+    inside = set(encoder.modules()) & set(decoder.modules()) if encoder is not None and decoder is not None else {whole}
+    if whole in inside or encoder in inside or decoder in inside:
+        raise ValueError(
+            f"{type(whole).__name__} does not say which part is its encoder and which its decoder (get_encoder, "
+            "get_decoder), so that nothing knows which tokens are padding: adapt it with align=None"
+        )
+    return encoder, decoder
+
+
+def _check(state: AlignState) -> None:
+    config = state.config
+    if config.response_only:
+        raise ValueError(
+            "response_only=True: an encoder's tokens have no labels, and of a decoder's those with a label count "
+            "anyway: leave it out (and the encoder's layers by exclude_modules, to align the answers alone)"
+        )
+    if config.routing == "sequence":
+        raise ValueError(
+            'routing="sequence" pools over the prompt before an answer, and an encoder-decoder\'s decoder has none: '
+            'use routing="token"'
+        )
+
+
+def _slot(adapter: Any) -> int:
+    return int(adapter.slot.reshape(-1)[0])
+
+
+def _step(state: AlignState) -> Any:
+    step = None if torch.compiler.is_compiling() else state.current
+    return step if step is not None and step.records else None
+
+
+def _after_encoder(encoder: Any, args: Any, output: Any) -> None:
+    step = _step(encoder.align_watched)
+    if step is not None:
+        first = output if isinstance(output, Tensor) else output[0]
+        step.memories.append(place_of(first))
+
+
+def _before_decoder(decoder: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """Some models project what the encoder made before their decoder gets it."""
+    step = _step(decoder.align_watched)
+    memory = kwargs.get("encoder_hidden_states")
+    if step is not None and isinstance(memory, Tensor):
+        step.memories.append(place_of(memory))
+
+
+def _before_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    state, slot = layer.adapter.state, _slot(layer.adapter)
+    step = None if slot in state.sources else _step(state)
+    if step is not None:
+        step.learn(slot, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], layer.align_part)
