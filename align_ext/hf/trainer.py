@@ -17,10 +17,15 @@ from align_ext.accumulation import align_statistics
 from align_ext.batch import Step
 from align_ext.config import AlignLoraConfig, unknown_name
 from align_ext.hf.checkpoint import load_trained, save_trained
-from align_ext.hf.evaluate import answer_nll
 from align_ext.hf.mixing import Mixing, TaskSampler, example_tasks, join_tasks, with_task
-from align_ext.state import UnionPart, find_state
-from align_ext.step import align_step
+from align_ext.hf.task_losses import LossSums, TaskLosses
+from align_ext.hf.training_checks import (
+    ChecksBeforeTraining,
+    least_is_best,
+    refuse_peft_config,
+)
+from align_ext.state import UnionPart, find_state, refuse_processes_apart
+from align_ext.step import align_step, named_tasks
 
 AlignSchedule = Literal["constant", "linear", "cosine"]
 _NO_IDS = (
@@ -57,7 +62,9 @@ class AlignMixin(_Base):
     step begins with a forward of all its micro-batches for their statistics. Beside `loss` it logs `lm_loss` and, where
     they are on, `align_loss`, `balance_loss` and `spectral_loss`, without their weights, means over the steps since the
     last log, and `loss/<task>`, taken from the batches of the logging steps alone (not with logging_strategy="epoch");
-    evaluation logs `eval_loss/<task>`. Where nothing tells tasks apart (plain LoRA) task_ids are optional.
+    evaluation logs `eval_loss/<task>`, of which metric_for_best_model takes the least. A task's loss is the model's
+    own, of that task's tokens or samples (align_ext/hf/task_losses.py). Where nothing tells tasks apart (plain LoRA)
+    task_ids are optional.
 
     Args:
         *args: as for Trainer.
@@ -76,8 +83,9 @@ class AlignMixin(_Base):
     DeepSpeed it is Trainer's own); train(resume_from_checkpoint=...) goes on to the bit.
 
     Raises:
-        ValueError: an option out of range; nn.DataParallel would be used with alignment on; or, in training, a batch
-            without task_ids.
+        ValueError: an option out of range; a peft_config; nn.DataParallel would be used with alignment on, or processes
+            that each train by themselves; when training begins, a model without adapters, or whose adapters nobody
+            trains, or a metric that no evaluation gives; or, in training, a batch without task_ids.
     """
 
     def __init__(
@@ -91,18 +99,23 @@ class AlignMixin(_Base):
             raise ValueError(f"align_warmup must be a share of the steps, 0 <= share < 1, got {align_warmup}")
         self.align_schedule, self.align_warmup = align_schedule, align_warmup
         self._last_weight: float | None = None
+        refuse_peft_config(kwargs.get("peft_config"))
         if isinstance(kwargs.get("train_dataset"), Mapping):
             kwargs["train_dataset"], names = join_tasks(kwargs["train_dataset"])
             task_names = task_names or names
             kwargs["eval_dataset"] = _numbered(kwargs.get("eval_dataset"), names)
         super().__init__(*args, **kwargs)
+        refuse_processes_apart("on CPUs give the arguments use_cpu=True, so that they join by gloo")
+        least_is_best(self.args)
         self.task_names, self.in_order = tuple(task_names), in_order
         self.mixing = {"mixing": mixing} if isinstance(mixing, str) else mixing
-        self._train_sums, self._eval_sums = _LossSums(), _LossSums()
+        self._train_sums, self._eval_sums = LossSums(), LossSums()
+        self._splitter: TaskLosses | None = None
         self._batches: list[Any] = []  # of the step under way, until its first pass
         self._parts: list[UnionPart] = []  # of its micro-batches still to come
         self._epochs = _NextEpoch()
         self.add_callback(self._epochs)
+        self.add_callback(ChecksBeforeTraining(self))
         if self.mixing is not None and not has_length(self.train_dataset):
             raise ValueError("mixing needs a dataset of known size: join_tasks mixes iterable ones, leave mixing out")
         if self._aligned() and self.args.n_gpu > 1:
@@ -142,29 +155,66 @@ class AlignMixin(_Base):
     ) -> Any:
         """Computes Trainer's loss plus, in training, the weighted alignment of the batch's tasks."""
         inputs = dict(inputs)
-        ids, labels = inputs.pop("task_ids", None), inputs.get("labels")
+        ids = inputs.pop("task_ids", None)
+        given, mask = dict(inputs), inputs.get("attention_mask")
         aligned, config = model.training and self._aligned(), self._config()
         if aligned and ids is None and config is not None and config.needs_ids:
             raise ValueError(_NO_IDS)
+        if not model.training and torch.is_grad_enabled() and self._aligned():
+            raise ValueError("the model is in eval mode in training, where nothing is aligned: call model.train()")
         if ids is not None and not model.training and config is not None and config.architecture == "multi_adapter":
             inputs["task_ids"] = ids  # each sample is scored with the adapter of its task
         part = self._next_part(model) if aligned else None
-        step_or_not = (
-            align_step(model, ids, inputs.get("attention_mask"), labels) if aligned else contextlib.nullcontext()
-        )
+        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None  # what else it is, the forward knows
+        step_or_not = align_step(model, ids, mask, inputs.get("labels")) if aligned else contextlib.nullcontext()
         with step_or_not as step:
-            by_task = not model.training or self._is_logging_step()
+            by_task = ids is not None and (not model.training or self._is_logging_step())
             loss, outputs, predicted = self._loss_and_outputs(
                 model, inputs, num_items_in_batch, return_outputs=return_outputs, by_task=by_task
             )
+        if by_task:
+            self._add_tasks(predicted, given, ids, loss, num_items_in_batch, training=model.training)
         total = self._record(step, part, loss, num_items_in_batch) if model.training else loss
-        if by_task and labels is not None and ids is not None:
-            losses = _task_losses(predicted, labels, ids)
-            if model.training:
-                self._train_sums.add_tasks(losses.sum(0))
-            else:
-                self._eval_sums.add_tasks(self._gather_samples(losses, flattened=ids.dim() == 2 and len(ids) == 1))
         return (total, outputs) if return_outputs else total
+
+    def _add_tasks(
+        self, outputs: Any, inputs: Mapping[str, Any], ids: Tensor, loss: Tensor, items: Any, *, training: bool
+    ) -> None:
+        """Adds a batch's loss to the sums by task."""
+        losses, miss = self._by_task.of(outputs, inputs, ids, loss, items)
+        if training:
+            self._train_sums.add_tasks(losses.sum(0), miss)
+        else:
+            flattened = ids.dim() == 2 and len(ids) == 1
+            self._eval_sums.add_tasks(self._gather_samples(losses, flattened=flattened), miss)
+
+    @property
+    def _by_task(self) -> TaskLosses:
+        if self._splitter is None:
+            smoothing = self.args.label_smoothing_factor if self.label_smoother is not None else 0.0
+            self._splitter = TaskLosses(self.model, smoothing)
+        return self._splitter
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Trainer's; where it generates (Seq2SeqTrainer), every sample with the adapter of its task."""
+        if not getattr(self.args, "predict_with_generate", False) or prediction_loss_only:
+            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+        inputs = self._prepare_inputs(inputs)
+        ids, seen = inputs.get("task_ids"), []
+        rest = {name: value for name, value in inputs.items() if name != "task_ids"}
+        config = self._config()
+        named = named_tasks(self.model, ids) if config is not None and ids is not None else contextlib.nullcontext()
+        handle = model.register_forward_hook(lambda module, given, output: seen.append(output))
+        try:
+            with named:
+                result = super().prediction_step(model, rest, prediction_loss_only, *args, **kwargs)
+        finally:
+            handle.remove()
+        if ids is not None and result[0] is not None:  # its loss is of the last forward
+            self._add_tasks(seen[-1], rest, ids, result[0], None, training=False)
+        return result
 
     def _loss_and_outputs(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any, *, return_outputs: bool, by_task: bool
@@ -174,7 +224,7 @@ class AlignMixin(_Base):
         return loss, outputs, outputs
 
     def _gather_samples(self, losses: Tensor, *, flattened: bool) -> Tensor:
-        """The sum of `_task_losses` over all processes' samples, without those that fill up the last batch."""
+        """The sum of losses [B, M, 2, 2] over all processes' samples, without those that fill up the last batch."""
         losses = self.accelerator.pad_across_processes(losses, dim=1)
         # Of a padding-free batch, one row whatever its samples, accelerate cannot tell the further ones.
         gather = self.accelerator.gather if flattened else self.accelerator.gather_for_metrics
@@ -248,17 +298,18 @@ class AlignMixin(_Base):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the parts of the loss to a training log."""
         if "loss" in logs:
-            logs.update(self._train_sums.over_processes(self.accelerator).means(self.task_names))
+            logs.update(self._train_sums.over_processes(self.accelerator).means(self.task_names, self._by_task))
             if "align_loss" in logs and self._last_weight is not None:
                 logs["align_weight"] = self._last_weight
-            self._train_sums = _LossSums()
+            self._train_sums = LossSums()
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """Runs Trainer's loop and adds `<prefix>_loss/<task>`, the mean loss per supervised token, to its metrics."""
-        self._eval_sums = _LossSums()
+        """Runs Trainer's loop and adds `<prefix>_loss/<task>`, the mean loss per token or sample, to its metrics."""
+        self._eval_sums = LossSums()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        means = self._eval_sums.means(self.task_names)
+        self._eval_sums.misses = self._eval_sums.all_misses(self.accelerator)
+        means = self._eval_sums.means(self.task_names, self._by_task)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
@@ -324,67 +375,3 @@ def _numbered(eval_dataset: Any, names: Sequence[str]) -> Any:
         name: part if "task_ids" in (part.column_names or ()) else with_task(part, names.index(name))
         for name, part in eval_dataset.items()
     }
-
-
-def _task_losses(outputs: Any, labels: Tensor, ids: Tensor) -> Tensor:
-    """[B, M, 2]: each sample's NLL and how many supervised tokens, by the task of the token that is predicted.
-
-    Args:
-        outputs: the model's, with logits [B, S, vocab], or with log_probs [B, S - 1] of the labels (TRL's fused head);
-            all is 0 where they have neither.
-        labels: [B, S].
-        ids: [B] or [B, S]; tokens of no task (-1) count nothing.
-    """
-    outputs = outputs if isinstance(outputs, dict) else {}
-    logits, log_probs = outputs.get("logits"), outputs.get("log_probs")
-    supervised = labels[:, 1:] != -100 if labels.dim() == 2 else None
-    if supervised is not None and logits is not None and logits.shape[:2] == labels.shape:
-        nll, where = answer_nll(logits.detach(), labels)
-    elif supervised is not None and log_probs is not None and log_probs.shape == supervised.shape:
-        nll, where = -log_probs.detach()[supervised].float(), torch.nonzero(supervised)[:, 0]
-    else:
-        return torch.zeros(len(labels), 1, 2, device=labels.device)
-    ids = ids if ids.dim() == 2 else ids[:, None].expand_as(labels)
-    tasks = ids[:, 1:].to(nll.device)[supervised]
-    keep = tasks >= 0
-    sums = torch.zeros(len(labels), max(int(ids.max()) + 1, 1), 2, device=nll.device)
-    values = torch.stack([nll, torch.ones_like(nll)], dim=1)
-    return sums.index_put_((where[keep], tasks[keep]), values[keep], accumulate=True)  # deterministic on a GPU too
-
-
-class _LossSums:
-    """Sums of losses on the device, so that nothing waits for it before a log is due."""
-
-    def __init__(self) -> None:
-        self.steps = 0.0  # optimizer steps, of which each micro-batch is a share
-        self.sums: dict[str, Tensor] = {}
-        self.tasks: list[Tensor] = []  # [M, 2] each, M as far as a batch has tasks
-
-    def add(self, name: str, value: Tensor) -> None:
-        """Adds one loss of one micro-batch."""
-        self.sums[name] = self.sums.get(name, 0.0) + value.detach().float()
-
-    def add_tasks(self, losses: Tensor) -> None:
-        """Adds a batch's NLL and supervised tokens by task, [M, 2]."""
-        self.tasks.append(losses)
-
-    def over_processes(self, accelerator: Any) -> _LossSums:
-        """The sums of all processes: what is a mean over a process's samples averaged, tasks added."""
-        result = _LossSums()
-        result.steps = self.steps
-        result.sums = {name: accelerator.reduce(value, "mean") for name, value in self.sums.items()}
-        if self.tasks:
-            tasks = torch.nn.utils.rnn.pad_sequence(self.tasks, batch_first=True).sum(0)
-            tasks = accelerator.pad_across_processes(tasks)
-            result.tasks = list(accelerator.gather(tasks[None]))
-        return result
-
-    def means(self, names: Sequence[str]) -> dict[str, float]:
-        """The sums per optimizer step, and `loss/<task>` per supervised token."""
-        result = {name: float(value) / self.steps for name, value in self.sums.items()}
-        if self.tasks:
-            totals = torch.nn.utils.rnn.pad_sequence([t.double() for t in self.tasks], batch_first=True).sum(0)
-            for task, (nll, tokens) in enumerate(totals.tolist()):
-                if tokens > 0:
-                    result[f"loss/{names[task] if task < len(names) else task}"] = nll / tokens
-        return result
