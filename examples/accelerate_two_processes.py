@@ -6,10 +6,11 @@ torchrun --nproc_per_node 2 examples/accelerate_two_processes.py.
 
 import torch
 from accelerate import Accelerator
-from common import ARGUMENTS, adapted, compare, loader, optimizer
+from common import ARGUMENTS, adapted, compare, launched, loader, optimizer
 
 from align_ext import align_parts
 
+launched(several=True)
 accelerator = Accelerator(cpu=not torch.cuda.is_available())
 
 
@@ -28,5 +29,5 @@ def train(weight: float) -> list[float]:
 
 
 if __name__ == "__main__":
-    compare(train, main_process=accelerator.is_main_process)
+    compare(train)
     accelerator.end_training()

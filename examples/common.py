@@ -10,7 +10,7 @@ import os
 import random
 import string
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
@@ -22,17 +22,37 @@ from align_ext import TaskCollator, TaskSampler, replace_linear_with_align_lora
 TASKS = ("sum", "reverse", "capitals")
 
 
-def arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Trains with and without the alignment term, and compares.")
-    parser.add_argument("--model", help="a folder or a hub id of a causal language model (default: a tiny random one)")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--lr", type=float, default=1e-2)
-    parser.add_argument("--weight", type=float, default=0.1, help="lambda of the alignment term")
-    return parser.parse_args()
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError
+    return value
 
 
-ARGUMENTS = arguments()
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+_positive.__name__, _count.__name__ = "positive number", "positive integer"  # in messages
+
+
+class Parser(argparse.ArgumentParser):
+    """A mistake is one line and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Says it."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+PARSER = Parser(description="Trains with and without the alignment term, and compares.")
+PARSER.add_argument("--model", help="a folder or a hub id of a causal language model (default: a tiny random one)")
+PARSER.add_argument("--steps", type=_count, default=30)
+PARSER.add_argument("--lr", type=_positive, default=1e-2)
+PARSER.add_argument("--weight", type=_positive, default=0.1, help="lambda of the alignment term")
+ARGUMENTS = PARSER.parse_args()
 SETTINGS = {  # of transformers' and TRL's trainers
     "max_steps": ARGUMENTS.steps,
     "learning_rate": ARGUMENTS.lr,
@@ -41,20 +61,33 @@ SETTINGS = {  # of transformers' and TRL's trainers
     "save_strategy": "no",
     "report_to": "none",
     "disable_tqdm": True,
+    "use_cpu": not torch.cuda.is_available(),  # so that processes on CPUs find each other
 }
+
+
+def launched(*, several: bool) -> None:
+    """Ends the script in one line where it was not started as it has to be."""
+    script, processes = f"examples/{PARSER.prog}", os.environ.get("WORLD_SIZE", "1")
+    if several and "RANK" not in os.environ:
+        PARSER.error(f"it trains on several processes: start it by torchrun --nproc_per_node 2 {script}")
+    if not several and processes != "1":
+        PARSER.error(f"it trains on one process, and {processes} were started: start it by python {script}")
 
 
 def adapted(weight: float) -> tuple[Any, Any]:
     """A model in training mode with Align-LoRA beside its MLPs, and its tokenizer."""
     torch.manual_seed(0)
-    if ARGUMENTS.model:
-        tokenizer = AutoTokenizer.from_pretrained(ARGUMENTS.model)
-        model = AutoModelForCausalLM.from_pretrained(ARGUMENTS.model, dtype="auto")
-    else:
-        tokenizer = characters()
-        sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
-    replace_linear_with_align_lora(model, align="kl", align_weight=weight, num_tasks=len(TASKS))
+    try:
+        if ARGUMENTS.model:
+            tokenizer = AutoTokenizer.from_pretrained(ARGUMENTS.model)
+            model = AutoModelForCausalLM.from_pretrained(ARGUMENTS.model, dtype="auto")
+        else:
+            tokenizer = characters()
+            sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+            model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
+        replace_linear_with_align_lora(model, align="kl", align_weight=weight, num_tasks=len(TASKS))
+    except (OSError, ValueError) as error:  # what transformers and the options say of a wrong --model
+        PARSER.error(f"--model {ARGUMENTS.model}: {' '.join(str(error).split())}")
     return model.train(), tokenizer
 
 
@@ -99,18 +132,18 @@ def optimizer(model: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=ARGUMENTS.lr)
 
 
-def compare(train: Callable[[float], list[float]], *, main_process: bool = True) -> None:
+def compare(train: Callable[[float], list[float]]) -> None:
     """Trains without and with the alignment term and shows the alignment value, which must fall faster with it.
 
     Args:
         train: takes the weight of the alignment and returns the alignment value of each step.
-        main_process: whether this process prints.
     """
     kept, processes = {}, int(os.environ.get("WORLD_SIZE", "1"))
     for weight in (0.0, ARGUMENTS.weight):
         values = train(weight)
         kept[weight] = values[-1] / values[0]
-        if main_process:
+        if os.environ.get("RANK", "0") == "0":
             change = f"{values[0]:.3f} -> {values[-1]:.3f} (x {kept[weight]:.2f})"
             print(f"weight {weight:g}, {processes} process(es): alignment {change}")
-    assert kept[ARGUMENTS.weight] < min(1, kept[0.0]), "the alignment term did not lower the alignment value"
+    if not kept[ARGUMENTS.weight] < min(1, kept[0.0]):
+        raise SystemExit("the alignment term did not lower the alignment value: try more --steps")

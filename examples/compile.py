@@ -1,7 +1,7 @@
 """Align-LoRA with torch.compile, the whole model in one graph: python examples/compile.py."""
 
 import torch
-from common import adapted, compare, loader, optimizer
+from common import adapted, compare, launched, loader, optimizer
 
 from align_ext import align_parts, align_step
 
@@ -24,4 +24,5 @@ def train(weight: float) -> list[float]:
 
 
 if __name__ == "__main__":
+    launched(several=False)
     compare(train)

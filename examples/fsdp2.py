@@ -2,7 +2,7 @@
 
 import torch
 import torch.distributed as dist
-from common import ARGUMENTS, adapted, compare, loader, optimizer
+from common import ARGUMENTS, adapted, compare, launched, loader, optimizer
 from torch.distributed.fsdp import fully_shard
 
 from align_ext import align_parts
@@ -26,8 +26,9 @@ def train(weight: float) -> list[float]:
 
 
 if __name__ == "__main__":
+    launched(several=True)
     dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo")
     if DEVICE == "cuda":
         torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
-    compare(train, main_process=dist.get_rank() == 0)
+    compare(train)
     dist.destroy_process_group()

@@ -1,6 +1,6 @@
 """Align-LoRA in a plain PyTorch loop: python examples/plain_loop.py."""
 
-from common import adapted, compare, loader, optimizer
+from common import adapted, compare, launched, loader, optimizer
 
 from align_ext import align_parts
 
@@ -18,4 +18,5 @@ def train(weight: float) -> list[float]:
 
 
 if __name__ == "__main__":
+    launched(several=False)
     compare(train)
