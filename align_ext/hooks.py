@@ -26,14 +26,15 @@ _EVAL = (
 
 
 def register_hooks(model: nn.Module, state: AlignState) -> None:
-    """Gives the model's forward the argument task_ids."""
+    """Gives the model's forward the argument task_ids; whatever raises, the model is as it was."""
+    of_parts = watch_parts(model, state)
     model.align_state = state  # type: ignore[assignment]
     # Taken from the outermost signature: transformers' decorators hide the names from the code object.
     model.align_arguments = tuple(inspect.signature(type(model).forward).parameters)[1:]  # type: ignore[assignment]
     model.align_hooks = (  # type: ignore[assignment]
         model.register_forward_pre_hook(_before_forward, with_kwargs=True),
         model.register_forward_hook(_after_forward, with_kwargs=True, always_call=True),
-        *watch_parts(model, state),
+        *of_parts,
     )
 
 
