@@ -137,7 +137,9 @@ def name_of_base(model: nn.Module) -> str | None:
 
 def _plain(name: str) -> str:
     """A name in the plain model."""
-    name = f"{name.removeprefix(PEFT_PREFIX)}.".replace(".base_layer.", ".").replace(".original_module.", ".")
+    name = f"{name.removeprefix(PEFT_PREFIX)}."
+    for part in ("base_layer", "original_module", "_orig_mod", "_checkpoint_wrapped_module"):
+        name = name.replace(f".{part}.", ".")
     return name[:-1]
 
 

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from align_ext.config import AUTO, AlignLoraConfig
 from align_ext.hf.adopt import PEFT_PREFIX
+from align_ext.hf.sharded import whole
 from align_ext.nn.base import AdaptedModule
 from align_ext.state import find_state
 
 HEADS = ("classifier", "score", "qa_outputs")  # what PEFT trains by task_type
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # of a compiled or checkpointed part of a model
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # have no forward of their own
 
 
@@ -54,24 +56,26 @@ def trained_beside(model: nn.Module) -> Beside:
     trained = {p for p in model.parameters() if p.requires_grad and p not in adapters}
     modules: list[str] = []
     if trained:
-        _collect(model, "", trained, modules)
+        _collect(model, model, "", trained, modules)
     every, ids = tensors_of(model), {id(p) for p in trained}
-    whole = {name: tensor for name, tensor in every.items() if is_below(name, modules)}
-    others = {name: tensor for name, tensor in every.items() if id(tensor) in ids and name not in whole}
-    return Beside(whole | others, tuple(modules), tuple(others))
+    inside = {name: tensor for name, tensor in every.items() if is_below(name, modules)}
+    others = {name: tensor for name, tensor in every.items() if id(tensor) in ids and name not in inside}
+    return Beside(inside | others, tuple(modules), tuple(others))
 
 
-def _collect(module: nn.Module, name: str, trained: Collection[nn.Parameter], found: list[str]) -> None:
+def _collect(
+    root: nn.Module, module: nn.Module, name: str, trained: Collection[nn.Parameter], found: list[str]
+) -> None:
     """Adds the names of the largest modules all of whose parameters are trained and that stand beside all adapters."""
     if isinstance(module, AdaptedModule):
         return
     own = list(module.parameters())
     adapted = any(isinstance(part, AdaptedModule) for part in module.modules())
     if name and own and not adapted and not isinstance(module, _CONTAINERS) and all(p in trained for p in own):
-        found.append(name.removeprefix(PEFT_PREFIX))
+        found.append(plain_name(root, name))
         return
     for child, part in module.named_children():
-        _collect(part, f"{name}.{child}" if name else child, trained, found)
+        _collect(root, part, f"{name}.{child}" if name else child, trained, found)
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -92,9 +96,10 @@ def plain_name(model: nn.Module, name: str) -> str:
     if name.startswith(PEFT_PREFIX):
         module = model.get_submodule(PEFT_PREFIX[:-1])
     for part in parts:
-        if not (isinstance(module, AdaptedModule) and part == "base_layer"):
+        if not (isinstance(module, AdaptedModule) and part == "base_layer") and part not in _WRAPPERS:
             kept.append(part)
-        module = module._modules.get(part) or nn.Identity()
+        child = module._modules.get(part)
+        module = nn.Identity() if child is None else child
     return ".".join(kept)
 
 
@@ -135,9 +140,10 @@ def start_training(model: nn.Module, names: Collection[str]) -> None:
     """Makes tensors of the base trained (where they are parameters), and keeps what they are for unload."""
     state, every = find_state(model), tensors_of(model)
     assert state is not None
+    for name, value in whole({n: every[n] for n in names if n not in state.originals}, "start_training").items():
+        state.originals[name] = value.clone()
     for name in names:
         tensor = every[name]
-        state.originals.setdefault(name, tensor.detach().cpu().clone())
         if isinstance(tensor, nn.Parameter):
             tensor.requires_grad_(True)
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from align_ext.hf.export import load_adapter, save_adapter
+from align_ext.hf.sharded import holders
 from align_ext.hf.tensors import write_tensors
 from align_ext.state import STATISTICS, AlignState, find_state
 
@@ -25,7 +26,8 @@ def save_trained(model: nn.Module, folder: str | Path, task_names: Sequence[str]
         task_names: as for save_adapter.
     """
     save_adapter(model, folder, task_names)
-    if queue := _state(model).queue:
+    ranks = holders(model.parameters())
+    if (queue := _state(model).queue) and (not ranks or torch.distributed.get_rank() == ranks[0]):
         named = (t.to_tensors().items() for t in queue)
         write_tensors(Path(folder, QUEUE), {f"{i}.{name}": x for i, items in enumerate(named) for name, x in items})
 

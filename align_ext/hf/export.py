@@ -27,10 +27,11 @@ Nothing is pickled, and load_adapter checks keys, shapes, dtypes, finiteness, an
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,15 +39,15 @@ import torch
 from torch import nn
 
 from align_ext.config import AlignLoraConfig
-from align_ext.hf.adopt import PEFT_PREFIX
 from align_ext.hf.base_model import BaseModel
-from align_ext.hf.beside import Beside, check_ties, start_training, tensors_of, trained_beside
+from align_ext.hf.beside import Beside, check_ties, plain_name, start_training, tensors_of, trained_beside
 from align_ext.hf.folder import (
     ADAPTER_FILES,
     OUR_CONFIG,
     STATE,
     TRAINED,
     AdapterFolder,
+    adapters_of,
     checked_task_names,
     decisive,
     state_of,
@@ -64,8 +65,9 @@ from align_ext.hf.peft_form import (
 )
 from align_ext.hf.peft_names import peft_misreads
 from align_ext.hf.replace import Adapted, adapt, adapted_layers, layer_names
+from align_ext.hf.sharded import fill, holders, one_writes, outlines, unwrapped, whole
 from align_ext.hf.tensors import check_tensors, digest_of, write_tensors
-from align_ext.nn.base import AdaptedLinear, Adapter, is_conv1d
+from align_ext.nn.base import Adapter, is_conv1d
 from align_ext.reading import shown
 from align_ext.state import AlignState, find_state
 from align_ext.writing import atomic_folder
@@ -74,8 +76,39 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
+@dataclass(frozen=True)
+class _Whole:
+    """What is trained in a model, by names in the plain model, whole and on the CPU."""
+
+    model: nn.Module
+    state: AlignState
+    layers: dict[str, Adapted]
+    adapters: dict[str, Adapter]
+    beside: Beside
+    ranks: tuple[int, ...]  # the processes that hold parts of it
+
+    @classmethod
+    def of(cls, model: nn.Module, what: str) -> _Whole:
+        """Reads a model's; `what` is the name of the function that does."""
+        model = unwrapped(model)
+        layers, state, beside = _plain_names(model, adapted_layers(model)), _state(model), trained_beside(model)
+        own = state_of({name: layer.adapter for name, layer in layers.items()})
+        values, ranks = whole(own | beside.tensors, what), holders((own | beside.tensors).values())
+        scaling = {name: layer.adapter.scaling for name, layer in layers.items()}
+        adapters = adapters_of(state.config, {name: values[name] for name in own}, scaling, state)
+        beside = replace(beside, tensors={name: values[name] for name in beside.tensors})
+        return cls(model, state, layers, adapters, beside, ranks)
+
+    def cannot_write(self) -> str | None:
+        """Why stock PEFT would not read this in the model as it is, or None."""
+        return peft_misreads(self.model, list(self.layers)) or self.beside.cannot_export(self.model)
+
+
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], task_names: Sequence[str] = ()) -> None:
     """Writes the adapters as a folder that load_adapter reads to the bit, and stock PEFT if it has a form of them.
+
+    Where parameters are in parts (FSDP2, ZeRO-3), every process has to call it; one writes, and all return when the
+    folder is whole.
 
     Args:
         model: adapted by replace_linear_with_align_lora.
@@ -84,29 +117,34 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], task_names: S
 
     Raises:
         ValueError: the model has no adapters, a weight is not finite, or the names do not fit.
+        RuntimeError: parameters are in parts, and not all processes called it.
     """
-    layers, config = _plain_names(adapted_layers(model)), _state(model).config
-    adapters, beside = {name: layer.adapter for name, layer in layers.items()}, trained_beside(model)
-    names = checked_task_names(task_names, config)
+    names = checked_task_names(task_names, _state(model).config)
+    it = _Whole.of(model, "save_adapter")
+    adapters, config, beside = it.adapters, it.state.config, it.beside.tensors
     scaling = {name: adapter.scaling for name, adapter in adapters.items()}
     scaling = {} if set(scaling.values()) == {config.scaling} else scaling
-    with_peft, state = _cannot_write(model, layers, beside) is None, state_of(adapters)
+    with_peft, state = it.cannot_write() is None, state_of(adapters)
     plain = with_peft and is_plain(adapters, config)
-    record = {"options": decisive(config, scaling, names), "base": BaseModel.of(model).to_dict()}
-    options = config.to_dict() | {"digest": digest_of(state | beside.tensors)}
+    record = {"options": decisive(config, scaling, names), "base": BaseModel.of(it.model).to_dict()}
+    options = config.to_dict() | {"digest": digest_of(state | beside)}
     options |= ({"task_names": list(names)} if names else {}) | ({"layer_scaling": scaling} if scaling else {})
-    with atomic_folder(folder, ADAPTER_FILES) as path:
-        for where, form in peft_forms(adapters, config, names, beside.tensors).items() if with_peft else ():
-            _write_peft(path / where, form, model, layers, beside, record if plain else None)
+    with one_writes(it.ranks) as writes, atomic_folder(folder, ADAPTER_FILES) if writes else nullcontext() as path:
+        if path is None:
+            return
+        for where, form in peft_forms(adapters, config, names, beside).items() if with_peft else ():
+            _write_peft(path / where, form, it, record if plain else None)
         if not plain:
             write_tensors(path / STATE, state, record)
-            if beside.tensors:
-                write_tensors(path / TRAINED, beside.tensors)
+            if beside:
+                write_tensors(path / TRAINED, beside)
         write_json(path / OUR_CONFIG, options)
 
 
 def export_peft(model: nn.Module, folder: str | os.PathLike[str], task: int | None = None) -> None:
     """Writes the adapter as stock PEFT's own folder, with nothing of ours: for other programs, or to publish.
+
+    Where parameters are in parts, every process has to call it, as save_adapter.
 
     Args:
         model: adapted by replace_linear_with_align_lora.
@@ -116,18 +154,21 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str], task: int | No
     Raises:
         ValueError: PEFT has no form of these adapters (the message says why), a weight is not finite, or there is no
             such task.
+        RuntimeError: parameters are in parts, and not all processes called it.
     """
-    layers, state = _plain_names(adapted_layers(model)), _state(model)
-    adapters, beside = {name: layer.adapter for name, layer in layers.items()}, trained_beside(model)
+    config = _state(model).config
     if task is not None:
-        tasks = state.config.num_tasks if state.config.architecture == "multi_adapter" else 0
+        tasks = config.num_tasks if config.architecture == "multi_adapter" else 0
         if not 0 <= task < (tasks or 0):
             raise ValueError(f"task={task}: the model has an adapter for each of {tasks} tasks")
-    with contextlib.nullcontext() if task is None else named_task(adapters, task):
-        if reason := cannot_export(adapters, state.config) or _cannot_write(model, layers, beside):
+    it = _Whole.of(model, "export_peft")
+    with nullcontext() if task is None else named_task(it.adapters, task):
+        if reason := cannot_export(it.adapters, config) or it.cannot_write():
             raise ValueError(f"PEFT has no form of this adapter: {reason}")
-        with atomic_folder(folder, ADAPTER_FILES) as path:
-            _write_peft(path, peft_form(adapters, state.config, beside.tensors), model, layers, beside)
+        form = peft_form(it.adapters, config, it.beside.tensors)
+    with one_writes(it.ranks) as writes, atomic_folder(folder, ADAPTER_FILES) if writes else nullcontext() as path:
+        if path is not None:
+            _write_peft(path, form, it)
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, force: bool = False) -> nn.Module:
@@ -148,7 +189,9 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, force: boo
             files that do not belong together or were edited, options that differ from the model's, another base model,
             or no such folder. The model is then as it was.
     """
-    stored, state = AdapterFolder.read(folder), find_state(model)
+    stored, outer = AdapterFolder.read(folder), model
+    model = unwrapped(outer)
+    state = find_state(model)
     if state is not None:
         _refuse_other_options(stored, state.config)
     stored.check_model(model, layer_names(model) if state is None else [], force=force)
@@ -156,36 +199,37 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, force: boo
         beside = {name: tensor for name, tensor in tensors_of(model).items() if name in stored.trained}
     else:
         beside = trained_beside(model).tensors
-    check_tensors(stored.trained, beside, " (what is trained beside the adapters)")
+    check_tensors(stored.trained, outlines(beside), " (what is trained beside the adapters)")
     check_ties(model, stored.trained, alone=not stored.tied)
     if state is None:
-        adapt(model, stored.config, stored.ranks(), stored.trained, lambda own: _fill(own, stored, stored.config))
+        adapt(
+            outer, stored.config, stored.ranks(), stored.trained, lambda own: _fill(model, own, stored, stored.config)
+        )
     else:
-        _fill({name: layer.adapter for name, layer in adapted_layers(model).items()}, stored, state.config)
+        own = {name: layer.adapter for name, layer in adapted_layers(model).items()}
+        _fill(model, own, stored, state.config)
     rounded = [n for n, t in beside.items() if torch.promote_types(stored.trained[n].dtype, t.dtype) != t.dtype]
     if rounded:
         logger.warning("%s is rounded to %s, as the base model is", ", ".join(rounded), beside[rounded[0]].dtype)
-    start_training(model, stored.trained)
-    with torch.no_grad():
-        for name, tensor in beside.items():
-            tensor.copy_(stored.trained[name])
-    return model
+    if state is None:
+        start_training(model, stored.trained)
+    fill(beside, stored.trained, "load_adapter")
+    return outer
 
 
-def _fill(own: Mapping[str, Adapter], stored: AdapterFolder, config: AlignLoraConfig) -> None:
-    """Gives adapters the folder's values, after all checks."""
-    adapters, tensors = _plain_names(own), stored.state()
+def _fill(model: nn.Module, own: Mapping[str, Adapter], stored: AdapterFolder, config: AlignLoraConfig) -> None:
+    """Gives a model's adapters the folder's values, after all checks."""
+    adapters, tensors = _plain_names(model, own), stored.state()
     state, here, there = state_of(adapters), config.target_modules, stored.config.target_modules
-    check_tensors(tensors, state, f"; target_modules={shown(there)} in the folder, {shown(here)} in the model")
+    hint = f"; target_modules={shown(there)} in the folder, {shown(here)} in the model"
+    check_tensors(tensors, outlines(state), hint)
     for key, tensor in state.items():
         if torch.promote_types(tensors[key].dtype, tensor.dtype) != tensor.dtype:
             raise ValueError(
                 f"{key} is {tensors[key].dtype}, which the model's {tensor.dtype} would round: adapt the model with "
                 'adapter_dtype="float32" first, or load the base model in a wider dtype'
             )
-    with torch.no_grad():
-        for key, tensor in state.items():
-            tensor.copy_(tensors[key])
+    fill(state, tensors, "load_adapter")
     for name, adapter in adapters.items():
         adapter.scaling = stored.adapters[name].scaling
 
@@ -201,9 +245,9 @@ def _refuse_other_options(stored: AdapterFolder, config: AlignLoraConfig) -> Non
             )
 
 
-def _plain_names(layers: Mapping[str, _T]) -> dict[str, _T]:
-    """Layers or adapters by their names without the PeftModel around an adopted model."""
-    return {name.removeprefix(PEFT_PREFIX): layer for name, layer in layers.items()}
+def _plain_names(model: nn.Module, layers: Mapping[str, _T]) -> dict[str, _T]:
+    """Layers or adapters by their names in the plain model."""
+    return {plain_name(model, name): layer for name, layer in layers.items()}
 
 
 def _state(model: nn.Module) -> AlignState:
@@ -213,31 +257,19 @@ def _state(model: nn.Module) -> AlignState:
     return state
 
 
-def _cannot_write(model: nn.Module, layers: Mapping[str, Adapted], beside: Beside) -> str | None:
-    """Why stock PEFT would not read these layers in this model as they are, or None."""
-    return peft_misreads(model, list(layers)) or beside.cannot_export(model)
-
-
-def _write_peft(
-    path: Path,
-    form: PeftForm,
-    model: nn.Module,
-    layers: Mapping[str, Adapted],
-    beside: Beside,
-    record: Mapping[str, Any] | None = None,
-) -> None:
+def _write_peft(path: Path, form: PeftForm, it: _Whole, record: Mapping[str, Any] | None = None) -> None:
     path.mkdir(parents=True, exist_ok=True)
-    base = BaseModel.of(model)
+    base = BaseModel.of(it.model)
     write_tensors(path / WEIGHTS, form.tensors, record or {"base": base.to_dict()})
     content = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if hasattr(model, "generate") else None,
+        "task_type": "CAUSAL_LM" if hasattr(it.model, "generate") else None,
         "base_model_name_or_path": base.name,
         **form.options,
-        "lora_dropout": _state(model).config.lora_dropout,
-        "target_modules": _target_modules(model, list(layers)),
-        "modules_to_save": list(beside.modules) or None,
-        "fan_in_fan_out": all(is_conv1d(layer.base_layer) for layer in layers.values()),
+        "lora_dropout": it.state.config.lora_dropout,
+        "target_modules": _target_modules(it.model, list(it.layers)),
+        "modules_to_save": list(it.beside.modules) or None,
+        "fan_in_fan_out": all(is_conv1d(layer.base_layer) for layer in it.layers.values()),
         "bias": "none",
         "inference_mode": True,
     }
@@ -246,6 +278,6 @@ def _write_peft(
 
 def _target_modules(model: nn.Module, names: list[str]) -> list[str]:
     """Last parts of the names where they select the same layers, full names otherwise."""
-    kinds = sorted({name.rpartition(".")[2] for name in names})
-    others = [n for n, m in model.named_modules() if n.rpartition(".")[2] in kinds and not isinstance(m, AdaptedLinear)]
-    return names if others else kinds
+    kinds, own = sorted({name.rpartition(".")[2] for name in names}), set(names)
+    others = (n for n, _ in model.named_modules() if n.rpartition(".")[2] in kinds and plain_name(model, n) not in own)
+    return kinds if next(others, None) is None else names

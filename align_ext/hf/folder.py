@@ -107,7 +107,9 @@ class AdapterFolder:
         else:
             factors = _checked_scaling(path / OUR_CONFIG, scaling, _modules(tensors))
         names = checked_task_names([] if task_names is None else task_names, config)
-        adapters = _adapters(path, config, tensors, factors)
+        adapters = adapters_of(config, tensors, factors)
+        if not adapters:
+            raise ValueError(f"{place(path)} is no adapter folder: it holds no weights")
         if digest not in (None, digest_of(tensors | trained)):
             raise ValueError(f"{place(file)} holds other tensors than {OUR_CONFIG} was written for: one was replaced")
         if not plain:
@@ -208,10 +210,41 @@ def checked_task_names(names: Any, config: AlignLoraConfig) -> tuple[str, ...]:
 
 
 def state_of(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
-    """All tensors of adapters, by "<module>.<parameter>"."""
-    return {
-        f"{name}.{part}": tensor for name, adapter in adapters.items() for part, tensor in adapter.state_dict().items()
-    }
+    """All tensors of adapters, parameters themselves, by "<module>.<parameter>"."""
+    named = {name: adapter.state_dict(keep_vars=True) for name, adapter in adapters.items()}
+    return {f"{name}.{part}": tensor for name, own in named.items() for part, tensor in own.items()}
+
+
+def adapters_of(
+    config: AlignLoraConfig,
+    tensors: Mapping[str, Tensor],
+    scaling: Mapping[str, float],
+    state: AlignState | None = None,
+) -> dict[str, Adapter]:
+    """The adapters that hold these tensors, each as its options and the sizes of its A and B make it.
+
+    Args:
+        config: their options.
+        tensors: by "<module>.<parameter>".
+        scaling: by module, where it is not the options'.
+        state: of their model; None: one of their own.
+
+    Raises:
+        ValueError: tensors are missing, unexpected, of other shapes or not finite.
+    """
+    state, ranks, adapters = state or AlignState(config), _ranks(tensors), {}
+    for name in _modules(tensors):
+        A, B = tensors.get(f"{name}.lora_A"), tensors.get(f"{name}.lora_B")
+        sizes = (A.shape[-1] if A is not None and A.dim() else 1, B.shape[-2] if B is not None and B.dim() > 1 else 1)
+        with torch.device("meta"):
+            adapter = adapter_class(config)(replace(config, r=ranks.get(name, config.r)), *sizes)
+        adapter.state, adapter.scaling = state, scaling.get(name, config.scaling)
+        adapters[name] = adapter
+    check_tensors(tensors, state_of(adapters))
+    for name, adapter in adapters.items():
+        own = {part: tensors[f"{name}.{part}"] for part in adapter.state_dict()}
+        adapter.load_state_dict(own, assign=True)
+    return adapters
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
@@ -295,27 +328,6 @@ def _modules(tensors: Mapping[str, Tensor]) -> list[str]:
 def _ranks(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     shapes = {name: tensors[f"{name}.lora_A"].shape for name in _modules(tensors) if f"{name}.lora_A" in tensors}
     return {name: shape[-2] for name, shape in shapes.items() if len(shape) >= 2}
-
-
-def _adapters(
-    path: Path, config: AlignLoraConfig, tensors: Mapping[str, Tensor], scaling: Mapping[str, float]
-) -> dict[str, Adapter]:
-    """The adapters that hold these tensors, each as its options and the sizes of its A and B make it."""
-    state, ranks, adapters = AlignState(config), _ranks(tensors), {}
-    for name in _modules(tensors):
-        A, B = tensors.get(f"{name}.lora_A"), tensors.get(f"{name}.lora_B")
-        sizes = (A.shape[-1] if A is not None and A.dim() else 1, B.shape[-2] if B is not None and B.dim() > 1 else 1)
-        with torch.device("meta"):
-            adapter = adapter_class(config)(replace(config, r=ranks.get(name, config.r)), *sizes)
-        adapter.state, adapter.scaling = state, scaling.get(name, config.scaling)
-        adapters[name] = adapter
-    if not adapters:
-        raise ValueError(f"{place(path)} is no adapter folder: it holds no weights")
-    check_tensors(tensors, state_of(adapters))
-    for name, adapter in adapters.items():
-        own = {part: tensors[f"{name}.{part}"] for part in adapter.state_dict()}
-        adapter.load_state_dict(own, assign=True)
-    return adapters
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from align_ext.hf.beside import give_back
 from align_ext.hf.replace import adapted_layers
+from align_ext.hf.sharded import refuse_parts
 from align_ext.hooks import remove_hooks
 from align_ext.nn.base import AdaptedLinear
 from align_ext.nn.block import AdaptedBlock
@@ -62,6 +63,7 @@ def merge_and_unload(
         ValueError: a layer cannot be merged, or its merged weight is not finite (float16 overflows); nothing was
             changed then, and the message says which and why.
     """
+    refuse_parts(model, "merge_and_unload")
     layers = adapted_layers(model)
     if approximate not in (None, "uniform"):
         raise ValueError(f'approximate={approximate!r} must be "uniform" or None')
@@ -95,6 +97,7 @@ def unload(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: something else was trained too whose value in the base model is not kept; nothing was changed then.
     """
+    refuse_parts(model, "unload")
     layers = adapted_layers(model)
     give_back(model)
     return _put_back(model, {name: layer.base_layer for name, layer in layers.items()})

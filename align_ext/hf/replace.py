@@ -94,7 +94,6 @@ def replace_linear_with_align_lora(
     if config is not None and options:
         raise ValueError("give either config or single options, not both")
     config = config or AlignLoraConfig.from_dict(options)
-    _refuse_wrapped(model)
     if find_state(model) is not None:
         logger.warning("the model has adapters already: nothing was changed (unload(model) removes them)")
         return model
@@ -117,6 +116,7 @@ def adapt(
         trained: names of the tensors that are about to be loaded beside it; what they belong to is not adapted.
         fill: gives the adapters their values, or raises.
     """
+    _refuse_wrapped(model)
     refuse_other_peft(model)
     report = ReplaceReport()
     candidates = dict(_linear_like(model))

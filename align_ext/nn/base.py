@@ -231,6 +231,9 @@ class AdaptedLinear(AdaptedModule):
     def base_cannot_merge(self) -> str | None:
         """Why nothing can be merged into the base weight, or None."""
         base: Any = self.base_layer
+        weight: Any = getattr(base, "weight", None)
+        if hasattr(weight, "device_mesh") or hasattr(weight, "ds_id"):
+            return "several processes hold parts of the base weight: save the adapter, and merge it in one process"
         if not has_float_weight(base):
             return "the base weight is quantised: load the base in a floating-point dtype to merge"
         if not isinstance(base._parameters.get("weight"), nn.Parameter):

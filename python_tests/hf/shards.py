@@ -1,0 +1,196 @@
+"""What each of two processes runs that hold parts of a model's parameters (imported there by name)."""
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from hf.folders import plain, trained
+from safetensors.torch import save_file
+from tiny import batch, llama
+
+from align_ext import (
+    export_peft,
+    load_adapter,
+    merge_and_unload,
+    replace_linear_with_align_lora,
+    save_adapter,
+    set_task,
+    unload,
+)
+from align_ext.hf import sharded
+from align_ext.hf.checkpoint import load_trained, save_trained
+from align_ext.hf.replace import adapted_layers
+
+KINDS = ("PiSSA", "m_lora, rslora", "multi_adapter", "mtlora beside blocks")
+FIRST, STEPS = "model.layers.0.mlp.down_proj", 2
+
+
+def join(rank, port):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+
+
+def model_of(kind, tied=False):
+    """With adapters of random values; the final norm and the embedding, which may be the head too, are trained."""
+    if tied:
+        model = replace_linear_with_align_lora(llama(tie_word_embeddings=True), r=3, num_tasks=3, align=None)
+    else:
+        model = trained(kind, align=None)
+    for part in (model.model.norm, model.model.embed_tokens):
+        part.requires_grad_(True)
+    return model
+
+
+def values(model):
+    """Everything that is trained, by the names that the modules have, whole."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            found[name] = (
+                parameter.full_tensor() if hasattr(parameter, "full_tensor") else whole_by_deepspeed(parameter)
+            )
+    return {name: tensor.detach().clone() for name, tensor in found.items()}
+
+
+def whole_by_deepspeed(parameter):
+    if not hasattr(parameter, "ds_id"):
+        return parameter
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
+
+
+def train(call, model, rank, step):
+    for i in range(STEPS):
+        inputs, tasks = batch(2 * i + rank)
+        needs = model.align_state.config.needs_ids
+        step(call(**inputs, **({"task_ids": tasks} if needs else {})).loss)
+
+
+def fsdp2(rank, port, folder):
+    """Trains each kind in shards, saves it; loads it into shards again; what needs the whole model is refused."""
+    from torch.distributed.fsdp import fully_shard
+
+    join(rank, port)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+
+    def shard(model):
+        return [fully_shard(part) for part in (*model.model.layers, model)][-1]
+
+    for kind in (*KINDS, "tied"):
+        model = shard(model_of(kind, tied=kind == "tied"))
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.05)
+
+        def step(loss, optimizer=optimizer):
+            loss.backward()
+            optimizer.step(), optimizer.zero_grad()
+
+        train(model.train(), model, rank, step)
+        with torch.no_grad():
+            model.eval()(
+                **batch()[0], **({"task_ids": batch()[1]} if kind == "multi_adapter" else {})
+            )  # leaves it whole
+        place = Path(folder, kind)
+        save_trained(model, place / "adapter")
+        assert (place / "adapter" / "align_lora_config.json").is_file()  # in every process
+        expected = values(model)
+        if rank == 0:
+            save_file({n.replace("lm_head", "head"): t for n, t in expected.items()}, place / "expected.safetensors")
+        if kind in ("tied", "multi_adapter"):
+            set_task(model, 1)
+            export_peft(model, place / "peft")
+        for refused in (merge_and_unload, unload):
+            with pytest.raises(ValueError, match=r"one process, but this one is wrapped or in parts"):
+                refused(model)
+        for layer in adapted_layers(model).values():
+            assert layer.cannot_merge() is not None
+        other = shard(model_of(kind, tied=kind == "tied"))
+        load_trained(other, place / "adapter")
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in values(other).items())
+    alone(rank, model, Path(folder, "alone"))
+    something_else(rank, model, Path(folder, "else"))
+    nothing_to_write_to(rank, model, Path(folder))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def alone(rank, model, folder):
+    """The first process saves alone, while the other one waits at a barrier; then both do."""
+    sharded.SECONDS = 2.0
+    if rank == 0:
+        with pytest.raises(RuntimeError, match=r"save_adapter needs all 2 processes.*not all called it within 2 s"):
+            save_adapter(model, folder)
+        assert not folder.exists()
+    dist.barrier()
+    sharded.SECONDS = 60.0
+    save_adapter(model, folder)
+    assert folder.is_dir()
+
+
+def something_else(rank, model, folder):
+    """One process saves and the other one exports."""
+    with pytest.raises(RuntimeError, match=r"was called here, but .* in process"):
+        (save_adapter if rank == 0 else export_peft)(model, folder)
+    assert not folder.exists()
+
+
+def nothing_to_write_to(rank, model, folder):
+    """What the writing process meets is an error in the others too."""
+    (folder / "file").write_text("mine")
+    dist.barrier()
+    with pytest.raises((ValueError, RuntimeError), match="file"):
+        save_adapter(model, folder / "file")
+    assert (folder / "file").read_text() == "mine"
+
+
+def zero3(rank, port, folder):
+    """Trains with DeepSpeed's ZeRO-3 and saves; loads before deepspeed.initialize, and is refused after it."""
+    import deepspeed
+
+    join(rank, port)
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+    options = {
+        "train_micro_batch_size_per_gpu": 6,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 100},
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+    }
+    for kind in ("lora", "m_lora, rslora"):
+        model = model_of(kind)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.05)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=options)
+
+        def step(loss, engine=engine):
+            engine.backward(loss)
+            engine.step()
+
+        engine.train()
+        train(engine, model, rank, step)
+        place = Path(folder, kind)
+        save_trained(engine, place / "adapter")
+        expected = values(model)
+        if rank == 0:
+            save_file(expected, place / "expected.safetensors")
+        with pytest.raises(ValueError, match=r"DeepSpeed's optimizer has a copy .*before deepspeed\.initialize"):
+            load_adapter(engine, place / "adapter")
+        with pytest.raises(ValueError, match="one process, but this one is wrapped or in parts"):
+            merge_and_unload(engine.module)
+        with deepspeed.zero.Init(config_dict_or_path=options):
+            empty = plain().__class__(plain().config)
+        assert all(p.numel() == 0 or p.ds_persist for p in empty.parameters())
+        with deepspeed.zero.GatheredParameters(list(empty.parameters()), modifier_rank=0):
+            if rank == 0:
+                empty.load_state_dict(plain().state_dict())
+        load_adapter(empty, place / "adapter")
+        names = {n: p for n, p in empty.named_parameters() if p.requires_grad}
+        assert names.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in values(empty).items())
+        save_adapter(empty, place / "again")
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,80 @@
+"""Parameters that several processes hold parts of: what they save is loaded by one to the bit, or they are refused."""
+
+import pytest
+import torch
+from hf import shards
+from hf.folders import assert_same_bits, files, logits, plain
+from safetensors.torch import load_file
+from tiny import llama
+
+from align_ext import load_adapter, save_adapter, set_task
+from align_ext.hf import sharded
+from align_ext.hf.peft_form import WEIGHTS
+from align_ext.hf.tensors import read_tensors
+
+
+def assert_holds(folder, base, kind):
+    """The folder's adapter, loaded into the base by one process, is what was trained."""
+    expected = load_file(folder / "expected.safetensors")
+    loaded = load_adapter(base, folder / "adapter")
+    found = {name: p for name, p in loaded.named_parameters() if p.requires_grad}
+    assert found.keys() == expected.keys()
+    fresh = dict(shards.model_of(kind, tied=kind == "tied").named_parameters())
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name]), (kind, name)
+        assert not torch.equal(tensor, fresh[name]), (kind, name)
+    return loaded
+
+
+def test_fsdp2_saves_and_loads_what_it_trained(tmp_path, unused_port):
+    torch.multiprocessing.spawn(shards.fsdp2, (unused_port, str(tmp_path)), nprocs=2)
+    for kind in shards.KINDS:
+        loaded = assert_holds(tmp_path / kind, plain(), kind)
+        if (tmp_path / kind / "peft").exists():
+            set_task(loaded, 1)
+            exported = load_adapter(plain(), tmp_path / kind / "peft")
+            torch.testing.assert_close(logits(exported), logits(loaded), rtol=1e-5, atol=1e-5)
+    assert_holds(tmp_path / "tied", llama(tie_word_embeddings=True), "tied")
+    assert not [name for name in files(tmp_path) if ".tmp" in name]
+
+
+def test_zero3_saves_what_it_trained(tmp_path, unused_port):
+    pytest.importorskip("deepspeed")
+    torch.multiprocessing.spawn(shards.zero3, (unused_port, str(tmp_path)), nprocs=2)
+    for kind in ("lora", "m_lora, rslora"):
+        assert_holds(tmp_path / kind, plain(), kind)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel])
+def test_names_are_those_of_the_model_inside_its_wrappers(wrap, tmp_path):
+    model = shards.trained("lora")
+    save_adapter(model, tmp_path / "plain")
+    save_adapter(wrap(model), tmp_path / "wrapped")
+    for layer in model.model.layers:
+        layer.mlp.up_proj = torch.compile(layer.mlp.up_proj)
+    save_adapter(model, tmp_path / "compiled parts")
+    tensors, record = read_tensors(tmp_path / "plain" / WEIGHTS)
+    for folder in ("wrapped", "compiled parts"):
+        assert files(tmp_path / folder) == files(tmp_path / "plain")
+        for name in files(tmp_path / "plain"):
+            if name.endswith(".json"):
+                assert (tmp_path / folder / name).read_text() == (tmp_path / "plain" / name).read_text()
+        found, its_record = read_tensors(tmp_path / folder / WEIGHTS)
+        assert its_record == record
+        assert_same_bits(found, tensors)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.adapter.lora_A.zero_()
+    assert load_adapter(wrap(model), tmp_path / "plain") is not None
+    assert model.model.layers[0].mlp.down_proj.adapter.lora_A.abs().sum() > 0
+
+
+def test_a_model_without_values_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is on the meta device, where it has no values"):
+        save_adapter(shards.trained("lora").to("meta"), tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_whole_tensors_need_no_other_process():
+    tensors = {"a": torch.ones(2)}
+    assert sharded.holders(tensors.values()) == ()
+    assert sharded.whole(tensors, "test")["a"].tolist() == [1, 1]
