@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,11 +112,6 @@ def refuse_other_peft(model: nn.Module) -> None:
                     f"the PEFT adapter {name!r} has layer_replication={config.layer_replication!r}: its layers are "
                     "not those of the base model, and cannot be adopted"
                 )
-
-
-def refuse_save_pretrained(*args: Any, **kwargs: Any) -> NoReturn:
-    """Stands for save_pretrained of an adopted PeftModel, which would find no adapter to write."""
-    raise RuntimeError("this PeftModel's adapter was adopted by align_ext: write it with align_ext.save_adapter")
 
 
 def adopted_config(config: AlignLoraConfig, targets: Mapping[str, Any]) -> AlignLoraConfig:

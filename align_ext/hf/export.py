@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from align_ext.config import AlignLoraConfig
 from align_ext.hf.base_model import BaseModel
@@ -88,12 +88,17 @@ class _Whole:
     ranks: tuple[int, ...]  # the processes that hold parts of it
 
     @classmethod
-    def of(cls, model: nn.Module, what: str) -> _Whole:
-        """Reads a model's; `what` is the name of the function that does."""
+    def of(cls, model: nn.Module, what: str, gathered: Mapping[str, Tensor] | None = None) -> _Whole:
+        """Reads a model's, or what others gathered of it; `what` is the name of the function that does."""
         model = unwrapped(model)
         layers, state, beside = _plain_names(model, adapted_layers(model)), _state(model), trained_beside(model)
         own = state_of({name: layer.adapter for name, layer in layers.items()})
-        values, ranks = whole(own | beside.tensors, what), holders((own | beside.tensors).values())
+        live = own | beside.tensors
+        ranks = holders(live.values())
+        if gathered is not None and ranks:
+            keys = {id(tensor): key for key, tensor in model.state_dict(keep_vars=True).items()}
+            live, ranks = {name: gathered[keys[id(tensor)]] for name, tensor in live.items()}, ()
+        values = whole(live, what)
         scaling = {name: layer.adapter.scaling for name, layer in layers.items()}
         adapters = adapters_of(state.config, {name: values[name] for name in own}, scaling, state)
         beside = replace(beside, tensors={name: values[name] for name in beside.tensors})
@@ -119,8 +124,18 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], task_names: S
         ValueError: the model has no adapters, a weight is not finite, or the names do not fit.
         RuntimeError: parameters are in parts, and not all processes called it.
     """
+    write_adapter(model, folder, task_names)
+
+
+def write_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    task_names: Sequence[str] = (),
+    gathered: Mapping[str, Tensor] | None = None,
+) -> None:
+    """What save_adapter does; gathered: the model's state_dict, whole, where its parameters are in parts."""
     names = checked_task_names(task_names, _state(model).config)
-    it = _Whole.of(model, "save_adapter")
+    it = _Whole.of(model, "save_adapter", gathered)
     adapters, config, beside = it.adapters, it.state.config, it.beside.tensors
     scaling = {name: adapter.scaling for name, adapter in adapters.items()}
     scaling = {} if set(scaling.values()) == {config.scaling} else scaling

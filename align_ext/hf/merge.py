@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from align_ext.hf.beside import give_back
+from align_ext.hf.pretrained import stand_down
 from align_ext.hf.replace import adapted_layers
 from align_ext.hf.sharded import refuse_parts
 from align_ext.hooks import remove_hooks
@@ -116,7 +117,7 @@ def _put_back(model: nn.Module, bases: dict[str, nn.Module]) -> nn.Module:
         setattr(model.get_submodule(parent), child, base)
     remove_hooks(model)
     del model.align_report
-    model.__dict__.pop("save_pretrained", None)  # an adopted PeftModel's
+    stand_down(model)
     return model
 
 

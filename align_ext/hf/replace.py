@@ -20,13 +20,14 @@ from align_ext.hf.adopt import (
     adopted_config,
     is_peft_lora,
     refuse_other_peft,
-    refuse_save_pretrained,
     refuse_unfit,
     unfit_peft,
 )
 from align_ext.hf.beside import is_below, modules_to_train, start_training, tensors_of
 from align_ext.hf.blocks import find_blocks
+from align_ext.hf.given import config_of
 from align_ext.hf.modalities import refuse_other_modalities
+from align_ext.hf.pretrained import stand_in
 from align_ext.hooks import register_hooks
 from align_ext.nn import adapter_class
 from align_ext.nn.base import AdaptedLinear, Adapter, features_of, has_float_weight, is_conv1d
@@ -69,7 +70,7 @@ class ReplaceReport:
 
 
 def replace_linear_with_align_lora(
-    model: nn.Module, config: AlignLoraConfig | None = None, **options: Any
+    model: nn.Module, config: AlignLoraConfig | Mapping[str, Any] | Any = None, **options: Any
 ) -> nn.Module:
     """Freezes a model and puts an adapter beside each linear layer that the config names, in place.
 
@@ -81,7 +82,7 @@ def replace_linear_with_align_lora(
 
     Args:
         model: any nn.Module; for Llama, Qwen and Mistral the defaults fit.
-        config: the options, or
+        config: the options, as an AlignLoraConfig, a dictionary or a peft.LoraConfig; or
         **options: the options of AlignLoraConfig one by one.
 
     Returns:
@@ -91,9 +92,7 @@ def replace_linear_with_align_lora(
         ValueError: nothing matched (the message lists the model's linears), the model is wrapped already (DDP, FSDP),
             or an option is unknown or out of range.
     """
-    if config is not None and options:
-        raise ValueError("give either config or single options, not both")
-    config = config or AlignLoraConfig.from_dict(options)
+    config = config_of(model, config, options)
     if find_state(model) is not None:
         logger.warning("the model has adapters already: nothing was changed (unload(model) removes them)")
         return model
@@ -163,11 +162,11 @@ def adapt(
         report.replaced.append(name)
     watch_layers(model, state)
     if adopting:
-        model.save_pretrained = refuse_save_pretrained  # type: ignore[assignment]
         state.originals = adopt_copies(model, copies)
     if ranks is None:
         report.trained = whole
         start_training(model, [name for name in tensors_of(model) if is_below(name, whole)])
+    stand_in(model)
     model.align_report = report  # type: ignore[assignment]
     (logger.warning if report.unmatched else logger.info)("%s", report)
     return model

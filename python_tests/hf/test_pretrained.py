@@ -1,0 +1,76 @@
+"""save_pretrained of a model with adapters, and what writes by it: a folder that comes back as what was trained."""
+
+import copy
+
+import pytest
+import torch
+from hf.folders import ARCHITECTURES, logits, plain, trained
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from align_ext import load_adapter, merge_and_unload, replace_linear_with_align_lora, unload
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_it_writes_the_adapter(kind, tmp_path):
+    model, task = trained(kind), 1 if kind == "multi_adapter" else None
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+    assert torch.equal(logits(load_adapter(plain(), tmp_path), task), logits(model, task))
+
+
+def test_a_copy_writes_its_own_values(tmp_path):
+    model = trained("lora")
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.adapter.lora_B.add_(1)
+    other.save_pretrained(tmp_path / "other")
+    model.save_pretrained(tmp_path / "model")
+    for folder, of in (("other", other), ("model", model)):
+        assert torch.equal(logits(load_adapter(plain(), tmp_path / folder)), logits(of))
+    assert not torch.equal(logits(other), logits(model))
+
+
+def test_transformers_own_trainer_writes_it_too(tmp_path):
+    model = trained("lora", align=None)
+    rows = [{"input_ids": list(range(1, 9)), "labels": list(range(1, 9))}] * 4
+    options = {"max_steps": 2, "save_steps": 1, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    runner = Trainer(model, TrainingArguments(str(tmp_path), **options), train_dataset=rows)
+    runner.train()
+    runner.save_model(str(tmp_path / "last"))
+    for folder in ("checkpoint-2", "last"):
+        assert torch.equal(logits(load_adapter(plain(), tmp_path / folder)), logits(model))
+
+
+def test_processes_that_do_not_write_write_nothing(tmp_path):
+    trained("lora").save_pretrained(tmp_path / "adapter", is_main_process=False)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_an_adopted_peft_model_writes_what_peft_reads(tmp_path):
+    peft = get_peft_model(plain(), LoraConfig(target_modules=["up_proj"], init_lora_weights=False))
+    expected = logits(peft)
+    replace_linear_with_align_lora(peft, align=None).save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(plain(), tmp_path)), expected)
+
+
+def test_a_part_of_the_model_and_a_push_on_the_way_are_refused_with_the_cure(tmp_path):
+    model = trained("lora")
+    with pytest.raises(RuntimeError, match=r"LlamaModel is a part of .*save_adapter\(model, folder\)"):
+        model.model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"call model\.push_to_hub"):
+        model.save_pretrained(tmp_path / "adapter", push_to_hub=True)
+    inner = plain()
+    replace_linear_with_align_lora(nn.ModuleList([inner]), target_modules=["up_proj"], align=None)
+    with pytest.raises(RuntimeError, match="LlamaForCausalLM is a part of"):
+        inner.save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("end", [merge_and_unload, unload])
+def test_a_model_without_adapters_is_saved_as_before(end, tmp_path):
+    model = end(trained("lora"))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path)), logits(model))
+    assert "save_pretrained" not in model.model.__dict__
