@@ -78,6 +78,7 @@ class Step(StepTokens):
         self._kept: dict[int, Latents] = {LATENT: {}, WEIGHTS: {}}  # of the layers that ran, by slot, until total
         self._owed: dict[int, Latents] | None = None  # what no layer has taken yet, inside backward
         self._differentiated = False
+        self._own: Statistics | None = None  # for the queue, once the loss is differentiated
         self._lm: Tensor | None = None
         self._weight = 0.0
 
@@ -148,7 +149,16 @@ class Step(StepTokens):
                 stacklevel=1,
             )
         self._owed = None
+        self._enqueue()
         self.state.armed[:] = [step for step in self.state.armed if step is not self]
+
+    def _enqueue(self) -> None:
+        """Leaves the statistics of a step that went well to the next ones; of others nothing remains."""
+        own, self._own = self._own, None
+        if own is not None and self._lm is not None:
+            values = [self._lm, *(tensor for tensor in own.to_tensors().values() if tensor.is_floating_point())]
+            if all(bool(torch.isfinite(value).all()) for value in values):
+                self.state.queue.append(own)
 
     @torch.compiler.disable
     def total(
@@ -205,7 +215,7 @@ class Step(StepTokens):
         if kind == "queue":
             for past in queue:
                 together = together.merge(past)
-            queue.append(own)
+            self._own = own
         return together
 
     def _check_total(self, loss: Tensor) -> None:

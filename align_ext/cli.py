@@ -63,10 +63,14 @@ def train(config: str | None, print_config: bool, **flags: Any) -> None:
         raise typer.Exit(1)
 
 
+_Force = Annotated[bool, typer.Option("--force", help="go on where the adapter belongs to another base model")]
+
+
 @app.command("eval")
 def evaluate(
     model: Annotated[
-        str | None, typer.Option(help="base model: folder or hub id; none: SmolLM2-135M-Instruct, as `train`")
+        str | None,
+        typer.Option(help="folder or hub id; none: the adapter's base, or without one SmolLM2-135M-Instruct"),
     ] = None,
     adapter: Annotated[
         str | None, typer.Option(help="adapter folder of any architecture; none: the base alone")
@@ -79,6 +83,7 @@ def evaluate(
     merge: Annotated[bool, typer.Option("--merge", help="score the merged model")] = False,
     dtype: Annotated[str, typer.Option(help="auto, stored, float32, bfloat16 or float16")] = "auto",
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda")] = "auto",
+    force: _Force = False,
     json: Annotated[str | None, typer.Option(help="file for the results")] = None,
 ) -> None:
     """Scores a model, with an adapter or without, on the tasks' test splits; a data file is scored as it is.
@@ -98,9 +103,7 @@ def evaluate(
 
 
 _Folder = Annotated[str, typer.Argument(help="folder of save_adapter or `train` (its adapter/), or of stock PEFT")]
-_Model = Annotated[
-    str | None, typer.Option(help="base model: folder or hub id; none: SmolLM2-135M-Instruct, as `train`")
-]
+_Model = Annotated[str | None, typer.Option(help="base model: folder or hub id; none: the one the adapter names")]
 _Output = Annotated[str, typer.Option(help="new or empty folder for the result; it appears only when it is complete")]
 _Task = Annotated[str | None, typer.Option(help="multi_adapter: name or number (from 0) of the task")]
 
@@ -121,6 +124,7 @@ def merge(
     dtype: Annotated[
         str, typer.Option(help="of the merged model: stored (as the base model is), float32, bfloat16 or float16")
     ] = "stored",
+    force: _Force = False,
 ) -> None:
     """Merges an adapter into its base model: writes an ordinary model folder, which needs neither PEFT nor align_ext.
 
@@ -132,7 +136,7 @@ def merge(
     Example: align-lora merge run/adapter --model Qwen/Qwen2.5-0.5B --output merged
     """
     with _on_models("merging") as commands:
-        request = commands.Request(adapter, model, output, task)
+        request = commands.Request(adapter, model, output, task, force)
         commands.merge(request, approximate, prompts, dtype, _console())
 
 
@@ -145,6 +149,7 @@ def export(
     verify: Annotated[
         bool, typer.Option("--verify", help="read it with PEFT and align_ext and compare logits")
     ] = False,
+    force: _Force = False,
 ) -> None:
     """Writes an adapter as a folder of stock PEFT, which also vLLM and others read, with nothing of ours in it.
 
@@ -157,7 +162,7 @@ def export(
     Example: align-lora export run/adapter --output peft_adapter --verify
     """
     with _on_models("exporting") as commands:
-        if not commands.export(commands.Request(adapter, model, output, task), verify, _console()):
+        if not commands.export(commands.Request(adapter, model, output, task, force), verify, _console()):
             raise typer.Exit(1)
 
 
@@ -184,7 +189,9 @@ def _on_models(what: str) -> Iterator[Any]:
     try:
         yield commands
     except (ValueError, OSError) as error:
-        raise Mistake(str(error).replace("approximate='uniform'", "--approximate uniform")) from error
+        raise Mistake(
+            str(error).replace("approximate='uniform'", "--approximate uniform").replace("force=True", "--force")
+        ) from error
 
 
 def _on_transformers(what: str, name: str) -> Any:

@@ -125,7 +125,7 @@ class BaseModel:
 
 def name_of_base(model: nn.Module) -> str | None:
     """The hub id or the absolute path of a model's folder: never a path in a cache, never a relative one."""
-    name = getattr(model, "name_or_path", None)
+    name = getattr(model, "align_base", None) or getattr(model, "name_or_path", None)
     if not isinstance(name, str) or not name:
         return None
     parts = Path(name).parts

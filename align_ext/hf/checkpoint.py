@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from align_ext.hf.export import load_adapter, save_adapter
 from align_ext.hf.sharded import holders
-from align_ext.hf.tensors import write_tensors
-from align_ext.state import STATISTICS, AlignState, find_state
+from align_ext.hf.tensors import read_tensors, write_tensors
+from align_ext.reading import exists, place, why
+from align_ext.state import STATISTICS, AlignState, Statistics, find_state
 
 QUEUE = "align_queue.safetensors"
 
@@ -38,18 +38,22 @@ def load_trained(model: nn.Module, folder: str | Path) -> None:
     Raises:
         ValueError: as for load_adapter; or other parameters are trained than those in the folder.
     """
+    queue = _read_queue(_state(model), Path(folder, QUEUE), next(model.parameters()).device)
     load_adapter(model, folder)
-    _load_queue(_state(model), Path(folder, QUEUE), next(model.parameters()).device)
+    _state(model).queue.clear()
+    _state(model).queue.extend(queue)
 
 
-def _load_queue(state: AlignState, file: Path, device: torch.device) -> None:
-    state.queue.clear()
+def _read_queue(state: AlignState, file: Path, device: torch.device) -> list[Statistics]:
     parts: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in (load_file(file) if file.is_file() else {}).items():
-        number, _, name = key.partition(".")
-        parts.setdefault(int(number), {})[name] = tensor.to(device)
-    for _, tensors in sorted(parts.items()):
-        state.queue.append(STATISTICS[state.config.align or "kl"].from_tensors(tensors))
+    try:
+        for key, tensor in (read_tensors(file, empty=True)[0] if exists(file) else {}).items():
+            number, _, name = key.partition(".")
+            parts.setdefault(int(number), {})[name] = tensor.to(device)
+        kind = STATISTICS[state.config.align or "kl"]
+        return [kind.from_tensors(tensors) for _, tensors in sorted(parts.items())]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{place(file)} is damaged: {why(error)}") from error
 
 
 def _state(model: nn.Module) -> AlignState:

@@ -17,10 +17,10 @@ from torch import Tensor
 from align_ext.hf.export import export_peft, load_adapter
 from align_ext.hf.folder import AdapterFolder
 from align_ext.hf.merge import merge_and_unload, unload
-from align_ext.hf.models import load_model
+from align_ext.hf.models import load_base
 from align_ext.hf.peft_form import cannot_export
 from align_ext.hf.report import SAME
-from align_ext.reading import shown
+from align_ext.reading import place, read_text, shown
 from align_ext.step import set_task
 from align_ext.terminal import say, working
 from align_ext.writing import LOCK, atomic_folder, check_space, claimed
@@ -33,14 +33,18 @@ PROMPTS = (
 )
 
 
+_MOST_PROMPTS = 1 << 16  # bytes: all of them are one batch
+
+
 @dataclass(frozen=True)
 class Request:
-    """What both commands are given; task: a name or number, or None."""
+    """What both commands are given; model: None for the adapter's own; task: a name or number, or None."""
 
     adapter: str
     model: str | None
     output: str
     task: str | None
+    force: bool = False
 
 
 def merge(request: Request, approximate: Any, prompts: str | None, dtype: str, console: Console) -> None:
@@ -59,8 +63,8 @@ def merge(request: Request, approximate: Any, prompts: str | None, dtype: str, c
         elif approximate is None and (reason := next(iter(stored.adapters.values())).cannot_merge()):
             raise ValueError(f"{request.adapter} cannot be merged: {reason}")
         with _doing("loading the model", console):
-            model, tokenizer = load_model(request.model, dtype, lambda line: say(console, line))
-            load_adapter(model, request.adapter)
+            model, tokenizer = load_base(request.model, stored.base_name, dtype, lambda line: say(console, line))
+            load_adapter(model, request.adapter, force=request.force)
         if task is not None:
             set_task(model, task)
         with _doing("merging", console):
@@ -93,11 +97,13 @@ def export(request: Request, verify: bool, console: Console) -> bool:
         elif reason := cannot_export(stored.adapters, stored.config):
             raise ValueError(f"PEFT has no form of this adapter: {reason}")
         with _doing("loading the model", console):
-            model, tokenizer = load_model(request.model, torch.float32, lambda line: say(console, line))
-            load_adapter(model, request.adapter)
+            model, tokenizer = load_base(
+                request.model, stored.base_name, torch.float32, lambda line: say(console, line)
+            )
+            load_adapter(model, request.adapter, force=request.force)
         with _doing(f"writing {target}", console), atomic_folder(target) as path:
-            for place, number in places.items():
-                export_peft(model, path / place, number)
+            for where, number in places.items():
+                export_peft(model, path / where, number)
         if not verify:
             return True
         with _doing("verifying", console):
@@ -114,16 +120,16 @@ def _verify(model: Any, tokenizer: Any, target: Path, places: Mapping[str, int |
 
     batch = dict(tokenizer(list(PROMPTS), return_tensors="pt", padding=True))
     expected = {}
-    for place, number in places.items():
+    for where, number in places.items():
         set_task(model, number)
-        expected[place] = _logits(model, batch)
+        expected[where] = _logits(model, batch)
     base, differences = unload(model), {}
-    for place, logits in expected.items():
-        at = f" of {place}" if place else ""
-        theirs = peft.PeftModel.from_pretrained(base, str(target / place))
+    for where, logits in expected.items():
+        at = f" of {where}" if where else ""
+        theirs = peft.PeftModel.from_pretrained(base, str(target / where))
         differences[f"stock PEFT{at}"] = _difference(_logits(theirs, batch), logits)
         base = theirs.unload()
-        differences[f"align_ext{at}"] = _difference(_logits(load_adapter(base, target / place), batch), logits)
+        differences[f"align_ext{at}"] = _difference(_logits(load_adapter(base, target / where), batch), logits)
         unload(base)
     return differences
 
@@ -159,12 +165,9 @@ def _tasks(stored: AdapterFolder) -> str:
 
 
 def _lines(file: str) -> Sequence[str]:
-    try:
-        lines = [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the prompts {file!r}: {error}") from error
+    lines = [line for line in read_text(file, _MOST_PROMPTS).splitlines() if line.strip()]
     if not lines:
-        raise ValueError(f"the file of prompts {file!r} is empty: write one a line")
+        raise ValueError(f"the file of prompts {place(file)} is empty: write one a line")
     return lines
 
 

@@ -12,27 +12,23 @@ align_ext/hf/lorahub.py finds the weights of the last from examples.
 
 from __future__ import annotations
 
-import json
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from align_ext.config import AlignLoraConfig
 from align_ext.hf.adopt import PEFT_PREFIX
-from align_ext.hf.export import OUR_CONFIG, PEFT_CONFIG, WEIGHTS
-from align_ext.hf.folder import ADAPTER_FILES
+from align_ext.hf.base_model import BaseModel
+from align_ext.hf.folder import ADAPTER_FILES, OUR_CONFIG, AdapterFolder, decisive, write_json
+from align_ext.hf.peft_form import PEFT_CONFIG, WEIGHTS, cannot_export
+from align_ext.hf.tensors import digest_of, write_tensors
 from align_ext.nn.base import AdaptedLinear
+from align_ext.reading import place, shown
 from align_ext.writing import atomic_folder
-
-_KEY = re.compile(re.escape(PEFT_PREFIX) + r"(.+)\.lora_([AB])\.weight")
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,8 @@ class LoraWeights:
 
     Attributes:
         layers: module name -> A [r, n], B [m, r] in float32; the scaling alpha / r is part of B.
-        config: the adapter_config.json, of which a composed adapter keeps base model, task and layers.
+        config: the adapter_config.json, of which a composed adapter keeps base model, task and layers; under "base" the
+            record of the base model, if there is one.
     """
 
     layers: dict[str, tuple[Tensor, Tensor]]
@@ -71,31 +68,19 @@ def read_lora(folder: str | os.PathLike[str]) -> LoraWeights:
     Raises:
         ValueError: no adapter folder, or one of another kind (heads, routers, DoRA, biases).
     """
-    path = Path(folder)
-    try:
-        config = json.loads((path / PEFT_CONFIG).read_text())
-        tensors = load_file(path / WEIGHTS)
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
-        raise ValueError(f"{path} is no adapter folder: {error}") from error
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is None or tensor.dim() != 2:
-            raise ValueError(f"{path} holds {key} {list(tensor.shape)}: only plain LoRA adapters can be composed")
-        parts.setdefault(match[1], {})[match[2]] = tensor.float()
+    stored = AdapterFolder.read(folder)
+    reason = cannot_export(stored.adapters, stored.config) or (
+        "it trains more than adapters" if stored.trained else None
+    )
+    if reason is not None:
+        raise ValueError(f"{place(stored.path)}: only plain LoRA adapters can be composed: {reason}")
     layers = {}
-    for name, part in sorted(parts.items()):
-        if part.keys() != {"A", "B"} or part["A"].shape[0] != part["B"].shape[1]:
-            raise ValueError(f"{path}: A and B of {name} are not a pair of one rank")
-        layers[name] = (part["A"], part["B"] * _scaling(config, name, part["A"].shape[0]))
-    return LoraWeights(layers, config)
-
-
-def _scaling(config: Mapping[str, Any], name: str, r: int) -> float:
-    """The factor alpha / r, or alpha / sqrt r, of a layer; alpha_pattern's keys are ends of names, as PEFT has them."""
-    patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
-    named = (value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", name))
-    return next(named, config["lora_alpha"]) / (r**0.5 if config.get("use_rslora") else r)
+    for name, adapter in sorted(stored.adapters.items()):
+        terms = adapter.terms()
+        A, B = torch.cat([A.detach() for A, _ in terms]), torch.cat([B.detach() for _, B in terms], 1)
+        layers[name] = (A.float(), B.float() * adapter.scaling)
+    base = {} if stored.base is None else {"base": stored.base.to_dict()}
+    return LoraWeights(layers, dict(stored.peft) | {"base_model_name_or_path": stored.base_name} | base)
 
 
 def write_lora(adapter: LoraWeights, folder: str | os.PathLike[str]) -> None:
@@ -114,9 +99,17 @@ def write_lora(adapter: LoraWeights, folder: str | os.PathLike[str]) -> None:
         for part, weight in zip("AB", pair, strict=True)
     }
     with atomic_folder(folder, ADAPTER_FILES) as path:
-        save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
-        for file, options in ((PEFT_CONFIG, content), (OUR_CONFIG, options_of(adapter).to_dict())):
-            (path / file).write_text(json.dumps(options, indent=2) + "\n")
+        config = options_of(adapter)
+        write_tensors(path / WEIGHTS, tensors, {"options": decisive(config), "base": adapter.config.get("base")})
+        write_json(path / PEFT_CONFIG, content)
+        digest = digest_of(
+            {
+                f"{name}.lora_{part}": x
+                for name, pair in adapter.layers.items()
+                for part, x in zip("AB", pair, strict=True)
+            }
+        )
+        write_json(path / OUR_CONFIG, config.to_dict() | {"digest": digest})
 
 
 def options_of(adapter: LoraWeights) -> AlignLoraConfig:
@@ -245,13 +238,20 @@ def _svd(layer: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]
     return Qb @ U, S, Vh @ Qa.T
 
 
-def merge_delta(model: nn.Module, delta: LoraWeights | DenseDelta) -> nn.Module:
+def merge_delta(model: nn.Module, delta: LoraWeights | DenseDelta, *, force: bool = False) -> nn.Module:
     """Adds a change to a plain model's weights, in place: W + Δ, computed in float32.
+
+    Args:
+        model: the base of the adapters.
+        delta: the change.
+        force: the model may be another one than the adapters' base.
 
     Raises:
         ValueError: a layer is not there, has another shape, or cannot be merged; nothing was changed then.
     """
     deltas = delta.deltas() if isinstance(delta, LoraWeights) else delta.layers
+    if delta.config.get("base") is not None and not force:
+        BaseModel.from_dict(delta.config["base"]).check(model)
     layers = {}
     for name, change in deltas.items():
         layer = layers[name] = AdaptedLinear(linear_of(model, name), nn.Identity())  # type: ignore[arg-type]
@@ -291,7 +291,7 @@ def _check(adapters: Sequence[LoraWeights], weights: Sequence[float] | None = No
     for i, other in enumerate(adapters[1:], 1):
         bases = [adapter.config.get("base_model_name_or_path") for adapter in (first, other)]
         if None not in bases and bases[0] != bases[1]:
-            raise ValueError(f"adapters 0 and {i} are of different bases: {bases[0]!r} and {bases[1]!r}")
+            raise ValueError(f"adapters 0 and {i} are of different bases: {shown(bases[0])} and {shown(bases[1])}")
         if first.layers.keys() != other.layers.keys():
             name = min(first.layers.keys() ^ other.layers.keys())
             raise ValueError(f"adapters 0 and {i} do not adapt the same layers: {name} is in one of them only")

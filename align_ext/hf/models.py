@@ -24,6 +24,7 @@ from align_ext.config import AlignLoraConfig
 from align_ext.diagnostics.backend import has_kernel
 from align_ext.hf.blocks import mlp_linears
 from align_ext.hf.replace import ALL_LINEAR
+from align_ext.reading import open_file, place, shown, why
 from align_ext.writing import atomic_folder
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -53,7 +54,8 @@ def load_model(name: str | None = None, dtype: str | torch.dtype = "auto", say: 
     Raises:
         ValueError: there is no such model, or it cannot be loaded; the message is one line.
     """
-    source = default_model(say) if name is None else _checked_name(name)
+    known = name is None or name == DEFAULT_MODEL
+    source = default_model(say) if known or name is None else _checked_name(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
@@ -62,13 +64,32 @@ def load_model(name: str | None = None, dtype: str | torch.dtype = "auto", say: 
             trust_remote_code=False,
             use_safetensors=True,
         )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load the model {str(source)!r}: {_first_line(error)}") from error
+    except Exception as error:  # whatever a damaged file of a model leads transformers to
+        raise ValueError(f"cannot load the model {place(source)}: {why(error)}") from error
+    if known:
+        model.align_base = DEFAULT_MODEL  # what adapters call it; name_or_path is the cache that it came from
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(f"the tokenizer of {str(source)!r} has neither a padding nor an end token")
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
+
+
+def load_base(
+    name: str | None, recorded: str | None, dtype: str | torch.dtype, say: Say = _LOG.info
+) -> tuple[Any, Any]:
+    """Loads the base model of an adapter: the one that is named, else the one that the adapter names.
+
+    Raises:
+        ValueError: neither is named, or it cannot be loaded.
+    """
+    if name is None and recorded is None:
+        raise ValueError("the adapter does not say which base model it belongs to: name it with --model")
+    try:
+        return load_model(name or recorded, dtype, say)
+    except ValueError as error:
+        hint = "" if name is not None else "; the adapter says that it is its base: --model names another place"
+        raise ValueError(f"{error}{hint}") from error
 
 
 def default_targets(model: nn.Module) -> tuple[tuple[str, ...] | str, str]:
@@ -250,10 +271,13 @@ def _checked_name(name: str) -> str:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ValueError(f"the model folder {name!r} holds no config.json")
+            raise ValueError(f"the model folder {place(name)} holds no config.json")
+        for file in folder.iterdir():
+            if not file.is_dir() and file.exists():
+                open_file(file).close()  # a FIFO would keep its reader waiting
         return str(folder)
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-        raise ValueError(f"there is no model folder {name!r}, and it is not a hub id (owner/name)")
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) or len(name) > 200:
+        raise ValueError(f"there is no model folder {shown(name, 200)}, and it is not a hub id (owner/name)")
     if (error := ask_hub(name)) is None:
         return name
     if isinstance(cached := try_to_load_from_cache(name, "config.json"), str):

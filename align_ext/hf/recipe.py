@@ -22,6 +22,7 @@ from align_ext.config import AUTO
 from align_ext.hf.collator import TaskCollator
 from align_ext.hf.evaluate import TaskScore, alignment, evaluate
 from align_ext.hf.export import PEFT_CONFIG, load_adapter, save_adapter
+from align_ext.hf.folder import AdapterFolder
 from align_ext.hf.merge import merge_and_unload
 from align_ext.hf.models import best_dtype, default_targets, load_model, usable_device
 from align_ext.hf.options import TrainOptions
@@ -97,6 +98,8 @@ def prepare(options: TrainOptions, console: Console) -> Job:
             say(console, note)
     transformers.set_seed(options.seed)
     replace_linear_with_align_lora(model.to(device), config)
+    if target.checkpoint is not None:
+        AdapterFolder.read(target.checkpoint).check_model(model, [])
     return Job(options, target, data, model, tokenizer, device)
 
 

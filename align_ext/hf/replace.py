@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -32,6 +31,7 @@ from align_ext.hooks import register_hooks
 from align_ext.nn import adapter_class
 from align_ext.nn.base import AdaptedLinear, Adapter, features_of, has_float_weight, is_conv1d
 from align_ext.nn.block import AdaptedBlock
+from align_ext.reading import Matcher, shown
 from align_ext.sources import watch_layers
 from align_ext.state import AlignState, find_state, refuse_parts_of_a_model
 
@@ -182,9 +182,9 @@ def _targets(
     by_name: bool,
 ) -> dict[str, nn.Module]:
     """The layers to adapt; those that match and cannot be go into the report."""
-    targets = {}
+    targets, matcher = {}, Matcher()
     for name, module in candidates.items():
-        if by_name and not _matches(name, config, module, model):
+        if by_name and not _matches(matcher, name, config, module, model):
             continue
         trained = is_below(f"{name}.", whole)
         reason = "it is trained whole (modules_to_save)" if trained else _unfit(name, module, model)
@@ -219,9 +219,10 @@ def sizes_to_adapt(model: nn.Module, config: AlignLoraConfig) -> list[tuple[int,
 def _target_blocks(model: nn.Module, config: AlignLoraConfig) -> dict[str, tuple[nn.Module, int]]:
     """The blocks to adapt with their hidden sizes."""
     found = find_blocks(model, config.target_blocks)
-    blocks = {name: block for name, block in found.items() if not _name_matches(name, config.exclude_modules)}
+    matcher, excluded = Matcher(), config.exclude_modules
+    blocks = {name: block for name, block in found.items() if not _name_matches(matcher, name, excluded)}
     if not blocks:
-        raise ValueError(f"no block was adapted: exclude_modules={config.exclude_modules!r} excludes all of them")
+        raise ValueError(f"no block was adapted: exclude_modules={shown(config.exclude_modules)} excludes all of them")
     return blocks
 
 
@@ -291,19 +292,19 @@ def _is_quantised_linear(module: nn.Module) -> bool:
     )
 
 
-def _name_matches(name: str, patterns: tuple[str, ...] | str) -> bool:
+def _name_matches(matcher: Matcher, name: str, patterns: tuple[str, ...] | str) -> bool:
     """PEFT's rule: a string is a regular expression for the whole name, a list holds names or their last parts."""
     if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
+        return matcher.matches(patterns, name)
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
 
 
-def _matches(name: str, config: AlignLoraConfig, module: nn.Module, model: nn.Module) -> bool:
-    if _name_matches(name, config.exclude_modules):
+def _matches(matcher: Matcher, name: str, config: AlignLoraConfig, module: nn.Module, model: nn.Module) -> bool:
+    if _name_matches(matcher, name, config.exclude_modules):
         return False
     if _all_linear(config):
         return module is not _output_embeddings(model)
-    return _name_matches(name, config.target_modules)
+    return _name_matches(matcher, name, config.target_modules)
 
 
 def _all_linear(config: AlignLoraConfig) -> bool:
@@ -376,7 +377,7 @@ def _unmatched(config: AlignLoraConfig, candidates: Mapping[str, nn.Module], mod
     lines = [
         f"target_modules: {pattern!r} matches no linear layer"
         for pattern in patterns
-        if not any(_name_matches(name, (pattern,)) for name in candidates)
+        if not any(_name_matches(Matcher(), name, (pattern,)) for name in candidates)
     ]
     experts = [name for name, p in model.named_parameters() if p.dim() == 3 and "expert" in name]
     if experts:
@@ -393,6 +394,7 @@ def _nothing_matched(
     found = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items())) or "none at all"
     skipped = "".join(f"; {name} matched, but {reason}" for name, reason in list(report.skipped.items())[:5])
     return (
-        f"no layer was adapted: target_modules={config.target_modules!r} matches no linear layer that can be{skipped}. "
+        f"no layer was adapted: target_modules={shown(config.target_modules)} matches no linear layer that can "
+        f"be{skipped}. "
         f'The model has these linear layers: {found}; or use target_modules="all-linear"'
     )

@@ -16,7 +16,7 @@ from align_ext.hf.evaluate import TaskScore, evaluate
 from align_ext.hf.export import load_adapter
 from align_ext.hf.folder import AdapterFolder
 from align_ext.hf.merge import merge_and_unload
-from align_ext.hf.models import best_dtype, load_model, usable_device
+from align_ext.hf.models import best_dtype, load_base, load_model, usable_device
 from align_ext.hf.report import versions
 from align_ext.hf.tasks import TaskData, fits, read_tasks, scored_examples
 from align_ext.step import set_task
@@ -38,6 +38,7 @@ class EvalRequest:
     seq_len: int = 256
     dtype: str = "auto"
     device: str = "auto"
+    force: bool = False
 
     def __post_init__(self) -> None:
         for name in ("examples", "batch_size", "seq_len"):
@@ -90,9 +91,12 @@ def load_scored(request: EvalRequest, task: str | None = None) -> tuple[Any, Any
         ValueError: as load_model, load_adapter and merge_and_unload say; or there is no such task.
     """
     device = usable_device(request.device)
-    model, tokenizer = load_model(request.model, best_dtype(device) if request.dtype == "auto" else request.dtype)
-    if request.adapter is not None:
-        load_adapter(model, request.adapter)
+    dtype = best_dtype(device) if request.dtype == "auto" else request.dtype
+    if request.adapter is None:
+        model, tokenizer = load_model(request.model, dtype)
+    else:
+        model, tokenizer = load_base(request.model, AdapterFolder.read(request.adapter).base_name, dtype)
+        load_adapter(model, request.adapter, force=request.force)
         if task is not None:
             set_task(model, task_number(AdapterFolder.read(request.adapter), task))
         if request.merge:

@@ -46,8 +46,12 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], record: Mapping[str
     save_file(content, file, metadata={"format": "pt", _RECORD: json.dumps(kept)})
 
 
-def read_tensors(file: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(file: str | os.PathLike[str], *, empty: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Reads a safetensors file: its tensors on the CPU, and its record, empty where there is none.
+
+    Args:
+        file: the file.
+        empty: tensors may be without values.
 
     Raises:
         ValueError: it cannot be read, is damaged, does not hold the tensors that were written, or holds one without
@@ -66,7 +70,7 @@ def read_tensors(file: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         for key, entry in header.items():
             if entry["dtype"] not in _DTYPES:
                 raise ValueError(f"{key} is {shown(entry['dtype'])}, which no adapter holds")
-            if math.prod(entry["shape"]) == 0:
+            if math.prod(entry["shape"]) == 0 and not empty:
                 raise ValueError(f"{key} is {entry['shape']}: it holds no values")
         tensors = load_file(file)
         if content.get("tensors") not in (None, digest_of(tensors)):

@@ -205,7 +205,11 @@ MISTAKES = {
         lambda f: adapter_folder(f, "hydra"),
         "'mean'",
     ),
-    "no prompts": (["merge", "--prompts", "absent"], lambda f: adapter_folder(f, "lora"), "cannot read the prompts"),
+    "no prompts": (
+        ["merge", "--prompts", "absent"],
+        lambda f: adapter_folder(f, "lora"),
+        "cannot read absent",
+    ),
     "another dtype": (["merge", "--dtype", "int3"], lambda f: adapter_folder(f, "lora"), "dtype='int3'"),
     "another base": (
         ["export"],

@@ -9,7 +9,7 @@ from hf.test_replace import gpt2
 from safetensors.torch import load_file, save_file
 from tiny import VOCAB, adapted, batch, llama
 
-from align_ext import AlignLoraConfig, load_adapter, save_adapter
+from align_ext import load_adapter, save_adapter
 from align_ext.hf.compose import (
     DenseDelta,
     LoraWeights,
@@ -243,13 +243,13 @@ def test_a_folder_of_another_kind_is_refused(folders, tmp_path):
     tensors = load_file(file)
     key = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
     save_file({**tensors, key.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(3)}, file)
-    with pytest.raises(ValueError, match=r"lora_magnitude_vector.*only plain LoRA"):
+    with pytest.raises(ValueError, match=r"is no plain LoRA.*lora_magnitude_vector"):
         read_lora(folders[0])
     save_file({k: t for k, t in tensors.items() if k != key}, file)
-    with pytest.raises(ValueError, match="up_proj are not a pair"):
+    with pytest.raises(ValueError, match="1 keys are missing"):
         read_lora(folders[0])
     file.write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="is no adapter folder"):
+    with pytest.raises(ValueError, match="is damaged"):
         read_lora(folders[0])
 
 
@@ -259,4 +259,4 @@ def test_a_composed_folder_keeps_what_it_is_for(folders, tmp_path):
     assert config["task_type"] == "CAUSAL_LM"
     assert config["r"] == config["lora_alpha"] == 4
     ours = json.loads((tmp_path / "out/align_lora_config.json").read_text())
-    assert AlignLoraConfig.from_dict(ours).architecture == "lora"
+    assert ours["architecture"] == "lora"
