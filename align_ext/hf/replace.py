@@ -24,6 +24,7 @@ from align_ext.hf.adopt import (
 )
 from align_ext.hf.beside import is_below, modules_to_train, start_training, tensors_of
 from align_ext.hf.blocks import find_blocks
+from align_ext.hf.bypassed import bypassed
 from align_ext.hf.given import config_of
 from align_ext.hf.modalities import refuse_other_modalities
 from align_ext.hf.pretrained import stand_in
@@ -75,7 +76,7 @@ def replace_linear_with_align_lora(
     """Freezes a model and puts an adapter beside each linear layer that the config names, in place.
 
     nn.Linear and its subclasses, GPT-2's Conv1D and quantised linears are adapted; lm_head, layers with tied weights
-    and layers whose forward is bypassed (nn.MultiheadAttention's out_proj) are left alone, and the report says so
+    and layers whose forward is bypassed (nn.TransformerEncoderLayer's) are left alone, and the report says so
     (`adapter_report(model)`, also logged). The new head of a model that classifies, or what modules_to_save names, is
     trained whole beside the adapters, and so is what gets requires_grad afterwards. LoRA layers of a PeftModel are
     adopted: same Parameters, same scaling. A second call changes nothing.
@@ -321,11 +322,10 @@ def _output_embeddings(model: nn.Module) -> nn.Module | None:
 
 def _unfit(name: str, module: nn.Module, model: nn.Module) -> str | None:
     """Why a matching layer cannot be adapted, or None."""
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(parent, nn.MultiheadAttention):
-        return "nn.MultiheadAttention reads its weight and never calls its forward"
     if module is _output_embeddings(model):
         return "it is the output head (lm_head), often tied to the embeddings"
+    if reason := bypassed(name, model):
+        return reason
     if is_peft_lora(module):
         return unfit_peft(module)
     weight = getattr(module, "weight", None)

@@ -90,13 +90,6 @@ def test_the_head_and_tied_weights_are_left_alone_and_reported():
     assert adapter_report(model).skipped == {"out": "its weight is tied to embed"}
 
 
-def test_multihead_attention_is_left_alone():
-    model = nn.TransformerEncoderLayer(8, 2)
-    replace_linear_with_align_lora(model, target_modules=["out_proj", "linear1"])
-    assert "never calls its forward" in adapter_report(model).skipped["self_attn.out_proj"]
-    assert adapter_report(model).replaced == ["linear1"]
-
-
 def test_nothing_matched_lists_the_models_linears():
     with pytest.raises(
         ValueError, match=r"target_modules=\('gate_prj',\).*down_proj \(2\), gate_proj \(2\).*all-linear"
