@@ -9,6 +9,8 @@ or, in Python,  lm_eval.simple_evaluate(align_lm(MODEL, FOLDER), tasks=["arc_eas
 from __future__ import annotations
 
 import functools
+import re
+import sys
 from typing import Any
 
 from align_ext.hf.folder import AdapterFolder
@@ -58,17 +60,26 @@ def _model_class() -> Any:
             where = (device or "auto").partition(":")[0]
             request = EvalRequest(model=pretrained, adapter=adapter, merge=merge, dtype=dtype, device=where)
             model, tokenizer = load_scored(request, None if task is None else str(task))
+            model = model.to(device) if device and ":" in device else model
             super().__init__(pretrained=model, tokenizer=tokenizer, **options)
 
     return AlignLM
 
 
 def main() -> None:
-    """Runs the harness's command line with the model "align" in it."""
-    _model_class()
-    from lm_eval.__main__ import cli_evaluate
+    """Runs the harness's command line with the model "align" in it; what goes wrong is one line and exit code 2."""
+    given = " ".join(sys.argv[1:])
+    # Without the option the harness takes a GPU whether there is one or not.
+    if "run" in sys.argv[1:2] and not re.search(r"(^| )(--device|--config|-C)\b", given):
+        sys.argv += ["--device", "auto"]
+    try:
+        _model_class()
+        from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+        cli_evaluate()
+    except (ValueError, OSError, LookupError, ModuleNotFoundError, TypeError) as error:
+        print(f"align: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":
