@@ -69,6 +69,7 @@ class TaskLosses:
         self.model = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
         self.smoothing = smoothing
         self.shifts = _shifts(self.model)
+        self._said = False
         self.reason = "its terms do not add up to the reported loss (a loss function of one's own, auxiliary losses?)"
 
     def of(
@@ -94,6 +95,12 @@ class TaskLosses:
             self.reason = str(error)
             return torch.zeros(len(ids), 1, _PARTS, 2, device=ids.device), torch.full((), torch.inf, device=ids.device)
         return nn.functional.pad(sums, (0, 0, 0, _PARTS - len(parts))), _miss(parts, loss, items, self._low(outputs))
+
+    def say(self) -> None:
+        """Says once why losses are not logged by task."""
+        if not self._said:
+            warnings.warn(f"losses are not logged by task: {self.reason}", stacklevel=3)
+        self._said = True
 
     def _low(self, outputs: Any) -> bool:
         """Whether the loss may have been rounded to 16 bits."""
@@ -240,7 +247,7 @@ class LossSums:
         """The sums per optimizer step, and `loss/<task>`, the mean of the task's terms, if the terms are right."""
         result = {name: float(value) / self.steps for name, value in self.sums.items()}
         if self.tasks and float(torch.stack(self.misses).max()) > 1:
-            warnings.warn(f"losses are not logged by task: {splitter.reason}", stacklevel=2)
+            splitter.say()
         elif self.tasks:
             totals = torch.nn.utils.rnn.pad_sequence([t.double() for t in self.tasks], batch_first=True).sum(0)
             for task, parts in enumerate(totals.tolist()):

@@ -1,0 +1,159 @@
+"""What a Trainer aligns is what it trains: everything else is refused before the first step."""
+
+import datasets
+import peft
+import pytest
+import torch
+from hf.sft_trainers import text_rows
+from hf.sft_trainers import trainer as sft_trainer
+from hf.trainers import adapted, features, trainer
+from hf.words import llama
+
+from align_ext import AlignTrainer, align_step, replace_linear_with_align_lora
+from align_ext.hf.replace import adapted_layers
+
+LORA = {"r": 2, "target_modules": ["q_proj"]}
+
+
+def freeze_all(model):
+    model.requires_grad_(False)
+
+
+def freeze_one_A(model):
+    next(iter(adapted_layers(model).values())).adapter.lora_A.requires_grad_(False)
+
+
+def freeze_one_B(model):
+    list(adapted_layers(model).values())[-1].adapter.lora_B.requires_grad_(False)
+
+
+@pytest.mark.parametrize("freeze", [freeze_all, freeze_one_A, freeze_one_B])
+def test_adapters_that_were_frozen_are_refused(tmp_path, freeze):
+    model = adapted()
+    freeze(model)
+    with pytest.raises(ValueError, match=r"lora_[AB] is not trained.*it is frozen"):
+        trainer(tmp_path, model, features()).train()
+
+
+def test_an_optimizer_without_the_adapters_is_refused(tmp_path):
+    model = adapted()
+    some = [p for name, p in model.named_parameters() if name.endswith("lora_B")]
+    given = {"optimizers": (torch.optim.SGD(some, lr=0.1), None)}
+    with pytest.raises(ValueError, match=r"lora_A is not trained.*the optimizer does not have it"):
+        trainer(tmp_path, model, features(), arguments=given).train()
+    every = [p for p in model.parameters() if p.requires_grad]
+    trainer(tmp_path, model, features(), arguments={"optimizers": (torch.optim.SGD(every, lr=0.1), None)}).train()
+
+
+def test_plain_lora_may_train_a_part_of_each_adapter(tmp_path):
+    model = adapted(align=None)
+    for layer in adapted_layers(model).values():
+        layer.adapter.lora_A.requires_grad_(False)
+    trainer(tmp_path, model, features()).train()
+    freeze_all(model)
+    with pytest.raises(ValueError, match="is not trained"):
+        trainer(tmp_path, model, features()).train()
+
+
+def test_a_model_without_adapters_is_refused_by_every_trainer_of_ours(tmp_path):
+    with pytest.raises(ValueError, match="the model has no adapters"):
+        trainer(tmp_path, llama(), features()).train()
+    with pytest.raises(ValueError, match="the model has no adapters"):
+        sft_trainer(tmp_path, text_rows(), model=llama()).train()
+
+
+@pytest.mark.parametrize("model", [adapted, llama])
+def test_an_adapter_that_the_trainer_would_make_is_refused(tmp_path, model):
+    with pytest.raises(ValueError, match=r"peft_config=LoraConfig makes an adapter that nothing aligns"):
+        sft_trainer(tmp_path, text_rows(), model=model(), arguments={"peft_config": peft.LoraConfig(**LORA)})
+
+
+def test_an_adapter_of_pefts_beside_the_models_is_refused(tmp_path):
+    model = adapted()
+    before = [p for p in model.parameters() if p.requires_grad]
+    beside = peft.inject_adapter_in_model(peft.LoraConfig(**LORA), model)
+    for parameter in before:
+        parameter.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"PEFT's own adapter .*q_proj.* would be trained beside"):
+        trainer(tmp_path, beside, features()).train()
+
+
+def test_an_adopted_peft_model_trains_and_one_that_was_frozen_afterwards_does_not(tmp_path):
+    model = peft.get_peft_model(llama(torch.float32), peft.LoraConfig(**LORA))
+    replace_linear_with_align_lora(model, num_tasks=3)
+    trainer(tmp_path, model, features()).train()
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="it is frozen"):
+        trainer(tmp_path, model, features()).train()
+
+
+def test_a_model_that_stays_in_eval_mode_is_refused(tmp_path):
+    model = adapted().eval()
+    model.train = lambda mode=True: model
+    with pytest.raises(ValueError, match=r"in eval mode in training.*model\.train\(\)"):
+        trainer(tmp_path, model, features()).train()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"), [(lambda: adapted(), None), (lambda: llama(), "inside model_init"), (freeze_one_A, "frozen")]
+)
+def test_what_model_init_makes_is_checked(tmp_path, make, message):
+    def frozen():
+        model = adapted()
+        freeze_one_A(model)
+        return model
+
+    ran = trainer(tmp_path, adapted(), features())
+    own = AlignTrainer(
+        model_init=frozen if make is freeze_one_A else make, args=ran.args, train_dataset=features(),
+        data_collator=ran.data_collator, in_order=True,
+    )  # fmt: skip
+    if message is None:
+        own.train()
+    else:
+        with pytest.raises(ValueError, match=message):
+            own.train()
+
+
+@pytest.mark.parametrize("metric", ["loss/none", "eval_loss/none", "los", "accuracy", "even_loss/even"])
+def test_a_metric_that_no_evaluation_gives_is_refused_before_training(tmp_path, metric):
+    options = {"metric_for_best_model": metric, "eval_strategy": "steps", "eval_steps": 1, "eval_rows": features()}
+    with pytest.raises(ValueError, match=r"is no metric of the evaluation, which gives .*eval_loss/even"):
+        trainer(tmp_path, adapted(), features(), **options).train()
+
+
+@pytest.mark.parametrize("metric", ["loss/even", "eval_loss/odd", "loss", "eval_samples_per_second"])
+def test_a_metric_that_the_evaluation_gives_is_taken_and_a_loss_is_least(tmp_path, metric):
+    options = {"metric_for_best_model": metric, "eval_strategy": "steps", "eval_steps": 1, "eval_rows": features()}
+    ran = trainer(tmp_path, adapted(), features(), **options)
+    assert ran.args.greater_is_better is ("loss" not in metric)
+    ran.train()
+    assert ran.state.best_metric is not None
+
+
+def test_of_datasets_by_name_the_metric_names_one(tmp_path):
+    parts = {"x": features(), "y": features()}
+    options = {"eval_strategy": "steps", "eval_steps": 1, "eval_rows": parts}
+    trainer(tmp_path, adapted(), features(), metric_for_best_model="eval_x_loss/even", **options).train()
+    with pytest.raises(ValueError, match="is no metric"):
+        trainer(tmp_path, adapted(), features(), metric_for_best_model="loss/even", **options).train()
+
+
+def test_a_task_without_examples_has_no_metric(tmp_path):
+    rows = datasets.Dataset.from_list([row for row in features() if row["task_ids"] != 1])
+    options = {"metric_for_best_model": "loss/odd", "eval_strategy": "steps", "eval_steps": 1, "eval_rows": rows}
+    with pytest.raises(ValueError, match="is no metric"):
+        trainer(tmp_path, adapted(), features(), **options).train()
+
+
+def test_processes_that_did_not_join_are_refused(tmp_path, monkeypatch):
+    ran = trainer(tmp_path, adapted(), features())
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with (
+        pytest.raises(RuntimeError, match=r"2 processes were started.*init_process_group"),
+        align_step(adapted().train(), torch.tensor([0])),
+    ):
+        pass
+    with pytest.raises(RuntimeError, match="use_cpu=True"):
+        AlignTrainer(model=ran.model, args=ran.args, train_dataset=features(), data_collator=ran.data_collator)
