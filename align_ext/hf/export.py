@@ -66,6 +66,7 @@ from align_ext.hf.peft_form import (
 from align_ext.hf.peft_names import peft_misreads
 from align_ext.hf.replace import Adapted, adapt, adapted_layers, layer_names
 from align_ext.hf.sharded import fill, holders, one_writes, outlines, unwrapped, whole
+from align_ext.hf.task_type import task_type_of
 from align_ext.hf.tensors import check_tensors, digest_of, write_tensors
 from align_ext.nn.base import Adapter, is_conv1d
 from align_ext.reading import shown
@@ -278,7 +279,7 @@ def _write_peft(path: Path, form: PeftForm, it: _Whole, record: Mapping[str, Any
     write_tensors(path / WEIGHTS, form.tensors, record or {"base": base.to_dict()})
     content = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if hasattr(it.model, "generate") else None,
+        "task_type": task_type_of(it.model),
         "base_model_name_or_path": base.name,
         **form.options,
         "lora_dropout": it.state.config.lora_dropout,
