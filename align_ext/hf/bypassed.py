@@ -11,8 +11,9 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import operator
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -20,6 +21,10 @@ from torch import nn
 _LOOKED_AT = ("dtype", "device", "shape", "ndim", "requires_grad", "is_meta", "size", "dim", "numel", "is_cuda")
 _PREDICATES = ("isinstance", "hasattr", "getattr", "type", "id")
 _NOT_RUN = ("init", "reset_parameters", "extra_repr", "tie_weights", "resize")  # beginnings of names
+_COMPARED: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
+    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Gt: operator.gt, ast.GtE: operator.ge, ast.Lt: operator.lt,
+    ast.LtE: operator.le, ast.Is: operator.is_, ast.IsNot: operator.is_not,
+}  # fmt: skip
 _Reading = tuple[str, tuple[ast.expr, ...]]  # a method, conditions
 
 
@@ -80,10 +85,27 @@ def _conditions(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> Iterator[ast.
 def _may_hold(condition: ast.expr, module: nn.Module) -> bool:
     """Whether a condition about a module's attributes holds; true where that cannot be told."""
     try:
-        code = compile(ast.Expression(condition), "<condition>", "eval")
-        return bool(eval(code, {"__builtins__": {}}, {"self": module}))
-    except Exception:  # whatever the model's own expression raises
+        return bool(_value(condition, module))
+    except (LookupError, TypeError, AttributeError):
         return True
+
+
+def _value(node: ast.expr, module: nn.Module) -> Any:
+    """The value of an expression of attributes, constants, comparisons and logic; LookupError for any other."""
+    if isinstance(node, ast.Name) and node.id == "self":
+        return module
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.Attribute):
+        return getattr(_value(node.value, module), node.attr)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        return not _value(node.operand, module)
+    if isinstance(node, ast.BoolOp):
+        values = [bool(_value(value, module)) for value in node.values]
+        return all(values) if isinstance(node.op, ast.And) else any(values)
+    if isinstance(node, ast.Compare) and len(node.ops) == 1:
+        return _COMPARED[type(node.ops[0])](_value(node.left, module), _value(node.comparators[0], module))
+    raise LookupError(type(node).__name__)
 
 
 def _path(node: ast.AST) -> tuple[str, ...]:
