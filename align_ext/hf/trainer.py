@@ -18,6 +18,7 @@ from align_ext.batch import Step
 from align_ext.config import AlignLoraConfig, unknown_name
 from align_ext.hf.checkpoint import load_trained, save_trained
 from align_ext.hf.mixing import Mixing, TaskSampler, example_tasks, join_tasks, with_task
+from align_ext.hf.sharded import holders
 from align_ext.hf.task_losses import LossSums, TaskLosses
 from align_ext.hf.training_checks import (
     ChecksBeforeTraining,
@@ -80,7 +81,7 @@ class AlignMixin(_Base):
         **kwargs: as for Trainer.
 
     A checkpoint is a folder of save_adapter, with what else is trained, and not the frozen model (with FSDP and
-    DeepSpeed it is Trainer's own); train(resume_from_checkpoint=...) goes on to the bit.
+    DeepSpeed their own files are beside it, to resume from); train(resume_from_checkpoint=...) goes on to the bit.
 
     Raises:
         ValueError: an option out of range; a peft_config; nn.DataParallel would be used with alignment on, or processes
@@ -313,18 +314,32 @@ class AlignMixin(_Base):
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
+    def _in_parts(self) -> bool:
+        """Whether processes may hold parts of the parameters, so that all of them save."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
     def _whole(self) -> bool:
-        """Whether checkpoints are Trainer's own, of the whole model: no adapters, or parameters in shards."""
-        return self._config() is None or self.is_fsdp_enabled or self.is_deepspeed_enabled
+        """Whether resuming is Trainer's own, of the whole model: no adapters, or parameters in parts."""
+        return self._config() is None or self._in_parts()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the adapter's folder, with all processes where they hold parts of the parameters."""
+        if self._config() is None or not self._in_parts():
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if self._whole():
+        if self._config() is None:
             super()._save(output_dir, state_dict)
-        elif self.args.should_save:
-            folder = output_dir or self.args.output_dir
+            return
+        folder = output_dir or self.args.output_dir
+        if self.args.should_save or holders(self.model.parameters()):
             save_trained(self.model, folder, self.task_names)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(folder)
+        if self.args.should_save and self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._whole():
