@@ -84,13 +84,27 @@ def test_a_missing_extension_names_the_build_command(tmp_path):
     assert "align_ext._C is missing" in result.stderr
 
 
-@pytest.mark.parametrize("limit", [None, "AVX512_CORE_BF16", "AVX512_CORE_AMX"])
-def test_bfloat16_runs_on_amx_where_there_is_some_and_torch_s_own_products_may(limit, tmp_path):
-    code = "from align_ext.ops._native import build_info; print(build_info.uses_amx())"
+LIMITS = {
+    None: 64,
+    "SSE41": 16,
+    "AVX": 16,
+    "AVX2": 32,
+    "AVX512_CORE": 64,
+    "AVX512_CORE_BF16": 64,
+    "AVX512_CORE_AMX": 64,
+}
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_kernels_take_what_the_processor_has_and_torch_s_own_products_may(limit, tmp_path):
+    code = "from align_ext.ops._native import build_info as i; print(i.vector_bytes(), i.uses_amx())"
     env = {name: value for name, value in os.environ.items() if name != "ONEDNN_MAX_CPU_ISA"}
     env |= {"ONEDNN_MAX_CPU_ISA": limit} if limit else {}
     # From elsewhere: the sources in the current folder, if it has them, are not the installed package.
-    command = [sys.executable, "-c", code]
-    run = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=True)
-    there = "amx_bf16" in Path("/proc/cpuinfo").read_text()
-    assert run.stdout.strip() == str(there and limit != "AVX512_CORE_BF16")
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    features = set(Path("/proc/cpuinfo").read_text().split())
+    widest = 64 if "avx512bw" in features else 32 if {"avx2", "fma"} <= features else 16
+    amx = "amx_bf16" in features and limit in (None, "AVX512_CORE_AMX")
+    assert run.stdout.split() == [str(min(widest, LIMITS[limit])), str(amx)]

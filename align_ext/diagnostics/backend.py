@@ -34,7 +34,8 @@ def backend() -> dict[str, Any]:
         devices: those that torch sees.
         ops: operator -> device -> "native" or "none" (no kernel in this build).
     """
-    vectors = torch.backends.cpu.get_cpu_capability() + (", AMX" if build_info.uses_amx() else "")
+    vectors = f"{torch.backends.cpu.get_cpu_capability()}, kernels by vectors of {build_info.vector_bytes()} bytes"
+    vectors += " and AMX" if build_info.uses_amx() else ""
     devices = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads, {vectors}"}
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)

@@ -3,6 +3,7 @@
 
 #include "bindings/torch_cuda.h"
 #include "cpu/amx.h"
+#include "cpu/simd.h"
 #ifdef ALIGN_SIMT
 #include "report.h"
 #endif
@@ -15,6 +16,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.attr("built_with_torch") = ALIGN_BUILT_WITH_TORCH;
   m.attr("compiler") = __VERSION__;
+  m.def("vector_bytes", align::cpu::native_vector_bytes, "How wide the vectors of the CPU's kernels are.");
   m.def("uses_amx", align::cpu::amx_usable, "Whether bfloat16 products on the CPU run on AMX.");
   m.def(
       "finds_cuda_stream", [] { return align::find_in_torch_cuda(align::kCurrentStream) != nullptr; },

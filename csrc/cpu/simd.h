@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <type_traits>
 #include <utility>
@@ -36,10 +37,20 @@ template <typename Body>
 __attribute__((target("arch=x86-64-v3"))) void run_v3(const Body& body) {
   body(std::integral_constant<int, 32>{});
 }
+inline bool starts_with(const char* text, const char* start) { return !std::strncmp(text, start, std::strlen(start)); }
+// The widest vectors that this processor has and ONEDNN_MAX_CPU_ISA allows, which limits torch's own products as well:
+// SSE41 (16 bytes), AVX2 (32), any other 64.
 inline int native_vector_bytes() {
-  static const int bytes = __builtin_cpu_supports("x86-64-v4") ? 64 : __builtin_cpu_supports("x86-64-v3") ? 32 : 16;
+  static const int bytes = [] {
+    const char* limit = std::getenv("ONEDNN_MAX_CPU_ISA");
+    const bool none = limit && (starts_with(limit, "SSE") || !std::strcmp(limit, "AVX"));
+    if (none || !__builtin_cpu_supports("x86-64-v3")) return 16;
+    return (limit && starts_with(limit, "AVX2")) || !__builtin_cpu_supports("x86-64-v4") ? 32 : 64;
+  }();
   return bytes;
 }
+#else
+inline int native_vector_bytes() { return 16; }
 #endif
 
 // Calls body(std::integral_constant<int, W>) for the widest W of this processor, compiled for its instruction set.
