@@ -9,6 +9,7 @@ or, in Python,  lm_eval.simple_evaluate(align_lm(MODEL, FOLDER), tasks=["arc_eas
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 import sys
 from typing import Any
@@ -51,6 +52,12 @@ def _model_class() -> Any:
             self, pretrained: str | None = None, adapter: str | None = None, task: str | int | None = None, *,
             merge: bool = False, dtype: str = "auto", device: str | None = None, **options: Any,
         ) -> None:  # fmt: skip
+            if not isinstance(merge, bool):
+                raise ValueError(f"merge={merge!r} must be True or False")
+            unknown = options.keys() - inspect.signature(HFLM.__init__).parameters.keys()
+            if unknown:
+                raise ValueError(f"model_args: {', '.join(sorted(unknown))} is no option of align (pretrained, adapter, "
+                                 "task, merge, dtype, device) or of the harness's own model")  # fmt: skip
             config = None if adapter is None else AdapterFolder.read(adapter).config
             if config is not None and config.architecture == "multi_adapter" and task is None:
                 raise ValueError("the adapter has one part for each task: name one, as task=...")

@@ -48,3 +48,45 @@ def test_the_alignment_falls_faster_with_a_weight_than_without(run, script):
 def test_each_example_is_short_enough_to_read_at_once():
     for script in SCRIPTS:
         assert len((EXAMPLES / f"{script}.py").read_text().splitlines()) <= 40
+
+
+def started(script, *arguments, **environment):
+    """Exit code and what a script says, started without a launcher."""
+    own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    command = [sys.executable, str(EXAMPLES / f"{script}.py"), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, env=own | environment, check=False)
+    return result.returncode, result.stdout, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "environment", "message"),
+    [
+        ("fsdp2", (), {}, "torchrun --nproc_per_node 2 examples/fsdp2.py"),
+        ("accelerate_two_processes", (), {}, "torchrun --nproc_per_node 2 examples/accelerate_two_processes.py"),
+        ("plain_loop", (), {"RANK": "0", "WORLD_SIZE": "2"}, "start it by python examples/plain_loop.py"),
+        ("plain_loop", ("--steps", "0"), {}, "--steps: invalid positive integer"),
+        ("plain_loop", ("--weight", "nan"), {}, "--weight: invalid positive number"),
+        ("trainer", ("--model", "/nowhere"), {}, "--model /nowhere"),
+    ],
+)
+def test_a_wrong_start_is_one_line(script, arguments, environment, message):
+    code, _, error = started(script, *arguments, **environment)
+    said = [line for line in error.splitlines() if line.startswith(f"{script}.py: ")]
+    assert (code, len(said)) == (2, 1)
+    assert message in said[0]
+    assert "Traceback" not in error
+
+
+def test_help_is_there_without_a_launcher():
+    code, usage, _ = started("fsdp2", "--help")
+    assert code == 0
+    assert "--weight" in usage
+
+
+def test_processes_of_trainers_on_cpus_join(unused_port):
+    options = ["--nproc_per_node", "2", "--master_port", str(unused_port)]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, str(EXAMPLES / "trainer.py"), "--steps", "12"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    found = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    assert {int(processes) for _, processes, _, _ in LINE.findall(found)} == {2}
+    assert len(LINE.findall(found)) == 2  # one process speaks

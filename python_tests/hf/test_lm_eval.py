@@ -95,12 +95,35 @@ def test_a_local_task_runs_through_the_harnesss_own_command_line(place, monkeypa
         values = [log_likelihood(model, row["question"], " " + choice)[0] for choice in row["choices"]]
         right += values.index(max(values)) == row["label"]
     arguments = f"pretrained={place / 'model'},adapter={folder},dtype=float32"
-    flags = ["--tasks", "local", "--include_path", place / "tasks", "--device", "cpu", "--batch_size", "4"]
+    flags = ["--tasks", "local", "--include_path", place / "tasks", "--batch_size", "4"]
     flags += ["--model", "align", "--model_args", arguments, "--output_path", place / "out"]
     monkeypatch.setattr(sys, "argv", ["lm_eval", "run", *map(str, flags)])
     ours.main()
     (file,) = (place / "out").rglob("results_*.json")
     assert json.loads(file.read_text())["results"]["local"]["acc,none"] == pytest.approx(right / len(rows))
+
+
+@installed
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model_args", "pretrained=MODEL,adapter=nowhere", "--tasks", "arc_easy"], "nowhere is no adapter folder"),
+        (["--model_args", "pretrained=nowhere/nobody,adapter=ADAPTER", "--tasks", "arc_easy"], "nowhere/nobody"),
+        (["--model_args", "pretrained=MODEL,adapter=ADAPTER", "--tasks", "no_such_task"], "no_such_task"),
+        (["--model_args", "pretrained=MODEL,adapter=ADAPTER,merge=perhaps", "--tasks", "arc_easy"], "merge='perhaps'"),
+        (["--model_args", "pretrained=MODEL,adaptor=ADAPTER", "--tasks", "arc_easy"], "adaptor is no option"),
+    ],
+)
+def test_a_mistake_on_the_harnesss_command_line_is_one_line(place, monkeypatch, capsys, arguments, message):
+    places = {"MODEL": str(place / "model"), "ADAPTER": str(adapter(place / "adapter"))}
+    for name, path in places.items():
+        arguments = [argument.replace(name, path) for argument in arguments]
+    monkeypatch.setattr(sys, "argv", ["lm_eval", "run", "--model", "align", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        ours.main()
+    assert ended.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("align: ")]
+    assert message in line
 
 
 @installed
