@@ -56,8 +56,9 @@ def _model_class() -> Any:
                 raise ValueError(f"merge={merge!r} must be True or False")
             unknown = options.keys() - inspect.signature(HFLM.__init__).parameters.keys()
             if unknown:
-                raise ValueError(f"model_args: {', '.join(sorted(unknown))} is no option of align (pretrained, adapter, "
-                                 "task, merge, dtype, device) or of the harness's own model")  # fmt: skip
+                names = ", ".join(sorted(unknown))
+                raise ValueError(f"model_args: {names} is no option of align (pretrained, adapter, task, merge, dtype, "
+                                 "device) or of the harness's own model")  # fmt: skip
             config = None if adapter is None else AdapterFolder.read(adapter).config
             if config is not None and config.architecture == "multi_adapter" and task is None:
                 raise ValueError("the adapter has one part for each task: name one, as task=...")
