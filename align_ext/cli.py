@@ -19,6 +19,7 @@ import typer
 import yaml
 
 from align_ext.hf.options import TrainOptions, known_options
+from align_ext.hf.rows import ROWS
 from align_ext.reading import line, read_yaml
 from align_ext.writing import check_file
 
@@ -76,6 +77,7 @@ def evaluate(
         str | None, typer.Option(help="adapter folder of any architecture; none: the base alone")
     ] = None,
     data: Annotated[str | None, typer.Option(help="as in `train`; none: the built-in tasks")] = None,
+    ignore_columns: Annotated[str, typer.Option(help="columns of the rows to leave out, separated by commas")] = "",
     tasks: Annotated[str, typer.Option(help="names of the tasks to keep, separated by commas; none: all")] = "",
     examples: Annotated[int, typer.Option(help="at most so many of each task")] = 100,
     batch_size: Annotated[int, typer.Option(help="rows in a forward")] = 16,
@@ -94,12 +96,13 @@ def evaluate(
 
     Example: align-lora eval --adapter run/adapter --tasks syllogism,chain_sum --json scores.json
     """
-    given = {name: value for name, value in locals().items() if name not in ("json", "tasks")}
+    given: dict[str, Any] = {name: value for name, value in locals().items() if name != "json"}
+    for name in ("tasks", "ignore_columns"):
+        given[name] = tuple(word.strip() for word in given[name].split(",") if word.strip())
     with _on_models("scoring"):
         from align_ext.hf.score import EvalRequest, score
 
-        names = tuple(name.strip() for name in tasks.split(",") if name.strip())
-        score(EvalRequest(**given, tasks=names), json, _console())
+        score(EvalRequest(**given), json, _console())
 
 
 _Folder = Annotated[str, typer.Argument(help="folder of save_adapter or `train` (its adapter/), or of stock PEFT")]
@@ -343,7 +346,12 @@ def _flags() -> list[inspect.Parameter]:
 
 train.__signature__ = inspect.Signature(_flags())  # type: ignore[attr-defined]
 train.__annotations__ = {flag.name: flag.annotation for flag in _flags()}
-app.command()(train)
+_ROWS = "\n\n".join(f"{columns}: {meaning}" for columns, meaning in ROWS)
+_DATA = (
+    "Columns of the rows of --data. A JSON integer counts as text; anything else that is no text is refused, and so is "
+    "every other column, unless it holds a number, is named like id, source or category, or --ignore-columns names it."
+)
+app.command(help=f"{inspect.getdoc(train)}\n\n{_DATA}\n\n{_ROWS}")(train)
 
 
 def main() -> None:

@@ -27,6 +27,8 @@ MEBIBYTE = 1 << 20
 MOST_BYTES = 16 * MEBIBYTE  # of one row of data
 _MOST_JSON = 4 * MEBIBYTE  # of a configuration
 _MOST_YAML = MEBIBYTE // 16  # the reader of YAML takes seconds for a megabyte
+_MOST_RATIO = 100  # of what a .gz file of lines unpacks to, beyond
+_UNPACKED = 256 * MEBIBYTE
 _MOST_DEPTH = 64  # of brackets in a file
 _MOST_PATTERN = 2000  # letters of a regular expression
 _MOST_COUNT = 1000  # product of the counts {n} in it: it is written out so often when it is compiled
@@ -94,7 +96,7 @@ def open_file(path: str | os.PathLike[str]) -> BinaryIO:
         file = open(path, "rb")  # noqa: SIM115
     except (OSError, ValueError) as error:  # a name with a zero in it is a ValueError
         raise ValueError(f"cannot read {place(path)}: {why(error)}") from error
-    if not os.fspath(path).endswith(".gz"):
+    if not os.fspath(path).lower().endswith(".gz"):
         return file
     unzipped = gzip.GzipFile(fileobj=file, mode="rb")
     unzipped.myfileobj = file  # type: ignore[assignment]  # which it closes with itself
@@ -126,14 +128,18 @@ def read_lines(path: str | os.PathLike[str], most: int = MOST_BYTES) -> Iterator
     Raises:
         ValueError: it cannot be read, a line is larger than `most` bytes, or is no UTF-8 text.
     """
-    name, number = shown(Path(path).name), 0
+    name, number, size, limit = shown(Path(path).name), 0, 0, float("inf")
     try:
         with open_file(path) as file:
+            if isinstance(file, gzip.GzipFile):
+                limit = max(_UNPACKED, _MOST_RATIO * os.stat(path).st_size)
             while line := file.readline(most + 1):
-                number += 1
+                number, size = number + 1, size + len(line)
                 if len(line) > most:
                     raise ValueError(f"it is larger than {most} bytes")
-                yield number, line.decode("utf-8")
+                if size > limit:
+                    raise ValueError(f"the file unpacks to more than {_MOST_RATIO} times its size")
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
     except (OSError, EOFError, ValueError, zlib.error) as error:
         if isinstance(error, ValueError) and not number and str(error).startswith("cannot read"):
             raise

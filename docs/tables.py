@@ -1,4 +1,4 @@
-"""The README's tables of architectures, from the code: python docs/tables.py [--write README.md]."""
+"""The README's tables of architectures and of rows, from the code: python docs/tables.py [--write README.md]."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from align_ext import AlignLoraConfig
 from align_ext.config import Architecture
+from align_ext.hf.rows import ROWS
 from align_ext.nn import adapter_class
 from align_ext.nn.base import AdaptedLinear
 
@@ -80,7 +81,16 @@ def _linked(paper: str) -> str:
     return re.sub(r"\d{4}\.\d{5}", lambda found: f"[{found[0]}](https://arxiv.org/abs/{found[0]})", paper)
 
 
-TABLES = {"architectures": architectures, "ablation": ablation}
+def rows() -> str:
+    """The table of the columns that rows of data may have."""
+    lines = ["| column | is |", "|---|---|"]
+    for columns, meaning in ROWS:
+        names = re.sub(r"\b(?!or\b)\w+", lambda found: f"`{found[0]}`", columns)
+        lines.append(f"| {names} | {meaning} |")
+    return "\n".join(lines)
+
+
+TABLES = {"architectures": architectures, "ablation": ablation, "rows": rows}
 
 
 def renewed(text: str) -> str:

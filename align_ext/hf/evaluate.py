@@ -14,8 +14,9 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from align_ext.hf.collator import TaskCollator
+from align_ext.hf.encoding import answer_tokens, encode, features, prompt_tokens
 from align_ext.hf.replace import adapted_layers
-from align_ext.hf.tasks import Example, encode, features
+from align_ext.hf.rows import Example
 from align_ext.state import find_state
 from align_ext.step import align_step, set_task
 
@@ -237,8 +238,9 @@ def _rows(tokenizer: Any, examples: Sequence[Example], tasks: Sequence[int]) -> 
     """Every answer to every prompt, longest first, so that too large a batch fails at once and padding is little."""
     rows = []
     for i, example in enumerate(examples):
+        prompt = prompt_tokens(tokenizer, example.prompt)
         for choice, answer in enumerate(example.choices or (example.answer,)):
-            rows.append(_Row(i, choice, tasks[i], *encode(tokenizer, example.prompt, answer)))
+            rows.append(_Row(i, choice, tasks[i], prompt, answer_tokens(tokenizer, answer)))
     return sorted(rows, key=lambda row: -len(row.prompt) - len(row.answer))
 
 

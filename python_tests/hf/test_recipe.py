@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from align_ext import load_adapter, unload
 from align_ext.config import Architecture
 from align_ext.hf import models, recipe
+from align_ext.hf.encoding import encode
 from align_ext.hf.models import load_model
 from align_ext.hf.options import TrainOptions
 from align_ext.hf.replace import adapted_layers
-from align_ext.hf.tasks import encode
 
 
 @pytest.fixture
@@ -264,11 +264,11 @@ def test_a_merge_that_changes_the_model_fails_its_check(place, monkeypatch):
 
 
 def test_examples_that_do_not_fit_are_left_out_and_counted(place):
-    job = recipe.prepare(options(place, seq_len=35), console())
+    job = recipe.prepare(options(place, seq_len=34), console())
     lengths = [sum(map(len, encode(job.tokenizer, x.prompt, x.answer))) for x in job.data.train + job.data.test]
-    assert max(lengths) <= 35
+    assert max(lengths) <= 34
     assert len(job.data.test) == 8
-    assert job.data.left_out > 0
+    assert job.data.usage["threes"]["train"].left_out["too long (seq_len)"] > 0
 
 
 def test_overwrite_replaces_a_folder_and_a_default_output_never_does(place):

@@ -1,17 +1,15 @@
-"""Tasks: the built-in ones, rows of files, tokens with labels on the answer alone, and the order that mixes them."""
+"""Tasks: the built-in ones, those of files, and which of their examples are trained and scored, and why not."""
 
 import gzip
 import json
 import re
 from collections import Counter
 
-import datasets
-import huggingface_hub
 import pytest
-from hf.words import rows, tokenizer, write_rows
+from hf.words import rows, write_rows
 
-from align_ext.hf import tasks
-from align_ext.hf.tasks import Example, read_tasks, scored_examples, select
+from align_ext.hf.rows import Example
+from align_ext.hf.tasks import Usage, read_tasks, scored_examples, select
 
 FORMS = {
     "chain_sum": r"-?\d+",
@@ -23,7 +21,7 @@ FORMS = {
 
 
 def load_tasks(data=None, tasks=(), train_per_task=2000, test_per_task=16, seed=0, **options):
-    pools = read_tasks(data, tasks, count=min(train_per_task, 60), seed=seed)
+    pools = read_tasks(data, tasks, train=min(train_per_task, 60), test=test_per_task, seed=seed)
     return select(pools, train_per_task, test_per_task, **options)
 
 
@@ -64,43 +62,6 @@ def test_a_scorer_that_stumbles_over_generated_text_means_wrong():
     assert Example("t", "p", "a", scorer=scorer).score("") == 0.0
 
 
-def test_a_choice_is_put_into_the_form_of_the_gold_answer():
-    def choices(**row):
-        base = {"task": "t", "instruction": "i", "label": 2, "choices": ["red", "blue", "green"]}
-        return tasks.example_of(base | row, "row").choices
-
-    assert choices(output="the correct answer is answer3") == tuple(
-        f"the correct answer is answer{i}" for i in (1, 2, 3)
-    )
-    assert choices(output="It is green") == ("It is red", "It is blue", "It is green")
-    assert choices(output="the correct answer is answer1") == ()
-    assert choices(output="it is answer3", label=-1) == ()
-    assert choices(output="it is answer3", label=3) == ()
-
-
-def test_a_question_without_an_instruction_shows_its_choices():
-    row = {"task": "t", "question": "which?", "choices": ["red", "blue"], "label": 1, "answer": "blue"}
-    example = tasks.example_of(row, "row")
-    assert example.prompt == "which?\n- red\n- blue"
-    assert (example.choices, example.label) == (("red", "blue"), 1)
-
-
-@pytest.mark.parametrize(
-    ("gold", "text", "score"),
-    [
-        ("16", "8 + 8 = 16 miles.\nThe answer is 16.", 1),
-        ("16", "The answer is 16.0", 1),
-        ("1200", "the answer is $1,200.", 1),
-        ("16", "The answer is 17. 16 was wrong", 0),
-        ("16", "8 + 8 = 16 miles", 0),
-        ("blue", "Blue", 1),
-        ("blue", "blue whale", 0),
-    ],
-)
-def test_a_generated_rationale_is_scored_by_its_final_answer(gold, text, score):
-    assert tasks.final_answer_score(gold, text) == score
-
-
 def test_a_file_without_splits_keeps_some_examples_of_each_task_apart(tmp_path):
     data = load_tasks(str(write_rows(tmp_path / "x.jsonl")), test_per_task=5)
     assert data.names == ("next", "threes")
@@ -115,8 +76,15 @@ def test_a_folder_is_split_by_the_names_of_its_files_and_reads_gzip(tmp_path):
     with gzip.open(tmp_path / "tiny.test.jsonl.gz", "wt") as file:
         file.writelines(json.dumps(row) + "\n" for row in everything[30:])
     data = load_tasks(str(tmp_path), test_per_task=100)
-    assert {x.prompt for x in data.test} == {row.get("prompt") or row["instruction"] for row in everything[30:]}
-    assert len(data.train) == 30, "what stands in the test file is not trained on"
+    asked = [row.get("prompt") or row["instruction"] for row in everything]
+    assert {x.prompt for x in data.test} == set(asked[30:])
+    assert {x.prompt for x in data.train} == set(asked[:30]), "what stands in the test file is not trained on"
+    few = load_tasks(str(tmp_path), test_per_task=1)
+    assert few.train == data.train, "nor what stands there and is not scored now"
+    assert few.usage["next"] == {
+        "train": Usage(20, 15, {"with a prompt that is tested": 5}, 0),
+        "test": Usage(9, 1, {"beyond eval_examples": 8}, 0),
+    }
 
 
 def test_the_examples_chosen_do_not_depend_on_the_order_of_the_rows(tmp_path):
@@ -134,84 +102,13 @@ def test_some_tasks_can_be_chosen_and_an_unknown_one_is_named_with_the_nearest(t
         load_tasks(file, tasks=["three"])
 
 
-GOOD = '{"task": "t", "prompt": "p", "completion": "c"}\n'
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"prompt": "p", "completion": "c"}\n', r"x\.jsonl, line 1: no column task; found prompt, completion"),
-        (
-            GOOD + '{"task": "t", "text": "p"}\n',
-            r"line 2: no column prompt or instruction or question; found task, text",
-        ),
-        ('{"task": "t", "prompt": "p"}\n', "line 1: no column completion or output or answer; found task, prompt"),
-        (GOOD + GOOD + "{broken\n", r"x\.jsonl, line 3: cannot be read"),
-        ("[1, 2]\n", "line 1: cannot be read .not a JSON object"),
-        ("\n", "holds no examples"),
-        (GOOD, "the task 't' has no examples to train on"),
-    ],
-)
-def test_a_file_that_cannot_be_used_says_where_and_why(content, message, tmp_path):
-    (tmp_path / "x.jsonl").write_text(content)
-    with pytest.raises(ValueError, match=message) as caught:
-        load_tasks(str(tmp_path / "x.jsonl"))
-    assert "\n" not in str(caught.value)
-
-
-def test_damaged_compression_is_an_error_too(tmp_path):
-    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(GOOD.encode() * 999)[:-9])
-    with pytest.raises(ValueError, match=r"x\.jsonl\.gz, line \d+: cannot be read"):
-        load_tasks(str(tmp_path / "x.jsonl.gz"))
-
-
-def test_data_that_is_not_there_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "x.csv").write_text("a,b")
-    for data in ("absent.jsonl", "some/absent.jsonl", "empty", "x.csv", "owner/name", "/no/such/folder"):
-        with pytest.raises(ValueError, match=data) as caught:
-            load_tasks(data)
-        assert "\n" not in str(caught.value)
-
-
-def test_a_dataset_of_the_hub_gives_its_train_and_its_test_split():
-    part = datasets.Dataset.from_list([row for row in rows() if row["task"] == "threes"])
-    splits = tasks._named_splits("owner/name", datasets.DatasetDict(train=part, validation=part.select(range(6))))
-    assert {name: len(examples) for name, examples in splits.items()} == {"train": 24, "test": 6}
-    alone = tasks._named_splits("owner/name", datasets.DatasetDict(train=part))
-    assert set(alone) == {""}
-    assert alone[""][0].choices == ("the answer is yes", "the answer is no")
-    with pytest.raises(ValueError, match=r"no split train \(it has corpus"):
-        tasks._named_splits("owner/name", datasets.DatasetDict(corpus=part))
-
-
-@pytest.mark.parametrize("chat", [False, True])
-def test_labels_stand_on_the_answer_and_the_end_token_alone(chat):
-    words = tokenizer(chat)
-    (row,) = tasks.features(words, [Example("t", "2+2=", "four")], {"t": 3})
-    text = words.decode(row["input_ids"])
-    assert text == ("<user>2+2=<bot>four[END]" if chat else "2+2=\nfour[END]")
-    supervised = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
-    assert words.decode(supervised) == "four[END]"
-    assert row["labels"][-len(supervised) :] == supervised
-    assert (row["task_ids"], sum(row["attention_mask"])) == (3, len(row["input_ids"]))
-
-
-def test_an_example_fits_whole_with_each_of_its_answers_or_not_at_all():
-    assert tasks.fits(tokenizer(), Example("t", "12345", "67"), 9)
-    assert not tasks.fits(tokenizer(), Example("t", "12345", "678"), 9)
-    assert not tasks.fits(tokenizer(), Example("t", "1", "2", ("2", "3" * 9), 0), 9)
-
-
 def test_examples_that_do_not_fit_make_room_for_others(tmp_path):
     file = str(write_rows(tmp_path / "x.jsonl"))
     data = load_tasks(file, test_per_task=4, train_per_task=5, fits=lambda x: "1" not in x.prompt)
     assert Counter(x.task for x in data.test) == {"next": 4, "threes": 4}
     assert Counter(x.task for x in data.train) == {"next": 5, "threes": 5}
     assert not any("1" in x.prompt for x in data.train + data.test)
-    assert data.left_out > 0
+    assert data.usage["next"]["test"].left_out["too long (seq_len)"] > 0
     with pytest.raises(ValueError, match="'next' has no examples to score on: all 24 are too long"):
         load_tasks(file, fits=lambda x: x.task != "next")
 
@@ -224,9 +121,80 @@ def test_only_a_test_split_is_scored_and_a_file_as_it_is(tmp_path):
     data = scored_examples(read_tasks(str(tmp_path)), 3, lambda x: x.prompt != "7", undivided=False)
     assert {x.prompt for x in data.test} == {"5", "6", "8"}
     assert (data.train, data.names) == ([], ("a",))
+    assert data.usage["a"]["train"] == Usage(4, 0, {"in a split that is not used": 4}, 0)
     file = read_tasks(str(tmp_path / "x.train.jsonl"))
     with pytest.raises(ValueError, match="no test split"):
         scored_examples(file, 9, lambda _: True, undivided=False)
     assert len(scored_examples(file, 9, lambda _: True, undivided=True).test) == 4
     with pytest.raises(ValueError, match="no examples to score on: all 4 are too long"):
         scored_examples(file, 9, lambda _: False, undivided=True)
+
+
+def test_all_that_is_left_out_is_counted_by_task_and_reason(tmp_path):
+    def row(i, task="a"):
+        return {"task": task, "prompt": str(i), "answer": "b", "id": i, "source": "web"}
+
+    write_rows(tmp_path / "x.train.jsonl", [*(row(i) for i in range(40)), row(3), row(3), *map(row, range(90, 95))])
+    write_rows(tmp_path / "x.test.jsonl", [row(i) for i in range(90, 100)])
+    write_rows(tmp_path / "x.dev.jsonl", [row(i) for i in range(100, 107)])
+    write_rows(tmp_path / "y.train.jsonl", [row(i, "c") for i in range(9)])
+    write_rows(tmp_path / "y.valid.jsonl", [row(i, "c") for i in range(20, 22)])
+    write_rows(tmp_path / "z.jsonl", [row(i, "b") for i in range(30)])
+    (tmp_path / "README.md").write_text("hello")
+    data = load_tasks(str(tmp_path), train_per_task=20, test_per_task=4, fits=lambda x: x.prompt[-1] != "7")
+    seen = {name: {split: usage.left_out for split, usage in splits.items()} for name, splits in data.usage.items()}
+    assert seen["a"]["validation"] == {"in a split that is not used": 7}
+    assert seen["a"]["train"]["with a prompt that is tested"] == 5
+    assert data.usage["a"]["train"].repeated == 2
+    assert seen["b"]["train"]["with a prompt that is tested"] == 4, "which are those that are scored"
+    assert list(data.usage["c"]) == ["train", "validation"]
+    for name, splits in data.usage.items():
+        for split, usage in splits.items():
+            assert usage.used + sum(usage.left_out.values()) == usage.rows, (name, split)
+        examples = {"train": data.train, "test": data.test, "validation": data.test if name == "c" else []}
+        used = {split: sum(x.task == name for x in examples[split]) for split in splits}
+        assert used == {split: usage.used for split, usage in splits.items()}
+    lines = list(data.report())
+    assert lines[0].startswith("a: train 20 of 47 (")
+    assert "2 repeated), test 4 of 10 (6 beyond eval_examples), validation 0 of 7 (7 in a split that" in lines[0]
+    assert lines[3:] == ["not read: README.md", "columns that are not used: id (105 rows), source (105 rows)"]
+    assert json.loads(json.dumps(data.counts()))["tasks"]["c"]["validation"] == {
+        "rows": 2, "used": 2, "left_out": {}, "repeated": 0
+    }  # fmt: skip
+
+
+def test_a_report_of_many_tasks_columns_and_files_is_short(tmp_path):
+    for i in range(50):
+        write_rows(tmp_path / f"{i}.jsonl", [{"prompt": str(j), "answer": "b", f"{i}_id": j} for j in range(9)])
+        (tmp_path / f"{i}.md").write_text("")
+    lines = list(load_tasks(str(tmp_path), test_per_task=2).report())
+    assert len(lines) == 23
+    assert lines[20] == "... and 30 more tasks"
+    assert max(map(len, lines)) < 320
+
+
+def test_rows_of_a_task_in_a_split_and_in_none_are_refused(tmp_path):
+    write_rows(tmp_path / "x.train.jsonl", [{"task": "a", "prompt": "p", "answer": "b"}])
+    write_rows(tmp_path / "x.jsonl", [{"task": "b", "prompt": "p", "answer": "b"}])
+    assert set(read_tasks(str(tmp_path)).tasks) == {"a", "b"}
+    write_rows(tmp_path / "y.jsonl", [{"task": "a", "prompt": "p", "answer": "b"}])
+    with pytest.raises(
+        ValueError, match=r"'a' has rows in a split \('x.train.jsonl', line 1\) and rows in none \('y.jsonl'"
+    ):
+        read_tasks(str(tmp_path))
+
+
+def test_very_many_tasks_are_refused_at_once(tmp_path):
+    write_rows(tmp_path / "x.jsonl", [{"task": str(i), "prompt": "p", "answer": "b"} for i in range(10_001)])
+    with pytest.raises(ValueError, match="the data has 10,001 tasks, and there may be 10,000"):
+        read_tasks(str(tmp_path / "x.jsonl"))
+
+
+def test_a_train_row_that_asks_what_is_tested_in_another_form_is_left_out(tmp_path):
+    write_rows(tmp_path / "x.train.jsonl", [{"prompt": "p", "answer": "b"}, {"prompt": "q", "answer": "b"}])
+    turns = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "b"}]
+    write_rows(tmp_path / "x.test.jsonl", [{"messages": turns}])
+    assert [x.prompt for x in load_tasks(str(tmp_path)).train] == ["q"]
+    write_rows(tmp_path / "x.train.jsonl", [{"prompt": "p", "answer": "b"}])
+    with pytest.raises(ValueError, match="'x' has no examples to train on: all have prompts that are tested"):
+        load_tasks(str(tmp_path))

@@ -71,7 +71,7 @@ def rows(count=24):
         yes = i % 3 == 0
         yield {
             "task": "threes",
-            "instruction": f"does 3 divide {i}?",
+            "instruction": f"3|{i}: yes or no?",
             "choices": ["yes", "no"],
             "label": 0 if yes else 1,
             "answer": "yes" if yes else "no",
