@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from align_ext.config import MOST_TASKS
 from align_ext.losses.tokens import LayerTokens, TokenTasks
 from align_ext.state import AlignState, world_size
 
@@ -30,6 +31,18 @@ _PADDING_UNKNOWN = (
     "which of the decoder's tokens that {name!r} sees are padding is unknown: give the model decoder_attention_mask, "
     "or labels of the decoder's tokens"
 )
+
+
+def number_of_tasks(ids: Tensor) -> int:
+    """One more than the largest id, and 1 at least.
+
+    Raises:
+        ValueError: there would be more than 10,000 tasks, of which every layer has a table.
+    """
+    most = int(ids.max()) if ids.numel() else 0
+    if most >= MOST_TASKS:
+        raise ValueError(f"task_ids must be below {MOST_TASKS}, got {most}")
+    return max(most + 1, 1)
 
 
 class StepTokens:
@@ -66,18 +79,19 @@ class StepTokens:
         if config.num_tasks is None:
             if world_size() > 1:
                 raise ValueError("num_tasks must be given when several processes train: every process needs the same")
-            state.tasks = max(state.tasks, int(ids.max()) + 1 if ids.numel() else 0, 1)
+            tasks = max(state.tasks, number_of_tasks(ids))
+        else:
+            tasks = state.tasks
         # Every token runs through an adapter: with one for each task, no token can be without.
         least = 0 if config.architecture == "multi_adapter" else NO_TASK
-        allowed = f"task_ids must be in 0 .. num_tasks-1 = {state.tasks - 1}" + (
-            "" if least == 0 else ", or -1 for none"
-        )
+        allowed = f"task_ids must be in 0 .. num_tasks-1 = {tasks - 1}" + ("" if least == 0 else ", or -1 for none")
         if ids.is_cuda:
-            torch._assert_async(((ids >= least) & (ids < state.tasks)).all(), allowed)  # does not wait for the device
+            torch._assert_async(((ids >= least) & (ids < tasks)).all(), allowed)  # does not wait for the device
         elif ids.numel():
             low, high = map(int, ids.aminmax())
-            if low < least or high >= state.tasks:
+            if low < least or high >= tasks:
                 raise ValueError(f"{allowed}; got {low} .. {high}")
+        state.tasks = tasks
         return ids
 
     def with_choices(self, count: int) -> None:

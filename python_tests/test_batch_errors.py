@@ -90,6 +90,18 @@ def test_bad_ids_are_named(ids, message):
     assert model.align_state.current is None
 
 
+@pytest.mark.parametrize("task", [10_000, 2**40, 2**62])
+def test_a_refused_id_leaves_the_number_of_tasks_as_it_was(task):
+    model, (inputs, ids) = adapted(num_tasks=None), batch()
+    model(**inputs, task_ids=ids).loss.backward()
+    before = model.align_state.tasks
+    with pytest.raises(ValueError, match=f"must be below 10000, got {task}"):
+        model(**inputs, task_ids=ids.clamp_min(task))
+    with pytest.raises(ValueError, match="must be in 0"):
+        model(**inputs, task_ids=torch.tensor([0, 1, 5, -2, 0, 1]))
+    assert model.align_state.tasks == before
+
+
 def test_ids_of_another_number_of_tokens_are_an_error():
     model, (inputs, _) = adapted(), batch()
     del inputs["attention_mask"]

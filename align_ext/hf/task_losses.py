@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 from transformers import PreTrainedModel
 
+from align_ext.tokens import number_of_tasks
+
 IGNORED = -100
 _PARTS = 2  # of a loss that is a mean of means: starts and ends
 _NO_SHIFT, _SHIFT = ("ForMaskedLM", "ForTokenClassification"), ("ForCausalLM", "ForConditionalGeneration")
@@ -189,7 +191,7 @@ def _sums(terms: Terms, ids: Tensor) -> Tensor:
     """[B, M, 2]: each sample's sum of terms and how many, by task."""
     tasks, values = terms.tasks(ids), terms.values
     keep = tasks >= 0
-    sums = torch.zeros(len(ids), max(int(ids.max()) + 1, 1), 2, device=values.device)
+    sums = torch.zeros(len(ids), number_of_tasks(ids), 2, device=values.device)
     entries = torch.stack([values, torch.ones_like(values)], dim=1)
     return sums.index_put_((terms.rows[keep], tasks[keep]), entries[keep], accumulate=True)  # deterministic on a GPU
 
