@@ -39,7 +39,6 @@ def test_fsdp2_saves_and_loads_what_it_trained(tmp_path, unused_port):
 
 
 def test_zero3_saves_what_it_trained(tmp_path, unused_port):
-    pytest.importorskip("deepspeed")
     torch.multiprocessing.spawn(shards.zero3, (unused_port, str(tmp_path)), nprocs=2)
     for kind in ("lora", "m_lora, rslora"):
         assert_holds(tmp_path / kind, plain(), kind)
