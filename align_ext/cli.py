@@ -6,11 +6,10 @@ A user's mistake is one line on stderr and exit code 2.
 from __future__ import annotations
 
 import inspect
-import signal
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +17,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+from align_ext import ending
 from align_ext.hf.options import TrainOptions, known_options
 from align_ext.hf.rows import ROWS
 from align_ext.reading import line, read_yaml
@@ -55,11 +55,17 @@ def train(config: str | None, print_config: bool, **flags: Any) -> None:
         typer.echo(yaml.safe_dump(options.to_dict(), sort_keys=False), nl=False)
         return
     recipe, console = _on_transformers("training", "recipe"), _console()
-    try:
-        job = recipe.prepare(options, console)
-    except ValueError as error:
-        raise Mistake(str(error)) from error
-    results = recipe.train(job, console)
+    from align_ext.hf.run_folder import open_run
+
+    with ExitStack() as held:
+        try:
+            job = recipe.prepare(held.enter_context(open_run(options)), console)
+        except ValueError as error:
+            raise Mistake(str(error)) from error
+        try:
+            results = recipe.train(job, console)
+        except (FloatingPointError, OSError) as error:  # it has diverged, or the disk is full
+            raise Mistake(str(error)) from error
     if any(check["passed"] is False for check in results["checks"].values()):
         raise typer.Exit(1)
 
@@ -208,7 +214,7 @@ def _on_transformers(what: str, name: str) -> Any:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a job that is ended cleans up, as on Ctrl-C
+    ending.listen()
     return module
 
 
@@ -370,6 +376,9 @@ def main() -> None:
         text = error.format_message() if hasattr(error, "format_message") else str(error)
         print("align-lora: error: " + line(text, 800), file=sys.stderr)
         code = 2
-    if code == _INTERRUPTED:
+    if code == _INTERRUPTED and (ended := ending.received()):
+        print(f"align-lora: ended by {ended.name}", file=sys.stderr)
+        code = 128 + ended
+    elif code == _INTERRUPTED:
         print("align-lora: interrupted", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)

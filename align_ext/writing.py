@@ -53,7 +53,10 @@ def claimed(folder: Path, *, wait: bool = False) -> Iterator[Path]:
     try:
         while lock is None:  # whoever had it removes it
             made += make_folder(folder)
+            left = (folder / LOCK).exists()
             lock = _lock(folder / LOCK, wait=wait)
+        if left and lock in _held:
+            made.append(folder)  # by a process that died
         yield folder
     finally:
         if lock in _held:
@@ -199,12 +202,19 @@ def foreign(folder: Path, ours: str) -> str | None:
 
 
 def remove(folder: Path, ours: str) -> None:
-    """Removes our files (as for `foreign`), and what is empty then, the folder itself too."""
+    """Removes our files (as for `foreign`) but the folder's claim, and what is empty then, the folder itself too."""
     for name in list(_files(folder)):
-        if _is_ours(folder, name, ours):
+        if name != LOCK and _is_ours(folder, name, ours):
             os.unlink(folder / name)
     for path, _, _ in os.walk(folder, topdown=False):
         _remove_empty([Path(path)])
+
+
+def give_back(old: Path, target: Path, ours: str) -> None:
+    """Moves what is not ours out of a folder that was replaced into the one that replaced it."""
+    while (name := foreign(old, ours)) is not None:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(old / name, target / name)
 
 
 def _is_ours(folder: Path, name: str, ours: str) -> bool:
@@ -266,6 +276,8 @@ def atomic_folder(folder: str | os.PathLike[str], ours: str = "") -> Iterator[Pa
                 _move_in(new, target, ours, work / "old")
             else:
                 take_place(new, target)
+                if new.is_dir():
+                    give_back(new, target, ours)  # what came in between
     finally:
         _remove_empty(made)
 

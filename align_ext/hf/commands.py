@@ -174,8 +174,8 @@ def _lines(file: str) -> Sequence[str]:
 @contextmanager
 def _claimed_output(output: str) -> Iterator[Path]:
     """The output, a new or an empty folder, for this process alone; what stays empty vanishes."""
-    if not output or (os.path.islink(output) and not os.path.exists(output)):
-        raise ValueError(f"the output {shown(output)} is {'a link to nothing' if output else 'empty'}: name a folder")
+    if not output.strip():
+        raise ValueError(f"output={shown(output)} is empty: name a folder")
     with claimed(Path(output).expanduser()) as target:
         if os.listdir(target) != [LOCK]:
             raise ValueError(f"the output {shown(output)} exists and is no empty folder: choose another --output")

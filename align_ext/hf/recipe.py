@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from align_ext.config import AUTO
+from align_ext.ending import deferred
 from align_ext.hf.collator import TaskCollator
 from align_ext.hf.encoding import encode, features, fits
 from align_ext.hf.evaluate import TaskScore, alignment, evaluate
@@ -29,10 +31,13 @@ from align_ext.hf.models import best_dtype, default_targets, load_model, usable_
 from align_ext.hf.options import TrainOptions
 from align_ext.hf.replace import adapted_layers, adapter_report, replace_linear_with_align_lora
 from align_ext.hf.report import SAME, ShowProgress, plot_losses, summarise, versions
-from align_ext.hf.run_folder import RunFolder, Target, find_target, last_checkpoint, new_folder
+from align_ext.hf.run_folder import RunFolder
+from align_ext.hf.safely import Diverged
 from align_ext.hf.tasks import TaskData, read_tasks, select
 from align_ext.hf.trainer import AlignTrainer, align_training_arguments
+from align_ext.reading import check_names
 from align_ext.terminal import bars_on, say
+from align_ext.writing import atomic_file, check_space
 
 # transformers renamed the argument within version 5 and warns of the old name.
 _CHECKPOINTING = next(
@@ -47,7 +52,7 @@ class Job:
     """Everything a run needs, checked: what can be wrong with the options or the data is wrong before it exists."""
 
     options: TrainOptions
-    target: Target
+    folder: RunFolder
     data: TaskData
     model: Any
     tokenizer: Any
@@ -74,21 +79,27 @@ class Check:
     detail: str = ""
 
 
-def prepare(options: TrainOptions, console: Console) -> Job:
+def prepare(folder: RunFolder, console: Console) -> Job:
     """Loads data and model and adapts the model.
 
+    Args:
+        folder: of open_run, with the options.
+        console: for notes.
+
     Raises:
-        ValueError: the options, the data or the model cannot be used; the message is one line, and nothing is written.
+        ValueError: the options, the data or the model cannot be used; the message is one line, and nothing stays.
     """
+    options = folder.options
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("this command is one process: for several, start a script with AlignTrainer (see the README)")
-    target, device = find_target(options), usable_device(options.device)
+    device = usable_device(options.device)
     pools = read_tasks(
         options.data, options.tasks, train=options.train_examples, test=options.eval_examples, seed=options.seed,
         ignore_columns=options.ignore_columns,
     )  # fmt: skip
     names = tuple(pools.tasks)
     config = options.adapter_config(num_tasks=len(names))
+    check_names(names, "tasks of the data", for_folders=config.architecture == "multi_adapter")
     if config.align is not None and len(names) < 2:
         raise ValueError(f"alignment needs two tasks or more, found only {names[0]!r}: use --align none")
     dtype = best_dtype(device) if options.dtype == "auto" else options.dtype
@@ -102,16 +113,26 @@ def prepare(options: TrainOptions, console: Console) -> Job:
             say(console, note)
     transformers.set_seed(options.seed)
     replace_linear_with_align_lora(model.to(device), config)
-    if target.checkpoint is not None:
-        AdapterFolder.read(target.checkpoint).check_model(model, [])
-    return Job(options, target, data, model, tokenizer, device)
+    if folder.checkpoint is not None:
+        AdapterFolder.read(folder.checkpoint).check_model(model, [])
+    check_space(folder.path, _bytes_to_write(model, options))
+    rows = [(row.task, row.prompt, row.answer, row.choices) for row in (*data.train, *data.test)]
+    digest = hashlib.sha256(repr(rows).encode("utf-8", "surrogatepass")).hexdigest()
+    folder.begin(str(model.dtype).removeprefix("torch."), device, digest)
+    return Job(options, folder, data, model, tokenizer, device)
+
+
+def _bytes_to_write(model: Any, options: TrainOptions) -> int:
+    """About what a run writes: the adapter, and up to three checkpoints of it with both moments of Adam's."""
+    adapters = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    return adapters * (1 + 3 * 3 * bool(options.save_steps))
 
 
 def train(job: Job, console: Console) -> dict[str, Any]:
-    """Runs a prepared job and writes its folder: adapter/, results.json, losses.png (with matplotlib).
+    """Runs a prepared job and writes its folder: adapter/, losses.png (with matplotlib), and at last results.json.
 
-    The folder appears in one step, and only with a trained adapter in it; after training it is kept whatever fails.
-    With save_steps it is there from the start, with checkpoints/ that an interrupted run goes on from.
+    Each appears when it is complete, and after training they are kept whatever fails. With save_steps there are
+    checkpoints/ that an interrupted run goes on from, and without it where a signal ended it.
 
     Returns:
         The content of results.json.
@@ -126,11 +147,12 @@ def train(job: Job, console: Console) -> dict[str, Any]:
         say(console, f"  {line}")
     say(console, f"{str(adapter_report(job.model)).splitlines()[0]}, {job.model.dtype} on {job.device}")
     seconds: dict[str, float] = results.setdefault("seconds", {})
-    with new_folder(job.target, options) as folder, bars_on(console) as bars:
+    folder = job.folder
+    with bars_on(console) as bars:
         with _timed(seconds, "score before"):
             before = score(job, bars)
         with _timed(seconds, "train"):
-            results |= _fit(job, folder, bars, console)
+            results |= _fit(job, bars, console)
         save_adapter(job.model, folder.path / "adapter", task_names=job.data.names)
         folder.keep = True
         try:
@@ -142,8 +164,9 @@ def train(job: Job, console: Console) -> dict[str, Any]:
             results["checks"] = {name: asdict(check) for name, check in checks.items()}
             results["plot"] = plot_losses(results["losses"], folder.path / "losses.png")
         finally:
-            (folder.path / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    summarise(results, job.target.path, console)
+            with atomic_file(folder.path / "results.json") as new:
+                new.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    summarise(results, folder.target, console)
     return results
 
 
@@ -165,12 +188,12 @@ def score(job: Job, bars: Progress | None = None) -> Scores:
     )
 
 
-def _fit(job: Job, folder: RunFolder, bars: Progress, console: Console) -> dict[str, list[dict[str, float]]]:
+def _fit(job: Job, bars: Progress, console: Console) -> dict[str, list[dict[str, float]]]:
     """Trains the adapters and returns what was logged: the losses, and those of the held-out examples (eval_steps)."""
-    options, ids, checkpoint = job.options, job.data.ids(), job.target.checkpoint
+    options, ids, checkpoint = job.options, job.data.ids(), job.folder.checkpoint
     trainer = AlignTrainer(
         model=job.model,
-        args=_arguments(job, folder.trainer),
+        args=_arguments(job, job.folder.checkpoints),
         train_dataset=features(job.tokenizer, job.data.train, ids),
         eval_dataset=features(job.tokenizer, job.data.test, ids),
         data_collator=TaskCollator(job.tokenizer),
@@ -190,9 +213,13 @@ def _fit(job: Job, folder: RunFolder, bars: Progress, console: Console) -> dict[
     if checkpoint is not None:
         say(console, f"going on from {checkpoint}")
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except KeyboardInterrupt:
-        if last := last_checkpoint(folder.trainer):
+        with deferred() as signal:
+            trainer.add_callback(_EndAfterStep(signal))
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if signal():
+            raise KeyboardInterrupt
+    except (KeyboardInterrupt, Diverged, OSError):
+        if last := job.folder.last_checkpoint():
             say(console, f"{last} is kept: --resume goes on from it")
         raise
     log = trainer.state.log_history
@@ -200,6 +227,18 @@ def _fit(job: Job, folder: RunFolder, bars: Progress, console: Console) -> dict[
         "losses": [entry for entry in log if "loss" in entry],
         "evaluations": [entry for entry in log if "eval_loss" in entry],
     }
+
+
+class _EndAfterStep(transformers.TrainerCallback):
+    """Writes a checkpoint and ends the training after the step in which a signal comes."""
+
+    def __init__(self, signal: Callable[[], object]) -> None:
+        self.signal = signal
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Looks for the signal."""
+        if self.signal():
+            control.should_save = control.should_training_stop = True
 
 
 def _arguments(job: Job, folder: Path) -> transformers.TrainingArguments:
@@ -227,11 +266,12 @@ def _arguments(job: Job, folder: Path) -> transformers.TrainingArguments:
 
 
 def verify(job: Job, adapter: Path) -> dict[str, Check]:
-    """Compares, in float32, the trained model with what can be made of the saved adapter.
+    """Compares, computing in float32, the trained model with what can be made of the saved adapter.
 
-    That is the base with the adapter loaded again by load_adapter, and, where the architecture allows it, the merged
-    model and stock PEFT's reading of the folder. Uses the job's model up. A check that cannot be made has failed and
-    says why.
+    That is the base with the adapter loaded again by load_adapter, whose tensors must be those trained to the bit, and,
+    where the architecture allows it, the merged model and stock PEFT's reading of the folder. The base is the one that
+    was trained on: rounded to the dtype of the training. Uses the job's model up. A check that cannot be made has
+    failed and says why.
     """
     some, ids = job.data.test[:: max(1, len(job.data.test) // 4)], job.data.ids()
     by_task = job.options.adapter["architecture"] == "multi_adapter"
@@ -246,12 +286,22 @@ def verify(job: Job, adapter: Path) -> dict[str, Check]:
     def logits(model: Any) -> torch.Tensor:
         return torch.cat([model(**batch, use_cache=False).logits[0].cpu() for batch in batches])
 
+    dtype = job.model.dtype
+
     def base() -> Any:
-        return load_model(job.options.model, torch.float32)[0].to(job.device)
+        return load_model(job.options.model, dtype)[0].float().to(job.device)
+
+    def loaded() -> Any:
+        model = load_adapter(base(), adapter)
+        for name, layer in adapted_layers(job.model).items():
+            for part, tensor in adapted_layers(model)[name].adapter.state_dict().items():
+                if not torch.equal(tensor, layer.adapter.state_dict()[part]):
+                    raise ValueError(f"{name}.{part} is not as it was trained")
+        return model.eval()
 
     trained = logits(job.model.float().eval())
     models = {
-        "loaded again": lambda: load_adapter(base(), adapter).eval(),
+        "loaded again": loaded,
         "merged": lambda: merge_and_unload(job.model),
         "stock PEFT": lambda: peft.PeftModel.from_pretrained(base(), str(adapter)).eval(),
     }

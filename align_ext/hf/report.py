@@ -13,6 +13,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from align_ext.terminal import say
+from align_ext.writing import atomic_file
 
 # Largest difference of two models' float32 logits, relative to the largest logit, that is rounding and nothing else.
 SAME = 1e-4
@@ -95,7 +96,8 @@ def plot_losses(losses: list[dict[str, float]], file: Path) -> str | None:
     left.legend(fontsize="small")
     right.plot(steps, [entry.get("align_loss", float("nan")) for entry in losses], color="black")
     right.set(xlabel="step", ylabel="alignment loss")
-    figure.savefig(file, dpi=120)
+    with atomic_file(file) as new:
+        figure.savefig(new, dpi=120)
     return file.name
 
 

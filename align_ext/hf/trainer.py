@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from align_ext.batch import Step
 from align_ext.config import AlignLoraConfig, unknown_name
 from align_ext.hf.checkpoint import load_trained, save_trained
 from align_ext.hf.mixing import Mixing, TaskSampler, example_tasks, join_tasks, with_task
+from align_ext.hf.safely import SafeMixin
 from align_ext.hf.sharded import holders
 from align_ext.hf.task_losses import LossSums, TaskLosses
 from align_ext.hf.training_checks import (
@@ -52,10 +53,7 @@ def align_training_arguments(output_dir: str, **overrides: Any) -> TrainingArgum
     return TrainingArguments(output_dir=output_dir, **{**recipe, **overrides})
 
 
-_Base: Any = Trainer if TYPE_CHECKING else object  # what a mixin may call
-
-
-class AlignMixin(_Base):
+class AlignMixin(SafeMixin):
     """Alignment for a Trainer, placed before it in a class's bases; AlignTrainer and AlignSFTTrainer are such classes.
 
     The loss is Trainer's own loss plus weight * alignment, each micro-batch counting alike in the alignment whatever

@@ -148,22 +148,25 @@ def test_a_failed_check_is_exit_code_1(run, tmp_path, monkeypatch):
     assert (tmp_path / "work/out/adapter").is_dir()
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_an_ended_job_are_exit_code_130_without_a_traceback(run, sent, monkeypatch):
+@pytest.mark.parametrize(
+    ("sent", "said"), [("SIGINT", "interrupted"), ("SIGTERM", "ended by SIGTERM"), ("SIGHUP", "ended by SIGHUP")]
+)
+def test_ctrl_c_and_an_ended_job_have_a_shells_exit_code_and_no_traceback(run, sent, said, monkeypatch):
     from align_ext.hf import recipe
 
     def interrupted(*_):
-        os.kill(os.getpid(), sent)
+        os.kill(os.getpid(), signal.Signals[sent])
         time.sleep(5)
 
     monkeypatch.setattr(recipe, "prepare", interrupted)
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         code, _, err = run("train")
     finally:
-        signal.signal(signal.SIGTERM, before)
-    assert code == 130
-    assert err == "align-lora: interrupted\n"
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert code == 128 + signal.Signals[sent]
+    assert err == f"align-lora: {said}\n"
 
 
 def test_an_error_of_our_own_keeps_its_traceback(run, tmp_path, monkeypatch):
