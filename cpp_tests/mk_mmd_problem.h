@@ -83,7 +83,8 @@ MmdResults run_mmd_cpu(const MmdProblem& problem, const MmdData<T>& data) {
   cpu::mk_mmd(args);
   CHECK(std::all_of(workspace.begin() + bytes, workspace.end(), [](char c) { return c == kCanary; }));
   const A d_loss = A(kMmdLossGradient);
-  cpu::mk_mmd_backward<T>({problem.tokens, problem.rank, gradient.data(), slot.data(), &d_loss, dz.data()});
+  cpu::mk_mmd_backward<T>(
+      {problem.tokens, problem.rank, problem.rows(), gradient.data(), slot.data(), &d_loss, dz.data()});
   return {to_double(loss), to_double(gradient), std::vector<double>(slot.begin(), slot.end()), to_double(dz)};
 }
 

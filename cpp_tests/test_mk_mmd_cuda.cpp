@@ -24,8 +24,8 @@ MmdResults run_cuda(const MmdProblem& problem, const MmdData<T>& data) {
   const Buffer<char> workspace("workspace", cuda::mk_mmd_workspace(args));
   args.workspace = workspace.data();
   cuda::mk_mmd(args, nullptr);
-  cuda::mk_mmd_backward<T>({problem.tokens, problem.rank, gradient.data(), slot.data(), d_loss.data(), dz.data()},
-                           nullptr);
+  cuda::mk_mmd_backward<T>(
+      {problem.tokens, problem.rank, problem.rows(), gradient.data(), slot.data(), d_loss.data(), dz.data()}, nullptr);
   const auto slots = slot.host();
   return {test::to_double(loss.host()), test::to_double(gradient.host()),
           std::vector<double>(slots.begin(), slots.end()), test::to_double(dz.host())};

@@ -17,6 +17,20 @@ Plan wide(int64_t rank, int64_t element_bytes, const Device& device, int64_t tok
 
 }  // namespace
 
+TEST(a_grid_is_refused_where_the_hardware_has_no_numbers_for_it) {
+  const auto refused = [](int64_t x, int64_t y, int64_t z) {
+    try {
+      const Grid grid(x, y, z);
+      return grid.x != x || grid.y != y || grid.z != z;  // a grid that is another one
+    } catch (const std::length_error&) {
+      return true;
+    }
+  };
+  CHECK(!refused((int64_t(1) << 31) - 1, 65535, 65535));
+  CHECK(refused(int64_t(1) << 31, 1, 1) && refused((int64_t(1) << 32) + 1, 1, 1));
+  CHECK(refused(1, 65536, 1) && refused(1, 1, 65536) && refused(1, (int64_t(1) << 32) + 1, 1));
+}
+
 TEST(sixteen_bits_take_tensor_cores_from_sm_80_on) {
   for (const Device& device : {kH100, kA100, kRtx4090}) CHECK(wide(8, kHalf, device).tensor_cores);
   CHECK(!wide(8, kHalf, kT4).tensor_cores);

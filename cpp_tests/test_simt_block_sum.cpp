@@ -32,7 +32,7 @@ void check_two_sums(int threads) {
   for (int i = 0; i < threads; ++i) want.insert(want.end(), {sum, squares});  // integers: exact in any order
   test::for_each_order([&] {
     Buffer<A> x("x", values), sums("sums", 2 * values.size());
-    cuda::launch(two_sums_kernel<A>, dim3(1), dim3(unsigned(threads)), 0, nullptr, static_cast<const A*>(x.data()),
+    cuda::launch(two_sums_kernel<A>, 1, dim3(unsigned(threads)), 0, nullptr, static_cast<const A*>(x.data()),
                  sums.data());
     CHECK(test::clean());
     CHECK(sums.host() == want);

@@ -48,7 +48,7 @@ def simt_python(native_build, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ["arguments", *OPS])
 def test_the_tests_of_the_operators_pass_on_the_cuda_kernels(simt_python, op):
     tests = TESTS / f"ops/test_{op}.py"
     options = ("-q", "-n0", "-p", "no:cacheprovider", "-p", "simt_extension", "--device=simt")
@@ -60,6 +60,20 @@ def test_the_tests_of_the_operators_pass_on_the_cuda_kernels(simt_python, op):
     print(f"{op}: {passed} passed, {kernels} kernels, skipped:", dict(skipped))
     assert passed > sum(skipped.values())
     assert kernels > passed / 2  # few tests stop before the kernels, at a bad argument say
+
+
+UNWRITTEN = """
+import simt_extension, torch
+from align_ext import ops
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    z, task, tables = torch.zeros(5, 1, dtype=dtype), torch.zeros(5, dtype=torch.int64), torch.zeros(1, 1, 3)
+    dz = torch.ops.align_ext.gaussian_kl_backward(torch.ones(()), 1.0, [z], task, tables)
+    assert dz.isnan().sum() == dz.numel() - 5 == 11, dz  # one layer's 5 elements, and room up to the next one's place
+"""
+
+
+def test_what_no_kernel_writes_is_nan_in_a_build_for_tests(simt_python):
+    simt_python("-c", UNWRITTEN)
 
 
 def train(sizes, options):

@@ -56,19 +56,23 @@ def slot_of(slot: Tensor) -> int:
     return number[0] if isinstance(number, list) else number
 
 
+def _owner(step: Tensor, where: str) -> KeyedStep:
+    owner = _STEPS.get(int(step))
+    if owner is None:
+        raise RuntimeError(
+            f"{where} reached an aligned layer, but its alignment step is gone: differentiate step.total(loss), "
+            "or the loss of model(..., task_ids=ids), not a loss beside it"
+        )
+    return owner
+
+
 def _keep_(door: Tensor, z: Tensor, step: Tensor, slot: Tensor, output: int) -> None:
-    _STEPS[int(step)].receive(slot_of(slot), z.clone(), output)
+    _owner(step, "forward").receive(slot_of(slot), z.clone(), output)
 
 
 def injected(z: Tensor, step: Tensor, slot: Tensor, output: int) -> Tensor:
     """The operator; in eager mode called as it is."""
-    owner = _STEPS.get(int(step))
-    if owner is None:
-        raise RuntimeError(
-            "backward reached an aligned layer, but its alignment step is gone: differentiate step.total(loss), "
-            "or the loss of model(..., task_ids=ids), not a loss beside it"
-        )
-    dz = owner.take(slot_of(slot), output)
+    dz = _owner(step, "backward").take(slot_of(slot), output)
     return torch.zeros_like(z) if dz is None else dz
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from align_ext.ops import _keyed
+from align_ext.ops._checks import check_floating, check_like_x
 
 Site = Literal["none", "input", "latent", "input_per_head"]
 SITES = ("none", "input", "latent", "input_per_head")  # csrc/ops/heads.h: DropoutSite
@@ -52,9 +53,13 @@ def latent_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def empty_outputs(x: Tensor, B: Tensor, latent: tuple[Any, ...], **tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Makes y, and z [T, *latent], for the fakes; checks the devices of the named tensors."""
-    for name, tensor in {"B": B, **tensors}.items():
+def empty_outputs(
+    x: Tensor, B: Tensor, latent: tuple[Any, ...], base: dict[str, Tensor | None], **adapters: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Makes y, and z [T, *latent], for the fakes; checks devices and dtypes of all tensors."""
+    check_floating(x=x, B=B, **adapters)
+    check_like_x(x, **base)
+    for name, tensor in {"B": B, **adapters, **base}.items():
         if tensor is not None and tensor.device != x.device:
             raise RuntimeError(f"{name} is on {tensor.device}, but x is on {x.device}: they must be on one device")
     z = x.new_empty((math.prod(x.shape[:-1]), *latent), dtype=latent_dtype(x))

@@ -31,7 +31,7 @@ def dropout_sum(
 
     Args:
         x: [..., in_dim], float32, bfloat16 or float16 (float64 on the CPU, for gradient checks). T = all rows of x.
-        A: [rank, in_dim], x's dtype or float32 (rounded to x's dtype in the product).
+        A: [rank, in_dim], of one of these dtypes (rounded to x's in the product).
         B: [N, out_dim, rank], likewise.
         scaling: lora_alpha / r, or lora_alpha / sqrt(r).
         reduce: "sum" over the heads, or their "mean".
@@ -67,8 +67,8 @@ def _(
     x: Tensor, A: Tensor, B: Tensor, scaling: float, offset_scaling: float, A0: Any, B0: Any, site: int, p: float,
     rng: Any, weight: Any, bias: Any, base_out: Any, step: Any, slot: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    rest = {"A0": A0, "B0": B0, "weight": weight, "bias": bias, "base_out": base_out}
-    return projection.empty_outputs(x, B, projection.latents(A, B, site), A=A, **rest)
+    base = {"weight": weight, "bias": bias, "base_out": base_out}
+    return projection.empty_outputs(x, B, projection.latents(A, B, site), base, A=A, A0=A0, B0=B0)
 
 
 @torch.library.register_fake("align_ext::dropout_sum_backward")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from align_ext.ops import _native  # noqa: F401
 from align_ext.ops._autograd import below_autograd, differentiable
+from align_ext.ops._checks import check_floating, check_integers, checked_integer
 
 
 def gaussian_kl(
@@ -40,7 +41,7 @@ def gaussian_kl(
             bfloat16 or float16 (float64 on the CPU). Statistics in float32 (float64).
         task: int64 [T], for "position" [B], in 0 .. num_tasks-1; any other value means that the token (or sample)
             does not count.
-        num_tasks: how many tasks there are.
+        num_tasks: how many tasks there are, up to 2^16.
         eps: added to every variance.
         ddof: 0 for the population variance, 1 for the sample variance; None: 0 (the paper), for "position" 1 (the
             released code).
@@ -60,6 +61,7 @@ def gaussian_kl(
         raise ValueError(f'pairs must be "sum" or "mean", got {pairs!r}')
     if ddof not in (0, 1, None):
         raise ValueError(f"ddof must be 0 or 1, got {ddof}")
+    num_tasks = checked_integer("num_tasks", num_tasks)
     released = statistics == "position"
     ddof = int(released) if ddof is None else ddof
     mean_pairs = released if pairs is None else pairs == "mean"
@@ -85,7 +87,7 @@ def task_moments(z: Tensor | Sequence[Tensor], task: Tensor, num_tasks: int, *, 
         z: [T, rank], or a list of the [T, rank] of several layers, whose ranks may differ; float32, bfloat16 or
             float16 (float64 on the CPU).
         task: int64 [T]; values outside 0 .. num_tasks-1 do not count.
-        num_tasks: how many tasks there are.
+        num_tasks: how many tasks there are, up to 2^16.
         rank: of the result, at least the widest layer's, which is the default.
 
     Returns:
@@ -93,11 +95,13 @@ def task_moments(z: Tensor | Sequence[Tensor], task: Tensor, num_tasks: int, *, 
         that a layer lacks. For a list [layers, num_tasks, 2 rank + 1].
 
     Raises:
+        ValueError: num_tasks or rank outside its range.
         RuntimeError: shapes or dtypes that do not match; the message names the argument. Double backward.
     """
     if isinstance(z, Tensor):
         return task_moments([z], task, num_tasks, rank=rank)[0]
-    rank = max([0, *(layer.shape[-1] for layer in z)]) if rank is None else rank
+    num_tasks = checked_integer("num_tasks", num_tasks)
+    rank = max([0, *(layer.shape[-1] for layer in z)]) if rank is None else checked_integer("rank", rank, 0, 2**30)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _task_moments(list(z), task, num_tasks, rank)
     return below_autograd(_task_moments, (list(z), task, num_tasks, rank))
@@ -146,6 +150,8 @@ def _acc(z: Tensor) -> torch.dtype:
 
 @torch.library.register_fake("align_ext::task_moments")
 def _(z: Sequence[Tensor], task: Tensor, num_tasks: int, rank: int) -> Tensor:
+    check_floating(z=z[0])
+    check_integers(task=task)
     return z[0].new_empty((len(z), num_tasks, 2 * rank + 1), dtype=_acc(z[0]))
 
 
@@ -157,6 +163,8 @@ def _(moments: Tensor, eps: float, ddof: int, mean_pairs: bool) -> tuple[Tensor,
 
 @torch.library.register_fake("align_ext::gaussian_kl")
 def _(z: Tensor, task: Tensor, num_tasks: int, eps: float, ddof: int, mean_pairs: bool) -> tuple[Tensor, Tensor]:
+    check_floating(z=z)
+    check_integers(task=task)
     return z.new_empty((), dtype=_acc(z)), z.new_empty((1, num_tasks, 3 * z.shape[1]), dtype=_acc(z))
 
 

@@ -36,7 +36,7 @@ def grouped_lora(
 
     Args:
         x: [..., in_dim], float32, bfloat16 or float16 (float64 on the CPU, for gradient checks). T = all rows of x.
-        A: [rank, in_dim] or [groups, rank, in_dim], x's dtype or float32 (rounded to x's dtype in the product).
+        A: [rank, in_dim] or [groups, rank, in_dim], of one of these dtypes (rounded to x's in the product).
         B: [out_dim, rank] or [groups, out_dim, rank], likewise.
         scaling: lora_alpha / r, or lora_alpha / sqrt(r).
         offsets: int64 [groups + 1]; group k owns rows offsets[k] .. offsets[k+1] of x. Groups may be empty.
@@ -66,7 +66,8 @@ def _(
     x: Tensor, A: Tensor, B: Tensor, scaling: float, offsets: Any, group: Any, p: float, rng: Any,
     weight: Any, bias: Any, base_out: Any, step: Any, slot: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return projection.empty_outputs(x, B, (A.shape[-2],), A=A, weight=weight, bias=bias, base_out=base_out)
+    base = {"weight": weight, "bias": bias, "base_out": base_out}
+    return projection.empty_outputs(x, B, (A.shape[-2],), base, A=A)
 
 
 @torch.library.register_fake("align_ext::grouped_lora_backward")

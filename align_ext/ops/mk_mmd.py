@@ -12,6 +12,7 @@ from torch import Tensor
 
 from align_ext.ops import _native  # noqa: F401
 from align_ext.ops._autograd import differentiable
+from align_ext.ops._checks import check_floating, check_integers, checked_integer
 
 _MAX_KERNELS = 32  # kMaxMmdKernels
 
@@ -38,7 +39,7 @@ def mk_mmd(
     Args:
         z: [T, rank], float32, bfloat16 or float16 (float64 on the CPU). Arithmetic in float32 (float64).
         task: int64 [T], in 0 .. num_tasks-1; any other value means that the token does not count.
-        num_tasks: how many tasks there are.
+        num_tasks: how many tasks there are, up to 2^16.
         bandwidths: "heuristic": bw 2^(k - num_kernels // 2), k = 0 .. num_kernels-1, bw the mean squared distance of
             two different tokens that take part, a constant for the gradient; or up to 32 positive numbers. Bandwidths
             that are powers of two apart share exponentials.
@@ -59,10 +60,9 @@ def mk_mmd(
         raise ValueError(f'pairs must be "sum" or "mean", got {pairs!r}')
     if statistic not in ("v", "u"):
         raise ValueError(f'statistic must be "v" or "u", got {statistic!r}')
-    if n_max < 2:
-        raise ValueError(f"n_max must be at least 2, got {n_max}")
-    if not 1 <= num_kernels <= _MAX_KERNELS:
-        raise ValueError(f"num_kernels must be in 1 .. {_MAX_KERNELS}, got {num_kernels}")
+    num_tasks = checked_integer("num_tasks", num_tasks)
+    n_max = checked_integer("n_max", n_max, least=2, most=2**63 - 1)
+    num_kernels = checked_integer("num_kernels", num_kernels, most=_MAX_KERNELS)
     widths = _widths(bandwidths)
     return _mk_mmd(z, task, num_tasks, widths, num_kernels, statistic == "u", n_max, pairs == "mean")[0]
 
@@ -94,6 +94,8 @@ def _(
     n_max: int,
     mean_pairs: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_floating(z=z)
+    check_integers(task=task)
     tokens, rank = z.shape
     rows = torch.sym_min(tokens, num_tasks * torch.sym_min(n_max, tokens))
     loss, gradient = (z.new_empty(shape, dtype=_acc(z.dtype)) for shape in ((), (rows, rank)))

@@ -30,8 +30,8 @@ def routed_lora(
 
     Args:
         x: [..., in_dim], float32, bfloat16 or float16 (float64 on the CPU, for gradient checks). T = all rows of x.
-        A: [rank, in_dim], or [N, rank, in_dim] for one of each head; x's dtype or float32 (rounded to x's dtype in
-            the product).
+        A: [rank, in_dim], or [N, rank, in_dim] for one of each head, of one of these dtypes (rounded to x's in the
+            product).
         B: [N, out_dim, rank], likewise.
         R: [G * N, in_dim], likewise; row k N + i is that of head i in group k. G must divide out_dim.
         scaling: lora_alpha / r, or lora_alpha / sqrt(r).
@@ -70,8 +70,8 @@ def _(
     x: Tensor, A: Tensor, B: Tensor, R: Tensor, scaling: float, offset_scaling: float, A0: Any, B0: Any, top_k: int,
     tau: float, site: int, p: float, rng: Any, weight: Any, bias: Any, base_out: Any, step: Any, slot: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    rest = {"A0": A0, "B0": B0, "weight": weight, "bias": bias, "base_out": base_out}
-    y, z = projection.empty_outputs(x, B, projection.latents(A, B, site), A=A, R=R, **rest)
+    base = {"weight": weight, "bias": bias, "base_out": base_out}
+    y, z = projection.empty_outputs(x, B, projection.latents(A, B, site), base, A=A, R=R, A0=A0, B0=B0)
     return y, z, z.new_empty((z.shape[0], R.shape[0] // B.shape[0], B.shape[0]))
 
 

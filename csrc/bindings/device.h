@@ -31,7 +31,7 @@ class Device {
     using CurrentStream = int32_t (*)(int32_t, void**);
     static const auto find = reinterpret_cast<CurrentStream>(find_in_torch_cuda(kCurrentStream));
     void* stream = nullptr;
-    STD_TORCH_CHECK(find != nullptr && find(index_, &stream) == 0, "this torch gives no CUDA stream");
+    ALIGN_CHECK(find != nullptr && find(index_, &stream) == 0, "this torch gives no CUDA stream");
     return static_cast<Stream>(stream);
   }
 
@@ -56,7 +56,7 @@ void dispatch_cuda_dtype(const Tensor& tensor, const char* name, const Body& bod
     case ScalarType::Half:
       return body(float16{});
     default:
-      STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16 on CUDA");
+      refuse(name, " must be float32, bfloat16 or float16 on CUDA, got ", name_of(tensor.scalar_type()));
   }
 }
 

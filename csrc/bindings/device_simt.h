@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "bindings/check.h"
 #include "ops/stream.h"
 #include "report.h"
 
@@ -19,7 +20,7 @@ namespace align {
 class Device {
  public:
   explicit Device(const torch::stable::Tensor&) : first_report_(simt::reports().size()) {
-    STD_TORCH_CHECK(current_ == nullptr, "a binding with a Device calls another one: the engine knows one at a time");
+    ALIGN_CHECK(current_ == nullptr, "a binding with a Device calls another one: the engine knows one at a time");
     current_ = this;
   }
   Device(const Device&) = delete;
@@ -35,7 +36,7 @@ class Device {
       errors += simt::describe(report);
       report.sites = {};  // launches are counted as long as the process lives, their traffic would pile up
     }
-    if (std::uncaught_exceptions() == 0) STD_TORCH_CHECK(errors.empty(), "SIMT engine: ", errors);
+    if (std::uncaught_exceptions() == 0) ALIGN_CHECK(errors.empty(), "SIMT engine: ", errors);
   }
 
   Stream stream() const { return nullptr; }

@@ -12,7 +12,6 @@ std::tuple<Tensor, Tensor> dropout_sum(const Tensor& x, const Tensor& A, const T
                                        const OptionalTensor&, const OptionalTensor&) {
   const HeadsAdapters adapters{A, B, A0, B0};
   const HeadsShape shape = check_heads(x, adapters, site, /*may_own_A=*/false);
-  check_counts(shape);
   const Device device(x);
   const ScalarType dtype = adapter_type(x, {A, B});
   const HeadsTensors in(shape, x, adapters, dtype, scaling, offset_scaling, p, rng);
@@ -34,7 +33,6 @@ std::tuple<Tensor, Tensor, Tensor> dropout_sum_backward(const Tensor& dy, const 
                                                         bool need_dx) {
   const HeadsAdapters adapters{A, B, A0, B0};
   const HeadsShape shape = check_heads(x, adapters, site, /*may_own_A=*/false);
-  check_counts(shape);
   const Device device(x);
   const ScalarType dtype = adapter_type(x, {A, B});
   const HeadsTensors in(shape, x, adapters, dtype, scaling, offset_scaling, p, rng);

@@ -24,8 +24,8 @@ std::tuple<Tensor, Tensor> gaussian_kl_tables(const Tensor& moments, double eps,
   const Device device(moments);
   const int64_t layers = moments.size(0), tasks = moments.size(1), rank = moments.size(2) / 2;
   const Tensor mc = contiguous_as(moments, ScalarType::Float);
-  Tensor loss = torch::stable::new_empty(mc, {layers});
-  Tensor tables = torch::stable::new_empty(mc, {layers, tasks, 3 * rank});
+  Tensor loss = make_empty(mc, {layers});
+  Tensor tables = make_empty(mc, {layers, tasks, 3 * rank});
   cuda::gaussian_kl_tables<float>({layers, rank, tasks, eps, int(ddof), mean_pairs, data<float>(mc),
                                    mutable_data<float>(loss), mutable_data<float>(tables)},
                                   device.stream());
@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor> gaussian_kl(const Tensor& z, const Tensor& task, int6
                                        bool mean_pairs) {
   check_gaussian_kl(z, num_tasks, ddof);
   const auto [loss, tables] = gaussian_kl_tables(task_moments({z}, task, num_tasks, z.size(1)), eps, ddof, mean_pairs);
-  return {torch::stable::view(loss, {}), tables};
+  return {view_of<0>(loss, {}, {}), tables};
 }
 
 Tensor gaussian_kl_backward(const Tensor& d_loss, double scale, const std::vector<Tensor>& z, const Tensor& task,

@@ -28,7 +28,7 @@ struct GroupedRows {
     const int64_t* o = data<int64_t>(given);
     bool valid = o[0] == 0 && o[shape.groups] == shape.tokens;
     for (int64_t k = 0; k < shape.groups; ++k) valid = valid && o[k] <= o[k + 1];
-    STD_TORCH_CHECK(valid, "offsets must rise from 0 to the number of rows of x, ", shape.tokens);
+    ALIGN_CHECK(valid, "offsets must rise from 0 to the number of rows of x, ", shape.tokens);
     view = {nullptr, o};
   }
 
@@ -36,8 +36,8 @@ struct GroupedRows {
     given = as_contiguous(group);
     const int64_t* k = data<int64_t>(given);
     for (int64_t t = 0; t < shape.tokens; ++t)
-      STD_TORCH_CHECK(k[t] >= 0 && k[t] < shape.groups, "group must be in 0..", shape.groups - 1, ", got ", k[t],
-                      " at row ", t);
+      ALIGN_CHECK(k[t] >= 0 && k[t] < shape.groups, "group must be in 0..", shape.groups - 1, ", got ", k[t],
+                  " at row ", t);
     sorted = make_empty(like, {shape.tokens + shape.groups + 1}, ScalarType::Long);
     int64_t* rows = mutable_data<int64_t>(sorted);
     int64_t* offsets = rows + shape.tokens;

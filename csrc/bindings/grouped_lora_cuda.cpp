@@ -13,11 +13,10 @@ struct GroupedRows {
   GroupedRows(const GroupedLoraShape& shape, const Tensor& like, const OptionalTensor& offsets,
               const OptionalTensor& group, Stream stream) {
     check_groups(shape, like, offsets, group);
-    check_counts(shape);
     if (offsets) {
       given = as_contiguous(*offsets);
       view.offsets = data<int64_t>(given);
-    } else if (group && shape.groups > 0) {
+    } else if (group) {
       given = as_contiguous(*group);
       sorted = make_empty(like, {shape.tokens + shape.groups + 1}, ScalarType::Long);
       int64_t* rows = mutable_data<int64_t>(sorted);

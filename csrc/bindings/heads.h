@@ -22,9 +22,11 @@ struct HeadsAdapters {
 };
 
 inline void check_offset(HeadsShape& shape, const Tensor& x, const HeadsAdapters& given) {
-  STD_TORCH_CHECK(given.A0.has_value() == given.B0.has_value(), "give both A0 and B0, or neither");
+  ALIGN_CHECK(given.A0.has_value() == given.B0.has_value(), "give both A0 and B0, or neither");
   if (!given.A0) return;
-  STD_TORCH_CHECK(given.A0->dim() == 2, "A0 must be [offset_rank, in_dim], got ", shape_of(*given.A0));
+  ALIGN_CHECK(given.A0->dim() == 2, "A0 must be [offset_rank, in_dim], got ", shape_of(*given.A0));
+  check_floating(*given.A0, "A0");
+  check_floating(*given.B0, "B0");
   shape.offset_rank = given.A0->size(0);
   check_shape(*given.A0, {shape.offset_rank, shape.in_dim}, "A0");
   check_shape(*given.B0, {shape.out_dim, shape.offset_rank}, "B0");
@@ -32,18 +34,30 @@ inline void check_offset(HeadsShape& shape, const Tensor& x, const HeadsAdapters
   check_device(given.B0, x, "B0");
 }
 
+// Ranks of all that one product holds; those that see a mask of x begin at multiples of 8 on CUDA.
+inline void check_ranks(const HeadsShape& shape, int64_t logits) {
+  check_size(shape.rank, kMaxRanks, "rank, of B,");
+  check_size(shape.offset_rank, kMaxRanks, "offset_rank, the rows of A0,");
+  check_size(shape.heads * ((shape.rank + 7) / 8 * 8) + shape.offset_rank + logits, kMaxRanks,
+             "the ranks of all heads, of A0 and of R together");
+}
+
 inline HeadsShape check_heads(const Tensor& x, const HeadsAdapters& given, int64_t site, bool may_own_A) {
   const auto& [A, B, A0, B0] = given;
   HeadsShape shape = {};
   shape.tokens = tokens_of(x);
   shape.in_dim = x.size(x.dim() - 1);
-  STD_TORCH_CHECK(site >= 0 && site <= int64_t(DropoutSite::kInputPerHead), "site must be 0 .. 3, got ", site);
+  ALIGN_CHECK(site >= 0 && site <= int64_t(DropoutSite::kInputPerHead), "site must be 0 .. 3, got ", site);
   shape.site = DropoutSite(site);
-  STD_TORCH_CHECK(B.dim() == 3 && B.size(0) > 0, "B must be [heads, out_dim, rank] with one head at least, got ",
-                  shape_of(B));
+  ALIGN_CHECK(B.dim() == 3 && B.size(0) > 0, "B must be [heads, out_dim, rank] with one head at least, got ",
+              shape_of(B));
+  check_floating(A, "A");
+  check_floating(B, "B");
   shape.heads = B.size(0);
   shape.out_dim = B.size(1);
   shape.rank = B.size(2);
+  check_columns(shape.in_dim, shape.out_dim);
+  check_size(shape.heads, kMaxCount, "heads, of B,");
   shape.own_A = may_own_A && A.dim() == 3;
   if (shape.own_A) {
     check_shape(A, {shape.heads, shape.rank, shape.in_dim}, "A");
@@ -53,6 +67,7 @@ inline HeadsShape check_heads(const Tensor& x, const HeadsAdapters& given, int64
   check_device(A, x, "A");
   check_device(B, x, "B");
   check_offset(shape, x, given);
+  check_ranks(shape, /*logits=*/0);
   return shape;
 }
 

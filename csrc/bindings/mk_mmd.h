@@ -27,25 +27,26 @@ struct MkMmdOptions {
 };
 
 inline void check_mk_mmd(const Tensor& z, const Tensor& task, const MkMmdOptions& options) {
-  STD_TORCH_CHECK(z.dim() == 2, "z must be [tokens, rank], got ", shape_of(z));
+  ALIGN_CHECK(z.dim() == 2, "z must be [tokens, rank], got ", shape_of(z));
+  check_floating(z, "z");
   check_shape(task, {z.size(0)}, "task");
   check_device(task, z, "task");
   check_dtype(task, ScalarType::Long, "task", "int64");
-  STD_TORCH_CHECK(z.size(0) <= INT32_MAX, "z must have fewer than 2^31 tokens, got ", z.size(0));
-  STD_TORCH_CHECK(options.tasks > 0, "num_tasks must be positive, got ", options.tasks);
-  STD_TORCH_CHECK(options.n_max >= 2, "n_max must be at least 2, got ", options.n_max);
+  check_size(z.size(0), kMaxRows, "the rows of z");
+  check_size(z.size(1), kMaxColumns, "the rank of z");
+  check_count(options.tasks, "num_tasks");
+  ALIGN_CHECK(options.n_max >= 2, "n_max must be at least 2, got ", options.n_max);
   const int64_t count = options.bandwidths.empty() ? options.num_kernels : int64_t(options.bandwidths.size());
-  STD_TORCH_CHECK(count >= 1 && count <= kMaxMmdKernels, "there must be 1 to ", kMaxMmdKernels, " kernels, got ",
-                  count);
+  ALIGN_CHECK(count >= 1 && count <= kMaxMmdKernels, "there must be 1 to ", kMaxMmdKernels, " kernels, got ", count);
   for (double bandwidth : options.bandwidths) {
-    STD_TORCH_CHECK(bandwidth > 0 && std::isfinite(bandwidth), "bandwidths must be positive, got ", bandwidth);
+    ALIGN_CHECK(bandwidth > 0 && std::isfinite(bandwidth), "bandwidths must be positive, got ", bandwidth);
   }
 }
 
 inline MkMmdOutputs empty_mk_mmd(const Tensor& z, const MkMmdOptions& options) {
   const int64_t rows = mmd_rows(z.size(0), options.tasks, options.n_max);
-  return {torch::stable::new_empty(z, {}, acc_type(z)), torch::stable::new_empty(z, {rows, z.size(1)}, acc_type(z)),
-          torch::stable::new_empty(z, {z.size(0)}, ScalarType::Int)};
+  return {make_empty(z, {}, acc_type(z)), make_empty(z, {rows, z.size(1)}, acc_type(z)),
+          make_empty(z, {z.size(0)}, ScalarType::Int)};
 }
 
 // Everything but the workspace.
@@ -67,10 +68,16 @@ MkMmdArgs<T> mk_mmd_args(const Tensor& z, const Tensor& task, const MkMmdOptions
           options.kernels()};
 }
 
-inline void check_mk_mmd_backward(const Tensor& d_loss, const Tensor& gradient, const Tensor& slot) {
-  STD_TORCH_CHECK(gradient.dim() == 2, "gradient must be [rows, rank], got ", shape_of(gradient));
-  STD_TORCH_CHECK(slot.dim() == 1, "slot must be [tokens], got ", shape_of(slot));
-  STD_TORCH_CHECK(d_loss.numel() == 1, "d_loss must hold one value, got ", shape_of(d_loss));
+inline void check_mk_mmd_backward(const Tensor& d_loss, const Tensor& gradient, const Tensor& slot, ScalarType dtype) {
+  ALIGN_CHECK(gradient.dim() == 2, "gradient must be [rows, rank], got ", shape_of(gradient));
+  ALIGN_CHECK(slot.dim() == 1, "slot must be [tokens], got ", shape_of(slot));
+  ALIGN_CHECK(d_loss.numel() == 1, "d_loss must hold one value, got ", shape_of(d_loss));
+  check_floating(d_loss, "d_loss");
+  check_accumulated(gradient, gradient, "gradient");
+  check_size(slot.size(0), kMaxRows, "the rows of slot");
+  check_size(gradient.size(0), kMaxRows, "the rows of gradient");
+  check_size(gradient.size(1), kMaxColumns, "the rank of gradient");
+  ALIGN_CHECK(is_floating(dtype), "dtype must be float32, bfloat16, float16 or float64, got ", name_of(dtype));
   check_dtype(slot, ScalarType::Int, "slot", "int32");
   check_device(d_loss, gradient, "d_loss");
   check_device(slot, gradient, "slot");

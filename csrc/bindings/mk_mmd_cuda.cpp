@@ -9,7 +9,7 @@ MkMmdOutputs mk_mmd(const Tensor& z, const Tensor& task, int64_t num_tasks, std:
   const MkMmdOptions options{num_tasks, std::move(bandwidths), num_kernels, u_statistic, n_max, mean_pairs};
   check_mk_mmd(z, task, options);
   const Device device(z);
-  const Tensor zc = torch::stable::contiguous(z), taskc = torch::stable::contiguous(task);
+  const Tensor zc = as_contiguous(z), taskc = as_contiguous(task);
   MkMmdOutputs outputs = empty_mk_mmd(z, options);
   dispatch_cuda_dtype(z, "z", [&](auto type) {
     using T = decltype(type);
@@ -22,15 +22,15 @@ MkMmdOutputs mk_mmd(const Tensor& z, const Tensor& task, int64_t num_tasks, std:
 }
 
 Tensor mk_mmd_backward(const Tensor& d_loss, const Tensor& gradient, const Tensor& slot, ScalarType dtype) {
-  check_mk_mmd_backward(d_loss, gradient, slot);
+  check_mk_mmd_backward(d_loss, gradient, slot, dtype);
   const Device device(gradient);
-  Tensor dz = torch::stable::new_empty(gradient, {slot.size(0), gradient.size(1)}, dtype);
+  Tensor dz = make_empty(gradient, {slot.size(0), gradient.size(1)}, dtype);
   const Tensor gc = contiguous_as(gradient, ScalarType::Float), dc = contiguous_as(d_loss, ScalarType::Float);
-  const Tensor sc = torch::stable::contiguous(slot);
+  const Tensor sc = as_contiguous(slot);
   dispatch_cuda_dtype(dz, "z", [&](auto type) {
     using T = decltype(type);
     cuda::mk_mmd_backward<T>(
-        {dz.size(0), dz.size(1), data<float>(gc), data<int32_t>(sc), data<float>(dc), mutable_data<T>(dz)},
+        {dz.size(0), dz.size(1), gc.size(0), data<float>(gc), data<int32_t>(sc), data<float>(dc), mutable_data<T>(dz)},
         device.stream());
   });
   return dz;

@@ -2,8 +2,6 @@
 // from. A Shape has tokens, in_dim and out_dim, and latent_sizes(shape) says what z is like.
 #pragma once
 
-#include <algorithm>
-#include <limits>
 #include <vector>
 
 #include "bindings/compose.h"
@@ -18,9 +16,9 @@ struct Dropout {
   DropoutArgs view = {0, nullptr};
 
   Dropout(double p, const OptionalTensor& given, const Tensor& like) {
-    STD_TORCH_CHECK(p >= 0 && dropout_threshold(p) < 65536, "p must be in [0, 1 - 2^-17), got ", p);
+    ALIGN_CHECK(p >= 0 && p < 1 && dropout_threshold(p) < 65536, "p must be in [0, 1 - 2^-17), got ", p);
     if (p == 0) return;
-    STD_TORCH_CHECK(given, "rng must be given when p > 0");
+    ALIGN_CHECK(given, "rng must be given when p > 0");
     check_shape(*given, {2}, "rng");
     check_dtype(*given, ScalarType::Long, "rng", "int64 (seed, offset)");
     check_device(*given, like, "rng");
@@ -31,19 +29,17 @@ struct Dropout {
 
 // The rows of x [..., in_dim].
 inline int64_t tokens_of(const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() >= 1, "x must be [..., in_dim], got a scalar");
+  ALIGN_CHECK(x.dim() >= 1, "x must be [..., in_dim], got a scalar");
+  check_floating(x, "x");
   int64_t tokens = 1;
-  for (int64_t d = 0; d + 1 < x.dim(); ++d) tokens *= x.size(d);
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) tokens = product({tokens, x.size(d)});
+  check_size(tokens, kMaxRows, "the rows of x");
   return tokens;
 }
 
-// CUDA kernels count rows and columns in 32 bits.
-template <typename Shape>
-void check_counts(const Shape& shape) {
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  STD_TORCH_CHECK(shape.tokens <= kMost, "x has ", shape.tokens, " rows; on CUDA there may be 2^31 - 1: split x");
-  STD_TORCH_CHECK(std::max(shape.in_dim, shape.out_dim) <= kMost, "in_dim ", shape.in_dim, " and out_dim ",
-                  shape.out_dim, " may be 2^31 - 1 on CUDA");
+inline void check_columns(int64_t in_dim, int64_t out_dim) {
+  check_size(in_dim, kMaxColumns, "in_dim, the columns of x and A,");
+  check_size(out_dim, kMaxColumns, "out_dim, the rows of B,");
 }
 
 inline std::vector<int64_t> with_last_dim(const Tensor& x, int64_t last) {
@@ -56,13 +52,13 @@ inline std::vector<int64_t> with_last_dim(const Tensor& x, int64_t last) {
 template <typename Shape>
 Tensor base_of(const Tensor& x, const Shape& shape, const OptionalTensor& weight, const OptionalTensor& bias,
                const OptionalTensor& base_out) {
-  STD_TORCH_CHECK(weight.has_value() != base_out.has_value(), "give exactly one of weight and base_out");
+  ALIGN_CHECK(weight.has_value() != base_out.has_value(), "give exactly one of weight and base_out");
   const ScalarType dtype = x.scalar_type();
   check_device(weight, x, "weight");
   check_device(bias, x, "bias");
   check_device(base_out, x, "base_out");
   if (base_out) {
-    STD_TORCH_CHECK(!bias, "bias goes with weight; base_out already holds it");
+    ALIGN_CHECK(!bias, "bias goes with weight; base_out already holds it");
     check_shape(*base_out, with_last_dim(x, shape.out_dim), "base_out");
     check_dtype(*base_out, dtype, "base_out", "of the dtype of x");
     return as_contiguous(*base_out);
@@ -82,7 +78,10 @@ template <typename Shape>
 void check_gradients(const Shape& shape, const Tensor& x, const Tensor& dy, const OptionalTensor& dz, const Tensor& z,
                      const OptionalTensor& weight) {
   check_shape(dy, with_last_dim(x, shape.out_dim), "dy");
+  check_dtype(dy, x.scalar_type(), "dy", "of the dtype of x");
   check_shape(z, latent_sizes(shape), "z");
+  check_accumulated(z, x, "z");
+  check_accumulated(dz, x, "dz");
   check_device(dy, x, "dy");
   check_device(z, x, "z");
   check_device(dz, x, "dz");

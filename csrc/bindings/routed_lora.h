@@ -8,13 +8,16 @@ namespace align {
 
 // Groups of outputs and the router's options, checked.
 inline Routing check_router(const HeadsShape& shape, const Tensor& x, const Tensor& R, int64_t top_k, double tau) {
-  STD_TORCH_CHECK(R.dim() == 2 && R.size(1) == shape.in_dim && R.size(0) > 0 && R.size(0) % shape.heads == 0,
-                  "R must be [groups * heads, in_dim] with heads ", shape.heads, " as in B and in_dim ", shape.in_dim,
-                  " as in x, got ", shape_of(R));
+  ALIGN_CHECK(R.dim() == 2 && R.size(1) == shape.in_dim && R.size(0) > 0 && R.size(0) % shape.heads == 0,
+              "R must be [groups * heads, in_dim] with heads ", shape.heads, " as in B and in_dim ", shape.in_dim,
+              " as in x, got ", shape_of(R));
+  check_floating(R, "R");
   const int64_t groups = R.size(0) / shape.heads;
-  STD_TORCH_CHECK(shape.out_dim % groups == 0, "R has ", groups, " groups, which must divide out_dim ", shape.out_dim);
-  STD_TORCH_CHECK(top_k >= 1 && top_k <= shape.heads, "top_k must be in 1 .. ", shape.heads, ", got ", top_k);
-  STD_TORCH_CHECK(tau > 0, "tau must be positive, got ", tau);
+  check_size(groups, kMaxCount, "groups, R's rows / heads,");
+  check_ranks(shape, R.size(0));
+  ALIGN_CHECK(shape.out_dim % groups == 0, "R has ", groups, " groups, which must divide out_dim ", shape.out_dim);
+  ALIGN_CHECK(top_k >= 1 && top_k <= shape.heads, "top_k must be in 1 .. ", shape.heads, ", got ", top_k);
+  ALIGN_CHECK(tau > 0, "tau must be positive, got ", tau);
   check_device(R, x, "R");
   return {groups, top_k, tau};
 }
@@ -29,6 +32,8 @@ inline void check_factors(const std::vector<int64_t>& sizes, const Tensor& x, co
   check_shape(w, sizes, "w");
   check_device(w, x, "w");
   check_device(dw, x, "dw");
+  check_accumulated(w, x, "w");
+  check_accumulated(dw, x, "dw");
   if (dw) check_shape(*dw, sizes, "dw");
 }
 

@@ -1,21 +1,22 @@
-// What every binding needs of torch: optional tensors, dtype dispatch, checks that name the argument.
+// What every binding needs of torch beside checks: new tensors, dtype dispatch, memory for kernels.
 #pragma once
 
 #include <algorithm>
 #include <array>
 #include <cstddef>
+#include <cstring>
 #include <initializer_list>
 #include <memory>
-#include <optional>
+#include <new>
 #include <string>
+#include <unistd.h>
 #include <vector>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
+#include "bindings/check.h"
 #include "ops/dtype.h"
 
 #ifdef ALIGN_SIMT
@@ -25,70 +26,84 @@
 #define ALIGN_SEE(tensor, pointer, given)
 #endif
 
+// From torch 2.12 on; before, the address is null.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
 namespace align {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
-
 inline std::vector<int64_t> sizes_of(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
-
-inline std::string text_of(Sizes sizes) {
-  std::string text = "[";
-  for (size_t d = 0; d < sizes.size(); ++d) text += (d ? ", " : "") + std::to_string(sizes[d]);
-  return text + "]";
-}
-
-inline std::string shape_of(const Tensor& tensor) { return text_of(tensor.sizes()); }
-
-inline void check_shape(const Tensor& tensor, Sizes expected, const char* name) {
-  STD_TORCH_CHECK(tensor.sizes() == expected, name, " must have shape ", text_of(expected), ", got ", shape_of(tensor));
-}
-
-inline void check_dtype(const Tensor& tensor, ScalarType expected, const char* name, const char* what) {
-  STD_TORCH_CHECK(tensor.scalar_type() == expected, name, " must be ", what);
-}
-
-inline void check_device(const Tensor& tensor, const Tensor& like, const char* name) {
-  STD_TORCH_CHECK(tensor.is_cpu() == like.is_cpu() && tensor.get_device_index() == like.get_device_index(), name,
-                  " must be on the device of the other tensors");
-}
-inline void check_device(const OptionalTensor& tensor, const Tensor& like, const char* name) {
-  if (tensor) check_device(*tensor, like, name);
-}
 
 // The accumulation type of a tensor's dtype, as torch names it.
 inline ScalarType acc_type(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// New tensors and views by torch's C shim, and no call where there is nothing to do: a call through the dispatcher
-// costs up to a microsecond, and a layer at sizes of no work has a dozen of them.
+// ---- Calls of torch: by its C shim where there is a function, since a call through the dispatcher costs up to a
+// microsecond, and a layer at sizes of no work has a dozen of them; else by the operator's full name. torch::stable's
+// C++ functions gain overloads from one torch to the next, which change what a call with the same arguments means.
 
-inline Tensor as_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+// Throws what torch said of a call that failed.
+inline void check_call(AOTITorchError error, const char* what) {
+  if (error == AOTI_TORCH_SUCCESS) return;
+  const bool knows = torch_exception_get_what_without_backtrace != nullptr;
+  const char* const said = knows ? torch_exception_get_what_without_backtrace() : nullptr;
+  refuse(what, " failed: ", said ? said : "torch wrote the reason to stderr");
 }
 
-inline Tensor contiguous_as(const Tensor& tensor, ScalarType dtype) {
-  return as_contiguous(tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype));
+template <size_t kArguments>
+Tensor call_operator(const char* name, const char* overload, std::array<StableIValue, kArguments> stack) {
+  check_call(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION), name);
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-inline OptionalTensor contiguous_as(const OptionalTensor& tensor, ScalarType dtype) {
-  return tensor ? OptionalTensor(contiguous_as(*tensor, dtype)) : std::nullopt;
+inline int64_t bytes_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Byte:
+      return 1;
+    case ScalarType::Half:
+    case ScalarType::BFloat16:
+      return 2;
+    case ScalarType::Float:
+    case ScalarType::Int:
+      return 4;
+    default:
+      return 8;
+  }
 }
 
-// A new tensor on the device of another.
+// A process that takes more than there is would be killed when it writes there. (A GPU's allocator knows by itself.)
+inline int64_t host_memory() {
+  static const int64_t bytes = product({sysconf(_SC_PHYS_PAGES), sysconf(_SC_PAGE_SIZE)});
+  return bytes;
+}
+
+// In builds for tests new memory holds NaN, in every floating-point type: what no kernel writes is seen.
+inline void fill_new([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
+#ifdef ALIGN_FILL_NEW
+  if (bytes > 0) std::memset(memory, 0xFF, size_t(bytes));
+#endif
+}
+
+// A new tensor on the device of another: the only place that makes one.
 inline Tensor make_empty(const Tensor& like, Sizes sizes, ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
+  int64_t bytes = bytes_of(dtype);
+  for (size_t d = sizes.size(); d-- > 0;) {
+    bytes = product({bytes, sizes[d]});
+    if (d > 0) strides[d - 1] = product({strides[d], std::max<int64_t>(sizes[d], 1)});
+  }
+  ALIGN_CHECK(bytes <= host_memory() || !like.is_cpu(), "a tensor of shape ", text_of(sizes), " would take ", bytes,
+              " bytes, this machine has ", host_memory());
   int32_t device_type = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  check_call(aoti_torch_get_device_type(like.get(), &device_type), "the device");
   const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle created = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), type,
-                                                  device_type, like.get_device_index(), &created));
-  return Tensor(created);
+  check_call(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), type, device_type,
+                                      like.get_device_index(), &created),
+             "a new tensor");
+  Tensor tensor(created);
+  if (tensor.is_cpu()) fill_new(tensor.mutable_data_ptr(), bytes);
+  return tensor;
 }
 
 inline Tensor make_empty(const Tensor& like, Sizes sizes) { return make_empty(like, sizes, like.scalar_type()); }
@@ -97,13 +112,39 @@ inline Tensor empty_bytes(const Tensor& like, int64_t bytes) { return make_empty
 
 // Memory for a CPU kernel, in which nothing is set: a tensor's takes a microsecond more.
 inline std::unique_ptr<std::byte[]> host_bytes(int64_t bytes) {
-  return std::unique_ptr<std::byte[]>(new std::byte[size_t(bytes)]);
+  ALIGN_CHECK(bytes <= host_memory(), "the workspace would take ", bytes, " bytes, this machine has ", host_memory());
+  std::unique_ptr<std::byte[]> memory(new (std::nothrow) std::byte[size_t(bytes)]);
+  ALIGN_CHECK(memory, "the workspace would take ", bytes, " bytes, which there are not");
+  fill_new(memory.get(), bytes);
+  return memory;
 }
 
-// A tensor's memory as a matrix.
-inline Tensor matrix(const Tensor& tensor, const std::array<int64_t, 2>& sizes, const std::array<int64_t, 2>& strides) {
+inline Tensor as_contiguous(const Tensor& tensor) {
+  if (tensor.is_contiguous()) return tensor;
+  const int64_t bytes = product({tensor.numel(), int64_t(tensor.element_size())});
+  ALIGN_CHECK(bytes <= host_memory() || !tensor.is_cpu(), "a contiguous copy of a tensor of shape ", shape_of(tensor),
+              " would take ", bytes, " bytes, this machine has ", host_memory());
+  using torch::stable::detail::from;
+  return call_operator<2>("aten::contiguous", "", {from(tensor), from(MemoryFormat::Contiguous)});
+}
+
+inline Tensor contiguous_as(const Tensor& tensor, ScalarType dtype) {
+  if (tensor.scalar_type() == dtype) return as_contiguous(tensor);
+  using torch::stable::detail::from;
+  const std::optional<MemoryFormat> format = MemoryFormat::Contiguous;
+  return call_operator<5>("aten::to", "dtype", {from(tensor), from(dtype), from(false), from(false), from(format)});
+}
+
+inline OptionalTensor contiguous_as(const OptionalTensor& tensor, ScalarType dtype) {
+  return tensor ? OptionalTensor(contiguous_as(*tensor, dtype)) : std::nullopt;
+}
+
+// A tensor's memory with other sizes and strides.
+template <size_t kDims>
+Tensor view_of(const Tensor& tensor, const std::array<int64_t, kDims>& sizes,
+               const std::array<int64_t, kDims>& strides) {
   AtenTensorHandle view = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes.data(), strides.data(), 0, &view));
+  check_call(aoti_torch__reinterpret_tensor(tensor.get(), kDims, sizes.data(), strides.data(), 0, &view), "a view");
   return Tensor(view);
 }
 
@@ -139,7 +180,7 @@ void dispatch_dtype(const Tensor& tensor, const char* name, const Body& body) {
     case ScalarType::Double:
       return body(double{});
     default:
-      STD_TORCH_CHECK(false, name, " must be float32, bfloat16, float16 or float64");
+      check_floating(tensor, name);
   }
 }
 

@@ -6,6 +6,7 @@
 
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
+#include "ops/sizes.h"
 
 namespace align::cpu {
 namespace {
@@ -281,14 +282,17 @@ ALIGN_INLINE void backward_of(const GaussianKlBackwardArgs<T>& args, const Layer
   const A d_loss = args.d_loss[0] * A(args.scale);
   for (int64_t t = begin; t < end; ++t) {
     const int64_t id = layer.task[t];
-    const bool counts = id >= 0 && id < layer.tasks;
-    const A* a = tables + (counts ? id * 3 * width : 0);
+    if (id < 0 || id >= layer.tasks) {
+      std::fill_n(dz + t * layer.rank, layer.rank, narrow<T>(A(0)));
+      continue;
+    }
+    const A* a = tables + id * 3 * width;
     const A *b = a + width, *mu = b + width;
     for_dims(layer.rank, [&](auto dims, int64_t d) ALIGN_INLINE_LAMBDA {
       const int64_t e = t * layer.rank + d;
       const auto of_mean = load_dims<dims()>(layer.z + e) - load_dims<dims()>(mu + d);
       const auto value = d_loss * (load_dims<dims()>(a + d) + load_dims<dims()>(b + d) * of_mean);
-      store_dims<dims()>(dz + e, counts ? value : decltype(value){});
+      store_dims<dims()>(dz + e, value);
     });
   }
 }
@@ -309,7 +313,7 @@ int64_t row_blocks(int64_t tokens) { return (tokens + kBlockRows - 1) / kBlockRo
 
 template <typename T>
 int64_t task_moments_workspace(const Latents<T>& latents, int64_t tasks) {
-  return latents.layers * row_blocks(latents.tokens) * tasks * (2 * latents.rank + 1) * int64_t(sizeof(Acc<T>));
+  return product({latents.layers, row_blocks(latents.tokens), tasks, 2 * latents.rank + 1, int64_t(sizeof(Acc<T>))});
 }
 
 template <typename T>

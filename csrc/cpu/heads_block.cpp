@@ -57,7 +57,7 @@ void HeadsBlock<T>::expand(int64_t group, Small<const A> v, const T* y_in, const
       const A factor = heads.scaling * (v.data ? v.row(rows.row(i))[h] : 1);
       for (int64_t j = h * rank; j < (h + 1) * rank; ++j) mixed[j] = factor * u[j];
     }
-    const A* offset = at(plan.offset(), i);
+    const A* offset = offset_rank > 0 ? at(plan.offset(), i) : nullptr;
     for (int64_t j = 0; j < offset_rank; ++j) mixed[plan.columns() + j] = heads.offset_scaling * offset[j];
   }
   const int64_t outputs = plan.outputs(), first = group * outputs;

@@ -26,7 +26,7 @@ struct BackwardJob {
           latents(mix),
           repeats(int(job.shape.groups) * job.chunks(Math::kRank)),
           chunks(job.chunks(Math::kRank)) {
-      blocks = job.blocks() * repeats;
+      blocks = int(Grid(int64_t(job.blocks()) * repeats).x);
     }
   };
   Outer outer[kOuterJobs];
@@ -59,7 +59,7 @@ void backward(const BackwardJob<Math, Mix>& job, Stream stream) {
   int64_t blocks = job.row_tiles * job.dx.cut.slabs;
   for (const auto& outer : job.outer) blocks += outer.blocks;
   if (blocks > 0) {
-    launch(backward_kernel<Math, Mix>, dim3(unsigned(blocks)), dim3(kThreads), kBackwardShared<Math>, stream, job);
+    launch(backward_kernel<Math, Mix>, blocks, dim3(kThreads), kBackwardShared<Math>, stream, job);
   }
 }
 

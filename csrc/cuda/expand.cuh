@@ -115,8 +115,7 @@ template <class Math, class Mix>
 void expand(const ExpandJob<typename Math::Element>& job, const Mix& mix, Stream stream) {
   const int64_t rows = row_tiles(job.shape.tokens, job.shape.groups);
   if (rows == 0) return;
-  launch(expand_kernel<Math, Mix>, dim3(unsigned(rows), unsigned(job.cut.slabs)), dim3(kThreads), kExpandShared<Math>,
-         stream, job, mix);
+  launch(expand_kernel<Math, Mix>, Grid(rows, job.cut.slabs), dim3(kThreads), kExpandShared<Math>, stream, job, mix);
 }
 
 }  // namespace align::cuda

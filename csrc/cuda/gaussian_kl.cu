@@ -1,14 +1,15 @@
-// Every kernel takes all layers, the grid's last dimension, whose pointers and ranks travel in the kernel's parameters.
-// Moments: a block of threads takes 256 rows and up to 32 dimensions. A thread owns one dimension of every k-th row
-// and keeps its sums for 16 tasks at a time in its own column of shared memory, so that no two threads add to one
-// address; columns are then added in a fixed order. A second kernel merges the blocks' moments in their order (Chan).
-// Tables: a block a layer, a thread a dimension. Backward: one element a thread and step.
+// Every kernel takes all layers, the grid's last dimension, whose pointers and ranks travel in the kernel's
+// parameters. Moments: a block of threads takes 256 rows and up to 32 dimensions. A thread owns one dimension of every
+// k-th row and keeps its sums for 16 tasks at a time in its own column of shared memory, so that no two threads add to
+// one address; columns are then added in a fixed order. A second kernel merges the blocks' moments in their order
+// (Chan). Tables: a block a layer, a thread a dimension. Backward: one element a thread and step.
 #include "ops/gaussian_kl.h"
 
 #include <algorithm>
 
 #include "cuda/launch.cuh"
 #include "ops/convert.h"
+#include "ops/sizes.h"
 
 namespace align::cuda {
 namespace {
@@ -35,7 +36,8 @@ struct Layers {
   int64_t rank;  // the widest one's
   const int64_t* task;
   int64_t tasks;
-  int lanes;  // threads along a row
+  int lanes;        // threads along a row
+  int first_piece;  // of so many dimensions, of a launch of the moments
 };
 
 // Calls body(layers, number of the first, count) for every launch's share of the layers.
@@ -81,8 +83,8 @@ __global__ void __launch_bounds__(kThreads) block_moments_kernel(Layers<T> layer
   const int lane = thread % lanes, group = thread / lanes;
   const int64_t begin = int64_t(blockIdx.x) * kBlockRows;
   const int rows = int(layers.tokens - begin < kBlockRows ? layers.tokens - begin : kBlockRows);
-  const int64_t first_dim = int64_t(blockIdx.y) * lanes, d = first_dim + lane;
-  if (blockIdx.y > 0 && first_dim >= rank) return;  // beyond a narrow layer
+  const int64_t first_dim = (int64_t(blockIdx.y) + layers.first_piece) * lanes, d = first_dim + lane;
+  if (first_dim > 0 && first_dim >= rank) return;  // beyond a narrow layer
   const T* z = layers.z[blockIdx.z] + begin * rank + d;
   partial += (int64_t(blockIdx.z) * gridDim.x + blockIdx.x) * tasks * width;
 
@@ -265,7 +267,7 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T>
 int64_t task_moments_workspace(const Latents<T>& latents, int64_t tasks) {
   const int64_t blocks = ceil_div(latents.tokens, kBlockRows) * std::min<int64_t>(latents.layers, kMaxLayers);
-  return blocks * tasks * (2 * latents.rank + 1) * int64_t(sizeof(float));
+  return product({blocks, tasks, 2 * latents.rank + 1, int64_t(sizeof(float))});
 }
 
 template <typename T>
@@ -275,11 +277,15 @@ void task_moments(const TaskMomentsArgs<T>& args, Stream stream) {
   const int64_t dims = args.latents.rank > 0 ? args.latents.rank : 1;
   const dim3 threads(kThreads);
   auto* const partial = static_cast<float*>(args.workspace);
-  for_launches(args.latents, args.tasks, [&](const Layers<T>& layers, int64_t first, unsigned count) {
-    const dim3 grid(unsigned(blocks), unsigned(ceil_div(dims, layers.lanes)), count);
-    if (blocks > 0) launch(block_moments_kernel<T>, grid, threads, 0, stream, layers, partial);
+  for_launches(args.latents, args.tasks, [&](Layers<T>& layers, int64_t first, unsigned count) {
+    const int64_t pieces = ceil_div(dims, layers.lanes);
+    for (int64_t first_piece = 0; first_piece < pieces && blocks > 0; first_piece += Grid::kMost) {
+      layers.first_piece = int(first_piece);
+      const Grid grid(blocks, std::min(pieces - first_piece, Grid::kMost), count);
+      launch(block_moments_kernel<T>, grid, threads, 0, stream, layers, partial);
+    }
     float* const moments = args.moments + first * args.tasks * (2 * args.latents.rank + 1);
-    const dim3 merge_grid(unsigned(ceil_div(args.tasks * dims, kThreads)), 1, count);
+    const Grid merge_grid(ceil_div(args.tasks * dims, kThreads), 1, count);
     launch(merge_moments_kernel<T>, merge_grid, threads, 0, stream, layers, blocks, partial, moments);
   });
 }
@@ -287,14 +293,14 @@ void task_moments(const TaskMomentsArgs<T>& args, Stream stream) {
 template <typename A>
 void gaussian_kl_tables(const GaussianKlTablesArgs<A>& args, Stream stream) {
   if (args.layers == 0) return;
-  launch(tables_kernel<A>, dim3(unsigned(args.layers)), dim3(kTableThreads), 0, stream, args);
+  launch(tables_kernel<A>, args.layers, dim3(kTableThreads), 0, stream, args);
 }
 
 template <typename T>
 void gaussian_kl_backward(const GaussianKlBackwardArgs<T>& args, Stream stream) {
   if (args.latents.tokens == 0 || args.latents.rank == 0) return;
   for_launches(args.latents, args.tasks, [&](const Layers<T>& layers, int64_t first, unsigned count) {
-    const dim3 grid(unsigned(ceil_div(layers.tokens, kThreads / layers.lanes)), 1, count);
+    const Grid grid(ceil_div(layers.tokens, kThreads / layers.lanes), 1, count);
     const float* const tables = args.tables + first * args.tasks * 3 * layers.rank;
     launch(backward_kernel<T>, grid, dim3(kThreads), 0, stream, layers, tables, args.d_loss, float(args.scale),
            args.dz + first * args.dz_stride, args.dz_stride);

@@ -160,7 +160,7 @@ void grouped_lora_backward(const GroupedLoraBackwardArgs<T, W>& args, Stream str
                    stream);
     }
     if (dz != parts && elements > 0) {
-      launch(sum_kernel, dim3(unsigned(ceil_div(elements, kThreads))), dim3(kThreads), 0, stream,
+      launch(sum_kernel, ceil_div(elements, kThreads), dim3(kThreads), 0, stream,
              SumOfParts{parts, count, shape.tokens, shape.rank, dz}, args.dz_in);
     }
     const OuterJob<T> d_a{shape, args.row_groups, x, masks, 1, a, {args.dA}, nullptr, in_band};
@@ -187,7 +187,7 @@ void grouped_lora_backward(const GroupedLoraBackwardArgs<T, W>& args, Stream str
 
 void group_rows(const int64_t* group, int64_t tokens, int64_t groups, int64_t* rows, int64_t* offsets, Stream stream) {
   if (groups == 0) return;
-  launch(sort_kernel, dim3(unsigned(groups)), dim3(kThreads), 0, stream, group, tokens, groups, rows, offsets);
+  launch(sort_kernel, groups, dim3(kThreads), 0, stream, group, tokens, groups, rows, offsets);
 }
 
 #define ALIGN_INSTANTIATE(T, W)                                                          \

@@ -67,11 +67,13 @@ void unmix(const UnmixJob& job, int64_t tile_cols, Stream stream);
 
 // ---- Launchers
 
-// R null: no router.
+// No router: groups 0. (R may be null where there is one, for an empty matrix has no memory.)
 template <typename W>
 struct Router {
   const W* R;  // [groups * heads, in_dim]
   Routing routing;
+
+  explicit operator bool() const { return routing.groups > 0; }
 };
 
 constexpr int kMaskedRanks = 8;  // ranks that see one mask of x begin at multiples of it
@@ -91,7 +93,7 @@ struct HeadsLaunch {
     const bool per_head = s.site == DropoutSite::kInputPerHead;
     const int stride = int(per_head ? ceil_div(s.rank, kMaskedRanks) * kMaskedRanks : s.rank);
     const int a_ranks = int(s.latents()) * stride, b_ranks = int(s.heads * s.rank);
-    const int more = int(s.offset_rank), groups = router.R ? int(router.routing.groups) : 0;
+    const int more = int(s.offset_rank), groups = int(router.routing.groups);
     const int r_ranks = groups * int(s.heads);
     const Adapter R{router.R, kFloat, r_ranks, layout_of_a(r_ranks, s.in_dim), 0, 0};
     const Layout of_a{std::max(stride, 1), int(s.rank), s.in_dim, s.own_A ? s.rank * s.in_dim : 0, 1};
@@ -113,7 +115,7 @@ struct HeadsLaunch {
     if (per_head) {
       on_x = {dropout, int(s.heads), stride, kept};
     } else if (dropout.p > 0) {
-      on_x = {dropout, 1, router.R ? a.adapters[2].start : kAllRanks, kept};
+      on_x = {dropout, 1, router ? a.adapters[2].start : kAllRanks, kept};
     }
     heads = {s.tokens,
              int(s.rank),
@@ -208,7 +210,7 @@ void heads_backward(const HeadsBackwardArgs<T, W>& args, const Router<W>& router
   with_math<T>(l.both, [&](auto math) {
     using Math = decltype(math);
     const int width = l.heads.width();
-    const bool apart = router.R && l.on_x.per < kAllRanks;  // dA stands on dropped x, dR on x
+    const bool apart = router && l.on_x.per < kAllRanks;  // dA stands on dropped x, dR on x
     const int summed = s.own_A ? 1 : l.on_x.streams;
     const OuterJob<T> d_a{
         l.a_shape, {}, x, l.on_x, summed, l.a, {args.dA, nullptr, apart ? nullptr : gradient.dR}, nullptr, l.in_band()};

@@ -23,12 +23,13 @@ inline void check(cudaError_t error) {
 
 // shared_bytes of dynamic shared memory for each block; what exceeds the default limit is asked for.
 template <typename... Params, typename... Args>
-void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, Args... args) {
+void launch(void (*kernel)(Params...), const Grid& grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+            Args... args) {
   constexpr size_t kDefaultLimit = 48 << 10;
   if (shared_bytes > kDefaultLimit) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
   }
-  kernel<<<grid, block, shared_bytes, stream>>>(args...);
+  kernel<<<dim3(grid.x, grid.y, grid.z), block, shared_bytes, stream>>>(args...);
   check(cudaGetLastError());
 }
 
@@ -55,8 +56,8 @@ __device__ inline void require(bool condition) {
 }
 #else
 template <typename... Params, typename... Args>
-void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, Args... args) {
-  simt::launch_shared(kernel, grid, block, shared_bytes, args...);
+void launch(void (*kernel)(Params...), const Grid& grid, dim3 block, size_t shared_bytes, cudaStream_t, Args... args) {
+  simt::launch_shared(kernel, dim3(grid.x, grid.y, grid.z), block, shared_bytes, args...);
 }
 using simt::dynamic_shared;
 inline Device current_device() {

@@ -42,14 +42,16 @@ struct Job {
   int64_t blocks;  // of tokens
   int64_t most_rows, most_tiles;
   int splits;
-  int lanes;       // threads along a row
-  int* before;     // [tasks, blocks]: tokens of the task in the block, then in the blocks before it
-  TaskRows* task;  // [tasks]
-  MmdTile* tile;   // [most_tiles]
-  Layout* layout;  // [1]
-  float* z;        // [most_rows, rank], of the tokens that take part
-  float* partial;  // [splits, most_rows, rank]: sum_b omega h (z_a - z_b), but for a factor
-  double* value;   // [most_tiles, splits]
+  int lanes;        // threads along a row
+  int chunks;       // of dimensions, in the pairs
+  int first_chunk;  // of a launch of them
+  int* before;      // [tasks, blocks]: tokens of the task in the block, then in the blocks before it
+  TaskRows* task;   // [tasks]
+  MmdTile* tile;    // [most_tiles]
+  Layout* layout;   // [1]
+  float* z;         // [most_rows, rank], of the tokens that take part
+  float* partial;   // [splits, most_rows, rank]: sum_b omega h (z_a - z_b), but for a factor
+  double* value;    // [most_tiles, splits]
 
   __device__ MmdTile tile_at(int64_t i) const { return {tile[i].task, tile[i].first, tile[i].rows}; }
   // omega of two different tokens of tasks i and j.
@@ -63,7 +65,7 @@ struct Job {
 };
 
 template <typename P>
-void take(char*& end, P*& pointer, int64_t items) {
+void take(intptr_t& end, P*& pointer, int64_t items) {
   constexpr int64_t kAlign = 256;
   pointer = reinterpret_cast<P*>(end);
   end += ceil_div(items * int64_t(sizeof(P)), kAlign) * kAlign;
@@ -77,8 +79,8 @@ Job job_of(const MkMmdArgs<T>& args) {
   return job;
 }
 
-// Lays out the workspace from `workspace` on, which may be null; returns its end.
-char* fill(Job& job, char* workspace) {
+// Lays out the workspace from an address on; returns its end.
+intptr_t fill(Job& job, intptr_t workspace) {
   const auto& args = job.args;
   job.blocks = ceil_div(args.tokens, kThreads);
   job.most_rows = mmd_rows(args.tokens, args.tasks, args.n_max);
@@ -238,7 +240,7 @@ __global__ void __launch_bounds__(kPairThreads, 4) pairs_kernel(Job job) {
   const int64_t tiles = job.layout->tiles, rank = args.rank;
   if (blockIdx.x >= tiles || !job.layout->some(args.kernels)) return;
 
-  const int chunk = blockIdx.z, chunks = gridDim.z;  // of dimensions
+  const int chunk = int(blockIdx.z) + job.first_chunk, chunks = job.chunks;
   const MmdTile mine = job.tile_at(blockIdx.x);
   const double rows = double(job.layout->rows);
   fill_rates(rates, args.kernels, job.layout->bandwidth);
@@ -299,16 +301,19 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(MkMmdBackwardArgs<T>
   const int64_t e = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (e >= args.tokens * args.rank) return;
   const int64_t slot = args.slot[e / args.rank];
+  require(slot < args.rows);
   args.dz[e] = narrow<T>(slot < 0 ? 0.f : args.d_loss[0] * args.gradient[slot * args.rank + e % args.rank]);
 }
 
-unsigned blocks_for(int64_t items) { return unsigned(std::max<int64_t>(ceil_div(items, kThreads), 1)); }
+int64_t blocks_for(int64_t items) { return std::max<int64_t>(ceil_div(items, kThreads), 1); }
 
 template <int kDims>
-void launch_pairs(const Job& job, Stream stream) {
-  const int64_t chunks = std::max<int64_t>(ceil_div(job.args.rank, kDims), 1);
-  launch(pairs_kernel<kDims>, dim3(unsigned(job.most_tiles), unsigned(job.splits), unsigned(chunks)),
-         dim3(kPairThreads), 0, stream, job);
+void launch_pairs(Job job, Stream stream) {
+  job.chunks = int(std::max<int64_t>(ceil_div(job.args.rank, kDims), 1));
+  for (; job.first_chunk < job.chunks; job.first_chunk += int(Grid::kMost)) {
+    const Grid grid(job.most_tiles, job.splits, std::min<int64_t>(job.chunks - job.first_chunk, Grid::kMost));
+    launch(pairs_kernel<kDims>, grid, dim3(kPairThreads), 0, stream, job);
+  }
 }
 
 }  // namespace
@@ -316,28 +321,28 @@ void launch_pairs(const Job& job, Stream stream) {
 template <typename T>
 int64_t mk_mmd_workspace(const MkMmdArgs<T>& args) {
   Job job = job_of(args);
-  return reinterpret_cast<intptr_t>(fill(job, nullptr));
+  return fill(job, 0);
 }
 
 template <typename T>
 void mk_mmd(const MkMmdArgs<T>& args, Stream stream) {
   Job job = job_of(args);
-  fill(job, static_cast<char*>(args.workspace));
+  fill(job, reinterpret_cast<intptr_t>(args.workspace));
   const dim3 threads(kThreads);
-  if (job.blocks > 0) launch(count_kernel, dim3(unsigned(job.blocks)), threads, 0, stream, job);
-  launch(layout_kernel, dim3(1), threads, 0, stream, job);
-  if (job.blocks > 0) launch(choose_kernel<T>, dim3(unsigned(job.blocks)), threads, 0, stream, job, args.z);
-  if (args.kernels.relative) launch(bandwidth_kernel, dim3(1), threads, 0, stream, job);
+  if (job.blocks > 0) launch(count_kernel, job.blocks, threads, 0, stream, job);
+  launch(layout_kernel, 1, threads, 0, stream, job);
+  if (job.blocks > 0) launch(choose_kernel<T>, job.blocks, threads, 0, stream, job, args.z);
+  if (args.kernels.relative) launch(bandwidth_kernel, 1, threads, 0, stream, job);
   if (job.most_tiles > 0) {
     args.rank <= 16 ? launch_pairs<16>(job, stream) : launch_pairs<64>(job, stream);
   }
-  launch(finish_kernel, dim3(blocks_for(job.most_rows * args.rank)), threads, 0, stream, job);
+  launch(finish_kernel, blocks_for(job.most_rows * args.rank), threads, 0, stream, job);
 }
 
 template <typename T>
 void mk_mmd_backward(const MkMmdBackwardArgs<T>& args, Stream stream) {
   if (args.tokens == 0 || args.rank == 0) return;
-  launch(backward_kernel<T>, dim3(blocks_for(args.tokens * args.rank)), dim3(kThreads), 0, stream, args);
+  launch(backward_kernel<T>, blocks_for(args.tokens * args.rank), dim3(kThreads), 0, stream, args);
 }
 
 #define ALIGN_INSTANTIATE(T)                                 \

@@ -189,8 +189,8 @@ template <class Math, class Mix>
 void sweep(const OuterJob<typename Math::Element>& job, const Mix& mix, Stream stream) {
   const int64_t blocks = job.blocks();
   if (blocks == 0 || job.shape.groups == 0 || job.shape.rank == 0) return;
-  launch(sweep_kernel<Math, Mix>, dim3(unsigned(blocks), unsigned(job.shape.groups)), dim3(kThreads),
-         kOuterShared<Math, true>, stream, job, mix);
+  launch(sweep_kernel<Math, Mix>, Grid(blocks, job.shape.groups), dim3(kThreads), kOuterShared<Math, true>, stream, job,
+         mix);
 }
 
 }  // namespace align::cuda

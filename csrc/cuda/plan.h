@@ -9,6 +9,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 
 namespace align::cuda {
 
@@ -28,6 +30,20 @@ constexpr int64_t kBlocksPerMultiprocessor = 2;
 constexpr int kSharedForFloat64 = 104 << 10;  // of a block, for float at padded rank 64
 
 constexpr int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+
+// The blocks of a launch, in numbers that the hardware takes. What can be longer along y or z takes several launches.
+struct Grid {
+  static constexpr int64_t kMostX = (int64_t(1) << 31) - 1, kMost = (int64_t(1) << 16) - 1;  // along y and z
+  unsigned x, y, z;
+
+  Grid(int64_t along_x, int64_t along_y = 1, int64_t along_z = 1)
+      : x(unsigned(along_x)), y(unsigned(along_y)), z(unsigned(along_z)) {
+    if (along_x <= kMostX && along_y <= kMost && along_z <= kMost) return;
+    throw std::length_error("a kernel would need " + std::to_string(along_x) + " x " + std::to_string(along_y) + " x " +
+                            std::to_string(along_z) + " blocks; there may be " + std::to_string(kMostX) + " x " +
+                            std::to_string(kMost) + " x " + std::to_string(kMost));
+  }
+};
 
 // Row tiles of all groups together, at most: each group but one may end in the middle of a tile.
 constexpr int64_t row_tiles(int64_t tokens, int64_t groups) {

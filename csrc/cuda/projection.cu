@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kThreads) unmix_kernel(UnmixJob job, int slab_
 
 template <typename... Job>
 void for_each_row(void (*kernel)(Job...), int64_t tokens, Stream stream, Job... job) {
-  if (tokens > 0) launch(kernel, dim3(unsigned(ceil_div(tokens, kRowsOfBlock))), dim3(kThreads), 0, stream, job...);
+  if (tokens > 0) launch(kernel, ceil_div(tokens, kRowsOfBlock), dim3(kThreads), 0, stream, job...);
 }
 
 }  // namespace

@@ -155,8 +155,7 @@ template <class Math>
 void shrink(const ShrinkJob<typename Math::Element>& job, int64_t rank_chunks, Stream stream) {
   const int64_t rows = row_tiles(job.shape.tokens, job.shape.groups);
   if (rows == 0 || rank_chunks == 0) return;
-  launch(shrink_kernel<Math>, dim3(unsigned(rows), unsigned(job.cut.slabs), unsigned(rank_chunks)), dim3(kThreads),
-         kShrinkShared<Math>, stream, job);
+  launch(shrink_kernel<Math>, Grid(rows, job.cut.slabs, rank_chunks), dim3(kThreads), kShrinkShared<Math>, stream, job);
 }
 
 }  // namespace align::cuda

@@ -92,8 +92,9 @@ template <typename T>
 struct MkMmdBackwardArgs {
   int64_t tokens;
   int64_t rank;
+  int64_t rows;
   const Acc<T>* gradient;  // [rows, rank]
-  const int32_t* slot;     // [tokens]
+  const int32_t* slot;     // [tokens], below rows
   // grad outputs
   const Acc<T>* d_loss;  // [1], multiplies gradient
   // grad inputs
