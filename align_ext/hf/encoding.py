@@ -9,6 +9,11 @@ from align_ext.hf.conversation import Turn
 from align_ext.hf.rows import Example
 from align_ext.reading import shown, why
 
+_NO_TEMPLATE = (
+    "a conversation, or the column system, needs a chat template, and this tokenizer has none: take an "
+    "instruction-tuned model, or write prompt and completion as text"
+)
+
 
 def encode(tokenizer: Any, prompt: str | tuple[Turn, ...], answer: str) -> tuple[list[int], list[int]]:
     """Tokenises a prompt, through the chat template if there is one, and its answer with the end token.
@@ -57,6 +62,19 @@ def fits(tokenizer: Any, example: Example, max_tokens: int) -> bool:
         raise ValueError(f"{example.where or example.task}: {error}") from error
 
 
+def check_conversations(tokenizer: Any, examples: Iterable[Example]) -> None:
+    """Checks that the tokenizer can write every conversation, whether its row is taken in the end or not.
+
+    Raises:
+        ValueError: there is one and no chat template; the message names the example's file and line.
+    """
+    if getattr(tokenizer, "chat_template", None):
+        return
+    for example in examples:
+        if not isinstance(example.prompt, str):
+            raise ValueError(f"{example.where or example.task}: {_NO_TEMPLATE}")
+
+
 def features(tokenizer: Any, examples: Iterable[Example], ids: dict[str, int]) -> list[dict[str, Any]]:
     """Features for TaskCollator: tokens, labels on the answer alone (-100 elsewhere), and the task's id."""
     rows = []
@@ -78,10 +96,7 @@ def _prompt_text(tokenizer: Any, prompt: str | tuple[Turn, ...]) -> tuple[str, b
     if not getattr(tokenizer, "chat_template", None):
         if isinstance(prompt, str):
             return f"{prompt}\n", False
-        raise ValueError(
-            "a conversation, or the column system, needs a chat template, and this tokenizer has none: take an "
-            "instruction-tuned model, or write prompt and completion as text"
-        )
+        raise ValueError(_NO_TEMPLATE)
     turns = (("user", prompt),) if isinstance(prompt, str) else prompt
     messages = [{"role": role, "content": text} for role, text in turns]
     try:

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig
 
 from align_ext.sources import encoder_decoder
 
@@ -21,6 +20,8 @@ def refuse_other_modalities(model: nn.Module, names: Iterable[str]) -> None:
     How many tokens a layer sees says nothing: there may be as many patches as words. A layer belongs to the modality of
     the innermost model around it, which its configuration tells.
     """
+    from transformers import PreTrainedConfig  # here, so that `align-lora --help` does not wait for it
+
     whole = next((m for m in model.modules() if isinstance(getattr(m, "config", None), PreTrainedConfig)), None)
     config: Any = None if whole is None else whole.config
     text = None if config is None else config.get_text_config()
@@ -42,6 +43,8 @@ def refuse_other_modalities(model: nn.Module, names: Iterable[str]) -> None:
 
 def _innermost(model: nn.Module, name: str) -> tuple[str, Any]:
     """Name and configuration of the innermost model that holds a layer."""
+    from transformers import PreTrainedConfig
+
     place = name
     while place:
         place = place.rpartition(".")[0]

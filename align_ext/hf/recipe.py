@@ -22,7 +22,7 @@ from rich.progress import Progress
 from align_ext.config import AUTO
 from align_ext.ending import deferred
 from align_ext.hf.collator import TaskCollator
-from align_ext.hf.encoding import encode, features, fits
+from align_ext.hf.encoding import check_conversations, encode, features, fits
 from align_ext.hf.evaluate import TaskScore, alignment, evaluate
 from align_ext.hf.export import PEFT_CONFIG, load_adapter, save_adapter
 from align_ext.hf.folder import AdapterFolder
@@ -104,6 +104,7 @@ def prepare(folder: RunFolder, console: Console) -> Job:
         raise ValueError(f"alignment needs two tasks or more, found only {names[0]!r}: use --align none")
     dtype = best_dtype(device) if options.dtype == "auto" else options.dtype
     model, tokenizer = load_model(options.model, dtype, lambda line: say(console, line))
+    check_conversations(tokenizer, pools.examples())
     fit = functools.partial(fits, tokenizer, max_tokens=options.seq_len)
     data = select(pools, options.train_examples, options.eval_examples, fit)
     if options.adapter["target_modules"] == AUTO and not config.target_blocks:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from align_ext.hf.commands import task_number
-from align_ext.hf.encoding import fits
+from align_ext.hf.encoding import check_conversations, fits
 from align_ext.hf.evaluate import TaskScore, evaluate
 from align_ext.hf.export import load_adapter
 from align_ext.hf.folder import AdapterFolder
@@ -65,6 +65,7 @@ def score(request: EvalRequest, file: str | None, console: Console) -> dict[str,
     ids = None if stored is None else _task_ids(stored, tuple(pools.tasks), merged=request.merge)
     with working(console, "loading the model"):
         model, tokenizer = load_scored(request)
+    check_conversations(tokenizer, pools.examples())
     fit = functools.partial(fits, tokenizer, max_tokens=request.seq_len)
     own_file = request.data is not None and Path(request.data).expanduser().is_file()
     data = scored_examples(pools, request.examples, fit, undivided=own_file)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 _BY_CLASS = {
     "ForSequenceClassification": "SEQ_CLS",
@@ -19,6 +18,8 @@ def task_type_of(model: nn.Module) -> str | None:
 
     Those of models that generate take input_ids: a model of sound or images alone has none.
     """
+    from transformers import PreTrainedModel  # here, so that `align-lora --help` does not wait for it
+
     inner: Any = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if inner is None:
         return None

@@ -42,6 +42,10 @@ class Pools:
     tasks: Mapping[str, Mapping[str, list[Example]]]
     notes: tuple[str, ...] = ()
 
+    def examples(self) -> Iterator[Example]:
+        """All examples."""
+        return (example for splits in self.tasks.values() for part in splits.values() for example in part)
+
 
 @dataclass(frozen=True)
 class Usage:

@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 import torch
 from hf import words
-from hf.words import gpt2, llama, model_folder, qwen2, tokenizer, write_rows
+from hf.words import gpt2, llama, model_folder, qwen2, rows, tokenizer, write_rows
 from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
@@ -353,3 +353,12 @@ def test_the_mixing_decides_how_often_a_task_comes(place, mixing, monkeypatch):
     share = {"proportional": 38 / 46, "temperature": 38**0.5 / (38**0.5 + 8**0.5)}.get(mixing, 0.5)
     assert seen.count(0) / len(seen) == pytest.approx(share, abs=0.06)
     assert results["options"]["mixing"] == mixing
+
+
+def test_a_conversation_without_a_chat_template_is_refused_though_its_row_would_not_be_taken(place):
+    turns = [{"role": "user", "content": "q"}]
+    content = [*rows(), {"task": "next", "prompt": turns, "completion": "c"}]
+    write_rows(place / "talk.jsonl", content)
+    for seed in range(3):
+        with pytest.raises(ValueError, match=r"'talk.jsonl', line 49: a conversation, .* needs a chat template"):
+            prepare(place, data=str(place / "talk.jsonl"), seed=seed, train_examples=2, eval_examples=2)
