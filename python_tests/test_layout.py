@@ -83,6 +83,14 @@ def test_only_ptx_cuh_holds_assembly():
             assert not re.search(r"\basm\b", path.read_text()), path
 
 
+def test_bindings_call_torch_by_names_that_mean_the_same_in_every_version():
+    """torch::stable's functions gain overloads (view by dtype in 2.14); tensors.h names operators and overloads."""
+    for path in (ROOT / "csrc/bindings").iterdir():
+        calls = set(re.findall(r"torch::stable::(\w+)\(", path.read_text()))
+        assert calls <= {"parallel_for"}, path
+        assert len(re.findall("aoti_torch_empty", path.read_text())) == (path.name == "tensors.h"), path
+
+
 def test_no_float_atomics_in_cuda_kernels():
     for path in (ROOT / "csrc/cuda").glob("*.cu*"):
         assert "atomicAdd" not in path.read_text(), path
