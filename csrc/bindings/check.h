@@ -77,7 +77,8 @@ inline std::string name_of(ScalarType dtype) {
 }
 
 inline void check_shape(const Tensor& tensor, Sizes expected, const char* name) {
-  ALIGN_CHECK(tensor.sizes().equals(expected), name, " must have shape ", text_of(expected), ", got ", shape_of(tensor));
+  ALIGN_CHECK(tensor.sizes().equals(expected), name, " must have shape ", text_of(expected), ", got ",
+              shape_of(tensor));
 }
 
 // Whether kernels compute with a dtype.
