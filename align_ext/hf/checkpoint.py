@@ -38,13 +38,27 @@ def load_trained(model: nn.Module, folder: str | Path) -> None:
     Raises:
         ValueError: as for load_adapter; or other parameters are trained than those in the folder.
     """
-    queue = _read_queue(_state(model), Path(folder, QUEUE), next(model.parameters()).device)
+    queue = _read_queue(model, folder)
     load_adapter(model, folder)
+    _set_queue(model, queue)
+
+
+def load_queue(model: nn.Module, folder: str | Path) -> None:
+    """Reads the queue alone, where others load the parameters.
+
+    Raises:
+        ValueError: its file is damaged.
+    """
+    _set_queue(model, _read_queue(model, folder))
+
+
+def _set_queue(model: nn.Module, queue: list[Statistics]) -> None:
     _state(model).queue.clear()
     _state(model).queue.extend(queue)
 
 
-def _read_queue(state: AlignState, file: Path, device: torch.device) -> list[Statistics]:
+def _read_queue(model: nn.Module, folder: str | Path) -> list[Statistics]:
+    state, file, device = _state(model), Path(folder, QUEUE), next(model.parameters()).device
     parts: dict[int, dict[str, Tensor]] = {}
     try:
         for key, tensor in (read_tensors(file, empty=True)[0] if exists(file) else {}).items():

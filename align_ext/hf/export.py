@@ -98,6 +98,9 @@ class _Whole:
         ranks = holders(live.values())
         if gathered is not None and ranks:
             keys = {id(tensor): key for key, tensor in model.state_dict(keep_vars=True).items()}
+            lacking = next((name for name, tensor in live.items() if keys.get(id(tensor)) not in gathered), None)
+            if lacking is not None:
+                raise ValueError(f"the state_dict has no {lacking}: give the whole one, or none, in every process")
             live, ranks = {name: gathered[keys[id(tensor)]] for name, tensor in live.items()}, ()
         values = whole(live, what)
         scaling = {name: layer.adapter.scaling for name, layer in layers.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -10,6 +11,15 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 from align_ext.nn.base import AdaptedModule
+from align_ext.reading import place
+
+logger = logging.getLogger(__name__)
+# Trainer's stand-in for weights that nobody gathered; an error here, in one process, would leave the others waiting.
+_NOT_GATHERED = (
+    "no adapter is in %s, since the parameters are in parts and were not gathered: DeepSpeed's own files alone are "
+    'there, to resume from; give its configuration "stage3_gather_16bit_weights_on_model_save": true, or use '
+    "AlignTrainer, or call save_adapter(model, folder) in every process"
+)
 
 
 def stand_in(model: nn.Module) -> None:
@@ -40,7 +50,10 @@ def _save(
 
     if other.get("push_to_hub"):
         raise ValueError("push_to_hub=True: save the adapter first, or call model.push_to_hub(name)")
-    if is_main_process or (state_dict is None and holders(model.parameters())):
+    in_parts = bool(holders(model.parameters()))
+    if state_dict is not None and not state_dict and in_parts:
+        logger.error(_NOT_GATHERED, place(save_directory))
+    elif is_main_process or (state_dict is None and in_parts):
         write_adapter(model, save_directory, (), state_dict)
 
 

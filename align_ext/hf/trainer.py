@@ -16,7 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, has_len
 from align_ext.accumulation import align_statistics
 from align_ext.batch import Step
 from align_ext.config import AlignLoraConfig, unknown_name
-from align_ext.hf.checkpoint import load_trained, save_trained
+from align_ext.hf.checkpoint import load_queue, load_trained, save_trained
 from align_ext.hf.mixing import Mixing, TaskSampler, example_tasks, join_tasks, with_task
 from align_ext.hf.safely import SafeMixin
 from align_ext.hf.sharded import holders
@@ -78,8 +78,8 @@ class AlignMixin(SafeMixin):
         align_warmup: share of the steps over which the weight rises from 0 before that.
         **kwargs: as for Trainer.
 
-    A checkpoint is a folder of save_adapter, with what else is trained, and not the frozen model (with FSDP and
-    DeepSpeed their own files are beside it, to resume from); train(resume_from_checkpoint=...) goes on to the bit.
+    A checkpoint is a folder of save_adapter, with what else is trained, and not the frozen model (FSDP and DeepSpeed
+    add their own files, from which the latter resumes); train(resume_from_checkpoint=...) goes on to the bit.
 
     Raises:
         ValueError: an option out of range; a peft_config; nn.DataParallel would be used with alignment on, or processes
@@ -316,9 +316,9 @@ class AlignMixin(SafeMixin):
         """Whether processes may hold parts of the parameters, so that all of them save."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
-    def _whole(self) -> bool:
-        """Whether resuming is Trainer's own, of the whole model: no adapters, or parameters in parts."""
-        return self._config() is None or self._in_parts()
+    def _is_loaded_by_others(self) -> bool:
+        """Whether Trainer loads the model: no adapters, or DeepSpeed's optimizer has copies of the parameters."""
+        return self._config() is None or self.is_deepspeed_enabled
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the adapter's folder, with all processes where they hold parts of the parameters."""
@@ -340,13 +340,18 @@ class AlignMixin(SafeMixin):
             self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._whole():
+        if self._is_loaded_by_others():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_trained(self.model if model is None else model, resume_from_checkpoint)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.is_deepspeed_enabled and self._config() is not None:
+            load_queue(self.model, checkpoint)  # all else that load_trained reads is in DeepSpeed's files
+
     def _load_best_model(self) -> None:
-        if self._whole():
+        if self._is_loaded_by_others():
             super()._load_best_model()
         else:
             load_trained(self.model, self.state.best_model_checkpoint)

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback
 
 from align_ext.hf.mixing import example_tasks
 from align_ext.hf.replace import adapted_layers
+from align_ext.hf.sharded import unwrapped
 from align_ext.state import find_state
 
 _OF_TRAINER = ("loss", "runtime", "samples_per_second", "steps_per_second", "epoch")
@@ -40,8 +41,10 @@ def check_trained(model: nn.Module, optimizer: Any) -> None:
         optimizer: of the Trainer; None: cannot be looked into.
 
     Raises:
-        ValueError: no adapters, adapters that nobody trains, or other adapters trained beside them.
+        ValueError: no adapters, adapters that nobody trains, other adapters trained beside them, or parameters that
+            cannot be saved (FullyShardedDataParallel).
     """
+    unwrapped(model)
     state = find_state(model)
     if state is None:
         raise ValueError(

@@ -130,7 +130,7 @@ def is_conv1d(module: nn.Module) -> bool:
 def features_of(base: nn.Module) -> tuple[int, int]:
     """(in_features, out_features) of a linear-like layer, quantised or not."""
     if is_conv1d(base):
-        in_features, out_features = base.weight.shape  # type: ignore[misc]
+        in_features, out_features = getattr(base.weight, "ds_shape", base.weight.shape)  # type: ignore[misc]
         return int(in_features), int(out_features)
     return int(base.in_features), int(base.out_features)  # type: ignore[arg-type]
 

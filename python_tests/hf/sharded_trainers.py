@@ -1,0 +1,180 @@
+"""Trainers whose parameters are in parts, and what each of their two processes runs (imported there by name)."""
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from hf import shards, trainers
+from hf.folders import plain, trained
+from hf.words import tokenizer
+from safetensors.torch import save_file
+from torch.distributed.fsdp import FullyShardedDataParallel
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
+
+from align_ext import AlignTrainer, TaskCollator, replace_linear_with_align_lora
+from align_ext.hf.sharded import holders
+from align_ext.hf.trainer import align_training_arguments
+from align_ext.hf.training_checks import check_trained
+
+GATHER = "stage3_gather_16bit_weights_on_model_save"
+OPTIONS = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2}
+OPTIONS |= {"per_device_train_batch_size": 3, "remove_unused_columns": False}
+QUEUE = {"align": "kl", "align_accumulation": "queue", "align_queue": 2}
+
+
+def zero(stage, **more):
+    """The arguments of DeepSpeed's ZeRO."""
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 100, **more}
+    return {"deepspeed": {"zero_optimization": zero, "train_micro_batch_size_per_gpu": "auto"}}
+
+
+def fsdp(**more):
+    """The arguments of FSDP2."""
+    return {"fsdp": True, "fsdp_config": {"version": 2, **more}}
+
+
+BEST = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "loss"}
+TASKED = {"architecture": "multi_adapter", "align": None}
+DEEPSPEED = {
+    "zero3": (AlignTrainer, QUEUE, zero(3) | BEST),
+    "zero3, Trainer": (Trainer, {}, zero(3, **{GATHER: True})),
+    "zero2": (AlignTrainer, {"architecture": "mtlora"}, zero(2)),
+}
+FSDP = {
+    "fsdp": (AlignTrainer, QUEUE, fsdp() | BEST),
+    "fsdp, its files sharded": (AlignTrainer, TASKED, fsdp(state_dict_type="SHARDED_STATE_DICT")),
+    "fsdp, Trainer": (Trainer, {"architecture": "mtlora"}, fsdp()),
+}
+
+
+class Values(TrainerCallback):
+    """Keeps what is trained after each step, whole."""
+
+    def __init__(self):
+        self.steps = {}
+
+    def on_step_end(self, args, state, control, model=None, **_):
+        self.steps[state.global_step] = shards.values(model)
+
+
+def arguments(folder, sharding):
+    """TrainingArguments; accelerate shards by FSDP only on what it takes for GPUs."""
+    made = align_training_arguments(str(folder), **(trainers.ONE_STEP | OPTIONS | sharding))
+    assert made.device.type == "cpu"
+    if "fsdp" in sharding:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return made
+
+
+def build(folder, case, model=None, args=None):
+    """A case's trainer, and what it will have trained."""
+    kind, adapters, sharding = case
+    args = args or arguments(folder, sharding)
+    if model is None:
+        model = plain()
+        torch.manual_seed(3)
+        replace_linear_with_align_lora(model, **{"r": 4, "num_tasks": 3, "lora_dropout": 0.2} | adapters)
+        model.model.norm.requires_grad_(True)
+    rows, kept = [words(row) for row in trainers.features()], Values()
+    own = {"eval_dataset": rows[:6]} if "eval_strategy" in sharding else {}
+    ran = kind(model, args, TaskCollator(tokenizer()), rows, callbacks=[kept], **own)
+    return ran, kept
+
+
+def words(row):
+    """A row whose tokens the model knows."""
+    return row | {n: [x if x < 0 else x % 60 for x in row[n]] for n in ("input_ids", "labels")}
+
+
+def join(rank, port):
+    shards.join(rank, port)
+    del os.environ["ACCELERATE_USE_CPU"]  # with which accelerate leaves DeepSpeed out
+    os.environ["DS_ACCELERATOR"] = "cpu"
+
+
+def leave():
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def by_fsdp(rank, port, folder):
+    """FSDP2."""
+    join(rank, port)
+    for name, case in FSDP.items():
+        model = run(rank, Path(folder, name), case)
+    with pytest.raises(ValueError, match=r"the state_dict has no model.*lora_A: give the whole one"):
+        model.save_pretrained(Path(folder, "a part"), state_dict={"model.norm.weight": torch.ones(48)})
+    assert not Path(folder, "a part").exists()
+    flattened = FullyShardedDataParallel(trained("lora"), use_orig_params=True, device_id=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"flattens the parameters: use FSDP2"):
+        check_trained(flattened, None)  # which AlignTrainer does before it trains
+    leave()
+
+
+def by_deepspeed(rank, port, folder):
+    """ZeRO-2 and ZeRO-3."""
+    join(rank, port)
+    for name, case in DEEPSPEED.items():
+        run(rank, Path(folder, name), case)
+    not_gathered(rank, Path(folder, "not gathered"))
+    loaded_in_parts(rank, Path(folder, "loaded in parts"))
+    leave()
+
+
+def run(rank, place, case):
+    """Trains a case and saves it; another run goes on from the first checkpoint, to the bit."""
+    ran, kept = build(place, case)
+    ran.train()
+    assert bool(holders(ran.model.parameters())) == (not place.name.startswith("zero2"))
+    best = ran.state.best_global_step or OPTIONS["max_steps"]
+    ran.save_model(str(place / "final"))
+    keep(rank, place, kept.steps | {"final": kept.steps[best]})
+    other, found = build(Path(f"{place}, gone on"), case)
+    with torch.no_grad():
+        for name, parameter in other.model.named_parameters():
+            parameter.add_("lora_" in name)
+    other.train(resume_from_checkpoint=str(place / "checkpoint-1"))
+    assert found.steps[2].keys() == kept.steps[2].keys()
+    assert all(torch.equal(tensor, kept.steps[2][name]) for name, tensor in found.steps[2].items())
+    return other.model
+
+
+def not_gathered(rank, place):
+    """transformers' own Trainer under ZeRO-3 with DeepSpeed's defaults, by which it gathers nothing."""
+    said = []
+    logging.getLogger("align_ext.hf.pretrained").addFilter(lambda record: said.append(record.getMessage()))
+    ran, kept = build(place, (Trainer, {}, zero(3)))
+    ran.train()
+    assert len(said) == (2 if rank == 0 else 0)
+    assert all(f"not gathered/checkpoint-{i + 1}" in said[i] and GATHER in said[i] for i in range(len(said)))
+    assert not [*place.rglob("adapter*"), *place.rglob("*.safetensors")]
+    other, _ = build(place, (Trainer, {}, zero(3, **{GATHER: True})))
+    other.train(resume_from_checkpoint=str(place / "checkpoint-2"))
+    other.save_model(str(place / "final"))
+    keep(rank, place, {"final": kept.steps[2]})
+
+
+def loaded_in_parts(rank, place):
+    """A base that from_pretrained loads in parts, as it does where the arguments are made first."""
+    if rank == 0:
+        plain("gpt2").save_pretrained(place / "base")
+    dist.barrier()
+    case = (AlignTrainer, {}, zero(3))
+    args = arguments(place, case[2])
+    model = AutoModelForCausalLM.from_pretrained(place / "base")
+    assert all(parameter.numel() == 0 for parameter in model.parameters())
+    replace_linear_with_align_lora(model, r=4, num_tasks=3, target_modules=["c_attn", "c_fc"])
+    ran, kept = build(place, case, model, args)
+    ran.train()
+    keep(rank, place, kept.steps)
+
+
+def keep(rank, place, expected):
+    """Leaves what should be in the folders."""
+    for step, tensors in expected.items() if rank == 0 else ():
+        save_file(tensors, place / ("final" if step == "final" else f"checkpoint-{step}") / "expected")
