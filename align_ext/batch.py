@@ -103,7 +103,8 @@ class Step(StepTokens):
         if slot in self._kept[output] or self._has_total:
             raise RuntimeError(
                 f"the aligned layer {self.state.names[slot]!r} ran twice in one step: use one align_step (or one "
-                "task_ids= call) per forward"
+                "task_ids= call) per forward; a layer that the model runs several times in a forward (ALBERT's) cannot "
+                "be aligned: leave it out by exclude_modules, or adapt the model with align=None"
             )
         self.check_tokens(slot, z.shape[0])
         self.seen.add(slot)
@@ -228,7 +229,7 @@ class Step(StepTokens):
         if missing:
             raise RuntimeError(
                 f"{len(missing)} of {len(self.state.names)} aligned layers did not run in this step, the first "
-                f"is {missing[0]!r}: leave layers that the model skips out by exclude_modules"
+                f"is {missing[0]!r}: leave layers that the model skips out by exclude_modules, unmerge() merged ones"
             )
         if self._has_total:
             raise RuntimeError("this step has its total already: add the losses first, then step.total(sum) once")

@@ -16,6 +16,7 @@ from align_ext.hf.sharded import unwrapped
 from align_ext.state import find_state
 
 _OF_TRAINER = ("loss", "runtime", "samples_per_second", "steps_per_second", "epoch")
+_NOT_OPTIMIZED = "the optimizer does not have it: give it all parameters that require gradients"
 _TASK_LOSS = re.compile(r"(^|_)loss/")
 
 
@@ -41,8 +42,8 @@ def check_trained(model: nn.Module, optimizer: Any) -> None:
         optimizer: of the Trainer; None: cannot be looked into.
 
     Raises:
-        ValueError: no adapters, adapters that nobody trains, other adapters trained beside them, or parameters that
-            cannot be saved (FullyShardedDataParallel).
+        ValueError: no adapters, adapters or something beside them that nobody trains, merged layers, other adapters
+            trained beside them, or parameters that cannot be saved (FullyShardedDataParallel).
     """
     unwrapped(model)
     state = find_state(model)
@@ -54,26 +55,29 @@ def check_trained(model: nn.Module, optimizer: Any) -> None:
     inside = {} if optimizer is None else {id(p) for group in optimizer.param_groups for p in group["params"]}
     ours: set[Tensor] = set()
     for name, layer in adapted_layers(model).items():
+        if getattr(layer, "merged", False):
+            raise ValueError(f"{name} is merged, so that its adapter would not be trained: call unmerge() on the layer")
         parameters = dict(layer.adapter.named_parameters())
         ours |= set(parameters.values())
         idle = [part for part, p in parameters.items() if not p.requires_grad or (inside and id(p) not in inside)]
         # Without losses on the adapters, a user may well train a part of one.
         if idle and (state.config.needs_step or len(idle) == len(parameters)):
             parameter = parameters[idle[0]]
-            cure = (
-                "it is frozen: call requires_grad_(True) on it before training"
-                if not parameter.requires_grad
-                else "the optimizer does not have it: give it all parameters that require gradients"
-            )
+            frozen = "it is frozen: call requires_grad_(True) on it before training"
+            cure = _NOT_OPTIMIZED if parameter.requires_grad else frozen
             raise ValueError(f"{name}.adapter.{idle[0]} is not trained, though its layer is adapted; {cure}")
     for name, module in model.named_modules():
-        if type(module).__module__.startswith("peft.tuners"):
-            other = next((n for n, p in module.named_parameters() if p.requires_grad and p not in ours), None)
+        if type(module).__module__.startswith("peft.tuners.") and hasattr(module, "base_layer"):
+            others = ((n, p) for n, p in module.named_parameters() if not n.startswith("base_layer."))
+            other = next((n for n, p in others if p.requires_grad and p not in ours), None)
             if other is not None:
                 raise ValueError(
                     f"PEFT's own adapter {name}.{other} would be trained beside the model's, which nothing aligns or "
                     "saves: leave peft_config out, or adopt a PeftModel by replace_linear_with_align_lora(model)"
                 )
+    for name, parameter in model.named_parameters():
+        if inside and parameter.requires_grad and parameter not in ours and id(parameter) not in inside:
+            raise ValueError(f"{name} is not trained, though it requires a gradient; {_NOT_OPTIMIZED}, or freeze it")
 
 
 def refuse_peft_config(given: Any) -> None:

@@ -87,6 +87,55 @@ def test_an_adopted_peft_model_trains_and_one_that_was_frozen_afterwards_does_no
         trainer(tmp_path, model, features()).train()
 
 
+def the_head(model):
+    return model.get_output_embeddings()
+
+
+def the_last_norm(model):
+    return model.get_base_model().model.norm
+
+
+@pytest.mark.parametrize(
+    ("options", "later"),
+    [({"modules_to_save": ["lm_head"]}, None), ({}, the_head), ({}, the_last_norm)],
+)
+def test_an_adopted_peft_model_trains_what_stands_beside_its_adapters(tmp_path, options, later):
+    model = peft.get_peft_model(llama(torch.float32), peft.LoraConfig(**LORA, **options))
+    replace_linear_with_align_lora(model, num_tasks=3)
+    part = (later or the_head)(model).requires_grad_(True)
+    before = part.weight.detach().clone()
+    trainer(tmp_path, model, features(), learning_rate=0.1, lr_scheduler_type="constant", warmup_steps=0).train()
+    assert not torch.equal(part.weight, before)
+
+
+def test_the_weight_of_a_layer_that_peft_adapts_is_no_adapter_of_pefts(tmp_path):
+    model = adapted()
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["o_proj"]), model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".adapter." in name or name.endswith("o_proj.base_layer.weight"))
+    trainer(tmp_path, model, features()).train()
+
+
+def test_an_optimizer_without_what_is_trained_beside_the_adapters_is_refused(tmp_path):
+    model = adapted()
+    some = [p for p in model.parameters() if p.requires_grad]
+    model.model.norm.requires_grad_(True)
+    given = {"optimizers": (torch.optim.SGD(some, lr=0.1), None)}
+    with pytest.raises(ValueError, match=r"model\.norm\.weight is not trained.*the optimizer does not have it.*freeze"):
+        trainer(tmp_path, model, features(), arguments=given).train()
+
+
+@pytest.mark.parametrize("align", ["kl", None])
+def test_a_merged_layer_is_refused_by_its_name(tmp_path, align):
+    model = adapted(align=align)
+    name, layer = list(adapted_layers(model).items())[-1]
+    layer.merge()
+    with pytest.raises(ValueError, match=rf"{name} is merged.*unmerge\(\)"):
+        trainer(tmp_path, model, features()).train()
+    layer.unmerge()
+    trainer(tmp_path, model, features()).train()
+
+
 def test_a_model_that_stays_in_eval_mode_is_refused(tmp_path):
     model = adapted().eval()
     model.train = lambda mode=True: model
