@@ -58,7 +58,7 @@ def merge_and_unload(
         batch: the model's inputs (input_ids, attention_mask, ...), for approximate.
 
     Returns:
-        The model.
+        The model; of a PeftModel that was adopted, the plain model inside.
 
     Raises:
         ValueError: a layer cannot be merged, or its merged weight is not finite (float16 overflows); nothing was
@@ -85,15 +85,18 @@ def merge_and_unload(
                 layer.merged_weight(delta(layer))  # of all, before the first is written
         except ValueError as error:
             raise ValueError(f"{name} cannot be merged: {error}") from error
-    _put_back(model, {name: layer.merged_base(delta(layer)) for name, layer in linears.items()})
+    plain = _put_back(model, {name: layer.merged_base(delta(layer)) for name, layer in linears.items()})
     if before is not None and batch is not None:
-        model.merge_report = _compare(before, _log_probabilities(model, batch))  # type: ignore[assignment]
-        logger.info("merged approximately: %s", model.merge_report)
-    return model
+        plain.merge_report = _compare(before, _log_probabilities(plain, batch))  # type: ignore[assignment]
+        logger.info("merged approximately: %s", plain.merge_report)
+    return plain
 
 
 def unload(model: nn.Module) -> nn.Module:
-    """Removes the adapters: the model computes what its base computes. Parameters stay frozen.
+    """Removes the adapters, merged by hand or not: the model computes what its base computes; all of it stays frozen.
+
+    Returns:
+        The model; of a PeftModel that was adopted, the plain model inside.
 
     Raises:
         ValueError: something else was trained too whose value in the base model is not kept; nothing was changed then.
@@ -101,6 +104,9 @@ def unload(model: nn.Module) -> nn.Module:
     refuse_parts(model, "unload")
     layers = adapted_layers(model)
     give_back(model)
+    for layer in layers.values():
+        if isinstance(layer, AdaptedLinear):
+            layer.unmerge()
     return _put_back(model, {name: layer.base_layer for name, layer in layers.items()})
 
 
@@ -117,8 +123,7 @@ def _put_back(model: nn.Module, bases: dict[str, nn.Module]) -> nn.Module:
         setattr(model.get_submodule(parent), child, base)
     remove_hooks(model)
     del model.align_report
-    stand_down(model)
-    return model
+    return stand_down(model)
 
 
 @torch.no_grad()

@@ -1,10 +1,15 @@
-"""save_pretrained of a model with adapters: an adapter's folder, as of a PeftModel, not weights under odd names."""
+"""save_pretrained of a model with adapters: an adapter's folder, as of a PeftModel, not weights under odd names.
+
+A model outside of the one that was adapted is not known to it. Its save_pretrained is noticed where it asks the adapted
+layers for their state_dict; a state_dict for any other use is no business of ours.
+"""
 
 from __future__ import annotations
 
 import functools
 import logging
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -21,20 +26,50 @@ _NOT_GATHERED = (
     "AlignTrainer, or call save_adapter(model, folder) in every process"
 )
 
+_CURE = "save_adapter(model, folder) of the model that was adapted, or merge_and_unload(model) first"
+_OF_PEFT = (
+    "merge_and_unload", "unload", "merge_adapter", "unmerge_adapter", "add_adapter", "load_adapter", "delete_adapter",
+    "disable_adapter", "disable_adapter_layers", "enable_adapter_layers", "add_weighted_adapter",
+)  # fmt: skip
+
 
 def stand_in(model: nn.Module) -> None:
-    """Has save_pretrained, and with it push_to_hub and Trainer, write what save_adapter does; not of its parts."""
+    """Has save_pretrained, and with it push_to_hub and Trainer, write what save_adapter does; not of its parts.
+
+    PEFT's own methods of a PeftModel, which would pass over the adapters in silence, become errors.
+    """
     for module in model.modules():
-        if hasattr(type(module), "save_pretrained") and any(isinstance(m, AdaptedModule) for m in module.modules()):
+        if isinstance(module, AdaptedModule):
+            module.register_state_dict_pre_hook(_refuse_outer)
+        elif any(isinstance(m, AdaptedModule) for m in module.modules()):
             # Partial functions, since they are copied and pickled with the model.
-            write: Any = _save if module is model else _refuse
-            module.save_pretrained = functools.partial(write, module)  # type: ignore[assignment]
+            if hasattr(type(module), "save_pretrained"):
+                write: Any = _save if module is model else _refuse
+                module.save_pretrained = functools.partial(write, module)  # type: ignore[assignment]
+            for name in _OF_PEFT if _is_peft(module) else ():
+                setattr(module, name, functools.partial(_refuse_peft, name))
 
 
-def stand_down(model: nn.Module) -> None:
-    """Gives a model its own save_pretrained again."""
+def stand_down(model: nn.Module) -> nn.Module:
+    """Gives a model its own methods again, and takes from it what says that PEFT adapted it.
+
+    Returns:
+        The plain model, as PEFT's own unload does: of a PeftModel, the one inside.
+    """
     for module in model.modules():
-        module.__dict__.pop("save_pretrained", None)
+        for name in ("save_pretrained", *_OF_PEFT):
+            module.__dict__.pop(name, None)
+        if not _is_peft(module):
+            for name in ("peft_config", "_hf_peft_config_loaded"):  # transformers would save an adapter alone
+                module.__dict__.pop(name, None)
+        elif hasattr(type(module), "save_pretrained"):
+            module.save_pretrained = _refuse_empty  # type: ignore[assignment]
+    return model.get_base_model() if hasattr(type(model), "get_base_model") and _is_peft(model) else model  # type: ignore[operator]
+
+
+def _is_peft(module: nn.Module) -> bool:
+    """Whether a module is one of those that PEFT puts around a model."""
+    return any(kind.__module__.startswith("peft.") for kind in type(module).__mro__) and hasattr(module, "peft_config")
 
 
 def _save(
@@ -61,4 +96,31 @@ def _refuse(module: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
     raise RuntimeError(
         f"this {type(module).__name__} is a part of a model with adapters, whose folder would come back without them: "
         "save_adapter(model, folder) of the whole model, or merge_and_unload(model) first"
+    )
+
+
+def _refuse_outer(layer: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """Raises if a save_pretrained, of whatever model and library, is what asks for a layer's tensors."""
+    frame = sys._getframe()
+    while (outer := frame.f_back) is not None:
+        frame = outer
+        if frame.f_code.co_name == "save_pretrained":
+            name = type(frame.f_locals.get("self")).__name__
+            raise RuntimeError(
+                f"this {name} holds a model with adapters ({prefix.rstrip('.')}), and its folder would come back "
+                f"without them: {_CURE}"
+            )
+
+
+def _refuse_peft(name: str, *args: Any, **kwargs: Any) -> NoReturn:
+    raise RuntimeError(
+        f"PEFT's {name} would pass over the adapters, which align_ext adopted: use its merge_and_unload(model), "
+        "unload(model), save_adapter(model, folder) and load_adapter(model, folder)"
+    )
+
+
+def _refuse_empty(*args: Any, **kwargs: Any) -> NoReturn:
+    raise RuntimeError(
+        "the PeftModel has no adapter any more, it was merged or unloaded: save the plain model, which "
+        "merge_and_unload(model) and unload(model) return"
     )

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from hf.folders import ARCHITECTURES, logits, plain, trained
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import EncoderDecoderModel, Trainer, TrainingArguments
 
 from align_ext import load_adapter, merge_and_unload, replace_linear_with_align_lora, unload
 
@@ -74,3 +74,92 @@ def test_a_model_without_adapters_is_saved_as_before(end, tmp_path):
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(type(model).from_pretrained(tmp_path)), logits(model))
     assert "save_pretrained" not in model.model.__dict__
+
+
+def adopted(how):
+    """A model with PEFT's adapter, adopted, and the model that was given to us."""
+    if how == "transformers' own":
+        outer = inject_adapter_in_model(LoraConfig(target_modules=["up_proj"], init_lora_weights=False), plain())
+        outer._hf_peft_config_loaded = True  # as add_adapter leaves it, which asks for PEFT 0.22
+    else:
+        outer = get_peft_model(plain(), LoraConfig(target_modules=["up_proj"], init_lora_weights=False))
+    given = outer.get_base_model() if how == "inside" else outer
+    return outer, replace_linear_with_align_lora(given, align=None)
+
+
+@pytest.mark.parametrize("how", ["PeftModel", "inside", "transformers' own"])
+@pytest.mark.parametrize("end", [merge_and_unload, unload])
+def test_an_adopted_peft_model_ends_as_its_plain_model(end, how, tmp_path):
+    outer, model = adopted(how)
+    expected = logits(plain() if end is unload else model)
+    result = end(model)
+    assert type(result) is type(plain())
+    result.save_pretrained(tmp_path / "plain")
+    torch.testing.assert_close(logits(type(result).from_pretrained(tmp_path / "plain")), expected)
+    if how == "PeftModel":
+        with pytest.raises(RuntimeError, match=r"no adapter any more.*save the plain model"):
+            outer.save_pretrained(tmp_path / "adapter")
+        assert not (tmp_path / "adapter").exists()
+
+
+PEFTS_OWN = ["merge_and_unload", "unload", "merge_adapter", "unmerge_adapter", "disable_adapter", "load_adapter"]
+
+
+@pytest.mark.parametrize("method", PEFTS_OWN)
+def test_pefts_own_methods_would_pass_over_the_adapters_and_say_so(method):
+    outer, model = adopted("PeftModel")
+    for module in (outer, outer.base_model, copy.deepcopy(outer)):
+        with pytest.raises(RuntimeError, match=rf"PEFT's {method} would pass over .*merge_and_unload\(model\)"):
+            getattr(module, method)()
+    unload(model)
+    assert method not in outer.__dict__
+
+
+def encoder_decoder():
+    from transformers import BertConfig, BertLMHeadModel, BertModel
+
+    options = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(**options, intermediate_size=16)
+    encoder = replace_linear_with_align_lora(BertModel(config), align=None, target_modules=["query"])
+    decoder = BertLMHeadModel(BertConfig(**config.to_dict() | {"is_decoder": True, "add_cross_attention": True}))
+    return EncoderDecoderModel(encoder=encoder, decoder=decoder)
+
+
+def around_the_inner_model():
+    model = plain()
+    replace_linear_with_align_lora(model.model, align=None)
+    return model
+
+
+def adapted_by_peft_too():
+    return get_peft_model(trained("lora"), LoraConfig(target_modules=["q_proj"]))
+
+
+OUTER = {
+    "the model around": around_the_inner_model,
+    "two models": encoder_decoder,
+    "PEFT around": lambda: adopted("inside")[0],
+    "another PEFT adapter": adapted_by_peft_too,
+}
+
+
+@pytest.mark.parametrize("outer", OUTER)
+def test_a_model_around_the_adapted_one_is_refused_with_the_cure(outer, tmp_path):
+    model = OUTER[outer]()
+    with pytest.raises(RuntimeError, match=rf"this {type(model).__name__} holds .*save_adapter\(model, folder\)"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_state_dict_for_ones_own_use_is_given(tmp_path):
+    model, other = around_the_inner_model(), around_the_inner_model()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.adapter.lora_B.add_(1)
+    other.load_state_dict(copy.deepcopy(model).state_dict())
+    assert torch.equal(logits(other), logits(model))
+
+
+def test_unload_takes_off_what_was_merged_by_hand():
+    model = trained("lora")
+    model.model.layers[0].mlp.up_proj.merge()
+    assert torch.equal(logits(unload(model)), logits(plain()))
