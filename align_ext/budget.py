@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from align_ext.config import AlignLoraConfig
-from align_ext.hf.replace import adapted_layers, is_linear, sizes_to_adapt
+from align_ext.hf.replace import adapted_layers, sizes_to_adapt
+from align_ext.hf.targets import is_linear
 from align_ext.nn import adapter_class
 from align_ext.nn.base import Adapter, features_of
 from align_ext.state import find_state

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from align_ext.config import AlignLoraConfig
 from align_ext.diagnostics.backend import has_kernel
 from align_ext.hf.blocks import mlp_linears
-from align_ext.hf.replace import ALL_LINEAR
+from align_ext.hf.targets import ALL_LINEAR
 from align_ext.reading import open_file, place, shown, why
 from align_ext.writing import atomic_folder
 

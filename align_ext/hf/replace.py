@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,14 +20,21 @@ from align_ext.hf.adopt import (
     is_peft_lora,
     refuse_other_peft,
     refuse_unfit,
-    unfit_peft,
 )
 from align_ext.hf.beside import is_below, modules_to_train, start_training, tensors_of
 from align_ext.hf.blocks import find_blocks
-from align_ext.hf.bypassed import bypassed
 from align_ext.hf.given import config_of
 from align_ext.hf.modalities import refuse_other_modalities
 from align_ext.hf.pretrained import stand_in
+from align_ext.hf.targets import (
+    find_targets,
+    linear_like,
+    name_matches,
+    nothing_matched,
+    output_embeddings,
+    too_high,
+    unmatched,
+)
 from align_ext.hooks import register_hooks
 from align_ext.nn import adapter_class
 from align_ext.nn.base import AdaptedLinear, Adapter, features_of, has_float_weight, is_conv1d
@@ -37,7 +44,6 @@ from align_ext.sources import watch_layers
 from align_ext.state import AlignState, find_state, refuse_parts_of_a_model
 
 logger = logging.getLogger(__name__)
-ALL_LINEAR = "all-linear"
 Adapted = AdaptedLinear | AdaptedBlock
 
 
@@ -119,7 +125,7 @@ def adapt(
     _refuse_wrapped(model)
     refuse_other_peft(model)
     report = ReplaceReport()
-    candidates = dict(_linear_like(model))
+    candidates = dict(linear_like(model))
     adopting = {name: module for name, module in candidates.items() if is_peft_lora(module)}
     state = AlignState(config)
     layers: dict[str, Adapted] = {}
@@ -130,9 +136,10 @@ def adapt(
         for name, (block, hidden) in _target_blocks(model, config).items():
             layers[name] = AdaptedBlock(block, _adapter(name, block, (hidden, hidden), config, reset=ranks is None))
     else:
-        targets = _targets(model, config, adopting or candidates, report, whole, by_name=not adopting)
+        among, own = adopting or candidates, ranks or ()
+        targets = find_targets(model, config, among, report.skipped, whole, by_name=not adopting, ranked=own)
         if not targets:
-            raise ValueError(_nothing_matched(model, candidates, config, report))
+            raise ValueError(nothing_matched(model, candidates, config, report.skipped))
         if adopting:
             copies = refuse_unfit(model, targets, report.skipped)
             config, report.adopted = adopted_config(config, targets), list(targets)
@@ -141,7 +148,7 @@ def adapt(
             layers = {name: adopt(module, config) for name, module in targets.items()}
             whole = [name.removeprefix(PEFT_PREFIX) for name in copies]
         else:
-            report.unmatched = _unmatched(config, candidates, model)
+            report.unmatched = unmatched(config, candidates, model)
             for name, module in targets.items():
                 options = replace(config, r=(ranks or {}).get(name, config.r))
                 adapter = _adapter(name, module, features_of(module), options, reset=ranks is None)
@@ -173,33 +180,10 @@ def adapt(
     return model
 
 
-def _targets(
-    model: nn.Module,
-    config: AlignLoraConfig,
-    candidates: Mapping[str, nn.Module],
-    report: ReplaceReport,
-    whole: Collection[str],
-    *,
-    by_name: bool,
-) -> dict[str, nn.Module]:
-    """The layers to adapt; those that match and cannot be go into the report."""
-    targets, matcher = {}, Matcher()
-    for name, module in candidates.items():
-        if by_name and not _matches(matcher, name, config, module, model):
-            continue
-        trained = is_below(f"{name}.", whole)
-        reason = "it is trained whole (modules_to_save)" if trained else _unfit(name, module, model)
-        if reason is None:
-            targets[name] = module
-        else:
-            report.skipped[name] = reason
-    return targets
-
-
 def layer_names(model: nn.Module) -> list[str]:
     """The names of a model's linear layers, without its output head."""
-    head = _output_embeddings(model)
-    return [name for name, module in _linear_like(model) if module is not head]
+    head = output_embeddings(model)
+    return [name for name, module in linear_like(model) if module is not head]
 
 
 def sizes_to_adapt(model: nn.Module, config: AlignLoraConfig) -> list[tuple[int, int]]:
@@ -210,10 +194,10 @@ def sizes_to_adapt(model: nn.Module, config: AlignLoraConfig) -> list[tuple[int,
     """
     if config.target_blocks:
         return [(hidden, hidden) for _, hidden in _target_blocks(model, config).values()]
-    candidates, report = dict(_linear_like(model)), ReplaceReport()
-    targets = _targets(model, config, candidates, report, modules_to_train(model, config), by_name=True)
+    candidates, skipped = dict(linear_like(model)), dict[str, str]()
+    targets = find_targets(model, config, candidates, skipped, modules_to_train(model, config), by_name=True)
     if not targets:
-        raise ValueError(_nothing_matched(model, candidates, config, report))
+        raise ValueError(nothing_matched(model, candidates, config, skipped))
     return [features_of(module) for module in targets.values()]
 
 
@@ -221,7 +205,7 @@ def _target_blocks(model: nn.Module, config: AlignLoraConfig) -> dict[str, tuple
     """The blocks to adapt with their hidden sizes."""
     found = find_blocks(model, config.target_blocks)
     matcher, excluded = Matcher(), config.exclude_modules
-    blocks = {name: block for name, block in found.items() if not _name_matches(matcher, name, excluded)}
+    blocks = {name: block for name, block in found.items() if not name_matches(matcher, name, excluded)}
     if not blocks:
         raise ValueError(f"no block was adapted: exclude_modules={shown(config.exclude_modules)} excludes all of them")
     return blocks
@@ -264,98 +248,10 @@ def _refuse_wrapped(model: nn.Module) -> None:
         )
 
 
-def _linear_like(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every linear layer, quantised ones and PEFT's included, without the parts of adapters."""
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if name.startswith(inside):
-            continue
-        if is_peft_lora(module):
-            inside = (*inside, f"{name}.")
-            yield name, module
-        elif is_linear(module):
-            yield name, module
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer: nn.Linear and its subclasses, GPT-2's Conv1D, quantised ones."""
-    return isinstance(module, nn.Linear) or is_conv1d(module) or _is_quantised_linear(module)
-
-
-def _is_quantised_linear(module: nn.Module) -> bool:
-    """A linear by its shape attributes that holds its weight in a packed form (GPTQ, AWQ, HQQ, ...)."""
-    return (
-        hasattr(module, "in_features")
-        and hasattr(module, "out_features")
-        and not isinstance(module, (nn.Bilinear, nn.LazyLinear))
-        and not list(module.children())
-        and not has_float_weight(module)
-    )
-
-
-def _name_matches(matcher: Matcher, name: str, patterns: tuple[str, ...] | str) -> bool:
-    """PEFT's rule: a string is a regular expression for the whole name, a list holds names or their last parts."""
-    if isinstance(patterns, str):
-        return matcher.matches(patterns, name)
-    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
-
-
-def _matches(matcher: Matcher, name: str, config: AlignLoraConfig, module: nn.Module, model: nn.Module) -> bool:
-    if _name_matches(matcher, name, config.exclude_modules):
-        return False
-    if _all_linear(config):
-        return module is not _output_embeddings(model)
-    return _name_matches(matcher, name, config.target_modules)
-
-
-def _all_linear(config: AlignLoraConfig) -> bool:
-    return config.target_modules in (ALL_LINEAR, (ALL_LINEAR,))
-
-
-def _output_embeddings(model: nn.Module) -> nn.Module | None:
-    get = getattr(model, "get_output_embeddings", None)
-    try:
-        return get() if get is not None else None
-    except (NotImplementedError, AttributeError):
-        return None
-
-
-def _unfit(name: str, module: nn.Module, model: nn.Module) -> str | None:
-    """Why a matching layer cannot be adapted, or None."""
-    if module is _output_embeddings(model):
-        return "it is the output head (lm_head), often tied to the embeddings"
-    if reason := bypassed(name, model):
-        return reason
-    if is_peft_lora(module):
-        return unfit_peft(module)
-    weight = getattr(module, "weight", None)
-    if isinstance(weight, nn.Parameter):
-        if weight.is_meta and not hasattr(module, "_hf_hook") and _is_offloaded_with(name, model):
-            return "its weight is offloaded together with its parent's: offload layer by layer instead"
-        owners = [n for n, m in model.named_modules() if m is not module and weight in _own(m)]
-        if owners:
-            return f"its weight is tied to {owners[0] or 'the model'}"
-    return None
-
-
-def _is_offloaded_with(name: str, model: nn.Module) -> bool:
-    """Whether accelerate loads a layer's weight by an ancestor's hook."""
-    parts = name.split(".")
-    ancestors = (model.get_submodule(".".join(parts[:i])) for i in range(len(parts)))
-    return any(getattr(getattr(m, "_hf_hook", None), "place_submodules", False) for m in ancestors)
-
-
-def _own(module: nn.Module) -> set[nn.Parameter]:
-    return set(module.parameters(recurse=False))
-
-
 def _adapter(name: str, module: nn.Module, sizes: tuple[int, int], config: AlignLoraConfig, *, reset: bool) -> Adapter:
     """An adapter with its first values, on the device and in the dtype that the options and the module call for."""
-    if config.r > min(sizes):
-        raise ValueError(
-            f"r={config.r} is above what {name} can use, {sizes[0]} inputs and {sizes[1]} outputs: choose r <= "
-            f"{min(sizes)}, or leave the layer out by exclude_modules"
-        )
+    if reset and (reason := too_high(config.r, sizes)):
+        raise ValueError(f"{name}: {reason}: choose r <= {min(sizes)}, or leave the layer out by exclude_modules")
     tensors: list[Any] = [*module.parameters(), *module.buffers()]  # packed weights are buffers
     device = tensors[0].device if tensors else torch.device("cpu")
     hook = getattr(module, "_hf_hook", None)  # offloaded weights rest on meta and run elsewhere
@@ -369,32 +265,3 @@ def _adapter(name: str, module: nn.Module, sizes: tuple[int, int], config: Align
         if reset:
             adapter.reset_lora_parameters(weight if config.init_lora_weights == "pissa" else None)
     return adapter
-
-
-def _unmatched(config: AlignLoraConfig, candidates: Mapping[str, nn.Module], model: nn.Module) -> list[str]:
-    """What the user may have meant to adapt and nothing was: patterns without a match, experts in one tensor."""
-    patterns = () if isinstance(config.target_modules, str) or _all_linear(config) else config.target_modules
-    lines = [
-        f"target_modules: {pattern!r} matches no linear layer"
-        for pattern in patterns
-        if not any(_name_matches(Matcher(), name, (pattern,)) for name in candidates)
-    ]
-    experts = [name for name, p in model.named_parameters() if p.dim() == 3 and "expert" in name]
-    if experts:
-        lines.append(
-            f"{len(experts)} tensors of experts, such as {experts[0]}, are no linear layers and stay as they are"
-        )
-    return lines
-
-
-def _nothing_matched(
-    model: nn.Module, candidates: Mapping[str, nn.Module], config: AlignLoraConfig, report: ReplaceReport
-) -> str:
-    kinds = Counter(name.rpartition(".")[2] for name in candidates)
-    found = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items())) or "none at all"
-    skipped = "".join(f"; {name} matched, but {reason}" for name, reason in list(report.skipped.items())[:5])
-    return (
-        f"no layer was adapted: target_modules={shown(config.target_modules)} matches no linear layer that can "
-        f"be{skipped}. "
-        f'The model has these linear layers: {found}; or use target_modules="all-linear"'
-    )

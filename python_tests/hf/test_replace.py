@@ -4,10 +4,19 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny import VOCAB, batch, gpt2, llama, qwen2
 from torch import nn
 
-from align_ext import AlignLoraConfig, adapter_report, align_parts, replace_linear_with_align_lora
+from align_ext import (
+    AlignLoraConfig,
+    adapter_report,
+    align_parts,
+    load_adapter,
+    merge_and_unload,
+    replace_linear_with_align_lora,
+    save_adapter,
+)
 from align_ext.nn.base import AdaptedLinear
 
 
@@ -54,8 +63,6 @@ def test_conv1d_of_gpt2_is_adapted():
     ],
 )
 def test_target_modules_follow_peft(patterns, count):
-    from peft import LoraConfig, get_peft_model
-
     model = replace_linear_with_align_lora(llama(), target_modules=patterns)
     ours = set(adapter_report(model).replaced)
     peft = get_peft_model(llama(), LoraConfig(target_modules=patterns))
@@ -88,6 +95,68 @@ def test_the_head_and_tied_weights_are_left_alone_and_reported():
 
     model = replace_linear_with_align_lora(Tied(), r=2, target_modules=["out", "other"])
     assert adapter_report(model).skipped == {"out": "its weight is tied to embed"}
+
+
+class Twice(nn.Module):
+    """A layer at two names, one that runs twice in a Sequential, and a shared block."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head, inner, self.own = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.dec_head, self.mlp = self.head, nn.Sequential(inner, nn.ReLU(), inner)
+        block = nn.ModuleDict({"up": nn.Linear(8, 8)})
+        self.blocks = nn.ModuleList([block, block])
+
+    def forward(self, x):
+        x = self.own(self.mlp(self.dec_head(self.head(x))))
+        for block in self.blocks:
+            x = block["up"](x)
+        return x
+
+
+def test_a_layer_at_several_names_is_left_alone_and_one_of_a_shared_block_is_adapted():
+    model, x = Twice(), torch.randn(4, 8)
+    replace_linear_with_align_lora(model, r=2, target_modules="all-linear", align=None)
+    report = adapter_report(model)
+    assert report.replaced == ["own", "blocks.0.up"]
+    assert report.skipped == {
+        "head": "it is also at dec_head, which would stay as it is",
+        "mlp.0": "it is also at mlp.2, which would stay as it is",
+    }
+    for layer in (model.own, model.blocks[1]["up"]):
+        nn.init.normal_(layer.adapter.lora_B)
+    expected = model.eval()(x)
+    torch.testing.assert_close(merge_and_unload(model)(x), expected)
+    with pytest.raises(ValueError, match="head matched, but it is also at dec_head"):
+        replace_linear_with_align_lora(Twice(), r=2, target_modules=["head"])
+    with pytest.raises(ValueError, match=r"dec_head"):
+        replace_linear_with_align_lora(get_peft_model(Twice(), LoraConfig(target_modules=["head"])), align=None)
+
+
+def narrow():
+    torch.manual_seed(0)
+    return nn.ModuleDict({"wide": nn.Linear(16, 16), "gate": nn.Linear(16, 1)})
+
+
+def test_a_layer_too_small_for_the_rank_is_left_out_of_all_linear_and_refused_by_name():
+    model = replace_linear_with_align_lora(narrow(), r=4, target_modules="all-linear", align=None)
+    assert adapter_report(model).skipped == {"gate": "r=4 is above what its 16 inputs and 1 outputs can use"}
+    with pytest.raises(ValueError, match=r"gate: r=4 is above .*choose r <= 1, or leave the layer out"):
+        replace_linear_with_align_lora(narrow(), r=4, target_modules=["gate"], align=None)
+
+
+def test_a_rank_above_a_layers_sizes_is_adopted_saved_and_loaded(tmp_path):
+    peft = get_peft_model(narrow(), LoraConfig(r=4, target_modules="all-linear"))
+    for name, parameter in peft.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    x = torch.randn(4, 16)
+    expected = peft.base_model.model["gate"](x)
+    peft.save_pretrained(tmp_path / "stock")
+    save_adapter(replace_linear_with_align_lora(peft, align=None), tmp_path / "ours")
+    for folder in ("stock", "ours"):
+        torch.testing.assert_close(load_adapter(narrow(), tmp_path / folder)["gate"](x), expected)
 
 
 def test_nothing_matched_lists_the_models_linears():
@@ -229,8 +298,6 @@ def test_the_checkpoint_of_the_plain_base_still_loads():
 
 @pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
 def test_a_peft_model_is_adopted_with_its_weights(base_dtype):
-    from peft import LoraConfig, get_peft_model
-
     torch.manual_seed(3)
     peft = get_peft_model(
         llama().to(base_dtype),
@@ -256,16 +323,12 @@ def test_a_peft_model_is_adopted_with_its_weights(base_dtype):
 
 
 def test_a_peft_variant_is_left_alone_and_named():
-    from peft import LoraConfig, get_peft_model
-
     peft = get_peft_model(llama(), LoraConfig(use_dora=True, target_modules=["up_proj"]))
     with pytest.raises(ValueError, match="DoRA"):
         replace_linear_with_align_lora(peft)
 
 
 def test_a_peft_model_that_trains_what_cannot_be_adopted_is_refused():
-    from peft import LoraConfig, get_peft_model
-
     peft = get_peft_model(llama(), LoraConfig(target_modules=["up_proj"]))
     peft.base_model.model.lm_head.requires_grad_(True)
     with pytest.raises(ValueError, match=r"also trains .*lm_head"):
