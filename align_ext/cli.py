@@ -382,3 +382,7 @@ def main() -> None:
     elif code == _INTERRUPTED:
         print("align-lora: interrupted", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

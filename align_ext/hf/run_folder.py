@@ -103,6 +103,7 @@ def open_run(options: TrainOptions) -> Iterator[RunFolder]:
     with ExitStack() as held:
         target = _free_name(held) if options.output is None else _named(options, held)
         beside = target.parent / f".{target.name}.new"
+        held.callback(remove, beside, "(?!)")  # where it is empty in the end
         if os.path.isdir(beside):
             held.enter_context(claimed(beside))
             if (beside / _RESULTS).is_file():  # it was killed between its last two steps
