@@ -64,7 +64,8 @@ def refuse_unfit(model: nn.Module, targets: Mapping[str, Any], skipped: Mapping[
                     "one that is off): remove it from the PEFT configuration"
                 )
             copies[name] = module
-    kept = {id(p) for module in (*targets.values(), *copies.values()) for p in module.parameters()}
+    kept = {id(p) for module in copies.values() for p in module.parameters()}
+    kept |= {id(p) for m in targets.values() for n, p in m.named_parameters() if not n.startswith("base_layer.")}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in kept:
             raise ValueError(
@@ -106,6 +107,11 @@ def refuse_other_peft(model: nn.Module) -> None:
                     "weights), so that an adopted adapter's folder would not fit the base model: start from the base "
                     f'model with replace_linear_with_align_lora(model, {_START}="pissa"), or have PEFT save plain '
                     "LoRA (save_pretrained(..., path_initial_model_for_weight_conversion=...)) and adopt that"
+                )
+            if (bias := getattr(config, "bias", "none")) != "none":
+                raise ValueError(
+                    f"the PEFT adapter {name!r} has bias={bias!r}: it changes biases of the base model, which adopting "
+                    'would lose: train it with bias="none", or merge it (merge_and_unload()) and adapt the result'
                 )
             if getattr(config, "layer_replication", None):
                 raise ValueError(

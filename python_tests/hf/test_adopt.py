@@ -4,7 +4,7 @@ import pytest
 import torch
 from hf.folders import logits
 from peft import LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model, inject_adapter_in_model
-from tiny import VOCAB, llama
+from tiny import VOCAB, llama, qwen2
 
 from align_ext import adapter_report, load_adapter, replace_linear_with_align_lora, save_adapter, unload
 
@@ -38,6 +38,18 @@ def for_inference(**options):
     return with_peft(**options).requires_grad_(False)
 
 
+def with_biases(bias):
+    """For inference: nothing tells any more that its biases were trained."""
+    model = get_peft_model(qwen2(), LoraConfig(target_modules=["q_proj"], bias=bias))
+    return model.requires_grad_(False)
+
+
+def with_a_trained_base_layer():
+    model = with_peft()
+    model.get_base_model().model.layers[0].mlp.up_proj.base_layer.requires_grad_(True)
+    return model
+
+
 def injected(start):
     return inject_adapter_in_model(LoraConfig(target_modules=["up_proj"], init_lora_weights=start), llama())
 
@@ -59,6 +71,9 @@ UNFIT = {
         lambda: mixtral(target_modules=["v_proj"], target_parameters=["q_proj.weight"]),
         "q_proj cannot be adopted",
     ),
+    "biases of its layers": (lambda: with_biases("lora_only"), "bias='lora_only'.*would lose"),
+    "all biases": (lambda: with_biases("all"), "bias='all'.*would lose"),
+    "an adapted layer's own weight": (with_a_trained_base_layer, r"also trains .*base_layer\.weight"),
     "two adapters": (second_adapter, "several PEFT adapters"),
     "an adapter that is off": (switched_off, "disabled: enable it first"),
     "DoRA": (lambda: for_inference(use_dora=True), "DoRA"),
