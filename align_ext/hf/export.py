@@ -282,7 +282,7 @@ def _write_peft(path: Path, form: PeftForm, it: _Whole, record: Mapping[str, Any
     write_tensors(path / WEIGHTS, form.tensors, record or {"base": base.to_dict()})
     content = {
         "peft_type": "LORA",
-        "task_type": task_type_of(it.model),
+        "task_type": task_type_of(it.model, it.beside.modules),
         "base_model_name_or_path": base.name,
         **form.options,
         "lora_dropout": it.state.config.lora_dropout,

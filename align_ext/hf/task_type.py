@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
+
+from align_ext.hf.beside import HEADS, plain_name
 
 _BY_CLASS = {
     "ForSequenceClassification": "SEQ_CLS",
@@ -13,10 +16,15 @@ _BY_CLASS = {
 }
 
 
-def task_type_of(model: nn.Module) -> str | None:
+def task_type_of(model: nn.Module, trained: Collection[str]) -> str | None:
     """The task_type of a model, which may be wrapped; None where PEFT has none, and its PeftModel serves.
 
-    Those of models that generate take input_ids: a model of sound or images alone has none.
+    Those of models that generate take input_ids: a model of sound or images alone has none. With those of models that
+    classify PEFT asks a folder for the head's tensors: without a trained head there is none either.
+
+    Args:
+        model: the model.
+        trained: names in the plain model of the modules that the folder holds whole.
     """
     from transformers import PreTrainedModel  # here, so that `align-lora --help` does not wait for it
 
@@ -26,7 +34,9 @@ def task_type_of(model: nn.Module) -> str | None:
     name = type(inner).__name__
     by_class = next((kind for ending, kind in _BY_CLASS.items() if name.endswith(ending)), None)
     if by_class is not None:
-        return by_class
+        names = (plain_name(model, name) for name, _ in model.named_modules())
+        heads = {name for name in names if name.rpartition(".")[2] in HEADS}
+        return by_class if heads <= set(trained) else None
     if inner.can_generate():
         if inner.main_input_name != "input_ids":
             return None

@@ -338,6 +338,25 @@ def test_the_head_stays_frozen_where_nothing_is_to_be_saved():
     assert not model.score.weight.requires_grad
 
 
+@pytest.mark.parametrize(
+    "kind", ["Llama SequenceClassification", "Qwen2 QuestionAnswering", "Roberta SequenceClassification"]
+)
+def test_stock_peft_loads_a_folder_of_a_head_that_stayed_frozen(kind, tmp_path):
+    targets = ["query"] if "Roberta" in kind else ["up_proj"]
+    model = replace_linear_with_align_lora(classifier(kind), r=2, target_modules=targets, modules_to_save=())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    save_adapter(model, tmp_path / "saved")
+    export_peft(model, tmp_path / "exported")
+    for folder in ("saved", "exported"):
+        theirs = PeftModel.from_pretrained(classifier(kind), tmp_path / folder).eval()
+        with torch.no_grad():
+            expected = model.eval()(batch()[0]["input_ids"])[0]
+            torch.testing.assert_close(theirs(batch()[0]["input_ids"])[0], expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("name", "message"), [("scor", "no module 'scor'"), ("act_fn", "no parameters of floating")])
 def test_modules_that_cannot_be_trained_are_refused(name, message):
     model = llama()
