@@ -67,14 +67,21 @@ def open_step(model: nn.Module, state: AlignState, ids: Tensor | None, **options
         refuse_parts_of_a_model(model)
     elif options.get("records", True):
         refuse_processes_apart()
-    adapter: Tensor | None = None
+    adapter, trained = None, False
     for module in _modules(model):
-        adapter = module._parameters.get("lora_A") if adapter is None else adapter
+        if not trained and (found := module._parameters.get("lora_A")) is not None:
+            adapter = found
+            trained = any(p is not None and p.requires_grad for p in module._parameters.values())
         checkpoint = module.__dict__.get("_gradient_checkpointing_func")
         if isinstance(checkpoint, BoundCheckpoint):
             checkpoint.state = state
         elif checkpoint is not None:
             module._gradient_checkpointing_func = BoundCheckpoint(state, checkpoint)  # type: ignore[assignment]
+    if adapter is not None and not trained and options.get("records", True) and torch.is_grad_enabled():
+        raise ValueError(
+            "no adapter of the model is trained, so that nothing would be aligned: PEFT's get_peft_model, or a "
+            "requires_grad_(False), froze them; adapt the model after it, or call requires_grad_(True) on the adapters"
+        )
     state.armed.clear()
     like = next(model.parameters()) if adapter is None else adapter
     step = Step(state, None if ids is None else torch.as_tensor(ids), like, **options)
@@ -108,7 +115,7 @@ def align_step(
         The step.
 
     Raises:
-        ValueError: no adapters, nothing that needs a step, or ids of a wrong shape, dtype or range.
+        ValueError: no adapters, none that is trained, nothing that needs a step, or ids of wrong shape, dtype or range.
     """
     state = _state_of(model)
     if not state.config.needs_step:

@@ -14,6 +14,26 @@ def test_training_without_ids_is_an_error():
         model(**inputs)
 
 
+@pytest.mark.parametrize("way", ["align_step", "task_ids="])
+def test_training_where_no_adapter_is_trained_is_an_error(way):
+    model, (inputs, tasks) = adapted(), batch()
+    adapters = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+
+    def step():
+        if way == "task_ids=":
+            return model(**inputs, task_ids=tasks).loss
+        with align_step(model, tasks) as opened:
+            return opened.total(model(**inputs).loss)
+
+    with pytest.raises(ValueError, match="no adapter of the model is trained"):
+        step()
+    assert model.align_state.current is None
+    adapters[-1].requires_grad_(True)  # one of a layer's two is enough
+    step()
+
+
 @pytest.mark.parametrize("mode", CHECKPOINTING)
 def test_a_recorded_loss_that_is_not_differentiated_is_an_error(mode):
     model, (inputs, tasks) = checkpointed(adapted(), mode), batch()

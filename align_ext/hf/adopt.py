@@ -23,6 +23,16 @@ def is_peft_lora(module: nn.Module) -> bool:
     return type(module).__module__.startswith("peft.tuners.lora") and hasattr(module, "base_layer")
 
 
+def refuse_foreign(model: nn.Module) -> None:
+    """Raises ValueError if a model with adapters has PEFT's layers beside them, which no folder of ours would hold."""
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("peft.tuners.") and hasattr(module, "base_layer"):
+            raise ValueError(
+                f"{name} has an adapter of PEFT's own, which is none of the model's and would not come back: call "
+                "replace_linear_with_align_lora on the PeftModel, which adopts its layers, or take PEFT's off first"
+            )
+
+
 def unfit_peft(module: Any) -> str | None:
     """Why a PEFT LoRA layer cannot be adopted, or None."""
     if len(module.active_adapters) != 1 or len(module.lora_A) + len(module.lora_embedding_A) != 1:

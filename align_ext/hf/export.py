@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from align_ext.config import AlignLoraConfig
+from align_ext.hf.adopt import refuse_foreign
 from align_ext.hf.base_model import BaseModel
 from align_ext.hf.beside import Beside, check_ties, plain_name, start_training, tensors_of, trained_beside
 from align_ext.hf.folder import (
@@ -92,6 +93,7 @@ class _Whole:
     def of(cls, model: nn.Module, what: str, gathered: Mapping[str, Tensor] | None = None) -> _Whole:
         """Reads a model's, or what others gathered of it; `what` is the name of the function that does."""
         model = unwrapped(model)
+        refuse_foreign(model)
         layers, state, beside = _plain_names(model, adapted_layers(model)), _state(model), trained_beside(model)
         own = state_of({name: layer.adapter for name, layer in layers.items()})
         live = own | beside.tensors
@@ -125,7 +127,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], task_names: S
         task_names: of tasks 0, 1, ...; kept, and with multi_adapter the names of the tasks' folders.
 
     Raises:
-        ValueError: the model has no adapters, a weight is not finite, or the names do not fit.
+        ValueError: the model has no adapters, or PEFT's layers beside them, a weight is not finite, or the names do
+            not fit.
         RuntimeError: parameters are in parts, and not all processes called it.
     """
     write_adapter(model, folder, task_names)

@@ -124,3 +124,12 @@ def test_modules_that_peft_trains_whole_are_adopted_with_their_values(tmp_path):
     assert torch.equal(logits(load_adapter(llama(), tmp_path)), logits(model))
     torch.testing.assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path)), expected)
     assert torch.equal(logits(unload(model)), logits(llama()))
+
+
+def test_a_peft_adapter_that_came_after_ours_is_never_saved_as_if_it_were_ours(tmp_path):
+    model = replace_linear_with_align_lora(llama(), align=None, target_modules=["up_proj"])
+    outer = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    for given in (model, outer):
+        with pytest.raises(ValueError, match=r"q_proj has an adapter of PEFT's own, .*would not come back"):
+            save_adapter(given, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
