@@ -10,7 +10,8 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -85,6 +86,7 @@ def _save(
 
     if other.get("push_to_hub"):
         raise ValueError("push_to_hub=True: save the adapter first, or call model.push_to_hub(name)")
+    _tell_trainer()
     in_parts = bool(holders(model.parameters()))
     if state_dict is not None and not state_dict and in_parts:
         logger.error(_NOT_GATHERED, place(save_directory))
@@ -101,15 +103,32 @@ def _refuse(module: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
 
 def _refuse_outer(layer: nn.Module, prefix: str, keep_vars: bool) -> None:
     """Raises if a save_pretrained, of whatever model and library, is what asks for a layer's tensors."""
-    frame = sys._getframe()
-    while (outer := frame.f_back) is not None:
-        frame = outer
-        if frame.f_code.co_name == "save_pretrained":
-            name = type(frame.f_locals.get("self")).__name__
+    for method, owner in _callers():
+        if method == "save_pretrained":
             raise RuntimeError(
-                f"this {name} holds a model with adapters ({prefix.rstrip('.')}), and its folder would come back "
-                f"without them: {_CURE}"
+                f"this {type(owner).__name__} holds a model with adapters ({prefix.rstrip('.')}), and its folder would "
+                f"come back without them: {_CURE}"
             )
+
+
+def _tell_trainer() -> None:
+    """Says at the first checkpoint of transformers' own Trainer what it will not be able to do with it in the end."""
+    for method, owner in _callers():
+        args: Any = getattr(owner, "args", None) if method == "_save" else None
+        if not hasattr(args, "load_best_model_at_end") or owner.is_deepspeed_enabled or owner.is_fsdp_enabled:
+            continue
+        what = f"{type(owner).__name__} writes the adapters, but cannot read them from its checkpoints"
+        if args.load_best_model_at_end:
+            raise ValueError(f"load_best_model_at_end=True: {what}: use AlignTrainer or AlignSFTTrainer")
+        warnings.warn(f"{what} to go on (resume_from_checkpoint): use AlignTrainer or AlignSFTTrainer", stacklevel=2)
+
+
+def _callers() -> Iterator[tuple[str, Any]]:
+    """The names of the functions that are being run, innermost first, and whose methods they are."""
+    frame = sys._getframe().f_back
+    while frame is not None:
+        yield frame.f_code.co_name, frame.f_locals.get("self")
+        frame = frame.f_back
 
 
 def _refuse_peft(name: str, *args: Any, **kwargs: Any) -> NoReturn:

@@ -37,10 +37,21 @@ def test_transformers_own_trainer_writes_it_too(tmp_path):
     rows = [{"input_ids": list(range(1, 9)), "labels": list(range(1, 9))}] * 4
     options = {"max_steps": 2, "save_steps": 1, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
     runner = Trainer(model, TrainingArguments(str(tmp_path), **options), train_dataset=rows)
-    runner.train()
+    with pytest.warns(UserWarning, match=r"cannot read them .*resume_from_checkpoint.*use AlignTrainer"):
+        runner.train()
     runner.save_model(str(tmp_path / "last"))
     for folder in ("checkpoint-2", "last"):
         assert torch.equal(logits(load_adapter(plain(), tmp_path / folder)), logits(model))
+
+
+def test_transformers_own_trainer_that_could_not_load_its_best_checkpoint_says_so_at_the_first(tmp_path):
+    rows = [{"input_ids": list(range(1, 9)), "labels": list(range(1, 9))}] * 4
+    options = {"max_steps": 4, "save_steps": 1, "eval_steps": 1, "eval_strategy": "steps", "use_cpu": True}
+    args = TrainingArguments(str(tmp_path), load_best_model_at_end=True, report_to="none", **options)
+    runner = Trainer(trained("lora", align=None), args, train_dataset=rows, eval_dataset=rows)
+    with pytest.raises(ValueError, match=r"load_best_model_at_end=True: Trainer .*use AlignTrainer"):
+        runner.train()
+    assert runner.state.global_step == 1
 
 
 def test_processes_that_do_not_write_write_nothing(tmp_path):
