@@ -140,6 +140,8 @@ def start_training(model: nn.Module, names: Collection[str]) -> None:
     """Makes tensors of the base trained (where they are parameters), and keeps what they are for unload."""
     state, every = find_state(model), tensors_of(model)
     assert state is not None
+    chosen = {id(every[name]) for name in names}
+    names = [name for name, tensor in every.items() if id(tensor) in chosen]  # a tied one under each of its names
     for name, value in whole({n: every[n] for n in names if n not in state.originals}, "start_training").items():
         state.originals[name] = value.clone()
     for name in names:

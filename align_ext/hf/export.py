@@ -216,13 +216,13 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, force: boo
     state = find_state(model)
     if state is not None:
         _refuse_other_options(stored, state.config)
+    check_ties(model, stored.trained, alone=not stored.tied)  # first, since another tying looks like another base
     stored.check_model(model, layer_names(model) if state is None else [], force=force)
     if state is None:
         beside = {name: tensor for name, tensor in tensors_of(model).items() if name in stored.trained}
     else:
         beside = trained_beside(model).tensors
     check_tensors(stored.trained, outlines(beside), " (what is trained beside the adapters)")
-    check_ties(model, stored.trained, alone=not stored.tied)
     if state is None:
         adapt(
             outer, stored.config, stored.ranks(), stored.trained, lambda own: _fill(model, own, stored, stored.config)

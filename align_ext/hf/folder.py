@@ -278,12 +278,28 @@ def _read_plain(path: Path, peft: Mapping[str, Any]) -> tuple[dict[str, Tensor],
         else:
             odd.append(key)
     file = place(path / WEIGHTS)
+    if peft.get("ensure_weight_tying"):  # PEFT then writes a tied tensor under its other names too
+        again = {key for key in odd if any(torch.equal(tensors[key], tensor) for tensor in trained.values())}
+        trained |= {key.removeprefix(PEFT_PREFIX): tensors[key] for key in again}
+        odd = [key for key in odd if key not in again]
     if odd:
-        raise ValueError(f"{file} is no plain LoRA: of its keys {len(odd)} are unexpected {shown(sorted(odd)[:3])}")
+        keys = f"of its keys {len(odd)} are unexpected {shown(sorted(odd)[:3])}"
+        raise ValueError(f"{file} is no plain LoRA: {keys}{_cure(odd, peft)}")
     lost = [name for name in modules if name not in found and (name not in HEADS or not found)]
     if lost:
         raise ValueError(f"{file} has no tensors of modules_to_save={shown(lost[0])}")
     return lora, trained, record
+
+
+def _cure(odd: Sequence[str], peft: Mapping[str, Any]) -> str:
+    """What to do about keys that PEFT writes beside those of plain LoRA."""
+    if (bias := peft.get("bias", "none")) != "none":
+        return f'; bias={shown(bias)} trained biases: train with bias="none"'
+    if any(".base_layer." in key or ".lora_embedding_" in key for key in odd):
+        return "; PEFT adapted an embedding or the head: leave it out of target_modules, or merge the adapter by PEFT"
+    if all(key.startswith(PEFT_PREFIX) and ".lora_" not in key for key in odd):
+        return f"; if PEFT wrote whole modules (save_embedding_layers), name them in modules_to_save of {PEFT_CONFIG}"
+    return ""
 
 
 def _read_trained(file: Path) -> dict[str, Tensor]:

@@ -222,6 +222,14 @@ def test_an_embedding_that_peft_trained_apart_from_the_head_is_not_loaded_into_b
     assert_same_bits(model.state_dict(), tied().state_dict())
 
 
+@pytest.mark.parametrize("modules", [("embed_tokens",), ("lm_head",), ("lm_head", "embed_tokens")])
+def test_a_tied_tensor_is_kept_under_each_of_its_names(modules):
+    model = replace_linear_with_align_lora(tied(), num_tasks=2, modules_to_save=modules)
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    assert torch.equal(logits(unload(model)), logits(tied()))
+
+
 def test_what_was_trained_without_being_kept_cannot_be_taken_back():
     model = trained(llama, ["model.norm.weight"])
     before = logits(model)

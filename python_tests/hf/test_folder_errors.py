@@ -12,7 +12,9 @@ from hf.folders import (
     plain,
     trained,
 )
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny import llama, qwen2
 
 from align_ext import (
     export_peft,
@@ -169,3 +171,33 @@ def test_an_interrupted_first_write_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         save_adapter(trained("r_lora"), tmp_path / "deep" / "adapter")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "name them in modules_to_save"),
+        ({"target_modules": ["lm_head"]}, "leave it out of target_modules"),
+        ({"bias": "lora_only"}, 'bias=.*train with bias="none"'),
+    ],
+)
+def test_what_pefts_options_write_beside_an_adapter_is_refused_with_its_cure(options, message, tmp_path):
+    model = get_peft_model(qwen2(), LoraConfig(**{"target_modules": ["q_proj"]} | options))
+    model.save_pretrained(tmp_path, save_embedding_layers="bias" not in options)
+    with pytest.raises(ValueError, match=f"is no plain LoRA: .*{message}"):
+        load_adapter(qwen2(), tmp_path)
+    if not options:
+        file = tmp_path / "adapter_config.json"
+        content = json.loads(file.read_text()) | {"modules_to_save": ["embed_tokens", "lm_head"]}
+        file.write_text(json.dumps(content))
+        torch.testing.assert_close(logits(load_adapter(qwen2(), tmp_path)), logits(model))
+
+
+def test_a_folder_of_stock_peft_with_tied_modules_is_read(tmp_path):
+    options = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    model = get_peft_model(llama(tie_word_embeddings=True), LoraConfig(**options))
+    with torch.no_grad():
+        model.base_model.model.model.embed_tokens.modules_to_save["default"].weight.add_(0.1)
+    model.save_pretrained(tmp_path)
+    loaded = load_adapter(llama(tie_word_embeddings=True), tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(model))
