@@ -222,6 +222,14 @@ def test_an_embedding_that_peft_trained_apart_from_the_head_is_not_loaded_into_b
     assert_same_bits(model.state_dict(), tied().state_dict())
 
 
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+def test_an_adopted_module_that_was_tied_names_the_tie_before_another_base(module, tmp_path):
+    peft = get_peft_model(tied(), LoraConfig(target_modules=["up_proj"], modules_to_save=[module]))
+    save_adapter(replace_linear_with_align_lora(peft, align=None), tmp_path)
+    with pytest.raises(ValueError, match=r"are one tensor in this model.*tie_word_embeddings=False"):
+        load_adapter(tied(), tmp_path)
+
+
 @pytest.mark.parametrize("modules", [("embed_tokens",), ("lm_head",), ("lm_head", "embed_tokens")])
 def test_a_tied_tensor_is_kept_under_each_of_its_names(modules):
     model = replace_linear_with_align_lora(tied(), num_tasks=2, modules_to_save=modules)
