@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from hf.killed import OPTIONS, adapter_of
-from hf.trainers import adapted, features, trainer
+from hf.trainers import adapted, diverges, features, on_rank, trainer
 from hf.words import model_folder, write_rows
 from safetensors.torch import load_file
 
@@ -68,16 +68,12 @@ def command(place, *flags):
     return python("-c", "from align_ext.cli import main; main()", "train", "--config", place / "x.yaml", *flags)
 
 
-def test_of_two_runs_at_once_one_is_refused_and_without_an_output_each_has_its_own(place):
-    both = [command(place, "--output", "out") for _ in range(2)] + [command(place) for _ in range(2)]
+def test_two_runs_at_once_without_an_output_have_each_their_own(place):
+    both = [command(place) for _ in range(2)]
     said = [process.communicate(timeout=300)[0] for process in both]
-    codes = [process.returncode for process in both]
-    assert sorted(codes[:2]) == [0, 2], said
-    assert codes[2:] == [0, 0], said
-    refused = said[codes.index(2)]
-    assert "another process is writing to 'out'" in refused or "is not empty" in refused
-    assert "Traceback" not in refused
-    assert sorted(os.listdir()) == ["align_lora_run", "align_lora_run-2", "out"]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sorted(os.listdir()) == ["align_lora_run", "align_lora_run-2"]
+    assert adapter_of(Path("align_lora_run")) == adapter_of(Path("align_lora_run-2")) is not None
 
 
 def test_a_signal_writes_a_checkpoint_after_the_step_and_the_run_goes_on_to_the_bit(place, capsys):
@@ -98,7 +94,7 @@ def test_a_signal_writes_a_checkpoint_after_the_step_and_the_run_goes_on_to_the_
     assert sorted(os.listdir("out")) == ["adapter", "results.json"]
 
 
-@pytest.mark.parametrize(("number", "delay"), [(signal.SIGINT, 0.3), (signal.SIGTERM, 0.1)])
+@pytest.mark.parametrize(("number", "delay"), [(signal.SIGINT, 0.3)])
 def test_a_signal_at_any_time_leaves_what_goes_on_to_the_bit_or_nothing(place, number, delay):
     train(place, output="whole")
     process = command(place, "--output", "out")
@@ -271,31 +267,34 @@ def test_a_script_stops_before_the_step_whose_loss_or_gradient_is_not_finite(tmp
 def test_a_skipped_step_of_a_scaler_is_no_divergence_until_there_is_nothing_to_lower(tmp_path):
     ran = trainer(tmp_path, adapted(), features())
     ran.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    for scale, diverges in ((4.0, False), (1.0, True)):
+    for scale, stops in ((4.0, False), (1.0, True)):
         ran.accelerator.scaler.load_state_dict(ran.accelerator.scaler.state_dict() | {"scale": scale})
         ran.accelerator.scaler.scale(torch.ones(()))
         ran._finite = safely._Finite()
         ran._finite.see(0, torch.ones(()))
         ran._finite.see(1, torch.tensor(float("inf")))
         ran._finite.end_step(7)
-        with pytest.raises(Diverged, match="step 7") if diverges else contextlib.nullcontext():
+        with pytest.raises(Diverged, match="step 7") if stops else contextlib.nullcontext():
             ran._check_finite()
 
 
-def test_a_folder_that_another_process_trains_in_is_refused(tmp_path):
+def test_a_folder_that_another_process_works_in_is_refused(place):
     code = (
         "import sys, pathlib\nfrom align_ext.writing import claimed\n"
         "with claimed(pathlib.Path(sys.argv[1])): print('ready', flush=True); sys.stdin.read()"
     )
-    other = python("-c", code, tmp_path / "out", stdin=subprocess.PIPE)
+    other = python("-c", code, "out", stdin=subprocess.PIPE)
     assert other.stdout.readline() == "ready\n"
-    ran = trainer(tmp_path / "out", adapted(), features(), save_strategy="steps", save_steps=1)
+    ran = trainer("out", adapted(), features(), save_strategy="steps", save_steps=1)
     with pytest.raises(InUse, match="another process is writing to"):
         ran.train()
+    for changed in ({}, {"overwrite": True}, {"resume": True}):
+        with pytest.raises(InUse, match="another process is writing to 'out'"):
+            train(place, model="/absent", **changed)
     other.communicate("")
     ran.train()
-    with claimed(tmp_path / "out"):
-        pass
+    with claimed(Path("out")):
+        assert last_checkpoint(Path("out")).name == "checkpoint-1"
 
 
 def test_a_script_goes_on_from_the_last_whole_checkpoint_and_not_from_another(tmp_path):
@@ -313,3 +312,12 @@ def test_a_script_goes_on_from_the_last_whole_checkpoint_and_not_from_another(tm
     damage_cut(tmp_path / "checkpoint-3")
     with pytest.raises(ValueError, match="there is no whole checkpoint in"):
         ran.train(resume_from_checkpoint=True)
+
+
+def test_two_processes_stop_together_when_one_of_them_diverges_and_keep_one_whole_checkpoint(tmp_path, unused_port):
+    torch.multiprocessing.spawn(on_rank, (unused_port, tmp_path, diverges), nprocs=2)
+    said = {(tmp_path / f"said-{rank}").read_text() for rank in (0, 1)}
+    assert len(said) == 1
+    assert "the loss is not finite at step 3" in said.pop()
+    assert last_checkpoint(tmp_path).name == "checkpoint-2"
+    assert sorted(p.name for p in last_checkpoint(tmp_path).glob("rng*")) == ["rng_state_0.pth", "rng_state_1.pth"]

@@ -118,3 +118,25 @@ def on_rank(rank, port, folder, run, *arguments):
     if rank == 0:
         save_file(found, folder / "gradients.safetensors")
         (folder / "losses.json").write_text(json.dumps(losses))
+
+
+def diverges(folder, world):
+    """A run of two processes with checkpoints, of which one's loss is not finite in the third step; what each says."""
+    rank = int(os.environ["RANK"])
+    options = {"per_device_train_batch_size": 3, "max_steps": 5, "save_strategy": "steps", "save_steps": 1}
+    ran = trainer(folder, adapted(), features(), **options)
+    own = ran.compute_loss
+
+    def compute_loss(*args, **kwargs):
+        loss = own(*args, **kwargs)
+        # Its gradient stays finite, so that only the exchange of the losses can tell the other process.
+        return loss if rank == 0 or ran.state.global_step < 2 else loss + (loss.detach() * float("nan"))
+
+    ran.compute_loss = compute_loss
+    try:
+        ran.train()
+        said = "nothing"
+    except FloatingPointError as error:
+        said = str(error)
+    (folder / f"said-{rank}").write_text(said)
+    return {}, {}
