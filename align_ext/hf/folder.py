@@ -19,6 +19,7 @@ from align_ext.hf.adopt import PEFT_PREFIX
 from align_ext.hf.base_model import BaseModel
 from align_ext.hf.beside import HEADS
 from align_ext.hf.peft_form import (
+    BY_LAYER,
     PEFT_CONFIG,
     TASKS,
     WEIGHTS,
@@ -161,13 +162,17 @@ class AdapterFolder:
             peft, tensors = read_json(path / PEFT_CONFIG), _read(path / WEIGHTS)[0]
             if "modules_to_save" not in peft:  # as versions before wrote, with what else is trained in its own file
                 tensors |= {f"{PEFT_PREFIX}{name}": tensor for name, tensor in self.trained.items()}
-            for option, value in form.options.items():
+            layers = [key.removeprefix(PEFT_PREFIX) for key in form.tensors if key.endswith(".lora_A.weight")]
+            layers = [key.removesuffix(".lora_A.weight") for key in layers]
+            plain_lora(path / PEFT_CONFIG, peft, layers)
+            for option, value in {**dict.fromkeys(BY_LAYER), **form.options}.items():
                 if (peft.get(option) or None) != (value or None):
                     raise ValueError(
                         f"{place(path / PEFT_CONFIG)} has {option}={shown(peft.get(option))}, but {OUR_CONFIG} means "
                         f"{shown(value)}: one of them was edited; remove {OUR_CONFIG} and {STATE} to load the PEFT "
                         "adapter alone"
                     )
+            check_targets(path / PEFT_CONFIG, peft, layers)
             if tensors.keys() != form.tensors.keys() or any(
                 tensors[key].shape != tensor.shape or not _same(tensors[key], tensor)
                 for key, tensor in form.tensors.items()

@@ -23,6 +23,8 @@ from align_ext.state import AlignState
 WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TASKS = "tasks"  # a folder for each task is in it
 _R, _ALPHA = 8, 8  # PEFT's defaults
+# Options that treat layers unlike each other; of ours form.options has those that there are.
+BY_LAYER = ("rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "exclude_modules")
 # What does not make an adapter another one, and what is read below; any further option that is set makes it one.
 _UNDERSTOOD = (
     "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "task_type", "inference_mode", "r",

@@ -172,3 +172,31 @@ def test_patterns_that_never_end_are_refused_wherever_they_come_from(tmp_path):
             edited = config | {option: {pattern: 2}}
             (tmp_path / "adapter_config.json").write_text(json.dumps(edited))
             refused(load_adapter, plain(), tmp_path, match=option)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"alpha_pattern": {"up_proj": 1}},
+        {"rank_pattern": {"up_proj": 1}},
+        {"layers_to_transform": [0]},
+        {"exclude_modules": ["up_proj"]},
+        {"target_modules": ["down_proj"]},
+        {"use_dora": True},
+        {"bias": "all"},
+        {"lora_bias": True},
+        {"init_lora_weights": "pissa"},
+        {"peft_type": "LOHA"},
+        {"layer_replication": [[0, 1]]},
+    ],
+    ids=lambda edit: next(iter(edit)),
+)
+@pytest.mark.parametrize("architecture", ["lora", "m_lora", "multi_adapter"])
+def test_what_peft_would_read_otherwise_is_refused(architecture, edit, tmp_path):
+    save_adapter(trained(architecture), tmp_path)
+    for file in sorted(tmp_path.rglob("adapter_config.json")):
+        content = file.read_text()
+        file.write_text(json.dumps(json.loads(content) | edit))
+        refused(load_adapter, plain(), tmp_path, match=next(iter(edit)))
+        file.write_text(content)
+        load_adapter(plain(), tmp_path)
