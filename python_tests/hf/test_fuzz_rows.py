@@ -101,7 +101,7 @@ def check_whole(row, found, unused):
     golds = found.scorer.args[0] if found.scorer else ()
     held = [found.task, text_asked(found.prompt), found.answer, *found.choices, *golds]
     offered = next((Choices.read(name, row[name]) for name in ("choices", "options") if row.get(name)), None)
-    names = {*offered.texts, *offered.names} if offered else set()
+    names = {*offered.texts, *offered.names, *map(str, range(len(offered.texts)))} if offered else set()
     for column, value in row.items():
         if column in unused:
             assert column not in COLUMNS
@@ -125,6 +125,7 @@ def check_whole(row, found, unused):
 
 @given(USUAL | CHOOSING | SPOKEN | PAIR)
 @example({"question": "q", "choices": ["a", "b"], "answer": "B"})
+@example({"prompt": "a", "completion": "a", "answer": 0, "choices": ["a", "a"]})  # the number of either choice
 @example(
     {
         "prompt": [{"role": "user", "content": "which?"}],
