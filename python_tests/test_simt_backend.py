@@ -51,7 +51,7 @@ def simt_python(native_build, tmp_path_factory):
 @pytest.mark.parametrize("op", ["arguments", *OPS])
 def test_the_tests_of_the_operators_pass_on_the_cuda_kernels(simt_python, op):
     tests = TESTS / f"ops/test_{op}.py"
-    options = ("-q", "-n0", "-p", "no:cacheprovider", "-p", "simt_extension", "--device=simt")
+    options = ("-q", "-n0", "-p", "no:cacheprovider", "-p", "simt_extension", "--device=simt", "--fuzz=25")
     output = simt_python("-m", "pytest", *options, tests)
     passed, kernels = (int(re.search(text, output)[1]) for text in (r"(\d+) passed", r"SIMT engine: (\d+) kernels"))
     skipped = Counter()
