@@ -35,6 +35,8 @@ from align_ext.writing import (
 
 _CHECKPOINTS, _OPTIONS, _RESULTS, _ADAPTER = "checkpoints", "options.yaml", "results.json", "adapter"
 _DATA = "data_digest"
+_MARK = ".overwrites"  # in the folder of a run that is to take another's place
+_LEFT = rf"\.(results|losses)\..*|{_CHECKPOINTS}/\.{_OPTIONS}-.*"  # of a run that was killed as it wrote them
 # What a run that goes on may do otherwise: nothing of it reaches the adapters.
 _FREE = {"output", "overwrite", "resume", "save_steps", "log_steps", "eval_batch_size"}
 _MEASURED = {"dtype", "device"}  # which "auto" chooses anew each time
@@ -106,8 +108,11 @@ def open_run(options: TrainOptions) -> Iterator[RunFolder]:
         held.callback(remove, beside, "(?!)")  # where it is empty in the end
         if os.path.isdir(beside):
             held.enter_context(claimed(beside))
-            if (beside / _RESULTS).is_file():  # it was killed between its last two steps
+            if not (beside / _MARK).exists():  # killed after its last step, the exchange: this is the other run
+                _discard(beside, target)
+            elif (beside / _RESULTS).is_file():  # killed before it
                 _replace(beside, target)
+        (target / _MARK).unlink(missing_ok=True)
         folder = _interrupted(options, target, beside) if options.resume else _fresh(options, target, beside, held)
         try:
             yield folder
@@ -162,6 +167,7 @@ def _fresh(options: TrainOptions, target: Path, beside: Path, held: ExitStack) -
                          "current folder, or in one that is read-only): choose another --output")  # fmt: skip
     held.enter_context(claimed(beside))
     remove(beside, _files_of_run(beside))
+    (beside / _MARK).touch()
     return RunFolder(target, beside, options)
 
 
@@ -187,6 +193,7 @@ def _interrupted(options: TrainOptions, target: Path, beside: Path) -> RunFolder
                 f"the run in {shown(options.output)} had {name}={value!r}, not {shown(given[name])}: give the same "
                 "options to resume it"
             )
+    remove(path, _LEFT)
     return RunFolder(target, path, replace(options, dtype=before.dtype, device=before.device), last)
 
 
@@ -207,6 +214,12 @@ def _replace(beside: Path, target: Path) -> None:
     """Puts a complete run into the place of another, of which only what is not ours stays; both are claimed."""
     take_place(beside, target)
     exchange(beside / LOCK, target / LOCK)
+    (target / _MARK).unlink(missing_ok=True)
+    _discard(beside, target)
+
+
+def _discard(beside: Path, target: Path) -> None:
+    """Removes a run that has been replaced, of which only what is not ours goes on to the other."""
     ours = _files_of_run(beside)
     give_back(beside, target, ours)
     remove(beside, ours)
@@ -220,7 +233,7 @@ def _is_empty(folder: Path) -> bool:
 
 def _files_of_run(folder: Path) -> str:
     """A regular expression of a run's files by their paths in its folder, those of a run that died among them."""
-    own = rf"{_RESULTS}|losses\.png|\.(results|losses)\..*|{_ADAPTER}/({ADAPTER_FILES})|\.{_ADAPTER}-[^/]*\.new/.*"
+    own = rf"{_RESULTS}|losses\.png|{re.escape(_MARK)}|{_LEFT}|{_ADAPTER}/({ADAPTER_FILES})|\.{_ADAPTER}-[^/]*\.new/.*"
     return rf"{own}|{_CHECKPOINTS}/({_files_of_checkpoints(folder / _CHECKPOINTS)})"
 
 
