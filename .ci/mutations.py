@@ -43,7 +43,7 @@ MUTANTS = [
     ),
     Mutant(
         "ignore the attention mask",
-        "align_ext/batch.py",
+        "align_ext/tokens.py",
         "TokenTasks(torch.where(keep.to(ids.device), ids, NO_TASK))",
         "TokenTasks(ids.expand(keep.shape))",
         BATCH,
@@ -72,8 +72,8 @@ MUTANTS = [
     Mutant(
         "tables stay armed",
         "align_ext/batch.py",
-        "self._owed = None\n        self.state.armed[:]",
-        "self.state.armed[:]",
+        "self._enqueue()\n        self.state.armed[:] = [step for step in self.state.armed if step is not self]",
+        "self._enqueue()",
         "python_tests/test_batch.py python_tests/test_batch_errors.py -k 'disarmed'",
     ),
     Mutant(
@@ -163,13 +163,13 @@ MUTANTS = [
     Mutant(
         "buffers are not saved",
         "align_ext/hf/folder.py",
-        "tensor in adapter.state_dict().items()",
-        "tensor in adapter.named_parameters()",
+        "adapter.state_dict(keep_vars=True)",
+        "dict(adapter.named_parameters())",
         "python_tests/hf/test_folder.py -k to_the_bit",
     ),
     Mutant(
         "non-finite weights load",
-        "align_ext/hf/folder.py",
+        "align_ext/hf/tensors.py",
         'raise ValueError(f"{key} holds values that are not finite")',
         "pass",
         "python_tests/hf/test_folder_errors.py -k damaged",
@@ -380,7 +380,7 @@ MUTANTS = [
     Mutant(
         "mask a router's input on CUDA",
         "csrc/cuda/heads.cuh",
-        "router.R ? a.adapters[2].start : kAllRanks, kept",
+        "router ? a.adapters[2].start : kAllRanks, kept",
         "kAllRanks, kept",
         "test_routed_lora_cuda",
     ),
