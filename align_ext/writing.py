@@ -241,7 +241,7 @@ def _beside(target: Path, parent: Path) -> Iterator[Path]:
         path = Path(tempfile.mkdtemp(prefix=f".{short}-", suffix=".new", dir=parent))
     except OSError as error:
         raise ValueError(f"cannot write to the folder {shown(str(parent))}: {why(error)}") from error
-    with claimed(path):
+    with claimed(path, wait=True):  # another process may just look whether it was left behind
         try:
             yield path
         finally:

@@ -120,7 +120,7 @@ def test_a_claim_lasts_as_long_as_its_process(tmp_path, killed):
     process.join(60)
     with claimed(tmp_path / "deep/out") as folder, claimed(folder):  # twice in one process
         assert os.listdir(folder) == [LOCK]
-    assert (tmp_path / "deep/out").exists() is killed
+    assert not (tmp_path / "deep/out").exists()  # nor does what a dead process had made
 
 
 def test_a_child_that_lives_on_does_not_keep_the_claim_of_a_process_that_died(tmp_path):
