@@ -68,6 +68,14 @@ def line(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-(most // 2 - 5) :]}"
 
 
+def check_folder(folder: Any, what: str = "folder") -> None:
+    """Raises ValueError for what names no folder."""
+    if not isinstance(folder, (str, os.PathLike)) or not isinstance(os.fspath(folder), str):
+        raise ValueError(f"{what}={shown(folder)} must be a folder's path, text or a Path")
+    if not os.fspath(folder).strip():
+        raise ValueError(f"{what}={shown(folder)} is empty: name a folder")
+
+
 def exists(path: str | os.PathLike[str]) -> bool:
     """Whether there is something of this name.
 

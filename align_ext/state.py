@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from align_ext.config import AlignLoraConfig
 from align_ext.losses.kl import KlStatistics
 from align_ext.losses.mmd import MmdStatistics
+from align_ext.reading import shown
 
 if TYPE_CHECKING:
     from align_ext.batch import Step
@@ -131,6 +132,7 @@ class AlignState:
 
 def find_state(model: nn.Module) -> AlignState | None:
     """The state of a model's adapters, also through DDP, FSDP2 and torch.compile; None if it has none."""
+    check_model(model)
     for module in model.modules():
         state = module.__dict__.get("align_state")
         if isinstance(state, AlignState):
@@ -154,6 +156,12 @@ def refuse_compiled_autograd(*, ahead: bool = True) -> None:
             "compiled autograd cannot trace the backward of the adapters' losses: set "
             "torch._dynamo.config.compiled_autograd = False; torch.compile(model) compiles the layers' backward as well"
         )
+
+
+def check_model(model: Any) -> None:
+    """Raises ValueError for what is no model."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch module, got {shown(model)}: load it first (from_pretrained)")
 
 
 def refuse_parts_of_a_model(model: nn.Module) -> None:

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from align_ext.reading import shown, why
+from align_ext.reading import check_folder, shown, why
 
 LOCK = ".align_lora.lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -262,6 +262,7 @@ def atomic_folder(folder: str | os.PathLike[str], ours: str = "") -> Iterator[Pa
     Raises:
         ValueError: the folder cannot be made.
     """
+    check_folder(folder)
     target = Path(os.path.realpath(folder))
     if target.exists() and not target.is_dir():
         raise ValueError(f"{shown(os.fspath(folder))} is a file, not a folder")

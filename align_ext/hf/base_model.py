@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align_ext.hf.adopt import PEFT_PREFIX
+from align_ext.hf.beside import plain_name
 from align_ext.nn.base import AdaptedLinear, AdaptedModule
 from align_ext.reading import shown
 
@@ -119,8 +119,12 @@ class BaseModel:
             raise ValueError("its record of the base model is damaged") from error
         return cls(name, samples)
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: nn.Module, cure: str = "give its own, or go on with force=True") -> None:
         """Compares a model, with adapters or without, as far as its weights are there.
+
+        Args:
+            model: the model.
+            cure: closes the message.
 
         Raises:
             OtherBaseError: it is another base.
@@ -138,7 +142,7 @@ class BaseModel:
                 here = name_of_base(model)
                 raise OtherBaseError(
                     f"the adapter belongs to another base model, {shown(self.name)}: in {shown(here)} {shown(name)} "
-                    f"{reason}; give its own, or go on with force=True"
+                    f"{reason}; {cure}"
                 )
 
 
@@ -154,14 +158,6 @@ def name_of_base(model: nn.Module) -> str | None:
     return str(path.resolve()) if path.is_dir() else name
 
 
-def _plain(name: str) -> str:
-    """A name in the plain model."""
-    name = f"{name.removeprefix(PEFT_PREFIX)}."
-    for part in ("base_layer", "original_module", "_orig_mod", "_checkpoint_wrapped_module"):
-        name = name.replace(f".{part}.", ".")
-    return name[:-1]
-
-
 def _whole_weights(model: nn.Module) -> dict[str, Tensor]:
     """The base's floating-point weights by their names in the plain model, without what is packed, split or merged."""
     left_out: set[int] = set()
@@ -171,7 +167,7 @@ def _whole_weights(model: nn.Module) -> dict[str, Tensor]:
             if isinstance(module, AdaptedLinear) and module.merged:
                 left_out.add(id(module.weight))
     return {
-        _plain(name): p
+        plain_name(model, name): p
         for name, p in model.named_parameters()
         if id(p) not in left_out
         and type(p) is nn.Parameter
@@ -185,12 +181,13 @@ def _whole_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _packed(model: nn.Module) -> set[str]:
-    """Modules, by name in the plain model, of whose weights some are quantised, split or not loaded."""
+    """Modules, by name in the plain model, of whose weights some are quantised, split, not loaded or no tensors."""
     whole = {id(p) for p in _whole_weights(model).values()}
     return {
-        _plain(name)
+        plain_name(model, name)
         for name, module in model.named_modules()
         if any(id(t) not in whole for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+        or (hasattr(module, "weight") and "weight" not in module._parameters)
     }
 
 

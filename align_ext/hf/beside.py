@@ -96,7 +96,8 @@ def plain_name(model: nn.Module, name: str) -> str:
     if name.startswith(PEFT_PREFIX):
         module = model.get_submodule(PEFT_PREFIX[:-1])
     for part in parts:
-        if not (isinstance(module, AdaptedModule) and part == "base_layer") and part not in _WRAPPERS:
+        holder = isinstance(module, AdaptedModule) or type(module).__module__.startswith("peft.")
+        if not (holder and part in ("base_layer", "original_module")) and part not in _WRAPPERS:
             kept.append(part)
         child = module._modules.get(part)
         module = nn.Identity() if child is None else child

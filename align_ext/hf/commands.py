@@ -20,7 +20,7 @@ from align_ext.hf.merge import merge_and_unload, unload
 from align_ext.hf.models import load_base
 from align_ext.hf.peft_form import cannot_export
 from align_ext.hf.report import SAME
-from align_ext.reading import place, read_text, shown
+from align_ext.reading import check_folder, place, read_text, shown
 from align_ext.step import set_task
 from align_ext.terminal import say, working
 from align_ext.writing import LOCK, atomic_folder, check_space, claimed
@@ -63,7 +63,7 @@ def merge(request: Request, approximate: Any, prompts: str | None, dtype: str, c
         elif approximate is None and (reason := next(iter(stored.adapters.values())).cannot_merge()):
             raise ValueError(f"{request.adapter} cannot be merged: {reason}")
         with _doing("loading the model", console):
-            model, tokenizer = load_base(request.model, stored.base_name, dtype, lambda line: say(console, line))
+            model, tokenizer = load_base(request.model, stored, dtype, lambda line: say(console, line))
             load_adapter(model, request.adapter, force=request.force)
         if task is not None:
             set_task(model, task)
@@ -97,9 +97,7 @@ def export(request: Request, verify: bool, console: Console) -> bool:
         elif reason := cannot_export(stored.adapters, stored.config):
             raise ValueError(f"PEFT has no form of this adapter: {reason}")
         with _doing("loading the model", console):
-            model, tokenizer = load_base(
-                request.model, stored.base_name, torch.float32, lambda line: say(console, line)
-            )
+            model, tokenizer = load_base(request.model, stored, torch.float32, lambda line: say(console, line))
             load_adapter(model, request.adapter, force=request.force)
         with _doing(f"writing {target}", console), atomic_folder(target) as path:
             for where, number in places.items():
@@ -174,8 +172,7 @@ def _lines(file: str) -> Sequence[str]:
 @contextmanager
 def _claimed_output(output: str) -> Iterator[Path]:
     """The output, a new or an empty folder, for this process alone; what stays empty vanishes."""
-    if not output.strip():
-        raise ValueError(f"output={shown(output)} is empty: name a folder")
+    check_folder(output, "output")
     with claimed(Path(output).expanduser()) as target:
         if os.listdir(target) != [LOCK]:
             raise ValueError(f"the output {shown(output)} exists and is no empty folder: choose another --output")

@@ -211,8 +211,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, force: boo
             files that do not belong together or were edited, options that differ from the model's, another base model,
             or no such folder. The model is then as it was.
     """
-    stored, outer = AdapterFolder.read(folder), model
-    model = unwrapped(outer)
+    outer, model = model, unwrapped(model)
+    stored = AdapterFolder.read(folder)
     state = find_state(model)
     if state is not None:
         _refuse_other_options(stored, state.config)

@@ -32,7 +32,7 @@ from align_ext.hf.peft_form import (
 from align_ext.hf.tensors import check_tensors, digest_of, read_tensors, write_tensors
 from align_ext.nn import adapter_class
 from align_ext.nn.base import Adapter
-from align_ext.reading import check_names, exists, place, read_json, shown
+from align_ext.reading import check_folder, check_names, exists, place, read_json, shown
 from align_ext.state import AlignState
 
 __all__ = ["AdapterFolder", "check_tensors", "write_tensors"]
@@ -44,6 +44,7 @@ _DECISIVE = (
     "r", "lora_alpha", "use_rslora", "num_heads", "reduce", "router", "routing", "routing_groups", "top_k",
     "router_temperature", "target_blocks",
 )  # fmt: skip
+_PART = r"(.+?)(\.lora_router\.lora_[RH]|\.lora_\w+)"  # an adapter's tensor, of a module that may be named alike
 # Our files in an adapter's folder, by their paths in it: what a new adapter replaces there.
 ADAPTER_FILES = "|".join(map(re.escape, (WEIGHTS, PEFT_CONFIG, OUR_CONFIG, STATE, TRAINED)))
 ADAPTER_FILES += f"|{TASKS}/[^/]+/({ADAPTER_FILES})"
@@ -84,6 +85,7 @@ class AdapterFolder:
                 are not finite, files that do not belong together, names that are none, or an adapter that is no plain
                 LoRA.
         """
+        check_folder(folder)
         path = Path(folder)
         plain = not exists(path / OUR_CONFIG)
         if plain and exists(path / STATE):
@@ -343,7 +345,8 @@ def _checked_scaling(file: Path, scaling: Any, modules: Sequence[str]) -> dict[s
 
 def _modules(tensors: Mapping[str, Tensor]) -> list[str]:
     """The modules that keys "<module>.lora_..." name, in the keys' order; other keys name themselves."""
-    return list(dict.fromkeys(key.partition(".lora_")[0] for key in tensors))
+    matches = {key: re.fullmatch(_PART, key) for key in tensors}
+    return list(dict.fromkeys(match[1] if match else key for key, match in matches.items()))
 
 
 def _ranks(tensors: Mapping[str, Tensor]) -> dict[str, int]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from align_ext.config import AlignLoraConfig
 from align_ext.reading import shown
-from align_ext.state import refuse_parts_of_a_model
+from align_ext.state import check_model, refuse_parts_of_a_model
 
 _TAKEN = ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "init_lora_weights",
           "modules_to_save")  # fmt: skip
@@ -32,10 +32,9 @@ def config_of(model: Any, config: Any, options: Mapping[str, Any]) -> AlignLoraC
     Raises:
         ValueError: it is none of these, or has an option that is unknown, out of range or not of plain LoRA.
     """
-    if not isinstance(model, nn.Module):
-        if any(kind.__name__ == "_PipelineStageBase" for kind in type(model).__mro__):
-            refuse_parts_of_a_model(model)
-        raise ValueError(f"model must be a torch module, got {shown(model)}: load it first (from_pretrained)")
+    if any(kind.__name__ == "_PipelineStageBase" for kind in type(model).__mro__):
+        refuse_parts_of_a_model(model)
+    check_model(model)
     if config is not None and options:
         raise ValueError("give either config or single options, not both")
     if isinstance(config, AlignLoraConfig):

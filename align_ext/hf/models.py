@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from align_ext.config import AlignLoraConfig
 from align_ext.diagnostics.backend import has_kernel
 from align_ext.hf.blocks import mlp_linears
+from align_ext.hf.folder import AdapterFolder
 from align_ext.hf.targets import ALL_LINEAR
 from align_ext.reading import open_file, place, shown, why
 from align_ext.writing import atomic_folder
@@ -76,13 +77,19 @@ def load_model(name: str | None = None, dtype: str | torch.dtype = "auto", say: 
 
 
 def load_base(
-    name: str | None, recorded: str | None, dtype: str | torch.dtype, say: Say = _LOG.info
+    name: str | None, stored: AdapterFolder, dtype: str | torch.dtype, say: Say = _LOG.info
 ) -> tuple[Any, Any]:
     """Loads the base model of an adapter: the one that is named, else the one that the adapter names.
 
     Raises:
-        ValueError: neither is named, or it cannot be loaded.
+        ValueError: neither is named, it cannot be loaded, or the adapter is of a model that generates no text alone.
     """
+    recorded, kind = stored.base_name, stored.peft.get("task_type")
+    if kind not in (None, "CAUSAL_LM"):
+        raise ValueError(
+            f"the adapter is for a model of another kind (task_type={shown(kind)}), and commands load causal language "
+            "models: in Python load_adapter(model, folder) takes any model, as merge_and_unload and export_peft do"
+        )
     if name is None and recorded is None:
         raise ValueError("the adapter does not say which base model it belongs to: name it with --model")
     try:

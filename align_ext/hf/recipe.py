@@ -115,7 +115,9 @@ def prepare(folder: RunFolder, console: Console) -> Job:
     transformers.set_seed(options.seed)
     replace_linear_with_align_lora(model.to(device), config)
     if folder.checkpoint is not None:
-        AdapterFolder.read(folder.checkpoint).check_model(model, [])
+        stored = AdapterFolder.read(folder.checkpoint)
+        if stored.base is not None:
+            stored.base.check(model, "a run goes on with its own base only: put that back, or start another run")
     check_space(folder.path, _bytes_to_write(model, options))
     rows = [(row.task, row.prompt, row.answer, row.choices) for row in (*data.train, *data.test)]
     digest = hashlib.sha256(repr(rows).encode("utf-8", "surrogatepass")).hexdigest()

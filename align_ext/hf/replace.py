@@ -39,7 +39,7 @@ from align_ext.hooks import register_hooks
 from align_ext.nn import adapter_class
 from align_ext.nn.base import AdaptedLinear, Adapter, features_of, has_float_weight, is_conv1d
 from align_ext.nn.block import AdaptedBlock
-from align_ext.reading import Matcher, shown
+from align_ext.reading import Matcher, check_names, shown
 from align_ext.sources import watch_layers
 from align_ext.state import AlignState, find_state, refuse_parts_of_a_model
 
@@ -153,6 +153,8 @@ def adapt(
                 options = replace(config, r=(ranks or {}).get(name, config.r))
                 adapter = _adapter(name, module, features_of(module), options, reset=ranks is None)
                 layers[name] = AdaptedLinear(module, adapter)
+    keys = [f"{PEFT_PREFIX}{name}.lora_A.weight" for name in layers]
+    check_names(keys, "a folder cannot hold the adapters of these layers", most=len(keys))
     if config.needs_step:
         refuse_other_modalities(model, layers)
     if fill is not None:

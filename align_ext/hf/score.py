@@ -101,7 +101,7 @@ def load_scored(request: EvalRequest, task: str | None = None) -> tuple[Any, Any
     if request.adapter is None:
         model, tokenizer = load_model(request.model, dtype)
     else:
-        model, tokenizer = load_base(request.model, AdapterFolder.read(request.adapter).base_name, dtype)
+        model, tokenizer = load_base(request.model, AdapterFolder.read(request.adapter), dtype)
         load_adapter(model, request.adapter, force=request.force)
         if task is not None:
             set_task(model, task_number(AdapterFolder.read(request.adapter), task))

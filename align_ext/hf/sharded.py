@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from align_ext.state import check_model
+
 SECONDS = 300.0  # that processes wait for one another
 _WRAPPERS = {"DistributedDataParallel": "module", "DataParallel": "module", "DeepSpeedEngine": "module"}
 _WRAPPERS["OptimizedModule"] = "_orig_mod"
@@ -28,6 +30,7 @@ def unwrapped(model: nn.Module) -> Any:
     Raises:
         ValueError: its parameters are flattened (FullyShardedDataParallel), so that no name and shape is left.
     """
+    check_model(model)
     inner: Any = model
     while name := _WRAPPERS.get(type(inner).__name__):
         inner = getattr(inner, name)

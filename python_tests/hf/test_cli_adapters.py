@@ -216,6 +216,8 @@ MISTAKES = {
         lambda f: adapter_folder(f, "lora", target_modules=["model.layers.1.mlp.up_proj"]) and rename_layer(f),
         "no layer was adapted",
     ),
+    "a classifier, merged": (["merge"], lambda f: adapter_folder(f, "lora") and of_kind(f, "SEQ_CLS"), "'SEQ_CLS'"),
+    "seq2seq, exported": (["export"], lambda f: adapter_folder(f, "lora") and of_kind(f, "SEQ_2_SEQ_LM"), "in Python"),
     "an output that is there": (["export"], occupied, "the output 'o' exists and is no empty folder"),
 }
 
@@ -227,6 +229,11 @@ def rename_layer(folder):
         file.write_text(file.read_text().replace("layers.1", "layers.9"))
     file = folder / "adapter_model.safetensors"
     save_file({name.replace("layers.1", "layers.9"): t for name, t in load_file(file).items()}, file)
+
+
+def of_kind(folder, task_type):
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"task_type": task_type}))
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

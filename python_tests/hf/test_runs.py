@@ -13,7 +13,7 @@ import pytest
 import torch
 from hf.killed import OPTIONS, adapter_of
 from hf.trainers import adapted, diverges, features, on_rank, trainer
-from hf.words import model_folder, write_rows
+from hf.words import llama, model_folder, write_rows
 from safetensors.torch import load_file
 
 from align_ext.hf import recipe, safely
@@ -126,6 +126,10 @@ def test_a_full_disk_keeps_the_last_whole_checkpoint_and_is_one_line(place, monk
         with pytest.raises(OSError, match=r"checkpoint '.*checkpoint-2' cannot be written: Pyt"):
             train(place)
     assert sorted(os.listdir("out/checkpoints")) == ["checkpoint-1", "options.yaml"]
+    llama(seed=1).save_pretrained(place / "model")
+    with pytest.raises(ValueError, match=r"another base model.*a run goes on with its own base only"):
+        train(place, resume=True)
+    llama().save_pretrained(place / "model")
     train(place, resume=True)
     assert adapter_of(Path("out")) == adapter_of(Path("whole"))
 
