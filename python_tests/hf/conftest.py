@@ -29,6 +29,7 @@ def run(tmp_path, monkeypatch, capsys):
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["align-lora", *map(str, arguments)])
+        capsys.readouterr()  # what the test printed to prepare it, such as transformers' bars, is not the command's
         with pytest.raises(SystemExit) as ended:
             cli.main()
         captured = capsys.readouterr()
