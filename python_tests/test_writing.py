@@ -4,11 +4,10 @@ import errno
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
+from processes import python
 
 from align_ext import writing
 from align_ext.writing import LOCK, InUse, atomic_file, atomic_folder, check_file, check_space, claimed, foreign, remove
@@ -131,9 +130,9 @@ def test_a_child_that_lives_on_does_not_keep_the_claim_of_a_process_that_died(tm
         "    if os.fork() == 0: time.sleep(60)\n"
         "    print('ready', flush=True); time.sleep(60)\n"
     )
-    first = subprocess.Popen([sys.executable, "-c", code, tmp_path / "out"], stdout=subprocess.PIPE, process_group=0)
+    first = python("-c", code, tmp_path / "out", cwd=tmp_path, start_new_session=True)
     try:
-        assert first.stdout.readline() == b"ready\n"
+        assert first.stdout.readline() == "ready\n"
         time.sleep(0.2)  # for the child to close its copy
         first.kill()
         first.wait()

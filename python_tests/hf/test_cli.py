@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 import yaml
 from hf.words import model_folder, write_rows
+from processes import python
 from safetensors.torch import load_file
 
 from align_ext import __version__, cli
@@ -199,7 +199,7 @@ def test_help_needs_no_transformers(tmp_path):
         "except SystemExit as end: assert end.code == 0\n"
         "assert not {'transformers', 'peft', 'datasets', 'reasoning_gym'} & set(sys.modules)"
     )
-    # Elsewhere than in the source folder, whose bare sources python -c would import.
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"align-lora {__version__}\n"
+    process = python("-c", code, cwd=tmp_path)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert said == f"align-lora {__version__}\n"

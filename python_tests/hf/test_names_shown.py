@@ -1,13 +1,11 @@
 """Names that look like markup, codes of emoji or nothing a terminal has are shown by every command as they are."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from hf.test_cli_adapters import adapter_folder
 from hf.words import llama, model_folder
+from processes import python
 from rich.progress import Progress
 from torch import nn
 
@@ -101,10 +99,9 @@ def test_reports_bars_and_lines_show_names_as_they_are(capsys):
 
 def test_letters_that_the_terminal_has_not_are_escaped(tmp_path):
     save_adapter(replace_linear_with_align_lora(llama(), align=None), tmp_path / "a", ["ünder", "数学"])
-    environment = os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "200"}
+    terminal = {"PYTHONIOENCODING": "ascii", "COLUMNS": "200"}
     code = "import sys; sys.argv = ['align-lora', 'inspect', sys.argv[1]]; from align_ext.cli import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "a")], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert r"\xfcnder" in done.stdout
+    process = python("-c", code, tmp_path / "a", cwd=tmp_path, env=terminal)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert r"\xfcnder" in said

@@ -14,6 +14,7 @@ import torch
 from hf.killed import OPTIONS, adapter_of
 from hf.trainers import adapted, diverges, features, on_rank, trainer
 from hf.words import llama, model_folder, write_rows
+from processes import python
 from safetensors.torch import load_file
 
 from align_ext.hf import recipe, safely
@@ -24,22 +25,13 @@ from align_ext.hf.whole import MANIFEST, last_checkpoint
 from align_ext.terminal import plain_console
 from align_ext.writing import InUse, claimed
 
-TESTS = Path(__file__).parents[1]
 EVENTS = (70, 112, 128, -12)  # of about 170; check-full tries all
-
-
-def python(*arguments, **options):
-    environment = os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, *map(str, arguments)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, **options,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("overwriting", [(), ("--overwrite",)])
 def test_a_run_killed_at_a_file_event_goes_on_to_the_bit(tmp_path, overwriting):
     events = (-12, -9) if overwriting else EVENTS
-    process = python("-m", "hf.killed", tmp_path, *overwriting, *events)
+    process = python("-m", "hf.killed", tmp_path, *overwriting, *events, cwd=tmp_path)
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said[-2000:]
     assert f"0 problems of {len(events)}" in said
@@ -65,7 +57,9 @@ def train(place, **changed):
 def command(place, *flags):
     options = "".join(f"{name}: {value}\n" for name, value in OPTIONS.items())
     (place / "x.yaml").write_text(f"{options}model: {place / 'model'}\ndata: {place / 'rows.jsonl'}\n")
-    return python("-c", "from align_ext.cli import main; main()", "train", "--config", place / "x.yaml", *flags)
+    return python(
+        "-c", "from align_ext.cli import main; main()", "train", "--config", place / "x.yaml", *flags, cwd=Path.cwd()
+    )
 
 
 def test_two_runs_at_once_without_an_output_have_each_their_own(place):
@@ -287,7 +281,7 @@ def test_a_folder_that_another_process_works_in_is_refused(place):
         "import sys, pathlib\nfrom align_ext.writing import claimed\n"
         "with claimed(pathlib.Path(sys.argv[1])): print('ready', flush=True); sys.stdin.read()"
     )
-    other = python("-c", code, "out", stdin=subprocess.PIPE)
+    other = python("-c", code, "out", cwd=place / "work", stdin=subprocess.PIPE)
     assert other.stdout.readline() == "ready\n"
     ran = trainer("out", adapted(), features(), save_strategy="steps", save_steps=1)
     with pytest.raises(InUse, match="another process is writing to"):

@@ -253,7 +253,7 @@ def test_a_16_bit_base_gets_float32_adapters_and_answers_in_16_bits(name):
 
 
 def test_a_rank_above_the_layers_size_is_refused():
-    with pytest.raises(ValueError, match=r"r=11 is above what 0 can use, 12 inputs and 10 outputs: choose r <= 10"):
+    with pytest.raises(ValueError, match="0: r=11 is above what its 12 inputs and 10 outputs can use: choose r <= 10"):
         adapted_layer("lora", r=11)
     assert adapted_layer("lora", r=10)[0][0].adapter.r == 10
 

@@ -1,0 +1,18 @@
+"""Python processes that tests start: the same package and the tests' own modules, from wherever they are started."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import align_ext
+
+# The package under test first: in a process's current folder, or beside the tests, there may be its bare sources.
+PATH = os.pathsep.join(map(str, (Path(align_ext.__file__).parents[1], Path(__file__).parent)))
+
+
+def python(*arguments, cwd, env=(), **options):
+    """Starts Python in a folder that is not the sources'; its output, with what it says of errors, is text."""
+    environment = os.environ | {"PYTHONPATH": PATH, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | dict(env)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} | options
+    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=cwd, env=environment, **options)
