@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import tiny
 import torch
 from hf.folders import MODELS, as_version_0_1_0, plain, trained
 from hf.test_cli_adapters import adapter_folder
@@ -68,6 +69,21 @@ def test_a_base_with_more_or_fewer_tokens_is_the_same_as_far_as_its_rows_are(bas
     with torch.no_grad():
         different.get_input_embeddings().weight.add_(0.1)
     refused(load_adapter, different, tmp_path, match="belongs to another base model")
+
+
+@pytest.mark.parametrize("layers", [5, 90])
+def test_a_layer_in_the_middle_is_known_too_and_the_record_is_bounded(layers):
+    def deep():
+        return tiny.llama(num_hidden_layers=layers)
+
+    record, other = BaseModel.of(deep()), deep()
+    assert len(record.weights) <= 512
+    assert len(json.dumps(record.to_dict())) < 70_000
+    record.check(other)
+    with torch.no_grad():
+        for p in other.model.layers[layers // 2].parameters():
+            p.mul_(1.1).add_(0.01)
+    refused(record.check, other, match=rf"layers\.{layers // 2}\..*has other values")
 
 
 def test_the_record_is_small_and_of_the_base_alone(tmp_path):
