@@ -23,6 +23,7 @@ from align_ext.hf.sharded import holders
 from align_ext.hf.task_losses import LossSums, TaskLosses
 from align_ext.hf.training_checks import (
     ChecksBeforeTraining,
+    LayersThatNeverRan,
     least_is_best,
     refuse_peft_config,
 )
@@ -115,6 +116,7 @@ class AlignMixin(SafeMixin):
         self._epochs = _NextEpoch()
         self.add_callback(self._epochs)
         self.add_callback(ChecksBeforeTraining(self))
+        self.add_callback(LayersThatNeverRan(self))
         if self.mixing is not None and not has_length(self.train_dataset):
             raise ValueError("mixing needs a dataset of known size: join_tasks mixes iterable ones, leave mixing out")
         if self._aligned() and self.args.n_gpu > 1:

@@ -1,9 +1,10 @@
-"""What a Trainer with alignment refuses before its first step: training that would not be what it says."""
+"""What a Trainer with alignment refuses before its first step, training that would not be what it says, and notices."""
 
 from __future__ import annotations
 
 import inspect
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 from align_ext.hf.mixing import example_tasks
 from align_ext.hf.replace import adapted_layers
 from align_ext.hf.sharded import unwrapped
+from align_ext.reading import shown
 from align_ext.state import find_state
 
 _OF_TRAINER = ("loss", "runtime", "samples_per_second", "steps_per_second", "epoch")
@@ -32,6 +34,39 @@ class ChecksBeforeTraining(TrainerCallback):
         sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # whose optimizer holds parts of parameters
         check_trained(trainer.model, None if sharded else trainer.optimizer)
         check_metric(trainer)
+
+
+class LayersThatNeverRan(TrainerCallback):
+    """Warns at the end of a training of adapters that got no gradient in any of its steps.
+
+    Not where DeepSpeed keeps the gradients.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self._idle: dict[str, nn.Module] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Knows none that ran."""
+        layers = {} if self.trainer.is_deepspeed_enabled else adapted_layers(self.trainer.model)
+        self._idle = {name: layer.adapter for name, layer in layers.items()}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Looks at those that have not run yet."""
+        self._idle = {
+            name: adapter for name, adapter in self._idle.items() if all(p.grad is None for p in adapter.parameters())
+        }
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Warns of those that are left."""
+        if self._idle and state.global_step > 0:
+            names = list(self._idle)
+            warnings.warn(
+                f"{len(names)} adapted layers ({', '.join(map(shown, names[:3]))}{', ...' * (len(names) > 3)}) got no "
+                "gradient in any step, so that their adapters are as they began: the model does not run them, or reads "
+                "their weights past their forward; leave them out by exclude_modules",
+                stacklevel=2,
+            )
 
 
 def check_trained(model: nn.Module, optimizer: Any) -> None:

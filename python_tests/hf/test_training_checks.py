@@ -1,5 +1,7 @@
 """What a Trainer aligns is what it trains: everything else is refused before the first step."""
 
+from functools import partial
+
 import datasets
 import peft
 import pytest
@@ -53,6 +55,28 @@ def test_plain_lora_may_train_a_part_of_each_adapter(tmp_path):
     freeze_all(model)
     with pytest.raises(ValueError, match="is not trained"):
         trainer(tmp_path, model, features()).train()
+
+
+def test_adapters_that_never_run_are_an_error_with_alignment_and_named_at_the_end_without(tmp_path, recwarn):
+    trainer(tmp_path, adapted(align=None), features(), max_steps=2).train()
+    assert not [w for w in recwarn if "no gradient in any step" in str(w.message)]
+    with pytest.raises(RuntimeError, match="2 of 6 aligned layers did not run"):
+        trainer(tmp_path, bypassing(adapted()), features()).train()
+    with pytest.warns(
+        UserWarning, match=r"2 adapted layers .*0.mlp.up_proj.*1.mlp.up_proj.* got no gradient in any step"
+    ):
+        trainer(tmp_path, bypassing(adapted(align=None)), features(), max_steps=2).train()
+
+
+def bypassing(model):
+    for layer in model.model.layers:
+        layer.mlp.forward = partial(past_the_forward_of_up_proj, layer.mlp)
+    return model
+
+
+def past_the_forward_of_up_proj(mlp, x):
+    up = mlp.up_proj
+    return mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * (x @ up.weight.T))
 
 
 def test_a_model_without_adapters_is_refused_by_every_trainer_of_ours(tmp_path):
