@@ -89,6 +89,8 @@ def _mask(step: Step, given: Mapping[str, Any]) -> None:
         )
     mask, labels = given.get("attention_mask"), given.get("labels")
     tokens = given.get("input_ids")
+    if isinstance(tokens, Tensor) and tokens.dim() > 1:
+        step.check_samples(len(tokens))
     if isinstance(tokens, Tensor) and tokens.dim() == 3:  # [B, choices, S] of a multiple choice
         step.with_choices(tokens.shape[1])
         mask = mask.flatten(0, 1) if isinstance(mask, Tensor) and mask.shape == tokens.shape else mask

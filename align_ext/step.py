@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from align_ext.batch import Step
+from align_ext.bounds import is_whole
+from align_ext.reading import shown
 from align_ext.state import (
     AlignParts,
     AlignState,
@@ -84,10 +86,25 @@ def open_step(model: nn.Module, state: AlignState, ids: Tensor | None, **options
         )
     state.armed.clear()
     like = next(model.parameters()) if adapter is None else adapter
-    step = Step(state, None if ids is None else torch.as_tensor(ids), like, **options)
+    step = Step(state, None if ids is None else _as_ids(ids), like, **options)
     if step.records:
         state.last = step
     return step
+
+
+def _as_ids(ids: Any) -> Tensor:
+    """Task ids as a tensor, of whatever a caller has them in.
+
+    Raises:
+        ValueError: they are none.
+    """
+    try:
+        tensor = torch.as_tensor(ids)
+    except Exception as error:  # torch raises anything for what it makes no tensor of
+        raise ValueError(f"task_ids must be integers, [B] or [B, S], got {shown(ids)}") from error
+    if tensor.is_meta:
+        raise ValueError("task_ids must be integers, [B] or [B, S], but are on the meta device, which holds none")
+    return tensor
 
 
 @contextlib.contextmanager
@@ -154,8 +171,8 @@ def set_task(model: nn.Module, task: int | None) -> None:
         ValueError: no adapters, or no such task.
     """
     state = _state_of(model)
-    if task is not None and not 0 <= task < state.tasks:
-        raise ValueError(f"task must be in 0 .. num_tasks-1 = {state.tasks - 1}, or None, got {task}")
+    if task is not None and not is_whole(task, 0, state.tasks - 1):
+        raise ValueError(f"task must be an integer in 0 .. num_tasks-1 = {state.tasks - 1}, or None, got {shown(task)}")
     state.task = task
 
 

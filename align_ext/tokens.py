@@ -22,6 +22,7 @@ from align_ext.state import AlignState, world_size
 NO_TASK = -1
 TOKENS, DECODER, SAMPLES = "tokens", "decoder", "samples"
 ENCODER = "encoder"  # a part of a model, as the decoder is
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 Place = tuple[int, torch.Size]  # where a tensor lies, and its shape
 _NOT_LEARNED = (
     "the compiled layer {name!r} of an encoder-decoder has not run yet without torch.compile, so that it is unknown "
@@ -68,7 +69,7 @@ class StepTokens:
         self.decoding = False  # the tokens follow others, whose keys and values are cached
 
     def _check(self, ids: Tensor, like: Tensor) -> Tensor:
-        if ids.dim() not in (1, 2) or ids.is_floating_point() or ids.dtype == torch.bool:
+        if ids.dim() not in (1, 2) or ids.dtype not in _INTEGERS:
             raise ValueError(f"task_ids must be integers, [B] or [B, S], got {ids.dtype} {list(ids.shape)}")
         config, state, ids = self.state.config, self.state, ids.to(like.device, torch.int64)
         if state.encoder_decoder and ids.dim() == 2:
@@ -131,9 +132,16 @@ class StepTokens:
     def _counting(self, keep: Tensor) -> TokenTasks:
         given = self.given
         ids = given[:, None] if given.dim() == 1 else given
+        self.check_samples(keep.shape[0])
         if ids.shape[0] not in (1, keep.shape[0]) or ids.shape[1] not in (1, keep.shape[1]):
             raise ValueError(f"task_ids {list(given.shape)} do not fit a batch of {list(keep.shape)} tokens")
         return TokenTasks(torch.where(keep.to(ids.device), ids, NO_TASK))
+
+    def check_samples(self, samples: int) -> None:
+        """Raises ValueError if the ids that were given are those of another number of samples."""
+        if self._known and len(self.given) != samples:
+            raise ValueError(f"task_ids {list(self.given.shape)} do not fit a batch of {samples} samples: give one id "
+                             "per sample, or one per token")  # fmt: skip
 
     def mask_decoder(self, mask: Tensor | None, labels: Tensor | None) -> None:
         """Takes padding of the decoder's tokens out: by its mask, or else those that predict no label."""

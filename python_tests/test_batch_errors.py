@@ -127,8 +127,23 @@ def test_a_refused_id_leaves_the_number_of_tasks_as_it_was(task):
 def test_ids_of_another_number_of_tokens_are_an_error():
     model, (inputs, _) = adapted(), batch()
     del inputs["attention_mask"]
-    with pytest.raises(RuntimeError, match="7 ids, but an aligned layer saw 60 tokens"):
-        model(**inputs, task_ids=torch.zeros(7, dtype=torch.int64))
+    for count in (7, 1):
+        with pytest.raises(ValueError, match=rf"task_ids \[{count}\] do not fit a batch of 6 samples"):
+            model(**inputs, task_ids=torch.zeros(count, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    "ids",
+    ["ab", list("012012"), [0, None, 1], {}, [0, [1]], object(), torch.zeros(6, dtype=torch.complex64),
+     torch.zeros(6, dtype=torch.int64, device="meta"), torch.zeros(6).bool(), [0.5] * 6, 3],
+)  # fmt: skip
+def test_what_are_no_task_ids_is_one_line_that_names_them(ids):
+    model, (inputs, _) = adapted(), batch()
+    with pytest.raises(ValueError, match="task_ids must be integers") as caught:
+        model(**inputs, task_ids=ids)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="task_ids must be integers"), align_step(model, ids):
+        pass
 
 
 def test_a_model_without_alignment_says_so():

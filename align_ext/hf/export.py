@@ -38,6 +38,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from align_ext.bounds import is_whole
 from align_ext.config import AlignLoraConfig
 from align_ext.hf.adopt import refuse_foreign
 from align_ext.hf.base_model import BaseModel
@@ -124,7 +125,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], task_names: S
     Args:
         model: adapted by replace_linear_with_align_lora.
         folder: gets the files of the table above; other files in it stay.
-        task_names: of tasks 0, 1, ...; kept, and with multi_adapter the names of the tasks' folders.
+        task_names: of tasks 0, 1, ...; kept, and with multi_adapter the names of the tasks' folders. Tasks beyond them
+            are called by their numbers.
 
     Raises:
         ValueError: the model has no adapters, or PEFT's layers beside them, a weight is not finite, or the names do
@@ -180,9 +182,9 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str], task: int | No
     """
     config = _state(model).config
     if task is not None:
-        tasks = config.num_tasks if config.architecture == "multi_adapter" else 0
-        if not 0 <= task < (tasks or 0):
-            raise ValueError(f"task={task}: the model has an adapter for each of {tasks} tasks")
+        tasks = (config.num_tasks or 0) if config.architecture == "multi_adapter" else 0
+        if not is_whole(task, 0, tasks - 1):
+            raise ValueError(f"task={shown(task)}: the model has an adapter for each of {tasks} tasks, by number")
     it = _Whole.of(model, "export_peft")
     with nullcontext() if task is None else named_task(it.adapters, task):
         if reason := cannot_export(it.adapters, config) or it.cannot_write():

@@ -204,16 +204,21 @@ def decisive(
 
 
 def checked_task_names(names: Any, config: AlignLoraConfig) -> tuple[str, ...]:
-    """The names of tasks, one for each or none.
+    """The names of tasks 0, 1, ...: none, or one for each; a task beyond those that are named is called by its number.
 
     Raises:
-        ValueError: they are none, are not as many as the tasks, or cannot name the folders of a multi_adapter.
+        ValueError: they are none, are more than the tasks, or cannot name the folders of a multi_adapter.
     """
     checked = check_names(names, "task_names", for_folders=config.architecture == "multi_adapter")
-    if checked and config.num_tasks is not None and len(checked) != config.num_tasks:
-        names, tasks = shown(list(checked)), config.num_tasks
-        raise ValueError(f"task_names={names} are {len(checked)}, but there are {tasks} tasks")
-    return checked
+    tasks = config.num_tasks or len(checked)
+    if len(checked) > tasks:
+        raise ValueError(f"task_names={shown(list(checked))} are {len(checked)}, but num_tasks={tasks}")
+    rest = tuple(map(str, range(len(checked), tasks))) if checked else ()
+    if clash := set(checked).intersection(rest):
+        number = min(clash)
+        raise ValueError(f"task_names: {number!r} names task {checked.index(number)}, and task {number}, which has no "
+                         f"name, is called so too: name all {tasks} tasks")  # fmt: skip
+    return checked + rest
 
 
 def state_of(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:

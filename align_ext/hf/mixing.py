@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -10,6 +11,7 @@ import datasets
 from torch.utils.data import Sampler
 
 from align_ext.config import unknown_name
+from align_ext.reading import shown
 
 Mixing = Literal["proportional", "temperature", "equal", "round_robin"]
 
@@ -51,9 +53,9 @@ class TaskSampler(Sampler[int]):
         if not temperature >= 1:
             raise ValueError(f"temperature must be at least 1, got {temperature}")
         self.pools: dict[int, list[int]] = {}
-        for index, task in enumerate(tasks):
+        for index, task in enumerate(map(task_number, tasks)):
             if task >= 0:
-                self.pools.setdefault(int(task), []).append(index)
+                self.pools.setdefault(task, []).append(index)
         if not self.pools:
             raise ValueError("no example belongs to a task: task_ids are empty or all -1")
         least = per_task * min(2, len(self.pools)) if per_task > 1 else 1
@@ -165,13 +167,28 @@ def example_tasks(dataset: Any) -> list[int]:
 
 def _only_task(tasks: Any) -> int:
     if not isinstance(tasks, list):
-        return int(tasks)
-    found = set(tasks) - {-1} or {-1}
+        return task_number(tasks)
+    found = set(map(task_number, tasks)) - {-1} or {-1}
     if len(found) > 1:
         raise ValueError(
             "mixing orders examples, but rows are packed from several tasks: use packing=False or no mixing"
         )
-    return int(found.pop())
+    return found.pop()
+
+
+def task_number(task: Any) -> int:
+    """A task id as an int.
+
+    Raises:
+        ValueError: it is no integer of Python, NumPy or torch, or below -1.
+    """
+    try:
+        number = operator.index(task)
+    except (TypeError, RuntimeError):  # the latter of torch
+        number = -2
+    if isinstance(task, bool) or number < -1:
+        raise ValueError(f"task_ids must be integers, -1 for none, got {shown(task)}")
+    return number
 
 
 def _add_task(example: dict[str, Any], task: int) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from align_ext.hf.collator import TaskCollator
 from align_ext.hf.encoding import check_conversations, encode, features, fits
 from align_ext.hf.evaluate import TaskScore, alignment, evaluate
 from align_ext.hf.export import PEFT_CONFIG, load_adapter, save_adapter
-from align_ext.hf.folder import AdapterFolder
+from align_ext.hf.folder import AdapterFolder, checked_task_names
 from align_ext.hf.merge import merge_and_unload
 from align_ext.hf.models import best_dtype, default_targets, load_model, usable_device
 from align_ext.hf.options import TrainOptions
@@ -35,7 +35,6 @@ from align_ext.hf.run_folder import RunFolder
 from align_ext.hf.safely import Diverged
 from align_ext.hf.tasks import TaskData, read_tasks, select
 from align_ext.hf.trainer import AlignTrainer, align_training_arguments
-from align_ext.reading import check_names
 from align_ext.terminal import bars_on, say
 from align_ext.writing import atomic_file, check_space
 
@@ -99,7 +98,7 @@ def prepare(folder: RunFolder, console: Console) -> Job:
     )  # fmt: skip
     names = tuple(pools.tasks)
     config = options.adapter_config(num_tasks=len(names))
-    check_names(names, "tasks of the data", for_folders=config.architecture == "multi_adapter")
+    checked_task_names(names, config)
     if config.align is not None and len(names) < 2:
         raise ValueError(f"alignment needs two tasks or more, found only {names[0]!r}: use --align none")
     dtype = best_dtype(device) if options.dtype == "auto" else options.dtype

@@ -17,16 +17,13 @@ from align_ext.accumulation import align_statistics
 from align_ext.batch import Step
 from align_ext.config import AlignLoraConfig, unknown_name
 from align_ext.hf.checkpoint import load_queue, load_trained, save_trained
+from align_ext.hf.folder import checked_task_names
 from align_ext.hf.mixing import Mixing, TaskSampler, example_tasks, join_tasks, with_task
 from align_ext.hf.safely import SafeMixin
 from align_ext.hf.sharded import holders
 from align_ext.hf.task_losses import LossSums, TaskLosses
-from align_ext.hf.training_checks import (
-    ChecksBeforeTraining,
-    LayersThatNeverRan,
-    least_is_best,
-    refuse_peft_config,
-)
+from align_ext.hf.training_checks import ChecksBeforeTraining, LayersThatNeverRan, least_is_best, refuse_peft_config
+from align_ext.reading import shown
 from align_ext.state import UnionPart, find_state, refuse_processes_apart
 from align_ext.step import align_step, named_tasks
 
@@ -68,7 +65,7 @@ class AlignMixin(SafeMixin):
 
     Args:
         *args: as for Trainer.
-        task_names: names for the log, by task id; the id itself where there is none.
+        task_names: of tasks 0, 1, ..., for the log and the checkpoints; the id itself where there is none.
         in_order: take the training examples in the dataset's own order instead of shuffling.
         train_dataset: as for Trainer; or a dictionary of datasets by task name, joined by join_tasks. An eval_dataset
             of the same names then needs no task_ids either.
@@ -93,6 +90,8 @@ class AlignMixin(SafeMixin):
         mixing: Mixing | Mapping[str, Any] | None = None, align_schedule: AlignSchedule = "constant",
         align_warmup: float = 0.0, **kwargs: Any,
     ) -> None:  # fmt: skip
+        if not isinstance(in_order, bool):
+            raise ValueError(f"in_order must be True or False, got {shown(in_order)}")
         if align_schedule not in get_args(AlignSchedule):
             raise ValueError(unknown_name("align_schedule", str(align_schedule), get_args(AlignSchedule)))
         if not 0 <= align_warmup < 1:
@@ -107,7 +106,8 @@ class AlignMixin(SafeMixin):
         super().__init__(*args, **kwargs)
         refuse_processes_apart("on CPUs give the arguments use_cpu=True, so that they join by gloo")
         least_is_best(self.args)
-        self.task_names, self.in_order = tuple(task_names), in_order
+        config = self._config() or AlignLoraConfig()
+        self.task_names, self.in_order = checked_task_names(task_names, config), in_order
         self.mixing = {"mixing": mixing} if isinstance(mixing, str) else mixing
         self._train_sums, self._eval_sums = LossSums(), LossSums()
         self._splitter: TaskLosses | None = None

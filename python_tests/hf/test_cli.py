@@ -102,6 +102,7 @@ def test_train_runs_a_local_model_on_local_rows(run, tmp_path):
     model_folder(tmp_path / "model", chat=True)
     write_rows(tmp_path / "rows.jsonl")
     flags = ["--steps", 2, "--eval-examples", 2, "--dtype", "float32", "--output", "out", "--device", "cpu"]
+    flags += ["--num-tasks", 3]  # one more than there are
     code, out, err = run("train", "--model", tmp_path / "model", "--data", tmp_path / "rows.jsonl", *flags)
     assert code == 0, err
     results = json.loads((tmp_path / "work/out/results.json").read_text())

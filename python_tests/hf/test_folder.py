@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from align_ext import (
     save_adapter,
     set_task,
 )
+from align_ext.hf.folder import AdapterFolder
 
 WEIGHTS, STATE = "adapter_model.safetensors", "align_lora_heads.safetensors"
 PEFT_CONFIG, OUR_CONFIG = "adapter_config.json", "align_lora_config.json"
@@ -142,7 +144,23 @@ def test_a_task_has_to_be_named_and_to_exist_for_its_export(tmp_path):
     torch.testing.assert_close(logits(load_adapter(plain(), tmp_path / "x")), logits(model), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("names", [["a", "b"], ["a", "b", "a"], ["a", "b", "../c"], ["a", "b", ".."], ["a", "b", ""]])
+@pytest.mark.parametrize("kind", ["multi_adapter", "hydra"])
+def test_tasks_beyond_those_that_are_named_are_called_by_their_numbers(kind, tmp_path):
+    model = trained(kind, num_tasks=5)
+    save_adapter(model, tmp_path, task_names=["a", "b", "c"])
+    assert AdapterFolder.read(tmp_path).task_names == ("a", "b", "c", "3", "4")
+    again = load_adapter(plain(), tmp_path)
+    if kind == "multi_adapter":
+        assert sorted(os.listdir(tmp_path / "tasks")) == ["3", "4", "a", "b", "c"]
+        for each in (model, again):
+            set_task(each, 4)
+    torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [list("abcd"), "abc", None, ["2", "b"], ["a", None, "c"], ["a", "b", "a"], ["a", "b", "../c"], [".."], ["a", ""]],
+)
 def test_task_names_that_do_not_fit_are_refused(names, tmp_path):
     with pytest.raises(ValueError, match="task_names"):
         save_adapter(trained("multi_adapter"), tmp_path / "adapter", task_names=names)

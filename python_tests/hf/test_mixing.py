@@ -3,6 +3,7 @@
 from collections import Counter
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard, prepare_data_loader, skip_first_batches
@@ -263,3 +264,15 @@ def test_trainer_takes_a_dictionary_of_datasets_by_task(tmp_path, iterable):
         assert metrics[f"eval_{name}_loss/{name}"] == pytest.approx(metrics[f"eval_{name}_loss"], rel=1e-5)
     batch = next(iter(ran.get_train_dataloader()))
     assert torch.bincount(batch["task_ids"]).tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("tasks", [[0.5, 1], [0, True], ["0", "1"], [0, None], [0, -2], torch.tensor([0.0, 1.0])])
+def test_tasks_that_are_no_integers_are_refused(tasks):
+    with pytest.raises(ValueError, match="task_ids must be integers"):
+        TaskSampler(tasks, 4)
+    with pytest.raises(ValueError, match="task_ids must be integers"):
+        example_tasks([{"task_ids": [task, task]} for task in tasks])
+
+
+def test_integers_of_numpy_and_torch_are_tasks():
+    assert TaskSampler(torch.tensor([0, 1, -1]), 4).pools == TaskSampler(np.array([0, 1, -1]), 4).pools

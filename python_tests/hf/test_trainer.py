@@ -7,6 +7,7 @@ import pytest
 import torch
 from hf.trainers import (
     NAMES,
+    ONE_STEP,
     WEIGHT,
     Gradients,
     adapted,
@@ -24,6 +25,7 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import rewrite_logs
 
 from align_ext import AlignTrainer, TaskCollator, align_step
+from align_ext.hf.folder import AdapterFolder
 from align_ext.hf.trainer import align_training_arguments
 from align_ext.state import UnionPart
 
@@ -285,3 +287,30 @@ def test_the_arguments_default_to_the_papers_recipe_and_can_be_overridden(tmp_pa
     assert arguments.get_warmup_steps(200) == 6
     assert arguments.report_to == []
     assert align_training_arguments(str(tmp_path), learning_rate=1e-3, use_cpu=True).learning_rate == 1e-3
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"task_names": list("abcd")}, {"task_names": "abc"}, {"task_names": ["a", "a"]}, {"task_names": ["a", None]},
+        {"task_names": ["a/b"]}, {"task_names": [".."]}, {"task_names": {"a": 1}}, {"in_order": "no"}, {"in_order": 1},
+    ],
+)  # fmt: skip
+def test_what_the_first_checkpoint_would_refuse_is_refused_before_training(given, tmp_path):
+    kept = {"args": align_training_arguments(str(tmp_path), use_cpu=True), "train_dataset": features(4)}
+    with pytest.raises(ValueError, match=next(iter(given))):
+        AlignTrainer(model=adapted(None, architecture="multi_adapter"), **kept, **given)
+    parts = {"../x": datasets.Dataset.from_list(features(4)).remove_columns("task_ids")}
+    with pytest.raises(ValueError, match="task_names"):
+        AlignTrainer(model=adapted(None, architecture="multi_adapter"), **kept | {"train_dataset": parts})
+
+
+def test_tasks_without_a_name_are_logged_and_saved_by_their_numbers(tmp_path):
+    ran = AlignTrainer(
+        model=adapted(), args=align_training_arguments(str(tmp_path), **ONE_STEP | {"save_strategy": "steps"},
+                                                       save_steps=1),
+        train_dataset=features(), data_collator=TaskCollator(tokenizer()), task_names=["even"], in_order=True,
+    )  # fmt: skip
+    ran.train()
+    assert {"loss/even", "loss/1", "loss/2"} <= logged(ran)[0].keys()
+    assert AdapterFolder.read(tmp_path / "checkpoint-1").task_names == ("even", "1", "2")
