@@ -296,6 +296,7 @@ def bench(
     --only sweep --plot cost.png
     """
     from align_ext.bench import plots, run
+    from align_ext.bench.timing import MARK
 
     try:
         if quick and full:
@@ -303,7 +304,7 @@ def bench(
         names = run.chosen(only)
         how = run.setting(device, "quick" if quick else "full" if full else "normal", model)
         if json is not None:
-            check_file("json", json)
+            check_file("json", json, f'"written_by": "{MARK}"')
         if plot is not None:
             plots.check(plot)
     except ValueError as error:

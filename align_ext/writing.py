@@ -27,6 +27,7 @@ from align_ext.reading import check_folder, shown, why
 LOCK = ".align_lora.lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+_ENDS = 1 << 16  # bytes of a result in which its mark stands
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LOGGER = logging.getLogger(__name__)
@@ -325,17 +326,24 @@ def atomic_file(file: str | os.PathLike[str]) -> Iterator[Path]:
         new.unlink(missing_ok=True)
 
 
-def check_file(option: str, file: str | os.PathLike[str]) -> None:
-    """Checks that a file can be written.
+def check_file(option: str, file: str | os.PathLike[str], mark: str) -> None:
+    """Checks that a result can be written to a file: a new one, an empty one, a device, or an earlier result.
+
+    Args:
+        option: that names the file, for messages.
+        file: the file.
+        mark: what every such result holds near its start or its end, and nothing else does.
 
     Raises:
-        ValueError: it cannot; the message names the option.
+        ValueError: it cannot, or another file would be lost.
     """
     try:
         if Path(file).is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
         if Path(file).exists():
             os.close(os.open(file, os.O_WRONLY | os.O_NONBLOCK))
+        if Path(file).is_file() and not _is_result(Path(file), mark):
+            raise FileExistsError(errno.EEXIST, "the file there is no such result, and would be lost: name another")
         with suppress(InterruptedError), atomic_file(file) as new:
             if new.name == Path(os.path.realpath(file)).name:
                 return
@@ -343,6 +351,13 @@ def check_file(option: str, file: str | os.PathLike[str]) -> None:
             raise InterruptedError
     except (OSError, ValueError) as error:
         raise ValueError(f"{option}={shown(os.fspath(file))} cannot be written: {why(error)}") from error
+
+
+def _is_result(file: Path, mark: str) -> bool:
+    with open(file, "rb") as content:
+        size, found = os.fstat(content.fileno()).st_size, content.read(_ENDS)
+        content.seek(max(size - _ENDS, 0))
+        return size == 0 or mark.encode() in found + content.read(_ENDS)
 
 
 def check_space(folder: Path, size: int) -> None:

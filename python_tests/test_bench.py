@@ -192,6 +192,7 @@ def test_every_suite_runs_and_writes_what_it_measured(bench, tmp_path):
     code, out, _ = bench("--quick", "--device", "cpu", "--json", "all.json")
     assert code == 0
     results = json.loads((tmp_path / "all.json").read_text())
+    assert results.pop("written_by") == "align-lora bench"
     assert out.startswith(results.pop("machine"))
     for title, comparison in results.items():
         assert title in out
@@ -210,7 +211,7 @@ def test_every_suite_runs_and_writes_what_it_measured(bench, tmp_path):
 
 
 def test_a_sweep_becomes_a_plot_with_a_panel_for_each_axis(tmp_path):
-    pytest.importorskip("matplotlib")
+    matplotlib = pytest.importorskip("matplotlib.figure") and sys.modules["matplotlib"]
     times = {"frozen": [1.0, 1.0, 2.0], "ours": [2.0, 3.0, 2.0]}
     frozen = {"ours": [(ms,) for ms in times["frozen"]]}
     results = {
@@ -222,8 +223,15 @@ def test_a_sweep_becomes_a_plot_with_a_panel_for_each_axis(tmp_path):
     assert plots.points(results)["tasks"].keys() == times.keys()
     with pytest.raises(ValueError, match="the ending must be one of"):
         plots.check(tmp_path / "sweep.doc")
-    plots.write(tmp_path / "sweep.svg", results, "a machine")
+    for name in ("sweep.svg", "sweep.png", "sweep.pdf"):
+        plots.write(tmp_path / name, results, "a machine")
+        plots.check(tmp_path / name)  # the next one may take its place
     assert (tmp_path / "sweep.svg").read_text().lstrip().startswith("<?xml")
+    matplotlib.figure.Figure().savefig(tmp_path / "mine.png")
+    plots.write(tmp_path / "sweep.jpg", results, "a machine")
+    for name in ("mine.png", "sweep.jpg"):  # the latter holds nothing that tells it
+        with pytest.raises(ValueError, match="is no such result, and would be lost"):
+            plots.check(tmp_path / name)
 
 
 def test_without_matplotlib_a_plot_is_refused_before_anything_is_measured(monkeypatch, tmp_path):
@@ -249,6 +257,16 @@ def test_a_mistake_is_one_line_and_nothing_is_measured(bench, arguments, message
     assert message in err
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_times_replace_earlier_times_and_no_other_file(bench, tmp_path):
+    (tmp_path / "notes.json").write_text('{"machine": "mine"}')
+    code, _, err = bench("--quick", "--json", "notes.json")
+    assert (code, (tmp_path / "notes.json").read_text()) == (2, '{"machine": "mine"}')
+    assert "is no such result, and would be lost: name another" in err
+    assert err.count("\n") == 1
+    for _ in range(2):
+        assert bench("--quick", "--device", "cpu", "--only", "dispatch", "--json", "all.json")[0] == 0
 
 
 def test_the_help_explains_every_suite_and_what_a_ratio_is(bench):

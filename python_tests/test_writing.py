@@ -1,5 +1,6 @@
 """Folders and files are whole or not there, one process has them at a time, and nothing of anybody else's is lost."""
 
+import contextlib
 import errno
 import multiprocessing
 import os
@@ -221,10 +222,27 @@ def test_a_file_that_cannot_be_written_is_known_before(tmp_path, name, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ValueError, match=r"--json=.* cannot be written: "):
-        check_file("--json", name)
-    check_file("--json", "file")
-    check_file("--json", "new")
+        check_file("--json", name, "MARK")
+    check_file("--json", "new", "MARK")
     assert contents(tmp_path) == {"file": "mine"}
+
+
+@pytest.mark.parametrize("through", ["there", "link", "hard", "a/../there"])
+def test_a_result_takes_the_place_of_a_result_and_of_nothing_else(tmp_path, through):
+    file = tmp_path / "there"
+    file.touch()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    (tmp_path / "hard").hardlink_to(file)
+    for content, free in (
+        ("", True), ("a MARK", True), ("x" * 10**6 + "MARK" + "x" * 10**4, True), ("mine", False), ("\n", False),
+        ("x" * 10**5 + "MARK" + "x" * 10**5, False),
+    ):  # fmt: skip
+        file.write_text(content)
+        with contextlib.nullcontext() if free else pytest.raises(ValueError, match=r"--json=.* and would be lost"):
+            check_file("--json", tmp_path / through, "MARK")
+        assert file.read_text() == content
+    check_file("--json", "/dev/null", "MARK")
 
 
 def test_a_disk_that_is_too_small_is_known_before(tmp_path):

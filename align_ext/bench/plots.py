@@ -9,6 +9,9 @@ from typing import Any
 from align_ext.bench.timing import Comparison
 from align_ext.writing import atomic_file, check_file
 
+MARK = "align-lora bench: plot of a sweep"  # tells a plot, which another may replace, from anything else
+_MARKED = {"png": "Software", "svg": "Creator", "pdf": "Creator", "ps": "Creator", "eps": "Creator"}
+
 
 def check(path: Path) -> None:
     """Raises ValueError if no plot can be written there."""
@@ -19,7 +22,7 @@ def check(path: Path) -> None:
     endings = sorted(FigureCanvasBase.get_supported_filetypes())
     if path.suffix.removeprefix(".") not in endings:
         raise ValueError(f"plot={str(path)!r}: the ending must be one of .{', .'.join(endings)}")
-    check_file("plot", path)
+    check_file("plot", path, MARK)
 
 
 def points(results: dict[str, Comparison]) -> dict[str, dict[str, list[tuple[int, float, float, float]]]]:
@@ -60,4 +63,6 @@ def write(path: Path, results: dict[str, Comparison], caption: str) -> None:
         panel.legend(fontsize=7)
     figure.suptitle(caption, fontsize=8)
     with atomic_file(path) as new:
-        figure.savefig(new, format=path.suffix.removeprefix("."))
+        kind = path.suffix.removeprefix(".").lower()
+        marked = {_MARKED[kind]: MARK} if kind in _MARKED else None  # of another kind no plot is replaced
+        figure.savefig(new, format=kind, metadata=marked)

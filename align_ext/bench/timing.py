@@ -35,6 +35,7 @@ from align_ext.ops._native import build_info
 ROW_MS = 20
 AT_A_TIME = 4  # variants between two calls of the first one
 CLEARED_BYTES = 512 << 20  # more than any second-level cache
+MARK = "align-lora bench"  # tells a file of times, which another may replace, from anything else
 Call = Callable[[], object]
 Baselines = dict[str, list[tuple[float, ...]]]
 
@@ -254,7 +255,9 @@ def machine(device: str) -> str:
 
 def as_json(device: str, results: dict[str, Comparison]) -> str:
     """The machine, and all that was measured, for other programs."""
-    return json.dumps({"machine": machine(device)} | {title: asdict(c) for title, c in results.items()})
+    return json.dumps(
+        {"written_by": MARK, "machine": machine(device)} | {title: asdict(c) for title, c in results.items()}
+    )
 
 
 def main(run: Callable[[str, str], dict[str, Comparison]]) -> None:

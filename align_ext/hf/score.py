@@ -24,6 +24,8 @@ from align_ext.step import set_task
 from align_ext.terminal import bars_on, say, working
 from align_ext.writing import atomic_file, check_file
 
+MARK = "align-lora eval"  # tells a file of scores, which another may replace, from anything else
+
 
 @dataclass(frozen=True)
 class EvalRequest:
@@ -57,7 +59,7 @@ def score(request: EvalRequest, file: str | None, console: Console) -> dict[str,
         ValueError: something of the request cannot be used; nothing is written.
     """
     if file is not None:
-        check_file("--json", Path(file).expanduser())
+        check_file("--json", Path(file).expanduser(), f'"written_by": "{MARK}"')
     pools = read_tasks(
         request.data, request.tasks, train=0, test=request.examples, ignore_columns=request.ignore_columns
     )
@@ -78,7 +80,7 @@ def score(request: EvalRequest, file: str | None, console: Console) -> dict[str,
     if file is not None:
         tasks = {name: _parts(name, found, data) for name, found in scores.items()}
         content = {
-            "options": asdict(request), "versions": versions(), "dtype": str(model.dtype), "data": data.counts(),
+            "written_by": MARK, "options": asdict(request), "versions": versions(), "dtype": str(model.dtype), "data": data.counts(),
             "tasks": tasks,
         }  # fmt: skip
         with atomic_file(Path(file).expanduser()) as new:

@@ -107,3 +107,16 @@ def test_data_without_a_test_split_is_refused_and_a_file_of_its_own_is_scored(ru
     assert "the task 'next' has no test split" in err
     found, _ = scored(run, place, "--data", place / "data/x.train.jsonl", "--examples", 99)
     assert found["tasks"]["next"]["examples"] == 18
+
+
+@pytest.mark.parametrize("name", ["data/x.test.jsonl", "model/model.safetensors", "model/config.json", "notes.md"])
+def test_scores_replace_earlier_scores_and_no_other_file(run, place, name):
+    (place / "notes.md").write_text("mine, of align-lora eval")
+    before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    code, out, err = run("eval", *common(place), "--examples", 2, "--json", place / name)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "the file there is no such result, and would be lost: name another" in err
+    assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
+    if name == "notes.md":
+        first, _ = scored(run, place)
+        assert scored(run, place)[0] == first
