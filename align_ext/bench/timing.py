@@ -255,9 +255,8 @@ def machine(device: str) -> str:
 
 def as_json(device: str, results: dict[str, Comparison]) -> str:
     """The machine, and all that was measured, for other programs."""
-    return json.dumps(
-        {"written_by": MARK, "machine": machine(device)} | {title: asdict(c) for title, c in results.items()}
-    )
+    about = {"written_by": MARK, "machine": machine(device)}
+    return json.dumps(about | {title: asdict(c) for title, c in results.items()})
 
 
 def main(run: Callable[[str, str], dict[str, Comparison]]) -> None:

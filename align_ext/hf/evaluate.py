@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +13,9 @@ from typing import Any
 import torch
 from rich.progress import Progress
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
+from align_ext.bounds import is_whole
 from align_ext.hf.collator import TaskCollator
 from align_ext.hf.encoding import answer_tokens, encode, features, prompt_tokens
 from align_ext.hf.replace import adapted_layers
@@ -86,7 +89,8 @@ def evaluate(
     """Scores a causal language model on each task, in eval mode.
 
     With choices, the answer with the smallest negative log-likelihood per token is the model's; without, it
-    generates greedily, up to a few tokens more than the longest gold answer, and the example's scorer judges.
+    generates greedily, up to a few tokens more than the longest gold answer of the task, and the example's scorer
+    judges. Of the model's own generation_config only the special tokens' ids count.
 
     Args:
         model: any transformers model that generates.
@@ -109,10 +113,10 @@ def evaluate(
         if progress is not None and bar is not None:
             progress.advance(bar, count)
 
-    with _eval_mode(model):
+    with _eval_mode(model), _greedy_alone(model, tokenizer):
         sums = _choice_nll(model, tokenizer, rows, batch_size, advance)
         generated: dict[int, float] = {}
-        # Task by task: a batch generates as long as its longest answer, and a model may need to know its task.
+        # Task by task: an answer may be as long as the longest of its task, and a model may need to know the task.
         for _, same in itertools.groupby(sorted(free, key=lambda i: examples[i].task), lambda i: examples[i].task):
             group = list(same)
             with _named_task(model, tasks[group[0]]):
@@ -206,6 +210,30 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
+def plain_generation(model: Any, tokenizer: Any) -> GenerationConfig:
+    """How a model generates where nothing but its logits decides: its special tokens' ids, and no other option of it.
+
+    It ends at the tokenizer's end token and at each of the model's own.
+    """
+    own = model.generation_config
+    ends = [*(own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]), tokenizer.eos_token_id]
+    ids = [end for end in dict.fromkeys(ends) if is_whole(end, 0, 2**31)]
+    return GenerationConfig(
+        do_sample=False, eos_token_id=ids or None, pad_token_id=tokenizer.pad_token_id, bos_token_id=own.bos_token_id,
+        decoder_start_token_id=own.decoder_start_token_id,
+    )  # fmt: skip
+
+
+@contextmanager
+def _greedy_alone(model: Any, tokenizer: Any) -> Iterator[None]:
+    """Gives a model its plain generation: generate() takes what it is not told from the model's own configuration."""
+    before, model.generation_config = model.generation_config, plain_generation(model, tokenizer)
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
 def _task_ids(model: nn.Module, examples: Sequence[Example], ids: Mapping[str, int] | None) -> list[int]:
     """The id of each example's task; -1 where none is told and the model needs none."""
     missing = sorted({example.task for example in examples} - set(ids or {}))
@@ -279,6 +307,7 @@ def _generated_scores(
     """The score of a greedy answer to each free-text example."""
     scores = {}
     encoded = {i: encode(tokenizer, examples[i].prompt, examples[i].answer) for i in free}
+    longest = max(len(answer) for _, answer in encoded.values()) + 4
     free = sorted(free, key=lambda i: len(encoded[i][0]))
     for batch in _batches(free, batch_size):
         width = max(len(encoded[i][0]) for i in batch)
@@ -288,16 +317,10 @@ def _generated_scores(
             prompt = encoded[i][0]
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
+        how = copy.deepcopy(model.generation_config)
+        how.max_new_tokens = longest
         out = model.generate(
-            input_ids=ids.to(_device(model)),
-            attention_mask=mask.to(_device(model)),
-            max_new_tokens=max(len(encoded[i][1]) for i in batch) + 4,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            input_ids=ids.to(_device(model)), attention_mask=mask.to(_device(model)), generation_config=how
         )
         for i, text in zip(batch, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True), strict=True):
             scores[i] = examples[i].score(text)

@@ -14,6 +14,7 @@ import re
 import sys
 from typing import Any
 
+from align_ext.hf.evaluate import plain_generation
 from align_ext.hf.folder import AdapterFolder
 from align_ext.hf.score import EvalRequest, load_scored
 
@@ -69,6 +70,7 @@ def _model_class() -> Any:
             request = EvalRequest(model=pretrained, adapter=adapter, merge=merge, dtype=dtype, device=where)
             model, tokenizer = load_scored(request, None if task is None else str(task))
             model = model.to(device) if device and ":" in device else model
+            model.generation_config = plain_generation(model, tokenizer)  # the harness's tasks say how to generate
             super().__init__(pretrained=model, tokenizer=tokenizer, **options)
 
     return AlignLM

@@ -80,8 +80,8 @@ def score(request: EvalRequest, file: str | None, console: Console) -> dict[str,
     if file is not None:
         tasks = {name: _parts(name, found, data) for name, found in scores.items()}
         content = {
-            "written_by": MARK, "options": asdict(request), "versions": versions(), "dtype": str(model.dtype), "data": data.counts(),
-            "tasks": tasks,
+            "written_by": MARK, "options": asdict(request), "versions": versions(), "dtype": str(model.dtype),
+            "data": data.counts(), "tasks": tasks,
         }  # fmt: skip
         with atomic_file(Path(file).expanduser()) as new:
             new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -6,6 +6,7 @@ import statistics
 import pytest
 import torch
 from hf.words import llama, tokenizer
+from transformers import GenerationConfig
 
 from align_ext import align_parts, replace_linear_with_align_lora
 from align_ext.hf.encoding import encode
@@ -86,13 +87,45 @@ def test_generation_is_greedy_whatever_the_padding(model, batch_size):
     said, expected = [], []
     result = evaluate(model, tokenizer(), examples(said), batch_size)
     free = examples()[9:]
-    for i, example in enumerate(free):
-        batch = free[i - i % batch_size :][:batch_size]
+    for example in free:
         ids, _ = encode(tokenizer(), example.prompt, example.answer)
-        expected.append(greedy(model, ids, max(len(other.answer) + 1 for other in batch) + 4))
+        expected.append(greedy(model, ids, max(len(other.answer) + 1 for other in free) + 4))
     assert said == expected
     assert len(set(said)) > 3
     assert result["copy"].score == pytest.approx(sum(len(text) % 2 for text in said) / 7)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1}, {"min_new_tokens": 9}, {"min_length": 99},
+        {"max_length": 3}, {"max_time": 1e-9}, {"num_beams": 3, "num_return_sequences": 3},
+        {"do_sample": True, "temperature": 9.0, "top_k": 2}, {"suppress_tokens": list(range(3, 60))},
+        {"begin_suppress_tokens": list(range(3, 60))}, {"bad_words_ids": [[9], [10]]}, {"forced_eos_token_id": 1},
+        {"return_dict_in_generate": True, "output_scores": True}, {"stop_strings": ["a"]}, {"use_cache": False},
+        {"cache_implementation": "static"}, {"penalty_alpha": 0.6, "top_k": 4}, {"guidance_scale": 3.0},
+        {"sequence_bias": [[[5], 90.0]]}, {"exponential_decay_length_penalty": (0, 9.0)}, {"own_option": 3},
+        {"prompt_lookup_num_tokens": 3}, {"dola_layers": "low"}, {"token_healing": True},
+        {"encoder_repetition_penalty": 9.0}, {"bos_token_id": "none"}, {"decoder_start_token_id": "x"},
+    ],
+    ids=lambda options: next(iter(options)),
+)  # fmt: skip
+def test_of_a_models_own_way_to_generate_nothing_reaches_its_greedy_answers(model, options):
+    expected, said = [], []
+    evaluate(model, tokenizer(), examples(expected), 3)
+    model.generation_config = own = GenerationConfig(**model.generation_config.to_diff_dict() | options)
+    evaluate(model, tokenizer(), examples(said), 3)
+    assert said == expected
+    assert model.generation_config is own
+
+
+def test_an_answer_ends_at_each_end_token_of_the_model(model):
+    said, ended = [], []
+    evaluate(model, tokenizer(), examples(said), 3)
+    letter = next(text for text in said if len(text) > 2)[1]
+    model.generation_config.eos_token_id = [tokenizer().convert_tokens_to_ids(letter), tokenizer().eos_token_id]
+    evaluate(model, tokenizer(), examples(ended), 3)
+    assert ended == [text.partition(letter)[0] + letter * (letter in text) for text in said]
 
 
 def test_choices_may_be_answered_freely_too(model):

@@ -214,7 +214,7 @@ def test_folders_of_version_0_1_0_load(kind, folders, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "names", [5, [1], "abc", ["a", "b"], ["a", "b", "../c"], ["a", "b", "/c"], ["a", "b", "b"], {"a": 1}, [["a"]]]
+    "names", [5, [1], "abc", list("abcd"), ["a", "b", "../c"], ["a", "b", "/c"], ["a", "b", "b"], {"a": 1}, [["a"]]]
 )
 def test_names_of_tasks_that_are_none_are_refused_by_every_reader(names, folders, tmp_path, run):
     shutil.copytree(folders["multi_adapter"][0], tmp_path / "a")

@@ -83,6 +83,21 @@ def test_the_harness_meets_the_model_with_its_adapter(place, options):
 
 
 @installed
+def test_the_harness_generates_as_its_task_says_and_not_as_the_model_does(place):
+    from lm_eval.api.instance import Instance
+
+    requests = [
+        Instance("generate_until", {}, (text, {"max_gen_toks": 8, "until": ["\n\n"]}), 0) for text in ("a", "x")
+    ]
+    expected = align_lm(place).generate_until(requests)
+    file = place / "model/generation_config.json"
+    odd = {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "min_new_tokens": 8, "num_beams": 2}
+    file.write_text(json.dumps(json.loads(file.read_text()) | odd))
+    assert align_lm(place).generate_until(requests) == expected
+    assert any(expected)
+
+
+@installed
 def test_a_local_task_runs_through_the_harnesss_own_command_line(place, monkeypatch):
     folder = adapter(place / "adapter")
     model = load_adapter(llama(), folder).eval()
