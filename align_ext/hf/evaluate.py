@@ -215,12 +215,15 @@ def plain_generation(model: Any, tokenizer: Any) -> GenerationConfig:
 
     It ends at the tokenizer's end token and at each of the model's own.
     """
-    own = model.generation_config
-    ends = [*(own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]), tokenizer.eos_token_id]
-    ids = [end for end in dict.fromkeys(ends) if is_whole(end, 0, 2**31)]
+    own = model.generation_config.to_dict()
+    ends = own.get("eos_token_id")
+    ends = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
+    first = {
+        name: own[name] for name in ("bos_token_id", "decoder_start_token_id") if is_whole(own.get(name), 0, 2**31)
+    }
     return GenerationConfig(
-        do_sample=False, eos_token_id=ids or None, pad_token_id=tokenizer.pad_token_id, bos_token_id=own.bos_token_id,
-        decoder_start_token_id=own.decoder_start_token_id,
+        do_sample=False, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=[end for end in dict.fromkeys(ends) if is_whole(end, 0, 2**31)] or None, **first,
     )  # fmt: skip
 
 
