@@ -21,6 +21,7 @@ from align_ext import ending
 from align_ext.hf.options import TrainOptions, known_options
 from align_ext.hf.rows import ROWS
 from align_ext.reading import line, read_yaml
+from align_ext.terminal import guarded, outlive_output, plain_console
 from align_ext.writing import check_file
 
 app = typer.Typer(
@@ -54,7 +55,8 @@ def train(config: str | None, print_config: bool, **flags: Any) -> None:
     if print_config:
         typer.echo(yaml.safe_dump(options.to_dict(), sort_keys=False), nl=False)
         return
-    recipe, console = _on_transformers("training", "recipe"), _console()
+    outlive_output()
+    recipe, console = _on_transformers("training", "recipe"), plain_console()
     from align_ext.hf.run_folder import open_run
 
     with ExitStack() as held:
@@ -105,10 +107,12 @@ def evaluate(
     given: dict[str, Any] = {name: value for name, value in locals().items() if name != "json"}
     for name in ("tasks", "ignore_columns"):
         given[name] = tuple(word.strip() for word in given[name].split(",") if word.strip())
+    if json is not None:
+        outlive_output()
     with _on_models("scoring"):
         from align_ext.hf.score import EvalRequest, score
 
-        score(EvalRequest(**given), json, _console())
+        score(EvalRequest(**given), json, plain_console())
 
 
 _Folder = Annotated[str, typer.Argument(help="folder of save_adapter or `train` (its adapter/), or of stock PEFT")]
@@ -144,9 +148,10 @@ def merge(
 
     Example: align-lora merge run/adapter --model Qwen/Qwen2.5-0.5B --output merged
     """
+    outlive_output()
     with _on_models("merging") as commands:
         request = commands.Request(adapter, model, output, task, force)
-        commands.merge(request, approximate, prompts, dtype, _console())
+        commands.merge(request, approximate, prompts, dtype, plain_console())
 
 
 @app.command()
@@ -170,8 +175,9 @@ def export(
 
     Example: align-lora export run/adapter --output peft_adapter --verify
     """
+    outlive_output()
     with _on_models("exporting") as commands:
-        if not commands.export(commands.Request(adapter, model, output, task, force), verify, _console()):
+        if not commands.export(commands.Request(adapter, model, output, task, force), verify, plain_console()):
             raise typer.Exit(1)
 
 
@@ -186,7 +192,7 @@ def inspect_folder(adapter: _Folder) -> None:
     from align_ext.hf.inspect import inspect_adapter
 
     try:
-        inspect_adapter(adapter, _console())
+        inspect_adapter(adapter, plain_console())
     except ValueError as error:
         raise Mistake(str(error)) from error
 
@@ -218,12 +224,6 @@ def _on_transformers(what: str, name: str) -> Any:
     return module
 
 
-def _console() -> Any:
-    from align_ext.terminal import plain_console
-
-    return plain_console()
-
-
 @app.command()
 def doctor(
     grad_check: Annotated[
@@ -249,7 +249,7 @@ def _self_test() -> bool:
 def _grad_check(model: str | None) -> bool:
     modes = _on_transformers("the gradient check", "check_modes")
     try:
-        return modes.check_modes(model, _console())
+        return modes.check_modes(model, plain_console())
     except ValueError as error:
         raise Mistake(str(error)) from error
 
@@ -309,6 +309,8 @@ def bench(
             plots.check(plot)
     except ValueError as error:
         raise Mistake(str(error)) from error
+    if json is not None or plot is not None:
+        outlive_output()
     try:
         run.run(names, how, json, plot)
     except ValueError as error:
@@ -366,6 +368,11 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a name may hold letters that the terminal has not
+    sys.exit(guarded(_run))
+
+
+def _run() -> int:
+    """Runs the command line, says what was wrong, and returns the exit code."""
     try:
         code = app(standalone_mode=False, prog_name="align-lora")
     except (KeyboardInterrupt, typer.Abort):
@@ -382,7 +389,7 @@ def main() -> None:
         code = 128 + ended
     elif code == _INTERRUPTED:
         print("align-lora: interrupted", file=sys.stderr)
-    sys.exit(code if isinstance(code, int) else 0)
+    return code if isinstance(code, int) else 0
 
 
 if __name__ == "__main__":

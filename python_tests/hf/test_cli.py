@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -205,3 +206,44 @@ def test_help_needs_no_transformers(tmp_path):
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
     assert said == f"align-lora {__version__}\n"
+
+
+COMMAND = ("-c", "from align_ext.cli import main; main()")
+
+
+def lost(arguments, kind, cwd):
+    """The exit code and stderr of a command whose output is a pipe that nobody reads, or a disk that is full."""
+    if kind == "pipe":
+        reader, output = os.pipe()
+        os.close(reader)
+    else:
+        output = os.open("/dev/full", os.O_WRONLY)
+    process = python(*COMMAND, *arguments, cwd=cwd, stdout=output, stderr=subprocess.PIPE)
+    os.close(output)
+    err = process.communicate(timeout=300)[1]
+    return process.returncode, err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--print-config"]])
+def test_a_command_whose_output_is_lost_ends_without_a_traceback(arguments, tmp_path):
+    assert lost(arguments, "pipe", tmp_path) == (128 + signal.SIGPIPE, "")
+    code, err = lost(arguments, "full", tmp_path)
+    assert (code, err) == (2, "align-lora: standard output cannot be written: No space left on device\n")
+
+
+def test_a_run_outlives_its_log(tmp_path):
+    model_folder(tmp_path / "model")
+    write_rows(tmp_path / "rows.jsonl")
+    flags = ["--model", tmp_path / "model", "--data", tmp_path / "rows.jsonl", "--dtype", "float32"]
+    short = [*flags, "--steps", 1, "--eval-examples", 2]
+    code, err = lost(["train", *short, "--output", "full"], "full", tmp_path)
+    assert (code, err.splitlines()[-1]) == (0, "align-lora: standard output cannot be written: No space left on device")
+    process = python(*COMMAND, "train", *short, "--output", "cut", cwd=tmp_path, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(120) == 0
+    assert "Error" not in err
+    for run in ("full", "cut"):
+        assert (tmp_path / run / "adapter/adapter_model.safetensors").is_file()
+        assert (tmp_path / run / "results.json").is_file()
