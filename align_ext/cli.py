@@ -62,7 +62,7 @@ def train(config: str | None, print_config: bool, **flags: Any) -> None:
     with ExitStack() as held:
         try:
             job = recipe.prepare(held.enter_context(open_run(options)), console)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise Mistake(str(error)) from error
         try:
             results = recipe.train(job, console)
@@ -220,7 +220,6 @@ def _on_transformers(what: str, name: str) -> Any:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    ending.listen()
     return module
 
 
@@ -373,6 +372,7 @@ def main() -> None:
 
 def _run() -> int:
     """Runs the command line, says what was wrong, and returns the exit code."""
+    ending.listen()  # before what takes long to import
     try:
         code = app(standalone_mode=False, prog_name="align-lora")
     except (KeyboardInterrupt, typer.Abort):

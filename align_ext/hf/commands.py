@@ -16,6 +16,7 @@ from torch import Tensor
 
 from align_ext.hf.export import export_peft, load_adapter
 from align_ext.hf.folder import AdapterFolder
+from align_ext.hf.memory import enough_memory
 from align_ext.hf.merge import merge_and_unload, unload
 from align_ext.hf.models import load_base
 from align_ext.hf.peft_form import cannot_export
@@ -47,6 +48,7 @@ class Request:
     force: bool = False
 
 
+@enough_memory("merge in a narrower --dtype, or where there is more")
 def merge(request: Request, approximate: Any, prompts: str | None, dtype: str, console: Console) -> None:
     """Writes the base model with the adapter merged into its weights, and its tokenizer.
 
@@ -78,6 +80,7 @@ def merge(request: Request, approximate: Any, prompts: str | None, dtype: str, c
             tokenizer.save_pretrained(path)
 
 
+@enough_memory("export where there is more")
 def export(request: Request, verify: bool, console: Console) -> bool:
     """Writes the adapter as a folder of stock PEFT; with tasks of their own, and none named, one below it for each.
 

@@ -26,13 +26,13 @@ from align_ext.hf.encoding import check_conversations, encode, features, fits
 from align_ext.hf.evaluate import TaskScore, alignment, evaluate
 from align_ext.hf.export import PEFT_CONFIG, load_adapter, save_adapter
 from align_ext.hf.folder import AdapterFolder, checked_task_names
+from align_ext.hf.memory import enough_memory
 from align_ext.hf.merge import merge_and_unload
 from align_ext.hf.models import best_dtype, default_targets, load_model, usable_device
 from align_ext.hf.options import TrainOptions
 from align_ext.hf.replace import adapted_layers, adapter_report, replace_linear_with_align_lora
 from align_ext.hf.report import SAME, ShowProgress, plot_losses, summarise, versions
 from align_ext.hf.run_folder import RunFolder
-from align_ext.hf.safely import Diverged
 from align_ext.hf.tasks import TaskData, read_tasks, select
 from align_ext.hf.trainer import AlignTrainer, align_training_arguments
 from align_ext.terminal import bars_on, say
@@ -78,6 +78,7 @@ class Check:
     detail: str = ""
 
 
+@enough_memory("take a smaller model or a narrower --dtype")
 def prepare(folder: RunFolder, console: Console) -> Job:
     """Loads data and model and adapts the model.
 
@@ -130,6 +131,8 @@ def _bytes_to_write(model: Any, options: TrainOptions) -> int:
     return adapters * (1 + 3 * 3 * bool(options.save_steps))
 
 
+@enough_memory("lower --batch-size (--accumulation makes up for it), --eval-batch-size or --seq-len, or give "
+               "--gradient-checkpointing")  # fmt: skip
 def train(job: Job, console: Console) -> dict[str, Any]:
     """Runs a prepared job and writes its folder: adapter/, losses.png (with matplotlib), and at last results.json.
 
@@ -220,7 +223,7 @@ def _fit(job: Job, bars: Progress, console: Console) -> dict[str, list[dict[str,
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if signal():
             raise KeyboardInterrupt
-    except (KeyboardInterrupt, Diverged, OSError):
+    except BaseException:  # whatever it is, also a bug of ours
         if last := job.folder.last_checkpoint():
             say(console, f"{last} is kept: --resume goes on from it")
         raise

@@ -16,6 +16,7 @@ from align_ext.hf.encoding import check_conversations, fits
 from align_ext.hf.evaluate import TaskScore, evaluate
 from align_ext.hf.export import load_adapter
 from align_ext.hf.folder import AdapterFolder
+from align_ext.hf.memory import enough_memory
 from align_ext.hf.merge import merge_and_unload
 from align_ext.hf.models import best_dtype, load_base, load_model, usable_device
 from align_ext.hf.report import versions
@@ -52,6 +53,7 @@ class EvalRequest:
             raise ValueError("--merge goes with --adapter: without one there is nothing to merge")
 
 
+@enough_memory("lower --batch-size or --seq-len, or take a narrower --dtype")
 def score(request: EvalRequest, file: str | None, console: Console) -> dict[str, TaskScore]:
     """Scores a model on each task's test split, prints the table, and writes it as JSON where a file is named.
 

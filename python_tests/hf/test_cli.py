@@ -247,3 +247,18 @@ def test_a_run_outlives_its_log(tmp_path):
     for run in ("full", "cut"):
         assert (tmp_path / run / "adapter/adapter_model.safetensors").is_file()
         assert (tmp_path / run / "results.json").is_file()
+
+
+@pytest.mark.parametrize(("number", "said"), [(signal.SIGINT, "interrupted"), (signal.SIGHUP, "ended by SIGHUP")])
+@pytest.mark.parametrize("delay", [0.2, 1.5])
+def test_a_signal_while_the_package_is_imported_is_one_line(tmp_path, number, said, delay):
+    code = (
+        "import signal\nfor n in (signal.SIGINT, signal.SIGHUP): signal.signal(n, signal.default_int_handler)\n"
+        "print(flush=True)\nfrom align_lora_command import main\nmain()"
+    )
+    process = python("-c", code, "train", "--model", "/absent", cwd=tmp_path)
+    process.stdout.readline()
+    time.sleep(delay)
+    process.send_signal(number)
+    assert process.communicate(timeout=120)[0] == f"align-lora: {said}\n"
+    assert process.returncode == 128 + number

@@ -18,6 +18,7 @@ from processes import python
 from safetensors.torch import load_file
 
 from align_ext.hf import recipe, safely
+from align_ext.hf.memory import OutOfMemory, enough_memory
 from align_ext.hf.options import TrainOptions
 from align_ext.hf.run_folder import open_run
 from align_ext.hf.safely import Diverged
@@ -319,3 +320,30 @@ def test_two_processes_stop_together_when_one_of_them_diverges_and_keep_one_whol
     assert "the loss is not finite at step 3" in said.pop()
     assert last_checkpoint(tmp_path).name == "checkpoint-2"
     assert sorted(p.name for p in last_checkpoint(tmp_path).glob("rng*")) == ["rng_state_0.pth", "rng_state_1.pth"]
+
+
+@pytest.mark.parametrize("failure", ["memory", "bug"])
+def test_whatever_ends_a_training_says_what_is_kept_and_memory_has_a_cure(place, monkeypatch, capsys, failure):
+    class Fails(recipe.ShowProgress):
+        def on_step_begin(self, args, state, control, **_):
+            if state.global_step == 2:
+                torch.empty(1 << 55) if failure == "memory" else [].pop()
+
+    monkeypatch.setattr(recipe, "ShowProgress", Fails)
+    error, match = (OSError, "not enough memory: lower --batch-size") if failure == "memory" else (IndexError, "pop")
+    with pytest.raises(error, match=match) as caught:
+        train(place)
+    assert "\n" not in str(caught.value)
+    assert "checkpoint-2 is kept: --resume goes on from it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("CUDA error: out of memory"),
+     RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")],
+)  # fmt: skip
+def test_each_librarys_way_to_say_that_memory_is_short_is_one_line(error):
+    with pytest.raises(OutOfMemory, match="not enough memory: do less"), enough_memory("do less"):
+        raise error
+    with pytest.raises(RuntimeError, match="shapes"), enough_memory("do less"):
+        raise RuntimeError("shapes do not fit")

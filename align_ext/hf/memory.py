@@ -1,0 +1,28 @@
+"""Memory that does not suffice: whatever the library that asked for it raises, one line with the cure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from align_ext.reading import why
+
+_WORDS = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
+
+
+class OutOfMemory(OSError):
+    """There is too little memory; the message is the whole answer."""
+
+
+@contextmanager
+def enough_memory(cure: str) -> Iterator[None]:
+    """Raises OutOfMemory, which names the cure, where a block asks for more memory than there is."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(w in str(error) for w in _WORDS)
+        if not known:
+            raise
+        raise OutOfMemory(f"there is not enough memory: {cure} ({why(error)[:120]})") from error
