@@ -14,7 +14,7 @@ from align_ext.hf.replace import adapted_layers, sizes_to_adapt
 from align_ext.hf.targets import is_linear
 from align_ext.nn import adapter_class
 from align_ext.nn.base import Adapter, features_of
-from align_ext.state import find_state
+from align_ext.state import check_model, find_state
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class FlopsPerToken:
 
 def count_parameters(model: nn.Module) -> ParameterCount:
     """Counts a model's parameters: trainable, all, and those of routers. Any model, with adapters or without."""
+    check_model(model)
     named = list(model.named_parameters())
     return ParameterCount(
         trainable=sum(p.numel() for _, p in named if p.requires_grad),

@@ -125,8 +125,8 @@ def read_text(path: str | os.PathLike[str], most: int = MOST_BYTES) -> str:
     if len(content) > most:
         raise ValueError(f"cannot read {place(path)}: it is larger than {most} bytes")
     try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
+        return _decoded(content, "utf-8", path)
+    except ValueError as error:
         raise ValueError(f"cannot read {place(path)}: {why(error)}") from error
 
 
@@ -147,11 +147,41 @@ def read_lines(path: str | os.PathLike[str], most: int = MOST_BYTES) -> Iterator
                     raise ValueError(f"it is larger than {most} bytes")
                 if size > limit:
                     raise ValueError(f"the file unpacks to more than {_MOST_RATIO} times its size")
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield number, _decoded(line, "utf-8-sig", path) if number == 1 else _decoded(line, "utf-8")
     except (OSError, EOFError, ValueError, zlib.error) as error:
         if isinstance(error, ValueError) and not number and str(error).startswith("cannot read"):
             raise
         raise ValueError(f"{name}, line {max(number, 1)}: cannot be read ({why(error)})") from error
+
+
+_FORMATS = {
+    b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16",
+    b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd",
+    b"PAR1": "parquet",
+}  # fmt: skip
+"""What a file is that starts so."""
+
+
+def _decoded(content: bytes, encoding: str, path: str | os.PathLike[str] | None = None) -> str:
+    """UTF-8 text; path: of the file that the content starts.
+
+    Raises:
+        ValueError: it is none; the message says what it may be, and the cure.
+    """
+    kind = next((kind for start, kind in _FORMATS.items() if content.startswith(start)), None) if path else None
+    if path and kind is None and b"\0" in content[:4]:
+        kind = "UTF-32" if b"\0\0" in content[:4] else "UTF-16"
+    if kind == "gzip":
+        twice = os.fspath(path or "").lower().endswith(".gz")
+        raise ValueError("it is compressed twice: unpack it once" if twice else "it is compressed: name it .gz")
+    if kind is not None:
+        cure = "save it as UTF-8" if kind.startswith("UTF") else "write its content as a file of text in UTF-8"
+        raise ValueError(f"it is {kind}, not text in UTF-8: {cure}")
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{why(error)}: it is no text in UTF-8, perhaps in Latin-1 or Windows-1252: save it as UTF-8"
+                         ) from error  # fmt: skip
 
 
 def parse_json(text: str) -> Any:

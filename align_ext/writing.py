@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from align_ext.reading import check_folder, shown, why
+from align_ext.reading import check_folder, exists, shown, why
 
 LOCK = ".align_lora.lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -265,7 +265,7 @@ def atomic_folder(folder: str | os.PathLike[str], ours: str = "") -> Iterator[Pa
     """
     check_folder(folder)
     target = Path(os.path.realpath(folder))
-    if target.exists() and not target.is_dir():
+    if exists(target) and not target.is_dir():
         raise ValueError(f"{shown(os.fspath(folder))} is a file, not a folder")
     fixed, made = target.exists() and is_fixed(target), make_folder(target.parent)
     try:

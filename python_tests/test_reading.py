@@ -1,7 +1,9 @@
 """Whatever a file holds, the readers give its content or a ValueError of one line, soon and in little memory."""
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import stat
 import string
@@ -284,3 +286,29 @@ def test_fuzz_bytes_are_text_or_one_line(file, content):
             read(file)
         except ValueError as error:
             check_line(error)
+
+
+TEXT = '{"task": "a", "prompt": "\u00e9", "completion": "x"}\n' * 3
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "cure"),
+    [
+        (TEXT.encode("utf-16"), "x.jsonl", "it is UTF-16, not text in UTF-8: save it as UTF-8"),
+        (TEXT.encode("utf-16-be"), "x.json", "it is UTF-16"), (TEXT.encode("utf-16-le"), "x.jsonl", "it is UTF-16"),
+        (TEXT.encode("utf-32"), "x.jsonl", "it is UTF-32"), (TEXT.encode("utf-32-be"), "x.jsonl", "it is UTF-32"),
+        (TEXT.encode("latin-1"), "x.jsonl", "perhaps in Latin-1 or Windows-1252: save it as UTF-8"),
+        (gzip.compress(TEXT.encode()), "x.jsonl", "it is compressed: name it .gz"),
+        (gzip.compress(gzip.compress(TEXT.encode())), "x.jsonl.gz", "it is compressed twice: unpack it once"),
+        (b"PK\x03\x04" + bytes(range(256)), "x.jsonl", "it is zip, not text"),
+        (bz2.compress(TEXT.encode()), "x.jsonl", "it is bzip2"), (lzma.compress(TEXT.encode()), "x.jsonl", "it is xz"),
+        (b"PAR1" + bytes(100), "x.jsonl", "it is parquet"),
+    ],
+    ids=lambda value: value[:24] if isinstance(value, str) else "",
+)  # fmt: skip
+def test_a_file_that_is_no_utf_8_is_named_for_what_it_is_with_the_cure(tmp_path, content, name, cure):
+    (tmp_path / name).write_bytes(content)
+    for read in (lambda path: list(read_lines(path)), read_text):
+        with pytest.raises(ValueError, match=cure) as caught:
+            read(tmp_path / name)
+        assert "\n" not in str(caught.value)

@@ -62,6 +62,8 @@ class Choices:
         texts = tuple(text_of(column, text) for text in value)
         if not all(text.strip() for text in texts):
             raise ValueError(f"the column {column} holds an empty text: {shown(value)}")
+        if twice := next((text for i, text in enumerate(texts) if text.strip() in map(str.strip, texts[:i])), None):
+            raise ValueError(f"the column {column} offers {shown(twice)} twice: {shown(value)}")
         letters = _LETTERS if len(texts) <= len(_LETTERS) else ""
         return cls(texts, tuple(letters[: len(texts)] if names is None else (text_of(column, x) for x in names)))
 

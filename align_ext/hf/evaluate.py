@@ -145,7 +145,8 @@ def _task_score(
     for i in mine:
         if choices := examples[i].choices:
             per_token = [sums[i, c][0] / sums[i, c][1] for c in range(len(choices))]
-            chosen[i] = float(min(range(len(per_token)), key=per_token.__getitem__) == examples[i].label)
+            best = min(range(len(per_token)), key=per_token.__getitem__)
+            chosen[i] = float(best in (examples[i].label, *examples[i].also))
     score, score_error = mean_and_error([chosen.get(i, generated.get(i, 0.0)) for i in mine])
     both = [generated[i] for i in mine] if chosen and all(i in generated for i in mine) else []
     return TaskScore(

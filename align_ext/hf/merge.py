@@ -17,6 +17,7 @@ from align_ext.hf.sharded import refuse_parts
 from align_ext.hooks import remove_hooks
 from align_ext.nn.base import AdaptedLinear
 from align_ext.nn.block import AdaptedBlock
+from align_ext.reading import shown
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,8 @@ def merge_and_unload(
         raise ValueError(f'approximate={approximate!r} must be "uniform" or None')
     if approximate and batch is None:
         raise ValueError('approximate="uniform" changes the outputs: give batch={...}, to measure how much')
+    if batch is not None and not isinstance(batch, Mapping):
+        raise ValueError(f"batch={shown(batch)} must be a mapping of the model's inputs by name (input_ids, ...)")
     for name, layer in layers.items():
         if reason := layer.cannot_merge() if approximate is None else _cannot_approximate(layer):
             raise ValueError(f"{name} cannot be merged: {reason}")

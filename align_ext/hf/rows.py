@@ -61,6 +61,7 @@ class Example:
         label: the index of `answer` in `choices`, -1 for free text.
         scorer: of a generated text, in [0, 1]; None: equality with `answer`.
         where: the file and line that it is from, for messages.
+        also: the indices of choices that are right as well.
     """
 
     task: str
@@ -70,11 +71,12 @@ class Example:
     label: int = -1
     scorer: Callable[[str], float] | None = field(default=None, repr=False, compare=False)
     where: str = field(default="", repr=False, compare=False)
+    also: tuple[int, ...] = ()
 
     def score(self, text: str) -> float:
         """Scores a generated text; whatever a scorer cannot read is wrong."""
         if self.scorer is None:
-            return float(text.strip() == self.answer.strip())
+            return float(text.strip() in (self.answer.strip(), *(self.choices[i].strip() for i in self.also)))
         try:
             return float(self.scorer(text.strip()))
         except Exception:  # generated text is arbitrary, and a foreign scorer may stumble over it in any way
@@ -297,4 +299,6 @@ def _of_choices(example: Example, offered: tuple[str, Any], said: dict[str, Any]
     prompt = example.prompt
     if not choices.shown_in(text_asked(prompt)):
         prompt = with_more(prompt, choices.listed(forms[label].mark))
-    return replace(example, prompt=prompt, answer=answers[label], choices=answers, label=label)
+    several = [] if said.keys() & set(_LABELS) else [i for text in finals[1:] for i in choices.called(text)]
+    also = tuple(sorted(set(several) - {label}))
+    return replace(example, prompt=prompt, answer=answers[label], choices=answers, label=label, also=also)

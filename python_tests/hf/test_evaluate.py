@@ -128,6 +128,13 @@ def test_an_answer_ends_at_each_end_token_of_the_model(model):
     assert ended == [text.partition(letter)[0] + letter * (letter in text) for text in said]
 
 
+def test_a_choice_that_is_right_as_well_counts(model):
+    choosing = examples()[:9]
+    every = [dataclasses.replace(x, also=tuple({0, 1, 2} - {x.label})) for x in choosing]
+    assert evaluate(model, tokenizer(), choosing)["colour"].score < 1
+    assert evaluate(model, tokenizer(), every)["colour"].score == 1
+
+
 def test_choices_may_be_answered_freely_too(model):
     said = []
 

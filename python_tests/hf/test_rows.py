@@ -238,3 +238,20 @@ def test_each_column_of_the_table_is_one_that_is_read():
     ]
     assert {column for row in rows for column in row} == {name.strip() for name in named}
     assert [example_of(row, "", "t")[1] for row in rows] == [set()] * len(rows)
+
+
+@pytest.mark.parametrize("column", ["answer", "answers"])
+def test_of_several_right_choices_each_counts(column):
+    example = read({"prompt": "q", "choices": ["x", "y", "z"], column: ["y", "x"]})
+    assert (example.answer, example.label, example.also) == ("y", 1, (0,))
+    assert [example.score(text) for text in ("x", " y", "z", "")] == [1, 1, 0, 0]
+    one = read({"prompt": "q", "choices": ["x", "y", "z"], column: ["y", "x"], "label": 1})
+    assert (one.label, one.also, one.score("x")) == (1, (), 0)
+
+
+@pytest.mark.parametrize(
+    "choices", [["x", "x"], ["x", "y", " x "], {"A": "x", "B": "x"}, {"text": ["x"] * 2, "label": ["1", "2"]}]
+)
+def test_choices_that_nothing_tells_apart_are_refused(choices):
+    with pytest.raises(ValueError, match=r"offers ' ?x ?' twice"):
+        read({"prompt": "q", "choices": choices, "label": 1})
