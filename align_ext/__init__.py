@@ -4,6 +4,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
+from align_ext import starting  # noqa: F401  first: it listens to signals while the others are imported
 from align_ext.accumulation import align_statistics
 from align_ext.budget import FlopsPerToken, ParameterCount, count_parameters, flops_per_token, match_rank
 from align_ext.config import AlignLoraConfig

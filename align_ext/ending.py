@@ -6,6 +6,8 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from align_ext import starting
+
 _received: list[signal.Signals] = []
 _deferring: list[bool] = []
 
@@ -13,6 +15,8 @@ _deferring: list[bool] = []
 def listen() -> None:
     """From now on both signals raise KeyboardInterrupt, unless the process was started to ignore them (nohup)."""
     _received.clear()
+    if signal.getsignal(signal.SIGINT) is starting.end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _ended)

@@ -33,6 +33,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], record: Mapping[str
 
     Raises:
         ValueError: a value is not finite.
+        OSError: the disk is full, or the like.
     """
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
@@ -43,7 +44,10 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], record: Mapping[str
         content[name] = whole.clone() if whole.data_ptr() in seen else whole  # no two names share memory in a file
         seen.add(whole.data_ptr())
     kept = {"tensors": digest_of(content), **(record or {})}
-    save_file(content, file, metadata={"format": "pt", _RECORD: json.dumps(kept)})
+    try:
+        save_file(content, file, metadata={"format": "pt", _RECORD: json.dumps(kept)})
+    except SafetensorError as error:  # which it makes of a full disk
+        raise OSError(f"{place(file)} cannot be written: {why(error)}") from error
 
 
 def read_tensors(file: str | os.PathLike[str], *, empty: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -252,11 +252,11 @@ def test_a_run_outlives_its_log(tmp_path):
 @pytest.mark.parametrize(("number", "said"), [(signal.SIGINT, "interrupted"), (signal.SIGHUP, "ended by SIGHUP")])
 @pytest.mark.parametrize("delay", [0.2, 1.5])
 def test_a_signal_while_the_package_is_imported_is_one_line(tmp_path, number, said, delay):
-    code = (
+    (tmp_path / "align-lora").write_text(
         "import signal\nfor n in (signal.SIGINT, signal.SIGHUP): signal.signal(n, signal.default_int_handler)\n"
-        "print(flush=True)\nfrom align_lora_command import main\nmain()"
+        "print(flush=True)\nfrom align_ext.cli import main\nmain()"
     )
-    process = python("-c", code, "train", "--model", "/absent", cwd=tmp_path)
+    process = python("align-lora", "train", "--model", "/absent", cwd=tmp_path)
     process.stdout.readline()
     time.sleep(delay)
     process.send_signal(number)
