@@ -96,6 +96,7 @@ class AlignState:
         self.originals: dict[str, Tensor] = {}  # the base's values of what is trained beside the adapters, for unload
         self.queue: deque[Statistics] = deque(maxlen=config.align_queue)  # of the last micro-batches
         self.encoder_decoder = False  # the model has an encoder and a decoder, whose tokens differ
+        self.batch_first = False  # a batch of more or fewer samples than tokens has shown it
         self.sources: dict[int, str] = {}  # by slot, where a layer's tokens come from (align_ext/tokens.py)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -193,14 +193,20 @@ class StepTokens:
         return self.all_tokens.expand(x.device, tokens)
 
     def check_layout(self, shape: torch.Size) -> None:
-        """Raises RuntimeError if a layer's input [..., n] is not batch first."""
-        if torch.compiler.is_compiling() or len(shape) < 3:
+        """Raises RuntimeError if a layer's input [..., n] is not batch first, or nothing has told yet whether it is."""
+        if torch.compiler.is_compiling() or len(shape) < 3:  # whose graph no size of the ids shall be part of
             return
         samples = self.tokens.ids.shape[0]
         if samples > 1 and shape[0] != samples:
             raise RuntimeError(
                 f"an adapted layer saw {list(shape)} in a batch of {samples} samples: its tokens are not batch first, "
                 "or not the batch's; leave it out by exclude_modules"
+            )
+        self.state.batch_first |= shape[1] != samples
+        if samples > 1 and not self.state.batch_first:
+            raise RuntimeError(
+                f"an adapted layer saw {list(shape)} in a batch of {samples} samples, whose first dimension may be "
+                "the samples or the tokens: let the first batch have another number of samples than of tokens"
             )
 
     def check_tokens(self, slot: int, count: int) -> None:
