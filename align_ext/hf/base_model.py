@@ -1,23 +1,25 @@
-"""Which base model an adapter belongs to: its name, and some of its weights, by which another one is known.
+"""Which base model an adapter belongs to: its name, some of its weights and what its configuration says it computes.
 
 Of each weight the shape and some values are recorded, in bfloat16: 16 of the first and the last of each kind
 (q_proj.weight, norm.weight, ...), 4 of those between, and beyond 512 weights of evenly spaced ones. So the record has
 at most 70 kilobytes (25 for 272 weights) and costs nothing at any size; it is the same whether the base is loaded in
 float32 or bfloat16, close in float16, and says nothing of weights that are quantised, split, offloaded or trained. Of
-embeddings and the output head the rows that both have are compared, since a tokenizer may have been extended.
+embeddings and the output head the rows that both have are compared, since a tokenizer may have been extended. The
+same weights may compute something else (other heads, rotations, activations), which the configuration tells.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from align_ext.hf.base_config import computing_entries, other_entry
 from align_ext.hf.beside import plain_name
 from align_ext.nn.base import AdaptedLinear, AdaptedModule
 from align_ext.reading import shown
@@ -83,10 +85,12 @@ class BaseModel:
     Attributes:
         name: a hub id or an absolute path, if it is known.
         weights: samples by the weight's name in the plain model.
+        config: entries of its configuration (base_config.py); empty where none are recorded.
     """
 
     name: str | None
     weights: Mapping[str, Sample]
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module) -> BaseModel:
@@ -95,12 +99,13 @@ class BaseModel:
         frozen = {name: p for name, p in weights.items() if not p.requires_grad}
         adapted = any(isinstance(module, AdaptedModule) for module in model.modules())
         chosen = frozen if adapted else weights
-        return cls(name_of_base(model), {name: Sample.of(chosen[name], n) for name, n in _some(list(chosen)).items()})
+        samples = {name: Sample.of(chosen[name], n) for name, n in _some(list(chosen)).items()}
+        return cls(name_of_base(model), samples, computing_entries(getattr(model, "config", None)))
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
         weights = {name: [list(w.shape), w.dtype, w.values] for name, w in self.weights.items()}
-        return {"name": self.name, "weights": weights}
+        return {"name": self.name, "weights": weights, "config": dict(self.config)}
 
     @classmethod
     def from_dict(cls, content: Any) -> BaseModel:
@@ -110,19 +115,19 @@ class BaseModel:
             ValueError: it is none.
         """
         try:
-            name, weights = content["name"], content["weights"]
+            name, weights, config = content["name"], content["weights"], content.get("config", {})
             samples = {key: Sample(tuple(shape), dtype, values) for key, (shape, dtype, values) in weights.items()}
             for sample in samples.values():
                 if sample.dtype not in _DTYPES or not 0 < len(sample.decoded()) <= _VALUES:
                     raise ValueError
-            if not isinstance(name, (str, type(None))) or len(samples) > _MOST_WEIGHTS:
+            if not isinstance(name, (str, type(None))) or len(samples) > _MOST_WEIGHTS or not isinstance(config, dict):
                 raise ValueError
         except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
             raise ValueError("its record of the base model is damaged") from error
-        return cls(name, samples)
+        return cls(name, samples, config)
 
     def check(self, model: nn.Module, cure: str = "give its own, or go on with force=True") -> None:
-        """Compares a model, with adapters or without, as far as its weights are there.
+        """Compares a model, with adapters or without, as far as its weights are there, and its configuration.
 
         Args:
             model: the model.
@@ -141,11 +146,14 @@ class BaseModel:
             else:
                 reason = None if name.rpartition(".")[0] in packed else "is not in it"
             if reason is not None:
-                here = name_of_base(model)
-                raise OtherBaseError(
-                    f"the adapter belongs to another base model, {shown(self.name)}: in {shown(here)} {shown(name)} "
-                    f"{reason}; {cure}"
-                )
+                self._refuse(model, f"{shown(name)} {reason}; {cure}")
+        entry = other_entry(self.config, computing_entries(getattr(model, "config", None)))
+        if entry is not None:
+            self._refuse(model, f"the weights are the same, but of the configuration {entry}; {cure}")
+
+    def _refuse(self, model: nn.Module, reason: str) -> NoReturn:
+        here = shown(name_of_base(model))
+        raise OtherBaseError(f"the adapter belongs to another base model, {shown(self.name)}: in {here} {reason}")
 
 
 def name_of_base(model: nn.Module) -> str | None:
@@ -156,8 +164,11 @@ def name_of_base(model: nn.Module) -> str | None:
     parts = Path(name).parts
     if len(parts) > 2 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):  # the hub's cache
         return parts[-3].removeprefix("models--").replace("--", "/")
-    path = Path(name).expanduser()
-    return str(path.resolve()) if path.is_dir() else name
+    try:
+        path = Path(name).expanduser()
+        return str(path.resolve()) if path.is_dir() else name
+    except (OSError, RuntimeError, ValueError):  # no path at all: too long, of nobody's home, with a zero in it
+        return name
 
 
 def _whole_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from align_ext.hf.conversation import Turn
@@ -89,6 +89,13 @@ def features(tokenizer: Any, examples: Iterable[Example], ids: dict[str, int]) -
             }
         )
     return rows
+
+
+def token_rows(tokenizer: Any, examples: Iterable[Example]) -> Iterator[list[int]]:
+    """The tokens of each example's prompt with each of its answers."""
+    for example in examples:
+        prompt = prompt_tokens(tokenizer, example.prompt)
+        yield from ([*prompt, *answer_tokens(tokenizer, answer)] for answer in example.choices or (example.answer,))
 
 
 def _prompt_text(tokenizer: Any, prompt: str | tuple[Turn, ...]) -> tuple[str, bool]:

@@ -20,6 +20,7 @@ from align_ext.hf.collator import TaskCollator
 from align_ext.hf.encoding import answer_tokens, encode, features, prompt_tokens
 from align_ext.hf.replace import adapted_layers
 from align_ext.hf.rows import Example
+from align_ext.hf.soundness import learned_positions
 from align_ext.state import find_state
 from align_ext.step import align_step, set_task
 
@@ -313,7 +314,7 @@ def _generated_scores(
     encoded = {i: encode(tokenizer, examples[i].prompt, examples[i].answer) for i in free}
     longest = max(len(answer) for _, answer in encoded.values()) + 4
     free = sorted(free, key=lambda i: len(encoded[i][0]))
-    for batch in _batches(free, batch_size):
+    for batch, most in _with_room(_batches(free, batch_size), encoded, longest, learned_positions(model)):
         width = max(len(encoded[i][0]) for i in batch)
         ids = torch.full((len(batch), width), tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
@@ -322,7 +323,7 @@ def _generated_scores(
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
         how = copy.deepcopy(model.generation_config)
-        how.max_new_tokens = longest
+        how.max_new_tokens = most
         out = model.generate(
             input_ids=ids.to(_device(model)), attention_mask=mask.to(_device(model)), generation_config=how
         )
@@ -330,6 +331,17 @@ def _generated_scores(
             scores[i] = examples[i].score(text)
         advance(len(batch))
     return scores
+
+
+def _with_room(
+    batches: Iterator[Sequence[int]], encoded: Mapping[int, tuple[list[int], list[int]]], most: int, room: int | None
+) -> Iterator[tuple[Sequence[int], int]]:
+    """Batches and how many tokens to generate; each example alone where not all could have so many."""
+    for batch in batches:
+        if room is None or max(len(encoded[i][0]) for i in batch) + most <= room:
+            yield batch, most
+        else:
+            yield from (([i], min(most, max(room - len(encoded[i][0]), 1))) for i in batch)
 
 
 def _batches(rows: Sequence[Any], size: int) -> Iterator[Any]:

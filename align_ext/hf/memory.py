@@ -22,7 +22,11 @@ def enough_memory(cure: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        known = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(w in str(error) for w in _WORDS)
-        if not known:
+        if not is_memory(error):
             raise
         raise OutOfMemory(f"there is not enough memory: {cure} ({why(error)[:120]})") from error
+
+
+def is_memory(error: BaseException) -> bool:
+    """Whether an exception says that there is too little memory."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in _WORDS)

@@ -24,6 +24,7 @@ from align_ext.config import AlignLoraConfig
 from align_ext.diagnostics.backend import has_kernel
 from align_ext.hf.blocks import mlp_linears
 from align_ext.hf.folder import AdapterFolder
+from align_ext.hf.soundness import check_finite, check_loaded
 from align_ext.hf.targets import ALL_LINEAR
 from align_ext.reading import open_file, place, shown, why
 from align_ext.writing import atomic_folder
@@ -53,20 +54,25 @@ def load_model(name: str | None = None, dtype: str | torch.dtype = "auto", say: 
         The model, on the CPU and in eval mode, and the tokenizer, with a padding token.
 
     Raises:
-        ValueError: there is no such model, or it cannot be loaded; the message is one line.
+        ValueError: there is no such model, it cannot be loaded, or weights of it are missing, not read or not finite;
+            the message is one line.
     """
     known = name is None or name == DEFAULT_MODEL
     source = default_model(say) if known or name is None else _checked_name(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             source,
             dtype="auto" if dtype == "stored" else resolve_dtype(dtype),
             trust_remote_code=False,
             use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # which check_loaded names
         )
     except Exception as error:  # whatever a damaged file of a model leads transformers to
         raise ValueError(f"cannot load the model {place(source)}: {why(error)}") from error
+    check_loaded(model, info, f"the model {place(source)}")
+    check_finite(model, f"the model {place(source)}")
     if known:
         model.align_base = DEFAULT_MODEL  # what adapters call it; name_or_path is the cache that it came from
     if tokenizer.pad_token is None:
@@ -275,8 +281,12 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
 
 def _checked_name(name: str) -> str:
     """Returns what from_pretrained shall load; asking first, because it retries for a minute on a dead network."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(name).expanduser()
+        there = folder.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:  # too long a name, nobody's home, a zero in it
+        raise ValueError(f"--model {shown(name)} names neither a folder nor a hub id: {why(error)}") from error
+    if there:
         if not (folder / "config.json").is_file():
             raise ValueError(f"the model folder {place(name)} holds no config.json")
         for file in folder.iterdir():
@@ -285,11 +295,11 @@ def _checked_name(name: str) -> str:
         return str(folder)
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) or len(name) > 200:
         raise ValueError(f"there is no model folder {shown(name, 200)}, and it is not a hub id (owner/name)")
-    if (error := ask_hub(name)) is None:
+    if (refusal := ask_hub(name)) is None:
         return name
     if isinstance(cached := try_to_load_from_cache(name, "config.json"), str):
         return str(Path(cached).parent)
-    raise ValueError(f"there is no model folder {name!r}, and the hub does not give it: {_first_line(error)}")
+    raise ValueError(f"there is no model folder {name!r}, and the hub does not give it: {_first_line(refusal)}")
 
 
 def _first_line(error: BaseException) -> str:

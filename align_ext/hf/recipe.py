@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import time
@@ -22,7 +23,7 @@ from rich.progress import Progress
 from align_ext.config import AUTO
 from align_ext.ending import deferred
 from align_ext.hf.collator import TaskCollator
-from align_ext.hf.encoding import check_conversations, encode, features, fits
+from align_ext.hf.encoding import check_conversations, encode, features, fits, token_rows
 from align_ext.hf.evaluate import TaskScore, alignment, evaluate
 from align_ext.hf.export import PEFT_CONFIG, load_adapter, save_adapter
 from align_ext.hf.folder import AdapterFolder, checked_task_names
@@ -33,6 +34,7 @@ from align_ext.hf.options import TrainOptions
 from align_ext.hf.replace import adapted_layers, adapter_report, replace_linear_with_align_lora
 from align_ext.hf.report import SAME, ShowProgress, plot_losses, summarise, versions
 from align_ext.hf.run_folder import RunFolder
+from align_ext.hf.soundness import check_base
 from align_ext.hf.tasks import TaskData, read_tasks, select
 from align_ext.hf.trainer import AlignTrainer, align_training_arguments
 from align_ext.terminal import bars_on, say
@@ -56,6 +58,8 @@ class Job:
     model: Any
     tokenizer: Any
     device: str
+    train_rows: list[dict[str, Any]]
+    test_rows: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -112,17 +116,25 @@ def prepare(folder: RunFolder, console: Console) -> Job:
         config = options.adapter_config(len(names), targets)
         if note:
             say(console, note)
+    ids, model = data.ids(), model.to(device)
+    train_rows, test_rows = features(tokenizer, data.train, ids), features(tokenizer, data.test, ids)
+    used = itertools.chain((row["input_ids"] for row in train_rows), token_rows(tokenizer, data.test))
+    check_base(model, tokenizer, used, training=True)
     transformers.set_seed(options.seed)
-    replace_linear_with_align_lora(model.to(device), config)
+    replace_linear_with_align_lora(model, config)
     if folder.checkpoint is not None:
         stored = AdapterFolder.read(folder.checkpoint)
         if stored.base is not None:
             stored.base.check(model, "a run goes on with its own base only: put that back, or start another run")
     check_space(folder.path, _bytes_to_write(model, options))
     rows = [(row.task, row.prompt, row.answer, row.choices) for row in (*data.train, *data.test)]
-    digest = hashlib.sha256(repr(rows).encode("utf-8", "surrogatepass")).hexdigest()
-    folder.begin(str(model.dtype).removeprefix("torch."), device, digest)
-    return Job(options, folder, data, model, tokenizer, device)
+    folder.begin(str(model.dtype).removeprefix("torch."), device, _digest(rows), _digest([train_rows, test_rows]))
+    return Job(options, folder, data, model, tokenizer, device, train_rows, test_rows)
+
+
+def _digest(content: object) -> str:
+    """SHA-256 of what plain data looks like."""
+    return hashlib.sha256(repr(content).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _bytes_to_write(model: Any, options: TrainOptions) -> int:
@@ -195,12 +207,12 @@ def score(job: Job, bars: Progress | None = None) -> Scores:
 
 def _fit(job: Job, bars: Progress, console: Console) -> dict[str, list[dict[str, float]]]:
     """Trains the adapters and returns what was logged: the losses, and those of the held-out examples (eval_steps)."""
-    options, ids, checkpoint = job.options, job.data.ids(), job.folder.checkpoint
+    options, checkpoint = job.options, job.folder.checkpoint
     trainer = AlignTrainer(
         model=job.model,
         args=_arguments(job, job.folder.checkpoints),
-        train_dataset=features(job.tokenizer, job.data.train, ids),
-        eval_dataset=features(job.tokenizer, job.data.test, ids),
+        train_dataset=job.train_rows,
+        eval_dataset=job.test_rows,
         data_collator=TaskCollator(job.tokenizer),
         task_names=job.data.names,
         mixing={

@@ -34,7 +34,7 @@ from align_ext.writing import (
 )
 
 _CHECKPOINTS, _OPTIONS, _RESULTS, _ADAPTER = "checkpoints", "options.yaml", "results.json", "adapter"
-_DATA = "data_digest"
+_DATA, _TOKENS = "data_digest", "tokens_digest"
 _MARK = ".overwrites"  # in the folder of a run that is to take another's place
 _LEFT = rf"\.(results|losses)\..*|{_CHECKPOINTS}/\.{_OPTIONS}-.*"  # of a run that was killed as it wrote them
 # What a run that goes on may do otherwise: nothing of it reaches the adapters.
@@ -69,25 +69,31 @@ class RunFolder:
         """The last checkpoint that is whole."""
         return last_checkpoint(self.checkpoints)
 
-    def begin(self, dtype: str, device: str, data: str) -> None:
+    def begin(self, dtype: str, device: str, data: str, tokens: str) -> None:
         """Writes down what the run is, so that it can go on; or checks that it goes on with the same.
 
         Args:
             dtype: of the base model.
             device: where it runs.
             data: a digest of all examples.
+            tokens: a digest of what the tokenizer made of them, labels among it.
 
         Raises:
-            ValueError: the run that is to go on had other data.
+            ValueError: the run that is to go on had other data, or its tokenizer or chat template made other tokens.
         """
         file = self.checkpoints / _OPTIONS
         if self.checkpoint is not None:
-            if read_yaml(file).get(_DATA) != data:
-                raise ValueError(f"the data of the run in {shown(str(self.target))} was other: it cannot go on with "
-                                 "this")  # fmt: skip
+            before, here = read_yaml(file), shown(str(self.target))
+            if before.get(_DATA) != data:
+                raise ValueError(f"the data of the run in {here} was other: it cannot go on with this")
+            if before.get(_TOKENS, tokens) != tokens:  # runs of earlier versions have none
+                raise ValueError(
+                    f"the run in {here} had other tokens of the same data, so that the model's tokenizer or chat "
+                    "template has changed: put it back as it was, or start another run"
+                )
             return
         self.checkpoints.mkdir(exist_ok=True)
-        options = self.options.to_dict() | {"dtype": dtype, "device": device, _DATA: data}
+        options = self.options.to_dict() | {"dtype": dtype, "device": device, _DATA: data, _TOKENS: tokens}
         with atomic_file(file) as new:
             new.write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
 
@@ -184,7 +190,7 @@ def _interrupted(options: TrainOptions, target: Path, beside: Path) -> RunFolder
         reason = broken[0] if broken else "--save-steps writes them"
         raise ValueError(f"{shown(options.output)} holds no checkpoint to resume from: {reason}")
     stored = read_yaml(path / _CHECKPOINTS / _OPTIONS)
-    before = TrainOptions.from_mapping({name: value for name, value in stored.items() if name != _DATA})
+    before = TrainOptions.from_mapping({name: value for name, value in stored.items() if name not in (_DATA, _TOKENS)})
     given = options.to_dict()
     for name, value in before.to_dict().items():
         measured = name in _MEASURED and given[name] == "auto"

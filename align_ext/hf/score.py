@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from align_ext.hf.commands import task_number
-from align_ext.hf.encoding import check_conversations, fits
+from align_ext.hf.encoding import check_conversations, fits, token_rows
 from align_ext.hf.evaluate import TaskScore, evaluate
 from align_ext.hf.export import load_adapter
 from align_ext.hf.folder import AdapterFolder
@@ -20,6 +20,7 @@ from align_ext.hf.memory import enough_memory
 from align_ext.hf.merge import merge_and_unload
 from align_ext.hf.models import best_dtype, load_base, load_model, usable_device
 from align_ext.hf.report import versions
+from align_ext.hf.soundness import check_base
 from align_ext.hf.tasks import TaskData, read_tasks, scored_examples
 from align_ext.step import set_task
 from align_ext.terminal import bars_on, say, working
@@ -68,11 +69,14 @@ def score(request: EvalRequest, file: str | None, console: Console) -> dict[str,
     stored = None if request.adapter is None else AdapterFolder.read(request.adapter)
     ids = None if stored is None else _task_ids(stored, tuple(pools.tasks), merged=request.merge)
     with working(console, "loading the model"):
-        model, tokenizer = load_scored(request)
+        model, tokenizer = _base(request)
     check_conversations(tokenizer, pools.examples())
     fit = functools.partial(fits, tokenizer, max_tokens=request.seq_len)
     own_file = request.data is not None and Path(request.data).expanduser().is_file()
     data = scored_examples(pools, request.examples, fit, undivided=own_file)
+    check_base(model, tokenizer, token_rows(tokenizer, data.test))
+    with working(console, "loading the adapter"):
+        model = _adapted(model, request)
     say(console, f"{len(data.names)} tasks: {len(data.test)} examples to score on, {model.dtype} on {model.device}")
     for line in data.report():
         say(console, f"  {line}")
@@ -98,14 +102,27 @@ def load_scored(request: EvalRequest, task: str | None = None) -> tuple[Any, Any
         task: multi_adapter: name or number of the task that the model is to be about.
 
     Raises:
-        ValueError: as load_model, load_adapter and merge_and_unload say; or there is no such task.
+        ValueError: as load_model, check_base, load_adapter and merge_and_unload say; or there is no such task.
     """
+    model, tokenizer = _base(request)
+    check_base(model, tokenizer)
+    return _adapted(model, request, task), tokenizer
+
+
+def _base(request: EvalRequest) -> tuple[Any, Any]:
+    """The request's base model, on its device, and the tokenizer."""
     device = usable_device(request.device)
     dtype = best_dtype(device) if request.dtype == "auto" else request.dtype
     if request.adapter is None:
         model, tokenizer = load_model(request.model, dtype)
     else:
         model, tokenizer = load_base(request.model, AdapterFolder.read(request.adapter), dtype)
+    return model.to(device), tokenizer
+
+
+def _adapted(model: Any, request: EvalRequest, task: str | None = None) -> Any:
+    """The base model with the request's adapter, in eval mode."""
+    if request.adapter is not None:
         load_adapter(model, request.adapter, force=request.force)
         if task is not None:
             set_task(model, task_number(AdapterFolder.read(request.adapter), task))
@@ -114,7 +131,7 @@ def load_scored(request: EvalRequest, task: str | None = None) -> tuple[Any, Any
                 merge_and_unload(model)
             except ValueError as error:
                 raise ValueError(f"{error} (with `align-lora merge`, and score the model that it writes)") from error
-    return model.to(device).eval(), tokenizer
+    return model.eval()
 
 
 def _task_ids(stored: AdapterFolder, tasks: tuple[str, ...], *, merged: bool) -> dict[str, int] | None:

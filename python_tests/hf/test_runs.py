@@ -218,6 +218,36 @@ def test_data_that_changed_does_not_go_on(place):
         train(place, resume=True)
 
 
+def unfinished(place, **options):
+    train(place, output="out", **options)
+    Path("out/results.json").unlink()
+
+
+def test_a_chat_template_that_changed_does_not_go_on(place):
+    model_folder(place / "model", chat=True)
+    unfinished(place)
+    template = place / "model/chat_template.jinja"
+    before = template.read_text()
+    template.write_text(before.replace("<bot>", "<assistant>"))
+    with pytest.raises(ValueError, match=r"had other tokens of the same data.*chat template has changed: put it back"):
+        train(place, resume=True)
+    template.write_text(before)
+    train(place, resume=True)
+
+
+def test_a_base_of_another_configuration_does_not_go_on(place):
+    unfinished(place)
+    config = place / "model/config.json"
+    before = config.read_text()
+    config.write_text(json.dumps(json.loads(before) | {"hidden_act": "gelu"}))
+    with pytest.raises(ValueError, match=r"hidden_act is 'gelu', not 'silu'; a run goes on with its own base only"):
+        train(place, resume=True)
+    config.write_text(before)
+    record = Path("out/checkpoints/options.yaml")
+    record.write_text("".join(row for row in record.open() if "tokens_digest" not in row))
+    train(place, resume=True)  # as of a version that kept no digest of tokens
+
+
 def test_a_diverged_run_stops_with_the_last_finite_checkpoint(place, capsys):
     with pytest.raises(Diverged, match=r"diverged: .* is not finite at step \d"):
         train(place, lr=1e30, steps=30)

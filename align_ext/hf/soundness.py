@@ -1,0 +1,207 @@
+"""Whether a base model can be trained and scored: known before either, whatever transformers makes of its folder.
+
+All weights were read and are finite, earlier logits do not depend on later tokens, each token has an embedding, and the
+longest row runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from align_ext.hf.memory import is_memory
+from align_ext.reading import shown, why
+
+_PROBE = 8  # tokens
+_ROUNDING = {torch.bfloat16: 2e-2, torch.float16: 2e-3}  # of logits relative to the largest one; else:
+_ROUNDING_FLOAT32 = 1e-5
+_CONSTANTS = ("masked_bias", "position_ids", "inv_freq")  # buffers that models once stored, whatever their place now
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class CannotRun(ValueError):
+    """The model raises an exception."""
+
+
+def check_loaded(model: nn.Module, info: Mapping[str, Any], name: str) -> None:
+    """Checks that a model is what its files hold.
+
+    Args:
+        model: as it was loaded.
+        info: from_pretrained's output_loading_info, in which transformers leaves out tied weights and what the model's
+            class declares to be made anew or not needed.
+        name: opens the message.
+
+    Raises:
+        ValueError: a weight is not stored, has another shape, or is stored and was not read.
+    """
+    learned = {name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if _may_be_learned(tensor)}
+    others = {str(key[0] if isinstance(key, tuple) else key) for key in info.get("mismatched_keys") or ()}
+    absent = {name for name in info.get("missing_keys") or () if name in learned} - others
+    if absent or others:
+        what = f"lacks {_some(absent)}" if absent else f"holds {_some(others)} in other shapes"
+        raise ValueError(
+            f"{name} {what}, which {type(model).__name__} would have at random: name a whole causal language model, "
+            "whose config.json (model_type, sizes) is that of its weights"
+        )
+    unread = {name for name in info.get("unexpected_keys") or () if not _is_made(model, name)}
+    if unread:
+        raise ValueError(
+            f"{name} holds {_some(unread)}, which {type(model).__name__} does not read: correct its config.json "
+            "(model_type, number of layers), or, where nothing needs them, save the model without them "
+            "(AutoModelForCausalLM.from_pretrained(old).save_pretrained(new))"
+        )
+    if errors := [*(info.get("error_msgs") or ()), *(info.get("conversion_errors") or ())]:
+        raise ValueError(f"{name} was not read as a whole: {shown(str(errors[0]))}")
+
+
+@torch.no_grad()
+def check_finite(model: nn.Module, name: str) -> None:
+    """Raises ValueError for a weight that is NaN or infinite; a mask may be infinite."""
+    for key, weight in (*model.named_parameters(), *model.named_buffers()):
+        if weight.dtype not in _FLOATS or weight.is_meta or not weight.numel() or type(weight.data) is not Tensor:
+            continue
+        least, greatest = (float(x) for x in torch.aminmax(weight))
+        nan, infinite = math.isnan(least), math.isinf(least) or math.isinf(greatest)
+        if nan or (infinite and isinstance(weight, nn.Parameter)):
+            kind = "NaN" if nan else "infinite"
+            cure = "take a wider --dtype, or " if weight.dtype == torch.float16 and kind == "infinite" else ""
+            raise ValueError(f"{name} is damaged: values of {shown(key)} are {kind}; {cure}take an undamaged one")
+
+
+def check_base(model: Any, tokenizer: Any, rows: Iterable[Sequence[int]] = (), *, training: bool = False) -> None:
+    """Runs a model, without adapters, on the device where it is to run.
+
+    Args:
+        model: a causal language model, in eval mode.
+        tokenizer: its tokenizer.
+        rows: the tokens of what it will be trained and scored on.
+        training: the longest row is run as in training too.
+
+    Raises:
+        ValueError: a token has no embedding, the model cannot be run, not at this length or not in training, its logits
+            are not finite, or those of a token depend on later tokens. The message is one line with the cure.
+    """
+    longest = _checked_rows(model, tokenizer, rows)
+    special = set(tokenizer.all_special_ids)
+    most = _PROBE if longest is None else min(_PROBE, len(longest))
+    probe = [token for token in range(_embedding_rows(model, tokenizer)) if token not in special][: most + 1]
+    _check_causal(model, probe)
+    if longest is not None:
+        _check_longest(model, longest, training=training)
+
+
+def _checked_rows(model: Any, tokenizer: Any, rows: Iterable[Sequence[int]]) -> Sequence[int] | None:
+    """The longest row; raises ValueError for a token without an embedding."""
+    embedded, longest = _embedding_rows(model, tokenizer), None
+    for row in itertools.chain([[tokenizer.pad_token_id]], rows):
+        if (token := max(row)) >= embedded:
+            raise ValueError(
+                f"--model {_name(model)}: its tokenizer makes the token {shown(tokenizer.convert_ids_to_tokens(token))}"
+                f", whose number is {token}, and the model has embeddings of {embedded} tokens: take the tokenizer "
+                "that belongs to the model, or give the model more (resize_token_embeddings) and save it"
+            )
+        longest = row if longest is None or len(row) > len(longest) else longest
+    return None if longest is None or longest == [tokenizer.pad_token_id] else longest
+
+
+def _embedding_rows(model: Any, tokenizer: Any) -> int:
+    """How many tokens a model has embeddings of; as many as the tokenizer knows where it does not tell."""
+    try:
+        return int(model.get_input_embeddings().weight.shape[0])
+    except (AttributeError, NotImplementedError, TypeError):
+        return int(getattr(model.config.get_text_config(), "vocab_size", None) or len(tokenizer))
+
+
+@torch.no_grad()
+def _check_causal(model: Any, tokens: Sequence[int]) -> None:
+    """Runs two rows that differ in their last token alone, and compares the logits before it."""
+    if len(tokens) < 2:
+        return
+    first, second = (_logits(model, row, training=False) for row in (tokens[:-1], [*tokens[:-2], tokens[-1]]))
+    if not bool(torch.isfinite(first).all()):
+        raise ValueError(
+            f"--model {_name(model)} computes logits that are not finite in {str(model.dtype).removeprefix('torch.')}: "
+            "take a wider --dtype, or another model"
+        )
+    moved = float((second - first)[:-1].abs().max()) if len(tokens) > 2 else 0.0
+    if moved > _ROUNDING.get(model.dtype, _ROUNDING_FLOAT32) * float(first.abs().max()):
+        raise ValueError(
+            f"--model {_name(model)} is no causal language model: as {type(model).__name__} its tokens see later ones, "
+            "so that it would read the answers that it is to predict; name another model (or, where its weights were "
+            'trained so, set "is_decoder": true in its config.json)'
+        )
+
+
+def _check_longest(model: Any, row: Sequence[int], *, training: bool) -> None:
+    """Runs one row, at last in training mode and with the loss."""
+    try:
+        _logits(model, row, training=False)
+    except CannotRun as error:
+        positions = learned_positions(model)
+        known = positions is not None and positions < len(row)
+        cure = f"it has {positions} positions: give --seq-len {positions}" if known else "give a smaller --seq-len"
+        raise ValueError(f"{error} (the longest row); {cure}") from error
+    if training:
+        _logits(model, row, training=True)
+
+
+def learned_positions(model: Any) -> int | None:
+    """How many positions a model has a table of (embeddings, sines, a mask) that ends; None: it computes them."""
+    try:
+        most = model.config.get_text_config().max_position_embeddings
+        tokens = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens]
+    sizes += [size for buffer in model.buffers() for size in buffer.shape]
+    # Some tables have a few rows more, for padding.
+    return most if isinstance(most, int) and any(most <= size <= most + 4 for size in sizes) else None
+
+
+@torch.no_grad()
+def _logits(model: Any, row: Sequence[int], *, training: bool) -> Tensor:
+    """The logits of a row; leaves the model in eval mode."""
+    ids = torch.tensor([list(row)], device=next(model.parameters()).device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | ({"labels": ids} if training else {})
+    try:
+        logits = model.train(training)(**inputs, use_cache=False).logits[0].float()
+        return logits.cpu()  # where a GPU's errors appear
+    except Exception as error:  # whatever a configuration leads transformers and torch to
+        if is_memory(error):
+            raise
+        how = " in training" if training else ""
+        quantised = getattr(model.config, "quantization_config", None) is not None
+        hint = " (its config.json says that it is quantised)" if quantised else ""
+        raise CannotRun(f"--model {_name(model)} cannot run {len(row)} tokens{how}: {why(error)}{hint}") from error
+    finally:
+        model.eval()
+
+
+def _may_be_learned(tensor: Tensor) -> bool:
+    """Not a counter or a mask."""
+    return isinstance(tensor, nn.Parameter) or tensor.is_floating_point()
+
+
+def _is_made(model: nn.Module, name: str) -> bool:
+    """Whether a stored tensor is a buffer that the model makes itself, as older versions stored masks and positions."""
+    return (
+        name.rpartition(".")[2] in _CONSTANTS
+        or name in {key for key, _ in model.named_buffers()} - model.state_dict().keys()
+    )
+
+
+def _some(names: Collection[str]) -> str:
+    found = sorted(names)
+    if len(found) == 1:
+        return f"the weight {shown(found[0])}"
+    return f"{len(found)} weights ({', '.join(map(shown, found[:3]))}{', ...' * (len(found) > 3)})"
+
+
+def _name(model: Any) -> str:
+    return shown(getattr(model, "name_or_path", None) or type(model).__name__)
