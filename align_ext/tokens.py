@@ -203,7 +203,7 @@ class StepTokens:
                 "or not the batch's; leave it out by exclude_modules"
             )
         self.state.batch_first |= shape[1] != samples
-        if samples > 1 and not self.state.batch_first:
+        if samples > 1 and not self.state.batch_first and not self.state.encoder_decoder:
             raise RuntimeError(
                 f"an adapted layer saw {list(shape)} in a batch of {samples} samples, whose first dimension may be "
                 "the samples or the tokens: let the first batch have another number of samples than of tokens"

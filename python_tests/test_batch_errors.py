@@ -5,7 +5,7 @@ import torch
 from test_batch import CHECKPOINTING, EXACT, checkpointed, oracle_gradients
 from tiny import Oracle, adapted, batch, error, gradients, llama
 
-from align_ext import align_step
+from align_ext import align_step, replace_linear_with_align_lora
 
 
 def test_training_without_ids_is_an_error():
@@ -216,3 +216,26 @@ def test_differentiating_twice_is_an_error():
     loss = model(**inputs, task_ids=tasks).loss
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         loss.backward(create_graph=True)
+
+
+class SequenceFirst(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.fc = torch.nn.Embedding(50, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, input_ids, first=True):
+        x = self.embed(input_ids)
+        return self.fc(x.transpose(0, 1) if first else x).square().mean()
+
+
+def test_a_first_batch_of_as_many_samples_as_tokens_does_not_tell_which_dimension_is_which():
+    model = replace_linear_with_align_lora(SequenceFirst(), target_modules=["fc"], num_tasks=2, r=2).train()
+    square, wide = torch.zeros(4, 4, dtype=torch.int64), torch.zeros(4, 5, dtype=torch.int64)
+    ids = torch.tensor([0, 1, 0, 1])
+    for inputs, message in ((square, "first dimension may be"), (wide, "not batch first")):
+        with pytest.raises(RuntimeError, match=message), align_step(model, ids):
+            model(inputs)
+    for inputs in (wide, square):  # what a batch has shown holds for the next
+        with align_step(model, ids) as step:
+            loss = model(inputs, first=False)
+        step.total(loss).backward()
