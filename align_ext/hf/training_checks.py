@@ -45,21 +45,24 @@ class LayersThatNeverRan(TrainerCallback):
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self._idle: dict[str, nn.Module] = {}
+        self._stepped = False  # a run that goes on at its end makes no step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Knows none that ran."""
+        self._stepped = False
         layers = {} if self.trainer.is_deepspeed_enabled else adapted_layers(self.trainer.model)
         self._idle = {name: layer.adapter for name, layer in layers.items()}
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Looks at those that have not run yet."""
+        self._stepped = True
         self._idle = {
             name: adapter for name, adapter in self._idle.items() if all(p.grad is None for p in adapter.parameters())
         }
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Warns of those that are left."""
-        if self._idle and state.global_step > 0:
+        if self._idle and self._stepped:
             names = list(self._idle)
             warnings.warn(
                 f"{len(names)} adapted layers ({', '.join(map(shown, names[:3]))}{', ...' * (len(names) > 3)}) got no "
