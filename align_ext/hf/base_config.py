@@ -88,8 +88,7 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if value is None or isinstance(value, (bool, str)):
         return value
-    known = isinstance(value, (int, float)) and abs(value) < 2**63
-    return value if known and math.isfinite(value) else str(value)
+    return value if isinstance(value, (int, float)) and abs(value) < 2**63 else str(value)
 
 
 def _same(a: Any, b: Any) -> bool:

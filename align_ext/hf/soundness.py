@@ -20,7 +20,7 @@ from align_ext.reading import shown, why
 _PROBE = 8  # tokens
 _ROUNDING = {torch.bfloat16: 2e-2, torch.float16: 2e-3}  # of logits relative to the largest one; else:
 _ROUNDING_FLOAT32 = 1e-5
-_CONSTANTS = ("masked_bias", "position_ids", "inv_freq")  # buffers that models once stored, whatever their place now
+_CONSTANTS = ("masked_bias", "position_ids", "inv_freq")  # last parts of the names of what models once stored
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -190,10 +190,9 @@ def _may_be_learned(tensor: Tensor) -> bool:
 
 def _is_made(model: nn.Module, name: str) -> bool:
     """Whether a stored tensor is a buffer that the model makes itself, as older versions stored masks and positions."""
-    return (
-        name.rpartition(".")[2] in _CONSTANTS
-        or name in {key for key, _ in model.named_buffers()} - model.state_dict().keys()
-    )
+    buffers = {key for key, _ in model.named_buffers()} - model.state_dict().keys()
+    constants = {*_CONSTANTS, *(key.rpartition(".")[2] for key in buffers)} - {"weight", "bias"}
+    return name in buffers or name.rpartition(".")[2] in constants
 
 
 def _some(names: Collection[str]) -> str:

@@ -73,6 +73,8 @@ def test_stretched_rotations_are_another_base_and_so_is_their_length(folder, tmp
     refused(load_adapter, changed(rope_parameters=SCALED), folder, match=r"rope_parameters\.rope_type is 'linear'")
     linear = BaseModel.of(changed(rope_parameters=SCALED))
     refused(linear.check, changed(rope_parameters=SCALED | {"factor": 2.0}), match="factor is 2.0, not 4.0")
+    once = BaseModel.of(changed(rope_parameters=YARN))
+    refused(once.check, changed(rope_parameters=YARN | {"attention_factor": 2.0}), match="factor is 2.0, not None")
     refused(BaseModel.of(llama()).check, changed(rope_parameters=YARN), match="rope_parameters")
     record = BaseModel.of(changed(rope_parameters=SCALED))
     refused(record.check, changed(rope_parameters=SCALED, max_position_embeddings=64), match="max_position_embeddings")

@@ -15,6 +15,10 @@ from transformers import (
     ElectraForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     LlamaForSequenceClassification,
     MixtralConfig,
     MixtralForCausalLM,
@@ -53,6 +57,15 @@ def classifier():
 
 def decoder():
     return BertLMHeadModel(BertConfig(**SIZES, **WORDS, is_decoder=True))
+
+
+def gptj():
+    return GPTJForCausalLM(GPTJConfig(**WORDS, n_embd=32, n_layer=1, n_head=4, n_positions=64, rotary_dim=4))
+
+
+def neo():
+    sizes = {"hidden_size": 32, "num_layers": 1, "num_heads": 4, "max_position_embeddings": 64}
+    return GPTNeoForCausalLM(GPTNeoConfig(**WORDS, **sizes, attention_types=[[["global"], 1]]))
 
 
 def tied():
@@ -104,6 +117,12 @@ WHOLE = {
         model_folder(f), lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
     ),
     "masks of old versions": lambda f: stored(model_folder(f, model=gpt2), old_masks),
+    "a table of sines": lambda f: stored(
+        model_folder(f, model=gptj), lambda t: t.update({"transformer.h.0.attn.embed_positions": torch.ones(64, 4)})
+    ),
+    "a mask": lambda f: stored(
+        model_folder(f, model=neo), lambda t: t.update({"transformer.h.0.attn.attention.bias": torch.ones(1, 1, 8, 8)})
+    ),
     "positions of old versions": lambda f: stored(
         model_folder(f, model=decoder),
         lambda t: t.update({"bert.embeddings.position_ids": torch.arange(512)[None]}),
