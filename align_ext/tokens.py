@@ -139,6 +139,8 @@ class StepTokens:
 
     def check_samples(self, samples: int) -> None:
         """Raises ValueError if the ids that were given are those of another number of samples."""
+        if torch.compiler.is_compiling():  # whose graph no size of the ids shall be part of
+            return
         if self._known and len(self.given) != samples:
             raise ValueError(f"task_ids {list(self.given.shape)} do not fit a batch of {samples} samples: give one id "
                              "per sample, or one per token")  # fmt: skip
@@ -194,7 +196,7 @@ class StepTokens:
 
     def check_layout(self, shape: torch.Size) -> None:
         """Raises RuntimeError if a layer's input [..., n] is not batch first, or nothing has told yet whether it is."""
-        if torch.compiler.is_compiling() or len(shape) < 3:  # whose graph no size of the ids shall be part of
+        if torch.compiler.is_compiling() or len(shape) < 3:  # as in check_samples
             return
         samples = self.tokens.ids.shape[0]
         if samples > 1 and shape[0] != samples:

@@ -1,4 +1,4 @@
-"""What a Trainer with alignment refuses before its first step, training that would not be what it says, and notices."""
+"""What a Trainer with alignment refuses before its first step, and what it warns of after the last one."""
 
 from __future__ import annotations
 
