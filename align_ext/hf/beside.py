@@ -1,6 +1,6 @@
 """What a model trains beside its adapters: a head, an embedding, norms, single parameters; found, named, restored.
 
-Names are those of the plain model, without PeftModel around it and without our layers in it.
+Buffers that training changes, such as the running statistics of a frozen BatchNorm, belong to it. Names are those of the plain model, without PeftModel around it and without our layers in it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Beside:
     Attributes:
         tensors: parameters, and buffers of the modules, by name; a tied one under each of its names.
         modules: names of the modules that are trained whole; their tensors make PEFT's modules_to_save.
-        others: trained parameters that make no whole module, which PEFT has no form of.
+        others: trained parameters and changed buffers that make no whole module, which PEFT has no form of.
     """
 
     tensors: dict[str, Tensor]
@@ -40,7 +40,9 @@ class Beside:
     def cannot_export(self, model: nn.Module) -> str | None:
         """Why PEFT has no form of this, or None."""
         if self.others:
-            return f"{self.others[0]} is trained beside it without the rest of its module"
+            module = self.others[0].rpartition(".")[0]
+            cure = f"; modules_to_save={[module]} trains and keeps all of it" if module else ""
+            return f"{self.others[0]} is trained beside it without the rest of its module{cure}"
         names = {plain_name(model, name) for name, _ in model.named_modules(remove_duplicate=False)}
         for name in names - set(self.modules):
             if name.endswith(self.modules) and self.modules:  # PEFT's rule, in the midst of words too
@@ -49,7 +51,7 @@ class Beside:
 
 
 def trained_beside(model: nn.Module) -> Beside:
-    """Finds what requires a gradient and is no adapter's."""
+    """Finds what requires a gradient and is no adapter's, and the buffers that are no longer as in the base."""
     adapters = {
         p for module in model.modules() if isinstance(module, AdaptedModule) for p in module.adapter.parameters()
     }
@@ -57,10 +59,35 @@ def trained_beside(model: nn.Module) -> Beside:
     modules: list[str] = []
     if trained:
         _collect(model, model, "", trained, modules)
-    every, ids = tensors_of(model), {id(p) for p in trained}
+    every, ids = tensors_of(model), {id(tensor) for tensor in (*trained, *_changed_buffers(model).values())}
     inside = {name: tensor for name, tensor in every.items() if is_below(name, modules)}
     others = {name: tensor for name, tensor in every.items() if id(tensor) in ids and name not in inside}
     return Beside(inside | others, tuple(modules), tuple(others))
+
+
+def kept_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the base's buffers that training may change: all but masks and the packed weights of linear layers."""
+    linears = [module for module in model.modules() if hasattr(module, "in_features")]
+    packed = {id(buffer) for module in linears for buffer in module.buffers(recurse=False)}
+    return {
+        name: buffer.clone()
+        for name, buffer in _buffers(model).items()
+        if not (id(buffer) in packed or buffer.is_meta) and (buffer.is_floating_point() or buffer.dim() == 0)
+    }
+
+
+def _changed_buffers(model: nn.Module) -> dict[str, Tensor]:
+    state = find_state(model)
+    kept = {} if state is None else state.originals
+    return {
+        name: buffer
+        for name, buffer in _buffers(model).items()
+        if name in kept and not torch.equal(buffer, kept[name].to(buffer))
+    }
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors_of(model).items() if not isinstance(tensor, nn.Parameter)}
 
 
 def _collect(
@@ -149,6 +176,23 @@ def start_training(model: nn.Module, names: Collection[str]) -> None:
         tensor = every[name]
         if isinstance(tensor, nn.Parameter):
             tensor.requires_grad_(True)
+
+
+def tensors_to_fill(model: nn.Module, stored: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a folder's tensors beside the adapters are to fill, and with what: a buffer that it has not is the base's.
+
+    Args:
+        model: plain, or adapted.
+        stored: the folder's, by name in the plain model.
+    """
+    state, every = find_state(model), tensors_of(model)
+    if state is None:
+        return {name: tensor for name, tensor in every.items() if name in stored}, dict(stored)
+    buffers = _buffers(model)
+    filled = {name: buffer for name, buffer in buffers.items() if name in stored and name in state.originals}
+    filled = trained_beside(model).tensors | filled
+    rest = {name: state.originals[name] for name in filled if name in buffers and name not in stored}
+    return filled, {**stored, **rest}
 
 
 def give_back(model: nn.Module) -> None:
