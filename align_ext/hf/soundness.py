@@ -18,8 +18,7 @@ from align_ext.hf.memory import is_memory
 from align_ext.reading import shown, why
 
 _PROBE = 8  # tokens
-_ROUNDING = {torch.bfloat16: 2e-2, torch.float16: 2e-3}  # of logits relative to the largest one; else:
-_ROUNDING_FLOAT32 = 1e-5
+_ROUNDING = 1e-4  # of gradients relative to the largest one
 _CONSTANTS = ("masked_bias", "position_ids", "inv_freq")  # last parts of the names of what models once stored
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -129,13 +128,37 @@ def _check_causal(model: Any, tokens: Sequence[int]) -> None:
             f"--model {_name(model)} computes logits that are not finite in {str(model.dtype).removeprefix('torch.')}: "
             "take a wider --dtype, or another model"
         )
-    moved = float((second - first)[:-1].abs().max()) if len(tokens) > 2 else 0.0
-    if moved > _ROUNDING.get(model.dtype, _ROUNDING_FLOAT32) * float(first.abs().max()):
+    # Rounding moves logits too, where the tokens that share an expert are multiplied together.
+    if not torch.equal(first[:-1], second[:-1]) and _reaches_back(model, tokens[:-1]):
         raise ValueError(
             f"--model {_name(model)} is no causal language model: as {type(model).__name__} its tokens see later ones, "
             "so that it would read the answers that it is to predict; name another model (or, where its weights were "
             'trained so, set "is_decoder": true in its config.json)'
         )
+
+
+def _reaches_back(model: Any, tokens: Sequence[int]) -> bool:
+    """Whether the logits of tokens before the last one have a gradient by the last one's embedding."""
+    embedded: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    hook = model.get_input_embeddings().register_forward_hook(keep)
+    try:
+        with torch.enable_grad():
+            ids = torch.tensor([list(tokens)], device=next(model.parameters()).device)
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+            (gradient,) = torch.autograd.grad(logits[:, :-1].float().square().sum(), embedded[0])
+    except RuntimeError as error:  # a quantised layer has no backward
+        if is_memory(error):
+            raise
+        return False
+    finally:
+        hook.remove()
+    sizes = gradient[0].float().abs().amax(-1)
+    return bool(sizes[-1] > _ROUNDING * sizes.max())
 
 
 def _check_longest(model: Any, row: Sequence[int], *, training: bool) -> None:
