@@ -21,6 +21,7 @@ from align_ext.hf.merge import merge_and_unload, unload
 from align_ext.hf.models import load_base
 from align_ext.hf.peft_form import cannot_export
 from align_ext.hf.report import SAME
+from align_ext.hf.soundness import check_base
 from align_ext.reading import check_folder, place, read_text, shown
 from align_ext.step import set_task
 from align_ext.terminal import say, working
@@ -66,6 +67,8 @@ def merge(request: Request, approximate: Any, prompts: str | None, dtype: str, c
             raise ValueError(f"{request.adapter} cannot be merged: {reason}")
         with _doing("loading the model", console):
             model, tokenizer = load_base(request.model, stored, dtype, lambda line: say(console, line))
+            if approximate:
+                check_base(model, tokenizer, tokenizer(list(texts)).input_ids, cure="give shorter lines in --prompts")
             load_adapter(model, request.adapter, force=request.force)
         if task is not None:
             set_task(model, task)
@@ -101,6 +104,8 @@ def export(request: Request, verify: bool, console: Console) -> bool:
             raise ValueError(f"PEFT has no form of this adapter: {reason}")
         with _doing("loading the model", console):
             model, tokenizer = load_base(request.model, stored, torch.float32, lambda line: say(console, line))
+            if verify:
+                check_base(model, tokenizer, tokenizer(list(PROMPTS)).input_ids, cure="leave --verify out")
             load_adapter(model, request.adapter, force=request.force)
         with _doing(f"writing {target}", console), atomic_folder(target) as path:
             for where, number in places.items():

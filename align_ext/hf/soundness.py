@@ -73,7 +73,14 @@ def check_finite(model: nn.Module, name: str) -> None:
             raise ValueError(f"{name} is damaged: values of {shown(key)} are {kind}; {cure}take an undamaged one")
 
 
-def check_base(model: Any, tokenizer: Any, rows: Iterable[Sequence[int]] = (), *, training: bool = False) -> None:
+def check_base(
+    model: Any,
+    tokenizer: Any,
+    rows: Iterable[Sequence[int]] = (),
+    *,
+    training: bool = False,
+    cure: str = "give a smaller --seq-len",
+) -> None:
     """Runs a model, without adapters, on the device where it is to run.
 
     Args:
@@ -81,6 +88,7 @@ def check_base(model: Any, tokenizer: Any, rows: Iterable[Sequence[int]] = (), *
         tokenizer: its tokenizer.
         rows: the tokens of what it will be trained and scored on.
         training: the longest row is run as in training too.
+        cure: of rows that are too long.
 
     Raises:
         ValueError: a token has no embedding, the model cannot be run, not at this length or not in training, its logits
@@ -92,13 +100,13 @@ def check_base(model: Any, tokenizer: Any, rows: Iterable[Sequence[int]] = (), *
     probe = [token for token in range(_embedding_rows(model, tokenizer)) if token not in special][: most + 1]
     _check_causal(model, probe)
     if longest is not None:
-        _check_longest(model, longest, training=training)
+        _check_longest(model, longest, cure, training=training)
 
 
 def _checked_rows(model: Any, tokenizer: Any, rows: Iterable[Sequence[int]]) -> Sequence[int] | None:
     """The longest row; raises ValueError for a token without an embedding."""
     embedded, longest = _embedding_rows(model, tokenizer), None
-    for row in itertools.chain([[tokenizer.pad_token_id]], rows):
+    for row in itertools.chain([[tokenizer.pad_token_id]], filter(len, rows)):
         if (token := max(row)) >= embedded:
             raise ValueError(
                 f"--model {_name(model)}: its tokenizer makes the token {shown(tokenizer.convert_ids_to_tokens(token))}"
@@ -161,15 +169,15 @@ def _reaches_back(model: Any, tokens: Sequence[int]) -> bool:
     return bool(sizes[-1] > _ROUNDING * sizes.max())
 
 
-def _check_longest(model: Any, row: Sequence[int], *, training: bool) -> None:
+def _check_longest(model: Any, row: Sequence[int], cure: str, *, training: bool) -> None:
     """Runs one row, at last in training mode and with the loss."""
     try:
         _logits(model, row, training=False)
     except CannotRun as error:
         positions = learned_positions(model)
         known = positions is not None and positions < len(row)
-        cure = f"it has {positions} positions: give --seq-len {positions}" if known else "give a smaller --seq-len"
-        raise ValueError(f"{error} (the longest row); {cure}") from error
+        known_positions = f"it has {positions} positions; " if known else ""
+        raise ValueError(f"{error} (the longest row); {known_positions}{cure}") from error
     if training:
         _logits(model, row, training=True)
 

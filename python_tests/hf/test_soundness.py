@@ -30,6 +30,7 @@ from transformers import (
     XLNetLMHeadModel,
 )
 
+from align_ext import replace_linear_with_align_lora, save_adapter
 from align_ext.hf import soundness
 from align_ext.hf.models import load_model
 
@@ -225,9 +226,26 @@ def test_rows_beyond_the_learned_positions_name_the_length_that_fits(model, run,
     for command in (["train", *flags, "--steps", 1], ["eval", "--dtype", "float32"]):
         code, _, err = run(*command, "--model", tmp_path / "m", "--data", data)
         assert code == 2
-        assert "has 16 positions: give --seq-len 16" in err
+        assert "has 16 positions; give a smaller --seq-len" in err
         code, _, err = run(*command, "--model", tmp_path / "m", "--data", data, "--seq-len", 16)
         assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    ("architecture", "command", "cure"),
+    [
+        ("hydra", ["merge", "--approximate", "uniform", "--prompts", "lines"], "give shorter lines in --prompts"),
+        ("lora", ["export", "--verify"], "leave --verify out"),
+    ],
+)
+def test_commands_that_run_prompts_of_their_own_check_the_base_too(architecture, command, cure, run, tmp_path):
+    base = model_folder(tmp_path / "m", model=small_gpt2)
+    model = replace_linear_with_align_lora(small_gpt2(), architecture=architecture, target_modules=["c_attn"], r=2)
+    save_adapter(model, tmp_path / "adapter")
+    (tmp_path / "work/lines").write_text("short\n" + "long " * 10)
+    code, _, err = run(*command, tmp_path / "adapter", "--model", base, "--output", "o")
+    assert (code, (tmp_path / "work/o").exists()) == (2, False)
+    assert "(the longest row); it has 16 positions; " + cure in err
 
 
 def test_an_answer_at_the_last_position_is_generated_whole(run, tmp_path):
