@@ -1,6 +1,7 @@
 """What a model trains beside its adapters: a head, an embedding, norms, single parameters; found, named, restored.
 
-Buffers that training changes, such as the running statistics of a frozen BatchNorm, belong to it. Names are those of the plain model, without PeftModel around it and without our layers in it.
+Buffers that training changes, such as the running statistics of a frozen BatchNorm, belong to it. Names are those of
+the plain model, without PeftModel around it and without our layers in it.
 """
 
 from __future__ import annotations

@@ -62,8 +62,8 @@ class Choices:
         texts = tuple(text_of(column, text) for text in value)
         if not all(text.strip() for text in texts):
             raise ValueError(f"the column {column} holds an empty text: {shown(value)}")
-        if twice := next((text for i, text in enumerate(texts) if text.strip() in map(str.strip, texts[:i])), None):
-            raise ValueError(f"the column {column} offers {shown(twice)} twice: {shown(value)}")
+        if len({text.strip() for text in texts}) == 1:
+            raise ValueError(f"the column {column} offers nothing but {shown(texts[0])}: {shown(value)}")
         letters = _LETTERS if len(texts) <= len(_LETTERS) else ""
         return cls(texts, tuple(letters[: len(texts)] if names is None else (text_of(column, x) for x in names)))
 
@@ -75,6 +75,10 @@ class Choices:
             found |= {i for i, text in enumerate(self.texts) if text.strip() == word}
             found |= {i for i, name in enumerate(self.names) if name.strip() == word}
         return found
+
+    def equal_to(self, number: int) -> set[int]:
+        """The numbers of the choices with the same text, which nobody can tell apart."""
+        return {i for i, text in enumerate(self.texts) if text.strip() == self.texts[number].strip()}
 
     def forms(self, answer: str) -> dict[int, Form]:
         """In which form an answer may end in which choice: by text, by number from 1 on ("... answer3"), or by name."""

@@ -287,18 +287,18 @@ def _of_choices(example: Example, offered: tuple[str, Any], said: dict[str, Any]
     learnt = example.answer or (finals[0] if finals and not isinstance(said.get("answer"), int) else "")
     forms = choices.forms(learnt) if learnt else by_text
     right = set(forms).intersection(*named)
-    if len(right) != 1:
+    label = min(right, default=0)
+    if not right or not right <= choices.equal_to(label):
         given = {**said, **({"the answer": example.answer} if example.answer else {})}
         words = ", ".join(f"{name} {shown(value, 40)}" for name, value in given.items()) or "other columns"
         raise ValueError(
             f"the column {offered[0]} holds {shown(offered[1])}, and which one is right does not follow from {words}: "
             "give label, an index from 0, and let the answer end in that choice's text, number or letter"
         )
-    (label,) = right
     answers = forms[label].answers()
     prompt = example.prompt
     if not choices.shown_in(text_asked(prompt)):
         prompt = with_more(prompt, choices.listed(forms[label].mark))
     several = [] if said.keys() & set(_LABELS) else [i for text in finals[1:] for i in choices.called(text)]
-    also = tuple(sorted(set(several) - {label}))
+    also = tuple(sorted(choices.equal_to(label).union(several) - {label}))
     return replace(example, prompt=prompt, answer=answers[label], choices=answers, label=label, also=also)

@@ -1,4 +1,4 @@
-"""Buffers of a frozen base that training changes (running statistics, averages, counters): saved, loaded, given back."""
+"""Buffers of a frozen base that training changes (statistics, averages, counters): saved, loaded, given back."""
 
 import copy
 

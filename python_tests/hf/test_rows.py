@@ -249,9 +249,25 @@ def test_of_several_right_choices_each_counts(column):
     assert (one.label, one.also, one.score("x")) == (1, (), 0)
 
 
-@pytest.mark.parametrize(
-    "choices", [["x", "x"], ["x", "y", " x "], {"A": "x", "B": "x"}, {"text": ["x"] * 2, "label": ["1", "2"]}]
-)
-def test_choices_that_nothing_tells_apart_are_refused(choices):
-    with pytest.raises(ValueError, match=r"offers ' ?x ?' twice"):
+@pytest.mark.parametrize("choices", [["x", "x "], {"A": "x", "B": "x"}, {"text": ["x"] * 2, "label": ["1", "2"]}])
+def test_choices_of_one_text_are_refused(choices):
+    with pytest.raises(ValueError, match=r"offers nothing but 'x'"):
         read({"prompt": "q", "choices": choices, "label": 1})
+
+
+@pytest.mark.parametrize(
+    ("said", "label", "answer", "also"),
+    [
+        ({"label": 0}, 0, "sky", (2,)),
+        ({"label": 2}, 2, "sky ", (0,)),
+        ({"label": 1}, 1, "roots", ()),
+        ({"answer": "sky"}, 0, "sky", (2,)),
+        ({"answerKey": "C"}, 2, "sky ", (0,)),
+        ({"output": "It is C."}, 2, "It is C.", (0,)),
+        ({"output": "the sky", "label": 2}, 2, "the sky", (0,)),
+    ],
+)
+def test_of_choices_with_one_text_each_is_as_right_as_the_other(said, label, answer, also):
+    example = read({"prompt": "q", "choices": ["sky", "roots", "sky "], **said})
+    assert (example.label, example.answer, example.also) == (label, answer, also)
+    assert [example.score(example.choices[i]) for i in range(3)] == [float(i in (label, *also)) for i in range(3)]
