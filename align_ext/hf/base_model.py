@@ -3,7 +3,8 @@
 Of each weight the shape and some values are recorded, in bfloat16: 16 of the first and the last of each kind
 (q_proj.weight, norm.weight, ...), 4 of those between, and beyond 512 weights of evenly spaced ones. So the record has
 at most 70 kilobytes (25 for 272 weights) and costs nothing at any size; it is the same whether the base is loaded in
-float32 or bfloat16, close in float16, and says nothing of weights that are quantised, split, offloaded or trained. Of
+float32 or bfloat16, close in float16, and says nothing of weights that are quantised, offloaded or trained. What is
+split over processes when an adapter is saved was recorded when the adapters were put in, where it was whole then. Of
 embeddings and the output head the rows that both have are compared, since a tokenizer may have been extended. The
 same weights may compute something else (other heads, rotations, activations), which the configuration tells.
 """
@@ -23,6 +24,7 @@ from align_ext.hf.base_config import computing_entries, other_entry
 from align_ext.hf.beside import plain_name
 from align_ext.nn.base import AdaptedLinear, AdaptedModule
 from align_ext.reading import shown
+from align_ext.state import find_state
 
 _VALUES, _VALUES_BETWEEN, _MOST_WEIGHTS = 16, 4, 512
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -95,11 +97,12 @@ class BaseModel:
     @classmethod
     def of(cls, model: nn.Module) -> BaseModel:
         """Records a model's base: of what is frozen, or of everything where nothing is."""
-        weights = _whole_weights(model)
-        frozen = {name: p for name, p in weights.items() if not p.requires_grad}
-        adapted = any(isinstance(module, AdaptedModule) for module in model.modules())
-        chosen = frozen if adapted else weights
+        weights, state = _whole_weights(model), find_state(model)
+        chosen = weights if state is None else {name: p for name, p in weights.items() if not p.requires_grad}
         samples = {name: Sample.of(chosen[name], n) for name, n in _some(list(chosen)).items()}
+        if state is not None:
+            frozen = {plain_name(model, name) for name, p in model.named_parameters() if not p.requires_grad}
+            samples |= {name: state.samples[name] for name in frozen & state.samples.keys() - weights.keys()}
         return cls(name_of_base(model), samples, computing_entries(getattr(model, "config", None)))
 
     def to_dict(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from align_ext.hf.adopt import (
     refuse_other_peft,
     refuse_unfit,
 )
+from align_ext.hf.base_model import BaseModel
 from align_ext.hf.beside import is_below, kept_buffers, modules_to_train, start_training, tensors_of
 from align_ext.hf.blocks import find_blocks
 from align_ext.hf.given import config_of
@@ -178,6 +179,7 @@ def adapt(
         report.trained = whole
         start_training(model, [name for name in tensors_of(model) if is_below(name, whole)])
     stand_in(model)
+    state.samples = dict(BaseModel.of(model).weights)
     model.align_report = report  # type: ignore[assignment]
     (logger.warning if report.unmatched else logger.info)("%s", report)
     return model

@@ -9,6 +9,8 @@ from tiny import llama
 
 from align_ext import load_adapter, save_adapter, set_task
 from align_ext.hf import sharded
+from align_ext.hf.base_model import BaseModel, OtherBaseError
+from align_ext.hf.folder import AdapterFolder
 from align_ext.hf.peft_form import WEIGHTS
 from align_ext.hf.tensors import read_tensors
 
@@ -26,6 +28,17 @@ def assert_holds(folder, base, kind):
     return loaded
 
 
+def assert_knows_its_base(folder):
+    """The folder's record holds what the one of a whole model holds, and a base with another weight is refused."""
+    recorded, whole = AdapterFolder.read(folder).base, BaseModel.of(plain())
+    assert recorded.weights.keys() == whole.weights.keys() - {"model.norm.weight", "model.embed_tokens.weight"}
+    other = plain()
+    with torch.no_grad():
+        other.model.layers[1].self_attn.o_proj.weight.mul_(1.1)
+    with pytest.raises(OtherBaseError, match=r"self_attn\.o_proj\.weight' has other values"):
+        load_adapter(other, folder)
+
+
 def test_fsdp2_saves_and_loads_what_it_trained(tmp_path, unused_port):
     torch.multiprocessing.spawn(shards.fsdp2, (unused_port, str(tmp_path)), nprocs=2)
     for kind in shards.KINDS:
@@ -35,6 +48,7 @@ def test_fsdp2_saves_and_loads_what_it_trained(tmp_path, unused_port):
             exported = load_adapter(plain(), tmp_path / kind / "peft")
             torch.testing.assert_close(logits(exported), logits(loaded), rtol=1e-5, atol=1e-5)
     assert_holds(tmp_path / "tied", llama(tie_word_embeddings=True), "tied")
+    assert_knows_its_base(tmp_path / shards.KINDS[0] / "adapter")
     assert not [name for name in files(tmp_path) if ".tmp" in name]
 
 
@@ -42,6 +56,7 @@ def test_zero3_saves_what_it_trained(tmp_path, unused_port):
     torch.multiprocessing.spawn(shards.zero3, (unused_port, str(tmp_path)), nprocs=2)
     for kind in ("lora", "m_lora, rslora"):
         assert_holds(tmp_path / kind, plain(), kind)
+        assert_knows_its_base(tmp_path / kind / "adapter")
 
 
 @pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel])
