@@ -18,9 +18,9 @@ save_adapter(model, folder) writes, all at once or not at all:
   belongs to no one layer, so PEFT has no form of them. There is no adapter_config.json, and PeftModel.from_pretrained
   says "Can't find 'adapter_config.json'": load such a folder with load_adapter.
 
-What else is trained (modules_to_save, whatever requires a gradient) is in PEFT's form as modules_to_save, if it makes
-whole modules. Where it does not, say a bias alone, or where stock PEFT would take a model's layers for others, PEFT has
-no form either.
+What else is trained (modules_to_save, whatever requires a gradient, buffers that training changed) is in PEFT's form as
+modules_to_save, if it makes whole modules. Where it does not, say a bias alone or the running statistics of a frozen
+BatchNorm, or where stock PEFT would take a model's layers for others, PEFT has no form either.
 
 Nothing is pickled, and load_adapter checks keys, shapes, dtypes, finiteness, and that the files belong together.
 """
