@@ -1,5 +1,7 @@
 """The alignment of several micro-batches as of one batch: a first pass for the statistics, a second for the gradient.
 
+The first pass leaves the model's buffers and torch's generators as it found them.
+
     union = align_statistics(model, batches)                     # forwards without gradients
     for batch, part in union.replay():                           # the same dropout masks again
         with align_step(model, batch.pop("task_ids"), batch.get("attention_mask")) as step:
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from align_ext.buffers import Snapshot
 from align_ext.state import UnionPart, find_state, world_size
 from align_ext.step import align_step
 
@@ -55,7 +58,7 @@ def align_statistics(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> 
     if not batches:
         raise ValueError("batches is empty: give the micro-batches of a step")
     own: list[Any] = []
-    rng = []
+    rng, buffers = [], Snapshot(model)
     for batch in batches:
         inputs = dict(batch)
         ids, labels = inputs.pop("task_ids", None), inputs.get("labels")
@@ -65,6 +68,7 @@ def align_statistics(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> 
         with align_step(model, ids, inputs.get("attention_mask"), labels) as step:
             model(**inputs)
         own.append(step.statistics())
+    buffers.restore()
     union = own[0]
     for statistics in own[1:]:
         union = union.merge(statistics)

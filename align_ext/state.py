@@ -94,6 +94,7 @@ class AlignState:
         self.armed: list[Step] = []  # inside a backward: those whose layers are owed gradients
         self.last: Step | None = None
         self.originals: dict[str, Tensor] = {}  # the base's values of what is trained beside the adapters, for unload
+        self.buffers: dict[str, Tensor | None] = {}  # the base's, which training may change (hf/beside.py)
         self.samples: dict[str, Any] = {}  # of the base's weights, taken while they were whole (hf/base_model.py)
         self.queue: deque[Statistics] = deque(maxlen=config.align_queue)  # of the last micro-batches
         self.encoder_decoder = False  # the model has an encoder and a decoder, whose tokens differ

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from align_ext.buffers import Place, assign, places, same_bits
 from align_ext.config import AUTO, AlignLoraConfig
 from align_ext.hf.adopt import PEFT_PREFIX
-from align_ext.hf.sharded import whole
+from align_ext.hf.sharded import outlines, whole
+from align_ext.hf.tensors import check_tensors
 from align_ext.nn.base import AdaptedModule
 from align_ext.state import find_state
 
@@ -66,29 +68,23 @@ def trained_beside(model: nn.Module) -> Beside:
     return Beside(inside | others, tuple(modules), tuple(others))
 
 
-def kept_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the base's buffers that training may change: all but masks and the packed weights of linear layers."""
-    linears = [module for module in model.modules() if hasattr(module, "in_features")]
-    packed = {id(buffer) for module in linears for buffer in module.buffers(recurse=False)}
-    return {
-        name: buffer.clone()
-        for name, buffer in _buffers(model).items()
-        if not (id(buffer) in packed or buffer.is_meta) and (buffer.is_floating_point() or buffer.dim() == 0)
-    }
+def base_buffers(model: nn.Module) -> dict[str, Tensor | None]:
+    """Copies of the base's buffers, by name in the plain model."""
+    found = {name: module._buffers[key] for name, (module, key) in _places(model).items()}
+    return {name: None if b is None or b.is_meta else b.clone() for name, b in found.items()}
 
 
 def _changed_buffers(model: nn.Module) -> dict[str, Tensor]:
     state = find_state(model)
-    kept = {} if state is None else state.originals
-    return {
-        name: buffer
-        for name, buffer in _buffers(model).items()
-        if name in kept and not torch.equal(buffer, kept[name].to(buffer))
-    }
+    if state is None:
+        return {}
+    buffers = {name: module._buffers[key] for name, (module, key) in _places(model).items()}
+    return {n: b for n, b in buffers.items() if b is not None and not same_bits(state.buffers.get(n), b)}
 
 
-def _buffers(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors_of(model).items() if not isinstance(tensor, nn.Parameter)}
+def _places(model: nn.Module) -> dict[str, Place]:
+    inside = {id(part) for m in model.modules() if isinstance(m, AdaptedModule) for part in m.adapter.modules()}
+    return {plain_name(model, name): place for name, place in places(model) if id(place[0]) not in inside}
 
 
 def _collect(
@@ -166,34 +162,49 @@ def modules_to_train(model: nn.Module, config: AlignLoraConfig) -> list[str]:
 
 
 def start_training(model: nn.Module, names: Collection[str]) -> None:
-    """Makes tensors of the base trained (where they are parameters), and keeps what they are for unload."""
-    state, every = find_state(model), tensors_of(model)
+    """Makes parameters of the base trained, and keeps what they are for unload."""
+    state = find_state(model)
     assert state is not None
+    every = {name: tensor for name, tensor in tensors_of(model).items() if isinstance(tensor, nn.Parameter)}
+    names = [name for name in names if name in every]
     chosen = {id(every[name]) for name in names}
     names = [name for name, tensor in every.items() if id(tensor) in chosen]  # a tied one under each of its names
     for name, value in whole({n: every[n] for n in names if n not in state.originals}, "start_training").items():
         state.originals[name] = value.clone()
     for name in names:
-        tensor = every[name]
-        if isinstance(tensor, nn.Parameter):
-            tensor.requires_grad_(True)
+        every[name].requires_grad_(True)
 
 
-def tensors_to_fill(model: nn.Module, stored: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What a folder's tensors beside the adapters are to fill, and with what: a buffer that it has not is the base's.
+def parameters_to_fill(model: nn.Module, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters beside the adapters, by name, that a folder's tensors are to fill.
 
     Args:
         model: plain, or adapted.
-        stored: the folder's, by name in the plain model.
+        stored: the folder's tensors, by name in the plain model.
+
+    Raises:
+        ValueError: they are others, or have other shapes; a buffer is of another kind.
     """
-    state, every = find_state(model), tensors_of(model)
-    if state is None:
-        return {name: tensor for name, tensor in every.items() if name in stored}, dict(stored)
-    buffers = _buffers(model)
-    filled = {name: buffer for name, buffer in buffers.items() if name in stored and name in state.originals}
-    filled = trained_beside(model).tensors | filled
-    rest = {name: state.originals[name] for name in filled if name in buffers and name not in stored}
-    return filled, {**stored, **rest}
+    if find_state(model) is None:
+        wanted = {name: tensor for name, tensor in tensors_of(model).items() if name in stored}
+    else:
+        beside = trained_beside(model)
+        wanted = {n: t for n, t in beside.tensors.items() if isinstance(t, nn.Parameter) or is_below(n, beside.modules)}
+    buffers = {name: stored[name] for name in _places(model) if name in stored}  # whose sizes training may change
+    for name, tensor in wanted.items():
+        if name in buffers and tensor.is_floating_point() != stored[name].is_floating_point():
+            raise ValueError(f"{name} is {stored[name].dtype}, but should be like {tensor.dtype}")
+    check_tensors(stored, outlines(wanted) | buffers, " (what is trained beside the adapters)")
+    return {name: tensor for name, tensor in wanted.items() if isinstance(tensor, nn.Parameter)}
+
+
+def fill_buffers(model: nn.Module, stored: Mapping[str, Tensor]) -> None:
+    """Gives the base's buffers a folder's values, and those that it has not their values of the base."""
+    found, state = _places(model), find_state(model)
+    assert state is not None
+    given = {name: stored[name] for name in found if name in stored}
+    back = {name: state.buffers[name] for name in _changed_buffers(model) if name in state.buffers}
+    assign(found, {**back, **given}, next(model.parameters()))
 
 
 def give_back(model: nn.Module) -> None:
@@ -204,16 +215,18 @@ def give_back(model: nn.Module) -> None:
     """
     state, beside = find_state(model), trained_beside(model).tensors
     assert state is not None
-    lost = sorted(beside.keys() - state.originals.keys())
+    parameters = {name: tensor for name, tensor in beside.items() if isinstance(tensor, nn.Parameter)}
+    lost = sorted(parameters.keys() - state.originals.keys())
     if lost:
         raise ValueError(
             f"{lost[0]} was trained beside the adapters, and its value in the base model is not kept: load the base "
             "model again, or name its module in modules_to_save to have it kept"
         )
     with torch.no_grad():
-        for name, tensor in beside.items():
+        for name, tensor in parameters.items():
             tensor.copy_(state.originals[name])
             tensor.requires_grad_(False)
+    fill_buffers(model, {})
 
 
 def check_ties(model: nn.Module, tensors: Mapping[str, Tensor], *, alone: bool) -> None:

@@ -42,7 +42,15 @@ from align_ext.bounds import is_whole
 from align_ext.config import AlignLoraConfig
 from align_ext.hf.adopt import refuse_foreign
 from align_ext.hf.base_model import BaseModel
-from align_ext.hf.beside import Beside, check_ties, plain_name, start_training, tensors_to_fill, trained_beside
+from align_ext.hf.beside import (
+    Beside,
+    check_ties,
+    fill_buffers,
+    parameters_to_fill,
+    plain_name,
+    start_training,
+    trained_beside,
+)
 from align_ext.hf.folder import (
     ADAPTER_FILES,
     OUR_CONFIG,
@@ -220,8 +228,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, force: boo
         _refuse_other_options(stored, state.config)
     check_ties(model, stored.trained, alone=not stored.tied)  # first, since another tying looks like another base
     stored.check_model(model, layer_names(model) if state is None else [], force=force)
-    beside, values = tensors_to_fill(model, stored.trained)
-    check_tensors(values, outlines(beside), " (what is trained beside the adapters)")
+    beside = parameters_to_fill(model, stored.trained)
     if state is None:
         adapt(
             outer, stored.config, stored.ranks(), stored.trained, lambda own: _fill(model, own, stored, stored.config)
@@ -229,12 +236,13 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, force: boo
     else:
         own = {name: layer.adapter for name, layer in adapted_layers(model).items()}
         _fill(model, own, stored, state.config)
-    rounded = [n for n, t in beside.items() if torch.promote_types(values[n].dtype, t.dtype) != t.dtype]
+    rounded = [n for n, t in beside.items() if torch.promote_types(stored.trained[n].dtype, t.dtype) != t.dtype]
     if rounded:
         logger.warning("%s is rounded to %s, as the base model is", ", ".join(rounded), beside[rounded[0]].dtype)
     if state is None:
         start_training(model, stored.trained)
-    fill(beside, values, "load_adapter")
+    fill(beside, stored.trained, "load_adapter")
+    fill_buffers(model, stored.trained)
     return outer
 
 

@@ -22,7 +22,7 @@ from align_ext.hf.adopt import (
     refuse_unfit,
 )
 from align_ext.hf.base_model import BaseModel
-from align_ext.hf.beside import is_below, kept_buffers, modules_to_train, start_training, tensors_of
+from align_ext.hf.beside import base_buffers, is_below, modules_to_train, start_training, tensors_of
 from align_ext.hf.blocks import find_blocks
 from align_ext.hf.given import config_of
 from align_ext.hf.modalities import refuse_other_modalities
@@ -172,9 +172,9 @@ def adapt(
         setattr(model.get_submodule(parent), child, layer)
         report.replaced.append(name)
     watch_layers(model, state)
-    state.originals = kept_buffers(model)
     if adopting:
-        state.originals |= adopt_copies(model, copies)
+        state.originals = adopt_copies(model, copies)
+    state.buffers = {n: state.originals.get(n, buffer) for n, buffer in base_buffers(model).items()}
     if ranks is None:
         report.trained = whole
         start_training(model, [name for name in tensors_of(model) if is_below(name, whole)])

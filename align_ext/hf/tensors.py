@@ -19,7 +19,10 @@ from torch import Tensor
 from align_ext.reading import MOST_BYTES, check_names, open_file, parse_json, place, shown, why
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 _RECORD = "align_ext"  # in the metadata, which PEFT leaves alone
 
 
@@ -38,6 +41,8 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], record: Mapping[str
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name} holds values that are not finite")
+        if tensor.dtype not in _DTYPES.values():
+            raise ValueError(f"{name} is {tensor.dtype}, which no folder of an adapter holds")
     content, seen = {}, set()
     for name, tensor in tensors.items():
         whole = tensor.detach().cpu().contiguous()
