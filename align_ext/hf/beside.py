@@ -71,7 +71,7 @@ def trained_beside(model: nn.Module) -> Beside:
 def base_buffers(model: nn.Module) -> dict[str, Tensor | None]:
     """Copies of the base's buffers, by name in the plain model."""
     found = {name: module._buffers[key] for name, (module, key) in _places(model).items()}
-    return {name: None if b is None or b.is_meta else b.clone() for name, b in found.items()}
+    return {name: None if b is None else b.clone() for name, b in found.items() if b is None or not b.is_meta}
 
 
 def _changed_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -79,7 +79,8 @@ def _changed_buffers(model: nn.Module) -> dict[str, Tensor]:
     if state is None:
         return {}
     buffers = {name: module._buffers[key] for name, (module, key) in _places(model).items()}
-    return {n: b for n, b in buffers.items() if b is not None and not same_bits(state.buffers.get(n), b)}
+    known = {n: b for n, b in buffers.items() if b is not None and n in state.buffers}
+    return {n: b for n, b in known.items() if not same_bits(state.buffers[n], b)}
 
 
 def _places(model: nn.Module) -> dict[str, Place]:
@@ -203,7 +204,7 @@ def fill_buffers(model: nn.Module, stored: Mapping[str, Tensor]) -> None:
     found, state = _places(model), find_state(model)
     assert state is not None
     given = {name: stored[name] for name in found if name in stored}
-    back = {name: state.buffers[name] for name in _changed_buffers(model) if name in state.buffers}
+    back = {name: state.buffers[name] for name in _changed_buffers(model)}
     assign(found, {**back, **given}, next(model.parameters()))
 
 

@@ -35,7 +35,55 @@ class Average(nn.Module):
         return x + self.level * self.mask
 
 
+class Counts(nn.Module):
+    """Has seen which channel how often above zero, and whether at all; looks at both in evaluation."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.register_buffer("counts", torch.zeros(channels, dtype=torch.int64))
+        self.register_buffer("seen", torch.zeros(channels, dtype=torch.bool))
+
+    def forward(self, x):
+        if self.training:
+            self.counts += (x > 0).sum(0)
+            self.seen |= (x > 1).any(0)
+        return x + self.counts / (1 + self.counts.sum()) - self.seen.float()
+
+
+class Bank(nn.Module):
+    """Remembers rows: a buffer that grows, and one that there is not before the first."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.register_buffer("bank", torch.zeros(0, channels))
+        self.register_buffer("first", None)
+
+    def forward(self, x):
+        if self.training:
+            self.first = x[0].detach().clone() if self.first is None else self.first
+            self.bank = torch.cat([self.bank, x[:1].detach()])
+        x = x if self.first is None else x + self.first
+        return x + self.bank.sum(0)
+
+
+class Scaled(nn.Linear):
+    """A linear layer with a running scale."""
+
+    def __init__(self, channels):
+        super().__init__(channels, channels)
+        self.register_buffer("scale", torch.ones(channels))
+
+    def forward(self, x):
+        if self.training:
+            self.scale.mul_(0.9).add_(0.1 * x.detach().abs().mean(0))
+        return super().forward(x / self.scale)
+
+
 KINDS = {
+    "counts": lambda: Counts(8),
+    "a bank that grows": lambda: Bank(8),
+    "a linear layer's scale": lambda: Scaled(8),
+    "spectral norm of old": lambda: torch.nn.utils.spectral_norm(nn.Linear(8, 8)),
     "batch norm": lambda: nn.BatchNorm1d(8),
     "batch norm without weights": lambda: nn.BatchNorm1d(8, affine=False),
     "instance norm": lambda: nn.Sequential(nn.Unflatten(1, (4, 2)), nn.InstanceNorm1d(4, track_running_stats=True),
@@ -114,6 +162,33 @@ def test_unload_gives_back_the_base_and_merging_keeps_what_was_trained(tmp_path,
     same_bits(outputs(unload(model)), outputs(base(kind)))
     save_adapter(train(adapted(base(kind))), tmp_path)
     same_bits(outputs(unload(load_adapter(base(kind), tmp_path))), outputs(base(kind)))
+
+
+def test_a_buffer_that_no_folder_can_hold_is_refused(tmp_path):
+    model = adapted(base("counts"))
+    model.norm.register_buffer("phase", torch.zeros(3, dtype=torch.complex64))
+    save_adapter(model, tmp_path / "as the base")
+    model = Net(KINDS["counts"]())
+    model.norm.register_buffer("phase", torch.zeros(3, dtype=torch.complex64))
+    model = adapted(model)
+    model.norm.phase += 1
+    with pytest.raises(ValueError, match=r"norm\.phase is torch\.complex64, which no folder of an adapter holds"):
+        save_adapter(model, tmp_path / "changed")
+
+
+def test_what_is_not_finite_and_does_not_change_is_no_change(tmp_path):
+    model = base("counts")
+    model.norm.register_buffer("mask", torch.tensor([float("nan"), float("-inf")]))
+    save_adapter(adapted(model), tmp_path)
+    assert not (tmp_path / "align_trained.safetensors").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_cast_of_the_model_is_no_change(tmp_path, dtype):
+    model = base("an average of its own")
+    model.norm.level += torch.rand(8)
+    save_adapter(adapted(model).to(dtype), tmp_path)
+    assert not (tmp_path / "align_trained.safetensors").exists()
 
 
 def test_peft_gets_them_as_a_whole_module_or_not_at_all(tmp_path):
