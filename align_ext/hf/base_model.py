@@ -4,9 +4,10 @@ Of each weight the shape and some values are recorded, in bfloat16: 16 of the fi
 (q_proj.weight, norm.weight, ...), 4 of those between, and beyond 512 weights of evenly spaced ones. So the record has
 at most 70 kilobytes (25 for 272 weights) and costs nothing at any size; it is the same whether the base is loaded in
 float32 or bfloat16, close in float16, and says nothing of weights that are quantised, offloaded or trained. What is
-split over processes when an adapter is saved was recorded when the adapters were put in, where it was whole then. Of
-embeddings and the output head the rows that both have are compared, since a tokenizer may have been extended. The
-same weights may compute something else (other heads, rotations, activations), which the configuration tells.
+split over processes when an adapter is saved was recorded when the adapters were put in, where it was whole then.
+Buffers (a BatchNorm's statistics) are recorded likewise, as they were before training. Of embeddings and the output
+head the rows that both have are compared, since a tokenizer may have been extended. The same weights may compute
+something else (other heads, rotations, activations), which the configuration tells.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from align_ext.hf.base_config import computing_entries, other_entry
-from align_ext.hf.beside import plain_name
+from align_ext.hf.beside import base_buffers, plain_name
 from align_ext.nn.base import AdaptedLinear, AdaptedModule
 from align_ext.reading import shown
 from align_ext.state import find_state
 
 _VALUES, _VALUES_BETWEEN, _MOST_WEIGHTS = 16, 4, 512
-_DTYPES = ("float64", "float32", "bfloat16", "float16")
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in _FLOATS)
 
 
 class OtherBaseError(ValueError):
@@ -75,8 +77,8 @@ class Sample:
         places = _places(math.prod(self.shape), len(recorded))
         both = places < weight.numel()
         here, there = _values(weight, places[both]), recorded[both]
-        same = (here == there) | (there.float().abs() < 1e-4)
-        close = torch.allclose(here.float(), there.float(), rtol=2**-7, atol=1e-6)
+        same = (here == there) | (there.float().abs() < 1e-4) | (here.isnan() & there.isnan())
+        close = torch.allclose(here.float(), there.float(), rtol=2**-7, atol=1e-6, equal_nan=True)
         return None if close and 2 * int(same.sum()) >= len(same) else "has other values"
 
 
@@ -88,11 +90,13 @@ class BaseModel:
         name: a hub id or an absolute path, if it is known.
         weights: samples by the weight's name in the plain model.
         config: entries of its configuration (base_config.py); empty where none are recorded.
+        buffers: samples of its buffers, as they were before training.
     """
 
     name: str | None
     weights: Mapping[str, Sample]
     config: Mapping[str, Any] = field(default_factory=dict)
+    buffers: Mapping[str, Sample] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module) -> BaseModel:
@@ -101,14 +105,17 @@ class BaseModel:
         chosen = weights if state is None else {name: p for name, p in weights.items() if not p.requires_grad}
         samples = {name: Sample.of(chosen[name], n) for name, n in _some(list(chosen)).items()}
         if state is not None:
-            frozen = {plain_name(model, name) for name, p in model.named_parameters() if not p.requires_grad}
-            samples |= {name: state.samples[name] for name in frozen & state.samples.keys() - weights.keys()}
-        return cls(name_of_base(model), samples, computing_entries(getattr(model, "config", None)))
+            samples |= _of_parts(model, {n: s for n, s in state.samples.items() if n not in weights})
+        buffers = _float_buffers(model)
+        of_buffers = {name: Sample.of(buffers[name], n) for name, n in _some(list(buffers)).items()}
+        return cls(name_of_base(model), samples, computing_entries(getattr(model, "config", None)), of_buffers)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
-        weights = {name: [list(w.shape), w.dtype, w.values] for name, w in self.weights.items()}
-        return {"name": self.name, "weights": weights, "config": dict(self.config)}
+        weights, buffers = (
+            {name: [list(w.shape), w.dtype, w.values] for name, w in of.items()} for of in (self.weights, self.buffers)
+        )
+        return {"name": self.name, "weights": weights, "config": dict(self.config), "buffers": buffers}
 
     @classmethod
     def from_dict(cls, content: Any) -> BaseModel:
@@ -118,16 +125,21 @@ class BaseModel:
             ValueError: it is none.
         """
         try:
-            name, weights, config = content["name"], content["weights"], content.get("config", {})
-            samples = {key: Sample(tuple(shape), dtype, values) for key, (shape, dtype, values) in weights.items()}
-            for sample in samples.values():
+            name, config = content["name"], content.get("config", {})
+            weights, buffers = (
+                {key: Sample(tuple(shape), dtype, values) for key, (shape, dtype, values) in of.items()}
+                for of in (content["weights"], content.get("buffers", {}))
+            )
+            for sample in (*weights.values(), *buffers.values()):
                 if sample.dtype not in _DTYPES or not 0 < len(sample.decoded()) <= _VALUES:
                     raise ValueError
-            if not isinstance(name, (str, type(None))) or len(samples) > _MOST_WEIGHTS or not isinstance(config, dict):
+            if max(len(weights), len(buffers)) > _MOST_WEIGHTS or not isinstance(config, dict):
+                raise ValueError
+            if not isinstance(name, (str, type(None))):
                 raise ValueError
         except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
             raise ValueError("its record of the base model is damaged") from error
-        return cls(name, samples, config)
+        return cls(name, weights, config, buffers)
 
     def check(self, model: nn.Module, cure: str = "give its own, or go on with force=True") -> None:
         """Compares a model, with adapters or without, as far as its weights are there, and its configuration.
@@ -149,6 +161,10 @@ class BaseModel:
             else:
                 reason = None if name.rpartition(".")[0] in packed else "is not in it"
             if reason is not None:
+                self._refuse(model, f"{shown(name)} {reason}; {cure}")
+        buffers = _float_buffers(model)
+        for name in self.buffers.keys() & buffers.keys():  # versions of transformers differ in which they store
+            if reason := self.buffers[name].differs(buffers[name]):
                 self._refuse(model, f"{shown(name)} {reason}; {cure}")
         entry = other_entry(self.config, computing_entries(getattr(model, "config", None)))
         if entry is not None:
@@ -187,13 +203,42 @@ def _whole_weights(model: nn.Module) -> dict[str, Tensor]:
         for name, p in model.named_parameters()
         if id(p) not in left_out
         and type(p) is nn.Parameter
-        and p.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        and p.dtype in _FLOATS
         and not p.is_meta
         and p.numel() > 0
         and type(p.data) is Tensor
         and not hasattr(p, "ds_id")  # ZeRO-3's share
         and ".lora_" not in name
     }
+
+
+def _of_parts(model: nn.Module, taken: Mapping[str, Sample]) -> dict[str, Sample]:
+    """Samples of frozen weights that are split by now, taken when they were whole; none if others were loaded since."""
+    kept = {}
+    for name, parameter in model.named_parameters():
+        sample, part = taken.get(plain_name(model, name)), _first_part(parameter)
+        if sample is None or part is None or parameter.requires_grad:
+            continue
+        places = _places(math.prod(sample.shape), len(sample.decoded()))
+        here, there = part[places[places < len(part)].to(part.device)].cpu().float(), sample.decoded().float()
+        if not torch.allclose(here, there[: len(here)], rtol=2**-7, atol=1e-6):
+            return {}
+        kept[plain_name(model, name)] = sample
+    return kept
+
+
+def _first_part(parameter: Any) -> Tensor | None:
+    """What this process holds of a split weight, flat: in the first process, which writes, the weight's beginning."""
+    if hasattr(parameter, "full_tensor"):
+        return parameter.to_local().detach().reshape(-1)
+    return parameter.ds_tensor.detach().reshape(-1) if hasattr(parameter, "ds_tensor") else None
+
+
+def _float_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The base's floating-point buffers by their names in the plain model, as they were before training."""
+    state = find_state(model)
+    buffers = base_buffers(model) if state is None else state.buffers
+    return {n: b for n, b in buffers.items() if b is not None and b.numel() and b.dtype in _FLOATS}
 
 
 def _packed(model: nn.Module) -> set[str]:

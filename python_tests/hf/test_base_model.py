@@ -226,3 +226,18 @@ def test_a_base_whose_weights_are_packed_beyond_reach_is_compared_as_far_as_they
     refused(record.check, model, match=r"up_proj\.weight.*is not in it")
     packed.weight = lambda: weight  # as torch.ao's int8 layers have it
     record.check(model)
+
+
+def test_what_was_recorded_before_sharding_counts_only_if_the_shards_hold_it():
+    """As where a model is adapted first, sharded, and its real weights loaded at last."""
+    model = replace_linear_with_align_lora(llama(), architecture="lora", r=2)
+    whole = BaseModel.of(model).weights
+    for parameter in model.parameters():
+        if not parameter.requires_grad:  # a process's half, as ZeRO-3 holds it
+            parameter.ds_id, parameter.ds_tensor = (
+                1,
+                parameter.detach().flatten()[: (parameter.numel() + 1) // 2].clone(),
+            )
+    assert BaseModel.of(model).weights == whole
+    model.model.norm.weight.ds_tensor.add_(1)
+    assert not BaseModel.of(model).weights

@@ -17,6 +17,7 @@ from align_ext import (
     save_adapter,
     unload,
 )
+from align_ext.hf.base_model import OtherBaseError
 
 
 class Average(nn.Module):
@@ -174,6 +175,17 @@ def test_a_buffer_that_no_folder_can_hold_is_refused(tmp_path):
     model.norm.phase += 1
     with pytest.raises(ValueError, match=r"norm\.phase is torch\.complex64, which no folder of an adapter holds"):
         save_adapter(model, tmp_path / "changed")
+
+
+def test_another_base_by_its_buffers_alone_is_refused(tmp_path):
+    save_adapter(train(adapted(base("batch norm"))), tmp_path)
+    other = base("batch norm")
+    other.norm.running_mean += 1
+    with pytest.raises(OtherBaseError, match=r"'norm\.running_mean' has other values"):
+        load_adapter(other, tmp_path)
+    with pytest.raises(OtherBaseError, match=r"'norm\.running_mean' has other values"):
+        load_adapter(adapted(other), tmp_path)
+    load_adapter(other, tmp_path, force=True)
 
 
 def test_what_is_not_finite_and_does_not_change_is_no_change(tmp_path):
