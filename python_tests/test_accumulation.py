@@ -96,3 +96,20 @@ def test_statistics_need_alignment_and_batches():
         align_statistics(adapted(align=None), [arguments(0)])
     with pytest.raises(ValueError, match="batches is empty"):
         align_statistics(adapted(), [])
+
+
+def test_the_first_pass_leaves_buffers_as_they_were():
+    model = adapted(align_accumulation="exact")
+    norm = model.model.norm
+    norm.register_buffer("seen", torch.tensor(0))
+    norm.register_buffer("last", None)
+
+    def see(module, inputs):
+        module.seen += 1
+        module.last = inputs[0].detach().mean()
+
+    norm.register_forward_pre_hook(see)
+    seen = norm.seen
+    align_statistics(model, [arguments(seed) for seed in range(3)])
+    assert norm.seen is seen
+    assert (int(seen), norm.last) == (0, None)
