@@ -57,6 +57,7 @@ def train(config: str | None, print_config: bool, **flags: Any) -> None:
         return
     outlive_output()
     recipe, console = _on_transformers("training", "recipe"), plain_console()
+    from align_ext.hf import soundness
     from align_ext.hf.run_folder import open_run
 
     with ExitStack() as held:
@@ -66,7 +67,7 @@ def train(config: str | None, print_config: bool, **flags: Any) -> None:
             raise Mistake(str(error)) from error
         try:
             results = recipe.train(job, console)
-        except (FloatingPointError, OSError) as error:  # it has diverged, or the disk is full
+        except (FloatingPointError, OSError, soundness.CannotRun) as error:  # it has diverged, or the disk is full
             raise Mistake(str(error)) from error
     if any(check["passed"] is False for check in results["checks"].values()):
         raise typer.Exit(1)

@@ -360,6 +360,14 @@ def _is_result(file: Path, mark: str) -> bool:
         return size == 0 or mark.encode() in found + content.read(_ENDS)
 
 
+def user_path(path: str, what: str) -> Path:
+    """A path as a user gives it, ~ being a home; ValueError, which names the option, where there is no such home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{what} {shown(path)}: {why(error)}") from error
+
+
 def check_space(folder: Path, size: int) -> None:
     """Checks that so many bytes fit onto a folder's disk.
 

@@ -16,6 +16,7 @@ from align_ext.diagnostics.grad_check import GradReport, grad_check, print_repor
 from align_ext.diagnostics.similarity import adapters_of
 from align_ext.hf.models import load_model
 from align_ext.hf.replace import replace_linear_with_align_lora
+from align_ext.hf.soundness import check_base
 
 MODES = {"no checkpointing": None, "non-reentrant": False, "reentrant": True}
 _TASKS, _VOCABULARY, _SEED = 2, 64, 0
@@ -66,7 +67,9 @@ def _tiny(architecture: str) -> Callable[[], tuple[Any, int]]:
 
 
 def _loaded(name: str) -> dict[str, Callable[[], tuple[Any, int]]]:
-    model = load_model(name, torch.float32)[0].train()
+    model, tokenizer = load_model(name, torch.float32)
+    check_base(model, tokenizer, batch_of(model)["input_ids"].tolist(), training=True, cure="name another model")
+    model.train()
     replace_linear_with_align_lora(model, num_tasks=_TASKS)
     return {name: lambda: (model, _LARGE_DIFFERENCES)}
 
@@ -82,7 +85,7 @@ def _checkpoint(model: Any, reentrant: bool | None) -> None:
 def batch_of(model: Any) -> dict[str, Tensor]:
     """Random tokens [4, 8] of two tasks; the last two samples are padded."""
     generator = torch.Generator().manual_seed(_SEED)
-    ids = torch.randint(min(_VOCABULARY, model.config.vocab_size), (4, 8), generator=generator)
+    ids = torch.randint(min(_VOCABULARY, model.config.get_text_config().vocab_size), (4, 8), generator=generator)
     mask = torch.ones_like(ids)
     mask[2:, 6:] = 0
     tensors = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}

@@ -1,5 +1,6 @@
 """Keeps each example's task beside the tensors that a batch usually holds."""
 
+import copy
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
@@ -28,6 +29,9 @@ class TaskCollator:
     def __init__(self, inner: Collator | PreTrainedTokenizerBase, *, required: bool = True) -> None:
         if isinstance(inner, PreTrainedTokenizerBase):
             # In spite of its name the collator that pads labels for any model; it builds no decoder inputs by itself.
+            if "attention_mask" not in inner.model_input_names:  # or it would pad none
+                inner = copy.copy(inner)
+                inner.model_input_names = [*inner.model_input_names, "attention_mask"]
             inner = DataCollatorForSeq2Seq(inner, padding=True, label_pad_token_id=-100)
         self.inner, self.required = inner, required
 

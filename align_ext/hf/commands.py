@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from align_ext.hf.encoding import text_batch
 from align_ext.hf.export import export_peft, load_adapter
 from align_ext.hf.folder import AdapterFolder
 from align_ext.hf.memory import enough_memory
@@ -21,11 +22,11 @@ from align_ext.hf.merge import merge_and_unload, unload
 from align_ext.hf.models import load_base
 from align_ext.hf.peft_form import cannot_export
 from align_ext.hf.report import SAME
-from align_ext.hf.soundness import check_base
+from align_ext.hf.soundness import check_base, running
 from align_ext.reading import check_folder, place, read_text, shown
 from align_ext.step import set_task
 from align_ext.terminal import say, working
-from align_ext.writing import LOCK, atomic_folder, check_space, claimed
+from align_ext.writing import LOCK, atomic_folder, check_space, claimed, user_path
 
 PROMPTS = (
     "The capital of France is",
@@ -67,14 +68,14 @@ def merge(request: Request, approximate: Any, prompts: str | None, dtype: str, c
             raise ValueError(f"{request.adapter} cannot be merged: {reason}")
         with _doing("loading the model", console):
             model, tokenizer = load_base(request.model, stored, dtype, lambda line: say(console, line))
-            if approximate:
-                check_base(model, tokenizer, tokenizer(list(texts)).input_ids, cure="give shorter lines in --prompts")
+            batch = text_batch(tokenizer, texts) if approximate else None
+            if batch is not None:
+                check_base(model, tokenizer, _rows(batch), cure="give shorter lines in --prompts")
             load_adapter(model, request.adapter, force=request.force)
         if task is not None:
             set_task(model, task)
         with _doing("merging", console):
-            batch = dict(tokenizer(list(texts), return_tensors="pt", padding=True))
-            merge_and_unload(model, approximate, batch if approximate else None)
+            merge_and_unload(model, approximate, batch)
         if approximate:
             say(console, str(model.merge_report))
         check_space(target, sum(tensor.nbytes for tensor in model.state_dict().values()))
@@ -105,7 +106,7 @@ def export(request: Request, verify: bool, console: Console) -> bool:
         with _doing("loading the model", console):
             model, tokenizer = load_base(request.model, stored, torch.float32, lambda line: say(console, line))
             if verify:
-                check_base(model, tokenizer, tokenizer(list(PROMPTS)).input_ids, cure="leave --verify out")
+                check_base(model, tokenizer, _rows(text_batch(tokenizer, PROMPTS)), cure="leave --verify out")
             load_adapter(model, request.adapter, force=request.force)
         with _doing(f"writing {target}", console), atomic_folder(target) as path:
             for where, number in places.items():
@@ -124,8 +125,7 @@ def _verify(model: Any, tokenizer: Any, target: Path, places: Mapping[str, int |
     """The differences of logits, relative to the largest, of stock PEFT and our loader from the model; uses it up."""
     import peft
 
-    batch = dict(tokenizer(list(PROMPTS), return_tensors="pt", padding=True))
-    expected = {}
+    batch, expected = text_batch(tokenizer, PROMPTS), {}
     for where, number in places.items():
         set_task(model, number)
         expected[where] = _logits(model, batch)
@@ -142,7 +142,13 @@ def _verify(model: Any, tokenizer: Any, target: Path, places: Mapping[str, int |
 
 @torch.no_grad()
 def _logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    return model.eval()(**batch).logits[batch["attention_mask"].bool()]
+    with running(model, "be verified"):
+        return model.eval()(**batch, use_cache=False).logits[batch["attention_mask"].bool()]
+
+
+def _rows(batch: Mapping[str, Tensor]) -> list[list[int]]:
+    """The tokens of each row of a batch, without its padding."""
+    return [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
 
 
 def _difference(logits: Tensor, expected: Tensor) -> float:
@@ -181,7 +187,7 @@ def _lines(file: str) -> Sequence[str]:
 def _claimed_output(output: str) -> Iterator[Path]:
     """The output, a new or an empty folder, for this process alone; what stays empty vanishes."""
     check_folder(output, "output")
-    with claimed(Path(output).expanduser()) as target:
+    with claimed(user_path(output, "--output")) as target:
         if os.listdir(target) != [LOCK]:
             raise ValueError(f"the output {shown(output)} exists and is no empty folder: choose another --output")
         yield target

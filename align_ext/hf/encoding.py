@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from torch import Tensor
+
 from align_ext.hf.conversation import Turn
 from align_ext.hf.rows import Example
 from align_ext.reading import shown, why
@@ -96,6 +98,19 @@ def token_rows(tokenizer: Any, examples: Iterable[Example]) -> Iterator[list[int
     for example in examples:
         prompt = prompt_tokens(tokenizer, example.prompt)
         yield from ([*prompt, *answer_tokens(tokenizer, answer)] for answer in example.choices or (example.answer,))
+
+
+def text_batch(tokenizer: Any, texts: Iterable[str]) -> dict[str, Tensor]:
+    """input_ids and attention_mask of texts, padded, whatever the tokenizer's model_input_names are.
+
+    Raises:
+        ValueError: the tokenizer makes no token of any text.
+    """
+    some = [text for text in texts if tokenizer(text)["input_ids"]]
+    if not some:
+        raise ValueError("the tokenizer makes no token of any of the prompts: write others, or name another model")
+    batch = tokenizer(some, return_tensors="pt", padding=True, return_attention_mask=True)
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
 def _prompt_text(tokenizer: Any, prompt: str | tuple[Turn, ...]) -> tuple[str, bool]:

@@ -20,7 +20,7 @@ from align_ext.hf.collator import TaskCollator
 from align_ext.hf.encoding import answer_tokens, encode, features, prompt_tokens
 from align_ext.hf.replace import adapted_layers
 from align_ext.hf.rows import Example
-from align_ext.hf.soundness import learned_positions
+from align_ext.hf.soundness import learned_positions, running
 from align_ext.state import find_state
 from align_ext.step import align_step, set_task
 
@@ -103,7 +103,7 @@ def evaluate(
         greedy: answers are generated to examples with choices too.
 
     Raises:
-        ValueError: the model has an adapter for each task, and ids lacks one.
+        ValueError: the model has an adapter for each task, and ids lacks one; or the model cannot run or generate.
     """
     tasks = _task_ids(model, examples, ids)
     rows = _rows(tokenizer, examples, tasks)
@@ -180,7 +180,7 @@ def alignment(
     with _eval_mode(model), _recording(model):
         for batch in _batches(rows, batch_size):
             inputs = {name: x.to(_device(model)) for name, x in collate(batch).items()}
-            with align_step(model, inputs.pop("task_ids")) as step:
+            with running(model, "be run"), align_step(model, inputs.pop("task_ids")) as step:
                 model(**inputs)
             part: Any = step.statistics()
             statistics = part if statistics is None else statistics.merge(part)
@@ -297,8 +297,8 @@ def _choice_nll(
         if state is not None and state.config.routing == "sequence":
             inputs["labels"] = labels  # they tell where the prompt ends
         inputs = {name: x.to(_device(model)) for name, x in inputs.items()}
-        logits = model(**inputs, use_cache=False).logits
-        nll, where = answer_nll(logits, labels)
+        with running(model, "score answers"):
+            nll, where = answer_nll(model(**inputs, use_cache=False).logits, labels)
         per_row = torch.zeros(len(batch), device=nll.device).index_add_(0, where, nll).tolist()
         for row, value in zip(batch, per_row, strict=True):
             sums[row.example, row.choice] = (value, len(row.answer))
@@ -324,9 +324,9 @@ def _generated_scores(
             mask[row, width - len(prompt) :] = 1
         how = copy.deepcopy(model.generation_config)
         how.max_new_tokens = most
-        out = model.generate(
-            input_ids=ids.to(_device(model)), attention_mask=mask.to(_device(model)), generation_config=how
-        )
+        inputs = {"input_ids": ids.to(_device(model)), "attention_mask": mask.to(_device(model))}
+        with running(model, "generate answers"):
+            out = model.generate(**inputs, generation_config=how).cpu()
         for i, text in zip(batch, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True), strict=True):
             scores[i] = examples[i].score(text)
         advance(len(batch))

@@ -61,6 +61,7 @@ def load_model(name: str | None = None, dtype: str | torch.dtype = "auto", say: 
     source = default_model(say) if known or name is None else _checked_name(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        _check_length(tokenizer)
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
             dtype="auto" if dtype == "stored" else resolve_dtype(dtype),
@@ -79,7 +80,19 @@ def load_model(name: str | None = None, dtype: str | torch.dtype = "auto", say: 
         if tokenizer.eos_token is None:
             raise ValueError(f"the tokenizer of {str(source)!r} has neither a padding nor an end token")
         tokenizer.pad_token = tokenizer.eos_token
+    try:
+        tokenizer(["a", "a b"], return_tensors="pt", padding=True, return_attention_mask=True)
+        tokenizer.decode([tokenizer.pad_token_id], skip_special_tokens=True)
+    except Exception as error:  # whatever an entry of tokenizer_config.json leads it to
+        raise ValueError(f"the tokenizer of {place(source)} fails (see tokenizer_config.json): {why(error)}") from error
     return model.eval(), tokenizer
+
+
+def _check_length(tokenizer: Any) -> None:
+    """Raises ValueError for a largest length with which no text's can be compared."""
+    most = tokenizer.model_max_length
+    if not isinstance(most, (int, float)) or isinstance(most, bool):
+        raise ValueError(f"model_max_length={shown(most)} in tokenizer_config.json is no number")
 
 
 def load_base(

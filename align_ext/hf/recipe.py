@@ -8,9 +8,9 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import transformers
 from rich.console import Console
 from rich.progress import Progress
 
-from align_ext.config import AUTO
+from align_ext.config import AUTO, AlignLoraConfig
 from align_ext.ending import deferred
 from align_ext.hf.collator import TaskCollator
 from align_ext.hf.encoding import check_conversations, encode, features, fits, token_rows
@@ -34,9 +34,11 @@ from align_ext.hf.options import TrainOptions
 from align_ext.hf.replace import adapted_layers, adapter_report, replace_linear_with_align_lora
 from align_ext.hf.report import SAME, ShowProgress, plot_losses, summarise, versions
 from align_ext.hf.run_folder import RunFolder
-from align_ext.hf.soundness import check_base
+from align_ext.hf.soundness import check_base, without
+from align_ext.hf.targets import all_linear, linear_like, name_matches
 from align_ext.hf.tasks import TaskData, read_tasks, select
 from align_ext.hf.trainer import AlignTrainer, align_training_arguments
+from align_ext.reading import Matcher, shown
 from align_ext.terminal import bars_on, say
 from align_ext.writing import atomic_file, check_space
 
@@ -111,7 +113,7 @@ def prepare(folder: RunFolder, console: Console) -> Job:
     check_conversations(tokenizer, pools.examples())
     fit = functools.partial(fits, tokenizer, max_tokens=options.seq_len)
     data = select(pools, options.train_examples, options.eval_examples, fit)
-    if options.adapter["target_modules"] == AUTO and not config.target_blocks:
+    if by_default := options.adapter["target_modules"] == AUTO and not config.target_blocks:
         targets, note = default_targets(model)
         config = options.adapter_config(len(names), targets)
         if note:
@@ -119,9 +121,12 @@ def prepare(folder: RunFolder, console: Console) -> Job:
     ids, model = data.ids(), model.to(device)
     train_rows, test_rows = features(tokenizer, data.train, ids), features(tokenizer, data.test, ids)
     used = itertools.chain((row["input_ids"] for row in train_rows), token_rows(tokenizer, data.test))
-    check_base(model, tokenizer, used, training=True)
+    ran = check_base(model, tokenizer, used, training=True)
+    if by_default:
+        config = _leaving_out(config, [name for name, _ in linear_like(model) if name not in ran], ran, console)
     transformers.set_seed(options.seed)
     replace_linear_with_align_lora(model, config)
+    _check_aligned(model, ran)
     if folder.checkpoint is not None:
         stored = AdapterFolder.read(folder.checkpoint)
         if stored.base is not None:
@@ -130,6 +135,35 @@ def prepare(folder: RunFolder, console: Console) -> Job:
     rows = [(row.task, row.prompt, row.answer, row.choices) for row in (*data.train, *data.test)]
     folder.begin(str(model.dtype).removeprefix("torch."), device, _digest(rows), _digest([train_rows, test_rows]))
     return Job(options, folder, data, model, tokenizer, device, train_rows, test_rows)
+
+
+def _leaving_out(
+    config: AlignLoraConfig, idle: Collection[str], ran: Collection[str], console: Console
+) -> AlignLoraConfig:
+    """The options with those layers left out that the model never runs, so far as target_modules fits them."""
+    matcher, targets, given = Matcher(), config.target_modules, config.exclude_modules
+    chosen = [name for name in idle if all_linear(config) or name_matches(matcher, name, targets)]
+    if not chosen or isinstance(given, str):  # a regular expression of the user's
+        return config
+    patterns = without(chosen, ran)
+    say(console, f"left out {', '.join(map(shown, patterns))}, which this model never runs here")
+    return replace(config, exclude_modules=(*given, *patterns))
+
+
+def _check_aligned(model: Any, ran: Collection[str]) -> None:
+    """Raises ValueError for layers that each step needs and that do not run in each."""
+    state = model.align_state
+    cure = "" if state.config.align is None else ", or give --align none"
+    if idle := [name for name in state.names if name not in ran]:
+        raise ValueError(
+            f"the model never runs {shown(idle[0])} here ({len(idle)} of {len(state.names)} adapted layers), which "
+            f"cannot be aligned then: leave it out by --exclude-modules {','.join(without(idle, ran))}{cure}"
+        )
+    if state.names and any(getattr(module, "layerdrop", 0) for module in model.modules()):
+        raise ValueError(
+            "the model leaves out layers at random in training, which cannot be aligned then: set layerdrop "
+            f"(decoder_layerdrop) to 0 in its config.json{cure}"
+        )
 
 
 def _digest(content: object) -> str:

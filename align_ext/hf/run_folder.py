@@ -31,6 +31,7 @@ from align_ext.writing import (
     is_fixed,
     remove,
     take_place,
+    user_path,
 )
 
 _CHECKPOINTS, _OPTIONS, _RESULTS, _ADAPTER = "checkpoints", "options.yaml", "results.json", "adapter"
@@ -142,7 +143,7 @@ def _free_name(held: ExitStack) -> Path:
 
 def _named(options: TrainOptions, held: ExitStack) -> Path:
     output = options.output or ""
-    path = Path(output).expanduser()
+    path = user_path(output, "--output")
     if not output.strip():
         raise ValueError(f"output={shown(output)} is empty: name a folder")
     if options.resume and not path.is_dir():

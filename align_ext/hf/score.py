@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from align_ext.hf.soundness import check_base
 from align_ext.hf.tasks import TaskData, read_tasks, scored_examples
 from align_ext.step import set_task
 from align_ext.terminal import bars_on, say, working
-from align_ext.writing import atomic_file, check_file
+from align_ext.writing import atomic_file, check_file, user_path
 
 MARK = "align-lora eval"  # tells a file of scores, which another may replace, from anything else
 
@@ -61,8 +62,9 @@ def score(request: EvalRequest, file: str | None, console: Console) -> dict[str,
     Raises:
         ValueError: something of the request cannot be used; nothing is written.
     """
-    if file is not None:
-        check_file("--json", Path(file).expanduser(), f'"written_by": "{MARK}"')
+    path = None if file is None else user_path(file, "--json")
+    if path is not None:
+        check_file("--json", path, f'"written_by": "{MARK}"')
     pools = read_tasks(
         request.data, request.tasks, train=0, test=request.examples, ignore_columns=request.ignore_columns
     )
@@ -72,7 +74,7 @@ def score(request: EvalRequest, file: str | None, console: Console) -> dict[str,
         model, tokenizer = _base(request)
     check_conversations(tokenizer, pools.examples())
     fit = functools.partial(fits, tokenizer, max_tokens=request.seq_len)
-    own_file = request.data is not None and Path(request.data).expanduser().is_file()
+    own_file = request.data is not None and Path(os.path.expanduser(request.data)).is_file()
     data = scored_examples(pools, request.examples, fit, undivided=own_file)
     check_base(model, tokenizer, token_rows(tokenizer, data.test))
     with working(console, "loading the adapter"):
@@ -83,13 +85,13 @@ def score(request: EvalRequest, file: str | None, console: Console) -> dict[str,
     with bars_on(console) as bars:
         scores = evaluate(model, tokenizer, data.test, request.batch_size, bars, ids, greedy=True)
     console.print(_table(scores, data))
-    if file is not None:
+    if path is not None:
         tasks = {name: _parts(name, found, data) for name, found in scores.items()}
         content = {
             "written_by": MARK, "options": asdict(request), "versions": versions(), "dtype": str(model.dtype),
             "data": data.counts(), "tasks": tasks,
         }  # fmt: skip
-        with atomic_file(Path(file).expanduser()) as new:
+        with atomic_file(path) as new:
             new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return scores
 

@@ -1,19 +1,21 @@
 """Whether a base model can be trained and scored: known before either, whatever transformers makes of its folder.
 
-All weights were read and are finite, earlier logits do not depend on later tokens, each token has an embedding, and the
-longest row runs.
+All weights were read and are finite, earlier logits do not depend on later tokens, each token has an embedding, the
+longest row and a padded batch run, and no run changes the weights.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from align_ext.hf.base_model import BaseModel
 from align_ext.hf.memory import is_memory
 from align_ext.reading import shown, why
 
@@ -25,6 +27,24 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 class CannotRun(ValueError):
     """The model raises an exception."""
+
+
+@contextmanager
+def running(model: Any, what: str) -> Iterator[None]:
+    """Raises CannotRun, one line, for whatever a model raises in a block, but for a lack of memory.
+
+    Args:
+        model: with adapters or without.
+        what: it cannot do then.
+    """
+    try:
+        yield
+    except Exception as error:  # whatever a configuration leads transformers and torch to
+        if is_memory(error):
+            raise
+        quantised = getattr(getattr(model, "config", None), "quantization_config", None) is not None
+        hint = " (its config.json says that it is quantised)" if quantised else ""
+        raise CannotRun(f"--model {_name(model)} cannot {what}: {why(error)}{hint}") from error
 
 
 def check_loaded(model: nn.Module, info: Mapping[str, Any], name: str) -> None:
@@ -80,27 +100,93 @@ def check_base(
     *,
     training: bool = False,
     cure: str = "give a smaller --seq-len",
-) -> None:
-    """Runs a model, without adapters, on the device where it is to run.
+) -> frozenset[str]:
+    """Runs a model, without adapters, on the device where it is to run; its buffers are as before in the end.
 
     Args:
         model: a causal language model, in eval mode.
         tokenizer: its tokenizer.
         rows: the tokens of what it will be trained and scored on.
-        training: the longest row is run as in training too.
+        training: the longest row and the batch are run as in training too.
         cure: of rows that are too long.
 
+    Returns:
+        The names of the modules that ran.
+
     Raises:
-        ValueError: a token has no embedding, the model cannot be run, not at this length or not in training, its logits
-            are not finite, or those of a token depend on later tokens. The message is one line with the cure.
+        ValueError: a token has no embedding, the model cannot be run, not at this length, not a padded batch or not in
+            training, its logits are not finite, those of a token depend on later tokens, or its runs change its
+            weights. The message is one line with the cure.
     """
     longest = _checked_rows(model, tokenizer, rows)
     special = set(tokenizer.all_special_ids)
     most = _PROBE if longest is None else min(_PROBE, len(longest))
     probe = [token for token in range(_embedding_rows(model, tokenizer)) if token not in special][: most + 1]
-    _check_causal(model, probe)
-    if longest is not None:
-        _check_longest(model, longest, cure, training=training)
+    batch = [probe[:most], probe[: (most + 1) // 2]] if probe else []
+    with _same_buffers(model), _ran(model) as ran:
+        weights = BaseModel.of(model).weights
+        _check_causal(model, tokenizer, probe)
+        if longest is not None:
+            _check_longest(model, tokenizer, longest, cure)
+        for left in (False, True):  # as scored, as generated from
+            _run(model, tokenizer, batch, left=left)
+        _check_weights(model, weights)
+        if training and longest is not None:
+            _run(model, tokenizer, batch, training=True)
+            _run(model, tokenizer, [longest], training=True)
+            _check_weights(model, weights)
+    return frozenset(ran)
+
+
+@contextmanager
+def _same_buffers(model: nn.Module) -> Iterator[None]:
+    """Gives the stored buffers (statistics, counters) their values back; others are what the model makes itself."""
+    stored = model.state_dict().keys()
+    before = {
+        name: (buffer, buffer.detach().clone())
+        for name, buffer in model.named_buffers()
+        if name in stored and not buffer.is_meta and (buffer.is_floating_point() or not buffer.dim())
+    }
+    try:
+        yield
+    finally:
+        for name, (buffer, value) in before.items():
+            owner, _, key = name.rpartition(".")
+            buffer.detach().copy_(value)
+            model.get_submodule(owner)._buffers[key] = buffer
+
+
+@contextmanager
+def _ran(model: nn.Module) -> Iterator[set[str]]:
+    """The names of the modules that run in a block."""
+    names, found = {id(module): name for name, module in model.named_modules()}, set[str]()
+    hook = nn.modules.module.register_module_forward_pre_hook(lambda m, _: found.add(names.get(id(m), "")))
+    try:
+        yield found
+    finally:
+        hook.remove()
+
+
+def without(idle: Collection[str], ran: Collection[str]) -> tuple[str, ...]:
+    """The shortest ends of names, as exclude_modules takes them, that fit all idle modules and none that ran."""
+    patterns: dict[str, None] = {}
+    for name in idle:
+        parts = name.split(".")
+        ends = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
+        fits = (end for end in ends if not any(f".{other}".endswith(f".{end}") for other in ran))
+        patterns[next(fits, name)] = None
+    return tuple(patterns)
+
+
+def _check_weights(model: nn.Module, before: Mapping[str, Any]) -> None:
+    """Raises ValueError where weights are other ones than before: a base is frozen, and an adapter belongs to it."""
+    after = BaseModel.of(model).weights
+    if changed := [name for name in before if after.get(name) != before[name]]:
+        # RWKV-4 divides weights by powers of two as it is scored.
+        scales = bool(getattr(model.config, "rescale_every", 0))
+        cure = 'set "rescale_every": 0 in its config.json' if scales else "name a model whose forward leaves them alone"
+        raise ValueError(f"--model {_name(model)} changes {_some(changed)} as it runs, beside which no adapter can be "
+                         f"trained or scored: {cure}")  # fmt: skip
 
 
 def _checked_rows(model: Any, tokenizer: Any, rows: Iterable[Sequence[int]]) -> Sequence[int] | None:
@@ -126,11 +212,11 @@ def _embedding_rows(model: Any, tokenizer: Any) -> int:
 
 
 @torch.no_grad()
-def _check_causal(model: Any, tokens: Sequence[int]) -> None:
+def _check_causal(model: Any, tokenizer: Any, tokens: Sequence[int]) -> None:
     """Runs two rows that differ in their last token alone, and compares the logits before it."""
     if len(tokens) < 2:
         return
-    first, second = (_logits(model, row, training=False) for row in (tokens[:-1], [*tokens[:-2], tokens[-1]]))
+    first, second = (_run(model, tokenizer, [row])[0] for row in (tokens[:-1], [*tokens[:-2], tokens[-1]]))
     if not bool(torch.isfinite(first).all()):
         raise ValueError(
             f"--model {_name(model)} computes logits that are not finite in {str(model.dtype).removeprefix('torch.')}: "
@@ -159,7 +245,7 @@ def _reaches_back(model: Any, tokens: Sequence[int]) -> bool:
             ids = torch.tensor([list(tokens)], device=next(model.parameters()).device)
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
             (gradient,) = torch.autograd.grad(logits[:, :-1].float().square().sum(), embedded[0])
-    except RuntimeError as error:  # a quantised layer has no backward
+    except Exception as error:  # a quantised layer has no backward, Reformer's none in eval mode
         if is_memory(error):
             raise
         return False
@@ -169,17 +255,15 @@ def _reaches_back(model: Any, tokens: Sequence[int]) -> bool:
     return bool(sizes[-1] > _ROUNDING * sizes.max())
 
 
-def _check_longest(model: Any, row: Sequence[int], cure: str, *, training: bool) -> None:
-    """Runs one row, at last in training mode and with the loss."""
+def _check_longest(model: Any, tokenizer: Any, row: Sequence[int], cure: str) -> None:
+    """Runs one row."""
     try:
-        _logits(model, row, training=False)
+        _run(model, tokenizer, [row])
     except CannotRun as error:
         positions = learned_positions(model)
         known = positions is not None and positions < len(row)
         known_positions = f"it has {positions} positions; " if known else ""
         raise ValueError(f"{error} (the longest row); {known_positions}{cure}") from error
-    if training:
-        _logits(model, row, training=True)
 
 
 def learned_positions(model: Any) -> int | None:
@@ -196,20 +280,23 @@ def learned_positions(model: Any) -> int | None:
 
 
 @torch.no_grad()
-def _logits(model: Any, row: Sequence[int], *, training: bool) -> Tensor:
-    """The logits of a row; leaves the model in eval mode."""
-    ids = torch.tensor([list(row)], device=next(model.parameters()).device)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | ({"labels": ids} if training else {})
+def _run(
+    model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], *, left: bool = False, training: bool = False
+) -> Tensor:
+    """The logits of rows of any lengths; leaves the model in eval mode."""
+    width = max(map(len, rows), default=0)
+    gaps = [width - len(row) for row in rows]
+    sides = [(gap, 0) if left else (0, gap) for gap in gaps]
+    pad = tokenizer.pad_token_id
+    filled = [[*[pad] * a, *row, *[pad] * b] for row, (a, b) in zip(rows, sides, strict=True)]
+    ones = [[*[0] * a, *[1] * len(row), *[0] * b] for row, (a, b) in zip(rows, sides, strict=True)]
+    ids, mask = (torch.tensor(table, device=next(model.parameters()).device) for table in (filled, ones))
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    inputs |= {"labels": ids.masked_fill(mask == 0, -100)} if training else {}
+    what = f"run {width} tokens" if len(rows) == 1 else f"run a batch of {len(rows)} rows of which one is padded"
     try:
-        logits = model.train(training)(**inputs, use_cache=False).logits[0].float()
-        return logits.cpu()  # where a GPU's errors appear
-    except Exception as error:  # whatever a configuration leads transformers and torch to
-        if is_memory(error):
-            raise
-        how = " in training" if training else ""
-        quantised = getattr(model.config, "quantization_config", None) is not None
-        hint = " (its config.json says that it is quantised)" if quantised else ""
-        raise CannotRun(f"--model {_name(model)} cannot run {len(row)} tokens{how}: {why(error)}{hint}") from error
+        with running(model, what + " in training" * training):
+            return model.train(training)(**inputs, use_cache=False).logits.float().cpu()  # where a GPU's errors appear
     finally:
         model.eval()
 
