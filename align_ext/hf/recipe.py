@@ -126,7 +126,7 @@ def prepare(folder: RunFolder, console: Console) -> Job:
         config = _leaving_out(config, [name for name, _ in linear_like(model) if name not in ran], ran, console)
     transformers.set_seed(options.seed)
     replace_linear_with_align_lora(model, config)
-    _check_aligned(model, ran)
+    _check_run(model, ran)
     if folder.checkpoint is not None:
         stored = AdapterFolder.read(folder.checkpoint)
         if stored.base is not None:
@@ -138,31 +138,33 @@ def prepare(folder: RunFolder, console: Console) -> Job:
 
 
 def _leaving_out(
-    config: AlignLoraConfig, idle: Collection[str], ran: Collection[str], console: Console
+    config: AlignLoraConfig, idle: Collection[str], ran: frozenset[str], console: Console
 ) -> AlignLoraConfig:
     """The options with those layers left out that the model never runs, so far as target_modules fits them."""
     matcher, targets, given = Matcher(), config.target_modules, config.exclude_modules
-    chosen = [name for name in idle if all_linear(config) or name_matches(matcher, name, targets)]
-    if not chosen or isinstance(given, str):  # a regular expression of the user's
+    if isinstance(given, str):  # a regular expression of the user's
         return config
-    patterns = without(chosen, ran)
-    say(console, f"left out {', '.join(map(shown, patterns))}, which this model never runs here")
+    chosen = [name for name in idle if all_linear(config) or name_matches(matcher, name, targets)]
+    patterns = without([name for name in chosen if not name_matches(matcher, name, given)], ran)
+    if patterns:
+        say(console, f"left out {', '.join(map(shown, patterns))}, whose forward this model does not run here")
     return replace(config, exclude_modules=(*given, *patterns))
 
 
-def _check_aligned(model: Any, ran: Collection[str]) -> None:
-    """Raises ValueError for layers that each step needs and that do not run in each."""
-    state = model.align_state
-    cure = "" if state.config.align is None else ", or give --align none"
-    if idle := [name for name in state.names if name not in ran]:
+def _check_run(model: Any, ran: frozenset[str]) -> None:
+    """Raises ValueError where none of the adapted layers runs, or one that each step needs does not run in each."""
+    state, layers = model.align_state, adapted_layers(model)
+    idle = [name for name in layers if name not in ran]
+    if idle and (len(idle) == len(layers) or not ran.issuperset(state.names)):
+        cure = ", or give --align none" * (len(idle) < len(layers) and state.config.align is not None)
         raise ValueError(
-            f"the model never runs {shown(idle[0])} here ({len(idle)} of {len(state.names)} adapted layers), which "
-            f"cannot be aligned then: leave it out by --exclude-modules {','.join(without(idle, ran))}{cure}"
+            f"this model never runs {shown(idle[0])} here ({len(idle)} of {len(layers)} adapted layers), so that it "
+            f"cannot be trained or aligned: leave it out by --exclude-modules {','.join(without(idle, ran))}{cure}"
         )
-    if state.names and any(getattr(module, "layerdrop", 0) for module in model.modules()):
+    if any(getattr(module, "layerdrop", 0) for module in model.modules()):
         raise ValueError(
-            "the model leaves out layers at random in training, which cannot be aligned then: set layerdrop "
-            f"(decoder_layerdrop) to 0 in its config.json{cure}"
+            "the model leaves out layers at random in training, which can be neither aligned nor trained then: set "
+            "layerdrop (decoder_layerdrop) to 0 in its config.json"
         )
 
 
