@@ -75,7 +75,7 @@ def merge(request: Request, approximate: Any, prompts: str | None, dtype: str, c
         if task is not None:
             set_task(model, task)
         with _doing("merging", console):
-            merge_and_unload(model, approximate, batch)
+            merge_and_unload(model, approximate, None if batch is None else {**batch, "use_cache": False})
         if approximate:
             say(console, str(model.merge_report))
         check_space(target, sum(tensor.nbytes for tensor in model.state_dict().values()))

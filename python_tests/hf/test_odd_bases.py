@@ -28,6 +28,7 @@ from transformers import (
     XLNetLMHeadModel,
 )
 
+from align_ext import replace_linear_with_align_lora, save_adapter
 from align_ext.hf import check_modes, recipe
 from align_ext.hf.evaluate import evaluate
 from align_ext.hf.rows import Example
@@ -134,6 +135,21 @@ def test_what_a_base_raises_as_it_runs_is_one_line(kind, run, tmp_path):
     rows = tmp_path / "rows.jsonl"
     is_one_line(*run("eval", "--model", tmp_path / "m", "--data", rows, "--dtype", "float32")[::2], words)
     assert list((tmp_path / "work").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("architecture", "command"), [("hydra", ["merge", "--approximate", "uniform"]), ("lora", ["export", "--verify"])]
+)
+def test_a_base_that_does_not_generate_is_merged_and_verified(architecture, command, run, tmp_path):
+    def bart():
+        torch.manual_seed(0)
+        return BartForCausalLM(BartConfig(**WORDS, **BART)).eval()
+
+    model = replace_linear_with_align_lora(bart(), architecture=architecture, target_modules=["fc1"], r=2)
+    save_adapter(model, tmp_path / "adapter")
+    base = model_folder(tmp_path / "m", model=bart)
+    code, _, err = run(*command, tmp_path / "adapter", "--model", base, "--output", "o")
+    assert code == 0, err
 
 
 def raising(error):
