@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align_ext.buffers import Snapshot
+from align_ext.buffers import same_buffers
 from align_ext.state import UnionPart, find_state, world_size
 from align_ext.step import align_step
 
@@ -58,17 +58,17 @@ def align_statistics(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> 
     if not batches:
         raise ValueError("batches is empty: give the micro-batches of a step")
     own: list[Any] = []
-    rng, buffers = [], Snapshot(model)
-    for batch in batches:
-        inputs = dict(batch)
-        ids, labels = inputs.pop("task_ids", None), inputs.get("labels")
-        if not state.encoder_decoder:  # which makes its decoder's tokens of them
-            inputs.pop("labels", None)
-        rng.append(_rng_state())
-        with align_step(model, ids, inputs.get("attention_mask"), labels) as step:
-            model(**inputs)
-        own.append(step.statistics())
-    buffers.restore()
+    rng = []
+    with same_buffers(model):
+        for batch in batches:
+            inputs = dict(batch)
+            ids, labels = inputs.pop("task_ids", None), inputs.get("labels")
+            if not state.encoder_decoder:  # which makes its decoder's tokens of them
+                inputs.pop("labels", None)
+            rng.append(_rng_state())
+            with align_step(model, ids, inputs.get("attention_mask"), labels) as step:
+                model(**inputs)
+            own.append(step.statistics())
     union = own[0]
     for statistics in own[1:]:
         union = union.merge(statistics)

@@ -6,6 +6,7 @@ The packed weights of quantised linear layers are none of these.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -23,19 +24,17 @@ def places(model: nn.Module) -> Iterator[tuple[str, Place]]:
                     yield f"{name}.{key}" if name else key, (module, key)
 
 
-class Snapshot:
-    """The buffers of a model as they are now."""
-
-    def __init__(self, model: nn.Module) -> None:
-        held = ((place, place[0]._buffers[place[1]]) for _, place in places(model))
-        self._held = [(place, buffer, None if buffer is None else buffer.clone()) for place, buffer in held]
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Gives them back, the same tensors with the same values."""
-        for (module, key), buffer, value in self._held:
+@contextmanager
+def same_buffers(model: nn.Module) -> Iterator[None]:
+    """Gives the buffers back in the end, the same tensors with the same values."""
+    held = [(place, place[0]._buffers[place[1]]) for _, place in places(model)]
+    copies = [(place, buffer, buffer.clone() if buffer is not None else None) for place, buffer in held]
+    try:
+        yield
+    finally:
+        for (module, key), buffer, value in copies:
             if buffer is not None and value is not None:
-                buffer.copy_(value)
+                buffer.detach().copy_(value)
             module._buffers[key] = buffer
 
 

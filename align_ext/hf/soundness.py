@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from align_ext.buffers import same_buffers
 from align_ext.hf.base_model import BaseModel
 from align_ext.hf.memory import is_memory
 from align_ext.reading import shown, why
@@ -123,7 +124,7 @@ def check_base(
     most = _PROBE if longest is None else min(_PROBE, len(longest))
     probe = [token for token in range(_embedding_rows(model, tokenizer)) if token not in special][: most + 1]
     batch = [probe[:most], probe[: (most + 1) // 2]] if probe else []
-    with _same_buffers(model), _ran(model) as ran:
+    with same_buffers(model), _ran(model) as ran:
         weights = BaseModel.of(model).weights
         _check_causal(model, tokenizer, probe)
         if longest is not None:
@@ -136,24 +137,6 @@ def check_base(
             _run(model, tokenizer, [longest], training=True)
             _check_weights(model, weights)
     return frozenset(ran)
-
-
-@contextmanager
-def _same_buffers(model: nn.Module) -> Iterator[None]:
-    """Gives the stored buffers (statistics, counters) their values back; others are what the model makes itself."""
-    stored = model.state_dict().keys()
-    before = {
-        name: (buffer, buffer.detach().clone())
-        for name, buffer in model.named_buffers()
-        if name in stored and not buffer.is_meta and (buffer.is_floating_point() or not buffer.dim())
-    }
-    try:
-        yield
-    finally:
-        for name, (buffer, value) in before.items():
-            owner, _, key = name.rpartition(".")
-            buffer.detach().copy_(value)
-            model.get_submodule(owner)._buffers[key] = buffer
 
 
 @contextmanager
