@@ -36,9 +36,9 @@ MUTANTS = [
     Mutant("the KL without a gradient", "align_ext/batch.py", "arm(d_total, ctx", "arm(d_total, 0 * ctx", BATCH),
     Mutant(
         "detach z",
-        "align_ext/ops/_projection.py",
-        "return injected if dz is None else dz + injected",
-        "return dz",
+        "align_ext/tap.py",
+        "return *dy, step.pop_gradient(layer, LATENT), dw",
+        "return *dy, None, dw",
         BATCH,
     ),
     Mutant(

@@ -7,8 +7,8 @@
 or, the same behind forward hooks (align_ext/hooks.py):  model(**batch, task_ids=task_ids).loss.backward().
 
 In backward the loss node runs first, since the model's own loss hangs below it, and arms the step: it computes the
-gradient in every latent, times what came in. Each layer's backward finds the step by its key and adds its share to dz
-(align_ext/ops/_keyed.py). So the gradient is exact whatever the training loop does: activation checkpointing of either
+gradient in every latent, times what came in. The node behind each layer, which knows the step by a number, hands the
+layer's share on as dz (align_ext/tap.py). So the gradient is exact whatever the training loop does: activation checkpointing of either
 kind, accumulation, loss scaling, pending forwards, compilation, data parallelism.
 A router's weights w go the same way as the latents; the spectral loss depends on parameters alone and is ordinary
 autograd.
@@ -30,7 +30,6 @@ from align_ext.losses.kl import KlAlignment
 from align_ext.losses.mmd import MmdAlignment
 from align_ext.losses.tokens import Latents
 from align_ext.ops._autograd import apply_of
-from align_ext.ops._keyed import LATENT, WEIGHTS, register_step, slot_of
 from align_ext.state import (
     STATISTICS,
     AlignParts,
@@ -40,9 +39,9 @@ from align_ext.state import (
     refuse_compiled_autograd,
     world_size,
 )
+from align_ext.tap import LATENT, WEIGHTS, as_key, register_step, tap
 from align_ext.tokens import StepTokens
 
-_NO_SHAPE = torch.Size([])
 _NOT_DIFFERENTIATED = (
     "backward reached an aligned layer, but not the alignment loss: differentiate step.total(loss), or the loss of "
     "model(..., task_ids=ids); align_step(..., strict=False) allows it, and the layer then gets no alignment gradient"
@@ -61,7 +60,7 @@ class Step(StepTokens):
         records: layers hand over their outputs; False for evaluation.
     """
 
-    door = torch.zeros((), dtype=torch.int64, device="cpu")  # of keep_ (align_ext/ops/_keyed.py), for all steps
+    door = torch.zeros((), dtype=torch.int64, device="cpu")  # of record_ (align_ext/tap.py), for all steps
 
     def __init__(
         self, state: AlignState, ids: Tensor | None, like: Tensor, *, strict: bool = True, by_keyword: bool = False,
@@ -69,7 +68,8 @@ class Step(StepTokens):
     ) -> None:  # fmt: skip
         super().__init__(state, ids, like, records=records)
         self.strict, self.by_keyword = strict, by_keyword
-        self.key = register_step(self)
+        self.number = register_step(self)
+        self.key = as_key(self.number)
         self.seen: set[int] = set()
         self.alignment: KlAlignment | MmdAlignment | None = None
         self.balance: Balance | None = None
@@ -82,22 +82,25 @@ class Step(StepTokens):
         self._lm: Tensor | None = None
         self._weight = 0.0
 
-    def keep(self, slot: Tensor, z: Tensor, w: Tensor | None, shape: torch.Size = _NO_SHAPE) -> None:
-        """Takes the outputs of a layer that ran on an input of this shape, without a graph."""
-        if self.state.config.align:
-            self._hand_over(slot, z, LATENT)
-        if w is not None and self.state.config.balance:
-            self._hand_over(slot, w, WEIGHTS)
-        self.check_layout(shape)
+    def tap(self, layer: Any, x: Tensor, y: Tensor, z: Tensor, w: Tensor | None) -> Tensor:
+        """Records the outputs of a layer that ran on x, and returns y with the step's gradients behind it."""
+        config = self.state.config
+        if config.align:
+            self._hand_over(layer, z.detach(), LATENT)
+        w = w if config.balance else None
+        if w is not None:
+            self._hand_over(layer, w.detach(), WEIGHTS)
+        self.check_layout(x.shape)
+        return tap(y, z, w, self, layer)
 
-    def _hand_over(self, slot: Tensor, output_of_layer: Tensor, output: int) -> None:
+    def _hand_over(self, layer: Any, output_of_layer: Tensor, output: int) -> None:
         if torch.compiler.is_compiling():
-            torch.ops.align_ext.keep_(self.door, output_of_layer, self.key, slot, output)
+            torch.ops.align_ext.record_(self.door, output_of_layer, self.key, layer.layer_key, output)
         else:
-            self.receive(slot_of(slot), output_of_layer, output)
+            self.record(layer.layer, output_of_layer, output)
 
-    def receive(self, slot: int, z: Tensor, output: int = LATENT) -> None:
-        """Keeps an output of a layer that ran; a second time is an error."""
+    def record(self, slot: int, z: Tensor, output: int = LATENT) -> None:
+        """Records an output of a layer that ran; a second time is an error."""
         if torch._C._current_graph_task_id() != -1:
             return  # activation checkpointing recomputes the layer inside backward: its z is here already
         if slot in self._kept[output] or self._has_total:
@@ -116,8 +119,8 @@ class Step(StepTokens):
         sizes = len(state.names), state.tasks, state.rank
         return STATISTICS[state.config.align or "kl"].of(self._kept[LATENT], self.aligned_tokens, sizes, state.config)
 
-    def take(self, slot: int, output: int = LATENT) -> Tensor | None:
-        """What a layer adds to dz or dw, the caller's own from now on; None outside the loss's backward."""
+    def pop_gradient(self, slot: int, output: int = LATENT) -> Tensor | None:
+        """The gradient in a layer's output, the caller's own from now on; None outside the loss's backward."""
         if self._owed is None:
             if self.strict and not self._differentiated:
                 raise RuntimeError(_NOT_DIFFERENTIATED)

@@ -43,7 +43,7 @@ def watch_layers(model: nn.Module, state: AlignState) -> None:
     inside = {layer: part for part, whole in ((ENCODER, encoder), (DECODER, decoder)) for layer in whole.modules()}
     for layer in model.modules():
         adapter: Any = layer._modules.get("adapter")
-        if getattr(adapter, "state", None) is state and adapter.slot is not None:
+        if getattr(adapter, "state", None) is state and adapter.layer is not None:
             layer.align_part = inside.get(layer)  # type: ignore[assignment]
             layer.register_forward_pre_hook(_before_layer, with_kwargs=True)
 
@@ -83,10 +83,6 @@ def _check(state: AlignState) -> None:
         )
 
 
-def _slot(adapter: Any) -> int:
-    return int(adapter.slot.reshape(-1)[0])
-
-
 def _step(state: AlignState) -> Any:
     step = None if torch.compiler.is_compiling() else state.current
     return step if step is not None and step.records else None
@@ -108,7 +104,7 @@ def _before_decoder(decoder: Any, args: Any, kwargs: dict[str, Any]) -> None:
 
 
 def _before_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    state, slot = layer.adapter.state, _slot(layer.adapter)
+    state, slot = layer.adapter.state, layer.adapter.layer
     step = None if slot in state.sources else _step(state)
     if step is not None:
         step.learn(slot, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], layer.align_part)

@@ -105,13 +105,11 @@ class AlignState:
         queue: deque[Statistics] = deque(maxlen=self.queue.maxlen)
         return {**self.__dict__, "current": None, "armed": [], "last": None, "queue": queue}
 
-    def add_layer(self, name: str, rank: int) -> Tensor:
-        """Registers a layer; returns its slot, an int64 scalar on the CPU ([2] where w is the step's business too)."""
+    def add_layer(self, name: str, rank: int) -> int:
+        """Registers a layer whose outputs a step records; returns its number."""
         self.names.append(name)
         self.rank = max(self.rank, rank)
-        # A tensor, not an int: the compiler would guard on the int and compile every layer anew.
-        slot = torch.tensor(len(self.names) - 1, dtype=torch.int64, device="cpu")
-        return slot.repeat(2) if self.config.balance else slot
+        return len(self.names) - 1
 
     def find(self, training: bool = True) -> Step | None:
         """The step that a layer's forward belongs to; None where it needs none."""

@@ -5,7 +5,6 @@ import torch
 from closeness import DRAWS, assert_draws_are_as_close_as_torch
 
 from align_ext import ops, reference
-from align_ext.ops import _keyed
 
 RNG = torch.tensor([123456789, 42])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -95,25 +94,6 @@ def compare(op, device, inputs, draws=DRAWS, **options):
         return tuple(results(*of, **options) for of in ((op, drawn, device), (oracle, rounded), (oracle, double)))
 
     return assert_draws_are_as_close_as_torch(draw, draws)
-
-
-class GivenStep:
-    """An alignment step that has one gradient to give, for the layer in slot 2."""
-
-    def __init__(self, dz):
-        self.dz = dz
-
-    def take(self, slot, output):
-        assert slot == 2
-        return self.dz
-
-
-def results_with_a_step(op, inputs, device, **options):
-    """Results when an alignment step, not a loss on z, brings dz."""
-    step = GivenStep(inputs["dz"].to(device))
-    keyed = {"step": _keyed.register_step(step), "slot": torch.tensor(2)}
-    without = inputs | {"dz": torch.zeros_like(inputs["dz"])}
-    return results(op, without, device, **keyed, **options)
 
 
 def gradients(loss, leaves):

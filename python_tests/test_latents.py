@@ -65,12 +65,12 @@ def test_an_eager_layer_hands_over_z_itself_and_a_compiled_one_a_copy():
         (z,) = step._kept[0].values()
         assert not z.requires_grad
         torch.testing.assert_close(z, x @ layer.adapter.lora_A.T)
-        assert copies == any(event.name == "align_ext::keep_" for event in profile.events())
+        assert copies == any(event.name == "align_ext::record_" for event in profile.events())
     with align_step(model, batch()[1]) as step:
-        step.keep(layer.adapter.slot, z, None)
+        step.record(layer.adapter.layer, z)
         assert step._kept[0][0] is z
     with align_step(model, batch()[1]) as step:
-        torch.ops.align_ext.keep_(step.door, z, step.key, layer.adapter.slot, 0)
+        torch.ops.align_ext.record_(step.door, z, step.key, layer.adapter.layer_key, 0)
         assert torch.equal(step._kept[0][0], z)
         assert step._kept[0][0].data_ptr() != z.data_ptr()
 

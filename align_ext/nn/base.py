@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from align_ext.batch import Step
 from align_ext.config import AlignLoraConfig
 from align_ext.state import AlignState
+from align_ext.tap import as_key
 
 Projected = tuple[Tensor, Tensor, Tensor | None]  # y, z, w
 Term = tuple[Tensor, Tensor]  # A, B
@@ -38,7 +39,8 @@ class Adapter(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.r, self.scaling, self.dropout_p = config.r, config.scaling, config.lora_dropout
         self.state: AlignState | None = None
-        self.slot: Tensor | None = None
+        self.layer: int | None = None  # its number among those whose outputs a step records
+        self.layer_key: Tensor | None = None  # the same for compiled graphs
 
     def reset_lora_parameters(self, weight: Tensor | None) -> None:
         """Gives the parameters their first values; weight: the base's [out, in], where the initialisation needs it."""
@@ -51,14 +53,15 @@ class Adapter(nn.Module):
         return self.lora_A if A is None else A, self.lora_B if B is None else B
 
     def project(self, x: Tensor, dropout_p: float, current: Step | None, **op: Any) -> Projected:
-        """Computes y, z and, with a router, its weights w; op holds the base and, in training, step and slot."""
+        """Computes y, z and, with a router, its weights w; op holds the base."""
         raise NotImplementedError
 
     def join(self, state: AlignState, name: str) -> None:
         """Takes part in the model's steps under this name."""
         self.state = state
         if state.config.align or state.config.balance:
-            self.slot = state.add_layer(name, self.r)
+            self.layer = state.add_layer(name, self.r)
+            self.layer_key = as_key(self.layer)
 
     def forward(
         self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, base_out: Tensor | None = None
@@ -66,13 +69,10 @@ class Adapter(nn.Module):
         """Computes base(x) + low rank for x [..., in_features]; the base is weight and bias, or what it returned."""
         dropout_p = self.dropout_p if self.training else 0.0
         step = self.state.find(self.training) if self.state is not None else None
-        if step is None or self.slot is None or not (self.training and step.records):
-            return self.project(x, dropout_p, step, weight=weight, bias=bias, base_out=base_out)[0]
-        y, z, w = self.project(
-            x, dropout_p, step, weight=weight, bias=bias, base_out=base_out, step=step.key, slot=self.slot
-        )
-        step.keep(self.slot, z.detach(), None if w is None else w.detach(), x.shape)
-        return y
+        y, z, w = self.project(x, dropout_p, step, weight=weight, bias=bias, base_out=base_out)
+        if step is None or self.layer_key is None or not (self.training and step.records):
+            return y
+        return step.tap(self, x, y, z, w)
 
     def terms(self) -> list[Term]:
         """Pairs A [r, n] and B [m, r] of which s Σ B A is the adapter's change of the base weight.

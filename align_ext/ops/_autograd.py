@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align_ext.ops import _native  # noqa: F401
+
 SetupContext = Callable[[Any, tuple[Any, ...], Any], None]
 Backward = Callable[..., tuple[Tensor | None, ...]]
 

@@ -6,7 +6,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from align_ext.ops import _keyed
 from align_ext.ops._checks import check_floating, check_like_x
 
 Site = Literal["none", "input", "latent", "input_per_head"]
@@ -77,35 +76,10 @@ def latents(A: Tensor, B: Tensor, site: int) -> tuple[Any, ...]:
     return tuple(B.shape[::2]) if A.dim() == 3 or SITES[site] == "input_per_head" else (A.shape[-2],)
 
 
-def keep_keyed(ctx: Any, step: Tensor | None, slot: Tensor | None) -> None:
-    """Keeps what names this layer's alignment step.
-
-    Not through save_for_backward: a saved-tensor hook may move or copy what it sees, and these only carry values.
-    """
-    ctx.keyed = None if step is None else (step, slot)
-    ctx.set_materialize_grads(False)
-
-
-def latent_gradient(ctx: Any, name: str, z: Tensor, dz: Tensor | None) -> Tensor | None:
-    """Adds to dz what the step brings; refuses to be differentiated."""
+def output_gradient(name: str, dy: Tensor | None, x: Tensor, B: Tensor) -> Tensor:
+    """Returns dy, or zeros if y took no part in the loss; refuses to be differentiated."""
     if torch.is_grad_enabled():
         raise RuntimeError(f"{name} cannot be differentiated twice: call backward without create_graph=True")
-    return dz if ctx.keyed is None else _injected(ctx, z, dz, _keyed.LATENT)
-
-
-def weights_gradient(ctx: Any, w: Tensor, dw: Tensor | None) -> Tensor | None:
-    """Adds to dw what the step brings, where the layer's slot says that it may."""
-    return dw if ctx.keyed is None or ctx.keyed[1].dim() == 0 else _injected(ctx, w, dw, _keyed.WEIGHTS)
-
-
-def _injected(ctx: Any, z: Tensor, dz: Tensor | None, output: int) -> Tensor:
-    ask: Any = _keyed.injected if ctx.eager else torch.ops.align_ext.injected
-    injected = ask(z, *ctx.keyed, output)
-    return injected if dz is None else dz + injected
-
-
-def output_gradient(dy: Tensor | None, x: Tensor, B: Tensor) -> Tensor:
-    """Returns dy, or zeros if y took no part in the loss."""
     return x.new_zeros((*x.shape[:-1], B.shape[-2])) if dy is None else dy
 
 

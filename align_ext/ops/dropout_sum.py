@@ -16,7 +16,6 @@ def dropout_sum(
     x: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0, *, reduce: Literal["sum", "mean"] = "sum",
     site: projection.Site = "latent", dropout_p: float = 0.0, rng: Tensor | None = None, A0: Tensor | None = None,
     B0: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None, base_out: Tensor | None = None,
-    step: Tensor | None = None, slot: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Computes y = base(x) + scaling c Σ_i u_i B_iᵀ over the N heads, and the latent z; c = 1, or 1/N for "mean".
 
@@ -43,8 +42,6 @@ def dropout_sum(
         weight: as in grouped_lora: the frozen base layer is weight and bias, or what it returned, base_out.
         bias: as in grouped_lora.
         base_out: as in grouped_lora.
-        step: as in grouped_lora: the alignment step, and this layer's place in it.
-        slot: as in grouped_lora.
 
     Returns:
         y: [..., out_dim] in x's dtype, a new tensor.
@@ -59,13 +56,13 @@ def dropout_sum(
     rng = projection.checked_rng(x, dropout_p, rng, weight, bias, base_out)
     number = projection.checked_site(site, dropout_p, A0, B0)
     of_heads = scaling / max(len(B), 1) if reduce == "mean" else scaling
-    return _dropout_sum(x, A, B, of_heads, -scaling, A0, B0, number, dropout_p, rng, weight, bias, base_out, step, slot)
+    return _dropout_sum(x, A, B, of_heads, -scaling, A0, B0, number, dropout_p, rng, weight, bias, base_out)
 
 
 @torch.library.register_fake("align_ext::dropout_sum")
 def _(
     x: Tensor, A: Tensor, B: Tensor, scaling: float, offset_scaling: float, A0: Any, B0: Any, site: int, p: float,
-    rng: Any, weight: Any, bias: Any, base_out: Any, step: Any, slot: Any,
+    rng: Any, weight: Any, bias: Any, base_out: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     base = {"weight": weight, "bias": bias, "base_out": base_out}
     return projection.empty_outputs(x, B, projection.latents(A, B, site), base, A=A, A0=A0, B0=B0)
@@ -80,15 +77,15 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, A, B, *scalings, A0, B0, site, p, rng, weight, _, _, step, slot = inputs
+    x, A, B, *scalings, A0, B0, site, p, rng, weight, _, _ = inputs
     ctx.options = (*scalings, site, p)
     ctx.save_for_backward(x, output[1], A, B, A0, B0, rng, weight)
-    projection.keep_keyed(ctx, step, slot)
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dy: Tensor | None, dz: Tensor | None) -> tuple[Tensor | None, ...]:
     x, z, A, B, A0, B0, rng, weight = ctx.saved_tensors
-    dz, dy = projection.latent_gradient(ctx, "dropout_sum", z, dz), projection.output_gradient(dy, x, B)
+    dy = projection.output_gradient("dropout_sum", dy, x, B)
     scaling, offset_scaling, site, p = ctx.options
     grads = _gradients(
         dy, dz, x, z, A, B, scaling, offset_scaling, A0, B0, site, p, rng, weight, ctx.needs_input_grad[0]

@@ -25,8 +25,6 @@ def grouped_lora(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     base_out: Tensor | None = None,
-    step: Tensor | None = None,
-    slot: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Computes y = base(x) + scaling * B_k A_k xd for each row, k the row's group, and the latent z = A_k xd.
 
@@ -46,8 +44,6 @@ def grouped_lora(
         weight: [out_dim, in_dim], the frozen base weight, in x's dtype. Exactly one of weight and base_out.
         bias: [out_dim], frozen, with weight only.
         base_out: [..., out_dim], what the base layer returned, in x's dtype; differentiable, not modified.
-        step: int64 scalar on the CPU, the key of the alignment step that the layer takes part in.
-        slot: int64 scalar on the CPU, this layer's place in it.
 
     Returns:
         y: [..., out_dim] in x's dtype, a new tensor.
@@ -58,13 +54,13 @@ def grouped_lora(
         RuntimeError: shapes or dtypes that do not match; the message names the argument.
     """
     rng = projection.checked_rng(x, dropout_p, rng, weight, bias, base_out)
-    return _grouped_lora(x, A, B, scaling, offsets, group, dropout_p, rng, weight, bias, base_out, step, slot)
+    return _grouped_lora(x, A, B, scaling, offsets, group, dropout_p, rng, weight, bias, base_out)
 
 
 @torch.library.register_fake("align_ext::grouped_lora")
 def _(
     x: Tensor, A: Tensor, B: Tensor, scaling: float, offsets: Any, group: Any, p: float, rng: Any,
-    weight: Any, bias: Any, base_out: Any, step: Any, slot: Any,
+    weight: Any, bias: Any, base_out: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     base = {"weight": weight, "bias": bias, "base_out": base_out}
     return projection.empty_outputs(x, B, (A.shape[-2],), base, A=A)
@@ -79,14 +75,14 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, A, B, ctx.scaling, offsets, group, ctx.p, rng, weight, _, _, step, slot = inputs
+    x, A, B, ctx.scaling, offsets, group, ctx.p, rng, weight, _, _ = inputs
     ctx.save_for_backward(x, output[1], A, B, offsets, group, rng, weight)
-    projection.keep_keyed(ctx, step, slot)
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dy: Tensor | None, dz: Tensor | None) -> tuple[Tensor | None, ...]:
     x, z, A, B, offsets, group, rng, weight = ctx.saved_tensors
-    dz, dy = projection.latent_gradient(ctx, "grouped_lora", z, dz), projection.output_gradient(dy, x, B)
+    dy = projection.output_gradient("grouped_lora", dy, x, B)
     grads = _gradients(dy, dz, x, z, A, B, ctx.scaling, offsets, group, ctx.p, rng, weight, ctx.needs_input_grad[0])
     return projection.gradients(ctx, grads, (A, B), dy if weight is None else None)
 

@@ -16,7 +16,6 @@ def routed_lora(
     x: Tensor, A: Tensor, B: Tensor, R: Tensor, scaling: float = 1.0, *, top_k: int | None = None, tau: float = 1.0,
     site: projection.Site = "input", dropout_p: float = 0.0, rng: Tensor | None = None, A0: Tensor | None = None,
     B0: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None, base_out: Tensor | None = None,
-    step: Tensor | None = None, slot: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Computes y = base(x) + scaling Σ_i w[t, k, i] u_i B_iᵀ, k = floor(o G / out_dim), with a router's weights w.
 
@@ -45,8 +44,6 @@ def routed_lora(
         weight: as in dropout_sum: the frozen base layer.
         bias: as in dropout_sum.
         base_out: as in dropout_sum.
-        step: as in dropout_sum: the alignment step.
-        slot: as in dropout_sum; int64 [2], twice that number, if the step may add to the gradient of w too.
 
     Returns:
         y: [..., out_dim] in x's dtype, a new tensor.
@@ -60,15 +57,13 @@ def routed_lora(
     rng = projection.checked_rng(x, dropout_p, rng, weight, bias, base_out)
     number = projection.checked_site(site, dropout_p, A0, B0)
     k = len(B) if top_k is None else top_k
-    return _routed_lora(
-        x, A, B, R, scaling, -scaling, A0, B0, k, tau, number, dropout_p, rng, weight, bias, base_out, step, slot
-    )
+    return _routed_lora(x, A, B, R, scaling, -scaling, A0, B0, k, tau, number, dropout_p, rng, weight, bias, base_out)
 
 
 @torch.library.register_fake("align_ext::routed_lora")
 def _(
     x: Tensor, A: Tensor, B: Tensor, R: Tensor, scaling: float, offset_scaling: float, A0: Any, B0: Any, top_k: int,
-    tau: float, site: int, p: float, rng: Any, weight: Any, bias: Any, base_out: Any, step: Any, slot: Any,
+    tau: float, site: int, p: float, rng: Any, weight: Any, bias: Any, base_out: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     base = {"weight": weight, "bias": bias, "base_out": base_out}
     y, z = projection.empty_outputs(x, B, projection.latents(A, B, site), base, A=A, R=R, A0=A0, B0=B0)
@@ -84,16 +79,15 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, A, B, R, *scalings, A0, B0, _, tau, site, p, rng, weight, _, _, step, slot = inputs
+    x, A, B, R, *scalings, A0, B0, _, tau, site, p, rng, weight, _, _ = inputs
     ctx.options = (*scalings, tau, site, p)
     ctx.save_for_backward(x, *output[1:], A, B, R, A0, B0, rng, weight)
-    projection.keep_keyed(ctx, step, slot)
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dy: Tensor | None, dz: Tensor | None, dw: Tensor | None) -> tuple[Tensor | None, ...]:
     x, z, w, A, B, R, A0, B0, rng, weight = ctx.saved_tensors
-    dz, dy = projection.latent_gradient(ctx, "routed_lora", z, dz), projection.output_gradient(dy, x, B)
-    dw = projection.weights_gradient(ctx, w, dw)
+    dy = projection.output_gradient("routed_lora", dy, x, B)
     scaling, offset_scaling, tau, site, p = ctx.options
     grads = _gradients(
         dy, dz, dw, x, z, w, A, B, R, scaling, offset_scaling, A0, B0, tau, site, p, rng, weight,

@@ -8,8 +8,7 @@ namespace {
 std::tuple<Tensor, Tensor> dropout_sum(const Tensor& x, const Tensor& A, const Tensor& B, double scaling,
                                        double offset_scaling, const OptionalTensor& A0, const OptionalTensor& B0,
                                        int64_t site, double p, const OptionalTensor& rng, const OptionalTensor& weight,
-                                       const OptionalTensor& bias, const OptionalTensor& base_out,
-                                       const OptionalTensor&, const OptionalTensor&) {
+                                       const OptionalTensor& bias, const OptionalTensor& base_out) {
   const HeadsAdapters adapters{A, B, A0, B0};
   const HeadsShape shape = check_heads(x, adapters, site, /*may_own_A=*/false);
   const ScalarType dtype = adapter_type(x, {A, B});

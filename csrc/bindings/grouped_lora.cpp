@@ -49,8 +49,7 @@ struct GroupedRows {
 std::tuple<Tensor, Tensor> grouped_lora(const Tensor& x, const Tensor& A, const Tensor& B, double scaling,
                                         const OptionalTensor& offsets, const OptionalTensor& group, double p,
                                         const OptionalTensor& rng, const OptionalTensor& weight,
-                                        const OptionalTensor& bias, const OptionalTensor& base_out,
-                                        const OptionalTensor&, const OptionalTensor&) {
+                                        const OptionalTensor& bias, const OptionalTensor& base_out) {
   const GroupedLoraShape shape = check_inputs(x, A, B);
   const ScalarType dtype = x.scalar_type(), adapters = adapter_type(x, {A, B});
   const Tensor xc = as_contiguous(x);

@@ -2,31 +2,26 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(align_ext, m) {
-  // step and slot reach the Python autograd formula only (align_ext/ops/_keyed.py); no kernel reads them.
   m.def(
       "grouped_lora(Tensor x, Tensor A, Tensor B, float scaling, Tensor? offsets, Tensor? group, float p, "
-      "Tensor? rng, Tensor? weight, Tensor? bias, Tensor? base_out, Tensor? step, Tensor? slot) "
-      "-> (Tensor y, Tensor z)");
+      "Tensor? rng, Tensor? weight, Tensor? bias, Tensor? base_out) -> (Tensor y, Tensor z)");
   m.def(
       "grouped_lora_backward(Tensor dy, Tensor? dz, Tensor x, Tensor z, Tensor A, Tensor B, float scaling, "
       "Tensor? offsets, Tensor? group, float p, Tensor? rng, Tensor? weight, bool need_dx) "
       "-> (Tensor dx, Tensor dA, Tensor dB)");
 
   m.def(
-      "dropout_sum(Tensor x, Tensor A, Tensor B, float scaling, float offset_scaling, Tensor? A0, Tensor? B0, int "
-      "site, "
-      "float p, Tensor? rng, Tensor? weight, Tensor? bias, Tensor? base_out, Tensor? step, Tensor? slot) "
-      "-> (Tensor y, Tensor z)");
+      "dropout_sum(Tensor x, Tensor A, Tensor B, float scaling, float offset_scaling, Tensor? A0, Tensor? B0, "
+      "int site, float p, Tensor? rng, Tensor? weight, Tensor? bias, Tensor? base_out) -> (Tensor y, Tensor z)");
   m.def(
       "dropout_sum_backward(Tensor dy, Tensor? dz, Tensor x, Tensor z, Tensor A, Tensor B, float scaling, "
       "float offset_scaling, Tensor? A0, Tensor? B0, int site, float p, Tensor? rng, Tensor? weight, bool need_dx) "
       "-> (Tensor dx, Tensor dA, Tensor dB)");
 
   m.def(
-      "routed_lora(Tensor x, Tensor A, Tensor B, Tensor R, float scaling, float offset_scaling, Tensor? A0, Tensor? "
-      "B0, "
-      "int top_k, float tau, int site, float p, Tensor? rng, Tensor? weight, Tensor? bias, Tensor? base_out, "
-      "Tensor? step, Tensor? slot) -> (Tensor y, Tensor z, Tensor w)");
+      "routed_lora(Tensor x, Tensor A, Tensor B, Tensor R, float scaling, float offset_scaling, Tensor? A0, "
+      "Tensor? B0, int top_k, float tau, int site, float p, Tensor? rng, Tensor? weight, Tensor? bias, "
+      "Tensor? base_out) -> (Tensor y, Tensor z, Tensor w)");
   m.def(
       "routed_lora_backward(Tensor dy, Tensor? dz, Tensor? dw, Tensor x, Tensor z, Tensor w, Tensor A, Tensor B, "
       "Tensor R, float scaling, float offset_scaling, Tensor? A0, Tensor? B0, float tau, int site, float p, "

@@ -7,8 +7,7 @@ std::tuple<Tensor, Tensor, Tensor> routed_lora(const Tensor& x, const Tensor& A,
                                                double scaling, double offset_scaling, const OptionalTensor& A0,
                                                const OptionalTensor& B0, int64_t top_k, double tau, int64_t site,
                                                double p, const OptionalTensor& rng, const OptionalTensor& weight,
-                                               const OptionalTensor& bias, const OptionalTensor& base_out,
-                                               const OptionalTensor&, const OptionalTensor&) {
+                                               const OptionalTensor& bias, const OptionalTensor& base_out) {
   const HeadsAdapters adapters{A, B, A0, B0};
   const HeadsShape shape = check_heads(x, adapters, site, /*may_own_A=*/true);
   const Routing routing = check_router(shape, x, R, top_k, tau);

@@ -18,8 +18,7 @@ std::tuple<Tensor, Tensor, Tensor> routed_lora(const Tensor& x, const Tensor& A,
                                                double scaling, double offset_scaling, const OptionalTensor& A0,
                                                const OptionalTensor& B0, int64_t top_k, double tau, int64_t site,
                                                double p, const OptionalTensor& rng, const OptionalTensor& weight,
-                                               const OptionalTensor& bias, const OptionalTensor& base_out,
-                                               const OptionalTensor&, const OptionalTensor&) {
+                                               const OptionalTensor& bias, const OptionalTensor& base_out) {
   const HeadsAdapters adapters{A, B, A0, B0};
   const Checked checked(x, adapters, R, top_k, tau, site);
   const Device device(x);

@@ -56,9 +56,8 @@ def operator(name):
 
 
 def tensors_of(name):
-    """The names of an operator's tensors; those of the alignment step are for Python alone."""
-    names = {a.name for a in operator(name)._schema.arguments if "Tensor" in str(a.type)}
-    return names - {"step", "slot"} if "step" in names else names
+    """The names of an operator's tensors."""
+    return {a.name for a in operator(name)._schema.arguments if "Tensor" in str(a.type)}
 
 
 def shape_of(letters, sizes):
@@ -105,7 +104,7 @@ def message_of(call):
 
 def test_every_tensor_of_every_operator_is_tried(device):
     ours = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("align_ext::")]
-    assert {name.removeprefix("align_ext::") for name in ours} - {"keep_", "injected"} == set(SHAPES)
+    assert {name.removeprefix("align_ext::") for name in ours} - {"record_", "recorded_gradient"} == set(SHAPES)
     more = {"offsets", "rng", "weight", "bias"}  # in cases of their own below
     for name, shapes in SHAPES.items():
         assert tensors_of(name) - more == set(shapes), name
@@ -197,13 +196,13 @@ def test_fuzz_numbers_give_a_result_or_an_error_that_names_the_argument(device, 
 @given(st.data())
 def test_fuzz_the_operators_of_the_step_name_what_they_miss(device, data):
     integers = st.integers(-(2**63), 2**63 - 1)
-    key, slot = (torch.tensor(data.draw(integers, what)) for what in ("key", "slot"))
+    key, layer = (torch.tensor(data.draw(integers, what)) for what in ("key", "layer"))
     z = torch.zeros(data.draw(st.sampled_from([(0, 3), (3, 0), (2, 2)]), "shape"), device=device)
     output = data.draw(integers, "output")
     door = torch.zeros((), dtype=torch.int64)
     ours = torch.ops.align_ext
-    assert "its alignment step is gone" in message_of(lambda: ours.injected(z, key, slot, output))
-    assert "its alignment step is gone" in message_of(lambda: ours.keep_(door, z, key, slot, output))
+    assert "its alignment step is gone" in message_of(lambda: ours.recorded_gradient(z, z, key, layer, output))
+    assert "its alignment step is gone" in message_of(lambda: ours.record_(door, z, key, layer, output))
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 2**16 + 1, 2**59, 10**19, 2.0, "2", None, [2]])

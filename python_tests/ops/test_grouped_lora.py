@@ -172,7 +172,7 @@ def test_opcheck(device, weight_form, groups, p):
         t.requires_grad_()
     group = torch.arange(12, device=device) % groups if groups > 1 else None
     weight, bias, base = (W, bias, None) if weight_form else (None, None, base)
-    args = (x, A, B, 0.5, None, group, p, rng, weight, bias, base, None, None)
+    args = (x, A, B, 0.5, None, group, p, rng, weight, bias, base)
     opcheck(torch.ops.align_ext.grouped_lora.default, args)
     y, z = torch.ops.align_ext.grouped_lora(*args)
     detached = [None if t is None else t.detach() for t in (x, z, A, B)]
