@@ -12,6 +12,7 @@ from align_ext.diagnostics.backend import backend
 from align_ext.hf.export import export_peft, load_adapter, save_adapter
 from align_ext.hf.merge import merge_and_unload, unload
 from align_ext.hf.replace import adapter_report, replace_linear_with_align_lora
+from align_ext.nn.capture import capture_latents
 from align_ext.state import AlignParts
 from align_ext.step import align_parts, align_step, set_task
 
@@ -29,6 +30,7 @@ __all__ = [
     "align_statistics",
     "align_step",
     "backend",
+    "capture_latents",
     "count_parameters",
     "export_peft",
     "flops_per_token",

@@ -25,7 +25,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from align_ext.diagnostics.observe import Observer, cause_of_zero, is_ours
-from align_ext.diagnostics.similarity import adapters_of
+from align_ext.nn.capture import adapters_of
 from align_ext.state import AlignState, find_state
 
 Loop = Callable[[nn.Module, Any], Any]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from align_ext.losses.tokens import TokenTasks
-from align_ext.nn.base import Adapter, Projected
-
-_SUFFIX = ".adapter"  # of an adapter's name, beside its base_layer
+from align_ext.nn.base import Captured
+from align_ext.nn.capture import adapters_of, capture_latents
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ def routing(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Routing]:
     Raises:
         ValueError: no layer has a router, or no token counts.
     """
-    found = {name: w for name, (_, w) in _outputs(model, batch).items() if w is not None}
+    found = {name: w for name, (_, w) in _captured(model, batch).items() if w is not None}
     if not found:
         raise ValueError("no layer has a router: routing is measured for hydra, r_lora, lora_moe and mtlora")
     tokens = _tasks(batch)
@@ -112,7 +109,7 @@ def latent_similarity(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, T
         raise ValueError("the batch has no task_ids: give one id per sample, [B], or per token, [B, S]")
     tokens, tasks = _tasks(batch), int(torch.as_tensor(batch["task_ids"]).max()) + 1
     found = {}
-    for name, (z, _) in _outputs(model, batch).items():
+    for name, (z, _) in _captured(model, batch).items():
         ids = _ids(tokens, z)
         found[name] = cosines(torch.stack([z.flatten(1)[ids == task].mean(0) for task in range(tasks)]))
     return found
@@ -149,16 +146,6 @@ def plot_similarity(layers: Mapping[str, Tensor], file: str | os.PathLike[str]) 
     return os.fspath(file)
 
 
-def adapters_of(model: nn.Module) -> dict[str, Adapter]:
-    """The adapters of a model by the names of their layers."""
-    found = {
-        name.removesuffix(_SUFFIX): module for name, module in model.named_modules() if isinstance(module, Adapter)
-    }
-    if not found:
-        raise ValueError("the model has no adapters: call replace_linear_with_align_lora(model) first")
-    return found
-
-
 def _tasks(batch: Mapping[str, Any]) -> TokenTasks | None:
     """The task of every token, -1 where it does not count; without task_ids all are of task 0. None: no padding too."""
     ids, mask = batch.get("task_ids"), batch.get("attention_mask")
@@ -183,31 +170,12 @@ def _counting(tokens: TokenTasks | None, output: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """Z [T, r] (or [T, N, r]) and w [T, G, N] of each layer, in evaluation."""
+def _captured(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Captured]:
+    """What each layer's adapter computes in evaluation."""
     training = model.training
     try:
-        with _kept(adapters_of(model)) as outputs:
+        with capture_latents(model) as captured:
             model.eval()(**batch)
     finally:
         model.train(training)
-    return outputs
-
-
-@contextmanager
-def _kept(adapters: Mapping[str, Adapter]) -> Iterator[dict[str, tuple[Tensor, Tensor | None]]]:
-    """Within, every adapter's projection leaves its z and w under the layer's name."""
-    outputs: dict[str, tuple[Tensor, Tensor | None]] = {}
-
-    def project(name: str, plain: Callable[..., Projected], *args: Any, **options: Any) -> Projected:
-        y, z, w = plain(*args, **options)
-        outputs[name] = (z, w)
-        return y, z, w
-
-    for name, adapter in adapters.items():
-        adapter.__dict__["project"] = functools.partial(project, name, adapter.project)
-    try:
-        yield outputs
-    finally:
-        for adapter in adapters.values():
-            del adapter.__dict__["project"]
+    return captured

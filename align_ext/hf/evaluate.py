@@ -18,11 +18,13 @@ from transformers import GenerationConfig
 from align_ext.bounds import is_whole
 from align_ext.hf.collator import TaskCollator
 from align_ext.hf.encoding import answer_tokens, encode, features, prompt_tokens
-from align_ext.hf.replace import adapted_layers
 from align_ext.hf.rows import Example
 from align_ext.hf.soundness import learned_positions, running
-from align_ext.state import find_state
-from align_ext.step import align_step, set_task
+from align_ext.losses.tokens import TokenTasks
+from align_ext.nn.capture import capture_latents
+from align_ext.state import STATISTICS, find_state
+from align_ext.step import set_task
+from align_ext.tokens import NO_TASK
 
 
 @dataclass(frozen=True)
@@ -174,32 +176,20 @@ def alignment(
     state = find_state(model)
     if state is None or state.config.align is None or state.config.align_statistics == "position":
         return None
-    state.tasks = max(state.tasks, len(ids))  # batches without the last task record moments of the same shape
+    state.tasks = max(state.tasks, len(ids))  # batches without the last task have moments of the same shape
     rows = sorted(features(tokenizer, examples, ids), key=lambda row: len(row["input_ids"]))
-    collate, statistics = TaskCollator(tokenizer), None
-    with _eval_mode(model), _recording(model):
+    collate, statistics, sizes = TaskCollator(tokenizer), None, (len(state.names), state.tasks, state.rank)
+    with _eval_mode(model), capture_latents(model) as captured:
         for batch in _batches(rows, batch_size):
             inputs = {name: x.to(_device(model)) for name, x in collate(batch).items()}
-            with running(model, "be run"), align_step(model, inputs.pop("task_ids")) as step:
+            with running(model, "be run"):
                 model(**inputs)
-            part: Any = step.statistics()
+            counts = inputs["labels"] != -100 if state.config.response_only else inputs["attention_mask"] != 0
+            tokens = TokenTasks(torch.where(counts, inputs["task_ids"][:, None], NO_TASK))
+            latents = {number: captured[name].z for number, name in enumerate(state.names)}
+            part: Any = STATISTICS[state.config.align].of(latents, tokens, sizes, state.config)
             statistics = part if statistics is None else statistics.merge(part)
     return None if statistics is None else float(statistics.evaluate(state.config).value)
-
-
-@contextmanager
-def _recording(model: nn.Module) -> Iterator[None]:
-    """Lets an eval-mode model's adapters record: they, and the model itself, count as training, without dropout."""
-    adapters = [layer.adapter for layer in adapted_layers(model).values()]
-    before = [adapter.dropout_p for adapter in adapters]
-    model.training = True  # this flag alone: the layers between stay in eval mode
-    for adapter in adapters:
-        adapter.training, adapter.dropout_p = True, 0.0
-    try:
-        yield
-    finally:
-        for adapter, dropout_p in zip(adapters, before, strict=True):
-            adapter.dropout_p = dropout_p
 
 
 @contextmanager

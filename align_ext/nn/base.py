@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,18 @@ Projected = tuple[Tensor, Tensor, Tensor | None]  # y, z, w
 Term = tuple[Tensor, Tensor]  # A, B
 
 
+class Captured(NamedTuple):
+    """What an adapter computed on the way, without a graph.
+
+    Attributes:
+        z: latents [T, r], or [T, N, r] where heads have latents of their own; T the tokens of the layer's input.
+        w: a router's weights [T, G, N]; None without one.
+    """
+
+    z: Tensor
+    w: Tensor | None
+
+
 class Adapter(nn.Module):
     """The low-rank path of one layer: parameters, and one call of an op.
 
@@ -26,6 +39,7 @@ class Adapter(nn.Module):
         formula: what it computes, for tables.
         parameters_formula: how many parameters it trains, in n, m (in, out), r, N (num_heads), M (num_tasks) and G.
         paper: where it comes from.
+        capture: takes what each forward computes on the way (align_ext/nn/capture.py); None: nobody looks.
     """
 
     formula: ClassVar[str]
@@ -33,6 +47,7 @@ class Adapter(nn.Module):
     paper: ClassVar[str]
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    capture: Callable[[Captured], None] | None = None
 
     def __init__(self, config: AlignLoraConfig, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -70,6 +85,8 @@ class Adapter(nn.Module):
         dropout_p = self.dropout_p if self.training else 0.0
         step = self.state.find(self.training) if self.state is not None else None
         y, z, w = self.project(x, dropout_p, step, weight=weight, bias=bias, base_out=base_out)
+        if self.capture is not None:
+            self.capture(Captured(z.detach(), None if w is None else w.detach()))
         if step is None or self.layer_key is None or not (self.training and step.records):
             return y
         return step.tap(self, x, y, z, w)

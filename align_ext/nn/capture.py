@@ -1,0 +1,51 @@
+"""What adapters compute on the way: the one way to look at latents and routing weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from torch import nn
+
+from align_ext.nn.base import Adapter, Captured
+
+_SUFFIX = ".adapter"
+
+
+@contextmanager
+def capture_latents(model: nn.Module) -> Iterator[dict[str, Captured]]:
+    """Collects the latents and routing weights of each layer's last forward inside the context.
+
+        with torch.no_grad(), capture_latents(model.eval()) as latents:
+            model(**batch)
+        z = latents["model.layers.0.self_attn.q_proj"].z
+
+    Args:
+        model: with adapters of any kind, in training or evaluation; not compiled.
+
+    Yields:
+        Layer name -> Captured, of the layers that ran; without a graph.
+
+    Raises:
+        ValueError: the model has no adapters.
+    """
+    captured: dict[str, Captured] = {}
+    adapters = adapters_of(model)
+    for name, adapter in adapters.items():
+        adapter.capture = partial(captured.__setitem__, name)
+    try:
+        yield captured
+    finally:
+        for adapter in adapters.values():
+            adapter.capture = None
+
+
+def adapters_of(model: nn.Module) -> dict[str, Adapter]:
+    """The adapters of a model by the names of their layers."""
+    found = {
+        name.removesuffix(_SUFFIX): module for name, module in model.named_modules() if isinstance(module, Adapter)
+    }
+    if not found:
+        raise ValueError("the model has no adapters: call replace_linear_with_align_lora(model) first")
+    return found
