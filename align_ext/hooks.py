@@ -30,8 +30,8 @@ def register_hooks(model: nn.Module, state: AlignState) -> None:
     of_parts = watch_parts(model, state)
     model.align_state = state  # type: ignore[assignment]
     # Taken from the outermost signature: transformers' decorators hide the names from the code object.
-    model.align_arguments = tuple(inspect.signature(type(model).forward).parameters)[1:]  # type: ignore[assignment]
-    model.align_hooks = (  # type: ignore[assignment]
+    state.arguments = tuple(inspect.signature(type(model).forward).parameters)[1:]
+    state.handles = (
         model.register_forward_pre_hook(_before_forward, with_kwargs=True),
         model.register_forward_hook(_after_forward, with_kwargs=True, always_call=True),
         *of_parts,
@@ -40,22 +40,22 @@ def register_hooks(model: nn.Module, state: AlignState) -> None:
 
 def remove_hooks(model: nn.Module) -> None:
     """Undoes register_hooks, and takes activation checkpointing back from the step."""
-    for handle in model.align_hooks:  # type: ignore[union-attr]
+    state: Any = model.align_state
+    for handle in state.handles:
         handle.remove()
     for module in model.modules():
-        module.__dict__.pop("align_watched", None)
         checkpoint = module.__dict__.get("_gradient_checkpointing_func")
         if isinstance(checkpoint, BoundCheckpoint):
             module._gradient_checkpointing_func = checkpoint.checkpoint  # type: ignore[assignment]
-    del model.align_hooks, model.align_arguments, model.align_state
+    del model.align_state
 
 
 CACHE = ("cache", "past_key_values")  # what transformers calls it, from 5.24 on and before
 
 
-def _given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _given(state: AlignState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a model's forward by name, whichever way they were passed."""
-    return dict(zip(module.align_arguments, args, strict=False)) | kwargs  # type: ignore[arg-type]
+    return dict(zip(state.arguments, args, strict=False)) | kwargs
 
 
 def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -63,17 +63,17 @@ def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     state: Any = module.align_state
     ids, step = kwargs.pop("task_ids", None), state.current
     if step is not None and step.seen and not torch.is_grad_enabled():
-        state.current, module.align_suspended = None, step  # a further forward for metrics: TRL makes such
+        state.current, state.suspended = None, step  # a further forward for metrics: TRL makes such
         return args, kwargs
     if ids is not None and step is not None:
         raise RuntimeError("task ids were given twice: by align_step and by task_ids=")
     if step is None and _opens(state.config, module.training, ids):
-        given = _given(module, args, kwargs)
+        given = _given(state, args, kwargs)
         _open_by_keyword(module, state, ids, given)
     elif step is None and module.training and state.config.needs_step:
         state.find()  # raises: training has no step, and no layer ran yet
     elif step is not None:
-        given = _given(module, args, kwargs)
+        given = _given(state, args, kwargs)
         if not step.masked and given.get("attention_mask") is not None and torch.compiler.is_compiling():
             raise RuntimeError("under torch.compile give align_step the attention_mask: align_step(model, ids, mask)")
         _mask(step, given)
@@ -121,12 +121,11 @@ def _open_by_keyword(module: nn.Module, state: AlignState, ids: Tensor | None, g
 def _after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Closes a step that task_ids= opened; the output's loss becomes the total."""
     state: Any = module.align_state
-    suspended = module.__dict__.pop("align_suspended", None)
-    if suspended is not None:
-        state.current = suspended
+    if state.suspended is not None:
+        state.current, state.suspended = state.suspended, None
         return None
     if state.current is not None and state.current.by_keyword:
-        return _close_by_keyword(state, output, _given(module, args, kwargs).get("labels") is not None)
+        return _close_by_keyword(state, output, _given(state, args, kwargs).get("labels") is not None)
     if state.config.needs_step and not module.training and not torch.compiler.is_compiling():
         _watch_evaluation(output)
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,9 +27,8 @@ def watch_parts(model: nn.Module, state: AlignState) -> list[Any]:
     _check(state)
     encoder, decoder = _parts(whole)
     state.encoder_decoder = True
-    encoder.align_watched = decoder.align_watched = state  # type: ignore[assignment]
-    before = decoder.register_forward_pre_hook(_before_decoder, with_kwargs=True)
-    return [encoder.register_forward_hook(_after_encoder), before]
+    before = decoder.register_forward_pre_hook(partial(_before_decoder, state), with_kwargs=True)
+    return [encoder.register_forward_hook(partial(_after_encoder, state)), before]
 
 
 def watch_layers(model: nn.Module, state: AlignState) -> None:
@@ -44,8 +44,7 @@ def watch_layers(model: nn.Module, state: AlignState) -> None:
     for layer in model.modules():
         adapter: Any = layer._modules.get("adapter")
         if getattr(adapter, "state", None) is state and adapter.layer is not None:
-            layer.align_part = inside.get(layer)  # type: ignore[assignment]
-            layer.register_forward_pre_hook(_before_layer, with_kwargs=True)
+            layer.register_forward_pre_hook(partial(_before_layer, inside.get(layer)), with_kwargs=True)
 
 
 def encoder_decoder(model: nn.Module) -> nn.Module | None:
@@ -88,23 +87,23 @@ def _step(state: AlignState) -> Any:
     return step if step is not None and step.records else None
 
 
-def _after_encoder(encoder: Any, args: Any, output: Any) -> None:
-    step = _step(encoder.align_watched)
+def _after_encoder(state: AlignState, encoder: nn.Module, args: Any, output: Any) -> None:
+    step = _step(state)
     if step is not None:
         first = output if isinstance(output, Tensor) else output[0]
         step.memories.append(place_of(first))
 
 
-def _before_decoder(decoder: Any, args: Any, kwargs: dict[str, Any]) -> None:
+def _before_decoder(state: AlignState, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     """Some models project what the encoder made before their decoder gets it."""
-    step = _step(decoder.align_watched)
+    step = _step(state)
     memory = kwargs.get("encoder_hidden_states")
     if step is not None and isinstance(memory, Tensor):
         step.memories.append(place_of(memory))
 
 
-def _before_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _before_layer(part: str | None, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     state, slot = layer.adapter.state, layer.adapter.layer
     step = None if slot in state.sources else _step(state)
     if step is not None:
-        step.learn(slot, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], layer.align_part)
+        step.learn(slot, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], part)

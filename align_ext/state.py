@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from align_ext.config import AlignLoraConfig
 from align_ext.losses.kl import KlStatistics
@@ -90,7 +91,11 @@ class AlignState:
         self.tasks = config.num_tasks or 0
         self.task: int | Tensor | None = None  # that evaluation is about (set_task), or of each sample, [B]
         self.spectral: list[Callable[[], Tensor]] = []  # each layer's spectral loss
+        self.arguments: tuple[str, ...] = ()  # of the model's forward, by name
+        self.handles: tuple[RemovableHandle, ...] = ()  # of the hooks on the model and its parts
+        self.report: Any = None  # of the adaptation (hf/replace.py)
         self.current: Step | None = None  # between a step's opening and closing
+        self.suspended: Step | None = None  # while the model runs once more for metrics
         self.armed: list[Step] = []  # inside a backward: those whose layers are owed gradients
         self.last: Step | None = None
         self.originals: dict[str, Tensor] = {}  # the base's values of what is trained beside the adapters, for unload
@@ -103,7 +108,7 @@ class AlignState:
 
     def __getstate__(self) -> dict[str, Any]:
         queue: deque[Statistics] = deque(maxlen=self.queue.maxlen)
-        return {**self.__dict__, "current": None, "armed": [], "last": None, "queue": queue}
+        return {**self.__dict__, "current": None, "suspended": None, "armed": [], "last": None, "queue": queue}
 
     def add_layer(self, name: str, rank: int) -> int:
         """Registers a layer whose outputs a step records; returns its number."""

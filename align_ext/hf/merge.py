@@ -125,7 +125,6 @@ def _put_back(model: nn.Module, bases: dict[str, nn.Module]) -> nn.Module:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, base)
     remove_hooks(model)
-    del model.align_report
     return stand_down(model)
 
 

@@ -180,7 +180,7 @@ def adapt(
         start_training(model, [name for name in tensors_of(model) if is_below(name, whole)])
     stand_in(model)
     state.samples = dict(BaseModel.of(model).weights)
-    model.align_report = report  # type: ignore[assignment]
+    state.report = report
     (logger.warning if report.unmatched else logger.info)("%s", report)
     return model
 
@@ -218,9 +218,10 @@ def _target_blocks(model: nn.Module, config: AlignLoraConfig) -> dict[str, tuple
 
 def adapter_report(model: nn.Module) -> ReplaceReport:
     """What replace_linear_with_align_lora did to this model."""
-    report = getattr(model, "align_report", None)
-    if report is None:
+    state = find_state(model)
+    if state is None:
         raise ValueError("the model has no adapters: call replace_linear_with_align_lora(model) first")
+    report: ReplaceReport = state.report
     return report
 
 

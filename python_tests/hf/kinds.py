@@ -91,7 +91,7 @@ def by_hand(model, inputs, tokens_of, lm_of=lambda output: output.loss):
         layer.forward = types.MethodType(forward, layer)
         layer._forward_pre_hooks.clear()
     config = model.align_state.config
-    for handle in model.align_hooks:
+    for handle in model.align_state.handles:
         handle.remove()
     lm = lm_of(model(**inputs))
     losses = {name: literal.kl(z, tokens_of(name), config) for name, z in found.items()}
