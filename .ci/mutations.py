@@ -30,55 +30,60 @@ class Mutant(NamedTuple):
 
 
 BATCH = "python_tests/test_batch.py -k 'exact_in_every_mode and False or reference_amount or parts_add_up'"
+STEP = "align_ext/alignment/step.py"
 OP = "python_tests/ops/test_grouped_lora.py -k 'hand_computed or match_the_reference'"
 MUTANTS = [
-    Mutant("drop the KL term", "align_ext/batch.py", "LATENT: self._weight * scale", "LATENT: 0.0 * scale", BATCH),
-    Mutant("the KL without a gradient", "align_ext/batch.py", "arm(d_total, ctx", "arm(d_total, 0 * ctx", BATCH),
+    Mutant(
+        "drop the KL term", "align_ext/alignment/step.py", "LATENT: self._weight * scale", "LATENT: 0.0 * scale", BATCH
+    ),
+    Mutant(
+        "the KL without a gradient", "align_ext/alignment/step.py", "arm(d_total, ctx", "arm(d_total, 0 * ctx", BATCH
+    ),
     Mutant(
         "detach z",
-        "align_ext/tap.py",
+        "align_ext/alignment/tap.py",
         "return *dy, step.pop_gradient(layer, LATENT), dw",
         "return *dy, None, dw",
         BATCH,
     ),
     Mutant(
         "ignore the attention mask",
-        "align_ext/tokens.py",
+        "align_ext/alignment/tokens.py",
         "TokenTasks(torch.where(keep.to(ids.device), ids, NO_TASK))",
         "TokenTasks(ids.expand(keep.shape))",
         BATCH,
     ),
     Mutant(
         "ignore the incoming gradient",
-        "align_ext/batch.py",
+        "align_ext/alignment/step.py",
         "arm(d_total, ctx.factor",
         "arm(d_total / d_total, ctx.factor",
         BATCH,
     ),
     Mutant(
         "record again in recomputation",
-        "align_ext/batch.py",
+        "align_ext/alignment/step.py",
         "_current_graph_task_id() != -1:\n            return",
         "_current_graph_task_id() == -2:\n            return",
         BATCH,
     ),
     Mutant(
         "recompute in the wrong step",
-        "align_ext/step.py",
+        "align_ext/alignment/context.py",
         "outer, state.current = state.current, step\n            try:\n                return function",
         "outer = state.current\n            try:\n                return function",
         BATCH,
     ),
     Mutant(
         "tables stay armed",
-        "align_ext/batch.py",
+        "align_ext/alignment/step.py",
         "self._enqueue()\n        self.state.armed[:] = [step for step in self.state.armed if step is not self]",
         "self._enqueue()",
         "python_tests/test_batch.py python_tests/test_batch_errors.py -k 'disarmed'",
     ),
     Mutant(
         "forget the number of processes",
-        "align_ext/batch.py",
+        "align_ext/alignment/step.py",
         "factors[LATENT] * world * parts",
         "factors[LATENT] * parts",
         "python_tests/test_batch.py -k two_processes",
@@ -134,14 +139,14 @@ MUTANTS = [
     ),
     Mutant(
         "merge without the scaling",
-        "align_ext/nn/base.py",
+        "align_ext/adapters/base.py",
         "return self.scaling * sum(others, first)",
         "return sum(others, first)",
         "python_tests/hf/test_export.py -k merging",
     ),
     Mutant(
         "the offset is added, not taken off",
-        "align_ext/nn/base.py",
+        "align_ext/adapters/base.py",
         "[(A0, -B0)]",
         "[(A0, B0)]",
         "python_tests/hf/test_folder.py -k merged_model",
@@ -225,7 +230,7 @@ MUTANTS = [
     ),
     Mutant(
         "dropout in evaluation",
-        "align_ext/nn/base.py",
+        "align_ext/adapters/base.py",
         "self.dropout_p if self.training else 0.0",
         "self.dropout_p",
         "python_tests/test_batch.py -k evaluation",

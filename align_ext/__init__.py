@@ -5,16 +5,16 @@ from importlib.metadata import version
 from typing import Any
 
 from align_ext import starting  # noqa: F401  first: it listens to signals while the others are imported
-from align_ext.accumulation import align_statistics
+from align_ext.adapters.capture import capture_latents
+from align_ext.alignment.accumulation import align_statistics
+from align_ext.alignment.context import align_parts, align_step, set_task
+from align_ext.alignment.loss_report import AlignParts
 from align_ext.budget import FlopsPerToken, ParameterCount, count_parameters, flops_per_token, match_rank
 from align_ext.config import AlignLoraConfig
 from align_ext.diagnostics.backend import backend
 from align_ext.hf.export import export_peft, load_adapter, save_adapter
 from align_ext.hf.merge import merge_and_unload, unload
 from align_ext.hf.replace import adapter_report, replace_linear_with_align_lora
-from align_ext.nn.capture import capture_latents
-from align_ext.state import AlignParts
-from align_ext.step import align_parts, align_step, set_task
 
 __all__ = [
     "AlignLoraConfig",

@@ -52,7 +52,7 @@ class AlignLoraConfig:
     An option that is "auto" takes the architecture's own value (README, table of architectures).
 
     Attributes:
-        architecture: what stands beside each layer (align_ext/nn): "lora", "align_lora" (one adapter, the tasks'
+        architecture: what stands beside each layer (align_ext/adapters): "lora", "align_lora" (one adapter, the tasks'
             latents aligned), "multi_adapter" (A and B of each task), "lora_moe" (routed experts with A and B of their
             own), "hydra" (one A, routed heads B_i; with router=None their sum), "r_lora" (hydra with random heads and
             a dropout mask for each), "m_lora" (the same without a router), "mtlora" (routed heads beside whole blocks,
@@ -94,7 +94,7 @@ class AlignLoraConfig:
         align_layers: "mean" over the adapted layers or "sum".
         align_accumulation: what is aligned under gradient accumulation: each micro-batch by itself ("micro"), with the
             last ones' statistics, constants for the gradient ("queue"), or all of a step as one batch ("exact": a
-            second forward for each, align_ext/accumulation.py).
+            second forward for each, align_ext/alignment/accumulation.py).
         align_queue: K, how many micro-batches the queue holds.
         mmd_bandwidths: None for multiples of the mean squared distance, or the bandwidths themselves.
         mmd_kernels: K, how many such multiples.
@@ -330,7 +330,7 @@ class AlignLoraConfig:
 
     @property
     def needs_step(self) -> bool:
-        """Whether training needs a step (align_ext/batch.py): a loss beside the model's own, or something by sample."""
+        """Whether training needs a step (align_ext/alignment): another loss beside the model's, or ids."""
         return self.needs_ids or bool(self.balance or self.spectral) or self.routing == "sequence"
 
     def to_dict(self) -> dict[str, Any]:

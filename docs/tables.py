@@ -10,10 +10,10 @@ from typing import Any, get_args
 from torch import nn
 
 from align_ext import AlignLoraConfig
+from align_ext.adapters import adapter_class
+from align_ext.adapters.base import AdaptedLinear
 from align_ext.config import Architecture
 from align_ext.hf.rows import ROWS
-from align_ext.nn import adapter_class
-from align_ext.nn.base import AdaptedLinear
 
 # What is one change in an option, and yet an architecture of its own.
 VARIANTS: dict[str, dict[str, Any]] = {"hydra": {"router": None}}

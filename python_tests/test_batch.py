@@ -10,7 +10,7 @@ from tiny import TASKS, WEIGHT, Oracle, adapted, batch, error, gradients, litera
 from torch import nn
 
 from align_ext import align_parts, align_step, replace_linear_with_align_lora, unload
-from align_ext.nn.base import Adapter
+from align_ext.adapters.base import Adapter
 
 EXACT = 1e-11  # float64; the oracle is the literal sum over pairs, differentiated by autograd
 CHECKPOINTING = (None, "non-reentrant", "reentrant")

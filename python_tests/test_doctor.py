@@ -11,8 +11,8 @@ import torch
 from rich.console import Console
 
 from align_ext import backend
+from align_ext.adapters import ARCHITECTURES
 from align_ext.diagnostics import doctor
-from align_ext.nn import ARCHITECTURES
 
 
 def examine():

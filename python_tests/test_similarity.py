@@ -8,8 +8,8 @@ import torch
 from tiny import TASKS, adapted, batch, llama
 
 from align_ext import replace_linear_with_align_lora
+from align_ext.adapters.base import Adapter
 from align_ext.diagnostics import similarity
-from align_ext.nn.base import Adapter
 
 UP = "model.layers.0.mlp.up_proj"
 OF_HEADS = {"num_heads": 3, "align": None, "target_blocks": ()}

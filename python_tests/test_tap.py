@@ -11,7 +11,7 @@ from tiny import adapted, error, gradients
 from torch import nn
 
 from align_ext import align_step
-from align_ext.tap import LATENT, WEIGHTS, as_key, register_step, tap
+from align_ext.alignment.tap import LATENT, WEIGHTS, as_key, register_step, tap
 
 OPS = {  # op: its options, and whether it has a router
     "grouped_lora": ({}, {}),

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from align_ext.alignment.context import set_task
 from align_ext.bench import models
 from align_ext.bench.setting import Case, Say, Setting
 from align_ext.bench.timing import Call, Comparison, visits
 from align_ext.hf.merge import merge_and_unload
-from align_ext.step import set_task
 
 RIVALS = ("PEFT's LoRA", "R-LoRA, loop", "HydraLoRA, loop")
 MERGED = ("align_lora", "m_lora")

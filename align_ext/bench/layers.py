@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from align_ext.alignment.context import align_step
 from align_ext.bench.baselines import ALPHA, LORA, SEVERAL, Make, Sizes, compiled
 from align_ext.bench.setting import TASKS, Case, Say, Setting, name_of
 from align_ext.bench.timing import ROW_MS, Call, Comparison, Goal, visits
 from align_ext.config import AlignLoraConfig
 from align_ext.hf.replace import replace_linear_with_align_lora
-from align_ext.step import align_step
 
 FROZEN = "frozen layer alone"
 SINGLE: dict[str, dict[str, Any]] = {

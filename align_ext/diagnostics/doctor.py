@@ -12,11 +12,11 @@ from rich.text import Text
 from torch import Tensor
 
 from align_ext import ops, reference
+from align_ext.adapters import ARCHITECTURES, adapter_class
+from align_ext.alignment.model_state import AlignState
 from align_ext.config import AlignLoraConfig
 from align_ext.diagnostics.backend import OPS, backend, has_kernel
-from align_ext.nn import ARCHITECTURES, adapter_class
 from align_ext.ops._native import build_info
-from align_ext.state import AlignState
 from align_ext.terminal import plain_console
 
 Test = Callable[[torch.device, torch.dtype], float]
@@ -186,7 +186,7 @@ def _architecture(name: str) -> Test:
 
 
 def _low_rank(x: Tensor, config: AlignLoraConfig, of: dict[str, Tensor]) -> Tensor:
-    """The formulas of the architectures (align_ext/nn) without dropout, s left out: Σ_i w_i B_i A_i x - B0 A0 x."""
+    """The architectures' formulas (align_ext/adapters) without dropout, s left out: Σ_i w_i B_i A_i x - B0 A0 x."""
     A, B, R = of["lora_A"], of["lora_B"], of.get("lora_router.lora_R")
     if config.architecture == "multi_adapter":
         A, B = A[1], B[1]

@@ -24,9 +24,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
+from align_ext.adapters.capture import adapters_of
+from align_ext.alignment.model_state import AlignState, find_state
 from align_ext.diagnostics.observe import Observer, cause_of_zero, is_ours
-from align_ext.nn.capture import adapters_of
-from align_ext.state import AlignState, find_state
 
 Loop = Callable[[nn.Module, Any], Any]
 # By dtype: how far a parameter is moved, relative to its norm; the error of a gradient allowed, relative to it.

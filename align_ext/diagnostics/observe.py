@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
-from align_ext.batch import Step
+from align_ext.adapters.base import Adapter
+from align_ext.alignment.model_state import AlignState
+from align_ext.alignment.step import Step
 from align_ext.losses.mmd import MmdStatistics
-from align_ext.nn.base import Adapter
-from align_ext.state import AlignState
 
 
 @dataclass

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from align_ext.adapters.base import Captured
+from align_ext.adapters.capture import adapters_of, capture_latents
 from align_ext.losses.tokens import TokenTasks
-from align_ext.nn.base import Captured
-from align_ext.nn.capture import adapters_of, capture_latents
 
 
 @dataclass(frozen=True)

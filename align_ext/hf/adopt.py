@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from align_ext.adapters.base import AdaptedLinear, features_of
+from align_ext.adapters.lora import LoraAdapter
 from align_ext.config import AlignLoraConfig
-from align_ext.nn.base import AdaptedLinear, features_of
-from align_ext.nn.lora import LoraAdapter
 
 PEFT_PREFIX = "base_model.model."  # PEFT's name for the plain model inside a PeftModel
 BASE_UNTOUCHED = (None, True, False, "gaussian", "orthogonal", "eva")  # other initialisations change the base weight

@@ -21,11 +21,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from align_ext.adapters.base import AdaptedLinear, AdaptedModule
+from align_ext.alignment.model_state import find_state
 from align_ext.hf.base_config import computing_entries, other_entry
 from align_ext.hf.beside import base_buffers, plain_name
-from align_ext.nn.base import AdaptedLinear, AdaptedModule
 from align_ext.reading import shown
-from align_ext.state import find_state
 
 _VALUES, _VALUES_BETWEEN, _MOST_WEIGHTS = 16, 4, 512
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align_ext.buffers import Place, assign, places, same_bits
+from align_ext.adapters.base import AdaptedModule
+from align_ext.alignment.buffers import Place, assign, places, same_bits
+from align_ext.alignment.model_state import find_state
 from align_ext.config import AUTO, AlignLoraConfig
 from align_ext.hf.adopt import PEFT_PREFIX
 from align_ext.hf.sharded import outlines, whole
 from align_ext.hf.tensors import check_tensors
-from align_ext.nn.base import AdaptedModule
-from align_ext.state import find_state
 
 HEADS = ("classifier", "score", "qa_outputs")  # what PEFT trains by task_type
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # of a compiled or checkpointed part of a model

@@ -11,12 +11,12 @@ from rich.progress import track
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from align_ext.adapters.capture import adapters_of
 from align_ext.config import AlignLoraConfig, Architecture
 from align_ext.diagnostics.grad_check import GradReport, grad_check, print_reports
 from align_ext.hf.models import load_model
 from align_ext.hf.replace import replace_linear_with_align_lora
 from align_ext.hf.soundness import check_base
-from align_ext.nn.capture import adapters_of
 
 MODES = {"no checkpointing": None, "non-reentrant": False, "reentrant": True}
 _TASKS, _VOCABULARY, _SEED = 2, 64, 0

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from align_ext.alignment.context import set_task
 from align_ext.hf.encoding import text_batch
 from align_ext.hf.export import export_peft, load_adapter
 from align_ext.hf.folder import AdapterFolder
@@ -24,7 +25,6 @@ from align_ext.hf.peft_form import cannot_export
 from align_ext.hf.report import SAME
 from align_ext.hf.soundness import check_base, running
 from align_ext.reading import check_folder, place, read_text, shown
-from align_ext.step import set_task
 from align_ext.terminal import say, working
 from align_ext.writing import LOCK, atomic_folder, check_space, claimed, user_path
 

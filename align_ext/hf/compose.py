@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from align_ext.adapters.base import AdaptedLinear
 from align_ext.config import AlignLoraConfig
 from align_ext.hf.adopt import PEFT_PREFIX
 from align_ext.hf.base_model import BaseModel
 from align_ext.hf.folder import ADAPTER_FILES, OUR_CONFIG, AdapterFolder, decisive, write_json
 from align_ext.hf.peft_form import PEFT_CONFIG, WEIGHTS, cannot_export
 from align_ext.hf.tensors import digest_of, write_tensors
-from align_ext.nn.base import AdaptedLinear
 from align_ext.reading import place, shown
 from align_ext.writing import atomic_folder
 

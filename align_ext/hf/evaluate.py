@@ -15,16 +15,16 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from align_ext.adapters.capture import capture_latents
+from align_ext.alignment.context import set_task
+from align_ext.alignment.model_state import STATISTICS, find_state
+from align_ext.alignment.tokens import NO_TASK
 from align_ext.bounds import is_whole
 from align_ext.hf.collator import TaskCollator
 from align_ext.hf.encoding import answer_tokens, encode, features, prompt_tokens
 from align_ext.hf.rows import Example
 from align_ext.hf.soundness import learned_positions, running
 from align_ext.losses.tokens import TokenTasks
-from align_ext.nn.capture import capture_latents
-from align_ext.state import STATISTICS, find_state
-from align_ext.step import set_task
-from align_ext.tokens import NO_TASK
 
 
 @dataclass(frozen=True)

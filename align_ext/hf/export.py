@@ -38,6 +38,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from align_ext.adapters.base import Adapter, is_conv1d
+from align_ext.alignment.model_state import AlignState, find_state
 from align_ext.bounds import is_whole
 from align_ext.config import AlignLoraConfig
 from align_ext.hf.adopt import refuse_foreign
@@ -78,9 +80,7 @@ from align_ext.hf.replace import Adapted, adapt, adapted_layers, layer_names
 from align_ext.hf.sharded import fill, holders, one_writes, outlines, unwrapped, whole
 from align_ext.hf.task_type import task_type_of
 from align_ext.hf.tensors import check_tensors, digest_of, write_tensors
-from align_ext.nn.base import Adapter, is_conv1d
 from align_ext.reading import shown
-from align_ext.state import AlignState, find_state
 from align_ext.writing import atomic_folder
 
 logger = logging.getLogger(__name__)

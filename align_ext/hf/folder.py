@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from align_ext.adapters import adapter_class
+from align_ext.adapters.base import Adapter
+from align_ext.alignment.model_state import AlignState
 from align_ext.bounds import is_number
 from align_ext.config import AlignLoraConfig
 from align_ext.hf.adopt import PEFT_PREFIX
@@ -30,10 +33,7 @@ from align_ext.hf.peft_form import (
     scalings,
 )
 from align_ext.hf.tensors import check_tensors, digest_of, read_tensors, write_tensors
-from align_ext.nn import adapter_class
-from align_ext.nn.base import Adapter
 from align_ext.reading import check_folder, check_names, exists, place, read_json, shown
-from align_ext.state import AlignState
 
 __all__ = ["AdapterFolder", "check_tensors", "write_tensors"]
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from align_ext.alignment.guards import check_model, refuse_parts_of_a_model
 from align_ext.config import AlignLoraConfig
 from align_ext.reading import shown
-from align_ext.state import check_model, refuse_parts_of_a_model
 
 _TAKEN = ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "init_lora_weights",
           "modules_to_save")  # fmt: skip

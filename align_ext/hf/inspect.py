@@ -10,12 +10,12 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from align_ext.adapters import adapter_class
+from align_ext.adapters.base import Adapter, Term, wide
 from align_ext.config import AlignLoraConfig
 from align_ext.hf.beside import describe
 from align_ext.hf.folder import AdapterFolder
 from align_ext.hf.peft_form import PEFT_CONFIG, cannot_export, named_task
-from align_ext.nn import adapter_class
-from align_ext.nn.base import Adapter, Term, wide
 
 
 def inspect_adapter(folder: str | os.PathLike[str], console: Console) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from align_ext.sources import encoder_decoder
+from align_ext.alignment.sources import encoder_decoder
 
 _OTHERS_TOKENS = {"cross_attention_states", "key_value_states", "encoder_hidden_states"}  # arguments of cross-attention
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align_ext.adapters.base import Adapter
+from align_ext.alignment.model_state import AlignState
 from align_ext.bounds import is_number
 from align_ext.config import AlignLoraConfig
 from align_ext.hf.adopt import BASE_UNTOUCHED, PEFT_PREFIX
-from align_ext.nn.base import Adapter
 from align_ext.reading import Matcher, line, place, shown, why
-from align_ext.state import AlignState
 
 WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TASKS = "tasks"  # a folder for each task is in it

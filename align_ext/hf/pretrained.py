@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
-from align_ext.nn.base import AdaptedModule
+from align_ext.adapters.base import AdaptedModule
 from align_ext.reading import place
 
 logger = logging.getLogger(__name__)

@@ -11,6 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from align_ext.adapters import adapter_class
+from align_ext.adapters.adapted_block import AdaptedBlock
+from align_ext.adapters.base import AdaptedLinear, Adapter, features_of, has_float_weight, is_conv1d
+from align_ext.alignment.forward_hooks import register_hooks
+from align_ext.alignment.guards import refuse_parts_of_a_model
+from align_ext.alignment.model_state import AlignState, find_state
+from align_ext.alignment.sources import watch_layers
 from align_ext.config import AlignLoraConfig
 from align_ext.hf.adopt import (
     PEFT_PREFIX,
@@ -36,13 +43,7 @@ from align_ext.hf.targets import (
     too_high,
     unmatched,
 )
-from align_ext.hooks import register_hooks
-from align_ext.nn import adapter_class
-from align_ext.nn.base import AdaptedLinear, Adapter, features_of, has_float_weight, is_conv1d
-from align_ext.nn.block import AdaptedBlock
 from align_ext.reading import Matcher, check_names, shown
-from align_ext.sources import watch_layers
-from align_ext.state import AlignState, find_state, refuse_parts_of_a_model
 
 logger = logging.getLogger(__name__)
 Adapted = AdaptedLinear | AdaptedBlock

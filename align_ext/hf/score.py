@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from align_ext.alignment.context import set_task
 from align_ext.hf.commands import task_number
 from align_ext.hf.encoding import check_conversations, fits, token_rows
 from align_ext.hf.evaluate import TaskScore, evaluate
@@ -23,7 +24,6 @@ from align_ext.hf.models import best_dtype, load_base, load_model, usable_device
 from align_ext.hf.report import versions
 from align_ext.hf.soundness import check_base
 from align_ext.hf.tasks import TaskData, read_tasks, scored_examples
-from align_ext.step import set_task
 from align_ext.terminal import bars_on, say, working
 from align_ext.writing import atomic_file, check_file, user_path
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from align_ext.state import check_model
+from align_ext.alignment.guards import check_model
 
 SECONDS = 300.0  # that processes wait for one another
 _WRAPPERS = {"DistributedDataParallel": "module", "DataParallel": "module", "DeepSpeedEngine": "module"}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align_ext.buffers import same_buffers
+from align_ext.alignment.buffers import same_buffers
 from align_ext.hf.base_model import BaseModel
 from align_ext.hf.memory import is_memory
 from align_ext.reading import shown, why

@@ -7,11 +7,11 @@ from collections.abc import Collection, Iterator, Mapping
 
 from torch import nn
 
+from align_ext.adapters.base import features_of, has_float_weight, is_conv1d
 from align_ext.config import AlignLoraConfig
 from align_ext.hf.adopt import is_peft_lora, unfit_peft
 from align_ext.hf.beside import is_below
 from align_ext.hf.bypassed import bypassed
-from align_ext.nn.base import features_of, has_float_weight, is_conv1d
 from align_ext.reading import Matcher, shown
 
 ALL_LINEAR = "all-linear"

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 from transformers import PreTrainedModel
 
-from align_ext.tokens import number_of_tasks
+from align_ext.alignment.tokens import number_of_tasks
 
 IGNORED = -100
 _PARTS = 2  # of a loss that is a mean of means: starts and ends

@@ -13,8 +13,11 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, has_length
 
-from align_ext.accumulation import align_statistics
-from align_ext.batch import Step
+from align_ext.alignment.accumulation import align_statistics
+from align_ext.alignment.context import align_step, named_tasks
+from align_ext.alignment.guards import refuse_processes_apart
+from align_ext.alignment.model_state import UnionPart, find_state
+from align_ext.alignment.step import Step
 from align_ext.config import AlignLoraConfig, unknown_name
 from align_ext.hf.checkpoint import load_queue, load_trained, save_trained
 from align_ext.hf.folder import checked_task_names
@@ -24,8 +27,6 @@ from align_ext.hf.sharded import holders
 from align_ext.hf.task_losses import LossSums, TaskLosses
 from align_ext.hf.training_checks import ChecksBeforeTraining, LayersThatNeverRan, least_is_best, refuse_peft_config
 from align_ext.reading import shown
-from align_ext.state import UnionPart, find_state, refuse_processes_apart
-from align_ext.step import align_step, named_tasks
 
 AlignSchedule = Literal["constant", "linear", "cosine"]
 _NO_IDS = (

@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
+from align_ext.alignment.model_state import find_state
 from align_ext.hf.mixing import example_tasks
 from align_ext.hf.replace import adapted_layers
 from align_ext.hf.sharded import unwrapped
 from align_ext.reading import shown
-from align_ext.state import find_state
 
 _OF_TRAINER = ("loss", "runtime", "samples_per_second", "steps_per_second", "epoch")
 _NOT_OPTIMIZED = "the optimizer does not have it: give it all parameters that require gradients"

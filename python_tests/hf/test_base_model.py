@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from align_ext import AlignLoraConfig, load_adapter, replace_linear_with_align_lora, save_adapter
+from align_ext.adapters.base import AdaptedLinear
 from align_ext.hf.base_model import BaseModel, name_of_base
 from align_ext.hf.folder import AdapterFolder
-from align_ext.nn.base import AdaptedLinear
 
 
 @pytest.mark.parametrize("base", MODELS)

@@ -21,8 +21,8 @@ from align_ext import (
     load_adapter,
     save_adapter,
 )
+from align_ext.adapters.base import AdaptedLinear
 from align_ext.hf import tensors as tensors_module
-from align_ext.nn.base import AdaptedLinear
 
 WEIGHTS, STATE = "adapter_model.safetensors", "align_lora_heads.safetensors"
 PEFT_CONFIG, OUR_CONFIG = "adapter_config.json", "align_lora_config.json"

@@ -6,8 +6,8 @@ from hostile import refused
 from torch import nn
 
 from align_ext import AlignLoraConfig, load_adapter, replace_linear_with_align_lora, save_adapter
+from align_ext.adapters.base import AdaptedLinear
 from align_ext.hf.folder import AdapterFolder
-from align_ext.nn.base import AdaptedLinear
 
 
 def model(name):

@@ -11,7 +11,7 @@ from hf.kinds import TASKS, VOCAB, adapted, bart, bert, by_hand, made, padded, t
 from tiny import error, gradients
 
 from align_ext import align_parts, align_step, set_task
-from align_ext.accumulation import align_statistics
+from align_ext.alignment.accumulation import align_statistics
 from align_ext.hf.replace import adapted_layers
 
 EXACT = 1e-11

@@ -25,9 +25,9 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import rewrite_logs
 
 from align_ext import AlignTrainer, TaskCollator, align_step
+from align_ext.alignment.model_state import UnionPart
 from align_ext.hf.folder import AdapterFolder
 from align_ext.hf.trainer import align_training_arguments
-from align_ext.state import UnionPart
 
 ROUNDING = 1e-6  # the models are float64, but transformers computes their loss from float32 logits
 

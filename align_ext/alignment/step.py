@@ -4,12 +4,12 @@
         lm = model(**batch).loss
     step.total(lm).backward()                                      # lm + weight * align (+ ...), one autograd node
 
-or, the same behind forward hooks (align_ext/hooks.py):  model(**batch, task_ids=task_ids).loss.backward().
+or, the same behind forward hooks (forward_hooks.py):  model(**batch, task_ids=task_ids).loss.backward().
 
 In backward the loss node runs first, since the model's own loss hangs below it, and arms the step: it computes the
 gradient in every latent, times what came in. The node behind each layer, which knows the step by a number, hands the
-layer's share on as dz (align_ext/tap.py). So the gradient is exact whatever the training loop does: activation
-checkpointing of either kind, accumulation, loss scaling, pending forwards, compilation, data parallelism.
+layer's share on as dz (tap.py). So the gradient is exact whatever the training loop does: activation checkpointing of
+either kind, accumulation, loss scaling, pending forwards, compilation, data parallelism.
 A router's weights w go the same way as the latents; the spectral loss depends on parameters alone and is ordinary
 autograd.
 The latents are the layers' own tensors, not copies (a compiled graph's are). The step holds them until total, then the
@@ -25,22 +25,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align_ext.alignment.guards import refuse_compiled_autograd, world_size
+from align_ext.alignment.loss_report import AlignParts
+from align_ext.alignment.model_state import STATISTICS, AlignState, Statistics, UnionPart
+from align_ext.alignment.tap import LATENT, WEIGHTS, as_key, register_step, tap
+from align_ext.alignment.tokens import StepTokens
 from align_ext.losses.balance import Balance
 from align_ext.losses.kl import KlAlignment
 from align_ext.losses.mmd import MmdAlignment
 from align_ext.losses.tokens import Latents
 from align_ext.ops._autograd import apply_of
-from align_ext.state import (
-    STATISTICS,
-    AlignParts,
-    AlignState,
-    Statistics,
-    UnionPart,
-    refuse_compiled_autograd,
-    world_size,
-)
-from align_ext.tap import LATENT, WEIGHTS, as_key, register_step, tap
-from align_ext.tokens import StepTokens
 
 _NOT_DIFFERENTIATED = (
     "backward reached an aligned layer, but not the alignment loss: differentiate step.total(loss), or the loss of "
@@ -60,7 +54,7 @@ class Step(StepTokens):
         records: layers hand over their outputs; False for evaluation.
     """
 
-    door = torch.zeros((), dtype=torch.int64, device="cpu")  # of record_ (align_ext/tap.py), for all steps
+    door = torch.zeros((), dtype=torch.int64, device="cpu")  # of record_ (align_ext/alignment/tap.py), for all steps
 
     def __init__(
         self, state: AlignState, ids: Tensor | None, like: Tensor, *, strict: bool = True, by_keyword: bool = False,

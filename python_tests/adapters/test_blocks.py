@@ -6,7 +6,7 @@ from tiny import batch, gpt2, llama, qwen2
 from torch import nn
 
 from align_ext import adapter_report, replace_linear_with_align_lora
-from align_ext.nn.block import AdaptedBlock
+from align_ext.adapters.adapted_block import AdaptedBlock
 
 OPTIONS = {"architecture": "mtlora", "num_heads": 3, "r": 4}
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
-from align_ext.batch import Step
+from align_ext.alignment.step import Step
 from align_ext.config import AlignLoraConfig
 from align_ext.ops import routed_lora
 

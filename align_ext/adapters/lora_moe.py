@@ -1,6 +1,6 @@
 """LoRA-MoE (LoRAMoE, 2312.09979): routed experts with A and B of their own."""
 
-from align_ext.nn.heads import RoutedAdapter
+from align_ext.adapters.multi_head import RoutedAdapter
 
 
 class LoraMoeAdapter(RoutedAdapter):

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align_ext.buffers import same_buffers
-from align_ext.state import UnionPart, find_state, world_size
-from align_ext.step import align_step
+from align_ext.alignment.buffers import same_buffers
+from align_ext.alignment.context import align_step
+from align_ext.alignment.guards import world_size
+from align_ext.alignment.model_state import UnionPart, find_state
 
 
 class Union:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from align_ext.nn.base import AdaptedModule
+from align_ext.adapters.base import AdaptedModule
 
 
 class AdaptedBlock(AdaptedModule):

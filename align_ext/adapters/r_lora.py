@@ -1,6 +1,6 @@
 """R-LoRA (2502.15455): HydraLoRA whose heads start at random and drop out each for itself."""
 
-from align_ext.nn.heads import RoutedAdapter
+from align_ext.adapters.multi_head import RoutedAdapter
 
 
 class RLoraAdapter(RoutedAdapter):

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from align_ext.batch import Step
+from align_ext.adapters import init
+from align_ext.adapters.base import Adapter, Projected, Term, offset_terms
+from align_ext.alignment.step import Step
 from align_ext.config import AlignLoraConfig
-from align_ext.nn import init
-from align_ext.nn.base import Adapter, Projected, Term, offset_terms
 from align_ext.ops import dropout_sum, grouped_lora
 
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from align_ext.batch import Step
+from align_ext.adapters import init, router
+from align_ext.adapters.base import Adapter, Projected, Term, offset_terms, wide
+from align_ext.alignment.model_state import AlignState
+from align_ext.alignment.step import Step
 from align_ext.config import AlignLoraConfig
 from align_ext.losses.spectral import overlap, projectors, self_orthogonality
-from align_ext.nn import init, router
-from align_ext.nn.base import Adapter, Projected, Term, offset_terms, wide
 from align_ext.ops import dropout_sum
-from align_ext.state import AlignState
 
 
 class HeadsAdapter(Adapter):

@@ -6,7 +6,7 @@ from architectures import config_of
 from literal import routing_weights
 from tiny import VOCAB, adapted, batch, llama, prompts
 
-from align_ext.nn.router import SequenceRouter
+from align_ext.adapters.router import SequenceRouter
 
 OPTIONS = {
     "architecture": "mtlora", "router": "mlp", "routing": "sequence", "num_heads": 3, "lora_dropout": 0.0,

@@ -8,10 +8,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from align_ext.batch import Step
+from align_ext.alignment.model_state import AlignState
+from align_ext.alignment.step import Step
+from align_ext.alignment.tap import as_key
 from align_ext.config import AlignLoraConfig
-from align_ext.state import AlignState
-from align_ext.tap import as_key
 
 Projected = tuple[Tensor, Tensor, Tensor | None]  # y, z, w
 Term = tuple[Tensor, Tensor]  # A, B
@@ -39,7 +39,7 @@ class Adapter(nn.Module):
         formula: what it computes, for tables.
         parameters_formula: how many parameters it trains, in n, m (in, out), r, N (num_heads), M (num_tasks) and G.
         paper: where it comes from.
-        capture: takes what each forward computes on the way (align_ext/nn/capture.py); None: nobody looks.
+        capture: takes what each forward computes on the way (align_ext/adapters/capture.py); None: nobody looks.
     """
 
     formula: ClassVar[str]

@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import nn
 
-from align_ext.nn.base import Adapter, Captured
+from align_ext.adapters.base import Adapter, Captured
 
 _SUFFIX = ".adapter"
 

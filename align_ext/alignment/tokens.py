@@ -15,9 +15,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from align_ext.alignment.guards import world_size
+from align_ext.alignment.model_state import AlignState
 from align_ext.config import MOST_TASKS
 from align_ext.losses.tokens import LayerTokens, TokenTasks
-from align_ext.state import AlignState, world_size
 
 NO_TASK = -1
 TOKENS, DECODER, SAMPLES = "tokens", "decoder", "samples"

@@ -3,46 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from align_ext.batch import Step
-from align_ext.bounds import is_whole
-from align_ext.reading import shown
-from align_ext.state import (
-    AlignParts,
-    AlignState,
-    find_state,
+from align_ext.alignment.activation_checkpoint import BoundCheckpoint
+from align_ext.alignment.guards import (
     refuse_compiled_autograd,
     refuse_parts_of_a_model,
     refuse_processes_apart,
     world_size,
 )
-
-
-class BoundCheckpoint:
-    """A model's checkpoint function whose recomputation re-enters the step of its own forward."""
-
-    def __init__(self, state: AlignState, checkpoint: Callable[..., Any]) -> None:
-        self.state, self.checkpoint = state, checkpoint
-
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Checkpoints function(*args, **kwargs)."""
-        if torch.compiler.is_compiling():  # the compiled backward recomputes without running Python
-            return self.checkpoint(function, *args, **kwargs)
-        state, step = self.state, self.state.current
-
-        def run(*a: Any, **k: Any) -> Any:
-            outer, state.current = state.current, step
-            try:
-                return function(*a, **k)
-            finally:
-                state.current = outer
-
-        return self.checkpoint(run, *args, **kwargs)
+from align_ext.alignment.loss_report import AlignParts
+from align_ext.alignment.model_state import AlignState, find_state
+from align_ext.alignment.step import Step
+from align_ext.bounds import is_whole
+from align_ext.reading import shown
 
 
 def _state_of(model: nn.Module) -> AlignState:

@@ -1,4 +1,4 @@
-"""Watches the parts of an encoder-decoder, to find out whose tokens each adapted layer sees (align_ext/tokens.py)."""
+"""Watches the parts of an encoder-decoder, to find out whose tokens each adapted layer sees (tokens.py)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align_ext.state import AlignState
-from align_ext.tokens import DECODER, ENCODER, place_of
+from align_ext.alignment.model_state import AlignState
+from align_ext.alignment.tokens import DECODER, ENCODER, place_of
 
 _DECODER_INPUT = "decoder_input"  # how the arguments for the decoder's tokens begin: _ids, s_embeds, _values
 

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align_ext.batch import Step
+from align_ext.alignment.activation_checkpoint import BoundCheckpoint
+from align_ext.alignment.context import open_step
+from align_ext.alignment.model_state import AlignState
+from align_ext.alignment.sources import watch_parts
+from align_ext.alignment.step import Step
 from align_ext.config import AlignLoraConfig
-from align_ext.sources import watch_parts
-from align_ext.state import AlignState
-from align_ext.step import BoundCheckpoint, open_step
 
 _EVAL = (
     "the loss of a model in eval mode was differentiated: nothing is aligned and nothing dropped out there; call "

@@ -1,6 +1,6 @@
 """M-LoRA (2508.05078): R-LoRA's heads without its router."""
 
-from align_ext.nn.heads import SummedAdapter
+from align_ext.adapters.multi_head import SummedAdapter
 
 
 class MLoraAdapter(SummedAdapter):

@@ -1,13 +1,13 @@
 """What sits where a linear layer or a block sat: one architecture a file."""
 
+from align_ext.adapters.base import Adapter
+from align_ext.adapters.hydra import HydraAdapter, HydraSumAdapter
+from align_ext.adapters.lora import LoraAdapter, MultiAdapter
+from align_ext.adapters.lora_moe import LoraMoeAdapter
+from align_ext.adapters.m_lora import MLoraAdapter
+from align_ext.adapters.mtlora import MtLoraAdapter
+from align_ext.adapters.r_lora import RLoraAdapter
 from align_ext.config import AlignLoraConfig
-from align_ext.nn.base import Adapter
-from align_ext.nn.hydra import HydraAdapter, HydraSumAdapter
-from align_ext.nn.lora import LoraAdapter, MultiAdapter
-from align_ext.nn.lora_moe import LoraMoeAdapter
-from align_ext.nn.m_lora import MLoraAdapter
-from align_ext.nn.mtlora import MtLoraAdapter
-from align_ext.nn.r_lora import RLoraAdapter
 
 ARCHITECTURES: dict[str, type[Adapter]] = {
     "lora": LoraAdapter,

@@ -1,6 +1,6 @@
 """HydraLoRA (2404.19245): one A, several heads B_i; with a router, or as their plain sum."""
 
-from align_ext.nn.heads import RoutedAdapter, SummedAdapter
+from align_ext.adapters.multi_head import RoutedAdapter, SummedAdapter
 
 
 class HydraAdapter(RoutedAdapter):

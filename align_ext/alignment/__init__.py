@@ -1,0 +1,1 @@
+"""One training step, from task ids to the gradient in every latent."""
