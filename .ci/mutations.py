@@ -69,7 +69,7 @@ MUTANTS = [
     ),
     Mutant(
         "recompute in the wrong step",
-        "align_ext/alignment/context.py",
+        "align_ext/alignment/activation_checkpoint.py",
         "outer, state.current = state.current, step\n            try:\n                return function",
         "outer = state.current\n            try:\n                return function",
         BATCH,
@@ -202,14 +202,14 @@ MUTANTS = [
     ),
     Mutant(
         "other options load",
-        "align_ext/hf/export.py",
+        "align_ext/hf/load.py",
         "if here[option] != value:",
         "if False:",
         "python_tests/hf/test_folder.py -k other_options",
     ),
     Mutant(
         "loading rounds",
-        "align_ext/hf/export.py",
+        "align_ext/hf/load.py",
         "tensor.dtype) != tensor.dtype:",
         "tensor.dtype) is None:",
         "python_tests/hf/test_folder.py -k rounded",

@@ -12,7 +12,8 @@ from align_ext.alignment.loss_report import AlignParts
 from align_ext.budget import FlopsPerToken, ParameterCount, count_parameters, flops_per_token, match_rank
 from align_ext.config import AlignLoraConfig
 from align_ext.diagnostics.backend import backend
-from align_ext.hf.export import export_peft, load_adapter, save_adapter
+from align_ext.hf.export import export_peft, save_adapter
+from align_ext.hf.load import load_adapter
 from align_ext.hf.merge import merge_and_unload, unload
 from align_ext.hf.replace import adapter_report, replace_linear_with_align_lora
 

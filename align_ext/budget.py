@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from align_ext.adapters import adapter_class
+from align_ext.adapters.adapted_block import adapted_layers
 from align_ext.adapters.base import Adapter, features_of
 from align_ext.alignment.guards import check_model
 from align_ext.alignment.model_state import find_state
 from align_ext.config import AlignLoraConfig
-from align_ext.hf.replace import adapted_layers, sizes_to_adapt
+from align_ext.hf.replace import sizes_to_adapt
 from align_ext.hf.targets import is_linear
 
 

@@ -18,8 +18,8 @@ from align_ext import (
     reference,
     replace_linear_with_align_lora,
 )
+from align_ext.adapters.adapted_block import adapted_layers
 from align_ext.config import Architecture
-from align_ext.hf.replace import adapted_layers
 
 ARCHITECTURES = get_args(Architecture)
 TASKS = {"num_tasks": 3}

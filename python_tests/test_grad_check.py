@@ -7,8 +7,8 @@ from tiny import WEIGHT, Oracle, adapted, batch
 from torch import nn
 
 from align_ext import align_step
+from align_ext.adapters.adapted_block import adapted_layers
 from align_ext.diagnostics.grad_check import grad_check
-from align_ext.hf.replace import adapted_layers
 from align_ext.losses.kl import KlAlignment
 
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"

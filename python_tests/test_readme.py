@@ -11,8 +11,8 @@ from tiny import adapted, batch, llama
 
 from align_ext import align_parts, align_step, cli, merge_and_unload, save_adapter, set_task
 from align_ext.adapters import adapter_class
+from align_ext.adapters.adapted_block import adapted_layers
 from align_ext.hf.options import TrainOptions
-from align_ext.hf.replace import adapted_layers
 
 ROOT = Path(__file__).parents[1]
 TABLES = runpy.run_path(str(ROOT / "docs/tables.py"))

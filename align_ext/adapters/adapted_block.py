@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from align_ext.adapters.base import AdaptedModule
+from align_ext.adapters.base import AdaptedLinear, AdaptedModule
 
 
 class AdaptedBlock(AdaptedModule):
@@ -34,3 +34,18 @@ class AdaptedBlock(AdaptedModule):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("base_layer"), name)
+
+
+Adapted = AdaptedLinear | AdaptedBlock
+
+
+def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
+    """The adapted layers and blocks of a model by module name.
+
+    Raises:
+        ValueError: there are none.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
+    if not layers:
+        raise ValueError("the model has no adapters: call replace_linear_with_align_lora(model) first")
+    return layers

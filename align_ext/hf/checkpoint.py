@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from align_ext.alignment.model_state import STATISTICS, AlignState, Statistics, find_state
-from align_ext.hf.export import load_adapter, save_adapter
+from align_ext.hf.export import save_adapter
+from align_ext.hf.load import load_adapter
 from align_ext.hf.sharded import holders
 from align_ext.hf.tensors import read_tensors, write_tensors
 from align_ext.reading import exists, place, why

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from align_ext.alignment.context import set_task
 from align_ext.hf.encoding import text_batch
-from align_ext.hf.export import export_peft, load_adapter
+from align_ext.hf.export import export_peft
 from align_ext.hf.folder import AdapterFolder
+from align_ext.hf.load import load_adapter
 from align_ext.hf.memory import enough_memory
 from align_ext.hf.merge import merge_and_unload, unload
 from align_ext.hf.models import load_base

@@ -1,4 +1,4 @@
-"""Adapters in and out of folders.
+"""Adapters into folders; load.py reads them.
 
 save_adapter(model, folder) writes, all at once or not at all:
 
@@ -27,38 +27,27 @@ Nothing is pickled, and load_adapter checks keys, shapes, dtypes, finiteness, an
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from align_ext.adapters.adapted_block import Adapted, adapted_layers
 from align_ext.adapters.base import Adapter, is_conv1d
 from align_ext.alignment.model_state import AlignState, find_state
 from align_ext.bounds import is_whole
-from align_ext.config import AlignLoraConfig
 from align_ext.hf.adopt import refuse_foreign
 from align_ext.hf.base_model import BaseModel
-from align_ext.hf.beside import (
-    Beside,
-    check_ties,
-    fill_buffers,
-    parameters_to_fill,
-    plain_name,
-    start_training,
-    trained_beside,
-)
+from align_ext.hf.beside import Beside, plain_name, trained_beside
 from align_ext.hf.folder import (
     ADAPTER_FILES,
     OUR_CONFIG,
     STATE,
     TRAINED,
-    AdapterFolder,
     adapters_of,
     checked_task_names,
     decisive,
@@ -76,15 +65,11 @@ from align_ext.hf.peft_form import (
     peft_forms,
 )
 from align_ext.hf.peft_names import peft_misreads
-from align_ext.hf.replace import Adapted, adapt, adapted_layers, layer_names
-from align_ext.hf.sharded import fill, holders, one_writes, outlines, unwrapped, whole
+from align_ext.hf.sharded import holders, one_writes, unwrapped, whole
 from align_ext.hf.task_type import task_type_of
-from align_ext.hf.tensors import check_tensors, digest_of, write_tensors
+from align_ext.hf.tensors import digest_of, write_tensors
 from align_ext.reading import shown
 from align_ext.writing import atomic_folder
-
-logger = logging.getLogger(__name__)
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -103,7 +88,8 @@ class _Whole:
         """Reads a model's, or what others gathered of it; `what` is the name of the function that does."""
         model = unwrapped(model)
         refuse_foreign(model)
-        layers, state, beside = _plain_names(model, adapted_layers(model)), _state(model), trained_beside(model)
+        layers = {plain_name(model, name): layer for name, layer in adapted_layers(model).items()}
+        state, beside = _state(model), trained_beside(model)
         own = state_of({name: layer.adapter for name, layer in layers.items()})
         live = own | beside.tensors
         ranks = holders(live.values())
@@ -201,82 +187,6 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str], task: int | No
     with one_writes(it.ranks) as writes, atomic_folder(folder, ADAPTER_FILES) if writes else nullcontext() as path:
         if path is not None:
             _write_peft(path, form, it)
-
-
-def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, force: bool = False) -> nn.Module:
-    """Loads an adapter folder of save_adapter or of stock PEFT, strictly; training goes on where it stopped.
-
-    What was trained beside the adapters takes the place of the base's values, which unload gives back.
-
-    Args:
-        model: a plain model, which is adapted first as the folder says, or one with adapters of the same kind.
-        folder: the folder.
-        force: load it also where its record says that it belongs to another base model.
-
-    Returns:
-        The model.
-
-    Raises:
-        ValueError: missing or unexpected keys, other shapes, dtypes that would be rounded, weights that are not finite,
-            files that do not belong together or were edited, options that differ from the model's, another base model,
-            or no such folder. The model is then as it was.
-    """
-    outer, model = model, unwrapped(model)
-    stored = AdapterFolder.read(folder)
-    state = find_state(model)
-    if state is not None:
-        _refuse_other_options(stored, state.config)
-    check_ties(model, stored.trained, alone=not stored.tied)  # first, since another tying looks like another base
-    stored.check_model(model, layer_names(model) if state is None else [], force=force)
-    beside = parameters_to_fill(model, stored.trained)
-    if state is None:
-        adapt(
-            outer, stored.config, stored.ranks(), stored.trained, lambda own: _fill(model, own, stored, stored.config)
-        )
-    else:
-        own = {name: layer.adapter for name, layer in adapted_layers(model).items()}
-        _fill(model, own, stored, state.config)
-    rounded = [n for n, t in beside.items() if torch.promote_types(stored.trained[n].dtype, t.dtype) != t.dtype]
-    if rounded:
-        logger.warning("%s is rounded to %s, as the base model is", ", ".join(rounded), beside[rounded[0]].dtype)
-    if state is None:
-        start_training(model, stored.trained)
-    fill(beside, stored.trained, "load_adapter")
-    fill_buffers(model, stored.trained)
-    return outer
-
-
-def _fill(model: nn.Module, own: Mapping[str, Adapter], stored: AdapterFolder, config: AlignLoraConfig) -> None:
-    """Gives a model's adapters the folder's values, after all checks."""
-    adapters, tensors = _plain_names(model, own), stored.state()
-    state, here, there = state_of(adapters), config.target_modules, stored.config.target_modules
-    hint = f"; target_modules={shown(there)} in the folder, {shown(here)} in the model"
-    check_tensors(tensors, outlines(state), hint)
-    for key, tensor in state.items():
-        if torch.promote_types(tensors[key].dtype, tensor.dtype) != tensor.dtype:
-            raise ValueError(
-                f"{key} is {tensors[key].dtype}, which the model's {tensor.dtype} would round: adapt the model with "
-                'adapter_dtype="float32" first, or load the base model in a wider dtype'
-            )
-    fill(state, tensors, "load_adapter")
-    for name, adapter in adapters.items():
-        adapter.scaling = stored.adapters[name].scaling
-
-
-def _refuse_other_options(stored: AdapterFolder, config: AlignLoraConfig) -> None:
-    """Raises if the model's adapters are of another kind than the folder's; names the first option that differs."""
-    here, there = decisive(config), decisive(stored.config)
-    for option, value in there.items():
-        if here[option] != value:
-            raise ValueError(
-                f"the adapter in {stored.path} has {option}={getattr(stored.config, option)!r}, the model's adapters "
-                f"{option}={getattr(config, option)!r}: load it into a plain model, or adapt this one alike"
-            )
-
-
-def _plain_names(model: nn.Module, layers: Mapping[str, _T]) -> dict[str, _T]:
-    """Layers or adapters by their names in the plain model."""
-    return {plain_name(model, name): layer for name, layer in layers.items()}
 
 
 def _state(model: nn.Module) -> AlignState:

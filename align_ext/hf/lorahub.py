@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
+from align_ext.adapters.adapted_block import adapted_layers
 from align_ext.alignment.model_state import find_state
 from align_ext.hf.compose import LoraWeights, combined, linear_of, options_of
 from align_ext.hf.merge import unload
-from align_ext.hf.replace import adapt, adapted_layers
+from align_ext.hf.replace import adapt
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from align_ext.adapters.adapted_block import AdaptedBlock
+from align_ext.adapters.adapted_block import AdaptedBlock, adapted_layers
 from align_ext.adapters.base import AdaptedLinear
 from align_ext.alignment.forward_hooks import remove_hooks
 from align_ext.hf.beside import give_back
 from align_ext.hf.pretrained import stand_down
-from align_ext.hf.replace import adapted_layers
 from align_ext.hf.sharded import refuse_parts
 from align_ext.reading import shown
 

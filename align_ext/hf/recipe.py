@@ -20,18 +20,20 @@ import transformers
 from rich.console import Console
 from rich.progress import Progress
 
+from align_ext.adapters.adapted_block import adapted_layers
 from align_ext.config import AUTO, AlignLoraConfig
 from align_ext.ending import deferred
 from align_ext.hf.collator import TaskCollator
 from align_ext.hf.encoding import check_conversations, encode, features, fits, token_rows
 from align_ext.hf.evaluate import TaskScore, alignment, evaluate
-from align_ext.hf.export import PEFT_CONFIG, load_adapter, save_adapter
+from align_ext.hf.export import PEFT_CONFIG, save_adapter
 from align_ext.hf.folder import AdapterFolder, checked_task_names
+from align_ext.hf.load import load_adapter
 from align_ext.hf.memory import enough_memory
 from align_ext.hf.merge import merge_and_unload
 from align_ext.hf.models import best_dtype, default_targets, load_model, usable_device
 from align_ext.hf.options import TrainOptions
-from align_ext.hf.replace import adapted_layers, adapter_report, replace_linear_with_align_lora
+from align_ext.hf.replace import adapter_report, replace_linear_with_align_lora
 from align_ext.hf.report import SAME, ShowProgress, plot_losses, summarise, versions
 from align_ext.hf.run_folder import RunFolder
 from align_ext.hf.soundness import check_base, without

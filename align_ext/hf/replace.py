@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from align_ext.adapters import adapter_class
-from align_ext.adapters.adapted_block import AdaptedBlock
+from align_ext.adapters.adapted_block import Adapted, AdaptedBlock
 from align_ext.adapters.base import AdaptedLinear, Adapter, features_of, has_float_weight, is_conv1d
 from align_ext.alignment.forward_hooks import register_hooks
 from align_ext.alignment.guards import refuse_parts_of_a_model
@@ -46,7 +46,6 @@ from align_ext.hf.targets import (
 from align_ext.reading import Matcher, check_names, shown
 
 logger = logging.getLogger(__name__)
-Adapted = AdaptedLinear | AdaptedBlock
 
 
 @dataclass
@@ -224,18 +223,6 @@ def adapter_report(model: nn.Module) -> ReplaceReport:
         raise ValueError("the model has no adapters: call replace_linear_with_align_lora(model) first")
     report: ReplaceReport = state.report
     return report
-
-
-def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
-    """The adapted layers and blocks of a model by module name.
-
-    Raises:
-        ValueError: there are none.
-    """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
-    if not layers:
-        raise ValueError("the model has no adapters: call replace_linear_with_align_lora(model) first")
-    return layers
 
 
 def _refuse_wrapped(model: nn.Module) -> None:

@@ -16,8 +16,8 @@ from align_ext.alignment.context import set_task
 from align_ext.hf.commands import task_number
 from align_ext.hf.encoding import check_conversations, fits, token_rows
 from align_ext.hf.evaluate import TaskScore, evaluate
-from align_ext.hf.export import load_adapter
 from align_ext.hf.folder import AdapterFolder
+from align_ext.hf.load import load_adapter
 from align_ext.hf.memory import enough_memory
 from align_ext.hf.merge import merge_and_unload
 from align_ext.hf.models import best_dtype, load_base, load_model, usable_device

@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
+from align_ext.adapters.adapted_block import adapted_layers
 from align_ext.alignment.model_state import find_state
 from align_ext.hf.mixing import example_tasks
-from align_ext.hf.replace import adapted_layers
 from align_ext.hf.sharded import unwrapped
 from align_ext.reading import shown
 

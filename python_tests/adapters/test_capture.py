@@ -7,7 +7,7 @@ from tiny import adapted, batch, gradients
 from torch import nn
 
 from align_ext import align_step, capture_latents
-from align_ext.hf.replace import adapted_layers
+from align_ext.adapters.adapted_block import adapted_layers
 
 
 def run(model, seed=0):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny import TASKS, batch, llama
 
 from align_ext import AlignLoraConfig, replace_linear_with_align_lora, set_task
-from align_ext.hf.replace import adapted_layers
+from align_ext.adapters.adapted_block import adapted_layers
 
 MODELS = {
     "llama": (llama, {"target_modules": ["up_proj", "down_proj"]}),

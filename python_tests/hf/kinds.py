@@ -8,7 +8,7 @@ import transformers as hf
 from torch.nn.functional import linear
 
 from align_ext import AlignLoraConfig, replace_linear_with_align_lora
-from align_ext.hf.replace import adapted_layers
+from align_ext.adapters.adapted_block import adapted_layers
 
 VOCAB, TASKS, WEIGHT, WIDTH = 40, 3, 0.5, 16
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from align_ext import load_adapter, replace_linear_with_align_lora, save_adapter, set_task
+from align_ext.adapters.adapted_block import adapted_layers
 from align_ext.hf import commands
-from align_ext.hf.replace import adapted_layers
 
 TEXT = "what comes after 3?"
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny import VOCAB, adapted, batch, llama
 
 from align_ext import load_adapter, save_adapter
+from align_ext.adapters.adapted_block import adapted_layers
 from align_ext.hf.compose import (
     DenseDelta,
     LoraWeights,
@@ -22,7 +23,6 @@ from align_ext.hf.compose import (
     write_lora,
 )
 from align_ext.hf.lorahub import Search, lorahub
-from align_ext.hf.replace import adapted_layers
 
 
 def lora(A, B, base="base"):

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 from align_ext import load_adapter, merge_and_unload, replace_linear_with_align_lora, save_adapter, unload
+from align_ext.adapters.adapted_block import adapted_layers
 from align_ext.adapters.base import AdaptedLinear, is_conv1d
-from align_ext.hf.replace import adapted_layers
 
 CASES = {
     "llama": (llama, {}),

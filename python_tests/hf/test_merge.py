@@ -9,9 +9,9 @@ from tiny import batch
 from torch.distributions import Categorical, kl_divergence
 
 from align_ext import merge_and_unload, set_task
+from align_ext.adapters.adapted_block import adapted_layers
 from align_ext.adapters.base import is_conv1d
 from align_ext.hf.merge import MergeReport
-from align_ext.hf.replace import adapted_layers
 
 
 def inputs():

@@ -15,12 +15,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from align_ext import unload
+from align_ext.adapters.adapted_block import adapted_layers
 from align_ext.config import Architecture
 from align_ext.hf import models, recipe
 from align_ext.hf.encoding import encode
 from align_ext.hf.models import load_model
 from align_ext.hf.options import TrainOptions
-from align_ext.hf.replace import adapted_layers
 from align_ext.hf.run_folder import open_run
 
 

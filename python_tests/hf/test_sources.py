@@ -11,8 +11,8 @@ from hf.kinds import TASKS, VOCAB, adapted, bart, bert, by_hand, made, padded, t
 from tiny import error, gradients
 
 from align_ext import align_parts, align_step, set_task
+from align_ext.adapters.adapted_block import adapted_layers
 from align_ext.alignment.accumulation import align_statistics
-from align_ext.hf.replace import adapted_layers
 
 EXACT = 1e-11
 TASKS_OF = torch.tensor([0, 1, 2, 0, 1, 1])

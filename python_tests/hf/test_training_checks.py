@@ -12,7 +12,7 @@ from hf.trainers import adapted, features, trainer
 from hf.words import llama
 
 from align_ext import AlignTrainer, align_step, replace_linear_with_align_lora
-from align_ext.hf.replace import adapted_layers
+from align_ext.adapters.adapted_block import adapted_layers
 
 LORA = {"r": 2, "target_modules": ["q_proj"]}
 
