@@ -12,12 +12,13 @@ MOST = 65_536  # of an integer that is the size of something
 _LARGEST = 1e30  # of a number: float32 holds it, and its product with a weight
 
 
-def unknown_name(kind: str, name: Any, allowed: Iterable[str]) -> str:
+def unknown_name(kind: str, name: Any, allowed: Iterable[str | None]) -> str:
     """A message for a name that is not one of the allowed ones, with the nearest of them."""
     allowed = list(allowed)
-    nearest = difflib.get_close_matches(shown(name).strip("'"), allowed, n=1)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    known = ", ".join(allowed)
+    folded = {str(word).casefold(): word for word in reversed(allowed)}
+    nearest = difflib.get_close_matches(shown(name).strip("'").casefold(), folded, n=1)
+    hint = f"; did you mean {folded[nearest[0]]!r}?" if nearest else ""
+    known = ", ".join(map(str, allowed))
     known = known if len(known) < 300 else f"{known[:300].rpartition(',')[0]}, ..."
     return f"unknown {kind} {shown(name)}{hint} (known: {known})"
 

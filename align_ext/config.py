@@ -170,7 +170,7 @@ class AlignLoraConfig:
         if equal_weights and self.router is not None and self.init_lora_weights == "random_heads":
             self._set("router_init", "zeros")  # only so is the start no change
         if self.align is not None and self.align not in get_args(Align):
-            raise ValueError(unknown_name("align", self.align, [*get_args(Align), "None"]))
+            raise ValueError(unknown_name("align", self.align, [*get_args(Align), None]))
         if self.align is not None and self.align_weight is None:
             self._set("align_weight", DEFAULT_WEIGHT[self.align])
         if self.align_statistics == "position":  # as released

@@ -37,10 +37,12 @@ class Choices:
     Attributes:
         texts: each choice.
         names: what the row calls them: its own names, or A, B, C and so on.
+        named: whether these are the row's own.
     """
 
     texts: tuple[str, ...]
     names: tuple[str, ...]
+    named: bool = False
 
     @classmethod
     def read(cls, column: str, value: Any) -> Choices:
@@ -65,15 +67,24 @@ class Choices:
         if len({text.strip() for text in texts}) == 1:
             raise ValueError(f"the column {column} offers nothing but {shown(texts[0])}: {shown(value)}")
         letters = _LETTERS if len(texts) <= len(_LETTERS) else ""
-        return cls(texts, tuple(letters[: len(texts)] if names is None else (text_of(column, x) for x in names)))
+        called = tuple(letters[: len(texts)] if names is None else (text_of(column, x) for x in names))
+        return cls(texts, called, names is not None)
 
-    def called(self, value: Any) -> set[int]:
-        """The numbers, from 0 on, of the choices that an answer or label may mean: by text, by name or by number."""
+    def called(self, value: Any, by_name: bool = False) -> set[int]:
+        """The numbers, from 0 on, of the choices that an answer or label may mean: by text, by name or by number.
+
+        Args:
+            value: the answer or label.
+            by_name: a text that is one of the row's own names means nothing else.
+        """
         found = {value} if type(value) is int and 0 <= value < len(self.texts) else set()
         if type(value) is int or isinstance(value, str):
             word = str(value).strip()
+            names = {i for i, name in enumerate(self.names) if name.strip() == word}
+            if by_name and self.named and isinstance(value, str) and names:
+                return names
             found |= {i for i, text in enumerate(self.texts) if text.strip() == word}
-            found |= {i for i, name in enumerate(self.names) if name.strip() == word}
+            found |= names
         return found
 
     def equal_to(self, number: int) -> set[int]:

@@ -226,6 +226,9 @@ def _typed(name: str, value: Any, option: Option) -> Any:
         if type(None) in kinds:
             return None
         value = () if any(get_origin(kind) is tuple for kind in kinds) else value
+    choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    if choices and type(None) in kinds and isinstance(value, str) and value not in choices:
+        raise ValueError(unknown_name(name, value, [*choices, "none"]))  # which AlignLoraConfig calls None
     if str in kinds and isinstance(value, str) and not re.fullmatch(r"[\w.,\s-]+", value):
         return value  # a path, or a regular expression
     for kind in kinds:

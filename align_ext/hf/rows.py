@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from align_ext.hf.about import is_about, strings, text_lost
 from align_ext.hf.choices import Choices, Form, text_of
 from align_ext.hf.conversation import Turn, text_asked, turns_of, with_more
 from align_ext.reading import check_names, shown
@@ -19,14 +20,6 @@ _SAID = ("completion", "output", "response")
 _FINAL = ("answer", "answers")
 _CHOICES = ("choices", "options")
 _LABELS = ("label", "answerKey")
-
-# Columns that say where a row is from and of which kind it is, nothing that a model would read.
-_ABOUT = re.compile(
-    r"(?:.*_)?(?:id|idx|index|uid|uuid|guid|hash|url|source|dataset|split|license|author|annotator|version|timestamp|"
-    r"category|subcategory|domain|subject|type|difficulty|level|quality|tags|meta|metadata)",
-    re.IGNORECASE,
-)
-_SHORT = 200  # letters of a text in such a column; a longer one is somebody's text
 _MOST_COLUMNS = 1000
 _LONG = 20  # letters that do not stand in another text by accident
 
@@ -106,6 +99,7 @@ def example_of(
         held = {name: value for name, value in row.items() if not _absent(name, value)}
         columns = _Columns({name: value for name, value in held.items() if name not in ignore})
         example = replace(_example(columns, task), where=where)
+        columns.check_asked(example)
         columns.check_unused(example)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
@@ -166,7 +160,7 @@ class _Columns:
         for name, value in self.values.items():
             if name in self.used or isinstance(value, (bool, int, float)):
                 continue
-            if _ABOUT.fullmatch(str(name)) and not (isinstance(value, str) and len(value) > _SHORT):
+            if is_about(name, text_lost(value, asked)):
                 continue
             whole = name == "text" and isinstance(value, str) and example.answer.strip() in value
             if whole and all(part.strip() in value for part in asked.split("\n\n")):
@@ -175,6 +169,22 @@ class _Columns:
                 f"the column {shown(name, 40)[1:-1]} would be lost, with {shown(value, 40)}: put it into prompt or "
                 "context, or leave it out with --ignore-columns"
             )
+
+    def check_asked(self, example: Example) -> None:
+        """Refuses a column that holds the rest of what is asked and then the answer, as texts made for training do."""
+        values = {} if self.values.keys() & set(_CONVERSATION) else self.values
+        parts = {name: str(values[name]).strip() for name in _PARTS if isinstance(values.get(name), (str, int))}
+        offered = next((Choices.read(name, values[name]) for name in _CHOICES if name in values), None)
+        for answer in {example.answer, *strings([values.get(name) for name in (*_FINAL, *_LABELS)])}:
+            for name, text in parts.items():
+                others = {other: part for other, part in parts.items() if part != text}
+                rest = _before(text, answer.strip())
+                listed = offered is not None and offered.shown_in(text) and not offered.shown_in(rest)
+                if others and not listed and all(_holds(rest, part) for part in others.values()):
+                    raise ValueError(
+                        f"the column {name} holds {' and '.join(others)} and ends in the answer, {shown(answer, 40)}: "
+                        f"leave it out with --ignore-columns {name}"
+                    )
 
 
 def _example(columns: _Columns, task: str | None) -> Example:
@@ -262,6 +272,13 @@ def _holds(text: str, part: str) -> bool:
     return re.search(rf"(?:^|\n|: ){re.escape(part)}[ \t\r]*(?:\n|$)", text) is not None
 
 
+def _before(text: str, end: str) -> str:
+    """What stands before the end of a text, which is a line or field of its own or is long; "" where it ends else."""
+    rest = text.removesuffix(end)
+    apart = len(end) >= _LONG or re.search(r"(?:\n|:[ \t])[ \t]*$", rest)
+    return rest if apart and rest != text else ""
+
+
 def _texts(name: str, value: Any) -> list[str]:
     """One answer, or several: a list, or that of SQuAD beside the places where they start."""
     if isinstance(value, dict) and "text" in value and value.keys() <= {"text", "answer_start"}:
@@ -283,7 +300,7 @@ def _of_choices(example: Example, offered: tuple[str, Any], said: dict[str, Any]
             named.append(numbers & {value})
         elif name in _LABELS or example.answer or type(value) is int:
             values = value if isinstance(value, list) else [value]
-            named.append({i for x in values for i in choices.called(x)})
+            named.append({i for x in values for i in choices.called(x, by_name=name in _LABELS)})
     learnt = example.answer or (finals[0] if finals and not isinstance(said.get("answer"), int) else "")
     forms = choices.forms(learnt) if learnt else by_text
     right = set(forms).intersection(*named)

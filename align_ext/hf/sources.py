@@ -13,6 +13,7 @@ from typing import Any
 
 from huggingface_hub.errors import EntryNotFoundError
 
+from align_ext.hf.about import Texts, text_lost
 from align_ext.hf.conversation import text_asked
 from align_ext.hf.rows import Example, example_of
 from align_ext.reading import MEBIBYTE, MOST_BYTES, parse_json, read_lines, shown, why
@@ -25,27 +26,7 @@ _WORD = re.compile(rf"(?:^|[._-])({'|'.join(_SPLITS)})(?=[._-]|$)", re.IGNORECAS
 _SHARD = re.compile(r"-\d+-of-\d+$")
 _NO_DATA = re.compile(r"(?:\..*|(?:readme|manifest|licen[cs]e)(?:\..*)?|.*\.md)", re.IGNORECASE)
 _MOST_ARRAY = 256 * MEBIBYTE  # of a file that is one JSON list, which is read as a whole
-_WORDS = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af]|(?<!\S)[^\W\d_]{2,}(?=[,.;:!?]*(?:\s|$))")
-_FEW = 8  # rows, of which nothing follows
 _READ = "rows are read from .jsonl files, a JSON object a line, and .json files, a list of objects (.gz too)"
-
-
-@dataclass
-class _Texts:
-    """What a column holds that no example uses: whether its texts are somebody's sentences, or say what a row is."""
-
-    first: str
-    rows: int = 0
-    words: int = 0
-    distinct: set[int] = field(default_factory=set)
-
-    def add(self, text: str) -> None:
-        self.rows += 1
-        self.words += len(_WORDS.findall(text))
-        self.distinct.add(hash(text))
-
-    def would_be_lost(self) -> bool:
-        return self.rows >= _FEW and 2 * len(self.distinct) > self.rows and self.words >= 3 * self.rows
 
 
 @dataclass
@@ -61,7 +42,7 @@ class Source:
     splits: dict[str, list[Example]] = field(default_factory=dict)
     unused: dict[str, int] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
-    _texts: dict[str, _Texts] = field(default_factory=dict)
+    _texts: dict[str, Texts] = field(default_factory=dict)
 
     def add(self, split: str, rows: Iterable[tuple[str, Any]], task: str, ignore: Collection[str]) -> None:
         """Reads rows, each with the words that say where it is; `task` is theirs if they have no column of it."""
@@ -79,20 +60,16 @@ class Source:
             examples.append(example)
             for name in unused:
                 self.unused[name] = self.unused.get(name, 0) + 1
-                held = isinstance(text := row[name], str) and text.strip() in text_asked(example.prompt)
-                if isinstance(text, str) and not held and name not in ignore:
-                    self._texts.setdefault(name, _Texts(text)).add(text)
+                if name not in ignore and (text := text_lost(row[name], text_asked(example.prompt))):
+                    self._texts.setdefault(name, Texts(name)).add(text, example.task)
 
     def check_unused(self) -> None:
-        """Raises ValueError for a column whose name says that it is about the row, and whose texts that they are not.
-
-        "category" may hold "high school history" in a hundred rows, and "source" a sentence to translate in each.
-        """
+        """Raises ValueError for a column whose name says that it is about the row, and whose texts are not."""
         for name, texts in self._texts.items():
-            if texts.would_be_lost():
+            if lost := texts.would_be_lost():
                 raise ValueError(
-                    f"the column {shown(name, 40)[1:-1]} would be lost, with sentences such as "
-                    f"{shown(texts.first, 40)}: put it into prompt or context, or leave it out with --ignore-columns"
+                    f"the column {shown(name, 40)[1:-1]} would be lost, with texts such as {shown(lost, 40)}: put it "
+                    "into prompt or context, or leave it out with --ignore-columns"
                 )
 
 

@@ -33,34 +33,6 @@ def prompts(source):
     return {split: [x.prompt for x in examples] for split, examples in source.splits.items()}
 
 
-ABOUT = {  # a column by name, and its texts in ten rows: whether they are about the row
-    "a sentence in each": ("source", lambda i: f"Der Hund Nummer {i} sucht einen Ball.", False),
-    "signs for words": ("source_id", lambda i: "今日は天気がいい" + "猫犬鳥魚虫"[i % 5] * i, False),
-    "questions": ("subject", lambda i: f"what would {'abcdefghij'[i]}nna say", False),
-    "a few kinds": ("subject", lambda i: f"high school {('history', 'physics of waves')[i % 2]} questions", True),
-    "numbers": ("question_id", lambda i: f"part {i} of 10", True),
-    "addresses": ("source", lambda i: f"https://example.org/some/page-{i}.html", True),
-    "times": ("timestamp", lambda i: f"2024-01-{i + 10} 12:00:00 UTC", True),
-    "names": ("author", lambda i: f"{'ABCDEFGHIJ'[i]}. Smith", True),
-    "held by the prompt": ("source", lambda i: f"please say the number {i}", True),
-}
-
-
-@pytest.mark.parametrize("kind", ABOUT)
-def test_a_column_named_as_if_it_were_about_the_row_is_refused_where_it_holds_sentences(kind, tmp_path):
-    column, text, about = ABOUT[kind]
-    rows = [{"prompt": f"please say the number {i}", "answer": str(i), column: text(i)} for i in range(10)]
-    file = tmp_path / "x.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    if about:
-        assert read_source(str(file)).unused == {column: 10}
-    else:
-        assert f"the column {column} would be lost, with sentences such as" in refusal(file)
-        assert read_source(str(file), [column]).unused == {column: 10}
-    file.write_text("\n".join(map(json.dumps, rows[:3])), encoding="utf-8")
-    assert read_source(str(file)).unused == {column: 3}, "of three rows nothing follows"
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -46,7 +46,7 @@ def test_a_file_may_be_written_as_people_write_them(tmp_path):
         ({"num_heads": 2.5}, "num_heads must be of type int or none, got 2.5"),
         ({"r": "auto"}, "r must be of type int, got 'auto'"),
         ({"mmd_bandwidths": "1,wide"}, "mmd_bandwidths must be of type"),
-        ({"router": "linaer", "architecture": "hydra"}, 'router must be "linear" or "mlp", got \'linaer\''),
+        ({"router": "linaer", "architecture": "hydra"}, "unknown router 'linaer'; did you mean 'linear'"),
         ({"num_heads": 3}, "architecture 'align_lora' has no num_heads"),
         ({"target_modules": "none"}, "target_modules must be suffixes"),
         ({"dtype": "int8"}, "dtype must be one of auto, float32"),
@@ -148,6 +148,15 @@ def test_routed_options_and_none_for_a_part_reach_the_adapters():
     config = TrainOptions.from_mapping(given).adapter_config(2)
     assert (config.target_blocks, config.spectral, config.num_heads, config.top_k) == ((), None, 3, 2)
     assert TrainOptions.from_mapping({"architecture": "hydra", "router": "none"}).adapter_config(2).router is None
+
+
+@pytest.mark.parametrize("name", ["align", "router", "router_init", "reduce", "routing", "balance", "spectral"])
+@pytest.mark.parametrize("value", ["None", "NONE", "nnone"])
+def test_of_choices_that_may_be_none_the_word_that_is_accepted_is_offered(name, value):
+    with pytest.raises(ValueError, match=rf"unknown {name} '{value}'; did you mean 'none'\? \(known: .*, none\)"):
+        TrainOptions.from_mapping({name: value})
+    with pytest.raises(ValueError, match=r"top_k must be of type int or none, got 'None'"):
+        TrainOptions.from_mapping({"top_k": "None"})
 
 
 def test_adapter_options_reach_the_adapters_and_their_defaults_agree():

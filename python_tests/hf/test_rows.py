@@ -128,6 +128,10 @@ def test_choices_that_a_prompt_shows_are_not_listed_again():
         ({"chosen": "x", "rejected": "y"}, "the column chosen would be lost"),
         ({"text": "something else"}, "the column text would be lost"),
         ({"source": "word " * 99}, "the column source would be lost"),
+        ({"source": ["word " * 30] * 2}, "the column source would be lost, with ['word"),
+        ({"meta": {"table": [["word " * 30], ["other " * 30]]}}, "the column meta would be lost, with {'table'"),
+        ({"author": "Ann Smith, " * 20}, "the column author would be lost"),
+        ({"tags": {f"a name that is a text {i}": 1 for i in range(9)}}, "the column tags would be lost"),
         ({"[/bold]\n\x1b": "x"}, r"the column [/bold]\n\x1b would be lost"),
         ({"completion": None}, "no column completion or output or response or answer; found prompt"),
         ({"completion": True}, "the column completion holds True, a bool, not text: write it as text"),
@@ -184,6 +188,50 @@ def test_what_is_not_understood_is_refused_with_the_column_and_what_it_holds(col
     assert said in refusal({**GOOD, **columns})
 
 
+ALPACA = {"instruction": "Make a list.", "input": "1 and 2", "output": "x = [1, 2]"}
+MADE = "Below is a task.\n\n### Task:\nMake a list.\n\n### Input:\n1 and 2\n\n### Output:\n"
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "others"),
+    [
+        ({**ALPACA, "prompt": MADE + "x = [1, 2]"}, "prompt", "instruction and input"),
+        ({**ALPACA, "input": "", "prompt": MADE + "x = [1, 2]\n\n"}, "prompt", "instruction"),
+        ({**ALPACA, "output": "1 and 2", "prompt": MADE + "1 and 2"}, "prompt", "instruction and input"),
+        ({**ALPACA, "output": "a\n\nb", "prompt": MADE + "a\n\nb"}, "prompt", "instruction and input"),
+        ({"question": "2 + 2?", "answer": 4, "prompt": "Question: 2 + 2?\nAnswer: 4"}, "prompt", "question"),
+        ({"question": "2 + 2?", "answers": ["four", "4"], "prompt": "2 + 2?\n4"}, "prompt", "question"),
+        ({"question": "2 + 2?", "answer": "4", "input": "Q: 2 + 2?\nA: 4"}, "input", "question"),
+        ({"question": "q?", "choices": RED, "answerKey": "C", "prompt": "q?\nred\nblue\ngreen\nC"}, "prompt",
+         "question"),
+        ({"question": "q?", "choices": RED, "label": 2, "prompt": "q?\nred\nblue\ngreen\ngreen"}, "prompt", "question"),
+        ({**ALPACA, "prompt": MADE + "x = [1, 2]", "system": "Be."}, "prompt", "instruction and input"),
+    ],
+)  # fmt: skip
+def test_a_prompt_that_holds_the_answer_after_the_other_columns_is_refused(row, column, others):
+    said = refusal(row)
+    assert f"the column {column} holds {others} and ends in the answer, " in said
+    assert said.endswith(f"leave it out with --ignore-columns {column}")
+    assert read(row, [column]).answer == read({k: x for k, x in row.items() if k != column}).answer
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Repeat:\nhello", "completion": "hello"},
+        {"instruction": "Repeat:", "input": "hello", "output": "hello"},
+        {"prompt": "Repeat:\nhello", "instruction": "Repeat:", "input": "hello", "output": "hello"},
+        {"prompt": "Say no:\nno", "question": "no", "output": "no"},
+        {**ALPACA, "prompt": MADE},
+        {**ALPACA, "prompt": "something else\nx = [1, 2]"},
+        {"question": "q?", "choices": RED, "label": 2, "prompt": "q?\nred\nblue\ngreen"},
+        {"context": "The town is\nRome", "question": "Which?", "answer": "Rome"},
+    ],
+)
+def test_a_prompt_may_end_as_the_answer_does(row):
+    assert str(row.get("prompt", row.get("context", row.get("instruction")))) in read(row).prompt
+
+
 def test_a_column_is_left_out_on_request_and_named():
     row = {**GOOD, "hint": "think", "n": 3, "source": "web", "context": "c " * 40}
     assert "context" not in example_of(row, "", "t", ["hint"])[1]
@@ -238,6 +286,18 @@ def test_each_column_of_the_table_is_one_that_is_read():
     ]
     assert {column for row in rows for column in row} == {name.strip() for name in named}
     assert [example_of(row, "", "t")[1] for row in rows] == [set()] * len(rows)
+
+
+@pytest.mark.parametrize("column", ["label", "answerKey"])
+def test_a_label_that_is_text_means_a_name_that_the_row_itself_gives_before_a_choice_of_this_text(column):
+    texts = ["2", "4", "1", "3"]
+    for choices in ({"text": texts, "label": ["1", "2", "3", "4"]}, dict(zip("1234", texts, strict=True))):
+        for key, text in zip("1234", texts, strict=True):
+            example = read({"prompt": "q", "choices": choices, column: key})
+            assert example.choices[example.label] == example.answer
+            assert example.label == int(key) - 1, (choices, key, text)
+    assert read({"prompt": "q", "choices": texts, column: "1"}).label == 2, "without names it is a text"
+    assert read({"prompt": "q", "choices": {"text": ["a", "b"], "label": ["1", "2"]}, column: "b"}).label == 1
 
 
 @pytest.mark.parametrize("column", ["answer", "answers"])
