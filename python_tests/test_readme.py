@@ -9,7 +9,7 @@ import torch
 import typer
 from tiny import adapted, batch, llama
 
-from align_ext import align_parts, align_step, cli, merge_and_unload, save_adapter, set_task
+from align_ext import align_parts, align_step, capture_latents, cli, merge_and_unload, save_adapter, set_task
 from align_ext.adapters import adapter_class
 from align_ext.adapters.adapted_block import adapted_layers
 from align_ext.hf.options import TrainOptions
@@ -32,12 +32,18 @@ def test_the_quick_start_trains_with_alignment_and_saves_an_adapter(monkeypatch,
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
     # The second block continues the first with a loss of the user's own.
-    names |= inputs | {"task_ids": tasks, "align_step": align_step, "align_parts": align_parts}
+    names |= inputs | {
+        "task_ids": tasks,
+        "align_step": align_step,
+        "align_parts": align_parts,
+        "capture_latents": capture_latents,
+    }
     names["my_loss"] = lambda logits: torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), inputs["labels"].flatten(), ignore_index=-100
     )
     exec(BLOCKS[1], names)
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in names["model"].parameters())
+    assert "model.layers.0.mlp.gate_proj" in names["latents"]
 
 
 def test_every_command_and_flag_of_the_readme_exists_and_every_command_is_in_it():

@@ -174,13 +174,15 @@ class _Columns:
         """Refuses a column that holds the rest of what is asked and then the answer, as texts made for training do."""
         values = {} if self.values.keys() & set(_CONVERSATION) else self.values
         parts = {name: str(values[name]).strip() for name in _PARTS if isinstance(values.get(name), (str, int))}
-        offered = next((Choices.read(name, values[name]) for name in _CHOICES if name in values), None)
-        for answer in {example.answer, *strings([values.get(name) for name in (*_FINAL, *_LABELS)])}:
-            for name, text in parts.items():
-                others = {other: part for other, part in parts.items() if part != text}
+        answers = {example.answer, *strings([values.get(name) for name in (*_FINAL, *_LABELS)])}
+        for name, text in parts.items():
+            others = {other: part for other, part in parts.items() if part != text}
+            for answer in answers if others else ():
                 rest = _before(text, answer.strip())
-                listed = offered is not None and offered.shown_in(text) and not offered.shown_in(rest)
-                if others and not listed and all(_holds(rest, part) for part in others.values()):
+                if not rest or not all(_holds(rest, part) for part in others.values()):
+                    continue
+                offered = next((Choices.read(column, values[column]) for column in _CHOICES if column in values), None)
+                if offered is None or offered.shown_in(rest) or not offered.shown_in(text):
                     raise ValueError(
                         f"the column {name} holds {' and '.join(others)} and ends in the answer, {shown(answer, 40)}: "
                         f"leave it out with --ignore-columns {name}"
@@ -275,8 +277,8 @@ def _holds(text: str, part: str) -> bool:
 def _before(text: str, end: str) -> str:
     """What stands before the end of a text, which is a line or field of its own or is long; "" where it ends else."""
     rest = text.removesuffix(end)
-    apart = len(end) >= _LONG or re.search(r"(?:\n|:[ \t])[ \t]*$", rest)
-    return rest if apart and rest != text else ""
+    apart = rest != text and (len(end) >= _LONG or re.search(r"(?:\n|:[ \t])[ \t]*$", rest))
+    return rest if apart else ""
 
 
 def _texts(name: str, value: Any) -> list[str]:
