@@ -33,11 +33,13 @@ BATCH = "python_tests/test_batch.py -k 'exact_in_every_mode and False or referen
 STEP = "align_ext/alignment/step.py"
 OP = "python_tests/ops/test_grouped_lora.py -k 'hand_computed or match_the_reference'"
 MUTANTS = [
+    Mutant("drop the KL term", STEP, "LATENT: self._weight * scale", "LATENT: 0.0 * scale", BATCH),
     Mutant(
-        "drop the KL term", "align_ext/alignment/step.py", "LATENT: self._weight * scale", "LATENT: 0.0 * scale", BATCH
-    ),
-    Mutant(
-        "the KL without a gradient", "align_ext/alignment/step.py", "arm(d_total, ctx", "arm(d_total, 0 * ctx", BATCH
+        "the KL without a gradient",
+        "align_ext/alignment/step.py",
+        "prepare_gradients(d_total, ctx",
+        "prepare_gradients(d_total, 0 * ctx",
+        BATCH,
     ),
     Mutant(
         "detach z",
@@ -56,8 +58,8 @@ MUTANTS = [
     Mutant(
         "ignore the incoming gradient",
         "align_ext/alignment/step.py",
-        "arm(d_total, ctx.factor",
-        "arm(d_total / d_total, ctx.factor",
+        "prepare_gradients(d_total, ctx.factor",
+        "prepare_gradients(d_total / d_total, ctx.factor",
         BATCH,
     ),
     Mutant(
@@ -77,8 +79,8 @@ MUTANTS = [
     Mutant(
         "tables stay armed",
         "align_ext/alignment/step.py",
-        "self._enqueue()\n        self.state.armed[:] = [step for step in self.state.armed if step is not self]",
-        "self._enqueue()",
+        "self.state.in_backward[:] = [step for step in self.state.in_backward if step is not self]",
+        "pass",
         "python_tests/test_batch.py python_tests/test_batch_errors.py -k 'disarmed'",
     ),
     Mutant(

@@ -171,7 +171,7 @@ def test_the_tables_are_disarmed_when_a_backward_ends():
     model, (inputs, tasks) = adapted(), batch()
     out = model(**inputs, task_ids=tasks)
     out.loss.backward(retain_graph=True)
-    assert model.align_state.armed == []
+    assert model.align_state.in_backward == []
     model.zero_grad()
     out.logits.square().mean().backward()
     oracle = Oracle(adapted())

@@ -240,7 +240,7 @@ def test_a_wrong_gradient_of_one_layer_is_found(monkeypatch):
     right = KlAlignment.gradients
 
     def wrong(self, *args):
-        return {slot: dz * (1.5 if slot == 5 else 1) for slot, dz in right(self, *args).items()}
+        return {layer: dz * (1.5 if layer == 5 else 1) for layer, dz in right(self, *args).items()}
 
     monkeypatch.setattr(KlAlignment, "gradients", wrong)
     report = grad_check(adapted(), with_tasks())

@@ -18,7 +18,7 @@ def forward(model):
     inputs, tasks = batch()
     with align_step(model, tasks) as step:
         lm = model(**inputs).loss
-    return step, lm, [weakref.ref(z.untyped_storage()) for z in step._kept[0].values()]
+    return step, lm, [weakref.ref(z.untyped_storage()) for z in step._recorded[0].values()]
 
 
 def alive(references):
@@ -36,7 +36,7 @@ def test_latents_go_when_their_loss_has_been_differentiated(mode):
     assert alive(latents) == 6
     total.backward()
     assert alive(latents) == 0
-    assert step._owed is None
+    assert step._gradients is None
 
 
 def test_latents_of_a_loss_that_nobody_differentiates_go_with_it():
@@ -62,17 +62,17 @@ def test_an_eager_layer_hands_over_z_itself_and_a_compiled_one_a_copy():
     for call, copies in ((layer, False), (torch.compile(layer, backend="aot_eager"), True)):
         with align_step(model, batch()[1]) as step, torch.profiler.profile() as profile:
             call(x)
-        (z,) = step._kept[0].values()
+        (z,) = step._recorded[0].values()
         assert not z.requires_grad
         torch.testing.assert_close(z, x @ layer.adapter.lora_A.T)
         assert copies == any(event.name == "align_ext::record_" for event in profile.events())
     with align_step(model, batch()[1]) as step:
         step.record(layer.adapter.layer, z)
-        assert step._kept[0][0] is z
+        assert step._recorded[0][0] is z
     with align_step(model, batch()[1]) as step:
         torch.ops.align_ext.record_(step.door, z, step.key, layer.adapter.layer_key, 0)
-        assert torch.equal(step._kept[0][0], z)
-        assert step._kept[0][0].data_ptr() != z.data_ptr()
+        assert torch.equal(step._recorded[0][0], z)
+        assert step._recorded[0][0].data_ptr() != z.data_ptr()
 
 
 @torch._functorch.config.patch(donated_buffer=False)  # what torch asks for before it retains a compiled graph
@@ -111,9 +111,9 @@ def test_layers_of_other_tokens_and_dtypes_take_calls_of_their_own():
     assert statistics.moments.dtype == torch.float64
     assert (statistics.moments[4] == 0).all()
     dz = statistics.evaluate(config).gradients(latents, tokens, torch.tensor(3.0), 0.5)
-    for slot, z in latents.items():
+    for layer, z in latents.items():
         task = ids.repeat_interleave(len(z) // 6)
         leaf = z.double().requires_grad_()
         (1.5 * reference.gaussian_kl(leaf, task, 3)).backward()
-        assert (dz[slot] - leaf.grad).abs().max() < 16 * torch.finfo(z.dtype).eps * leaf.grad.abs().max()
+        assert (dz[layer] - leaf.grad).abs().max() < 16 * torch.finfo(z.dtype).eps * leaf.grad.abs().max()
     assert tokens.expand(ids.device, 60) is tokens.expand(ids.device, 60)

@@ -62,7 +62,7 @@ def open_step(model: nn.Module, state: AlignState, ids: Tensor | None, **options
             "no adapter of the model is trained, so that nothing would be aligned: PEFT's get_peft_model, or a "
             "requires_grad_(False), froze them; adapt the model after it, or call requires_grad_(True) on the adapters"
         )
-    state.armed.clear()
+    state.in_backward.clear()
     like = next(model.parameters()) if adapter is None else adapter
     step = Step(state, None if ids is None else _as_ids(ids), like, **options)
     if step.records:

@@ -50,9 +50,9 @@ class UnionPart:
 
 
 class AlignState:
-    """What the adapters of one model share: options, slots, and the step under way.
+    """What the adapters of one model share: options, layers, and the step under way.
 
-    Copies and pickles carry the options and slots, never a step.
+    Copies and pickles carry the options and layers, never a step.
     """
 
     def __init__(self, config: AlignLoraConfig) -> None:
@@ -67,7 +67,7 @@ class AlignState:
         self.report: Any = None  # of the adaptation (hf/replace.py)
         self.current: Any = None  # the Step between a step's opening and closing
         self.suspended: Any = None  # the Step, while the model runs once more for metrics
-        self.armed: list[Any] = []  # inside a backward: the Steps whose layers are owed gradients
+        self.in_backward: list[Any] = []  # inside a backward: the Steps that have gradients to hand out
         self.last: Any = None  # Step
         self.originals: dict[str, Tensor] = {}  # the base's values of what is trained beside the adapters, for unload
         self.buffers: dict[str, Tensor | None] = {}  # the base's, which training may change (hf/beside.py)
@@ -75,11 +75,11 @@ class AlignState:
         self.queue: deque[Statistics] = deque(maxlen=config.align_queue)  # of the last micro-batches
         self.encoder_decoder = False  # the model has an encoder and a decoder, whose tokens differ
         self.batch_first = False  # a batch of more or fewer samples than tokens has shown it
-        self.sources: dict[int, str] = {}  # by slot, where a layer's tokens come from (align_ext/alignment/tokens.py)
+        self.sources: dict[int, str] = {}  # by layer: where its tokens come from (tokens.py)
 
     def __getstate__(self) -> dict[str, Any]:
         queue: deque[Statistics] = deque(maxlen=self.queue.maxlen)
-        return {**self.__dict__, "current": None, "suspended": None, "armed": [], "last": None, "queue": queue}
+        return {**self.__dict__, "current": None, "suspended": None, "in_backward": [], "last": None, "queue": queue}
 
     def add_layer(self, name: str, rank: int) -> int:
         """Registers a layer whose outputs a step records; returns its number."""
@@ -93,9 +93,9 @@ class AlignState:
             return self.current
         if not training:
             return None
-        if self.armed and torch._C._current_graph_task_id() != -1:
-            if len(self.armed) == 1:  # recomputation by a checkpoint that BoundCheckpoint does not wrap
-                return self.armed[0]
+        if self.in_backward and torch._C._current_graph_task_id() != -1:
+            if len(self.in_backward) == 1:  # recomputation by a checkpoint that BoundCheckpoint does not wrap
+                return self.in_backward[0]
             raise RuntimeError(
                 "activation checkpointing recomputes below two summed losses and cannot tell their steps apart: use "
                 "the model's own gradient_checkpointing_enable(), or differentiate the losses one by one"

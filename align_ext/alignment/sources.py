@@ -103,7 +103,7 @@ def _before_decoder(state: AlignState, decoder: nn.Module, args: Any, kwargs: di
 
 
 def _before_layer(part: str | None, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    state, slot = layer.adapter.state, layer.adapter.layer
-    step = None if slot in state.sources else _step(state)
+    state, number = layer.adapter.state, layer.adapter.layer
+    step = None if number in state.sources else _step(state)
     if step is not None:
-        step.learn(slot, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], part)
+        step.learn(number, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], part)

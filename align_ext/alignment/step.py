@@ -69,86 +69,88 @@ class Step(StepTokens):
         self.balance: Balance | None = None
         self.spectral: Tensor | None = None
         self._has_total = False
-        self._kept: dict[int, Latents] = {LATENT: {}, WEIGHTS: {}}  # of the layers that ran, by slot, until total
-        self._owed: dict[int, Latents] | None = None  # what no layer has taken yet, inside backward
+        self._recorded: dict[int, Latents] = {LATENT: {}, WEIGHTS: {}}  # of the layers that ran, until total
+        self._gradients: dict[int, Latents] | None = None  # what no layer has taken yet, inside backward
         self._differentiated = False
         self._own: Statistics | None = None  # for the queue, once the loss is differentiated
         self._lm: Tensor | None = None
         self._weight = 0.0
 
-    def tap(self, layer: Any, x: Tensor, y: Tensor, z: Tensor, w: Tensor | None) -> Tensor:
+    def tap(self, adapter: Any, x: Tensor, y: Tensor, z: Tensor, w: Tensor | None) -> Tensor:
         """Records the outputs of a layer that ran on x, and returns y with the step's gradients behind it."""
         config = self.state.config
         if config.align:
-            self._hand_over(layer, z.detach(), LATENT)
+            self._hand_over(adapter, z.detach(), LATENT)
         w = w if config.balance else None
         if w is not None:
-            self._hand_over(layer, w.detach(), WEIGHTS)
+            self._hand_over(adapter, w.detach(), WEIGHTS)
         self.check_layout(x.shape)
-        return tap(y, z, w, self, layer)
+        return tap(y, z, w, self, adapter)
 
-    def _hand_over(self, layer: Any, output_of_layer: Tensor, output: int) -> None:
+    def _hand_over(self, adapter: Any, output_of_layer: Tensor, output: int) -> None:
         if torch.compiler.is_compiling():
-            torch.ops.align_ext.record_(self.door, output_of_layer, self.key, layer.layer_key, output)
+            torch.ops.align_ext.record_(self.door, output_of_layer, self.key, adapter.layer_key, output)
         else:
-            self.record(layer.layer, output_of_layer, output)
+            self.record(adapter.layer, output_of_layer, output)
 
-    def record(self, slot: int, z: Tensor, output: int = LATENT) -> None:
+    def record(self, layer: int, z: Tensor, output: int = LATENT) -> None:
         """Records an output of a layer that ran; a second time is an error."""
         if torch._C._current_graph_task_id() != -1:
             return  # activation checkpointing recomputes the layer inside backward: its z is here already
-        if slot in self._kept[output] or self._has_total:
+        if layer in self._recorded[output] or self._has_total:
             raise RuntimeError(
-                f"the aligned layer {self.state.names[slot]!r} ran twice in one step: use one align_step (or one "
+                f"the aligned layer {self.state.names[layer]!r} ran twice in one step: use one align_step (or one "
                 "task_ids= call) per forward; a layer that the model runs several times in a forward (ALBERT's) cannot "
                 "be aligned: leave it out by exclude_modules, or adapt the model with align=None"
             )
-        self.check_tokens(slot, z.shape[0])
-        self.seen.add(slot)
-        self._kept[output][slot] = z
+        self.check_tokens(layer, z.shape[0])
+        self.seen.add(layer)
+        self._recorded[output][layer] = z
 
     def statistics(self) -> Statistics:
         """What the alignment needs of this process's tokens; before total."""
         state = self.state
         sizes = len(state.names), state.tasks, state.rank
-        return STATISTICS[state.config.align or "kl"].of(self._kept[LATENT], self.aligned_tokens, sizes, state.config)
+        return STATISTICS[state.config.align or "kl"].of(
+            self._recorded[LATENT], self.aligned_tokens, sizes, state.config
+        )
 
-    def pop_gradient(self, slot: int, output: int = LATENT) -> Tensor | None:
+    def pop_gradient(self, layer: int, output: int = LATENT) -> Tensor | None:
         """The gradient in a layer's output, the caller's own from now on; None outside the loss's backward."""
-        if self._owed is None:
+        if self._gradients is None:
             if self.strict and not self._differentiated:
                 raise RuntimeError(_NOT_DIFFERENTIATED)
             return None
-        if output not in self._owed:
+        if output not in self._gradients:
             return None
-        if slot not in self._owed[output]:
-            raise RuntimeError(f"one backward reached the aligned layer {self.state.names[slot]!r} twice")
-        return self._owed[output].pop(slot)
+        if layer not in self._gradients[output]:
+            raise RuntimeError(f"one backward reached the aligned layer {self.state.names[layer]!r} twice")
+        return self._gradients[output].pop(layer)
 
-    def arm(self, d_total: Tensor, factors: dict[int, float], kept: dict[int, Latents]) -> None:
+    def prepare_gradients(self, d_total: Tensor, factors: dict[int, float], recorded: dict[int, Latents]) -> None:
         """Computes the gradients in all outputs, for the layers to take until the running backward ends."""
         refuse_compiled_autograd(ahead=False)
         losses = {LATENT: (self.alignment, self.aligned_tokens), WEIGHTS: (self.balance, self.counting)}
-        self._owed = {
-            output: loss.gradients(kept[output], tokens, d_total, factors[output])
+        self._gradients = {
+            output: loss.gradients(recorded[output], tokens, d_total, factors[output])
             for output, (loss, tokens) in losses.items()
             if loss is not None
         }
         self._differentiated = True
-        self.state.armed.append(self)
-        torch.autograd.Variable._execution_engine.queue_callback(self._disarm)
+        self.state.in_backward.append(self)
+        torch.autograd.Variable._execution_engine.queue_callback(self._finish_backward)
 
-    def _disarm(self) -> None:
-        slots = {slot for owed in (self._owed or {}).values() for slot in owed}
-        if slots and self.strict:
+    def _finish_backward(self) -> None:
+        layers = {layer for of_output in (self._gradients or {}).values() for layer in of_output}
+        if layers and self.strict:
             warnings.warn(
-                f"the alignment did not reach {len(slots)} layers, the first is {self.state.names[min(slots)]!r}: the "
-                "loss does not depend on them, or their adapters are frozen; leave them out by exclude_modules",
+                f"the alignment did not reach {len(layers)} layers, the first is {self.state.names[min(layers)]!r}: "
+                "the loss does not depend on them, or their adapters are frozen; leave them out by exclude_modules",
                 stacklevel=1,
             )
-        self._owed = None
+        self._gradients = None
         self._enqueue()
-        self.state.armed[:] = [step for step in self.state.armed if step is not self]
+        self.state.in_backward[:] = [step for step in self.state.in_backward if step is not self]
 
     def _enqueue(self) -> None:
         """Leaves the statistics of a step that went well to the next ones; of others nothing remains."""
@@ -183,16 +185,16 @@ class Step(StepTokens):
             if config.align:
                 self.alignment = self._all_statistics(of, distributed).evaluate(config)
             if config.balance:
-                weights = self._kept[WEIGHTS]
+                weights = self._recorded[WEIGHTS]
                 self.balance = Balance.of(weights, self.counting, config.balance, distributed=distributed)
-        kept, self._kept = self._kept, {LATENT: {}, WEIGHTS: {}}
+        recorded, self._recorded = self._recorded, {LATENT: {}, WEIGHTS: {}}
         factors = {LATENT: self._weight * scale, WEIGHTS: config.balance_weight * scale}
         # Data parallelism averages gradients over the processes; the statistics are of the whole batch already. Each
         # of several micro-batches holds a share of the value, and its tokens' whole gradient.
         parts = 1 if of is None else of.parts
         of_gradients = {LATENT: factors[LATENT] * world * parts, WEIGHTS: factors[WEIGHTS] * world}
         # Even if it adds nothing: recomputed layers look for the step.
-        loss = _total(loss, self, factors, of_gradients, kept)
+        loss = _total(loss, self, factors, of_gradients, recorded)
         if config.spectral:
             self.spectral = torch.stack([of_layer() for of_layer in self.state.spectral]).sum()
             loss = (loss + (config.spectral_weight * scale) * self.spectral).to(loss.dtype)
@@ -222,7 +224,7 @@ class Step(StepTokens):
                 "the loss has no graph to reach the adapters: is the model under no_grad? Reentrant activation "
                 "checkpointing needs model.enable_input_require_grads()"
             )
-        missing = [name for slot, name in enumerate(self.state.names) if slot not in self.seen]
+        missing = [name for layer, name in enumerate(self.state.names) if layer not in self.seen]
         if missing:
             raise RuntimeError(
                 f"{len(missing)} of {len(self.state.names)} aligned layers did not run in this step, the first "
@@ -254,11 +256,12 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, loss: Tensor, step: Step, factors: dict[int, float], of_gradients: dict[int, float],
-        kept: dict[int, Latents],
+        recorded: dict[int, Latents],
     ) -> Tensor:  # fmt: skip
-        ctx.step, ctx.slots = step, [(output, slot) for output, latents in kept.items() for slot in latents]
+        ctx.step, ctx.layers = step, [(output, layer) for output, latents in recorded.items() for layer in latents]
         ctx.factors = of_gradients
-        ctx.save_for_backward(*(kept[output][slot] for output, slot in ctx.slots))  # freed when the loss's graph is
+        # Freed when the loss's graph is.
+        ctx.save_for_backward(*(recorded[output][layer] for output, layer in ctx.layers))
         total = loss
         for output, part in {LATENT: step.alignment, WEIGHTS: step.balance}.items():
             if part is not None:
@@ -268,10 +271,10 @@ class _Total(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
-        kept: dict[int, Latents] = {LATENT: {}, WEIGHTS: {}}
-        for (output, slot), tensor in zip(ctx.slots, ctx.saved_tensors, strict=True):
-            kept[output][slot] = tensor
-        ctx.step.arm(d_total, ctx.factors, kept)
+        recorded: dict[int, Latents] = {LATENT: {}, WEIGHTS: {}}
+        for (output, layer), tensor in zip(ctx.layers, ctx.saved_tensors, strict=True):
+            recorded[output][layer] = tensor
+        ctx.step.prepare_gradients(d_total, ctx.factors, recorded)
         return d_total, None, None, None, None
 
 

@@ -154,18 +154,18 @@ class StepTokens:
         elif labels is not None and self._of_tokens(labels, None):
             self.of_decoder = self._counting(labels != -100)
 
-    def learn(self, slot: int, x: Tensor, part: str | None) -> None:
+    def learn(self, layer: int, x: Tensor, part: str | None) -> None:
         """Finds the source of the tokens of an encoder-decoder's layer, by its first input x.
 
         Args:
-            slot: of the layer.
+            layer: its number.
             x: its input.
             part: ENCODER or DECODER, where the layer is; None: in neither.
 
         Raises:
             RuntimeError: it is neither known to be the encoder's nor the decoder's.
         """
-        name: str = self.state.names[slot]
+        name: str = self.state.names[layer]
         source: str | None = None
         if x.dim() == 2 and len(x) == self.tokens.ids.shape[0]:
             source = SAMPLES
@@ -186,7 +186,7 @@ class StepTokens:
                 f'align="mmd" compares the same tokens in all layers, but {name!r} sees others than the layers '
                 "before it: adapt the encoder's layers or the decoder's alone (exclude_modules), or use align=\"kl\""
             )
-        self.state.sources[slot] = source
+        self.state.sources[layer] = source
 
     def groups(self, x: Tensor) -> Tensor:
         """int64 [T], the task of every token of a layer's input x, padded ones too."""
@@ -212,32 +212,32 @@ class StepTokens:
                 "the samples or the tokens: let the first batch have another number of samples than of tokens"
             )
 
-    def check_tokens(self, slot: int, count: int) -> None:
+    def check_tokens(self, layer: int, count: int) -> None:
         """Raises RuntimeError if a layer saw other tokens than those of its source."""
-        name, sources = self.state.names[slot], self.state.sources
-        if slot not in sources and self.state.encoder_decoder:
+        name, sources = self.state.names[layer], self.state.sources
+        if layer not in sources and self.state.encoder_decoder:
             raise RuntimeError(_NOT_LEARNED.format(name=name))
         ids = self.tokens.ids
-        if slot not in sources and ids.dim() == 2 and ids.numel() != count == ids.shape[0]:
-            sources[slot] = SAMPLES
-        self.tokens_of(slot).check(count, name)
-        if sources.get(slot) == SAMPLES and count != len(ids):
+        if layer not in sources and ids.dim() == 2 and ids.numel() != count == ids.shape[0]:
+            sources[layer] = SAMPLES
+        self.tokens_of(layer).check(count, name)
+        if sources.get(layer) == SAMPLES and count != len(ids):
             raise RuntimeError(
                 f"the aligned layer {name!r} saw one vector a sample before, and now {count} of {len(ids)} samples: "
                 "its tokens are routed or pooled in a way that is not known; leave it out by exclude_modules"
             )
 
-    def tokens_of(self, slot: int) -> TokenTasks:
+    def tokens_of(self, layer: int) -> TokenTasks:
         """The tokens that count of those which a layer sees."""
-        source = self.state.sources.get(slot, TOKENS)
+        source = self.state.sources.get(layer, TOKENS)
         if source == DECODER:
             if self.of_decoder is None:
-                raise RuntimeError(_PADDING_UNKNOWN.format(name=self.state.names[slot]))
+                raise RuntimeError(_PADDING_UNKNOWN.format(name=self.state.names[layer]))
             return self.of_decoder
         if source == SAMPLES:
             if self.given.dim() == 2 and self.given.shape[1] > 1:
                 raise RuntimeError(
-                    f"{self.state.names[slot]!r} sees one vector a sample, but task_ids are one per token: give one "
+                    f"{self.state.names[layer]!r} sees one vector a sample, but task_ids are one per token: give one "
                     "per sample, or leave the layer out by exclude_modules"
                 )
             self._of_samples = self._of_samples or TokenTasks(self._one_a_sample())
@@ -251,7 +251,7 @@ class StepTokens:
     @property
     def counting(self) -> TokenTasks:
         """The tokens that count, layer by layer where they see different ones."""
-        others = {slot: self.tokens_of(slot) for slot, source in self.state.sources.items() if source != TOKENS}
+        others = {layer: self.tokens_of(layer) for layer, source in self.state.sources.items() if source != TOKENS}
         return LayerTokens(self.tokens.ids, self.tokens, others) if others else self.tokens
 
     @property

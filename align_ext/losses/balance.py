@@ -23,8 +23,8 @@ class Balance:
 
     Attributes:
         value: scalar.
-        per_layer: [layers], in the order of the slots.
-        d_w: by slot, [N]: d value / d w[t, g, i] of every valid token.
+        per_layer: [layers], in the order of the layers.
+        d_w: by layer, [N]: d value / d w[t, g, i] of every valid token.
     """
 
     value: Tensor
@@ -33,10 +33,10 @@ class Balance:
 
     @classmethod
     def of(cls, weights: Latents, tokens: TokenTasks, kind: str, *, distributed: bool) -> Balance:
-        """Evaluates the routing weights w [T, G, N] of the layers, by slot, over all processes."""
+        """Evaluates the routing weights w [T, G, N] of the layers, by layer, over all processes."""
         first = next(iter(weights.values()))
         sums = torch.stack(
-            [_sums(w, tokens.of(slot)).to(first) for slot, w in sorted(weights.items())]
+            [_sums(w, tokens.of(layer)).to(first) for layer, w in sorted(weights.items())]
         )  # [layers, 2 N + 1]
         if distributed:
             sums = torch.stack(gather(sums)).sum(0)
@@ -45,14 +45,15 @@ class Balance:
         count = count.clamp_min(1)
         per_layer, d_P = (_cv2 if kind == "cv2" else _switch)(total / count, chosen / count)
         d_w = d_P / (count * len(sums))
-        slots = sorted(weights)
-        return cls(per_layer.mean(), per_layer, {slot: d_w[i].to(weights[slot]) for i, slot in enumerate(slots)})
+        layers = sorted(weights)
+        return cls(per_layer.mean(), per_layer, {layer: d_w[i].to(weights[layer]) for i, layer in enumerate(layers)})
 
     def gradients(self, weights: Latents, tokens: TokenTasks, d_value: Tensor, scale: float) -> Latents:
         """Computes scale * d_value * d value / d w of the tokens of this process."""
         return {
-            slot: _valid(w, tokens.of(slot))[:, None, None] * (self.d_w[slot] * (d_value.to(w) * scale)).expand(w.shape)
-            for slot, w in weights.items()
+            layer: _valid(w, tokens.of(layer))[:, None, None]
+            * (self.d_w[layer] * (d_value.to(w) * scale)).expand(w.shape)
+            for layer, w in weights.items()
         }
 
 

@@ -56,8 +56,8 @@ class KlStatistics:
             return cls(parts[0], per_layer, positions)
         dtype = max((part.dtype for part in parts), key=lambda dtype: dtype.itemsize, default=torch.float32)
         moments = torch.zeros((layers, per_layer, tasks, 2 * rank + 1), dtype=dtype, device=tokens.ids.device)
-        for (slots, _, _), part in zip(groups, parts, strict=True):
-            moments[slots] = part.to(moments).unflatten(0, (-1, per_layer))
+        for (numbers, _, _), part in zip(groups, parts, strict=True):
+            moments[numbers] = part.to(moments).unflatten(0, (-1, per_layer))
         return cls(moments.flatten(0, 1), per_layer, positions)
 
     def merge(self, other: KlStatistics) -> KlStatistics:
@@ -125,16 +125,16 @@ class KlAlignment:
         """Computes scale * d_align * d value / d z for latents of this process."""
         gradients: Latents = {}
         per_layer, positions = self.statistics.latents, self.statistics.positions
-        for slots, z, ids in _groups(latents, tokens, positions):
+        for numbers, z, ids in _groups(latents, tokens, positions):
             own = self.tables
             if len(z) != len(own):
-                own = own.unflatten(0, (-1, per_layer))[slots].flatten(0, 1)
+                own = own.unflatten(0, (-1, per_layer))[numbers].flatten(0, 1)
             d_here, own = d_align.to(ids.device), own.to(ids.device)
             dz = gaussian_kl_backward(d_here, z, ids, own, scale=scale * self.share)
-            for i, slot in enumerate(slots):
+            for i, layer in enumerate(numbers):
                 heads = dz[i * per_layer : (i + 1) * per_layer]
-                gradient = torch.stack(heads, 1) if latents[slot].dim() == 3 else heads[0]
-                gradients[slot] = gradient if positions == 1 else gradient.view(latents[slot].shape)
+                gradient = torch.stack(heads, 1) if latents[layer].dim() == 3 else heads[0]
+                gradients[layer] = gradient if positions == 1 else gradient.view(latents[layer].shape)
         return gradients
 
 
@@ -152,15 +152,15 @@ def _positions(latents: Latents, tokens: TokenTasks) -> int:
 def _groups(latents: Latents, tokens: TokenTasks, positions: int) -> list[tuple[list[int], list[Tensor], Tensor]]:
     """Slots, latents and token ids of the layers that one call serves, as a rule all of them."""
     groups: dict[tuple[torch.device, int, torch.dtype, int], list[int]] = {}
-    for slot in sorted(latents):
-        z = latents[slot]
-        groups.setdefault((z.device, z.shape[0], z.dtype, id(tokens.of(slot))), []).append(slot)
+    for layer in sorted(latents):
+        z = latents[layer]
+        groups.setdefault((z.device, z.shape[0], z.dtype, id(tokens.of(layer))), []).append(layer)
     result = []
-    for (device, count, _, _), slots in groups.items():
+    for (device, count, _, _), numbers in groups.items():
         rows = count // positions
-        heads = [head for slot in slots for head in heads_of(latents[slot])]
+        heads = [head for layer in numbers for head in heads_of(latents[layer])]
         heads = heads if positions == 1 else [head.reshape(rows, -1) for head in heads]
-        result.append((slots, heads, tokens.of(slots[0]).expand(device, rows)))
+        result.append((numbers, heads, tokens.of(numbers[0]).expand(device, rows)))
     return result
 
 

@@ -20,7 +20,7 @@ class MmdStatistics:
     """The latents themselves, those of other processes too.
 
     Attributes:
-        rows: by slot, [latents of the layer, K, rank].
+        rows: by layer, [latents of the layer, K, rank].
         ids: int64 [K], the task of each of the K tokens.
         start: where the tokens of this process begin among them.
         tasks: how many there are.
@@ -40,11 +40,11 @@ class MmdStatistics:
         if len(counts) > 1:
             raise RuntimeError(f'align="mmd" needs layers that see the same tokens, got {sorted(counts)} of them')
         ids = tokens.expand(tokens.ids.device, next(iter(counts), 0))
-        return cls({slot: torch.stack(heads_of(latents[slot])) for slot in sorted(latents)}, ids, 0, sizes[1])
+        return cls({layer: torch.stack(heads_of(latents[layer])) for layer in sorted(latents)}, ids, 0, sizes[1])
 
     def merge(self, other: MmdStatistics) -> MmdStatistics:
         """The statistics of both sets of tokens together, this one's first."""
-        rows = {slot: torch.cat([z, other.rows[slot].to(z)], 1) for slot, z in self.rows.items()}
+        rows = {layer: torch.cat([z, other.rows[layer].to(z)], 1) for layer, z in self.rows.items()}
         return replace(self, rows=rows, ids=torch.cat([self.ids, other.ids]))
 
     @property
@@ -66,32 +66,32 @@ class MmdStatistics:
         ids = gather(_padded(self.ids, longest))
         together = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
         rows = {}
-        for (slot, z), piece in zip(self.rows.items(), together.split([z.shape[1] for z in flat], 1), strict=True):
-            rows[slot] = piece.unflatten(1, (z.shape[0], z.shape[2])).movedim(1, 0).to(z)
+        for (layer, z), piece in zip(self.rows.items(), together.split([z.shape[1] for z in flat], 1), strict=True):
+            rows[layer] = piece.unflatten(1, (z.shape[0], z.shape[2])).movedim(1, 0).to(z)
         joined = torch.cat([part[:size] for part, size in zip(ids, sizes, strict=True)])
         return replace(self, rows=rows, ids=joined, start=sum(sizes[: dist.get_rank()]))
 
     def evaluate(self, config: AlignLoraConfig) -> MmdAlignment:
         """The loss of every layer, and its gradient in every row."""
         losses, gradients = [], {}
-        for slot, heads in self.rows.items():
+        for layer, heads in self.rows.items():
             results = [_value_and_gradient(z, self.ids.to(z.device), self.tasks, config) for z in heads]
             losses += [loss.to(self.ids.device) for loss, _ in results]
-            gradients[slot] = torch.stack([gradient for _, gradient in results], 1)
+            gradients[layer] = torch.stack([gradient for _, gradient in results], 1)
         value, per_layer, share = layer_value(torch.stack(losses), config.latents, config.align_layers)
         return MmdAlignment(value, per_layer, share, gradients, self)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Everything in it, to be stored."""
-        rows = {f"rows.{slot}": z for slot, z in self.rows.items()}
+        rows = {f"rows.{layer}": z for layer, z in self.rows.items()}
         return rows | {"ids": self.ids, "sizes": torch.tensor([self.start, self.tasks])}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> MmdStatistics:
         """The inverse of to_tensors."""
         start, tasks = tensors["sizes"].tolist()
-        slots = sorted(int(name.removeprefix("rows.")) for name in tensors if name.startswith("rows."))
-        return cls({slot: tensors[f"rows.{slot}"] for slot in slots}, tensors["ids"], start, tasks)
+        layers = sorted(int(name.removeprefix("rows.")) for name in tensors if name.startswith("rows."))
+        return cls({layer: tensors[f"rows.{layer}"] for layer in layers}, tensors["ids"], start, tasks)
 
     def per_task(self, config: AlignLoraConfig) -> list[float]:
         """The discrepancy of each task from all others, each pair by itself; for reports."""
@@ -117,7 +117,7 @@ class MmdAlignment:
         value: scalar, the mean (or sum) over the layers.
         per_layer: [layers].
         share: of one latent's loss in the value.
-        rows: by slot, [K, latents of the layer, rank], the gradient of one latent's loss.
+        rows: by layer, [K, latents of the layer, rank], the gradient of one latent's loss.
         statistics: what was evaluated.
     """
 
@@ -131,8 +131,8 @@ class MmdAlignment:
         """Computes scale * d_align * d value / d z for latents of this process."""
         start = self.statistics.start
         return {
-            slot: self.rows[slot][start : start + len(z)].reshape(z.shape) * (d_align.to(z) * (scale * self.share))
-            for slot, z in latents.items()
+            layer: self.rows[layer][start : start + len(z)].reshape(z.shape) * (d_align.to(z) * (scale * self.share))
+            for layer, z in latents.items()
         }
 
 

@@ -1,4 +1,4 @@
-"""Latents of a model's layers by slot, and the task of every token that they belong to."""
+"""Latents of a model's layers by layer, and the task of every token that they belong to."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Latents = dict[int, Tensor]  # slot, the layer's place in the model -> z [T, rank], or [T, N, rank], one of each head
+Latents = dict[int, Tensor]  # the layer's number in the model -> z [T, rank], or [T, N, rank], one of each head
 
 
 class TokenTasks:
@@ -18,7 +18,7 @@ class TokenTasks:
         self.ids = ids  # int64 [B] or [B, S]
         self._expanded: dict[tuple[torch.device, int], Tensor] = {}
 
-    def of(self, slot: int) -> TokenTasks:
+    def of(self, layer: int) -> TokenTasks:
         """Those that a layer sees."""
         return self
 
@@ -46,15 +46,15 @@ class TokenTasks:
 
 
 class LayerTokens(TokenTasks):
-    """The tokens that most layers see, and those of the others, by slot."""
+    """The tokens that most layers see, and those of the others, by layer."""
 
     def __init__(self, ids: Tensor, most: TokenTasks, others: Mapping[int, TokenTasks]) -> None:
         super().__init__(ids)
         self._most, self._others = most, others
 
-    def of(self, slot: int) -> TokenTasks:
+    def of(self, layer: int) -> TokenTasks:
         """Those that a layer sees."""
-        return self._others.get(slot, self._most)
+        return self._others.get(layer, self._most)
 
 
 def gather(part: Tensor) -> list[Tensor]:

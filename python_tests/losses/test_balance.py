@@ -35,13 +35,13 @@ def test_switch_by_hand():
 def test_value_and_gradient_are_the_literal_ones(kind, groups):
     generator = torch.Generator().manual_seed(0)
     weights = {}
-    for slot, tokens in ((0, 12), (3, 12)):
+    for layer, tokens in ((0, 12), (3, 12)):
         logits = torch.randn(tokens, groups, 4, generator=generator, dtype=torch.float64)
         logits[..., 1] = logits[..., 1].masked_fill(logits[..., 1] < 0, -torch.inf)  # left out by a top-k
-        weights[slot] = logits.softmax(-1).requires_grad_()
+        weights[layer] = logits.softmax(-1).requires_grad_()
     tasks = TokenTasks(torch.tensor([[0, 1, -1], [-1, -1, 1], [2, 0, 0], [1, 1, -1]]))
     valid = tasks.ids.flatten() >= 0
-    detached = {slot: w.detach() for slot, w in weights.items()}
+    detached = {layer: w.detach() for layer, w in weights.items()}
     actual = Balance.of(detached, tasks, kind, distributed=False)
     expected = torch.stack([literal.balance(w, valid, kind) for w in weights.values()])
     torch.testing.assert_close(actual.per_layer, expected.detach(), rtol=1e-12, atol=0)
