@@ -11,9 +11,10 @@ LOSSES = {"kl": {}, "mmd": {"align": "mmd"}, "queue": {"align_accumulation": "qu
 
 
 def tensors_alive() -> int:
-    """The bytes of all tensors that Python can reach."""
+    """The bytes of all tensors that Python can reach, but for the compiler's of symbolic sizes, which hold none."""
     gc.collect()
     tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
+    tensors = [tensor for tensor in tensors if not tensor._has_symbolic_sizes_strides]
     return sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 

@@ -118,6 +118,7 @@ def on_rank(rank, port, folder, run, *arguments):
     if rank == 0:
         save_file(found, folder / "gradients.safetensors")
         (folder / "losses.json").write_text(json.dumps(losses))
+    torch.distributed.destroy_process_group()  # its threads must not outlive the interpreter
 
 
 def diverges(folder, world):
