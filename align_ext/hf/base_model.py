@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from align_ext.adapters.base import AdaptedLinear, AdaptedModule
 from align_ext.alignment.model_state import find_state
 from align_ext.hf.base_config import computing_entries, other_entry
-from align_ext.hf.beside import base_buffers, plain_name
+from align_ext.hf.beside import buffers_of, plain_name
 from align_ext.reading import shown
 
 _VALUES, _VALUES_BETWEEN, _MOST_WEIGHTS = 16, 4, 512
@@ -237,7 +237,7 @@ def _first_part(parameter: Any) -> Tensor | None:
 def _float_buffers(model: nn.Module) -> dict[str, Tensor]:
     """The base's floating-point buffers by their names in the plain model, as they were before training."""
     state = find_state(model)
-    buffers = base_buffers(model) if state is None else state.buffers
+    buffers = buffers_of(model) if state is None else state.buffers
     return {n: b for n, b in buffers.items() if b is not None and b.numel() and b.dtype in _FLOATS}
 
 

@@ -68,18 +68,17 @@ def trained_beside(model: nn.Module) -> Beside:
     return Beside(inside | others, tuple(modules), tuple(others))
 
 
-def base_buffers(model: nn.Module) -> dict[str, Tensor | None]:
-    """Copies of the base's buffers, by name in the plain model."""
+def buffers_of(model: nn.Module) -> dict[str, Tensor | None]:
+    """The base's buffers as they are, by name in the plain model; without those on the meta device."""
     found = {name: module._buffers[key] for name, (module, key) in _places(model).items()}
-    return {name: None if b is None else b.clone() for name, b in found.items() if b is None or not b.is_meta}
+    return {name: buffer for name, buffer in found.items() if buffer is None or not buffer.is_meta}
 
 
 def _changed_buffers(model: nn.Module) -> dict[str, Tensor]:
     state = find_state(model)
     if state is None:
         return {}
-    buffers = {name: module._buffers[key] for name, (module, key) in _places(model).items()}
-    known = {n: b for n, b in buffers.items() if b is not None and n in state.buffers}
+    known = {n: b for n, b in buffers_of(model).items() if b is not None and n in state.buffers}
     return {n: b for n, b in known.items() if not same_bits(state.buffers[n], b)}
 
 

@@ -81,6 +81,7 @@ class _Whole:
     layers: dict[str, Adapted]
     adapters: dict[str, Adapter]
     beside: Beside
+    base: BaseModel
     ranks: tuple[int, ...]  # the processes that hold parts of it
 
     @classmethod
@@ -103,7 +104,7 @@ class _Whole:
         scaling = {name: layer.adapter.scaling for name, layer in layers.items()}
         adapters = adapters_of(state.config, {name: values[name] for name in own}, scaling, state)
         beside = replace(beside, tensors={name: values[name] for name in beside.tensors})
-        return cls(model, state, layers, adapters, beside, ranks)
+        return cls(model, state, layers, adapters, beside, BaseModel.of(model), ranks)
 
     def cannot_write(self) -> str | None:
         """Why stock PEFT would not read this in the model as it is, or None."""
@@ -144,7 +145,7 @@ def write_adapter(
     scaling = {} if set(scaling.values()) == {config.scaling} else scaling
     with_peft, state = it.cannot_write() is None, state_of(adapters)
     plain = with_peft and is_plain(adapters, config)
-    record = {"options": decisive(config, scaling, names), "base": BaseModel.of(it.model).to_dict()}
+    record = {"options": decisive(config, scaling, names), "base": it.base.to_dict()}
     options = config.to_dict() | {"digest": digest_of(state | beside)}
     options |= ({"task_names": list(names)} if names else {}) | ({"layer_scaling": scaling} if scaling else {})
     with one_writes(it.ranks) as writes, atomic_folder(folder, ADAPTER_FILES) if writes else nullcontext() as path:
@@ -198,12 +199,11 @@ def _state(model: nn.Module) -> AlignState:
 
 def _write_peft(path: Path, form: PeftForm, it: _Whole, record: Mapping[str, Any] | None = None) -> None:
     path.mkdir(parents=True, exist_ok=True)
-    base = BaseModel.of(it.model)
-    write_tensors(path / WEIGHTS, form.tensors, record or {"base": base.to_dict()})
+    write_tensors(path / WEIGHTS, form.tensors, record or {"base": it.base.to_dict()})
     content = {
         "peft_type": "LORA",
         "task_type": task_type_of(it.model, it.beside.modules),
-        "base_model_name_or_path": base.name,
+        "base_model_name_or_path": it.base.name,
         **form.options,
         "lora_dropout": it.state.config.lora_dropout,
         "target_modules": _target_modules(it.model, list(it.layers)),

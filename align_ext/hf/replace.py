@@ -29,7 +29,7 @@ from align_ext.hf.adopt import (
     refuse_unfit,
 )
 from align_ext.hf.base_model import BaseModel
-from align_ext.hf.beside import base_buffers, is_below, modules_to_train, start_training, tensors_of
+from align_ext.hf.beside import buffers_of, is_below, modules_to_train, start_training, tensors_of
 from align_ext.hf.blocks import find_blocks
 from align_ext.hf.given import config_of
 from align_ext.hf.modalities import refuse_other_modalities
@@ -174,7 +174,8 @@ def adapt(
     watch_layers(model, state)
     if adopting:
         state.originals = adopt_copies(model, copies)
-    state.buffers = {n: state.originals.get(n, buffer) for n, buffer in base_buffers(model).items()}
+    before = {n: state.originals.get(n, buffer) for n, buffer in buffers_of(model).items()}
+    state.buffers = {n: None if buffer is None else buffer.clone() for n, buffer in before.items()}
     if ranks is None:
         report.trained = whole
         start_training(model, [name for name in tensors_of(model) if is_below(name, whole)])
