@@ -8,9 +8,8 @@ from functools import partial
 
 from torch import nn
 
+from align_ext.adapters.adapted_block import adapted_layers
 from align_ext.adapters.base import Adapter, Captured
-
-_SUFFIX = ".adapter"
 
 
 @contextmanager
@@ -43,9 +42,4 @@ def capture_latents(model: nn.Module) -> Iterator[dict[str, Captured]]:
 
 def adapters_of(model: nn.Module) -> dict[str, Adapter]:
     """The adapters of a model by the names of their layers."""
-    found = {
-        name.removesuffix(_SUFFIX): module for name, module in model.named_modules() if isinstance(module, Adapter)
-    }
-    if not found:
-        raise ValueError("the model has no adapters: call replace_linear_with_align_lora(model) first")
-    return found
+    return {name: layer.adapter for name, layer in adapted_layers(model).items()}

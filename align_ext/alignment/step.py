@@ -6,10 +6,10 @@
 
 or, the same behind forward hooks (forward_hooks.py):  model(**batch, task_ids=task_ids).loss.backward().
 
-In backward the loss node runs first, since the model's own loss hangs below it, and arms the step: it computes the
-gradient in every latent, times what came in. The node behind each layer, which knows the step by a number, hands the
-layer's share on as dz (tap.py). So the gradient is exact whatever the training loop does: activation checkpointing of
-either kind, accumulation, loss scaling, pending forwards, compilation, data parallelism.
+In backward the loss node runs first, since the model's own loss hangs below it, and has the step prepare the gradient
+in every latent, times what came in. The node behind each layer, which knows the step by a number, hands the layer's
+share on as dz (tap.py). So the gradient is exact whatever the training loop does: activation checkpointing of either
+kind, accumulation, loss scaling, pending forwards, compilation, data parallelism.
 A router's weights w go the same way as the latents; the spectral loss depends on parameters alone and is ordinary
 autograd.
 The latents are the layers' own tensors, not copies (a compiled graph's are). The step holds them until total, then the
