@@ -1,21 +1,23 @@
 """Multi-task LoRA training: fused adapters and alignment losses with exact gradients. Start: README.md."""
 
+from align_ext.system import starting  # noqa: F401  first: it listens to signals while the others are imported
+
+# isort: split
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
-from align_ext import starting  # noqa: F401  first: it listens to signals while the others are imported
 from align_ext.adapters.capture import capture_latents
 from align_ext.alignment.accumulation import align_statistics
 from align_ext.alignment.context import align_parts, align_step, set_task
 from align_ext.alignment.loss_report import AlignParts
-from align_ext.budget import FlopsPerToken, ParameterCount, count_parameters, flops_per_token, match_rank
 from align_ext.config import AlignLoraConfig
-from align_ext.diagnostics.backend import backend
-from align_ext.hf.export import export_peft, save_adapter
-from align_ext.hf.load import load_adapter
-from align_ext.hf.merge import merge_and_unload, unload
-from align_ext.hf.replace import adapter_report, replace_linear_with_align_lora
+from align_ext.io.save_adapter import export_peft, save_adapter
+from align_ext.model.cost import FlopsPerToken, ParameterCount, count_parameters, flops_per_token, match_rank
+from align_ext.model.load_adapter import load_adapter
+from align_ext.model.merge import merge_and_unload, unload
+from align_ext.model.replace import adapter_report, replace_linear_with_align_lora
+from align_ext.ops._backend import backend
 
 __all__ = [
     "AlignLoraConfig",
@@ -48,11 +50,11 @@ __version__ = version("align_ext")
 
 
 _LAZY = {  # these import transformers, datasets or trl; everything else does without
-    "AlignSFTTrainer": "align_ext.hf.sft",
-    "AlignTrainer": "align_ext.hf.trainer",
-    "TaskCollator": "align_ext.hf.collator",
-    "TaskSampler": "align_ext.hf.mixing",
-    "join_tasks": "align_ext.hf.mixing",
+    "AlignSFTTrainer": "align_ext.training.sft_trainer",
+    "AlignTrainer": "align_ext.training.trainer",
+    "TaskCollator": "align_ext.data.collator",
+    "TaskSampler": "align_ext.data.task_sampler",
+    "join_tasks": "align_ext.data.task_sampler",
 }
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from align_ext.bounds import MOST, is_number, is_positive, is_whole, unknown_name, whole
-from align_ext.reading import check_names, check_pattern, shown
+from align_ext.system.bounds import MOST, is_number, is_positive, is_whole, unknown_name, whole
+from align_ext.system.reading import check_names, check_pattern, shown
 
 Architecture = Literal["align_lora", "lora", "multi_adapter", "lora_moe", "hydra", "r_lora", "m_lora", "mtlora"]
 Align = Literal["kl", "mmd"]

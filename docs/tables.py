@@ -13,7 +13,7 @@ from align_ext import AlignLoraConfig
 from align_ext.adapters import adapter_class
 from align_ext.adapters.base import AdaptedLinear
 from align_ext.config import Architecture
-from align_ext.hf.rows import ROWS
+from align_ext.data.rows import ROWS
 
 # What is one change in an option, and yet an architecture of its own.
 VARIANTS: dict[str, dict[str, Any]] = {"hydra": {"router": None}}

@@ -14,7 +14,7 @@ from hostile import check_line, refused
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align_ext.reading import (
+from align_ext.system.reading import (
     exists,
     open_file,
     parse_json,

@@ -12,7 +12,7 @@ from tiny import adapted, batch, llama
 from align_ext import align_parts, align_step, capture_latents, cli, merge_and_unload, save_adapter, set_task
 from align_ext.adapters import adapter_class
 from align_ext.adapters.adapted_block import adapted_layers
-from align_ext.hf.options import TrainOptions
+from align_ext.training.options import TrainOptions
 
 ROOT = Path(__file__).parents[1]
 TABLES = runpy.run_path(str(ROOT / "docs/tables.py"))

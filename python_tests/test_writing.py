@@ -10,8 +10,18 @@ import time
 import pytest
 from processes import python
 
-from align_ext import writing
-from align_ext.writing import LOCK, InUse, atomic_file, atomic_folder, check_file, check_space, claimed, foreign, remove
+from align_ext.system import writing
+from align_ext.system.writing import (
+    LOCK,
+    InUse,
+    atomic_file,
+    atomic_folder,
+    check_file,
+    check_space,
+    claimed,
+    foreign,
+    remove,
+)
 
 
 def contents(folder):
@@ -126,7 +136,7 @@ def test_a_claim_lasts_as_long_as_its_process(tmp_path, killed):
 def test_a_child_that_lives_on_does_not_keep_the_claim_of_a_process_that_died(tmp_path):
     code = (
         "import os, sys, time, pathlib\n"
-        "from align_ext.writing import claimed\n"
+        "from align_ext.system.writing import claimed\n"
         "with claimed(pathlib.Path(sys.argv[1])):\n"
         "    if os.fork() == 0: time.sleep(60)\n"
         "    print('ready', flush=True); time.sleep(60)\n"

@@ -19,8 +19,8 @@ from align_ext.alignment.guards import (
 from align_ext.alignment.loss_report import AlignParts
 from align_ext.alignment.model_state import AlignState, find_state
 from align_ext.alignment.step import Step
-from align_ext.bounds import is_whole
-from align_ext.reading import shown
+from align_ext.system.bounds import is_whole
+from align_ext.system.reading import shown
 
 
 def _state_of(model: nn.Module) -> AlignState:

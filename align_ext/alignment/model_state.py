@@ -64,14 +64,18 @@ class AlignState:
         self.spectral: list[Callable[[], Tensor]] = []  # each layer's spectral loss
         self.arguments: tuple[str, ...] = ()  # of the model's forward, by name
         self.handles: tuple[RemovableHandle, ...] = ()  # of the hooks on the model and its parts
-        self.report: Any = None  # of the adaptation (hf/replace.py)
+        self.report: Any = None  # of the adaptation (model/replace.py)
         self.current: Any = None  # the Step between a step's opening and closing
         self.suspended: Any = None  # the Step, while the model runs once more for metrics
         self.in_backward: list[Any] = []  # inside a backward: the Steps that have gradients to hand out
         self.last: Any = None  # Step
         self.originals: dict[str, Tensor] = {}  # the base's values of what is trained beside the adapters, for unload
-        self.buffers: dict[str, Tensor | None] = {}  # the base's, which training may change (hf/beside.py)
-        self.samples: dict[str, Any] = {}  # of the base's weights, taken while they were whole (hf/base_model.py)
+        self.buffers: dict[
+            str, Tensor | None
+        ] = {}  # the base's, which training may change (base_model/modules_to_save.py)
+        self.samples: dict[
+            str, Any
+        ] = {}  # of the base's weights, taken while they were whole (base_model/fingerprint.py)
         self.queue: deque[Statistics] = deque(maxlen=config.align_queue)  # of the last micro-batches
         self.encoder_decoder = False  # the model has an encoder and a decoder, whose tokens differ
         self.batch_first = False  # a batch of more or fewer samples than tokens has shown it

@@ -13,7 +13,7 @@ from align_ext.alignment.context import set_task
 from align_ext.bench import models
 from align_ext.bench.setting import Case, Say, Setting
 from align_ext.bench.timing import Call, Comparison, visits
-from align_ext.hf.merge import merge_and_unload
+from align_ext.model.merge import merge_and_unload
 
 RIVALS = ("PEFT's LoRA", "R-LoRA, loop", "HydraLoRA, loop")
 MERGED = ("align_lora", "m_lora")

@@ -17,7 +17,7 @@ from align_ext.bench.baselines import ALPHA, LORA, SEVERAL, Make, Sizes, compile
 from align_ext.bench.setting import TASKS, Case, Say, Setting, name_of
 from align_ext.bench.timing import ROW_MS, Call, Comparison, Goal, visits
 from align_ext.config import AlignLoraConfig
-from align_ext.hf.replace import replace_linear_with_align_lora
+from align_ext.model.replace import replace_linear_with_align_lora
 
 FROZEN = "frozen layer alone"
 SINGLE: dict[str, dict[str, Any]] = {

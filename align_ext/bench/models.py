@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from align_ext.base_model.load import load_model
 from align_ext.bench.baselines import LORA, SEVERAL, Make, Sizes, compiled
 from align_ext.bench.layers import FLOAT32, config
-from align_ext.hf.models import load_model
-from align_ext.hf.replace import replace_linear_with_align_lora
+from align_ext.model.replace import replace_linear_with_align_lora
 
 FROZEN = "frozen model"
 TARGETS = ("gate_proj", "up_proj", "down_proj")

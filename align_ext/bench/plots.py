@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from align_ext.bench.timing import Comparison
-from align_ext.writing import atomic_file, check_file
+from align_ext.system.writing import atomic_file, check_file
 
 MARK = "align-lora bench: plot of a sweep"  # tells a plot, which another may replace, from anything else
 _MARKED = {"png": "Software", "svg": "Creator", "pdf": "Creator", "ps": "Creator", "eps": "Creator"}

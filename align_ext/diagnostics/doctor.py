@@ -15,9 +15,9 @@ from align_ext import ops, reference
 from align_ext.adapters import ARCHITECTURES, adapter_class
 from align_ext.alignment.model_state import AlignState
 from align_ext.config import AlignLoraConfig
-from align_ext.diagnostics.backend import OPS, backend, has_kernel
+from align_ext.ops._backend import OPS, backend, has_kernel
 from align_ext.ops._native import build_info
-from align_ext.terminal import plain_console
+from align_ext.system.terminal import plain_console
 
 Test = Callable[[torch.device, torch.dtype], float]
 

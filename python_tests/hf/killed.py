@@ -28,8 +28,7 @@ class Killer:
         sys.addaudithook(self._audit)
         import torch
 
-        from align_ext import writing
-        from align_ext.hf import tensors
+        from align_ext.system import tensors, writing
 
         torch.save = self._halved(torch.save, 1)
         tensors.save_file = self._halved(tensors.save_file, 1)
@@ -84,9 +83,9 @@ def train(folder, output, *, resume=False, at=0, **changed):
     """The command, without its process; returns how many file events it had."""
     from rich.console import Console
 
-    from align_ext.hf import recipe
-    from align_ext.hf.options import TrainOptions
-    from align_ext.hf.run_folder import open_run
+    from align_ext.training import recipe
+    from align_ext.training.options import TrainOptions
+    from align_ext.training.run_folder import open_run
 
     sys.modules["matplotlib.figure"] = None  # a plot is half of such a run's time
     recipe.verify = lambda job, adapter: {}
@@ -102,7 +101,7 @@ def train(folder, output, *, resume=False, at=0, **changed):
 
 def outcome(folder, at, expected, **changed):
     """What is wrong after a kill at an event and going on; None if the adapter is the unbroken run's to the bit."""
-    from align_ext.hf.whole import checkpoints
+    from align_ext.training.whole_checkpoints import checkpoints
 
     work = folder / f"killed-{at}"
     work.mkdir()
@@ -154,7 +153,7 @@ def main(folder, events, **changed):
     import torch
     import transformers
 
-    import align_ext.hf.recipe  # noqa: F401  so that the processes have it
+    import align_ext.training.recipe  # noqa: F401  so that the processes have it
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()

@@ -17,9 +17,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from align_ext import AlignTrainer, TaskCollator, replace_linear_with_align_lora
-from align_ext.hf.sharded import holders
-from align_ext.hf.trainer import align_training_arguments
-from align_ext.hf.training_checks import check_trained
+from align_ext.base_model.sharded import holders
+from align_ext.training.checks import check_trained
+from align_ext.training.trainer import align_training_arguments
 
 GATHER = "stage3_gather_16bit_weights_on_model_save"
 OPTIONS = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2}
@@ -147,7 +147,7 @@ def run(rank, place, case):
 def not_gathered(rank, place):
     """transformers' own Trainer under ZeRO-3 with DeepSpeed's defaults, by which it gathers nothing."""
     said = []
-    logging.getLogger("align_ext.hf.pretrained").addFilter(lambda record: said.append(record.getMessage()))
+    logging.getLogger("align_ext.model.save_pretrained").addFilter(lambda record: said.append(record.getMessage()))
     ran, kept = build(place, (Trainer, {}, zero(3)))
     ran.train()
     assert len(said) == (2 if rank == 0 else 0)

@@ -21,8 +21,8 @@ from align_ext import (
     unload,
 )
 from align_ext.adapters.adapted_block import adapted_layers
-from align_ext.hf import sharded
-from align_ext.hf.checkpoint import load_trained, save_trained
+from align_ext.base_model import sharded
+from align_ext.training.checkpoint import load_trained, save_trained
 
 KINDS = ("PiSSA", "m_lora, rslora", "multi_adapter", "mtlora beside blocks")
 FIRST, STEPS = "model.layers.0.mlp.down_proj", 2

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from align_ext.hf.about import words_in
-from align_ext.hf.sources import read_source
+from align_ext.data.metadata import words_in
+from align_ext.data.sources import read_source
 
 LETTERS = "abcdefghij"
 WORDS = ["river", "stone", "paper", "cloud", "engine", "garden", "window", "market", "silver", "forest"]

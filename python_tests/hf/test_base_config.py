@@ -10,9 +10,9 @@ from hostile import refused
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, Mamba2Config, Qwen3MoeConfig
 
 from align_ext import AlignLoraConfig, load_adapter, replace_linear_with_align_lora, save_adapter
-from align_ext.hf.base_config import computing_entries, other_entry
-from align_ext.hf.base_model import BaseModel
-from align_ext.reading import parse_json
+from align_ext.base_model.computing_config import computing_entries, other_entry
+from align_ext.base_model.fingerprint import BaseModel
+from align_ext.system.reading import parse_json
 
 
 def changed(model=llama, **entries):

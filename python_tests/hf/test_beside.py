@@ -22,8 +22,8 @@ from align_ext import (
     set_task,
     unload,
 )
-from align_ext.hf.beside import tensors_of, trained_beside
-from align_ext.hf.inspect import inspect_adapter
+from align_ext.base_model.modules_to_save import tensors_of, trained_beside
+from align_ext.io.inspect_adapter import inspect_adapter
 
 TRAINED, PEFT_CONFIG = "align_trained.safetensors", "adapter_config.json"
 KINDS = {

@@ -17,7 +17,7 @@ from align_ext import (
     save_adapter,
     unload,
 )
-from align_ext.hf.base_model import OtherBaseError
+from align_ext.base_model.fingerprint import OtherBaseError
 
 
 class Average(nn.Module):

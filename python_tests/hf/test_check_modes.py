@@ -6,7 +6,7 @@ import pytest
 from hf.words import model_folder
 from rich.console import Console
 
-from align_ext.hf import check_modes
+from align_ext.cli import check_modes
 from align_ext.losses.kl import KlAlignment
 
 

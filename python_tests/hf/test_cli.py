@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from align_ext import __version__, cli
 from align_ext.diagnostics import doctor
-from align_ext.hf.options import TrainOptions
+from align_ext.training.options import TrainOptions
 
 RUN = """
 steps: 4
@@ -113,7 +113,7 @@ def test_train_runs_a_local_model_on_local_rows(run, tmp_path):
 
 
 def test_a_file_covers_the_whole_run_and_an_interrupted_one_is_resumed_to_the_bit(run, tmp_path, monkeypatch):
-    from align_ext.hf import recipe
+    from align_ext.training import recipe
 
     class Stopped(recipe.ShowProgress):
         def on_step_end(self, args, state, control, **_):
@@ -142,11 +142,11 @@ def test_a_file_covers_the_whole_run_and_an_interrupted_one_is_resumed_to_the_bi
 
 
 def test_a_failed_check_is_exit_code_1(run, tmp_path, monkeypatch):
-    from align_ext.hf import recipe
+    from align_ext.training import verify
 
     model_folder(tmp_path / "model")
     write_rows(tmp_path / "rows.jsonl")
-    monkeypatch.setattr(recipe, "SAME", -1.0)
+    monkeypatch.setattr(verify, "LARGEST_DIFFERENCE", -1.0)
     flags = ["--steps", 1, "--eval-examples", 2, "--output", "out", "--device", "cpu"]
     code, out, _ = run("train", "--model", tmp_path / "model", "--data", tmp_path / "rows.jsonl", *flags)
     assert code == 1
@@ -158,7 +158,7 @@ def test_a_failed_check_is_exit_code_1(run, tmp_path, monkeypatch):
     ("sent", "said"), [("SIGINT", "interrupted"), ("SIGTERM", "ended by SIGTERM"), ("SIGHUP", "ended by SIGHUP")]
 )
 def test_ctrl_c_and_an_ended_job_have_a_shells_exit_code_and_no_traceback(run, sent, said, monkeypatch):
-    from align_ext.hf import recipe
+    from align_ext.training import recipe
 
     def interrupted(*_):
         os.kill(os.getpid(), signal.Signals[sent])
@@ -177,7 +177,7 @@ def test_ctrl_c_and_an_ended_job_have_a_shells_exit_code_and_no_traceback(run, s
 
 
 def test_an_error_of_our_own_keeps_its_traceback(run, tmp_path, monkeypatch):
-    from align_ext.hf import recipe
+    from align_ext.training import recipe
 
     def broken(*_):
         raise RuntimeError("a bug")

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from align_ext import load_adapter, replace_linear_with_align_lora, save_adapter, set_task
 from align_ext.adapters.adapted_block import adapted_layers
-from align_ext.hf import commands
+from align_ext.cli import convert as commands
 
 TEXT = "what comes after 3?"
 

@@ -11,7 +11,7 @@ from tiny import VOCAB, adapted, batch, llama
 
 from align_ext import load_adapter, save_adapter
 from align_ext.adapters.adapted_block import adapted_layers
-from align_ext.hf.compose import (
+from align_ext.merging.arithmetic import (
     DenseDelta,
     LoraWeights,
     combined,
@@ -22,7 +22,7 @@ from align_ext.hf.compose import (
     truncated,
     write_lora,
 )
-from align_ext.hf.lorahub import Search, lorahub
+from align_ext.merging.lorahub import Search, lorahub
 
 
 def lora(A, B, base="base"):

@@ -11,9 +11,9 @@ import huggingface_hub
 import pytest
 from hf.words import rows, write_rows
 
-from align_ext import reading
-from align_ext.hf import sources
-from align_ext.hf.sources import Source, read_source
+from align_ext.data import sources
+from align_ext.data.sources import Source, read_source
+from align_ext.system import reading
 
 GOOD = '{"task": "t", "prompt": "p", "completion": "c"}\n'
 TWO = [{"prompt": "a", "answer": "b"}, {"prompt": "c", "answer": "d"}]

@@ -8,9 +8,9 @@ from hf.words import TEMPLATE, llama, tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from align_ext.hf.encoding import encode, features, fits
-from align_ext.hf.evaluate import evaluate
-from align_ext.hf.rows import Example
+from align_ext.data.encode import encode, features, fits
+from align_ext.data.rows import Example
+from align_ext.evaluation.evaluate import evaluate
 
 MARKS = ["[PAD]", "<s>", "</s>", "<mask>"]
 WITH_BOS = "{{ bos_token }}" + TEMPLATE

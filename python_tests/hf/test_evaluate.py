@@ -10,9 +10,9 @@ from transformers import GenerationConfig
 
 from align_ext import align_parts, replace_linear_with_align_lora
 from align_ext.adapters.adapted_block import adapted_layers
-from align_ext.hf.encoding import encode
-from align_ext.hf.evaluate import alignment, answer_nll, evaluate
-from align_ext.hf.rows import Example
+from align_ext.data.encode import encode
+from align_ext.data.rows import Example
+from align_ext.evaluation.evaluate import alignment, answer_nll, evaluate
 
 CHOICES = ("red", "green", "very dark blue")
 

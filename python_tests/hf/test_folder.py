@@ -33,7 +33,7 @@ from align_ext import (
     save_adapter,
     set_task,
 )
-from align_ext.hf.folder import AdapterFolder
+from align_ext.io.adapter_folder import AdapterFolder
 
 WEIGHTS, STATE = "adapter_model.safetensors", "align_lora_heads.safetensors"
 PEFT_CONFIG, OUR_CONFIG = "adapter_config.json", "align_lora_config.json"

@@ -22,7 +22,7 @@ from align_ext import (
     save_adapter,
 )
 from align_ext.adapters.base import AdaptedLinear
-from align_ext.hf import tensors as tensors_module
+from align_ext.system import tensors as tensors_module
 
 WEIGHTS, STATE = "adapter_model.safetensors", "align_lora_heads.safetensors"
 PEFT_CONFIG, OUR_CONFIG = "adapter_config.json", "align_lora_config.json"

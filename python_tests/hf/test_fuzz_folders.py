@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from align_ext import load_adapter, save_adapter
-from align_ext.hf.folder import AdapterFolder, decisive
+from align_ext.io.adapter_folder import AdapterFolder, decisive
 
 NUMBERS = [None, True, 0, 1, -1, 2, 7, 3.5, 1e30, 2**62, 10**400]
 TEXTS = [

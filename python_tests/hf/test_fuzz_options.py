@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from align_ext import AlignLoraConfig
-from align_ext.hf.options import TrainOptions, known_options
-from align_ext.reading import read_yaml
+from align_ext.system.reading import read_yaml
+from align_ext.training.options import TrainOptions, known_options
 
 NUMBERS = [
     0,

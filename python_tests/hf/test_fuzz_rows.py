@@ -11,11 +11,11 @@ from hostile import check_line
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from align_ext.hf.choices import Choices
-from align_ext.hf.conversation import text_asked
-from align_ext.hf.encoding import encode, fits
-from align_ext.hf.rows import ROWS, example_of
-from align_ext.hf.sources import read_source
+from align_ext.data.choices import Choices
+from align_ext.data.conversation import text_asked
+from align_ext.data.encode import encode, fits
+from align_ext.data.rows import ROWS, example_of
+from align_ext.data.sources import read_source
 
 COLUMNS = sorted({w for columns, _ in ROWS for w in columns.replace(",", " or").split() if w != "or"})
 OTHERS = ["id", "source", "meta", "hint", "text", "history", "score", "Prompt", "", "[/bold]", "a\nb", "\ud800"]

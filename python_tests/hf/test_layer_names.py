@@ -7,7 +7,7 @@ from torch import nn
 
 from align_ext import AlignLoraConfig, load_adapter, replace_linear_with_align_lora, save_adapter
 from align_ext.adapters.base import AdaptedLinear
-from align_ext.hf.folder import AdapterFolder
+from align_ext.io.adapter_folder import AdapterFolder
 
 
 def model(name):

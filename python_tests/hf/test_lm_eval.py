@@ -10,7 +10,7 @@ from hf.words import llama, model_folder, tokenizer
 
 from align_ext import load_adapter, replace_linear_with_align_lora, save_adapter, set_task
 from align_ext.adapters.adapted_block import adapted_layers
-from align_ext.hf import lm_eval as ours
+from align_ext.evaluation import lm_eval as ours
 
 installed = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm-eval, which the harness needs, is not installed"

@@ -14,7 +14,7 @@ import torch
 from hf.words import gpt2, llama, model_folder, qwen2, tokenizer
 from safetensors.torch import load_file
 
-from align_ext.hf import models
+from align_ext.base_model import load as models
 
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

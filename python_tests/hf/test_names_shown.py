@@ -11,7 +11,7 @@ from torch import nn
 
 from align_ext import replace_linear_with_align_lora, save_adapter
 from align_ext.diagnostics.grad_check import GradReport, print_reports
-from align_ext.terminal import bars_on, plain_console, say, working
+from align_ext.system.terminal import bars_on, plain_console, say, working
 
 NAMES = ["[/bold]", ":bomb:[red]"]
 

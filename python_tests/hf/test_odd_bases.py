@@ -29,10 +29,11 @@ from transformers import (
 )
 
 from align_ext import replace_linear_with_align_lora, save_adapter
-from align_ext.hf import check_modes, recipe
-from align_ext.hf.evaluate import evaluate
-from align_ext.hf.rows import Example
-from align_ext.hf.soundness import CannotRun, check_base, running, without
+from align_ext.base_model.checks import CannotRun, check_base, running, without
+from align_ext.cli import check_modes
+from align_ext.data.rows import Example
+from align_ext.evaluation.evaluate import evaluate
+from align_ext.training import recipe
 
 WORDS = {"vocab_size": 103, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
 BERT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}

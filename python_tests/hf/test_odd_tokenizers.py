@@ -9,9 +9,9 @@ from hf.words import llama, model_folder, tokenizer, write_rows
 from hostile import refused
 from tokenizers import normalizers
 
-from align_ext.hf.collator import TaskCollator
-from align_ext.hf.encoding import text_batch
-from align_ext.hf.models import load_model
+from align_ext.base_model.load import load_model
+from align_ext.data.collator import TaskCollator
+from align_ext.data.encode import text_batch
 
 
 def edited(folder, **entries):

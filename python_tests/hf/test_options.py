@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from align_ext.config import AUTO, AlignLoraConfig, Architecture
-from align_ext.hf.options import TrainOptions, known_options
-from align_ext.reading import read_yaml
+from align_ext.system.reading import read_yaml
+from align_ext.training.options import TrainOptions, known_options
 
 
 def test_options_survive_a_yaml_file(tmp_path):

@@ -8,7 +8,7 @@ from rich.console import Console
 from tiny import VOCAB
 
 from align_ext import export_peft, load_adapter, replace_linear_with_align_lora, save_adapter
-from align_ext.hf.inspect import inspect_adapter
+from align_ext.io.inspect_adapter import inspect_adapter
 
 MIXTURES = {
     "Glm4Moe": {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1},

@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 
 from align_ext import unload
 from align_ext.adapters.adapted_block import adapted_layers
+from align_ext.base_model import load as models
+from align_ext.base_model.load import load_model
 from align_ext.config import Architecture
-from align_ext.hf import models, recipe
-from align_ext.hf.encoding import encode
-from align_ext.hf.models import load_model
-from align_ext.hf.options import TrainOptions
-from align_ext.hf.run_folder import open_run
+from align_ext.data.encode import encode
+from align_ext.training import recipe, verify
+from align_ext.training.options import TrainOptions
+from align_ext.training.run_folder import open_run
 
 
 @pytest.fixture
@@ -235,7 +236,7 @@ def test_without_matplotlib_there_is_no_plot_and_no_failure(place, monkeypatch):
 
 
 def test_a_merge_that_changes_the_model_fails_its_check(place, monkeypatch):
-    monkeypatch.setattr(recipe, "merge_and_unload", unload)
+    monkeypatch.setattr(verify, "merge_and_unload", unload)
     results, said = run(place)
     assert not results["checks"]["merged"]["passed"]
     assert results["checks"]["stock PEFT"]["passed"]

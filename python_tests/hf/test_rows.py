@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from align_ext.hf.rows import ROWS, example_of, final_answer_score
+from align_ext.data.rows import ROWS, example_of, final_answer_score
 
 GOOD = {"prompt": "p", "completion": "c"}
 RED = ["red", "blue", "green"]

@@ -17,14 +17,15 @@ from hf.words import llama, model_folder, write_rows
 from processes import python
 from safetensors.torch import load_file
 
-from align_ext.hf import recipe, safely
-from align_ext.hf.memory import OutOfMemory, enough_memory
-from align_ext.hf.options import TrainOptions
-from align_ext.hf.run_folder import open_run
-from align_ext.hf.safely import Diverged
-from align_ext.hf.whole import MANIFEST, last_checkpoint
-from align_ext.terminal import plain_console
-from align_ext.writing import InUse, claimed
+from align_ext.system.memory import OutOfMemory, enough_memory
+from align_ext.system.terminal import plain_console
+from align_ext.system.writing import InUse, claimed
+from align_ext.training import recipe
+from align_ext.training import safe_saving as safely
+from align_ext.training.options import TrainOptions
+from align_ext.training.run_folder import open_run
+from align_ext.training.safe_saving import Diverged
+from align_ext.training.whole_checkpoints import MANIFEST, last_checkpoint
 
 EVENTS = (70, 112, 128, -12)  # of about 170; check-full tries all
 
@@ -309,7 +310,7 @@ def test_a_skipped_step_of_a_scaler_is_no_divergence_until_there_is_nothing_to_l
 
 def test_a_folder_that_another_process_works_in_is_refused(place):
     code = (
-        "import sys, pathlib\nfrom align_ext.writing import claimed\n"
+        "import sys, pathlib\nfrom align_ext.system.writing import claimed\n"
         "with claimed(pathlib.Path(sys.argv[1])): print('ready', flush=True); sys.stdin.read()"
     )
     other = python("-c", code, "out", cwd=place / "work", stdin=subprocess.PIPE)

@@ -5,7 +5,7 @@ import json
 import pytest
 from hf.words import model_folder, rows, write_rows
 
-from align_ext.hf.evaluate import mean_and_error
+from align_ext.evaluation.evaluate import mean_and_error
 
 KEYS = {"examples", "loss", "loss_error", "accuracy", "accuracy_error", "greedy", "greedy_error"}
 

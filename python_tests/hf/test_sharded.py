@@ -8,11 +8,11 @@ from safetensors.torch import load_file
 from tiny import llama
 
 from align_ext import load_adapter, save_adapter, set_task
-from align_ext.hf import sharded
-from align_ext.hf.base_model import BaseModel, OtherBaseError
-from align_ext.hf.folder import AdapterFolder
-from align_ext.hf.peft_form import WEIGHTS
-from align_ext.hf.tensors import read_tensors
+from align_ext.base_model import sharded
+from align_ext.base_model.fingerprint import BaseModel, OtherBaseError
+from align_ext.io.adapter_folder import AdapterFolder
+from align_ext.io.peft_format import WEIGHTS
+from align_ext.system.tensors import read_tensors
 
 
 def assert_holds(folder, base, kind):

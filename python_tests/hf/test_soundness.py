@@ -31,8 +31,8 @@ from transformers import (
 )
 
 from align_ext import replace_linear_with_align_lora, save_adapter
-from align_ext.hf import soundness
-from align_ext.hf.models import load_model
+from align_ext.base_model import checks as soundness
+from align_ext.base_model.load import load_model
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
 WORDS = {"vocab_size": 103, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}

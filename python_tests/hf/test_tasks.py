@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 from hf.words import rows, write_rows
 
-from align_ext.hf.rows import Example
-from align_ext.hf.tasks import Usage, read_tasks, scored_examples, select
+from align_ext.data.rows import Example
+from align_ext.data.tasks import Usage, read_tasks, scored_examples, select
 
 FORMS = {
     "chain_sum": r"-?\d+",

@@ -26,8 +26,8 @@ from transformers.integrations.integration_utils import rewrite_logs
 
 from align_ext import AlignTrainer, TaskCollator, align_step
 from align_ext.alignment.model_state import UnionPart
-from align_ext.hf.folder import AdapterFolder
-from align_ext.hf.trainer import align_training_arguments
+from align_ext.io.adapter_folder import AdapterFolder
+from align_ext.training.trainer import align_training_arguments
 
 ROUNDING = 1e-6  # the models are float64, but transformers computes their loss from float32 logits
 

@@ -1,0 +1,183 @@
+"""Which layers of a model options name, and which of those cannot be adapted, with the reason."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping
+
+from torch import nn
+
+from align_ext.adapters.base import features_of, has_float_weight, is_conv1d
+from align_ext.base_model.adopt_peft import is_peft_lora, unfit_peft
+from align_ext.base_model.bypassed_layers import bypassed
+from align_ext.base_model.modules_to_save import is_below
+from align_ext.config import AlignLoraConfig
+from align_ext.system.reading import Matcher, shown
+
+ALL_LINEAR = "all-linear"
+
+
+def find_targets(
+    model: nn.Module,
+    config: AlignLoraConfig,
+    candidates: Mapping[str, nn.Module],
+    skipped: dict[str, str],
+    whole: Collection[str],
+    *,
+    by_name: bool,
+    ranked: Collection[str] = (),
+) -> dict[str, nn.Module]:
+    """Finds the layers to adapt.
+
+    Args:
+        model: the model.
+        config: the options.
+        candidates: its linear layers by name.
+        skipped: gets those that match and cannot be adapted, with the reasons.
+        whole: names of modules that are trained whole.
+        by_name: target_modules and exclude_modules choose among the candidates.
+        ranked: names of layers whose rank is given, and fits whatever it is.
+    """
+    targets, matcher, places = {}, Matcher(), _places(model)
+    for name, module in candidates.items():
+        if by_name and not _matches(matcher, name, config, module, model):
+            continue
+        trained = is_below(f"{name}.", whole)
+        reason = "it is trained whole (modules_to_save)" if trained else _unfit(name, module, model, places)
+        if reason is None and by_name and all_linear(config) and name not in ranked:
+            reason = too_high(config.r, features_of(module))
+        if reason is None:
+            targets[name] = module
+        else:
+            skipped[name] = reason
+    return targets
+
+
+def too_high(r: int, sizes: tuple[int, int]) -> str | None:
+    """Why a layer with these inputs and outputs cannot use a rank, or None."""
+    return f"r={r} is above what its {sizes[0]} inputs and {sizes[1]} outputs can use" if r > min(sizes) else None
+
+
+def linear_like(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every linear layer, quantised ones and PEFT's included, without the parts of adapters."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name.startswith(inside):
+            continue
+        if is_peft_lora(module):
+            inside = (*inside, f"{name}.")
+            yield name, module
+        elif is_linear(module):
+            yield name, module
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer: nn.Linear and its subclasses, GPT-2's Conv1D, quantised ones."""
+    return isinstance(module, nn.Linear) or is_conv1d(module) or _is_quantised_linear(module)
+
+
+def _is_quantised_linear(module: nn.Module) -> bool:
+    """A linear by its shape attributes that holds its weight in a packed form (GPTQ, AWQ, HQQ, ...)."""
+    return (
+        hasattr(module, "in_features")
+        and hasattr(module, "out_features")
+        and not isinstance(module, (nn.Bilinear, nn.LazyLinear))
+        and not list(module.children())
+        and not has_float_weight(module)
+    )
+
+
+def name_matches(matcher: Matcher, name: str, patterns: tuple[str, ...] | str) -> bool:
+    """PEFT's rule: a string is a regular expression for the whole name, a list holds names or their last parts."""
+    if isinstance(patterns, str):
+        return matcher.matches(patterns, name)
+    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
+
+
+def _matches(matcher: Matcher, name: str, config: AlignLoraConfig, module: nn.Module, model: nn.Module) -> bool:
+    if name_matches(matcher, name, config.exclude_modules):
+        return False
+    if all_linear(config):
+        return module is not output_embeddings(model)
+    return name_matches(matcher, name, config.target_modules)
+
+
+def all_linear(config: AlignLoraConfig) -> bool:
+    """Whether target_modules is "all-linear"."""
+    return config.target_modules in (ALL_LINEAR, (ALL_LINEAR,))
+
+
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """A model's output head, or None."""
+    get = getattr(model, "get_output_embeddings", None)
+    try:
+        return get() if get is not None else None
+    except (NotImplementedError, AttributeError):
+        return None
+
+
+def _places(model: nn.Module) -> dict[int, list[str]]:
+    """Where each module and parameter is registered, by id; a place inside a shared module counts once."""
+    places = defaultdict(list)
+    for name, module in model.named_modules():
+        for child, part in (*module._modules.items(), *module._parameters.items()):
+            places[id(part)].append(f"{name}.{child}" if name else child)
+    return places
+
+
+def _unfit(name: str, module: nn.Module, model: nn.Module, places: Mapping[int, list[str]]) -> str | None:
+    """Why a matching layer cannot be adapted, or None."""
+    if module is output_embeddings(model):
+        return "it is the output head (lm_head), often tied to the embeddings"
+    if reason := bypassed(name, model):
+        return reason
+    others = [place for place in places[id(module)] if place != name]
+    if others:
+        return f"it is also at {others[0]}, which would stay as it is"
+    if is_peft_lora(module):
+        return unfit_peft(module) or _unfit(f"{name}.base_layer", module.base_layer, model, places)  # type: ignore[arg-type]
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, nn.Parameter):
+        if weight.is_meta and not hasattr(module, "_hf_hook") and _is_offloaded_with(name, model):
+            return "its weight is offloaded together with its parent's: offload layer by layer instead"
+        owners = [owner for place in places[id(weight)] if (owner := place.rpartition(".")[0]) != name]
+        if owners:
+            return f"its weight is tied to {owners[0] or 'the model'}"
+    return None
+
+
+def _is_offloaded_with(name: str, model: nn.Module) -> bool:
+    """Whether accelerate loads a layer's weight by an ancestor's hook."""
+    parts = name.split(".")
+    ancestors = (model.get_submodule(".".join(parts[:i])) for i in range(len(parts)))
+    return any(getattr(getattr(m, "_hf_hook", None), "place_submodules", False) for m in ancestors)
+
+
+def unmatched(config: AlignLoraConfig, candidates: Mapping[str, nn.Module], model: nn.Module) -> list[str]:
+    """What the user may have meant to adapt and nothing was: patterns without a match, experts in one tensor."""
+    patterns = () if isinstance(config.target_modules, str) or all_linear(config) else config.target_modules
+    lines = [
+        f"target_modules: {pattern!r} matches no linear layer"
+        for pattern in patterns
+        if not any(name_matches(Matcher(), name, (pattern,)) for name in candidates)
+    ]
+    experts = [name for name, p in model.named_parameters() if p.dim() == 3 and "expert" in name]
+    if experts:
+        lines.append(
+            f"{len(experts)} tensors of experts, such as {experts[0]}, are no linear layers and stay as they are"
+        )
+    return lines
+
+
+def nothing_matched(
+    model: nn.Module, candidates: Mapping[str, nn.Module], config: AlignLoraConfig, skipped: Mapping[str, str]
+) -> str:
+    """Says that no layer was adapted, and which there are."""
+    kinds = Counter(name.rpartition(".")[2] for name in candidates)
+    found = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items())) or "none at all"
+    reasons = "".join(f"; {name} matched, but {reason}" for name, reason in list(skipped.items())[:5])
+    return (
+        f"no layer was adapted: target_modules={shown(config.target_modules)} matches no linear layer that can "
+        f"be{reasons}. "
+        f'The model has these linear layers: {found}; or use target_modules="all-linear"'
+    )

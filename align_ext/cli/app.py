@@ -1,0 +1,108 @@
+"""The command line that every command joins; an error that the user can mend is one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+
+from align_ext.system import ending
+from align_ext.system.reading import line
+from align_ext.system.terminal import guarded
+
+app = typer.Typer(
+    name="align-lora",
+    help="Multi-task LoRA training with alignment losses.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+# Arguments that several commands have.
+Folder = Annotated[str, typer.Argument(help="folder of save_adapter or `train` (its adapter/), or of stock PEFT")]
+Model = Annotated[str | None, typer.Option(help="base model: folder or hub id; none: the one the adapter names")]
+Output = Annotated[str, typer.Option(help="new or empty folder for the result; it appears only when it is complete")]
+Task = Annotated[str | None, typer.Option(help="multi_adapter: name or number (from 0) of the task")]
+Force = Annotated[bool, typer.Option("--force", help="go on where the adapter belongs to another base model")]
+
+_INTERRUPTED = 130  # what a shell reports for Ctrl-C, and typer returns
+
+
+class UserError(Exception):
+    """Something that the user can put right; its message is the whole answer."""
+
+
+@contextmanager
+def on_models(what: str) -> Iterator[None]:
+    """A block that works on a model and an adapter: an error that a user can mend becomes a UserError."""
+    try:
+        with on_transformers(what):
+            yield
+    except (ValueError, OSError) as error:
+        raise UserError(
+            str(error).replace("approximate='uniform'", "--approximate uniform").replace("force=True", "--force")
+        ) from error
+
+
+@contextmanager
+def on_transformers(what: str) -> Iterator[None]:
+    """A block that needs transformers, which is quiet in it; UserError where a package is missing."""
+    try:
+        import transformers
+
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        transformers.utils.logging.disable_progress_bar()
+        transformers.logging.set_verbosity_error()
+        yield
+    except ModuleNotFoundError as error:
+        raise UserError(f"{what} needs {error.name}: pip install 'align_ext[train]'") from error
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from align_ext import __version__
+
+        typer.echo(f"align-lora {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _app(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show it.")] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Runs the command line and exits."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a name may hold letters that the terminal has not
+    sys.exit(guarded(_run))
+
+
+def _run() -> int:
+    """Runs the command line, says what was wrong, and returns the exit code."""
+    ending.listen()  # before what takes long to import
+    try:
+        code = app(standalone_mode=False, prog_name="align-lora")
+    except (KeyboardInterrupt, typer.Abort):
+        code = _INTERRUPTED
+    except Exception as error:
+        # typer's own errors (unknown flags, missing values) have no common public class over its versions.
+        if not isinstance(error, UserError) and not hasattr(error, "format_message"):
+            raise
+        text = error.format_message() if hasattr(error, "format_message") else str(error)
+        print("align-lora: error: " + line(text, 800), file=sys.stderr)
+        code = 2
+    if code == _INTERRUPTED and (ended := ending.received()):
+        print(f"align-lora: ended by {ended.name}", file=sys.stderr)
+        code = 128 + ended
+    elif code == _INTERRUPTED:
+        print("align-lora: interrupted", file=sys.stderr)
+    return code if isinstance(code, int) else 0

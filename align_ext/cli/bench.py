@@ -1,0 +1,77 @@
+"""`align-lora bench`: measures what adapters and losses cost here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from align_ext.cli.app import UserError, app
+from align_ext.system.terminal import outlive_output
+from align_ext.system.writing import check_file
+
+
+@app.command()
+def bench(
+    only: Annotated[str | None, typer.Option(help="suites, with commas between them; all without it")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="sizes that say nothing, to see that it runs")] = False,
+    full: Annotated[bool, typer.Option("--full", help="more rounds and variants: about an hour on two cores")] = False,
+    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda")] = "auto",
+    model: Annotated[
+        str | None, typer.Option(help="of step and decode: random, smollm2, a folder or a hub id [random]")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="write every measured time to this file")] = None,
+    plot: Annotated[Path | None, typer.Option(help="write plots of the sweep to this file; needs matplotlib")] = None,
+) -> None:
+    """Measures what adapters and alignment losses cost here, beside plain PyTorch and PEFT; under ten minutes.
+
+    The variants of a table take turns, so that whatever else the machine does meets them all. A ratio is the median
+    of a variant's times divided by the first variant's just before and just after, followed by its quartiles: 1.10
+    means that the adapter adds 10% to the frozen layer. The rounds are spread over the whole run, so that another
+    run's medians lie within these quartiles or near them. Times in ms hold for the machine of the first line only.
+
+    Suites:
+
+    layers: one adapted layer, forward and backward, with the frozen product and dx: lora and align_lora, against plain
+    PyTorch, a hand-written restructuring, torch.compile of both, and PEFT's layer.
+
+    heads: the same for the architectures with several heads, against the loops of the released codes, restructured and
+    compiled.
+
+    losses: gaussian_kl and mk_mmd, value and gradient, against the sum over pairs of tasks; dropout inside the op
+    against nn.Dropout. Here the ratio says how much longer the others take.
+
+    dispatch: what a call costs that has nothing to compute, and what the second thread brings.
+
+    sweep: the ratio against tokens, rank and heads, the loss against tasks: what --plot draws.
+
+    step: whole training steps of a 135M model, each variant in a process of its own: tokens per second, peak memory.
+
+    decode: one token at a time, adapters merged into the weights and beside them.
+
+    Examples: align-lora bench --only layers,heads; align-lora bench --only step --model smollm2; align-lora bench
+    --only sweep --plot cost.png
+    """
+    from align_ext.bench import plots, run
+    from align_ext.bench.timing import MARK
+
+    try:
+        if quick and full:
+            raise ValueError("give --quick or --full, not both")
+        names = run.chosen(only)
+        how = run.setting(device, "quick" if quick else "full" if full else "normal", model)
+        if json is not None:
+            check_file("json", json, f'"written_by": "{MARK}"')
+        if plot is not None:
+            plots.check(plot)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if json is not None or plot is not None:
+        outlive_output()
+    try:
+        run.run(names, how, json, plot)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    except ModuleNotFoundError as error:
+        raise UserError(f"this suite needs {error.name}: pip install 'align_ext[train]'") from error

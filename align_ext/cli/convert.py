@@ -1,0 +1,178 @@
+"""What `align-lora merge` and `align-lora export` do: an adapter's folder and a base model in, a folder out."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from align_ext.alignment.context import set_task
+from align_ext.base_model.checks import check_base, running
+from align_ext.data.encode import text_batch
+from align_ext.evaluation.same_logits import LARGEST_DIFFERENCE, relative_difference
+from align_ext.io.adapter_folder import AdapterFolder, task_list, task_number
+from align_ext.io.peft_format import cannot_export
+from align_ext.io.save_adapter import export_peft
+from align_ext.model.load_adapter import load_adapter
+from align_ext.model.load_base import load_base
+from align_ext.model.merge import merge_and_unload, unload
+from align_ext.system.memory import enough_memory
+from align_ext.system.reading import check_folder, place, read_text, shown
+from align_ext.system.terminal import say, working
+from align_ext.system.writing import LOCK, atomic_folder, check_space, claimed, user_path
+
+PROMPTS = (
+    "The capital of France is",
+    "Question: what is 17 + 25? Answer:",
+    "def fibonacci(n):\n    return",
+    "Once upon a time there was a small town by the sea, and in it",
+)
+
+
+_MOST_PROMPTS = 1 << 16  # bytes: all of them are one batch
+
+
+@dataclass(frozen=True)
+class Request:
+    """What both commands are given; model: None for the adapter's own; task: a name or number, or None."""
+
+    adapter: str
+    model: str | None
+    output: str
+    task: str | None
+    force: bool = False
+
+
+@enough_memory("merge in a narrower --dtype, or where there is more")
+def merge(request: Request, approximate: Any, prompts: str | None, dtype: str, console: Console) -> None:
+    """Writes the base model with the adapter merged into its weights, and its tokenizer.
+
+    Raises:
+        ValueError: the adapter cannot be merged, or something given cannot be used; nothing is written.
+    """
+    with _claimed_output(request.output) as target:
+        stored = AdapterFolder.read(request.adapter)
+        texts = PROMPTS if prompts is None else _lines(prompts)
+        task = task_number(stored, request.task)
+        if stored.config.architecture == "multi_adapter":
+            if task is None:
+                raise ValueError(f"the adapter has one part for each task: name one with --task ({task_list(stored)})")
+        elif approximate is None and (reason := next(iter(stored.adapters.values())).cannot_merge()):
+            raise ValueError(f"{request.adapter} cannot be merged: {reason}")
+        with _doing("loading the model", console):
+            model, tokenizer = load_base(request.model, stored, dtype, lambda line: say(console, line))
+            batch = text_batch(tokenizer, texts) if approximate else None
+            if batch is not None:
+                check_base(model, tokenizer, _rows(batch), cure="give shorter lines in --prompts")
+            load_adapter(model, request.adapter, force=request.force)
+        if task is not None:
+            set_task(model, task)
+        with _doing("merging", console):
+            merge_and_unload(model, approximate, None if batch is None else {**batch, "use_cache": False})
+        if approximate:
+            say(console, str(model.merge_report))
+        check_space(target, sum(tensor.nbytes for tensor in model.state_dict().values()))
+        with _doing(f"writing {target}", console), atomic_folder(target) as path:
+            model.save_pretrained(path)
+            tokenizer.save_pretrained(path)
+
+
+@enough_memory("export where there is more")
+def export(request: Request, verify: bool, console: Console) -> bool:
+    """Writes the adapter as a folder of stock PEFT; with tasks of their own, and none named, one below it for each.
+
+    Returns:
+        False: verify was asked for and a reader of a folder computes other logits.
+
+    Raises:
+        ValueError: PEFT has no form of the adapter, or something given cannot be used; nothing is written.
+    """
+    with _claimed_output(request.output) as target:
+        stored = AdapterFolder.read(request.adapter)
+        task = task_number(stored, request.task)
+        places: dict[str, int | None] = {"": task}
+        if stored.config.architecture == "multi_adapter":
+            names = stored.task_names or tuple(map(str, range(stored.config.num_tasks or 0)))
+            places = {name: number for number, name in enumerate(names)} if task is None else places
+        elif reason := cannot_export(stored.adapters, stored.config):
+            raise ValueError(f"PEFT has no form of this adapter: {reason}")
+        with _doing("loading the model", console):
+            model, tokenizer = load_base(request.model, stored, torch.float32, lambda line: say(console, line))
+            if verify:
+                check_base(model, tokenizer, _rows(text_batch(tokenizer, PROMPTS)), cure="leave --verify out")
+            load_adapter(model, request.adapter, force=request.force)
+        with _doing(f"writing {target}", console), atomic_folder(target) as path:
+            for where, number in places.items():
+                export_peft(model, path / where, number)
+        if not verify:
+            return True
+        with _doing("verifying", console):
+            differences = _verify(model, tokenizer, target, places)
+        for reader, difference in differences.items():
+            verdict = "same logits" if difference <= LARGEST_DIFFERENCE else "OTHER LOGITS"
+            say(console, f"{reader}: {verdict} (relative difference {difference:.1e})")
+        return all(difference <= LARGEST_DIFFERENCE for difference in differences.values())
+
+
+def _verify(model: Any, tokenizer: Any, target: Path, places: Mapping[str, int | None]) -> dict[str, float]:
+    """The differences of logits, relative to the largest, of stock PEFT and our loader from the model; uses it up."""
+    import peft
+
+    batch, expected = text_batch(tokenizer, PROMPTS), {}
+    for where, number in places.items():
+        set_task(model, number)
+        expected[where] = _logits(model, batch)
+    base, differences = unload(model), {}
+    for where, logits in expected.items():
+        at = f" of {where}" if where else ""
+        theirs = peft.PeftModel.from_pretrained(base, str(target / where))
+        differences[f"stock PEFT{at}"] = relative_difference(_logits(theirs, batch), logits)
+        base = theirs.unload()
+        differences[f"align_ext{at}"] = relative_difference(_logits(load_adapter(base, target / where), batch), logits)
+        unload(base)
+    return differences
+
+
+@torch.no_grad()
+def _logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    with running(model, "be verified"):
+        return model.eval()(**batch, use_cache=False).logits[batch["attention_mask"].bool()]
+
+
+def _rows(batch: Mapping[str, Tensor]) -> list[list[int]]:
+    """The tokens of each row of a batch, without its padding."""
+    return [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+
+
+def _lines(file: str) -> Sequence[str]:
+    lines = [line for line in read_text(file, _MOST_PROMPTS).splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"the file of prompts {place(file)} is empty: write one a line")
+    return lines
+
+
+@contextmanager
+def _claimed_output(output: str) -> Iterator[Path]:
+    """The output, a new or an empty folder, for this process alone; what stays empty vanishes."""
+    check_folder(output, "output")
+    with claimed(user_path(output, "--output")) as target:
+        if os.listdir(target) != [LOCK]:
+            raise ValueError(f"the output {shown(output)} exists and is no empty folder: choose another --output")
+        yield target
+
+
+@contextmanager
+def _doing(what: str, console: Console) -> Iterator[None]:
+    """Shows what goes on, and how long it took."""
+    start = time.perf_counter()
+    with working(console, what):
+        yield
+    say(console, f"{what}: {time.perf_counter() - start:.1f} s")

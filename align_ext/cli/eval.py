@@ -1,0 +1,50 @@
+"""`align-lora eval`: scores a model on the tasks' test splits."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from align_ext.cli.app import Force, app, on_models
+from align_ext.system.terminal import outlive_output, plain_console
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[
+        str | None,
+        typer.Option(help="folder or hub id; none: the adapter's base, or without one SmolLM2-135M-Instruct"),
+    ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="adapter folder of any architecture; none: the base alone")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="as in `train`; none: the built-in tasks")] = None,
+    ignore_columns: Annotated[str, typer.Option(help="columns of the rows to leave out, separated by commas")] = "",
+    tasks: Annotated[str, typer.Option(help="names of the tasks to keep, separated by commas; none: all")] = "",
+    examples: Annotated[int, typer.Option(help="at most so many of each task")] = 100,
+    batch_size: Annotated[int, typer.Option(help="rows in a forward")] = 16,
+    seq_len: Annotated[int, typer.Option(help="longest prompt and answer in tokens; longer ones are left out")] = 256,
+    merge: Annotated[bool, typer.Option("--merge", help="score the merged model")] = False,
+    dtype: Annotated[str, typer.Option(help="auto, stored, float32, bfloat16 or float16")] = "auto",
+    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda")] = "auto",
+    force: Force = False,
+    json: Annotated[str | None, typer.Option(help="file for the results")] = None,
+) -> None:
+    """Scores a model, with an adapter or without, on the tasks' test splits; a data file is scored as it is.
+
+    For each task, with standard errors: the loss per token of the gold answer; where there are choices, how often the
+    gold one has the least loss per token; and the score of greedy answers, by the task's own scorer or else exact
+    match. A multi_adapter scores each task with its adapter.
+
+    Example: align-lora eval --adapter run/adapter --tasks syllogism,chain_sum --json scores.json
+    """
+    given: dict[str, Any] = {name: value for name, value in locals().items() if name != "json"}
+    for name in ("tasks", "ignore_columns"):
+        given[name] = tuple(word.strip() for word in given[name].split(",") if word.strip())
+    if json is not None:
+        outlive_output()
+    with on_models("scoring"):
+        from align_ext.cli.score import EvalRequest, score
+
+        score(EvalRequest(**given), json, plain_console())

@@ -1,0 +1,79 @@
+"""`align-lora train`: fine-tunes a language model on several tasks."""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import ExitStack
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from align_ext.cli.app import UserError, app, on_transformers
+from align_ext.data.rows import ROWS
+from align_ext.system.reading import read_yaml
+from align_ext.system.terminal import outlive_output, plain_console
+from align_ext.training.options import TrainOptions, known_options
+
+
+def train(config: str | None, print_config: bool, **flags: Any) -> None:
+    """Fine-tunes a language model on several tasks; with no options a small one on five built-in tasks.
+
+    It scores the model on held-out examples before and after, saves the adapter as a PEFT folder, and checks that stock
+    PEFT and the merged model compute the same. Without a GPU and without the hub the default run takes a few minutes.
+    """
+    try:
+        given = read_yaml(config) if config is not None else {}
+        options = TrainOptions.from_mapping(given, {name: x for name, x in flags.items() if x is not None})
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if print_config:
+        typer.echo(yaml.safe_dump(options.to_dict(), sort_keys=False), nl=False)
+        return
+    outlive_output()
+    console = plain_console()
+    with on_transformers("training"):
+        from align_ext.base_model.checks import CannotRun
+        from align_ext.training import recipe
+        from align_ext.training.run_folder import open_run
+
+    with ExitStack() as held:
+        try:
+            job = recipe.prepare(held.enter_context(open_run(options)), console)
+        except (ValueError, OSError) as error:
+            raise UserError(str(error)) from error
+        try:
+            results = recipe.train(job, console)
+        except (FloatingPointError, OSError, CannotRun) as error:  # it has diverged, or the disk is full
+            raise UserError(str(error)) from error
+    if any(check["passed"] is False for check in results["checks"].values()):
+        raise typer.Exit(1)
+
+
+def _flags() -> list[inspect.Parameter]:
+    """The flags of `train`: its own two and one for each option (training/options.py), which so exists once."""
+
+    def flag(name: str, kind: Any, text: str, default: Any = None) -> inspect.Parameter:
+        annotation = Annotated[kind, typer.Option(help=text, show_default=False)]
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+    flags = [
+        flag("config", str | None, "YAML file of these options; flags override it"),
+        flag("print_config", bool, "print the options as such a file, and stop", default=False),
+    ]
+    for name, option in known_options().items():
+        kind = option.kind if option.kind in (bool, int, float) else str  # others may be "none", "auto" or a list
+        value = ",".join(option.default) if isinstance(option.default, tuple) else option.default
+        shown = "" if value in (None, "", False) else f" [{value}]"
+        flags.append(flag(name, kind | None, option.help.removesuffix(".") + shown))
+    return flags
+
+
+train.__signature__ = inspect.Signature(_flags())  # type: ignore[attr-defined]
+train.__annotations__ = {flag.name: flag.annotation for flag in _flags()}
+_ROWS = "\n\n".join(f"{columns}: {meaning}" for columns, meaning in ROWS)
+_DATA = (
+    "Columns of the rows of --data. A JSON integer counts as text; anything else that is no text is refused, and so is "
+    "every other column, unless it holds a number, is named like id, source or category, or --ignore-columns names it."
+)
+app.command(help=f"{inspect.getdoc(train)}\n\n{_DATA}\n\n{_ROWS}")(train)

@@ -1,0 +1,1 @@
+"""Rows of many tasks, and batches that mix them."""

@@ -1,0 +1,229 @@
+"""Where rows come from: a file, a folder of files, or a hub dataset; each row as an example, in its split."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import stat
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import EntryNotFoundError
+
+from align_ext.data.conversation import text_asked
+from align_ext.data.metadata import Texts, text_lost
+from align_ext.data.rows import Example, example_of
+from align_ext.system.reading import MEBIBYTE, MOST_BYTES, parse_json, read_lines, shown, why
+
+_SPLITS = {
+    "train": "train", "training": "train", "test": "test", "testing": "test", "validation": "validation",
+    "valid": "validation", "val": "validation", "dev": "validation", "eval": "validation",
+}  # fmt: skip
+_WORD = re.compile(rf"(?:^|[._-])({'|'.join(_SPLITS)})(?=[._-]|$)", re.IGNORECASE)
+_SHARD = re.compile(r"-\d+-of-\d+$")
+_NO_DATA = re.compile(r"(?:\..*|(?:readme|manifest|licen[cs]e)(?:\..*)?|.*\.md)", re.IGNORECASE)
+_MOST_ARRAY = 256 * MEBIBYTE  # of a file that is one JSON list, which is read as a whole
+_READ = "rows are read from .jsonl files, a JSON object a line, and .json files, a list of objects (.gz too)"
+
+
+@dataclass
+class Source:
+    """Rows by split: train, test, validation, or "" where nothing says which.
+
+    Attributes:
+        splits: the examples.
+        unused: columns that they do not use, as often as they stand in a row.
+        skipped: files and splits that were not read.
+    """
+
+    splits: dict[str, list[Example]] = field(default_factory=dict)
+    unused: dict[str, int] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+    _texts: dict[str, Texts] = field(default_factory=dict)
+
+    def add(self, split: str, rows: Iterable[tuple[str, Any]], task: str, ignore: Collection[str]) -> None:
+        """Reads rows, each with the words that say where it is; `task` is theirs if they have no column of it."""
+        examples = self.splits.setdefault(split, [])
+        named: bool | None = None
+        for where, row in rows:
+            if not isinstance(row, dict):
+                raise ValueError(f"{where}: {shown(row)} is no JSON object")
+            example, unused = example_of(row, where, None if named else task, ignore)
+            if named is not None and named != ("task" in row):
+                raise ValueError(
+                    f"{where}: it has a column task, which rows before it lack: give one to all or to none"
+                )
+            named = "task" in row
+            examples.append(example)
+            for name in unused:
+                self.unused[name] = self.unused.get(name, 0) + 1
+                if name not in ignore and (text := text_lost(row[name], text_asked(example.prompt))):
+                    self._texts.setdefault(name, Texts(name)).add(text, example.task)
+
+    def check_unused(self) -> None:
+        """Raises ValueError for a column whose name says that it is about the row, and whose texts are not."""
+        for name, texts in self._texts.items():
+            if lost := texts.would_be_lost():
+                raise ValueError(
+                    f"the column {shown(name, 40)[1:-1]} would be lost, with texts such as {shown(lost, 40)}: put it "
+                    "into prompt or context, or leave it out with --ignore-columns"
+                )
+
+
+def read_source(data: str, ignore: Collection[str] = ()) -> Source:
+    """Reads every row of a file, a folder or a hub dataset.
+
+    Args:
+        data: its path, or its id on the hub, "owner/name" or "owner/name:configuration".
+        ignore: columns to leave out.
+
+    Raises:
+        ValueError: there is none, or a file or a row of it cannot be used.
+    """
+    source, path = Source(), Path(os.path.expanduser(data))
+    try:
+        found = path.stat().st_mode if data else None
+    except (FileNotFoundError, NotADirectoryError):
+        found = None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read the data {shown(data)}: {why(error)}") from error
+    if found is not None and stat.S_ISDIR(found):
+        files = _files(path, source)
+        for file in files:
+            source.add(_split_of(file), _rows(file), _task_of(file), ignore)
+    elif found is not None:
+        if not _is_rows(path.name):
+            raise ValueError(f"cannot read the data {shown(data)}: {_READ}")
+        source.add("", _rows(path), _task_of(path), ignore)
+    elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", data) and not _is_rows(data):
+        _add_dataset(source, data, _from_hub(data), ignore)
+    else:
+        raise ValueError(f"there is no data file or folder {shown(data)}")
+    source.check_unused()
+    return source
+
+
+def _files(folder: Path, source: Source) -> list[Path]:
+    """The files of rows in a folder; what else is in it is none by its name, or refused."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise ValueError(f"cannot read the folder {shown(str(folder))}: {why(error)}") from error
+    files = [name for name in names if _is_rows(name) and not name.startswith(".")]
+    source.skipped = [name for name in names if name not in files and _NO_DATA.fullmatch(name)]
+    others = [name for name in names if name not in files and name not in source.skipped]
+    if others:
+        raise ValueError(
+            f"the folder {shown(str(folder))} holds {shown(others[0])}, and {_READ}: convert it (datasets' to_json "
+            "does) or move it away"
+        )
+    if not files:
+        raise ValueError(f"the folder {shown(str(folder))} holds no data: {_READ}")
+    return [folder / name for name in files]
+
+
+def _is_rows(name: str) -> bool:
+    return name.lower().removesuffix(".gz").endswith((".jsonl", ".json"))
+
+
+def _stem(file: Path) -> str:
+    return re.sub(r"\.jsonl?(?:\.gz)?$", "", file.name, flags=re.IGNORECASE)
+
+
+def _split_of(file: Path) -> str:
+    found = {_SPLITS[word.lower()] for word in _WORD.findall(_stem(file))}
+    if len(found) > 1:
+        raise ValueError(f"the name {shown(file.name)} says {' and '.join(sorted(found))}: let it name one split")
+    return found.pop() if found else ""
+
+
+def _task_of(file: Path) -> str:
+    """What a file's rows are named after: the file without its split, or the folder where nothing else is left."""
+    name = _WORD.sub("", _SHARD.sub("", _stem(file))).strip("._- ")
+    return name or file.resolve().parent.name or "data"
+
+
+def _rows(file: Path) -> Iterator[tuple[str, Any]]:
+    """Each row of a file with the words that say where it stands."""
+    name, empty = shown(file.name), True
+    lines = read_lines(file, _MOST_ARRAY)
+    for number, line in lines:
+        if not line.strip():
+            continue
+        if empty and line.lstrip().startswith("["):
+            yield from _array(name, itertools.chain([line], (rest for _, rest in lines)))
+            return
+        empty, where = False, f"{name}, line {number}"
+        if len(line) > MOST_BYTES:
+            raise ValueError(f"{where}: it is larger than {MOST_BYTES} bytes")
+        yield where, _parsed(where, line)
+    if empty:
+        raise ValueError(f"{name} holds no rows")
+
+
+def _array(name: str, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """Each row of a file that is one JSON list."""
+    parts, size = [], 0
+    for line in lines:
+        parts.append(line)
+        size += len(line)
+        if size > _MOST_ARRAY:
+            raise ValueError(f"{name} is larger than {_MOST_ARRAY} bytes: write a JSON object a line, not a list")
+    rows = _parsed(name, "".join(parts))
+    if not rows:
+        raise ValueError(f"{name} holds no rows")
+    yield from ((f"{name}, row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _parsed(where: str, text: str) -> Any:
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: cannot be read ({why(error)})") from error
+
+
+def _from_hub(name: str) -> Any:
+    """A hub dataset (or a copy in the local cache), through the datasets package."""
+    import datasets
+
+    from align_ext.base_model.load import ask_hub
+
+    repository, _, configuration = name.partition(":")
+    cached = Path(datasets.config.HF_DATASETS_CACHE, repository.replace("/", "___")).is_dir()
+    # Asked first, because load_dataset retries for half a minute on a dead network.
+    error = None if cached else ask_hub(repository, "README.md", "dataset")
+    if error is None or isinstance(error, EntryNotFoundError):
+        try:
+            return datasets.load_dataset(repository, configuration or None)
+        except Exception as failure:  # connection, configuration, format: datasets has no common class for them
+            error = failure
+    raise ValueError(f"there is no data file or folder {name!r}, and the hub gives no such dataset: {why(error)}")
+
+
+def _add_dataset(source: Source, name: str, loaded: Any, ignore: Collection[str]) -> None:
+    """The rows of a DatasetDict: its train split, and the split to test on, which is test or else validation."""
+    known = {split: _SPLITS[split] for split in _SPLITS if split in loaded}
+    if "train" not in known:
+        raise ValueError(f"the dataset {name!r} has no split train (it has {', '.join(map(shown, loaded))})")
+    held_out = next((split for kind in ("test", "validation") for split in known if known[split] == kind), None)
+    task = name.partition("/")[2].replace(":", "-")
+    for split in loaded:
+        if split in ("train", held_out):
+            rows = _table(name, split, loaded[split])
+            source.add(known[split] if held_out else "", rows, task, ignore)
+        else:
+            source.skipped.append(f"split {split} ({len(loaded[split]):,} rows)")
+
+
+def _table(name: str, split: str, table: Any) -> Iterator[tuple[str, Any]]:
+    rows = iter(table)
+    for number in range(len(table)):
+        where = f"{name}, {split}, row {number}"
+        try:
+            row = next(rows)
+        except Exception as error:  # a column of images, say, of a format that nothing here decodes
+            raise ValueError(f"{where}: cannot be read ({why(error)})") from error
+        yield where, row

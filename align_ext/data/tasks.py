@@ -1,0 +1,283 @@
+"""The tasks: five built-in ones, or those of files and hub datasets; which of their examples are trained and scored."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from align_ext.data.conversation import text_asked
+from align_ext.data.rows import Example
+from align_ext.data.sources import read_source
+from align_ext.system.bounds import unknown_name
+from align_ext.system.reading import shown
+
+# reasoning-gym's generators and options: short prompts, and an answer of another form in each.
+BUILTIN_TASKS: dict[str, dict[str, Any]] = {
+    "chain_sum": {"max_terms": 2, "max_digits": 2},
+    "syllogism": {},
+    "calendar_arithmetic": {"tasks": ["weekday_of_date"]},
+    "time_intervals": {"task_types": ["time_seconds"]},
+    "prime_factorization": {"max_value": 300},
+}
+_CHOICES = {"syllogism": ("Yes", "No")}
+# Item i of a generator comes from seed + i, so that seeds this far apart never share an item.
+_TEST_SEED = 1_000_000_000
+_MOST_TASKS = 10_000
+_MOST_LINES = 20  # of a report
+_MOST_LETTERS = 300  # of one of its notes
+
+
+@dataclass(frozen=True)
+class Pools:
+    """Everything that was read.
+
+    Attributes:
+        tasks: task -> split (train, test, validation, or "", undivided) -> examples, in the order to take them in.
+        notes: a line on each kind of thing that was left unread.
+    """
+
+    tasks: Mapping[str, Mapping[str, list[Example]]]
+    notes: tuple[str, ...] = ()
+
+    def examples(self) -> Iterator[Example]:
+        """All examples."""
+        return (example for splits in self.tasks.values() for part in splits.values() for example in part)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What became of one task's rows of one split.
+
+    Attributes:
+        rows: how many there are.
+        used: how many of them are used.
+        left_out: how many are not, by the reason.
+        repeated: how many are the same as another one; they are used like any other.
+    """
+
+    rows: int
+    used: int
+    left_out: Mapping[str, int]
+    repeated: int
+
+    def __str__(self) -> str:
+        reasons = [f"{count:,} {reason}" for reason, count in self.left_out.items()]
+        reasons += [f"{self.repeated:,} repeated"] if self.repeated else []
+        return f"{self.used:,} of {self.rows:,}" + (f" ({', '.join(reasons)})" if reasons else "")
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """Examples to train on and examples to score on; a task's id is its place in `names`.
+
+    Attributes:
+        names: of the tasks.
+        train: what to train on.
+        test: what to score on.
+        usage: task -> split -> what became of its rows.
+        notes: those of the Pools.
+    """
+
+    names: tuple[str, ...]
+    train: list[Example] = field(default_factory=list)
+    test: list[Example] = field(default_factory=list)
+    usage: dict[str, dict[str, Usage]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def ids(self) -> dict[str, int]:
+        """Each task's id by its name."""
+        return {name: i for i, name in enumerate(self.names)}
+
+    def report(self) -> Iterator[str]:
+        """What is used and what is not, a line a task, and what was not read."""
+        for name in self.names[:_MOST_LINES]:
+            yield f"{shown(name)[1:-1]}: " + ", ".join(f"{split} {usage}" for split, usage in self.usage[name].items())
+        if len(self.names) > _MOST_LINES:
+            yield f"... and {len(self.names) - _MOST_LINES:,} more tasks"
+        yield from self.notes
+
+    def counts(self) -> dict[str, Any]:
+        """The same for a file: a dictionary that JSON can hold."""
+        tasks = {name: {split: vars(usage) for split, usage in splits.items()} for name, splits in self.usage.items()}
+        return {"tasks": tasks, "notes": list(self.notes)}
+
+
+def read_tasks(
+    data: str | None, tasks: Sequence[str] = (), *, train: int = 500, test: int = 500, seed: int = 0,
+    ignore_columns: Collection[str] = (),
+) -> Pools:  # fmt: skip
+    """Reads the examples of several tasks.
+
+    Args:
+        data: a .jsonl or .json file (.gz too), a folder of such files, or the id of a hub dataset ("owner/name", or
+            "owner/name:configuration"); None: the built-in tasks. Which rows are understood: align_ext/data/rows.py.
+            Files of a folder that are named after a split (x.train.jsonl, x.test.jsonl) are kept apart.
+        tasks: names of the tasks to keep, all if empty.
+        train: how many examples to generate of a built-in task to train on.
+        test: how many to generate to score on.
+        seed: of the generators (to train on; the test is the same for every seed) and of the order.
+        ignore_columns: columns of the rows to leave out.
+
+    Raises:
+        ValueError: no such data, a row that cannot be used (the message names file and line), or an unknown task.
+    """
+    if data is None:
+        parts = {"train": (train, seed), "test": (test, _TEST_SEED)}
+        names = _chosen(tuple(BUILTIN_TASKS), tasks)
+        return Pools({name: {split: builtin_examples(name, *part) for split, part in parts.items()} for name in names})
+    source = read_source(data, ignore_columns)
+    found: dict[str, dict[str, list[Example]]] = {}
+    for split, examples in source.splits.items():
+        for example in examples:
+            found.setdefault(example.task, {}).setdefault(split, []).append(example)
+    if len(found) > _MOST_TASKS:
+        raise ValueError(f"the data has {len(found):,} tasks, and there may be {_MOST_TASKS:,}")
+    chosen = {name: found[name] for name in _chosen(sorted(found), tasks)}
+    for name, splits in chosen.items():
+        if "" in splits and len(splits) > 1:
+            where = {bool(split): examples[0].where for split, examples in splits.items()}
+            raise ValueError(
+                f"the task {shown(name)} has rows in a split ({where[True]}) and rows in none ({where[False]}): name "
+                "all of its files after splits, as x.train.jsonl and x.test.jsonl, or none"
+            )
+    notes = [_list(f"not read: {', '.join(source.skipped)}")] if source.skipped else []
+    if source.unused:
+        columns = (f"{shown(name)[1:-1]} ({count:,} rows)" for name, count in sorted(source.unused.items()))
+        notes.append(_list(f"columns that are not used: {', '.join(columns)}"))
+    ordered = {n: {s: _shuffled(part, seed) for s, part in splits.items()} for n, splits in chosen.items()}
+    return Pools(ordered, tuple(notes))
+
+
+def select(
+    pools: Pools, train_per_task: int, test_per_task: int, fits: Callable[[Example], bool] = lambda _: True
+) -> TaskData:
+    """Takes the first fitting examples of each task; what is tested is never trained on.
+
+    Args:
+        pools: as read_tasks gives them; an undivided pool is tested on its first examples and trained on the others.
+        train_per_task: at most so many examples of each task to train on.
+        test_per_task: at most so many of each to score on.
+        fits: which examples can be used.
+
+    Raises:
+        ValueError: a task has nothing to train or to score on.
+    """
+    result = TaskData(tuple(pools.tasks), notes=pools.notes)
+    for name, splits in pools.tasks.items():
+        split, pool = _held_out(splits) or ("test", splits.get("", []))
+        tested, used = _take(pool, test_per_task, fits, f"{shown(name)} has no examples to score", "eval_examples")
+        own = splits.get("train")
+        prompts = {text_asked(example.prompt) for example in (tested if own is None else pool)}
+        trained, learnt = _take(own or pool, train_per_task, fits, f"{shown(name)} has no examples to train",
+                                "train_examples", prompts)  # fmt: skip
+        result.usage[name] = {"train": learnt, split: used}
+        _add_unused(result.usage[name], splits)
+        result.train.extend(trained)
+        result.test.extend(tested)
+    return result
+
+
+def scored_examples(pools: Pools, most: int, fits: Callable[[Example], bool], *, undivided: bool) -> TaskData:
+    """Takes the first fitting examples of each task's test split, or validation split where there is no other.
+
+    Args:
+        pools: as read_tasks gives them.
+        most: of each task.
+        fits: which examples can be used.
+        undivided: score also what is in no split.
+
+    Raises:
+        ValueError: a task has nothing to score on.
+    """
+    result = TaskData(tuple(pools.tasks), notes=pools.notes)
+    for name, splits in pools.tasks.items():
+        split, pool = _held_out(splits) or ("test", splits.get("", []) if undivided else [])
+        if not pool:
+            raise ValueError(
+                f"the task {shown(name)} has no test split: name a file of examples to score on with --data"
+            )
+        tested, used = _take(pool, most, fits, f"{shown(name)} has no examples to score", "examples")
+        result.usage[name] = {split: used}
+        _add_unused(result.usage[name], splits)
+        result.test.extend(tested)
+    return result
+
+
+def _held_out(splits: Mapping[str, list[Example]]) -> tuple[str, list[Example]] | None:
+    """The split to score on and its name."""
+    return next(((split, splits[split]) for split in ("test", "validation") if split in splits), None)
+
+
+def _add_unused(usage: dict[str, Usage], splits: Mapping[str, list[Example]]) -> None:
+    """Counts the splits that nothing was taken from."""
+    for split in splits:
+        if split and split not in usage:
+            rows = len(splits[split])
+            usage[split] = Usage(rows, 0, {"in a split that is not used": rows}, 0)
+
+
+def _take(
+    pool: Sequence[Example], most: int, fits: Callable[[Example], bool], task: str, option: str,
+    tested: Collection[str] = (),
+) -> tuple[list[Example], Usage]:  # fmt: skip
+    """The first fitting examples of a pool, none of which asks what is tested; and what became of the others."""
+    rest = [example for example in pool if text_asked(example.prompt) not in tested]
+    taken: list[Example] = []
+    too_long = 0
+    for example in rest:
+        if len(taken) == most:
+            break
+        if fits(example):
+            taken.append(example)
+        else:
+            too_long += 1
+    if not taken:
+        why = (
+            f": all {too_long} are too long (seq_len)"
+            if too_long
+            else ": all have prompts that are tested" * bool(pool)
+        )
+        raise ValueError(f"the task {task} on{why}")
+    counts = {
+        f"beyond {option}": len(rest) - len(taken) - too_long,
+        "too long (seq_len)": too_long,
+        "with a prompt that is tested": len(pool) - len(rest),
+    }
+    left_out = {reason: count for reason, count in counts.items() if count}
+    return taken, Usage(len(pool), len(taken), left_out, len(pool) - len(set(pool)))
+
+
+def builtin_examples(name: str, count: int, seed: int) -> list[Example]:
+    """Generates examples of one built-in task, scored by reasoning-gym."""
+    import reasoning_gym
+
+    dataset = reasoning_gym.create_dataset(name, size=max(count, 1), seed=seed, **BUILTIN_TASKS[name])
+    choices, examples = _CHOICES.get(name, ()), []
+    for entry in (dataset[i] for i in range(count)):
+        label = choices.index(entry["answer"]) if choices else -1
+        scorer = functools.partial(_generated_score, dataset, entry)
+        examples.append(Example(name, entry["question"].strip(), entry["answer"], choices, label, scorer))
+    return examples
+
+
+def _generated_score(dataset: Any, entry: dict[str, Any], text: str) -> float:
+    return dataset.score_answer(answer=text, entry=entry)
+
+
+def _chosen(found: Sequence[str], wanted: Sequence[str]) -> tuple[str, ...]:
+    for name in wanted:
+        if name not in found:
+            raise ValueError(unknown_name("task", name, found))
+    return tuple(name for name in found if not wanted or name in wanted)
+
+
+def _shuffled(examples: list[Example], seed: int) -> list[Example]:
+    """An order that depends on the examples and the seed alone, not on the order of files or rows."""
+    return sorted(examples, key=lambda x: hashlib.sha256(f"{seed}\0{x.prompt}\0{x.answer}".encode()).digest())
+
+
+def _list(line: str) -> str:
+    return line if len(line) <= _MOST_LETTERS else line[:_MOST_LETTERS] + " ..."

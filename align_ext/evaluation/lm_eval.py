@@ -1,0 +1,96 @@
+"""EleutherAI's lm-evaluation-harness on a base model with an adapter of any architecture: its model "align".
+
+    pip install lm-eval
+    python -m align_ext.evaluation.lm_eval run --model align --model_args pretrained=M,adapter=FOLDER --tasks arc_easy
+
+or, in Python,  lm_eval.simple_evaluate(align_lm(MODEL, FOLDER), tasks=["arc_easy"]).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import sys
+from typing import Any
+
+from align_ext.evaluation.evaluate import plain_generation
+from align_ext.evaluation.scored_model import ModelRequest
+from align_ext.io.adapter_folder import AdapterFolder
+
+
+def align_lm(
+    pretrained: str | None = None, adapter: str | None = None, task: str | int | None = None, **options: Any
+) -> Any:
+    """Makes the harness's model (lm_eval.models.huggingface.HFLM) of a base model and an adapter's folder.
+
+    Args:
+        pretrained: base model, a folder or hub id; None: SmolLM2-135M-Instruct.
+        adapter: folder of save_adapter or stock PEFT; None: the base alone.
+        task: multi_adapter: name or number of the adapter's task that the harness's tasks belong to.
+        **options: merge, dtype, device as for `align-lora eval`; others are HFLM's (batch_size, ...).
+
+    Raises:
+        ValueError: the model or adapter cannot be loaded; a multi_adapter without a task; or an adapter with
+            routing="sequence", which would see the answers that the harness scores.
+        ModuleNotFoundError: lm-eval is not installed.
+    """
+    return _model_class()(pretrained=pretrained, adapter=adapter, task=task, **options)
+
+
+@functools.cache
+def _model_class() -> Any:
+    """The harness's model class, registered as "align"; made here since lm-eval is no dependency."""
+    try:
+        from lm_eval.api.registry import register_model
+        from lm_eval.models.huggingface import HFLM
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"the harness needs {error.name}: pip install lm-eval", name=error.name) from error
+
+    @register_model("align")
+    class AlignLM(HFLM):  # type: ignore[misc, unused-ignore]
+        def __init__(
+            self, pretrained: str | None = None, adapter: str | None = None, task: str | int | None = None, *,
+            merge: bool = False, dtype: str = "auto", device: str | None = None, **options: Any,
+        ) -> None:  # fmt: skip
+            if not isinstance(merge, bool):
+                raise ValueError(f"merge={merge!r} must be True or False")
+            unknown = options.keys() - inspect.signature(HFLM.__init__).parameters.keys()
+            if unknown:
+                names = ", ".join(sorted(unknown))
+                raise ValueError(f"model_args: {names} is no option of align (pretrained, adapter, task, merge, dtype, "
+                                 "device) or of the harness's own model")  # fmt: skip
+            config = None if adapter is None else AdapterFolder.read(adapter).config
+            if config is not None and config.architecture == "multi_adapter" and task is None:
+                raise ValueError("the adapter has one part for each task: name one, as task=...")
+            if config is not None and config.routing == "sequence":
+                raise ValueError('an adapter with routing="sequence" would route by the answers that are scored: use '
+                                 "`align-lora eval`, which routes by the prompts alone")  # fmt: skip
+            where = (device or "auto").partition(":")[0]
+            request = ModelRequest(model=pretrained, adapter=adapter, merge=merge, dtype=dtype, device=where)
+            model, tokenizer = request.load(None if task is None else str(task))
+            model = model.to(device) if device and ":" in device else model
+            model.generation_config = plain_generation(model, tokenizer)  # the harness's tasks say how to generate
+            super().__init__(pretrained=model, tokenizer=tokenizer, **options)
+
+    return AlignLM
+
+
+def main() -> None:
+    """Runs the harness's command line with the model "align" in it; what goes wrong is one line and exit code 2."""
+    given = " ".join(sys.argv[1:])
+    # Without the option the harness takes a GPU whether there is one or not.
+    if "run" in sys.argv[1:2] and not re.search(r"(^| )(--device|--config|-C)\b", given):
+        sys.argv += ["--device", "auto"]
+    try:
+        _model_class()
+        from lm_eval.__main__ import cli_evaluate
+
+        cli_evaluate()
+    except (ValueError, OSError, LookupError, ModuleNotFoundError, TypeError) as error:
+        print(f"align: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

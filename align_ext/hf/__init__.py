@@ -1,1 +1,0 @@
-"""Adapters in Hugging Face models: the only folder that imports transformers, peft and datasets."""

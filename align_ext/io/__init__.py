@@ -1,0 +1,1 @@
+"""An adapter's folder: written, read strictly, in stock PEFT's form."""

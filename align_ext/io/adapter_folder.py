@@ -1,0 +1,385 @@
+"""An adapter's folder: written in one piece, read strictly, understood without the model it belongs to."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from align_ext.adapters import adapter_class
+from align_ext.adapters.base import Adapter
+from align_ext.alignment.model_state import AlignState
+from align_ext.base_model.adopt_peft import PEFT_PREFIX
+from align_ext.base_model.fingerprint import BaseModel
+from align_ext.base_model.modules_to_save import HEADS
+from align_ext.config import AlignLoraConfig
+from align_ext.io.peft_format import (
+    BY_LAYER,
+    PEFT_CONFIG,
+    TASKS,
+    WEIGHTS,
+    check_targets,
+    one_lora,
+    peft_forms,
+    plain_lora,
+    scalings,
+)
+from align_ext.system.bounds import is_number
+from align_ext.system.reading import check_folder, check_names, exists, place, read_json, shown
+from align_ext.system.tensors import check_tensors, digest_of, read_tensors, write_tensors
+
+__all__ = ["AdapterFolder", "check_tensors", "write_tensors"]
+
+OUR_CONFIG, STATE = "align_lora_config.json", "align_lora_heads.safetensors"
+TRAINED = "align_trained.safetensors"
+# Options that decide what adapters hold and compute; the others, of dropout and losses, may change between trainings.
+_DECISIVE = (
+    "r", "lora_alpha", "use_rslora", "num_heads", "reduce", "router", "routing", "routing_groups", "top_k",
+    "router_temperature", "target_blocks",
+)  # fmt: skip
+_PART = r"(.+?)(\.lora_router\.lora_[RH]|\.lora_\w+)"  # an adapter's tensor, of a module that may be named alike
+# Our files in an adapter's folder, by their paths in it: what a new adapter replaces there.
+ADAPTER_FILES = "|".join(map(re.escape, (WEIGHTS, PEFT_CONFIG, OUR_CONFIG, STATE, TRAINED)))
+ADAPTER_FILES += f"|{TASKS}/[^/]+/({ADAPTER_FILES})"
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """What an adapter's folder holds, checked.
+
+    Attributes:
+        path: the folder.
+        config: the adapters' options.
+        adapters: by module name; on the CPU, with the folder's values.
+        task_names: of tasks 0, 1, ..., where they were given.
+        peft: the adapter_config.json, empty where there is none.
+        plain: whether stock PEFT wrote it: without options of ours.
+        trained: what was trained beside the adapters, by name in the plain model.
+        tied: whether PEFT ties modules_to_save as the base does.
+        base: the base model it belongs to; None where none is recorded, as in a folder of stock PEFT.
+    """
+
+    path: Path
+    config: AlignLoraConfig
+    adapters: dict[str, Adapter]
+    task_names: tuple[str, ...]
+    peft: Mapping[str, Any]
+    plain: bool
+    trained: dict[str, Tensor]
+    tied: bool
+    base: BaseModel | None
+
+    @classmethod
+    def read(cls, folder: str | os.PathLike[str]) -> AdapterFolder:
+        """Reads a folder of save_adapter or of stock PEFT.
+
+        Raises:
+            ValueError: no such folder, a damaged or edited file, missing or unexpected keys, other shapes, values that
+                are not finite, files that do not belong together, names that are none, or an adapter that is no plain
+                LoRA.
+        """
+        check_folder(folder)
+        path = Path(folder)
+        plain = not exists(path / OUR_CONFIG)
+        if plain and exists(path / STATE):
+            raise ValueError(f"{place(path)} is no adapter folder: {OUR_CONFIG} is missing, to which {STATE} belongs")
+        ours = {} if plain else read_json(path / OUR_CONFIG)
+        task_names, scaling, digest = (ours.pop(name, None) for name in ("task_names", "layer_scaling", "digest"))
+        config = None if plain else _config(path / OUR_CONFIG, ours)
+        peft = read_json(path / PEFT_CONFIG) if exists(path / PEFT_CONFIG) else {}
+        if config is not None and (exists(path / STATE) or not one_lora(config)):
+            file, trained = path / STATE, dict[str, Tensor]()
+            tensors, record = _read(file)
+        else:
+            file = path / WEIGHTS
+            tensors, trained, record = _read_plain(path, peft)
+            config = config or plain_lora(path / PEFT_CONFIG, peft, _modules(tensors))
+        in_peft = bool(trained) or not exists(path / TRAINED)
+        trained |= {} if in_peft else _read_trained(path / TRAINED)
+        check_tensors(trained, trained)
+        if plain:
+            check_targets(path / PEFT_CONFIG, peft, _modules(tensors))
+            factors = scalings(path / PEFT_CONFIG, peft, _ranks(tensors))
+        else:
+            factors = _checked_scaling(path / OUR_CONFIG, scaling, _modules(tensors))
+        names = checked_task_names([] if task_names is None else task_names, config)
+        adapters = adapters_of(config, tensors, factors)
+        if not adapters:
+            raise ValueError(f"{place(path)} is no adapter folder: it holds no weights")
+        if digest not in (None, digest_of(tensors | trained)):
+            raise ValueError(f"{place(file)} holds other tensors than {OUR_CONFIG} was written for: one was replaced")
+        if not plain:
+            _check_options(path / OUR_CONFIG, file, record.get("options"), decisive(config, factors, names))
+        base = None if record.get("base") is None else BaseModel.from_dict(record["base"])
+        tied = bool(peft.get("ensure_weight_tying")) if in_peft and trained else True
+        found = cls(path, config, adapters, names, peft, plain, trained, tied, base)
+        if not plain:
+            found._check_peft_files()
+        return found
+
+    @property
+    def base_name(self) -> str | None:
+        """The base model's name, if it is recorded."""
+        name = self.peft.get("base_model_name_or_path") if self.base is None else self.base.name
+        return name if isinstance(name, str) and name else None
+
+    def ranks(self) -> dict[str, int]:
+        """The rank of each layer."""
+        return {name: adapter.r for name, adapter in self.adapters.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """All tensors, by "<module>.<parameter>"."""
+        return state_of(self.adapters)
+
+    def check_model(self, model: nn.Module, layers: Iterable[str], *, force: bool = False) -> None:
+        """Compares a model with what the folder says of it.
+
+        Args:
+            model: the model.
+            layers: the names of its linear layers.
+            force: it may be another base.
+
+        Raises:
+            ValueError: it is another base model, or has layers that a folder of stock PEFT names and holds no weights
+                of.
+        """
+        if self.base is not None and not force:
+            self.base.check(model)
+        if self.plain:
+            check_targets(self.path / PEFT_CONFIG, self.peft, list(self.adapters), layers)
+
+    def _check_peft_files(self) -> None:
+        """The files for PEFT must say what ours say: one of them may have been replaced or edited."""
+        for where, form in peft_forms(self.adapters, self.config, self.task_names, self.trained).items():
+            path = self.path / where
+            if not exists(path / WEIGHTS):
+                continue  # it is for others
+            peft, tensors = read_json(path / PEFT_CONFIG), _read(path / WEIGHTS)[0]
+            if "modules_to_save" not in peft:  # as versions before wrote, with what else is trained in its own file
+                tensors |= {f"{PEFT_PREFIX}{name}": tensor for name, tensor in self.trained.items()}
+            layers = [key.removeprefix(PEFT_PREFIX) for key in form.tensors if key.endswith(".lora_A.weight")]
+            layers = [key.removesuffix(".lora_A.weight") for key in layers]
+            plain_lora(path / PEFT_CONFIG, peft, layers)
+            for option, value in {**dict.fromkeys(BY_LAYER), **form.options}.items():
+                if (peft.get(option) or None) != (value or None):
+                    raise ValueError(
+                        f"{place(path / PEFT_CONFIG)} has {option}={shown(peft.get(option))}, but {OUR_CONFIG} means "
+                        f"{shown(value)}: one of them was edited; remove {OUR_CONFIG} and {STATE} to load the PEFT "
+                        "adapter alone"
+                    )
+            check_targets(path / PEFT_CONFIG, peft, layers)
+            if tensors.keys() != form.tensors.keys() or any(
+                tensors[key].shape != tensor.shape or not _same(tensors[key], tensor)
+                for key, tensor in form.tensors.items()
+            ):
+                raise ValueError(
+                    f"{place(path / WEIGHTS)} is not the adapter of {STATE}: one of them was replaced; remove the one "
+                    "that is out of date"
+                )
+
+
+def decisive(
+    config: AlignLoraConfig, scaling: Mapping[str, float] | None = None, task_names: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The options that decide what adapters hold and compute; equal for two that are the same adapter."""
+    architecture, multi = config.architecture, config.architecture == "multi_adapter"
+    start, offset = config.init_lora_weights, config.init_lora_weights in ("pissa", "random_heads")
+    options = {option: getattr(config, option) for option in _DECISIVE}
+    return {
+        "architecture": "lora" if architecture == "align_lora" else architecture,
+        **{option: list(value) if isinstance(value, tuple) else value for option, value in options.items()},
+        "init_lora_weights": start if offset else "no offset",
+        "spectral": "paper" if config.spectral == "paper" else "no projectors",
+        "num_tasks": config.num_tasks if multi else None,
+        "layer_scaling": dict(scaling or {}),
+        "task_names": list(task_names) if multi else [],
+    }
+
+
+def checked_task_names(names: Any, config: AlignLoraConfig) -> tuple[str, ...]:
+    """The names of tasks 0, 1, ...: none, or one for each; a task beyond those that are named is called by its number.
+
+    Raises:
+        ValueError: they are none, are more than the tasks, or cannot name the folders of a multi_adapter.
+    """
+    checked = check_names(names, "task_names", for_folders=config.architecture == "multi_adapter")
+    tasks = config.num_tasks or len(checked)
+    if len(checked) > tasks:
+        raise ValueError(f"task_names={shown(list(checked))} are {len(checked)}, but num_tasks={tasks}")
+    rest = tuple(map(str, range(len(checked), tasks))) if checked else ()
+    if clash := set(checked).intersection(rest):
+        number = min(clash)
+        raise ValueError(f"task_names: {number!r} names task {checked.index(number)}, and task {number}, which has no "
+                         f"name, is called so too: name all {tasks} tasks")  # fmt: skip
+    return checked + rest
+
+
+def state_of(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
+    """All tensors of adapters, parameters themselves, by "<module>.<parameter>"."""
+    named = {name: adapter.state_dict(keep_vars=True) for name, adapter in adapters.items()}
+    return {f"{name}.{part}": tensor for name, own in named.items() for part, tensor in own.items()}
+
+
+def adapters_of(
+    config: AlignLoraConfig,
+    tensors: Mapping[str, Tensor],
+    scaling: Mapping[str, float],
+    state: AlignState | None = None,
+) -> dict[str, Adapter]:
+    """The adapters that hold these tensors, each as its options and the sizes of its A and B make it.
+
+    Args:
+        config: their options.
+        tensors: by "<module>.<parameter>".
+        scaling: by module, where it is not the options'.
+        state: of their model; None: one of their own.
+
+    Raises:
+        ValueError: tensors are missing, unexpected, of other shapes or not finite.
+    """
+    state, ranks, adapters = state or AlignState(config), _ranks(tensors), {}
+    for name in _modules(tensors):
+        A, B = tensors.get(f"{name}.lora_A"), tensors.get(f"{name}.lora_B")
+        sizes = (A.shape[-1] if A is not None and A.dim() else 1, B.shape[-2] if B is not None and B.dim() > 1 else 1)
+        with torch.device("meta"):
+            adapter = adapter_class(config)(replace(config, r=ranks.get(name, config.r)), *sizes)
+        adapter.state, adapter.scaling = state, scaling.get(name, config.scaling)
+        adapters[name] = adapter
+    check_tensors(tensors, state_of(adapters))
+    for name, adapter in adapters.items():
+        own = {part: tensors[f"{name}.{part}"] for part in adapter.state_dict()}
+        adapter.load_state_dict(own, assign=True)
+    return adapters
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON object."""
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if not exists(file):
+        raise ValueError(f"{place(file.parent)} is no adapter folder: {file.name} is missing")
+    return read_tensors(file)
+
+
+def _read_plain(path: Path, peft: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """A PEFT folder's tensors of adapters by our keys, those of modules_to_save, and their record."""
+    tensors, record = _read(path / WEIGHTS)
+    if not peft:
+        raise ValueError(f"{place(path)} is no adapter folder: {PEFT_CONFIG} is missing")
+    modules = peft.get("modules_to_save") or []
+    check_names(modules, f"{place(path / PEFT_CONFIG)}: modules_to_save")
+    lora, trained, odd, found = {}, {}, [], set()
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PEFT_PREFIX)
+        within = [module for module in modules if f"{module}." in name]
+        match = re.fullmatch(r"(.+\.lora_[AB])\.weight", name)
+        if name != key and match:
+            lora[match[1]] = tensor
+        elif name != key and within and ".lora_" not in name:
+            trained[name] = tensor
+            found.update(within)
+        else:
+            odd.append(key)
+    file = place(path / WEIGHTS)
+    if peft.get("ensure_weight_tying"):  # PEFT then writes a tied tensor under its other names too
+        again = {key for key in odd if any(torch.equal(tensors[key], tensor) for tensor in trained.values())}
+        trained |= {key.removeprefix(PEFT_PREFIX): tensors[key] for key in again}
+        odd = [key for key in odd if key not in again]
+    if odd:
+        keys = f"of its keys {len(odd)} are unexpected {shown(sorted(odd)[:3])}"
+        raise ValueError(f"{file} is no plain LoRA: {keys}{_cure(odd, peft)}")
+    lost = [name for name in modules if name not in found and (name not in HEADS or not found)]
+    if lost:
+        raise ValueError(f"{file} has no tensors of modules_to_save={shown(lost[0])}")
+    return lora, trained, record
+
+
+def _cure(odd: Sequence[str], peft: Mapping[str, Any]) -> str:
+    """What to do about keys that PEFT writes beside those of plain LoRA."""
+    if (bias := peft.get("bias", "none")) != "none":
+        return f'; bias={shown(bias)} trained biases: train with bias="none"'
+    if any(".base_layer." in key or ".lora_embedding_" in key for key in odd):
+        return "; PEFT adapted an embedding or the head: leave it out of target_modules, or merge the adapter by PEFT"
+    if all(key.startswith(PEFT_PREFIX) and ".lora_" not in key for key in odd):
+        return f"; if PEFT wrote whole modules (save_embedding_layers), name them in modules_to_save of {PEFT_CONFIG}"
+    return ""
+
+
+def _read_trained(file: Path) -> dict[str, Tensor]:
+    """What was trained beside the adapters, by name in the plain model."""
+    tensors, _ = _read(file)
+    return {name.removeprefix(PEFT_PREFIX).replace(".base_layer.", "."): t for name, t in tensors.items()}
+
+
+def _config(file: Path, options: dict[str, Any]) -> AlignLoraConfig:
+    try:
+        return AlignLoraConfig.from_dict(options)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{place(file)}: {error}") from error
+
+
+def _check_options(config: Path, file: Path, recorded: Any, own: Mapping[str, Any]) -> None:
+    """Raises if the weights were saved with other options; None: they recorded none, as version 0.1.0."""
+    recorded = own if recorded is None else recorded
+    for option, value in own.items():
+        meant = recorded.get(option, "nothing") if isinstance(recorded, dict) else "nothing"
+        if meant != value:
+            raise ValueError(
+                f"{place(config)} has {option}={shown(value)}, but {file.name} means {shown(meant)}: one of them was "
+                "edited"
+            )
+
+
+def _checked_scaling(file: Path, scaling: Any, modules: Sequence[str]) -> dict[str, float]:
+    """The scaling of each layer, or none where all have the options'."""
+    if scaling is None:
+        return {}
+    if not isinstance(scaling, dict) or not all(map(is_number, scaling.values())) or scaling.keys() != set(modules):
+        raise ValueError(f"{place(file)} has layer_scaling={shown(scaling)}, which is no number for each layer")
+    return scaling
+
+
+def _modules(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The modules that keys "<module>.lora_..." name, in the keys' order; other keys name themselves."""
+    matches = {key: re.fullmatch(_PART, key) for key in tensors}
+    return list(dict.fromkeys(match[1] if match else key for key, match in matches.items()))
+
+
+def _ranks(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    shapes = {name: tensors[f"{name}.lora_A"].shape for name in _modules(tensors) if f"{name}.lora_A" in tensors}
+    return {name: shape[-2] for name, shape in shapes.items() if len(shape) >= 2}
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal but for the rounding of a sum over heads on another machine."""
+    return torch.allclose(a.to(b.dtype), b, rtol=1e-5, atol=1e-6 * float(b.abs().max()))
+
+
+def task_number(stored: AdapterFolder, task: str | None) -> int | None:
+    """The number of a task that is given by name or number; None where none is given.
+
+    Raises:
+        ValueError: there is no such task, or the adapter has no part for each task.
+    """
+    if task is None:
+        return None
+    if stored.config.architecture != "multi_adapter":
+        raise ValueError(f"--task {task}: {stored.config.architecture} is one adapter for all tasks")
+    if task in stored.task_names:
+        return stored.task_names.index(task)
+    if task.isdecimal() and int(task) < (stored.config.num_tasks or 0):
+        return int(task)
+    raise ValueError(f"--task {task}: there is no such task ({task_list(stored)})")
+
+
+def task_list(stored: AdapterFolder) -> str:
+    return ", ".join(stored.task_names) or f"0 .. {(stored.config.num_tasks or 0) - 1}"

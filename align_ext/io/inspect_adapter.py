@@ -1,0 +1,104 @@
+"""What an adapter's folder holds, as a table: no base model is needed, nor transformers."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from align_ext.adapters import adapter_class
+from align_ext.adapters.base import Adapter, Term, wide
+from align_ext.base_model.modules_to_save import describe
+from align_ext.config import AlignLoraConfig
+from align_ext.io.adapter_folder import AdapterFolder
+from align_ext.io.peft_format import PEFT_CONFIG, cannot_export, named_task
+
+
+def inspect_adapter(folder: str | os.PathLike[str], console: Console) -> None:
+    """Prints architecture, options and tasks of an adapter's folder, and each layer's sizes and norms.
+
+    Raises:
+        ValueError: the folder is none, is damaged, or holds values that are not finite.
+    """
+    stored = AdapterFolder.read(folder)
+    config, adapters = stored.config, stored.adapters
+    kind = adapter_class(config)
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for a in adapters.values() for p in a.parameters()})
+    lines = {
+        "architecture": f"{config.architecture}: {kind.formula} ({kind.paper})",
+        "options": _options(config),
+        "parameters": f"{sum(map(_parameters, adapters.values())):,} in {len(adapters)} layers, {', '.join(dtypes)}",
+        "tasks": ", ".join(stored.task_names) or str(config.num_tasks or "not recorded"),
+        "trained beside them": describe(stored.trained) if stored.trained else "nothing",
+        "stock PEFT": _peft(stored),
+        "values": "all finite",
+    }
+    for title, text in lines.items():
+        console.print(Text.assemble((title, "bold"), "  ", text), soft_wrap=True)
+    console.print(_table(adapters, config))
+
+
+@torch.no_grad()
+def norm_of_update(terms: list[Term], scaling: float) -> float:
+    """Computes s ||Σ B A||, Frobenius, from the r x r products BᵀB and A Aᵀ alone."""
+    A = torch.cat([A for A, _ in terms]).double()
+    B = torch.cat([wide(B) for _, B in terms], 1).double()
+    return scaling * float(((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt())
+
+
+def _table(adapters: dict[str, Adapter], config: AlignLoraConfig) -> Table:
+    routed = config.router is not None
+    update = "update, equal weights" if routed else "update"
+    table = Table("layer", caption="norms are Frobenius norms; the update is that of the layer's weight")
+    titles = ["in", "out", "r", "scaling", "parameters", "A", "B", *(["router"] if routed else []), update]
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    for name, adapter in adapters.items():
+        own = dict(adapter.named_parameters())
+        sizes = (adapter.in_features, adapter.out_features, adapter.r, f"{adapter.scaling:g}")
+        norms = [_norm(own[part]) for part in ("lora_A", "lora_B", *(["lora_router.lora_R"] if routed else []))]
+        cells = [*map(str, sizes), f"{_parameters(adapter):,}", *(f"{x:.3g}" for x in norms), _update(adapter, config)]
+        table.add_row(name, *cells)
+    return table
+
+
+def _update(adapter: Adapter, config: AlignLoraConfig) -> str:
+    """The norm of the update, or the smallest and largest of the tasks' updates."""
+    if config.architecture != "multi_adapter":
+        return f"{norm_of_update(adapter.uniform_terms(), adapter.scaling):.3g}"
+    norms = []
+    for task in range(config.num_tasks or 0):
+        with named_task({"": adapter}, task):
+            norms.append(norm_of_update(adapter.terms(), adapter.scaling))
+    return f"{min(norms):.3g} .. {max(norms):.3g}"
+
+
+def _options(config: AlignLoraConfig) -> str:
+    names = (
+        "r", "lora_alpha", "use_rslora", "lora_dropout", "init_lora_weights", "num_heads", "reduce", "router",
+        "routing", "routing_groups", "top_k", "router_temperature", "target_blocks", "align", "align_weight",
+        "balance", "spectral",
+    )  # fmt: skip
+    given = {name: getattr(config, name) for name in names}
+    return ", ".join(f"{name}={value}" for name, value in given.items() if value not in (None, False, ()))
+
+
+def _peft(stored: AdapterFolder) -> str:
+    if stored.config.architecture == "multi_adapter":
+        return f"loads each folder in {stored.path / 'tasks'}, one a task"
+    if reason := cannot_export(stored.adapters, stored.config):
+        return f"cannot: {reason}"
+    written = (stored.path / PEFT_CONFIG).is_file()
+    return "loads this folder" if written else "cannot: it would misread the names of layers, or of what is trained"
+
+
+def _parameters(adapter: Adapter) -> int:
+    return sum(p.numel() for p in adapter.parameters())
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(tensor.detach().double().norm())

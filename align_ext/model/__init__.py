@@ -1,0 +1,1 @@
+"""A model and its adapters: put in, loaded, merged, taken out, counted."""

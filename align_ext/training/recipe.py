@@ -1,0 +1,293 @@
+"""The training job: load, score, train, score again, save, and prove that the saved adapter is the trained one."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import transformers
+from rich.console import Console
+from rich.progress import Progress
+
+from align_ext.adapters.adapted_block import adapted_layers
+from align_ext.base_model.checks import check_base, without
+from align_ext.base_model.load import best_dtype, default_targets, load_model, usable_device
+from align_ext.base_model.select_layers import all_linear, linear_like, name_matches
+from align_ext.config import AUTO, AlignLoraConfig
+from align_ext.data.collator import TaskCollator
+from align_ext.data.encode import check_conversations, features, fits, token_rows
+from align_ext.data.tasks import read_tasks, select
+from align_ext.evaluation.evaluate import TaskScore, alignment, evaluate
+from align_ext.io.adapter_folder import AdapterFolder, checked_task_names
+from align_ext.io.save_adapter import save_adapter
+from align_ext.model.replace import adapter_report, replace_linear_with_align_lora
+from align_ext.system.ending import deferred
+from align_ext.system.memory import enough_memory
+from align_ext.system.reading import Matcher, shown
+from align_ext.system.terminal import bars_on, say
+from align_ext.system.versions import versions
+from align_ext.system.writing import atomic_file, check_space
+from align_ext.training.job import Job
+from align_ext.training.options import TrainOptions
+from align_ext.training.report import ShowProgress, plot_losses, summarise
+from align_ext.training.run_folder import RunFolder
+from align_ext.training.trainer import AlignTrainer, align_training_arguments
+from align_ext.training.verify import verify
+
+# transformers renamed the argument within version 5 and warns of the old name.
+_CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if hasattr(transformers.TrainingArguments, name)
+)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The model's state at one time: by task, and the alignment of all tasks (None: alignment is off)."""
+
+    tasks: dict[str, TaskScore]
+    align: float | None
+
+
+@enough_memory("take a smaller model or a narrower --dtype")
+def prepare(folder: RunFolder, console: Console) -> Job:
+    """Loads data and model and adapts the model.
+
+    Args:
+        folder: of open_run, with the options.
+        console: for notes.
+
+    Raises:
+        ValueError: the options, the data or the model cannot be used; the message is one line, and nothing stays.
+    """
+    options = folder.options
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("this command is one process: for several, start a script with AlignTrainer (see the README)")
+    device = usable_device(options.device)
+    pools = read_tasks(
+        options.data, options.tasks, train=options.train_examples, test=options.eval_examples, seed=options.seed,
+        ignore_columns=options.ignore_columns,
+    )  # fmt: skip
+    names = tuple(pools.tasks)
+    config = options.adapter_config(num_tasks=len(names))
+    checked_task_names(names, config)
+    if config.align is not None and len(names) < 2:
+        raise ValueError(f"alignment needs two tasks or more, found only {names[0]!r}: use --align none")
+    dtype = best_dtype(device) if options.dtype == "auto" else options.dtype
+    model, tokenizer = load_model(options.model, dtype, lambda line: say(console, line))
+    check_conversations(tokenizer, pools.examples())
+    fit = functools.partial(fits, tokenizer, max_tokens=options.seq_len)
+    data = select(pools, options.train_examples, options.eval_examples, fit)
+    if by_default := options.adapter["target_modules"] == AUTO and not config.target_blocks:
+        targets, note = default_targets(model)
+        config = options.adapter_config(len(names), targets)
+        if note:
+            say(console, note)
+    ids, model = data.ids(), model.to(device)
+    train_rows, test_rows = features(tokenizer, data.train, ids), features(tokenizer, data.test, ids)
+    used = itertools.chain((row["input_ids"] for row in train_rows), token_rows(tokenizer, data.test))
+    ran = check_base(model, tokenizer, used, training=True)
+    if by_default:
+        config = _leaving_out(config, [name for name, _ in linear_like(model) if name not in ran], ran, console)
+    transformers.set_seed(options.seed)
+    replace_linear_with_align_lora(model, config)
+    _check_run(model, ran)
+    if folder.checkpoint is not None:
+        stored = AdapterFolder.read(folder.checkpoint)
+        if stored.base is not None:
+            stored.base.check(model, "a run goes on with its own base only: put that back, or start another run")
+    check_space(folder.path, _bytes_to_write(model, options))
+    rows = [(row.task, row.prompt, row.answer, row.choices) for row in (*data.train, *data.test)]
+    folder.begin(str(model.dtype).removeprefix("torch."), device, _digest(rows), _digest([train_rows, test_rows]))
+    return Job(options, folder, data, model, tokenizer, device, train_rows, test_rows)
+
+
+def _leaving_out(
+    config: AlignLoraConfig, idle: Collection[str], ran: frozenset[str], console: Console
+) -> AlignLoraConfig:
+    """The options with those layers left out that the model never runs, so far as target_modules fits them."""
+    matcher, targets, given = Matcher(), config.target_modules, config.exclude_modules
+    if isinstance(given, str):  # a regular expression of the user's
+        return config
+    chosen = [name for name in idle if all_linear(config) or name_matches(matcher, name, targets)]
+    patterns = without([name for name in chosen if not name_matches(matcher, name, given)], ran)
+    if patterns:
+        say(console, f"left out {', '.join(map(shown, patterns))}, whose forward this model does not run here")
+    return replace(config, exclude_modules=(*given, *patterns))
+
+
+def _check_run(model: Any, ran: frozenset[str]) -> None:
+    """Raises ValueError where none of the adapted layers runs, or one that each step needs does not run in each."""
+    state, layers = model.align_state, adapted_layers(model)
+    idle = [name for name in layers if name not in ran]
+    if idle and (len(idle) == len(layers) or not ran.issuperset(state.names)):
+        cure = ", or give --align none" * (len(idle) < len(layers) and state.config.align is not None)
+        raise ValueError(
+            f"this model never runs {shown(idle[0])} here ({len(idle)} of {len(layers)} adapted layers), so that it "
+            f"cannot be trained or aligned: leave it out by --exclude-modules {','.join(without(idle, ran))}{cure}"
+        )
+    if any(getattr(module, "layerdrop", 0) for module in model.modules()):
+        raise ValueError(
+            "the model leaves out layers at random in training, which can be neither aligned nor trained then: set "
+            "layerdrop (decoder_layerdrop) to 0 in its config.json"
+        )
+
+
+def _digest(content: object) -> str:
+    """SHA-256 of what plain data looks like."""
+    return hashlib.sha256(repr(content).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _bytes_to_write(model: Any, options: TrainOptions) -> int:
+    """About what a run writes: the adapter, and up to three checkpoints of it with both moments of Adam's."""
+    adapters = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    return adapters * (1 + 3 * 3 * bool(options.save_steps))
+
+
+@enough_memory("lower --batch-size (--accumulation makes up for it), --eval-batch-size or --seq-len, or give "
+               "--gradient-checkpointing")  # fmt: skip
+def train(job: Job, console: Console) -> dict[str, Any]:
+    """Runs a prepared job and writes its folder: adapter/, losses.png (with matplotlib), and at last results.json.
+
+    Each appears when it is complete, and after training they are kept whatever fails. With save_steps there are
+    checkpoints/ that an interrupted run goes on from, and without it where a signal ended it.
+
+    Returns:
+        The content of results.json.
+    """
+    options = job.options
+    model = {"name": job.model.name_or_path, "dtype": str(job.model.dtype), "device": job.device}
+    results: dict[str, Any] = {"options": options.to_dict(), "versions": versions(), "model": model}
+    results["data"] = job.data.counts()
+    sizes = f"{len(job.data.train)} examples to train on, {len(job.data.test)} to score on"
+    say(console, f"{len(job.data.names)} tasks: {sizes}")
+    for line in job.data.report():
+        say(console, f"  {line}")
+    say(console, f"{str(adapter_report(job.model)).splitlines()[0]}, {job.model.dtype} on {job.device}")
+    seconds: dict[str, float] = results.setdefault("seconds", {})
+    folder = job.folder
+    with bars_on(console) as bars:
+        with _timed(seconds, "score before"):
+            before = score(job, bars)
+        with _timed(seconds, "train"):
+            results |= _fit(job, bars, console)
+        save_adapter(job.model, folder.path / "adapter", task_names=job.data.names)
+        folder.keep = True
+        try:
+            with _timed(seconds, "score after"):
+                after = score(job, bars)
+            results["before"], results["after"] = asdict(before), asdict(after)
+            with _timed(seconds, "checks"):
+                checks = verify(job, folder.path / "adapter")
+            results["checks"] = {name: asdict(check) for name, check in checks.items()}
+            results["plot"] = plot_losses(results["losses"], folder.path / "losses.png")
+        finally:
+            with atomic_file(folder.path / "results.json") as new:
+                new.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    summarise(results, folder.target, console)
+    return results
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - start, 1)
+
+
+def score(job: Job, bars: Progress | None = None) -> Scores:
+    """Scores the model as it is on the held-out examples."""
+    if bars is not None and bars.disable:
+        say(bars.console, "scoring")
+    size, ids = job.options.eval_batch_size, job.data.ids()
+    return Scores(
+        evaluate(job.model, job.tokenizer, job.data.test, size, bars, ids),
+        alignment(job.model, job.tokenizer, job.data.test, ids, size),
+    )
+
+
+def _fit(job: Job, bars: Progress, console: Console) -> dict[str, list[dict[str, float]]]:
+    """Trains the adapters and returns what was logged: the losses, and those of the held-out examples (eval_steps)."""
+    options, checkpoint = job.options, job.folder.checkpoint
+    trainer = AlignTrainer(
+        model=job.model,
+        args=_arguments(job, job.folder.checkpoints),
+        train_dataset=job.train_rows,
+        eval_dataset=job.test_rows,
+        data_collator=TaskCollator(job.tokenizer),
+        task_names=job.data.names,
+        mixing={
+            "mixing": options.mixing,
+            "temperature": options.mixing_temperature,
+            # Without alignment there is nothing to compare, and a batch of one example will do.
+            "per_task": options.per_task if job.model.align_state.config.align else 1,
+            "batches": options.steps * options.accumulation,  # one epoch, so that every step is a whole one
+        },
+        align_schedule=options.align_schedule,
+        align_warmup=options.align_warmup,
+        callbacks=[ShowProgress(bars, console, options.steps)],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    if checkpoint is not None:
+        say(console, f"going on from {checkpoint}")
+    try:
+        with deferred() as signal:
+            trainer.add_callback(_EndAfterStep(signal))
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if signal():
+            raise KeyboardInterrupt
+    except BaseException:  # whatever it is, also a bug of ours
+        if last := job.folder.last_checkpoint():
+            say(console, f"{last} is kept: --resume goes on from it")
+        raise
+    log = trainer.state.log_history
+    return {
+        "losses": [entry for entry in log if "loss" in entry],
+        "evaluations": [entry for entry in log if "eval_loss" in entry],
+    }
+
+
+class _EndAfterStep(transformers.TrainerCallback):
+    """Writes a checkpoint and ends the training after the step in which a signal comes."""
+
+    def __init__(self, signal: Callable[[], object]) -> None:
+        self.signal = signal
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Looks for the signal."""
+        if self.signal():
+            control.should_save = control.should_training_stop = True
+
+
+def _arguments(job: Job, folder: Path) -> transformers.TrainingArguments:
+    options = job.options
+    return align_training_arguments(
+        str(folder),
+        learning_rate=options.lr,
+        warmup_steps=options.warmup,
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.eval_batch_size,
+        gradient_accumulation_steps=options.accumulation,
+        **({_CHECKPOINTING: True} if options.gradient_checkpointing else {}),
+        logging_steps=options.log_steps,
+        logging_first_step=True,
+        eval_strategy="steps" if options.eval_steps else "no",
+        eval_steps=options.eval_steps or None,
+        save_strategy="steps" if options.save_steps else "no",
+        save_steps=options.save_steps or options.steps,
+        save_total_limit=2,
+        use_cpu=job.device == "cpu",
+        seed=options.seed,
+        disable_tqdm=True,
+    )
