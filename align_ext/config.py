@@ -7,10 +7,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from align_ext.system.bounds import MOST, is_number, is_positive, is_whole, unknown_name, whole
+from align_ext.architectures import ARCHITECTURES, HYDRA_WITHOUT_ROUTER, Architecture, Row
+from align_ext.system.bounds import (
+    MOST,
+    check_options,
+    documented,
+    is_number,
+    is_positive,
+    is_whole,
+    not_negative,
+    option,
+    positive,
+    unknown_name,
+    whole_number,
+)
 from align_ext.system.reading import check_names, check_pattern, shown
 
-Architecture = Literal["align_lora", "lora", "multi_adapter", "lora_moe", "hydra", "r_lora", "m_lora", "mtlora"]
 Align = Literal["kl", "mmd"]
 Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "random_heads"]
 
@@ -18,140 +30,165 @@ DEFAULT_WEIGHT: Mapping[str, float] = {"kl": 0.1, "mmd": 0.15}
 AUTO: Any = "auto"  # an option's default that depends on the architecture
 MOST_TASKS = 10_000  # of whose pairs there are tables
 
-# What an architecture takes where an option is "auto". None: it has no such thing, and the option may not be set.
-_ONE = {
-    "align": None, "num_heads": None, "reduce": None, "router": None, "router_init": None, "routing": None,
-    "routing_groups": None, "top_k": None, "router_temperature": None, "dropout_site": "input",
-    "init_lora_weights": "kaiming", "target_blocks": (), "balance": None, "spectral": None,
-}  # fmt: skip
-_SUMMED = {**_ONE, "num_heads": 5, "reduce": "sum", "dropout_site": "input_per_head"}
-_ROUTED = {
-    **_ONE, "num_heads": 5, "router": "linear", "router_init": "kaiming", "routing": "token", "routing_groups": 1,
-    "top_k": 0, "router_temperature": 1.0,
-}  # fmt: skip
-_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "align_lora": {**_ONE, "align": "kl"},
-    "lora": _ONE,
-    "multi_adapter": _ONE,
-    "lora_moe": _ROUTED,
-    "hydra": _ROUTED,
-    "hydra without router": _SUMMED,
-    "r_lora": {**_ROUTED, "dropout_site": "latent", "init_lora_weights": "random_heads"},
-    "m_lora": {**_SUMMED, "dropout_site": "latent", "init_lora_weights": "random_heads"},
-    "mtlora": {
-        **_ROUTED, "routing_groups": 2, "target_blocks": ("attention", "mlp"), "balance": "cv2", "spectral": "paper",
-    },
-}  # fmt: skip
-_OWN_A = ("multi_adapter", "lora_moe")  # no single A: an offset path of rank r cannot take their heads off again
+
+def _probability(value: Any) -> str | None:
+    """In [0, 1); the kernels count in 65536ths."""
+    return None if is_number(value) and 0 <= round(value * 65536) < 65536 else "in [0, 1)"
 
 
+def _weight(value: Any) -> str | None:
+    return f"{wanted}, or None for the default" if (wanted := not_negative(value)) else None
+
+
+def _targets(value: Any) -> str | None:
+    return None if value else 'suffixes of module names, a regular expression or "all-linear"'
+
+
+def _bandwidths(value: Any) -> str | None:
+    valid = isinstance(value, tuple) and 1 <= len(value) <= 32 and all(map(is_positive, value))
+    return None if valid else "1 to 32 positive numbers, or None"
+
+
+def _blocks(value: Any) -> str | None:
+    valid = isinstance(value, tuple) and all(block in ("attention", "mlp") for block in value)
+    return None if valid else 'of "attention" and "mlp", or empty for linear layers'
+
+
+@documented
 @dataclass(frozen=True)
 class AlignLoraConfig:
     """Options of the adapters and of the losses on them; validated when made.
 
     An option that is "auto" takes the architecture's own value (README, table of architectures).
-
-    Attributes:
-        architecture: what stands beside each layer (align_ext/adapters): "lora", "align_lora" (one adapter, the tasks'
-            latents aligned), "multi_adapter" (A and B of each task), "lora_moe" (routed experts with A and B of their
-            own), "hydra" (one A, routed heads B_i; with router=None their sum), "r_lora" (hydra with random heads and
-            a dropout mask for each), "m_lora" (the same without a router), "mtlora" (routed heads beside whole blocks,
-            fine-grained routing, spectral regularisation).
-        r: rank of A and B.
-        lora_alpha: alpha; the scaling is s = alpha / r.
-        lora_dropout: p, of dropout at dropout_site, in [0, 1).
-        target_modules: suffixes of module names, a regular expression for the whole name, or "all-linear".
-        exclude_modules: suffixes, or a regular expression, of modules to leave alone.
-        modules_to_save: names of modules to train whole, beside the adapters, and to save with them; "auto": the head
-            of a model that classifies or answers by spans, which starts at random; empty: none.
-        target_blocks: adapt whole blocks in place of linear layers: "attention", "mlp" or both (mtLoRA).
-        use_rslora: s = alpha / sqrt(r) (2312.03732).
-        init_lora_weights: "kaiming" (A uniform, B = 0), "gaussian" (A ~ N(0, 1/r²), B = 0), "orthogonal" (A and B
-            random with B A = 0; even r), "pissa" (the r largest singular directions of the base weight, 2404.02948;
-            one adapter only), "random_heads" (R-LoRA, 2502.15455, Table 1). The last two start from B A != 0 and keep
-            it frozen as an offset that is subtracted again; the base weight is never touched.
-        init_gamma: gamma of "random_heads".
-        num_heads: N, how many B_i (or experts) there are.
-        reduce: heads without a router: their "sum" or "mean".
-        router: "linear" (on each token), "mlp" (two layers; with routing="sequence"), or None: heads without a router
-            (hydra).
-        router_init: "kaiming" or "zeros" (equal weights at the start; the default with random heads, whose start is no
-            change of the model only so).
-        routing: weights for each "token", or one set for each "sequence", from the mean of its prompt's tokens: those
-            before the first label, or all where there are no labels (to generate, which needs use_cache=True then).
-        routing_groups: G, groups of outputs with routing weights of their own (mtLoRA's fine-grained routing).
-        top_k: heads with weight; 0: all of them.
-        router_temperature: tau of the softmax.
-        dropout_site: what dropout acts on: "input" (x), "latent" (z, a mask for each head), "input_per_head".
-        align: "kl" (Align-LoRA, 2508.05078, eq. 5), "mmd" (its multi-kernel MMD) or None; any architecture.
-        align_weight: lambda in  loss + lambda * align;  None: 0.1 for "kl", 0.15 for "mmd".
-        num_tasks: M; None takes the largest task id seen so far plus one (one process only, not for multi_adapter).
-        align_eps: kl: added to every variance of z.
-        align_ddof: kl: 0: population variance, 1: sample variance.
-        align_statistics: kl: over a task's tokens ("token"), or position by position over its samples ("position":
-            what Align-LoRA's released code does; unpacked batches, padding counts, sample variance, mean of pairs).
-        align_pairs: "sum" over the pairs of tasks (eq. 5) or "mean".
-        align_layers: "mean" over the adapted layers or "sum".
-        align_accumulation: what is aligned under gradient accumulation: each micro-batch by itself ("micro"), with the
-            last ones' statistics, constants for the gradient ("queue"), or all of a step as one batch ("exact": a
-            second forward for each, align_ext/alignment/accumulation.py).
-        align_queue: K, how many micro-batches the queue holds.
-        mmd_bandwidths: None for multiples of the mean squared distance, or the bandwidths themselves.
-        mmd_kernels: K, how many such multiples.
-        mmd_statistic: "v", or "u" for the unbiased one.
-        mmd_n_max: tokens of a task that take part at most.
-        response_only: only tokens with a label count in alignment and balance (default: all but padding).
-        balance: "cv2" (squared coefficient of variation of the heads' mean weights), "switch" (Switch Transformer's,
-            with top_k), or None.
-        balance_weight: of the balance in the loss.
-        spectral: mtLoRA's regularisation of the heads' overlap: "paper" (spectral-aware), "uniform", "released" (each
-            head by itself) or None. DDP with reentrant checkpointing needs static_graph=True for it.
-        spectral_weight: of the spectral regularisation in the loss.
-        spectral_steps: k, forwards between two refreshes of its projectors.
-        adapter_dtype: dtype of A and B: "float32" (PEFT's default, also on a 16-bit base) or "base".
     """
 
-    architecture: Architecture = "align_lora"
-    r: int = 8
-    lora_alpha: float = 32
-    lora_dropout: float = 0.1
-    target_modules: tuple[str, ...] | str = ("gate_proj", "up_proj", "down_proj")
-    exclude_modules: tuple[str, ...] | str = ()
-    modules_to_save: tuple[str, ...] = AUTO
-    target_blocks: tuple[str, ...] = AUTO
-    use_rslora: bool = False
-    init_lora_weights: Init = AUTO
-    init_gamma: float = 64.0
-    num_heads: int | None = AUTO
-    reduce: Literal["sum", "mean"] | None = AUTO
-    router: Literal["linear", "mlp"] | None = AUTO
-    router_init: Literal["kaiming", "zeros"] | None = AUTO
-    routing: Literal["token", "sequence"] | None = AUTO
-    routing_groups: int | None = AUTO
-    top_k: int | None = AUTO
-    router_temperature: float | None = AUTO
-    dropout_site: Literal["input", "latent", "input_per_head"] = AUTO
-    align: Align | None = AUTO
-    align_weight: float | None = None
-    num_tasks: int | None = None
-    align_eps: float = 1e-6
-    align_ddof: int = 0
-    align_statistics: Literal["token", "position"] = "token"
-    align_pairs: Literal["sum", "mean"] = "sum"
-    align_layers: Literal["mean", "sum"] = "mean"
-    align_accumulation: Literal["micro", "queue", "exact"] = "micro"
-    align_queue: int = 4
-    mmd_bandwidths: tuple[float, ...] | None = None
-    mmd_kernels: int = 5
-    mmd_statistic: Literal["v", "u"] = "v"
-    mmd_n_max: int = 256
-    response_only: bool = False
-    balance: Literal["cv2", "switch"] | None = AUTO
-    balance_weight: float = 0.01
-    spectral: Literal["paper", "uniform", "released"] | None = AUTO
-    spectral_weight: float = 1e-4
-    spectral_steps: int = 100
-    adapter_dtype: Literal["float32", "base"] = "float32"
+    architecture: Architecture = option(
+        "align_lora",
+        'what stands beside each layer (align_ext/adapters): "lora", "align_lora" (one adapter, the tasks\' '
+        'latents aligned), "multi_adapter" (A and B of each task), "lora_moe" (routed experts with A and B of '
+        'their own), "hydra" (one A, routed heads B_i; with router=None their sum), "r_lora" (hydra with random '
+        'heads and a dropout mask for each), "m_lora" (the same without a router), "mtlora" (routed heads beside '
+        "whole blocks, fine-grained routing, spectral regularisation).",
+    )
+    r: int = option(8, "rank of A and B.", whole_number())
+    lora_alpha: float = option(32, "alpha; the scaling is s = alpha / r.", positive)
+    lora_dropout: float = option(0.1, "p, of dropout at dropout_site, in [0, 1).", _probability)
+    target_modules: tuple[str, ...] | str = option(
+        ("gate_proj", "up_proj", "down_proj"),
+        'suffixes of module names, a regular expression for the whole name, or "all-linear".',
+        _targets,
+    )
+    exclude_modules: tuple[str, ...] | str = option((), "suffixes, or a regular expression, of modules to leave alone.")
+    modules_to_save: tuple[str, ...] = option(
+        AUTO,
+        'names of modules to train whole, beside the adapters, and to save with them; "auto": the head of a model '
+        "that classifies or answers by spans, which starts at random; empty: none.",
+    )
+    target_blocks: tuple[str, ...] = option(
+        AUTO,
+        'adapt whole blocks in place of linear layers: "attention", "mlp" or both (mtLoRA).',
+        _blocks,
+    )
+    use_rslora: bool = option(False, "s = alpha / sqrt(r) (2312.03732).")
+    init_lora_weights: Init = option(
+        AUTO,
+        '"kaiming" (A uniform, B = 0), "gaussian" (A ~ N(0, 1/r²), B = 0), "orthogonal" (A and B random with B A = 0; '
+        'even r), "pissa" (the r largest singular directions of the base weight, 2404.02948; one adapter only), '
+        '"random_heads" (R-LoRA, 2502.15455, Table 1). The last two start from B A != 0 and keep it frozen as an '
+        "offset that is subtracted again; the base weight is never touched.",
+    )
+    init_gamma: float = option(64.0, 'gamma of "random_heads".', positive)
+    num_heads: int | None = option(AUTO, "N, how many B_i (or experts) there are.", whole_number())
+    reduce: Literal["sum", "mean"] | None = option(AUTO, 'heads without a router: their "sum" or "mean".')
+    router: Literal["linear", "mlp"] | None = option(
+        AUTO,
+        '"linear" (on each token), "mlp" (two layers; with routing="sequence"), or None: heads without a router '
+        "(hydra).",
+    )
+    router_init: Literal["kaiming", "zeros"] | None = option(
+        AUTO,
+        '"kaiming" or "zeros" (equal weights at the start; the default with random heads, whose start is no change of '
+        "the model only so).",
+    )
+    routing: Literal["token", "sequence"] | None = option(
+        AUTO,
+        'weights for each "token", or one set for each "sequence", from the mean of its prompt\'s tokens: those '
+        "before the first label, or all where there are no labels (to generate, which needs use_cache=True then).",
+    )
+    routing_groups: int | None = option(
+        AUTO,
+        "G, groups of outputs with routing weights of their own (mtLoRA's fine-grained routing).",
+        whole_number(),
+    )
+    top_k: int | None = option(AUTO, "heads with weight; 0: all of them.")
+    router_temperature: float | None = option(AUTO, "tau of the softmax.", positive)
+    dropout_site: Literal["input", "latent", "input_per_head"] = option(
+        AUTO,
+        'what dropout acts on: "input" (x), "latent" (z, a mask for each head), "input_per_head".',
+    )
+    align: Align | None = option(
+        AUTO,
+        '"kl" (Align-LoRA, 2508.05078, eq. 5), "mmd" (its multi-kernel MMD) or None; any architecture.',
+    )
+    align_weight: float | None = option(
+        None,
+        'lambda in loss + lambda * align; None: 0.1 for "kl", 0.15 for "mmd".',
+        _weight,
+    )
+    num_tasks: int | None = option(
+        None,
+        "M; None takes the largest task id seen so far plus one (one process only, not for multi_adapter).",
+        whole_number(most=MOST_TASKS, none=True),
+    )
+    align_eps: float = option(1e-6, "kl: added to every variance of z.", positive)
+    align_ddof: int = option(0, "kl: 0: population variance, 1: sample variance.", whole_number(0, 1, "0 or 1"))
+    align_statistics: Literal["token", "position"] = option(
+        "token",
+        'kl: over a task\'s tokens ("token"), or position by position over its samples ("position": what '
+        "Align-LoRA's released code does; unpacked batches, padding counts, sample variance, mean of pairs).",
+    )
+    align_pairs: Literal["sum", "mean"] = option("sum", '"sum" over the pairs of tasks (eq. 5) or "mean".')
+    align_layers: Literal["mean", "sum"] = option("mean", '"mean" over the adapted layers or "sum".')
+    align_accumulation: Literal["micro", "queue", "exact"] = option(
+        "micro",
+        'what is aligned under gradient accumulation: each micro-batch by itself ("micro"), with the last ones\' '
+        'statistics, constants for the gradient ("queue"), or all of a step as one batch ("exact": a second '
+        "forward for each, align_ext/alignment/accumulation.py).",
+    )
+    align_queue: int = option(4, "K, how many micro-batches the queue holds.", whole_number())
+    mmd_bandwidths: tuple[float, ...] | None = option(
+        None,
+        "None for multiples of the mean squared distance, or the bandwidths themselves.",
+        _bandwidths,
+    )
+    mmd_kernels: int = option(5, "K, how many such multiples.", whole_number(1, 32, "in 1 .. 32"))
+    mmd_statistic: Literal["v", "u"] = option("v", '"v", or "u" for the unbiased one.')
+    mmd_n_max: int = option(
+        256,
+        "tokens of a task that take part at most.",
+        whole_number(2, MOST, f"an integer of at least 2 and at most {MOST}"),
+    )
+    response_only: bool = option(
+        False,
+        "only tokens with a label count in alignment and balance (default: all but padding).",
+    )
+    balance: Literal["cv2", "switch"] | None = option(
+        AUTO,
+        '"cv2" (squared coefficient of variation of the heads\' mean weights), "switch" (Switch Transformer\'s, '
+        "with top_k), or None.",
+    )
+    balance_weight: float = option(0.01, "of the balance in the loss.", not_negative)
+    spectral: Literal["paper", "uniform", "released"] | None = option(
+        AUTO,
+        'mtLoRA\'s regularisation of the heads\' overlap: "paper" (spectral-aware), "uniform", "released" (each '
+        "head by itself) or None. DDP with reentrant checkpointing needs static_graph=True for it.",
+    )
+    spectral_weight: float = option(1e-4, "of the spectral regularisation in the loss.", not_negative)
+    spectral_steps: int = option(100, "k, forwards between two refreshes of its projectors.", whole_number())
+    adapter_dtype: Literal["float32", "base"] = option(
+        "float32",
+        'dtype of A and B: "float32" (PEFT\'s default, also on a 16-bit base) or "base".',
+    )
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules"):
@@ -166,7 +203,7 @@ class AlignLoraConfig:
         if self.architecture not in get_args(Architecture):
             raise ValueError(unknown_name("architecture", self.architecture, get_args(Architecture)))
         equal_weights = self.router_init == AUTO and self.init_lora_weights in (AUTO, "random_heads")
-        self._fill_in(_DEFAULTS["hydra without router" if self._is_unrouted_hydra() else self.architecture])
+        self._fill_in(self.row.defaults)
         if equal_weights and self.router is not None and self.init_lora_weights == "random_heads":
             self._set("router_init", "zeros")  # only so is the start no change
         if self.align is not None and self.align not in get_args(Align):
@@ -181,6 +218,11 @@ class AlignLoraConfig:
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
+
+    @property
+    def row(self) -> Row:
+        """What is known of the architecture (align_ext/architectures.py)."""
+        return HYDRA_WITHOUT_ROUTER if self._is_unrouted_hydra() else ARCHITECTURES[self.architecture]
 
     def _is_unrouted_hydra(self) -> bool:
         return self.architecture == "hydra" and self.router is None
@@ -216,64 +258,10 @@ class AlignLoraConfig:
         return f"{self.architecture!r} without a router" if self._is_unrouted_hydra() else repr(self.architecture)
 
     def _check_ranges(self) -> None:
-        widths, blocks = self.mmd_bandwidths, self.target_blocks
-        heads = (
-            MOST if self.num_heads is None or not is_whole(self.num_heads) else self.num_heads
-        )  # it has its own rule
-        rules = {
-            "lora_dropout": (
-                is_number(self.lora_dropout)
-                and 0 <= round(self.lora_dropout * 65536) < 65536,  # it is a count of these
-                "in [0, 1)",
-            ),
-            "target_modules": (
-                len(self.target_modules) > 0,
-                'suffixes of module names, a regular expression or "all-linear"',
-            ),
-            "target_blocks": (
-                isinstance(blocks, tuple) and all(block in ("attention", "mlp") for block in blocks),
-                'of "attention" and "mlp", or empty for linear layers',
-            ),
-            "top_k": (
-                self.top_k is None or is_whole(self.top_k, 0, heads),
-                f"in 1 .. num_heads = {shown(self.num_heads)}, or 0 for all heads",
-            ),
-            "align_weight": (
-                self.align_weight is None or (is_number(self.align_weight) and self.align_weight >= 0),
-                "a number >= 0, or None for the default",
-            ),
-            "num_tasks": (
-                self.num_tasks is None or is_whole(self.num_tasks, most=MOST_TASKS),
-                f"{whole(self.num_tasks, MOST_TASKS)}, or None",
-            ),
-            "align_ddof": (is_whole(self.align_ddof, 0, 1), "0 or 1"),
-            "mmd_bandwidths": (
-                widths is None
-                or (isinstance(widths, tuple) and 1 <= len(widths) <= 32 and all(map(is_positive, widths))),
-                "1 to 32 positive numbers, or None",
-            ),
-            "mmd_kernels": (is_whole(self.mmd_kernels, most=32), "in 1 .. 32"),
-            "mmd_n_max": (is_whole(self.mmd_n_max, 2), f"an integer of at least 2 and at most {MOST}"),
-        }
-        for name in ("r", "num_heads", "routing_groups", "align_queue", "spectral_steps"):
-            value = getattr(self, name)
-            none = value is None and name in ("num_heads", "routing_groups")
-            rules[name] = (none or is_whole(value), whole(value))
-        for name in ("lora_alpha", "init_gamma", "router_temperature", "align_eps"):
-            value = getattr(self, name)
-            none = value is None and name == "router_temperature"
-            rules[name] = (none or is_positive(value), "a positive number")
-        for name in ("use_rslora", "response_only"):
-            rules[name] = (isinstance(getattr(self, name), bool), "true or false")
-        for name in ("balance_weight", "spectral_weight"):
-            value = getattr(self, name)
-            rules[name] = (is_number(value) and value >= 0, "a number >= 0")
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            rules[name] = (value is None or value in choices, " or ".join(f'"{choice}"' for choice in choices))
-        for name, (valid, allowed) in rules.items():
-            if not valid:
-                raise ValueError(f"{name} must be {allowed}, got {shown(getattr(self, name))}")
+        check_options(self)
+        heads = self.num_heads
+        if self.top_k is not None and not is_whole(self.top_k, 0, heads or MOST):
+            raise ValueError(f"top_k must be in 1 .. num_heads = {heads}, or 0 for all heads, got {shown(self.top_k)}")
 
     def _check_combinations(self) -> None:
         def refuse(option: str, why: str) -> None:
@@ -281,7 +269,7 @@ class AlignLoraConfig:
 
         several = (self.num_heads or 1) > 1
         random = self.init_lora_weights in ("random_heads", "orthogonal")
-        own_A = self.architecture in _OWN_A
+        own_A = self.row.own_A
         if self.architecture == "multi_adapter" and self.num_tasks is None:
             refuse("num_tasks", "multi_adapter has an adapter for each task: say how many there are")
         if self.init_lora_weights == "random_heads" and (self.num_heads is None or own_A):
@@ -354,21 +342,3 @@ class AlignLoraConfig:
             if name not in known:
                 raise ValueError(unknown_name("option", name, known))
         return cls(**options)
-
-
-_CHOICES = {
-    "init_lora_weights": get_args(Init),
-    "reduce": ("sum", "mean"),
-    "router": ("linear", "mlp"),
-    "router_init": ("kaiming", "zeros"),
-    "routing": ("token", "sequence"),
-    "dropout_site": ("input", "latent", "input_per_head"),
-    "align_statistics": ("token", "position"),
-    "align_pairs": ("sum", "mean"),
-    "align_layers": ("mean", "sum"),
-    "align_accumulation": ("micro", "queue", "exact"),
-    "mmd_statistic": ("v", "u"),
-    "balance": ("cv2", "switch"),
-    "spectral": ("paper", "uniform", "released"),
-    "adapter_dtype": ("float32", "base"),
-}

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from torch import nn
 
 from align_ext import AlignLoraConfig
 from align_ext.adapters import adapter_class
 from align_ext.adapters.base import AdaptedLinear
-from align_ext.config import Architecture
+from align_ext.architectures import ARCHITECTURES
 from align_ext.data.rows import ROWS
 
 # What is one change in an option, and yet an architecture of its own.
@@ -32,7 +32,7 @@ ABLATION: dict[str, dict[str, Any]] = {
 def configs() -> list[tuple[str, AlignLoraConfig]]:
     """Every architecture, and the variants, by the words that choose it."""
     rows = []
-    for name in get_args(Architecture):
+    for name in ARCHITECTURES:
         for options in ({}, VARIANTS[name]) if name in VARIANTS else ({},):
             words = " ".join([name, *(f"{key}={value}" for key, value in options.items())])
             rows.append((words, AlignLoraConfig(architecture=name, num_tasks=3, **options)))
@@ -56,10 +56,10 @@ def architectures() -> str:
         "|---|---|---|---|---|",
     ]
     for words, config in configs():
-        cls, aligned = adapter_class(config), " (tasks aligned)" if config.align else ""
-        plain, _, of_aligned = cls.paper.partition("; aligned: ")
+        row, aligned = config.row, " (tasks aligned)" if config.align else ""
+        plain, _, of_aligned = row.paper.partition("; aligned: ")
         paper = _linked(of_aligned if config.align else plain)
-        cells = (f"`{words}`", f"{cls.formula}{aligned}", cls.parameters_formula, merges(config), paper)
+        cells = (f"`{words}`", f"{row.formula}{aligned}", row.parameters, merges(config), paper)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -19,7 +19,7 @@ from align_ext import (
     replace_linear_with_align_lora,
 )
 from align_ext.adapters.adapted_block import adapted_layers
-from align_ext.config import Architecture
+from align_ext.architectures import Architecture
 
 ARCHITECTURES = get_args(Architecture)
 TASKS = {"num_tasks": 3}

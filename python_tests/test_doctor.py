@@ -11,7 +11,9 @@ import torch
 from rich.console import Console
 
 from align_ext import backend
-from align_ext.adapters import ARCHITECTURES
+from align_ext.adapters import adapter_class
+from align_ext.architectures import ARCHITECTURES
+from align_ext.config import AlignLoraConfig
 from align_ext.diagnostics import doctor
 
 
@@ -46,7 +48,8 @@ def test_a_wrong_result_is_found(op, monkeypatch):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_wrong_architecture_is_found(name, monkeypatch):
-    right = ARCHITECTURES[name].project
+    kind = adapter_class(AlignLoraConfig(architecture=name, num_tasks=2))
+    right = kind.project
 
     def wrong(self, x, dropout_p, current, **op):
         y, *others = right(self, x, dropout_p, current, **op)
@@ -54,7 +57,7 @@ def test_a_wrong_architecture_is_found(name, monkeypatch):
 
     cpu = torch.device("cpu")
     assert doctor._verdict(doctor._architecture(name), cpu, torch.float32) is None
-    monkeypatch.setattr(ARCHITECTURES[name], "project", wrong)
+    monkeypatch.setattr(kind, "project", wrong)
     assert "relative error" in doctor._verdict(doctor._architecture(name), cpu, torch.float32)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,15 +36,9 @@ class Adapter(nn.Module):
     computes and by `terms` what change of the weight that is, or by `cannot_merge` why it is none.
 
     Attributes:
-        formula: what it computes, for tables.
-        parameters_formula: how many parameters it trains, in n, m (in, out), r, N (num_heads), M (num_tasks) and G.
-        paper: where it comes from.
         capture: takes what each forward computes on the way (align_ext/adapters/capture.py); None: nobody looks.
     """
 
-    formula: ClassVar[str]
-    parameters_formula: ClassVar[str]
-    paper: ClassVar[str]
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     capture: Callable[[Captured], None] | None = None

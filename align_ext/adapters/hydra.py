@@ -12,10 +12,6 @@ class HydraAdapter(RoutedAdapter):
     One dropout mask on x serves all heads.
     """
 
-    formula = "s Σ w_i(x) B_i A x"
-    parameters_formula = "r (n + N m) + N n"
-    paper = "2404.19245"
-
 
 class HydraSumAdapter(SummedAdapter):
     """Heads without a router, as HydraLoRA's code trains them: each has a dropout mask of its own on x.
@@ -24,7 +20,3 @@ class HydraSumAdapter(SummedAdapter):
 
     With one mask for all, heads that start from zero would get the same gradient and stay identical for ever.
     """
-
-    formula = "s Σ B_i A (mask_i * x)"
-    parameters_formula = "r (n + N m)"
-    paper = "2404.19245, released code"

@@ -25,9 +25,6 @@ class LoraAdapter(Adapter):
     y = base(x) + s (B z - B0 A0 dropout(x)), and the base weight is never touched.
     """
 
-    formula = "s B A x"
-    parameters_formula = "r (n + m)"
-    paper = "2106.09685; aligned: 2508.05078"
     lora_A0: Tensor | None
     lora_B0: Tensor | None
 
@@ -74,10 +71,6 @@ class MultiAdapter(Adapter):
 
     In evaluation a task has to be named: model(..., task_ids=ids) or set_task(model, k).
     """
-
-    formula = "s B_k A_k x, k the task"
-    parameters_formula = "M r (n + m)"
-    paper = "2508.05078, baseline"
 
     def __init__(self, config: AlignLoraConfig, in_features: int, out_features: int) -> None:
         super().__init__(config, in_features, out_features)

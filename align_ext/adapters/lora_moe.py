@@ -13,6 +13,3 @@ class LoraMoeAdapter(RoutedAdapter):
     """
 
     own_A = True
-    formula = "s Σ w_i(x) B_i A_i x"
-    parameters_formula = "N r (n + m) + N n"
-    paper = "2312.09979"

@@ -11,7 +11,3 @@ class MLoraAdapter(SummedAdapter):
 
     Without dropout it is one adapter, c Σ_i B_i A - B0 A0, so it merges, and exports to PEFT at twice the rank.
     """
-
-    formula = "s c Σ B_i (mask_i * A x)"
-    parameters_formula = "r (n + N m)"
-    paper = "2508.05078"

@@ -13,7 +13,3 @@ class MtLoraAdapter(RoutedAdapter):
     spectral-aware regularisation of its heads (align_ext/losses/spectral.py) and a balance loss
     (align_ext/losses/balance.py).
     """
-
-    formula = "s Σ w_gi(x) B_gi A x, by group g of outputs"
-    parameters_formula = "r (n + N m) + G N n"
-    paper = "2603.01526"

@@ -11,7 +11,3 @@ class RLoraAdapter(RoutedAdapter):
 
     A zero router makes the start exactly no change: w_i = 1/N, and the mean of the heads is taken off again.
     """
-
-    formula = "s Σ w_i(x) B_i (mask_i * A x)"
-    parameters_formula = "r (n + N m) + N n"
-    paper = "2502.15455, eq. 4-6 and Table 1"

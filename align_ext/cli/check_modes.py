@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from align_ext.adapters.capture import adapters_of
+from align_ext.architectures import ARCHITECTURES
 from align_ext.base_model.checks import check_base
 from align_ext.base_model.load import load_model
-from align_ext.config import AlignLoraConfig, Architecture
+from align_ext.config import AlignLoraConfig
 from align_ext.diagnostics.grad_check import GradReport, grad_check, print_reports
 from align_ext.model.replace import replace_linear_with_align_lora
 
@@ -47,7 +48,7 @@ def check_modes(name: str | None, console: Console) -> bool:
 
 
 def _tiny_models() -> dict[str, Callable[[], tuple[Any, int]]]:
-    return {architecture: _tiny(architecture) for architecture in get_args(Architecture)}
+    return {architecture: _tiny(architecture) for architecture in ARCHITECTURES}
 
 
 def _tiny(architecture: str) -> Callable[[], tuple[Any, int]]:

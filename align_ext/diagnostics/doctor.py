@@ -12,8 +12,9 @@ from rich.text import Text
 from torch import Tensor
 
 from align_ext import ops, reference
-from align_ext.adapters import ARCHITECTURES, adapter_class
+from align_ext.adapters import adapter_class
 from align_ext.alignment.model_state import AlignState
+from align_ext.architectures import ARCHITECTURES
 from align_ext.config import AlignLoraConfig
 from align_ext.ops._backend import OPS, backend, has_kernel
 from align_ext.ops._native import build_info

