@@ -10,7 +10,7 @@ from typing import Any
 from align_ext.adapters.capture import capture_latents
 from align_ext.alignment.accumulation import align_statistics
 from align_ext.alignment.context import align_parts, align_step, set_task
-from align_ext.alignment.loss_report import AlignParts
+from align_ext.alignment.loss_report import LossReport
 from align_ext.config import AlignLoraConfig
 from align_ext.io.save_adapter import export_peft, save_adapter
 from align_ext.model.cost import FlopsPerToken, ParameterCount, count_parameters, flops_per_token, match_rank
@@ -21,10 +21,10 @@ from align_ext.ops._backend import backend
 
 __all__ = [
     "AlignLoraConfig",
-    "AlignParts",
     "AlignSFTTrainer",
     "AlignTrainer",
     "FlopsPerToken",
+    "LossReport",
     "ParameterCount",
     "TaskCollator",
     "TaskSampler",

@@ -44,7 +44,7 @@ def merges(config: AlignLoraConfig) -> str:
     if config.target_blocks:
         return "no"
     layer = AdaptedLinear(nn.Linear(8, 8), adapter_class(config)(config, 8, 8))
-    if layer.cannot_merge() is None:
+    if layer.unmergeable_reason() is None:
         return "yes"
     return "a task" if config.architecture == "multi_adapter" else "no"
 

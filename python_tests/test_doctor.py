@@ -49,7 +49,7 @@ def test_a_wrong_result_is_found(op, monkeypatch):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_wrong_architecture_is_found(name, monkeypatch):
     kind = adapter_class(AlignLoraConfig(architecture=name, num_tasks=2))
-    right = kind.project
+    right = kind.low_rank_forward
 
     def wrong(self, x, dropout_p, current, **op):
         y, *others = right(self, x, dropout_p, current, **op)
@@ -57,7 +57,7 @@ def test_a_wrong_architecture_is_found(name, monkeypatch):
 
     cpu = torch.device("cpu")
     assert doctor._verdict(doctor._architecture(name), cpu, torch.float32) is None
-    monkeypatch.setattr(kind, "project", wrong)
+    monkeypatch.setattr(kind, "low_rank_forward", wrong)
     assert "relative error" in doctor._verdict(doctor._architecture(name), cpu, torch.float32)
 
 

@@ -22,8 +22,8 @@ from align_ext.system.reading import (
     read_lines,
     read_text,
     read_yaml,
+    reason_of,
     shown,
-    why,
 )
 
 
@@ -230,7 +230,7 @@ def test_fuzz_any_value_is_shown_in_one_printable_line(value):
     text = shown(value)
     assert len(text) <= 80
     assert text.isprintable()
-    assert why(ValueError(text * 20)).isprintable()
+    assert reason_of(ValueError(text * 20)).isprintable()
 
 
 def test_huge_values_are_shown_soon():

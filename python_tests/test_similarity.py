@@ -89,7 +89,7 @@ def test_a_routers_weights_are_those_of_the_softmax_of_the_tokens_that_count(arc
     assert found[UP].entropy == pytest.approx(float(-(w * w.log()).sum(1).mean() / math.log(3)), rel=1e-5)
     assert found[UP].load.sum() == pytest.approx(1)
     assert model.training
-    assert "project" not in adapters(model)[UP].__dict__
+    assert "low_rank_forward" not in adapters(model)[UP].__dict__
 
 
 def test_a_zero_router_is_uniform_and_a_steep_one_is_not():

@@ -24,7 +24,7 @@ class AdaptedBlock(AdaptedModule):
         y = self.adapter(u.to(first.dtype), base_out=first)
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
-    def cannot_merge(self) -> str:
+    def unmergeable_reason(self) -> str:
         """Why not: it stands beside several layers."""
         return "it stands beside a whole block, which has no one weight: keep it as an adapter"
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from align_ext.alignment.model_state import AlignState
-from align_ext.alignment.step import Step
+from align_ext.alignment.step import AlignStep
 from align_ext.alignment.tap import as_key
 from align_ext.config import AlignLoraConfig
 
-Projected = tuple[Tensor, Tensor, Tensor | None]  # y, z, w
-Term = tuple[Tensor, Tensor]  # A, B
+LowRankOutput = tuple[Tensor, Tensor, Tensor | None]  # y, z, w
+Factors = tuple[Tensor, Tensor]  # A, B
 
 
 class Captured(NamedTuple):
@@ -33,7 +33,7 @@ class Adapter(nn.Module):
     """The low-rank path of one layer: parameters, and one call of an op.
 
     A subclass makes its parameters (lora_A, lora_B and others, all starting with lora_), says by `project` what it
-    computes and by `terms` what change of the weight that is, or by `cannot_merge` why it is none.
+    computes and by `terms` what change of the weight that is, or by `unmergeable_reason` why it is none.
 
     Attributes:
         capture: takes what each forward computes on the way (align_ext/adapters/capture.py); None: nobody looks.
@@ -61,7 +61,7 @@ class Adapter(nn.Module):
         A, B = self._parameters.get("lora_A"), self._parameters.get("lora_B")
         return self.lora_A if A is None else A, self.lora_B if B is None else B
 
-    def project(self, x: Tensor, dropout_p: float, current: Step | None, **op: Any) -> Projected:
+    def low_rank_forward(self, x: Tensor, dropout_p: float, current: AlignStep | None, **op: Any) -> LowRankOutput:
         """Computes y, z and, with a router, its weights w; op holds the base."""
         raise NotImplementedError
 
@@ -78,43 +78,43 @@ class Adapter(nn.Module):
         """Computes base(x) + low rank for x [..., in_features]; the base is weight and bias, or what it returned."""
         dropout_p = self.dropout_p if self.training else 0.0
         step = self.state.find(self.training) if self.state is not None else None
-        y, z, w = self.project(x, dropout_p, step, weight=weight, bias=bias, base_out=base_out)
+        y, z, w = self.low_rank_forward(x, dropout_p, step, weight=weight, bias=bias, base_out=base_out)
         if self.capture is not None:
             self.capture(Captured(z.detach(), None if w is None else w.detach()))
         if step is None or self.layer_key is None or not (self.training and step.records):
             return y
         return step.tap(self, x, y, z, w)
 
-    def terms(self) -> list[Term]:
+    def delta_factors(self) -> list[Factors]:
         """Pairs A [r, n] and B [m, r] of which s Σ B A is the adapter's change of the base weight.
 
         Raises:
-            TypeError: it is none; cannot_merge says why.
+            TypeError: it is none; unmergeable_reason says why.
         """
-        raise TypeError(f"{type(self).__name__} is no fixed change of the weight: {self.cannot_merge()}")
+        raise TypeError(f"{type(self).__name__} is no fixed change of the weight: {self.unmergeable_reason()}")
 
-    def uniform_terms(self) -> list[Term]:
+    def uniform_delta_factors(self) -> list[Factors]:
         """The terms if the router gave all heads the same weight: an approximation."""
-        return self.terms()
+        return self.delta_factors()
 
     def delta_weight(self) -> Tensor:
         """The adapter as a change of the base weight, [out_features, in_features], float32 (float64 for float64).
 
         Raises:
-            TypeError: it is none; cannot_merge says why.
+            TypeError: it is none; unmergeable_reason says why.
         """
-        return self._product(self.terms())
+        return self._product(self.delta_factors())
 
     def uniform_delta_weight(self) -> Tensor:
         """The change of the weight if the router gave all heads the same weight: an approximation."""
-        return self._product(self.uniform_terms())
+        return self._product(self.uniform_delta_factors())
 
-    def _product(self, terms: list[Term]) -> Tensor:
+    def _product(self, delta_factors: list[Factors]) -> Tensor:
         """S Σ B A; term by term, so that an offset takes the start off to the bit."""
-        first, *others = (wide(B) @ wide(A) for A, B in terms)
+        first, *others = (at_least_float32(B) @ at_least_float32(A) for A, B in delta_factors)
         return self.scaling * sum(others, first)
 
-    def cannot_merge(self) -> str | None:
+    def unmergeable_reason(self) -> str | None:
         """Why the adapter is no change of the weight, or None if it is."""
         return None
 
@@ -123,12 +123,12 @@ class Adapter(nn.Module):
         return f"r={self.r}, scaling={self.scaling:g}, dropout_p={self.dropout_p:g}"
 
 
-def wide(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
     """A tensor in float32, or in float64 if it is that already."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def offset_terms(A0: Tensor | None, B0: Tensor | None) -> list[Term]:
+def offset_factors(A0: Tensor | None, B0: Tensor | None) -> list[Factors]:
     """(A0, -B0), which takes the adapter of the start off again; nothing where it started as no change."""
     return [] if A0 is None or B0 is None else [(A0, -B0)]
 
@@ -165,7 +165,7 @@ class AdaptedModule(nn.Module):
         super().__init__()
         self.base_layer, self.adapter = base_layer, adapter
 
-    def cannot_merge(self) -> str | None:
+    def unmergeable_reason(self) -> str | None:
         """Why the adapter cannot be merged into the base's weight, or None if it can."""
         raise NotImplementedError
 
@@ -235,11 +235,11 @@ class AdaptedLinear(AdaptedModule):
         """The adapter as a change of the base weight, [out_features, in_features], float32."""
         return self.adapter.delta_weight()
 
-    def cannot_merge(self) -> str | None:
+    def unmergeable_reason(self) -> str | None:
         """Why the adapter cannot be merged into the base weight, or None if it can."""
-        return self.adapter.cannot_merge() or self.base_cannot_merge()
+        return self.adapter.unmergeable_reason() or self.base_unmergeable_reason()
 
-    def base_cannot_merge(self) -> str | None:
+    def base_unmergeable_reason(self) -> str | None:
         """Why nothing can be merged into the base weight, or None."""
         base: Any = self.base_layer
         weight: Any = getattr(base, "weight", None)
@@ -263,7 +263,7 @@ class AdaptedLinear(AdaptedModule):
         Raises:
             ValueError: it cannot be merged; the message says why.
         """
-        reason = self.base_cannot_merge() if delta is not None else self.cannot_merge()
+        reason = self.base_unmergeable_reason() if delta is not None else self.unmergeable_reason()
         if reason is not None:
             raise ValueError(f"the layer cannot be merged: {reason}")
         if not self.merged:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from align_ext.adapters import init
-from align_ext.adapters.base import Adapter, Projected, Term, offset_terms
-from align_ext.alignment.step import Step
+from align_ext.adapters.base import Adapter, Factors, LowRankOutput, offset_factors
+from align_ext.alignment.step import AlignStep
 from align_ext.config import AlignLoraConfig
 from align_ext.ops import dropout_sum, grouped_lora
 
@@ -51,7 +51,7 @@ class LoraAdapter(Adapter):
             init.ZERO_PRODUCT[self.init](A.data, B.data)
 
     @override
-    def project(self, x: Tensor, dropout_p: float, current: Step | None, **op: Any) -> Projected:
+    def low_rank_forward(self, x: Tensor, dropout_p: float, current: AlignStep | None, **op: Any) -> LowRankOutput:
         A, B = self.factors
         if self.init != "pissa":
             return *grouped_lora(x, A, B, self.scaling, dropout_p=dropout_p, **op), None
@@ -59,9 +59,9 @@ class LoraAdapter(Adapter):
         return *dropout_sum(x, A, B[None], self.scaling, dropout_p=dropout_p, **op), None
 
     @override
-    def terms(self) -> list[Term]:
+    def delta_factors(self) -> list[Factors]:
         """(A, B), and the offset (A0, -B0) of a PiSSA start."""
-        return [(self.lora_A, self.lora_B), *offset_terms(self.lora_A0, self.lora_B0)]
+        return [(self.lora_A, self.lora_B), *offset_factors(self.lora_A0, self.lora_B0)]
 
 
 class MultiAdapter(Adapter):
@@ -86,7 +86,7 @@ class MultiAdapter(Adapter):
             init.ZERO_PRODUCT[self.init](*of_task)
 
     @override
-    def project(self, x: Tensor, dropout_p: float, current: Step | None, **op: Any) -> Projected:
+    def low_rank_forward(self, x: Tensor, dropout_p: float, current: AlignStep | None, **op: Any) -> LowRankOutput:
         A, B = self.factors
         if current is not None:
             op["group"] = current.groups(x)
@@ -106,14 +106,14 @@ class MultiAdapter(Adapter):
             )
         return task
 
-    def cannot_merge(self) -> str | None:
+    def unmergeable_reason(self) -> str | None:
         """Why not: no task is named."""
         if self.state is None or self.state.task is None:
             return "it has an adapter for each task: name one with set_task(model, k)"
         return None
 
     @override
-    def terms(self) -> list[Term]:
+    def delta_factors(self) -> list[Factors]:
         """(A_k, B_k) of the named task k."""
         task = self._named_task()
         return [(self.lora_A[task], self.lora_B[task])]

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from align_ext.adapters import init, router
-from align_ext.adapters.base import Adapter, Projected, Term, offset_terms, wide
+from align_ext.adapters.base import Adapter, Factors, LowRankOutput, at_least_float32, offset_factors
 from align_ext.alignment.model_state import AlignState
-from align_ext.alignment.step import Step
+from align_ext.alignment.step import AlignStep
 from align_ext.config import AlignLoraConfig
 from align_ext.losses.spectral import overlap, projectors, self_orthogonality
 from align_ext.ops import dropout_sum
@@ -71,11 +71,14 @@ class HeadsAdapter(Adapter):
         return {"A0": buffers["lora_A0"], "B0": buffers["lora_B0"]}
 
     @override
-    def uniform_terms(self) -> list[Term]:
+    def uniform_delta_factors(self) -> list[Factors]:
         """(A, c Σ_i B_i) and the offset (A0, -B0), the heads of equal weight; an A_i of each head makes A [N r, n]."""
         if self.own_A:
-            return [(self.lora_A.flatten(0, 1), wide(self.lora_B).transpose(0, 1).flatten(1) / self.heads)]
-        return [(self.lora_A, self._collapsed(wide(self.lora_B))), *offset_terms(self.lora_A0, self.lora_B0)]
+            return [(self.lora_A.flatten(0, 1), at_least_float32(self.lora_B).transpose(0, 1).flatten(1) / self.heads)]
+        return [
+            (self.lora_A, self._collapsed(at_least_float32(self.lora_B))),
+            *offset_factors(self.lora_A0, self.lora_B0),
+        ]
 
     @override
     def join(self, state: AlignState, name: str) -> None:
@@ -109,7 +112,7 @@ class SummedAdapter(HeadsAdapter):
     """Heads without a router: y = base(x) + s c Σ_i B_i u_i, with a dropout mask for each head."""
 
     @override
-    def project(self, x: Tensor, dropout_p: float, current: Step | None, **op: Any) -> Projected:
+    def low_rank_forward(self, x: Tensor, dropout_p: float, current: AlignStep | None, **op: Any) -> LowRankOutput:
         reduce: Any = self.config.reduce
         options = {"reduce": reduce, "site": self.site, "dropout_p": dropout_p, **self.offset}
         A, B = self.factors
@@ -119,9 +122,9 @@ class SummedAdapter(HeadsAdapter):
         return B.mean(0) if self.config.reduce == "mean" else B.sum(0)
 
     @override
-    def terms(self) -> list[Term]:
+    def delta_factors(self) -> list[Factors]:
         """(A, c Σ_i B_i) and the offset: without dropout the sum of the heads is one adapter, exactly."""
-        return self.uniform_terms()
+        return self.uniform_delta_factors()
 
 
 class RoutedAdapter(HeadsAdapter):
@@ -142,7 +145,7 @@ class RoutedAdapter(HeadsAdapter):
         self.lora_router.reset(zeros=self.config.router_init == "zeros")
 
     @override
-    def project(self, x: Tensor, dropout_p: float, current: Step | None, **op: Any) -> Projected:
+    def low_rank_forward(self, x: Tensor, dropout_p: float, current: AlignStep | None, **op: Any) -> LowRankOutput:
         options = {
             "top_k": self.config.top_k or None, "tau": self.config.router_temperature, "site": self.site,
             "dropout_p": dropout_p, **self.offset,
@@ -150,6 +153,6 @@ class RoutedAdapter(HeadsAdapter):
         lora_router: Any = self._modules["lora_router"]
         return lora_router.route(self, x, current, **options, **op)
 
-    def cannot_merge(self) -> str | None:
+    def unmergeable_reason(self) -> str | None:
         """Why not: the weight depends on the input."""
         return "its router mixes the heads anew for every input: keep the adapter, or merge with approximate='uniform'"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
-from align_ext.alignment.step import Step
+from align_ext.alignment.step import AlignStep
 from align_ext.config import AlignLoraConfig
 from align_ext.ops import routed_lora
 
@@ -27,7 +27,9 @@ class LinearRouter(nn.Module):
         """Kaiming uniform, or zeros: uniform weights."""
         _reset(self.lora_R, zeros=zeros)
 
-    def route(self, adapter: Any, x: Tensor, current: Step | None, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def route(
+        self, adapter: Any, x: Tensor, current: AlignStep | None, **options: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Computes y, z, w of an adapter."""
         A, B = adapter.factors
         return routed_lora(x, A, B, self.lora_R, adapter.scaling, **options)
@@ -51,7 +53,7 @@ class SequenceRouter(nn.Module):
         _reset(self.lora_H, zeros=False)
         _reset(self.lora_R, zeros=zeros)
 
-    def logits(self, x: Tensor, current: Step | None) -> Tensor:
+    def logits(self, x: Tensor, current: AlignStep | None) -> Tensor:
         """Computes [B, G N] for x [B, S, n]."""
         if x.dim() != 3:
             raise RuntimeError(f'routing="sequence" needs x [batch, tokens, features], but a layer got {list(x.shape)}')
@@ -70,14 +72,18 @@ class SequenceRouter(nn.Module):
             self._of_prompt = logits.detach()
         return logits
 
-    def route(self, adapter: Any, x: Tensor, current: Step | None, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def route(
+        self, adapter: Any, x: Tensor, current: AlignStep | None, **options: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Computes y, z, w of an adapter.
 
         The logits travel as further columns of x, which the op's router picks out and A does not see.
         """
         logits = self.logits(x, current)
         columns = logits.shape[1] + -(x.shape[-1] + logits.shape[1]) % 8  # rows stay aligned
-        wide = torch.cat([x, pad(logits, (0, columns - logits.shape[1]))[:, None].expand(-1, x.shape[1], -1)], -1)
+        at_least_float32 = torch.cat(
+            [x, pad(logits, (0, columns - logits.shape[1]))[:, None].expand(-1, x.shape[1], -1)], -1
+        )
         R = pad(torch.eye(logits.shape[1], dtype=x.dtype, device=x.device), (x.shape[-1], columns - logits.shape[1]))
         A = pad(adapter.lora_A, (0, columns))
         if options.get("A0") is not None:
@@ -85,7 +91,7 @@ class SequenceRouter(nn.Module):
         weight, bias = options.pop("weight", None), options.pop("bias", None)
         if weight is not None:
             options["base_out"] = linear(x, weight, bias)
-        return routed_lora(wide, A, adapter.lora_B, R, adapter.scaling, **options)
+        return routed_lora(at_least_float32, A, adapter.lora_B, R, adapter.scaling, **options)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_of_prompt": None}

@@ -23,19 +23,19 @@ from torch import Tensor, nn
 from align_ext.alignment.buffers import same_buffers
 from align_ext.alignment.context import align_step
 from align_ext.alignment.guards import world_size
-from align_ext.alignment.model_state import UnionPart, find_state
+from align_ext.alignment.model_state import MicroBatchShare, find_state
 
 
-class Union:
+class AccumulatedBatch:
     """Micro-batches that are aligned together."""
 
-    def __init__(self, batches: Sequence[Mapping[str, Any]], parts: list[UnionPart]) -> None:
+    def __init__(self, batches: Sequence[Mapping[str, Any]], parts: list[MicroBatchShare]) -> None:
         self.batches, self.parts = batches, parts
 
     def __len__(self) -> int:
         return len(self.parts)
 
-    def replay(self) -> Iterator[tuple[dict[str, Any], UnionPart]]:
+    def replay(self) -> Iterator[tuple[dict[str, Any], MicroBatchShare]]:
         """Each batch, a copy of its dictionary, with its part, the generators as in the first pass."""
         for batch, part in zip(self.batches, self.parts, strict=True):
             part.restore_rng()
@@ -43,7 +43,7 @@ class Union:
 
 
 @torch.no_grad()
-def align_statistics(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> Union:
+def align_statistics(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> AccumulatedBatch:
     """Runs the forwards of micro-batches for the statistics of their union, over all processes.
 
     Args:
@@ -76,9 +76,9 @@ def align_statistics(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> 
     union = union.over_processes() if world_size() > 1 else union
     parts, before = [], 0
     for statistics, states in zip(own, rng, strict=True):
-        parts.append(UnionPart(union.after(before), len(own), states))
+        parts.append(MicroBatchShare(union.after(before), len(own), states))
         before += statistics.tokens
-    return Union(batches, parts)
+    return AccumulatedBatch(batches, parts)
 
 
 def _rng_state() -> tuple[Tensor, ...]:

@@ -16,9 +16,9 @@ from align_ext.alignment.guards import (
     refuse_processes_apart,
     world_size,
 )
-from align_ext.alignment.loss_report import AlignParts
+from align_ext.alignment.loss_report import LossReport
 from align_ext.alignment.model_state import AlignState, find_state
-from align_ext.alignment.step import Step
+from align_ext.alignment.step import AlignStep
 from align_ext.system.bounds import is_whole
 from align_ext.system.reading import shown
 
@@ -40,7 +40,7 @@ def _modules(model: nn.Module) -> Iterator[nn.Module]:
             waiting.extend(reversed(module._modules.values()))
 
 
-def open_step(model: nn.Module, state: AlignState, ids: Tensor | None, **options: bool) -> Step:
+def open_step(model: nn.Module, state: AlignState, ids: Tensor | None, **options: bool) -> AlignStep:
     """A new step for a model's next forward; the model's checkpoint functions will find it again."""
     refuse_compiled_autograd()
     if world_size() > 1:
@@ -64,7 +64,7 @@ def open_step(model: nn.Module, state: AlignState, ids: Tensor | None, **options
         )
     state.in_backward.clear()
     like = next(model.parameters()) if adapter is None else adapter
-    step = Step(state, None if ids is None else _as_ids(ids), like, **options)
+    step = AlignStep(state, None if ids is None else _as_ids(ids), like, **options)
     if step.records:
         state.last = step
     return step
@@ -93,7 +93,7 @@ def align_step(
     labels: Tensor | None = None,
     *,
     strict: bool = True,
-) -> Iterator[Step]:
+) -> Iterator[AlignStep]:
     """Opens a training step for one forward of the model; then differentiate step.total(loss).
 
     Args:
@@ -130,7 +130,7 @@ def align_step(
         state.current = outer
 
 
-def align_parts(model: nn.Module) -> AlignParts | None:
+def align_parts(model: nn.Module) -> LossReport | None:
     """The losses of the model's last training step; None without one, or before its step.total(loss)."""
     state = find_state(model)
     if state is None or state.last is None or state.last._lm is None:

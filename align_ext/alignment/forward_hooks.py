@@ -17,7 +17,7 @@ from align_ext.alignment.activation_checkpoint import BoundCheckpoint
 from align_ext.alignment.context import open_step
 from align_ext.alignment.model_state import AlignState
 from align_ext.alignment.sources import watch_parts
-from align_ext.alignment.step import Step
+from align_ext.alignment.step import AlignStep
 from align_ext.config import AlignLoraConfig
 
 _EVAL = (
@@ -81,7 +81,7 @@ def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     return args, kwargs
 
 
-def _mask(step: Step, given: Mapping[str, Any]) -> None:
+def _mask(step: AlignStep, given: Mapping[str, Any]) -> None:
     """Tells a step which of a forward's tokens count, by the forward's own arguments."""
     if step.records and given.get("encoder_hidden_states") is not None:
         raise RuntimeError(

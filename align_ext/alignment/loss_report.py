@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class AlignParts:
+class LossReport:
     """The last step's losses, for logging. Reading them waits for the device.
 
     Attributes:

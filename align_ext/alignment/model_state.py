@@ -29,7 +29,7 @@ _NO_STEP = (
 
 
 @dataclass(frozen=True)
-class UnionPart:
+class MicroBatchShare:
     """One micro-batch's place among several that are aligned as one batch (align_ext/alignment/accumulation.py).
 
     Attributes:

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from align_ext.alignment.guards import refuse_compiled_autograd, world_size
-from align_ext.alignment.loss_report import AlignParts
-from align_ext.alignment.model_state import STATISTICS, AlignState, Statistics, UnionPart
+from align_ext.alignment.loss_report import LossReport
+from align_ext.alignment.model_state import STATISTICS, AlignState, MicroBatchShare, Statistics
 from align_ext.alignment.tap import LATENT, WEIGHTS, as_key, register_step, tap
 from align_ext.alignment.tokens import StepTokens
 from align_ext.losses.balance import Balance
@@ -42,7 +42,7 @@ _NOT_DIFFERENTIATED = (
 )
 
 
-class Step(StepTokens):
+class AlignStep(StepTokens):
     """One forward's task ids, the layers' latents and, inside backward, the gradients of these.
 
     Args:
@@ -162,7 +162,7 @@ class Step(StepTokens):
 
     @torch.compiler.disable
     def total(
-        self, loss: Tensor, weight: float | None = None, scale: float = 1.0, of: UnionPart | None = None
+        self, loss: Tensor, weight: float | None = None, scale: float = 1.0, of: MicroBatchShare | None = None
     ) -> Tensor:
         """Computes loss + scale * (weight * align + balance_weight * balance + spectral_weight * spectral).
 
@@ -200,7 +200,7 @@ class Step(StepTokens):
             loss = (loss + (config.spectral_weight * scale) * self.spectral).to(loss.dtype)
         return loss
 
-    def _all_statistics(self, of: UnionPart | None, distributed: bool) -> Statistics:
+    def _all_statistics(self, of: MicroBatchShare | None, distributed: bool) -> Statistics:
         """What this step's alignment is about: all processes' tokens, and those of other micro-batches."""
         kind, queue = self.state.config.align_accumulation, self.state.queue
         if of is not None:
@@ -233,13 +233,13 @@ class Step(StepTokens):
         if self._has_total:
             raise RuntimeError("this step has its total already: add the losses first, then step.total(sum) once")
 
-    def parts(self) -> AlignParts:
+    def parts(self) -> LossReport:
         """The losses of this step, as numbers; after total(loss)."""
         if self._lm is None:
             raise RuntimeError("this step has no losses yet: call step.total(loss) first")
         state, alignment = self.state, self.alignment
         per_layer = [] if alignment is None else zip(state.names, alignment.per_layer.tolist(), strict=True)
-        return AlignParts(
+        return LossReport(
             lm=float(self._lm),
             align=0.0 if alignment is None else float(alignment.value),
             weight=self._weight,
@@ -255,7 +255,7 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, loss: Tensor, step: Step, factors: dict[int, float], of_gradients: dict[int, float],
+        ctx: Any, loss: Tensor, step: AlignStep, factors: dict[int, float], of_gradients: dict[int, float],
         recorded: dict[int, Latents],
     ) -> Tensor:  # fmt: skip
         ctx.step, ctx.layers = step, [(output, layer) for output, latents in recorded.items() for layer in latents]

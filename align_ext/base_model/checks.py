@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from align_ext.alignment.buffers import same_buffers
 from align_ext.base_model.fingerprint import BaseModel
 from align_ext.system.memory import is_memory
-from align_ext.system.reading import shown, why
+from align_ext.system.reading import reason_of, shown
 
 _PROBE = 8  # tokens
 _ROUNDING = 1e-4  # of gradients relative to the largest one
@@ -45,7 +45,7 @@ def running(model: Any, what: str) -> Iterator[None]:
             raise
         quantised = getattr(getattr(model, "config", None), "quantization_config", None) is not None
         hint = " (its config.json says that it is quantised)" if quantised else ""
-        raise CannotRun(f"--model {_name(model)} cannot {what}: {why(error)}{hint}") from error
+        raise CannotRun(f"--model {_name(model)} cannot {what}: {reason_of(error)}{hint}") from error
 
 
 def check_loaded(model: nn.Module, info: Mapping[str, Any], name: str) -> None:

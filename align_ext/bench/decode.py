@@ -11,7 +11,7 @@ import torch
 
 from align_ext.alignment.context import set_task
 from align_ext.bench import models
-from align_ext.bench.setting import Case, Say, Setting
+from align_ext.bench.setting import Case, PrintLine, Setting
 from align_ext.bench.timing import Call, Comparison, visits
 from align_ext.model.merge import merge_and_unload
 
@@ -44,7 +44,7 @@ def _models(setting: Setting) -> dict[str, Any]:
     return result
 
 
-def _decoding(setting: Setting, batch: int, made: Callable[[], dict[str, Any]], _: Say) -> Iterator[Comparison]:
+def _decoding(setting: Setting, batch: int, made: Callable[[], dict[str, Any]], _: PrintLine) -> Iterator[Comparison]:
     ids = torch.ones((batch, 1), dtype=torch.int64, device=setting.device)
     calls = {name: _call(model.eval(), ids) for name, model in made().items()}
     yield from visits(calls, setting.rounds, setting.device, host=True, seconds=setting.seconds)

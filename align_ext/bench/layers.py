@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from align_ext.alignment.context import align_step
 from align_ext.bench.baselines import ALPHA, LORA, SEVERAL, Make, Sizes, compiled
-from align_ext.bench.setting import TASKS, Case, Say, Setting, name_of
+from align_ext.bench.setting import TASKS, Case, PrintLine, Setting, name_of
 from align_ext.bench.timing import ROW_MS, Call, Comparison, Goal, visits
 from align_ext.config import AlignLoraConfig
 from align_ext.model.replace import replace_linear_with_align_lora
@@ -133,12 +133,12 @@ def available(makes: dict[str, Any]) -> dict[str, Any]:
 
 def goals(names: dict[str, Any], in_features: int, dtype: torch.dtype) -> dict[str, Goal]:
     """What the variants should reach, as far as that is laid down."""
-    wide, narrow, result = in_features >= WIDE, dtype != torch.float32, {}
+    at_least_float32, narrow, result = in_features >= WIDE, dtype != torch.float32, {}
     for name in names:
         plain = name.removesuffix(FLOAT32)
         if plain in GOALS:
-            limit = GOALS[plain][2 if wide else narrow]
-            result[name] = Goal(limit if plain == name else max(limit, FLOAT32_GOALS[wide]))
+            limit = GOALS[plain][2 if at_least_float32 else narrow]
+            result[name] = Goal(limit if plain == name else max(limit, FLOAT32_GOALS[at_least_float32]))
     return result
 
 
@@ -157,7 +157,7 @@ def _cases(kind: str, setting: Setting, makes: dict[str, Make], mixed: dict[str,
 
 
 def _measured(
-    setting: Setting, makes: dict[str, Make], shape: tuple[int, int], dtype: torch.dtype, _: Say
+    setting: Setting, makes: dict[str, Make], shape: tuple[int, int], dtype: torch.dtype, _: PrintLine
 ) -> Iterator[Comparison]:
     calls = variants(makes, setting.sizes, shape, dtype, setting.device)
     for result in visits(calls, setting.rounds, setting.device, seconds=setting.seconds):
@@ -194,7 +194,7 @@ def dispatch(setting: Setting) -> Iterator[Case]:
             )
 
 
-def _calls(setting: Setting, sizes: Sizes, count: int, _: Say) -> Iterator[Comparison]:
+def _calls(setting: Setting, sizes: Sizes, count: int, _: PrintLine) -> Iterator[Comparison]:
     """A step of so many layers, divided by their number: a step's own cost is seen in that of one layer."""
     torch.manual_seed(0)
 
@@ -218,7 +218,7 @@ def _calls(setting: Setting, sizes: Sizes, count: int, _: Say) -> Iterator[Compa
         yield result
 
 
-def _over_threads(setting: Setting, name: str, threads: int, _: Say) -> Iterator[Comparison]:
+def _over_threads(setting: Setting, name: str, threads: int, _: PrintLine) -> Iterator[Comparison]:
     makes = {n: ours(options) for n, options in (SINGLE | HEADS).items() if n == name}
     call = variants(makes, setting.sizes, setting.shapes[0], torch.float32, setting.device)[name]
 
@@ -251,7 +251,7 @@ def sweep(setting: Setting) -> Iterator[Case]:
 
 
 def _point(
-    setting: Setting, makes: dict[str, Make], sizes: Sizes, point: tuple[str, int], _: Say
+    setting: Setting, makes: dict[str, Make], sizes: Sizes, point: tuple[str, int], _: PrintLine
 ) -> Iterator[Comparison]:
     calls = variants(makes, sizes, setting.shapes[0], torch.float32, setting.device)
     for result in visits(calls, setting.rounds, setting.device, seconds=setting.seconds / 4):

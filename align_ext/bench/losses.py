@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from align_ext import ops, reference
-from align_ext.bench.setting import TASKS, Case, Say, Setting, name_of
+from align_ext.bench.setting import TASKS, Case, PrintLine, Setting, name_of
 from align_ext.bench.timing import ROW_MS, Call, Comparison, Goal, training_step, visits
 
 PAIRS = "pairs in plain PyTorch"
@@ -129,20 +129,20 @@ def losses(setting: Setting) -> Iterator[Case]:
     per_task = min(MMD_TOKENS, tokens)
     compiled = setting.compiled > 0
 
-    def kl(tasks: int, rank: int, _: Say) -> Iterator[Comparison]:
+    def kl(tasks: int, rank: int, _: PrintLine) -> Iterator[Comparison]:
         calls = gaussian_kl(tokens, tasks, rank, device, compiled=compiled)
         for result in visits(calls, setting.rounds, device, seconds=seconds, row_ms=ROW_MS):
             result.goals = {PAIRS: Goal(KL_GOALS[tasks], at_least=True)}
             yield result
 
-    def mmd(rank: int, _: Say) -> Iterator[Comparison]:
+    def mmd(rank: int, _: PrintLine) -> Iterator[Comparison]:
         calls = mk_mmd(TASKS, per_task, rank, device, compiled=compiled)
         known = {PAIRS: Goal(50, at_least=True), "pairs, compiled": Goal(5, at_least=True)}
         for result in visits(calls, setting.rounds, device, seconds=seconds, row_ms=ROW_MS):
             result.goals = {name: known[name] for name in calls if name in known}
             yield result
 
-    def mask(dtype: torch.dtype, _: Say) -> Iterator[Comparison]:
+    def mask(dtype: torch.dtype, _: PrintLine) -> Iterator[Comparison]:
         calls = dropout(tokens, setting.shapes[0][0], dtype, device)
         for result in visits(calls, 2 * setting.rounds, device, seconds=seconds):
             yield _mask_alone(result, dtype)
@@ -165,7 +165,7 @@ def sweep(setting: Setting) -> Iterator[Case]:
         )
 
 
-def _point(setting: Setting, tasks: int, _: Say) -> Iterator[Comparison]:
+def _point(setting: Setting, tasks: int, _: PrintLine) -> Iterator[Comparison]:
     calls = gaussian_kl(setting.sizes.tokens, tasks, setting.sizes.rank, setting.device)
     for result in visits(calls, setting.rounds, setting.device, seconds=setting.seconds / 4, row_ms=ROW_MS):
         result.point = ("tasks", tasks)

@@ -120,14 +120,14 @@ def run(
     try:
         with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as progress:
 
-            def say(title: str, what: str = "") -> None:
+            def print_line(title: str, what: str = "") -> None:
                 progress.update(bar, description=f"{title}: {what}" if what else title)
 
-            measured = {case.title: case.run(partial(say, case.title)) for case in cases}
+            measured = {case.title: case.run(partial(print_line, case.title)) for case in cases}
             bar = progress.add_task("", total=how.visits * len(cases))
             for _ in range(how.visits):
                 for title, visits in measured.items():
-                    say(title)
+                    print_line(title)
                     results[title] = next(visits, None) or results[title]  # whole steps are one visit
                     if not how.goals:
                         results[title].goals = {}

@@ -12,7 +12,7 @@ from align_ext.bench.baselines import Sizes
 from align_ext.bench.timing import Comparison
 
 TASKS = 5
-Say = Callable[[str], None]  # tells the progress bar what is under way
+PrintLine = Callable[[str], None]  # tells the progress bar what is under way
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Case:
     """One table of the report: its title, and its visits, each of which yields all that is known so far."""
 
     title: str
-    run: Callable[[Say], Iterator[Comparison]]
+    run: Callable[[PrintLine], Iterator[Comparison]]
 
 
 def name_of(dtype: torch.dtype) -> str:

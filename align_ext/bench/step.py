@@ -23,7 +23,7 @@ import torch
 
 from align_ext.bench import models
 from align_ext.bench.baselines import Sizes
-from align_ext.bench.setting import TASKS, Case, Say, Setting, name_of
+from align_ext.bench.setting import TASKS, Case, PrintLine, Setting, name_of
 from align_ext.bench.timing import Baselines, Call, Comparison, Goal, measure
 
 TOGETHER = 4  # processes of variants; between steps each keeps its model and what its allocator does not give back
@@ -143,7 +143,7 @@ def step(setting: Setting) -> Iterator[Case]:
         yield Case(f"{work}, {dtype}, r={sizes.rank}, N={sizes.heads}", partial(_whole_steps, setting, dtype))
 
 
-def _whole_steps(setting: Setting, dtype: str, say: Say) -> Iterator[Comparison]:
+def _whole_steps(setting: Setting, dtype: str, print_line: PrintLine) -> Iterator[Comparison]:
     first, *others = models.variants(setting.steps)
     tokens = setting.batch * setting.seq_len
     peak: dict[str, float] = {}
@@ -155,9 +155,9 @@ def _whole_steps(setting: Setting, dtype: str, say: Say) -> Iterator[Comparison]
             with ExitStack() as alive:
                 processes = {}
                 for index, variant in enumerate(group):
-                    say(f"{variant} ({begin + index + 1} of {len(others)})")
+                    print_line(f"{variant} ({begin + index + 1} of {len(others)})")
                     processes[variant] = alive.enter_context(Process(work(setting, variant, dtype)))
-                say(f"{', '.join(group)}: {setting.step_rounds} rounds")
+                print_line(f"{', '.join(group)}: {setting.step_rounds} rounds")
                 steps: dict[str, Call] = {name: process.step for name, process in processes.items()}
                 result = measure({first: frozen.step, **steps}, setting.step_rounds, "cpu")
                 peak |= {variant: process.finish() for variant, process in processes.items()}

@@ -19,14 +19,14 @@ from align_ext.base_model.checks import check_base, running
 from align_ext.data.encode import text_batch
 from align_ext.evaluation.same_logits import LARGEST_DIFFERENCE, relative_difference
 from align_ext.io.adapter_folder import AdapterFolder, task_list, task_number
-from align_ext.io.peft_format import cannot_export
+from align_ext.io.peft_format import unexportable_reason
 from align_ext.io.save_adapter import export_peft
 from align_ext.model.load_adapter import load_adapter
 from align_ext.model.load_base import load_base
 from align_ext.model.merge import merge_and_unload, unload
 from align_ext.system.memory import enough_memory
-from align_ext.system.reading import check_folder, place, read_text, shown
-from align_ext.system.terminal import say, working
+from align_ext.system.reading import check_folder, read_text, shown, shown_path
+from align_ext.system.terminal import print_line, working
 from align_ext.system.writing import LOCK, atomic_folder, check_space, claimed, user_path
 
 PROMPTS = (
@@ -65,10 +65,10 @@ def merge(request: Request, approximate: Any, prompts: str | None, dtype: str, c
         if stored.config.architecture == "multi_adapter":
             if task is None:
                 raise ValueError(f"the adapter has one part for each task: name one with --task ({task_list(stored)})")
-        elif approximate is None and (reason := next(iter(stored.adapters.values())).cannot_merge()):
+        elif approximate is None and (reason := next(iter(stored.adapters.values())).unmergeable_reason()):
             raise ValueError(f"{request.adapter} cannot be merged: {reason}")
         with _doing("loading the model", console):
-            model, tokenizer = load_base(request.model, stored, dtype, lambda line: say(console, line))
+            model, tokenizer = load_base(request.model, stored, dtype, lambda line: print_line(console, line))
             batch = text_batch(tokenizer, texts) if approximate else None
             if batch is not None:
                 check_base(model, tokenizer, _rows(batch), cure="give shorter lines in --prompts")
@@ -78,7 +78,7 @@ def merge(request: Request, approximate: Any, prompts: str | None, dtype: str, c
         with _doing("merging", console):
             merge_and_unload(model, approximate, None if batch is None else {**batch, "use_cache": False})
         if approximate:
-            say(console, str(model.merge_report))
+            print_line(console, str(model.merge_report))
         check_space(target, sum(tensor.nbytes for tensor in model.state_dict().values()))
         with _doing(f"writing {target}", console), atomic_folder(target) as path:
             model.save_pretrained(path)
@@ -102,10 +102,10 @@ def export(request: Request, verify: bool, console: Console) -> bool:
         if stored.config.architecture == "multi_adapter":
             names = stored.task_names or tuple(map(str, range(stored.config.num_tasks or 0)))
             places = {name: number for number, name in enumerate(names)} if task is None else places
-        elif reason := cannot_export(stored.adapters, stored.config):
+        elif reason := unexportable_reason(stored.adapters, stored.config):
             raise ValueError(f"PEFT has no form of this adapter: {reason}")
         with _doing("loading the model", console):
-            model, tokenizer = load_base(request.model, stored, torch.float32, lambda line: say(console, line))
+            model, tokenizer = load_base(request.model, stored, torch.float32, lambda line: print_line(console, line))
             if verify:
                 check_base(model, tokenizer, _rows(text_batch(tokenizer, PROMPTS)), cure="leave --verify out")
             load_adapter(model, request.adapter, force=request.force)
@@ -118,7 +118,7 @@ def export(request: Request, verify: bool, console: Console) -> bool:
             differences = _verify(model, tokenizer, target, places)
         for reader, difference in differences.items():
             verdict = "same logits" if difference <= LARGEST_DIFFERENCE else "OTHER LOGITS"
-            say(console, f"{reader}: {verdict} (relative difference {difference:.1e})")
+            print_line(console, f"{reader}: {verdict} (relative difference {difference:.1e})")
         return all(difference <= LARGEST_DIFFERENCE for difference in differences.values())
 
 
@@ -155,7 +155,7 @@ def _rows(batch: Mapping[str, Tensor]) -> list[list[int]]:
 def _lines(file: str) -> Sequence[str]:
     lines = [line for line in read_text(file, _MOST_PROMPTS).splitlines() if line.strip()]
     if not lines:
-        raise ValueError(f"the file of prompts {place(file)} is empty: write one a line")
+        raise ValueError(f"the file of prompts {shown_path(file)} is empty: write one a line")
     return lines
 
 
@@ -175,4 +175,4 @@ def _doing(what: str, console: Console) -> Iterator[None]:
     start = time.perf_counter()
     with working(console, what):
         yield
-    say(console, f"{what}: {time.perf_counter() - start:.1f} s")
+    print_line(console, f"{what}: {time.perf_counter() - start:.1f} s")

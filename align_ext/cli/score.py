@@ -18,7 +18,7 @@ from align_ext.evaluation.evaluate import TaskScore, evaluate
 from align_ext.evaluation.scored_model import ModelRequest
 from align_ext.io.adapter_folder import AdapterFolder
 from align_ext.system.memory import enough_memory
-from align_ext.system.terminal import bars_on, say, working
+from align_ext.system.terminal import bars_on, print_line, working
 from align_ext.system.versions import versions
 from align_ext.system.writing import atomic_file, check_file, user_path
 
@@ -67,9 +67,11 @@ def score(request: EvalRequest, file: str | None, console: Console) -> dict[str,
     check_base(model, tokenizer, token_rows(tokenizer, data.test))
     with working(console, "loading the adapter"):
         model = request.put_adapter(model)
-    say(console, f"{len(data.names)} tasks: {len(data.test)} examples to score on, {model.dtype} on {model.device}")
+    print_line(
+        console, f"{len(data.names)} tasks: {len(data.test)} examples to score on, {model.dtype} on {model.device}"
+    )
     for line in data.report():
-        say(console, f"  {line}")
+        print_line(console, f"  {line}")
     with bars_on(console) as bars:
         scores = evaluate(model, tokenizer, data.test, request.batch_size, bars, ids, greedy=True)
     console.print(_table(scores, data))

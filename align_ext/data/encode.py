@@ -9,7 +9,7 @@ from torch import Tensor
 
 from align_ext.data.conversation import Turn
 from align_ext.data.rows import Example
-from align_ext.system.reading import shown, why
+from align_ext.system.reading import reason_of, shown
 
 _NO_TEMPLATE = (
     "a conversation, or the column system, needs a chat template, and this tokenizer has none: take an "
@@ -124,7 +124,7 @@ def _prompt_text(tokenizer: Any, prompt: str | tuple[Turn, ...]) -> tuple[str, b
     try:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except Exception as error:  # a template is a program that comes with the model, and may fail in any way
-        raise ValueError(f"the tokenizer's chat template refuses the prompt: {why(error)}") from error
+        raise ValueError(f"the tokenizer's chat template refuses the prompt: {reason_of(error)}") from error
     lost = next((role for role, content in turns if content.strip() not in text), None)
     if lost is not None:
         raise ValueError(f"the tokenizer's chat template leaves out text of the {lost}'s turn")

@@ -16,7 +16,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from align_ext.data.conversation import text_asked
 from align_ext.data.metadata import Texts, text_lost
 from align_ext.data.rows import Example, example_of
-from align_ext.system.reading import MEBIBYTE, MOST_BYTES, parse_json, read_lines, shown, why
+from align_ext.system.reading import MEBIBYTE, MOST_BYTES, parse_json, read_lines, reason_of, shown
 
 _SPLITS = {
     "train": "train", "training": "train", "test": "test", "testing": "test", "validation": "validation",
@@ -89,7 +89,7 @@ def read_source(data: str, ignore: Collection[str] = ()) -> Source:
     except (FileNotFoundError, NotADirectoryError):
         found = None
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read the data {shown(data)}: {why(error)}") from error
+        raise ValueError(f"cannot read the data {shown(data)}: {reason_of(error)}") from error
     if found is not None and stat.S_ISDIR(found):
         files = _files(path, source)
         for file in files:
@@ -111,7 +111,7 @@ def _files(folder: Path, source: Source) -> list[Path]:
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
-        raise ValueError(f"cannot read the folder {shown(str(folder))}: {why(error)}") from error
+        raise ValueError(f"cannot read the folder {shown(str(folder))}: {reason_of(error)}") from error
     files = [name for name in names if _is_rows(name) and not name.startswith(".")]
     source.skipped = [name for name in names if name not in files and _NO_DATA.fullmatch(name)]
     others = [name for name in names if name not in files and name not in source.skipped]
@@ -182,7 +182,7 @@ def _parsed(where: str, text: str) -> Any:
     try:
         return parse_json(text)
     except ValueError as error:
-        raise ValueError(f"{where}: cannot be read ({why(error)})") from error
+        raise ValueError(f"{where}: cannot be read ({reason_of(error)})") from error
 
 
 def _from_hub(name: str) -> Any:
@@ -200,7 +200,7 @@ def _from_hub(name: str) -> Any:
             return datasets.load_dataset(repository, configuration or None)
         except Exception as failure:  # connection, configuration, format: datasets has no common class for them
             error = failure
-    raise ValueError(f"there is no data file or folder {name!r}, and the hub gives no such dataset: {why(error)}")
+    raise ValueError(f"there is no data file or folder {name!r}, and the hub gives no such dataset: {reason_of(error)}")
 
 
 def _add_dataset(source: Source, name: str, loaded: Any, ignore: Collection[str]) -> None:
@@ -225,5 +225,5 @@ def _table(name: str, split: str, table: Any) -> Iterator[tuple[str, Any]]:
         try:
             row = next(rows)
         except Exception as error:  # a column of images, say, of a format that nothing here decodes
-            raise ValueError(f"{where}: cannot be read ({why(error)})") from error
+            raise ValueError(f"{where}: cannot be read ({reason_of(error)})") from error
         yield where, row

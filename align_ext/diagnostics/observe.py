@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from align_ext.adapters.base import Adapter
 from align_ext.alignment.model_state import AlignState
-from align_ext.alignment.step import Step
+from align_ext.alignment.step import AlignStep
 from align_ext.losses.mmd import MmdStatistics
 
 
@@ -37,7 +37,7 @@ class Observer:
     def __init__(self, adapters: Mapping[str, Adapter], state: AlignState) -> None:
         self.adapters, self.state = adapters, state
         self.seen = {name: Seen() for name in adapters}
-        self.steps: list[Step] = []  # of the last run, which clears them
+        self.steps: list[AlignStep] = []  # of the last run, which clears them
         self.weight: float | None = None
         self._handles: list[RemovableHandle] = []
 
@@ -122,7 +122,7 @@ def cause_of_zero(observer: Observer, name: str, parameter: nn.Parameter, loss: 
     return ""
 
 
-def _of_steps(steps: list[Step], weight: float | None, loss: str) -> str:
+def _of_steps(steps: list[AlignStep], weight: float | None, loss: str) -> str:
     """What is wrong with the loop's steps, for all layers alike."""
     if not steps:
         return "the loop opens no training step: call model.train(), and give task_ids= or use align_step"

@@ -32,7 +32,7 @@ from align_ext.io.peft_format import (
     scalings,
 )
 from align_ext.system.bounds import is_number
-from align_ext.system.reading import check_folder, check_names, exists, place, read_json, shown
+from align_ext.system.reading import check_folder, check_names, exists, read_json, shown, shown_path
 from align_ext.system.tensors import check_tensors, digest_of, read_tensors, write_tensors
 
 __all__ = ["AdapterFolder", "check_tensors", "write_tensors"]
@@ -89,7 +89,9 @@ class AdapterFolder:
         path = Path(folder)
         plain = not exists(path / OUR_CONFIG)
         if plain and exists(path / STATE):
-            raise ValueError(f"{place(path)} is no adapter folder: {OUR_CONFIG} is missing, to which {STATE} belongs")
+            raise ValueError(
+                f"{shown_path(path)} is no adapter folder: {OUR_CONFIG} is missing, to which {STATE} belongs"
+            )
         ours = {} if plain else read_json(path / OUR_CONFIG)
         task_names, scaling, digest = (ours.pop(name, None) for name in ("task_names", "layer_scaling", "digest"))
         config = None if plain else _config(path / OUR_CONFIG, ours)
@@ -112,9 +114,11 @@ class AdapterFolder:
         names = checked_task_names([] if task_names is None else task_names, config)
         adapters = adapters_of(config, tensors, factors)
         if not adapters:
-            raise ValueError(f"{place(path)} is no adapter folder: it holds no weights")
+            raise ValueError(f"{shown_path(path)} is no adapter folder: it holds no weights")
         if digest not in (None, digest_of(tensors | trained)):
-            raise ValueError(f"{place(file)} holds other tensors than {OUR_CONFIG} was written for: one was replaced")
+            raise ValueError(
+                f"{shown_path(file)} holds other tensors than {OUR_CONFIG} was written for: one was replaced"
+            )
         if not plain:
             _check_options(path / OUR_CONFIG, file, record.get("options"), decisive(config, factors, names))
         base = None if record.get("base") is None else BaseModel.from_dict(record["base"])
@@ -170,9 +174,9 @@ class AdapterFolder:
             for option, value in {**dict.fromkeys(BY_LAYER), **form.options}.items():
                 if (peft.get(option) or None) != (value or None):
                     raise ValueError(
-                        f"{place(path / PEFT_CONFIG)} has {option}={shown(peft.get(option))}, but {OUR_CONFIG} means "
-                        f"{shown(value)}: one of them was edited; remove {OUR_CONFIG} and {STATE} to load the PEFT "
-                        "adapter alone"
+                        f"{shown_path(path / PEFT_CONFIG)} has {option}={shown(peft.get(option))}, but {OUR_CONFIG} "
+                        f"means {shown(value)}: one of them was edited; remove {OUR_CONFIG} and {STATE} to load the "
+                        "PEFT adapter alone"
                     )
             check_targets(path / PEFT_CONFIG, peft, layers)
             if tensors.keys() != form.tensors.keys() or any(
@@ -180,8 +184,8 @@ class AdapterFolder:
                 for key, tensor in form.tensors.items()
             ):
                 raise ValueError(
-                    f"{place(path / WEIGHTS)} is not the adapter of {STATE}: one of them was replaced; remove the one "
-                    "that is out of date"
+                    f"{shown_path(path / WEIGHTS)} is not the adapter of {STATE}: one of them was replaced; remove the "
+                    "one that is out of date"
                 )
 
 
@@ -266,7 +270,7 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not exists(file):
-        raise ValueError(f"{place(file.parent)} is no adapter folder: {file.name} is missing")
+        raise ValueError(f"{shown_path(file.parent)} is no adapter folder: {file.name} is missing")
     return read_tensors(file)
 
 
@@ -274,9 +278,9 @@ def _read_plain(path: Path, peft: Mapping[str, Any]) -> tuple[dict[str, Tensor],
     """A PEFT folder's tensors of adapters by our keys, those of modules_to_save, and their record."""
     tensors, record = _read(path / WEIGHTS)
     if not peft:
-        raise ValueError(f"{place(path)} is no adapter folder: {PEFT_CONFIG} is missing")
+        raise ValueError(f"{shown_path(path)} is no adapter folder: {PEFT_CONFIG} is missing")
     modules = peft.get("modules_to_save") or []
-    check_names(modules, f"{place(path / PEFT_CONFIG)}: modules_to_save")
+    check_names(modules, f"{shown_path(path / PEFT_CONFIG)}: modules_to_save")
     lora, trained, odd, found = {}, {}, [], set()
     for key, tensor in tensors.items():
         name = key.removeprefix(PEFT_PREFIX)
@@ -289,7 +293,7 @@ def _read_plain(path: Path, peft: Mapping[str, Any]) -> tuple[dict[str, Tensor],
             found.update(within)
         else:
             odd.append(key)
-    file = place(path / WEIGHTS)
+    file = shown_path(path / WEIGHTS)
     if peft.get("ensure_weight_tying"):  # PEFT then writes a tied tensor under its other names too
         again = {key for key in odd if any(torch.equal(tensors[key], tensor) for tensor in trained.values())}
         trained |= {key.removeprefix(PEFT_PREFIX): tensors[key] for key in again}
@@ -324,7 +328,7 @@ def _config(file: Path, options: dict[str, Any]) -> AlignLoraConfig:
     try:
         return AlignLoraConfig.from_dict(options)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{place(file)}: {error}") from error
+        raise ValueError(f"{shown_path(file)}: {error}") from error
 
 
 def _check_options(config: Path, file: Path, recorded: Any, own: Mapping[str, Any]) -> None:
@@ -334,8 +338,8 @@ def _check_options(config: Path, file: Path, recorded: Any, own: Mapping[str, An
         meant = recorded.get(option, "nothing") if isinstance(recorded, dict) else "nothing"
         if meant != value:
             raise ValueError(
-                f"{place(config)} has {option}={shown(value)}, but {file.name} means {shown(meant)}: one of them was "
-                "edited"
+                f"{shown_path(config)} has {option}={shown(value)}, but {file.name} means {shown(meant)}: one of them "
+                "was edited"
             )
 
 
@@ -344,7 +348,7 @@ def _checked_scaling(file: Path, scaling: Any, modules: Sequence[str]) -> dict[s
     if scaling is None:
         return {}
     if not isinstance(scaling, dict) or not all(map(is_number, scaling.values())) or scaling.keys() != set(modules):
-        raise ValueError(f"{place(file)} has layer_scaling={shown(scaling)}, which is no number for each layer")
+        raise ValueError(f"{shown_path(file)} has layer_scaling={shown(scaling)}, which is no number for each layer")
     return scaling
 
 

@@ -10,11 +10,11 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from align_ext.adapters.base import Adapter, Term, wide
+from align_ext.adapters.base import Adapter, Factors, at_least_float32
 from align_ext.base_model.modules_to_save import describe
 from align_ext.config import AlignLoraConfig
 from align_ext.io.adapter_folder import AdapterFolder
-from align_ext.io.peft_format import PEFT_CONFIG, cannot_export, named_task
+from align_ext.io.peft_format import PEFT_CONFIG, named_task, unexportable_reason
 
 
 def inspect_adapter(folder: str | os.PathLike[str], console: Console) -> None:
@@ -41,10 +41,10 @@ def inspect_adapter(folder: str | os.PathLike[str], console: Console) -> None:
 
 
 @torch.no_grad()
-def norm_of_update(terms: list[Term], scaling: float) -> float:
+def norm_of_update(terms: list[Factors], scaling: float) -> float:
     """Computes s ||Σ B A||, Frobenius, from the r x r products BᵀB and A Aᵀ alone."""
     A = torch.cat([A for A, _ in terms]).double()
-    B = torch.cat([wide(B) for _, B in terms], 1).double()
+    B = torch.cat([at_least_float32(B) for _, B in terms], 1).double()
     return scaling * float(((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt())
 
 
@@ -67,11 +67,11 @@ def _table(adapters: dict[str, Adapter], config: AlignLoraConfig) -> Table:
 def _update(adapter: Adapter, config: AlignLoraConfig) -> str:
     """The norm of the update, or the smallest and largest of the tasks' updates."""
     if config.architecture != "multi_adapter":
-        return f"{norm_of_update(adapter.uniform_terms(), adapter.scaling):.3g}"
+        return f"{norm_of_update(adapter.uniform_delta_factors(), adapter.scaling):.3g}"
     norms = []
     for task in range(config.num_tasks or 0):
         with named_task({"": adapter}, task):
-            norms.append(norm_of_update(adapter.terms(), adapter.scaling))
+            norms.append(norm_of_update(adapter.delta_factors(), adapter.scaling))
     return f"{min(norms):.3g} .. {max(norms):.3g}"
 
 
@@ -88,7 +88,7 @@ def _options(config: AlignLoraConfig) -> str:
 def _peft(stored: AdapterFolder) -> str:
     if stored.config.architecture == "multi_adapter":
         return f"loads each folder in {stored.path / 'tasks'}, one a task"
-    if reason := cannot_export(stored.adapters, stored.config):
+    if reason := unexportable_reason(stored.adapters, stored.config):
         return f"cannot: {reason}"
     written = (stored.path / PEFT_CONFIG).is_file()
     return "loads this folder" if written else "cannot: it would misread the names of layers, or of what is trained"

@@ -18,7 +18,7 @@ from align_ext.alignment.model_state import AlignState
 from align_ext.base_model.adopt_peft import BASE_UNTOUCHED, PEFT_PREFIX
 from align_ext.config import AlignLoraConfig
 from align_ext.system.bounds import is_number
-from align_ext.system.reading import Matcher, line, place, shown, why
+from align_ext.system.reading import Matcher, line, reason_of, shown, shown_path
 
 WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TASKS = "tasks"  # a folder for each task is in it
@@ -48,11 +48,11 @@ class PeftForm:
     options: dict[str, Any]
 
 
-def cannot_export(adapters: Mapping[str, Adapter], config: AlignLoraConfig) -> str | None:
+def unexportable_reason(adapters: Mapping[str, Adapter], config: AlignLoraConfig) -> str | None:
     """Why PEFT has no form of these adapters, or None."""
     if config.target_blocks:
         return "its adapters stand beside whole blocks, which PEFT does not know"
-    return next(iter(adapters.values())).cannot_merge()
+    return next(iter(adapters.values())).unmergeable_reason()
 
 
 def is_plain(adapters: Mapping[str, Adapter], config: AlignLoraConfig) -> bool:
@@ -78,7 +78,7 @@ def peft_forms(
     Each holds what is trained beside the adapters too, by name in the plain model.
     """
     if config.architecture != "multi_adapter":
-        return {} if cannot_export(adapters, config) else {"": peft_form(adapters, config, trained)}
+        return {} if unexportable_reason(adapters, config) else {"": peft_form(adapters, config, trained)}
     if config.target_blocks:
         return {}
     assert config.num_tasks is not None
@@ -99,7 +99,7 @@ def peft_form(
     """
     alike, tensors, ranks, times = _alike(adapters, config), {}, {}, 1
     for name, adapter in adapters.items():
-        terms = adapter.terms()
+        terms = adapter.delta_factors()
         B = torch.cat([B.detach() for _, B in terms], 1)
         A = torch.cat([A.detach() for A, _ in terms]).to(B.dtype)
         times, ranks[name] = len(terms), A.shape[0]
@@ -138,13 +138,13 @@ def plain_lora(file: Path, peft: Mapping[str, Any], modules: Sequence[str]) -> A
     others = (*_UNDERSTOOD, "peft_type", "bias", "init_lora_weights")
     odd += [option for option, value in peft.items() if value and option not in others]
     if odd:
-        raise ValueError(f"{place(file)}: {line(odd[0], 80)}={shown(peft.get(odd[0]))} is not plain LoRA")
+        raise ValueError(f"{shown_path(file)}: {line(odd[0], 80)}={shown(peft.get(odd[0]))} is not plain LoRA")
     names = ("r", "lora_alpha", "lora_dropout", "use_rslora")
     given = {"r": _R, "lora_alpha": _ALPHA, "lora_dropout": 0.0, "target_modules": tuple(modules) or ("none",)}
     try:
         return AlignLoraConfig.from_dict({"architecture": "lora"} | given | {n: peft[n] for n in names if n in peft})
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{place(file)}: {error}") from error
+        raise ValueError(f"{shown_path(file)}: {error}") from error
 
 
 def scalings(file: Path, peft: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
@@ -162,10 +162,10 @@ def scalings(file: Path, peft: Mapping[str, Any], ranks: Mapping[str, int]) -> d
     for name, r in ranks.items():
         expected = _by_pattern(matcher, peft, "rank_pattern", name, peft.get("r", _R))
         if expected != r:
-            raise ValueError(f"{place(file)} has r={shown(expected)} for {name}, whose lora_A has {r} rows")
+            raise ValueError(f"{shown_path(file)} has r={shown(expected)} for {name}, whose lora_A has {r} rows")
         alpha = _by_pattern(matcher, peft, "alpha_pattern", name, peft.get("lora_alpha", _ALPHA))
         if not is_number(alpha):
-            raise ValueError(f"{place(file)} has lora_alpha={shown(alpha)} for {name}, which is no number")
+            raise ValueError(f"{shown_path(file)} has lora_alpha={shown(alpha)} for {name}, which is no number")
         result[name] = alpha / (math.sqrt(r) if peft.get("use_rslora") else r)
     return result
 
@@ -191,16 +191,17 @@ def check_targets(
         extra = [name for name in held if not _is_target(matcher, peft, name)]
         missing = [name for name in layers if name not in set(held) and _is_target(matcher, peft, name)]
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{place(file)}: {why(error)}") from error
+        raise ValueError(f"{shown_path(file)}: {reason_of(error)}") from error
     if extra:
         raise ValueError(
-            f"{place(file)} has target_modules={shown(targets)}, which does not name {len(extra)} layers of which "
+            f"{shown_path(file)} has target_modules={shown(targets)}, which does not name {len(extra)} layers of which "
             f"there are weights, {shown(extra[:3])}"
         )
     if missing:
         raise ValueError(
-            f"{place(file.parent)} holds no weights of {len(missing)} layers that its target_modules={shown(targets)} "
-            f"names in this model, {shown(missing[:3])}: some are lost, or it belongs to another model"
+            f"{shown_path(file.parent)} holds no weights of {len(missing)} layers that its "
+            f"target_modules={shown(targets)} names in this model, {shown(missing[:3])}: some are "
+            "lost, or it belongs to another model"
         )
 
 

@@ -60,11 +60,11 @@ from align_ext.io.peft_format import (
     PEFT_CONFIG,
     WEIGHTS,
     PeftForm,
-    cannot_export,
     is_plain,
     named_task,
     peft_form,
     peft_forms,
+    unexportable_reason,
 )
 from align_ext.system.bounds import is_whole
 from align_ext.system.reading import shown
@@ -108,7 +108,7 @@ class _Whole:
 
     def cannot_write(self) -> str | None:
         """Why stock PEFT would not read this in the model as it is, or None."""
-        return peft_misreads(self.model, list(self.layers)) or self.beside.cannot_export(self.model)
+        return peft_misreads(self.model, list(self.layers)) or self.beside.unexportable_reason(self.model)
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], task_names: Sequence[str] = ()) -> None:
@@ -182,7 +182,7 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str], task: int | No
             raise ValueError(f"task={shown(task)}: the model has an adapter for each of {tasks} tasks, by number")
     it = _Whole.of(model, "export_peft")
     with nullcontext() if task is None else named_task(it.adapters, task):
-        if reason := cannot_export(it.adapters, config) or it.cannot_write():
+        if reason := unexportable_reason(it.adapters, config) or it.cannot_write():
             raise ValueError(f"PEFT has no form of this adapter: {reason}")
         form = peft_form(it.adapters, config, it.beside.tensors)
     with one_writes(it.ranks) as writes, atomic_folder(folder, ADAPTER_FILES) if writes else nullcontext() as path:

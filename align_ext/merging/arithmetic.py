@@ -25,8 +25,8 @@ from align_ext.base_model.adopt_peft import PEFT_PREFIX
 from align_ext.base_model.fingerprint import BaseModel
 from align_ext.config import AlignLoraConfig
 from align_ext.io.adapter_folder import ADAPTER_FILES, OUR_CONFIG, AdapterFolder, decisive, write_json
-from align_ext.io.peft_format import PEFT_CONFIG, WEIGHTS, cannot_export
-from align_ext.system.reading import place, shown
+from align_ext.io.peft_format import PEFT_CONFIG, WEIGHTS, unexportable_reason
+from align_ext.system.reading import shown, shown_path
 from align_ext.system.tensors import digest_of, write_tensors
 from align_ext.system.writing import atomic_folder
 
@@ -69,14 +69,14 @@ def read_lora(folder: str | os.PathLike[str]) -> LoraWeights:
         ValueError: no adapter folder, or one of another kind (heads, routers, DoRA, biases).
     """
     stored = AdapterFolder.read(folder)
-    reason = cannot_export(stored.adapters, stored.config) or (
+    reason = unexportable_reason(stored.adapters, stored.config) or (
         "it trains more than adapters" if stored.trained else None
     )
     if reason is not None:
-        raise ValueError(f"{place(stored.path)}: only plain LoRA adapters can be composed: {reason}")
+        raise ValueError(f"{shown_path(stored.path)}: only plain LoRA adapters can be composed: {reason}")
     layers = {}
     for name, adapter in sorted(stored.adapters.items()):
-        terms = adapter.terms()
+        terms = adapter.delta_factors()
         A, B = torch.cat([A.detach() for A, _ in terms]), torch.cat([B.detach() for _, B in terms], 1)
         layers[name] = (A.float(), B.float() * adapter.scaling)
     base = {} if stored.base is None else {"base": stored.base.to_dict()}
@@ -258,7 +258,7 @@ def merge_delta(model: nn.Module, delta: LoraWeights | DenseDelta, *, force: boo
         if change.shape != (layer.out_features, layer.in_features):
             sizes = [layer.out_features, layer.in_features]
             raise ValueError(f"the change of {name} is {list(change.shape)}, but the model's weight is {sizes}")
-        if reason := layer.base_cannot_merge():
+        if reason := layer.base_unmergeable_reason():
             raise ValueError(f"{name} cannot be merged: {reason}")
         try:
             layer.merged_weight(change)  # of all, before the first is written

@@ -15,7 +15,7 @@ from align_ext.adapters.adapted_block import adapted_layers
 from align_ext.alignment.model_state import find_state
 from align_ext.merging.arithmetic import LoraWeights, combined, linear_of, options_of
 from align_ext.model.merge import unload
-from align_ext.model.replace import adapt
+from align_ext.model.replace import insert_adapters
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def lorahub(
         linear_of(model, name)
     optimizer = _optimizer(len(adapters), search)
     training = model.training
-    adapt(model.eval(), options_of(start), {name: len(A) for name, (A, _) in start.layers.items()})
+    insert_adapters(model.eval(), options_of(start), {name: len(A) for name, (A, _) in start.layers.items()})
     try:
         best = ([0.0] * len(adapters), float("inf"))
         shown = console is not None and console.is_terminal

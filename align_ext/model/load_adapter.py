@@ -22,7 +22,7 @@ from align_ext.base_model.modules_to_save import (
 from align_ext.base_model.sharded import fill, outlines, unwrapped
 from align_ext.config import AlignLoraConfig
 from align_ext.io.adapter_folder import AdapterFolder, decisive, state_of
-from align_ext.model.replace import adapt, layer_names
+from align_ext.model.replace import insert_adapters, layer_names
 from align_ext.system.reading import shown
 from align_ext.system.tensors import check_tensors
 
@@ -56,7 +56,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, force: boo
     stored.check_model(model, layer_names(model) if state is None else [], force=force)
     beside = parameters_to_fill(model, stored.trained)
     if state is None:
-        adapt(
+        insert_adapters(
             outer, stored.config, stored.ranks(), stored.trained, lambda own: _fill(model, own, stored, stored.config)
         )
     else:

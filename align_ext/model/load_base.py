@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from align_ext.base_model.load import Say, load_model
+from align_ext.base_model.load import PrintLine, load_model
 from align_ext.io.adapter_folder import AdapterFolder
 from align_ext.system.reading import shown
 
@@ -15,7 +15,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def load_base(
-    name: str | None, stored: AdapterFolder, dtype: str | torch.dtype, say: Say = _LOG.info
+    name: str | None, stored: AdapterFolder, dtype: str | torch.dtype, print_line: PrintLine = _LOG.info
 ) -> tuple[Any, Any]:
     """Loads the base model of an adapter: the one that is named, else the one that the adapter names.
 
@@ -31,7 +31,7 @@ def load_base(
     if name is None and recorded is None:
         raise ValueError("the adapter does not say which base model it belongs to: name it with --model")
     try:
-        return load_model(name or recorded, dtype, say)
+        return load_model(name or recorded, dtype, print_line)
     except ValueError as error:
         hint = "" if name is not None else "; the adapter says that it is its base: --model names another place"
         raise ValueError(f"{error}{hint}") from error

@@ -73,7 +73,7 @@ def merge_and_unload(
     if batch is not None and not isinstance(batch, Mapping):
         raise ValueError(f"batch={shown(batch)} must be a mapping of the model's inputs by name (input_ids, ...)")
     for name, layer in layers.items():
-        if reason := layer.cannot_merge() if approximate is None else _cannot_approximate(layer):
+        if reason := layer.unmergeable_reason() if approximate is None else _cannot_approximate(layer):
             raise ValueError(f"{name} cannot be merged: {reason}")
     before = None if batch is None or approximate is None else _log_probabilities(model, batch)
     linears = {name: layer for name, layer in layers.items() if isinstance(layer, AdaptedLinear)}
@@ -115,8 +115,10 @@ def unload(model: nn.Module) -> nn.Module:
 def _cannot_approximate(layer: AdaptedLinear | AdaptedBlock) -> str | None:
     """Why not even an approximation can be merged, or None."""
     if not isinstance(layer, AdaptedLinear):
-        return layer.cannot_merge()
-    return layer.base_cannot_merge() or ("its adapter is merged already: unmerge it first" if layer.merged else None)
+        return layer.unmergeable_reason()
+    return layer.base_unmergeable_reason() or (
+        "its adapter is merged already: unmerge it first" if layer.merged else None
+    )
 
 
 def _put_back(model: nn.Module, bases: dict[str, nn.Module]) -> nn.Module:

@@ -104,10 +104,10 @@ def replace_linear_with_align_lora(
     if find_state(model) is not None:
         logger.warning("the model has adapters already: nothing was changed (unload(model) removes them)")
         return model
-    return adapt(model, config)
+    return insert_adapters(model, config)
 
 
-def adapt(
+def insert_adapters(
     model: nn.Module,
     config: AlignLoraConfig,
     ranks: Mapping[str, int] | None = None,

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 from align_ext.adapters.base import AdaptedModule
-from align_ext.system.reading import place
+from align_ext.system.reading import shown_path
 
 logger = logging.getLogger(__name__)
 # Trainer's stand-in for weights that nobody gathered; an error here, in one process, would leave the others waiting.
@@ -89,7 +89,7 @@ def _save(
     _tell_trainer()
     in_parts = bool(holders(model.parameters()))
     if state_dict is not None and not state_dict and in_parts:
-        logger.error(_NOT_GATHERED, place(save_directory))
+        logger.error(_NOT_GATHERED, shown_path(save_directory))
     elif is_main_process or (state_dict is None and in_parts):
         write_adapter(model, save_directory, (), state_dict)
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from align_ext.system.reading import why
+from align_ext.system.reading import reason_of
 
 _WORDS = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
 
@@ -24,7 +24,7 @@ def enough_memory(cure: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_memory(error):
             raise
-        raise OutOfMemory(f"there is not enough memory: {cure} ({why(error)[:120]})") from error
+        raise OutOfMemory(f"there is not enough memory: {cure} ({reason_of(error)[:120]})") from error
 
 
 def is_memory(error: BaseException) -> bool:

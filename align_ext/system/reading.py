@@ -49,12 +49,12 @@ def shown(value: Any, most: int = 80) -> str:
         return f"<{type(value).__name__}>"
 
 
-def place(path: str | os.PathLike[str]) -> str:
+def shown_path(path: str | os.PathLike[str]) -> str:
     """A path in a message, whole where it can be."""
     return line(os.fspath(path), 300)
 
 
-def why(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """The reason an exception gives, in a line that ends: an OSError's own words, else its first ones."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
     return line(text, 300)
@@ -87,7 +87,7 @@ def exists(path: str | os.PathLike[str]) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {place(path)}: {why(error)}") from error
+        raise ValueError(f"cannot read {shown_path(path)}: {reason_of(error)}") from error
     return True
 
 
@@ -103,7 +103,7 @@ def open_file(path: str | os.PathLike[str]) -> BinaryIO:
             raise ValueError(f"it is {'a folder' if stat.S_ISDIR(kind) else 'no ordinary file'}")
         file = open(path, "rb")  # noqa: SIM115
     except (OSError, ValueError) as error:  # a name with a zero in it is a ValueError
-        raise ValueError(f"cannot read {place(path)}: {why(error)}") from error
+        raise ValueError(f"cannot read {shown_path(path)}: {reason_of(error)}") from error
     if not os.fspath(path).lower().endswith(".gz"):
         return file
     unzipped = gzip.GzipFile(fileobj=file, mode="rb")
@@ -121,13 +121,13 @@ def read_text(path: str | os.PathLike[str], most: int = MOST_BYTES) -> str:
         with open_file(path) as file:
             content = file.read(most + 1)
     except (OSError, EOFError, zlib.error) as error:  # a disk that fails, a damaged .gz
-        raise ValueError(f"cannot read {place(path)}: {why(error)}") from error
+        raise ValueError(f"cannot read {shown_path(path)}: {reason_of(error)}") from error
     if len(content) > most:
-        raise ValueError(f"cannot read {place(path)}: it is larger than {most} bytes")
+        raise ValueError(f"cannot read {shown_path(path)}: it is larger than {most} bytes")
     try:
         return _decoded(content, "utf-8", path)
     except ValueError as error:
-        raise ValueError(f"cannot read {place(path)}: {why(error)}") from error
+        raise ValueError(f"cannot read {shown_path(path)}: {reason_of(error)}") from error
 
 
 def read_lines(path: str | os.PathLike[str], most: int = MOST_BYTES) -> Iterator[tuple[int, str]]:
@@ -151,7 +151,7 @@ def read_lines(path: str | os.PathLike[str], most: int = MOST_BYTES) -> Iterator
     except (OSError, EOFError, ValueError, zlib.error) as error:
         if isinstance(error, ValueError) and not number and str(error).startswith("cannot read"):
             raise
-        raise ValueError(f"{name}, line {max(number, 1)}: cannot be read ({why(error)})") from error
+        raise ValueError(f"{name}, line {max(number, 1)}: cannot be read ({reason_of(error)})") from error
 
 
 _FORMATS = {
@@ -180,8 +180,8 @@ def _decoded(content: bytes, encoding: str, path: str | os.PathLike[str] | None 
     try:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{why(error)}: it is no text in UTF-8, perhaps in Latin-1 or Windows-1252: save it as UTF-8"
-                         ) from error  # fmt: skip
+        wrong = f"{reason_of(error)}: it is no text in UTF-8, perhaps in Latin-1 or Windows-1252"
+        raise ValueError(f"{wrong}: save it as UTF-8") from error
 
 
 def parse_json(text: str) -> Any:
@@ -210,9 +210,9 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         content = parse_json(text)
     except ValueError as error:
-        raise ValueError(f"{place(path)} is damaged: {why(error)}") from error
+        raise ValueError(f"{shown_path(path)} is damaged: {reason_of(error)}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{place(path)} is damaged: it holds no JSON object")
+        raise ValueError(f"{shown_path(path)} is damaged: it holds no JSON object")
     return content
 
 
@@ -227,11 +227,11 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         content = _PlainLoader(text).get_single_data()
         _check_values(content)
     except Exception as error:  # PyYAML raises anything for a value that is not of its tag (!!int "", !!bool x)
-        raise ValueError(f"{place(path)} is not YAML: {why(error)}") from error
+        raise ValueError(f"{shown_path(path)} is not YAML: {reason_of(error)}") from error
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise ValueError(f"{place(path)} must hold `option: value` lines")
+        raise ValueError(f"{shown_path(path)} must hold `option: value` lines")
     return content
 
 
@@ -244,7 +244,7 @@ def check_pattern(pattern: str) -> None:
     try:
         _compiled(pattern)
     except (regex.error, OverflowError, RecursionError, MemoryError, ValueError) as error:
-        raise ValueError(f"{shown(pattern)} is no regular expression: {why(error)}") from error
+        raise ValueError(f"{shown(pattern)} is no regular expression: {reason_of(error)}") from error
 
 
 class Matcher:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from align_ext.system.reading import MOST_BYTES, check_names, open_file, parse_json, place, shown, why
+from align_ext.system.reading import MOST_BYTES, check_names, open_file, parse_json, reason_of, shown, shown_path
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DTYPES = {
@@ -52,7 +52,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], record: Mapping[str
     try:
         save_file(content, file, metadata={"format": "pt", _RECORD: json.dumps(kept)})
     except SafetensorError as error:  # which it makes of a full disk
-        raise OSError(f"{place(file)} cannot be written: {why(error)}") from error
+        raise OSError(f"{shown_path(file)} cannot be written: {reason_of(error)}") from error
 
 
 def read_tensors(file: str | os.PathLike[str], *, empty: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -86,7 +86,7 @@ def read_tensors(file: str | os.PathLike[str], *, empty: bool = False) -> tuple[
             raise ValueError("it does not hold the tensors that were saved")
         return tensors, content
     except (SafetensorError, ValueError, TypeError, LookupError, AttributeError, OSError, RuntimeError) as error:
-        raise ValueError(f"{place(file)} is damaged: {why(error)}") from error
+        raise ValueError(f"{shown_path(file)} is damaged: {reason_of(error)}") from error
 
 
 def _header(file: str | os.PathLike[str]) -> tuple[dict[str, Any], int]:
@@ -101,9 +101,9 @@ def _header(file: str | os.PathLike[str]) -> tuple[dict[str, Any], int]:
     except (OSError, struct.error, ValueError) as error:
         if isinstance(error, ValueError) and str(error).startswith("cannot read"):
             raise
-        raise ValueError(f"{place(file)} is damaged: {why(error)}") from error
+        raise ValueError(f"{shown_path(file)} is damaged: {reason_of(error)}") from error
     if not isinstance(header, dict) or not all(isinstance(entry, dict) for entry in header.values()):
-        raise ValueError(f"{place(file)} is damaged: its header is none")
+        raise ValueError(f"{shown_path(file)} is damaged: its header is none")
     return header, size
 
 

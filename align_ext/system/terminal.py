@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.status import Status
 from rich.text import Text
 
-from align_ext.system.reading import why
+from align_ext.system.reading import reason_of
 
 
 class OutputLost(BaseException):
@@ -79,7 +79,7 @@ def guarded(run: Callable[[], int]) -> int:
         code = ended
     finally:
         if output.lost is not None and output.lost.errno != errno.EPIPE:
-            print(f"align-lora: standard output cannot be written: {why(output.lost)}", file=sys.stderr)
+            print(f"align-lora: standard output cannot be written: {reason_of(output.lost)}", file=sys.stderr)
         sys.stdout, sys.stderr = before
     return 2 if code == ended and output.lost is not None and output.lost.errno != errno.EPIPE else code
 
@@ -95,7 +95,7 @@ def plain_console() -> Console:
     return Console(markup=False, emoji=False)
 
 
-def say(console: Console, line: str) -> None:
+def print_line(console: Console, line: str) -> None:
     """Prints a line as it is."""
     console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
 

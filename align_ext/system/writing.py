@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from align_ext.system.reading import check_folder, exists, shown, why
+from align_ext.system.reading import check_folder, exists, reason_of, shown
 
 LOCK = ".align_lora.lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -87,7 +87,7 @@ def make_folder(folder: Path) -> list[Path]:
             made.append(path)
     except (OSError, ValueError) as error:  # a name with a zero in it is a ValueError
         _remove_empty(made)
-        raise ValueError(f"the folder {shown(str(folder))} cannot be made: {why(error)}") from error
+        raise ValueError(f"the folder {shown(str(folder))} cannot be made: {reason_of(error)}") from error
     return made
 
 
@@ -106,7 +106,7 @@ def _lock(file: Path, *, wait: bool) -> int | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise ValueError(f"cannot write to the folder {shown(str(file.parent))}: {why(error)}") from error
+        raise ValueError(f"cannot write to the folder {shown(str(file.parent))}: {reason_of(error)}") from error
     found = os.fstat(lock)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -241,7 +241,7 @@ def _beside(target: Path, parent: Path) -> Iterator[Path]:
                 shutil.rmtree(left, ignore_errors=True)
         path = Path(tempfile.mkdtemp(prefix=f".{short}-", suffix=".new", dir=parent))
     except OSError as error:
-        raise ValueError(f"cannot write to the folder {shown(str(parent))}: {why(error)}") from error
+        raise ValueError(f"cannot write to the folder {shown(str(parent))}: {reason_of(error)}") from error
     with claimed(path, wait=True):  # another process may just look whether it was left behind
         try:
             yield path
@@ -350,7 +350,7 @@ def check_file(option: str, file: str | os.PathLike[str], mark: str) -> None:
             new.touch(exist_ok=False)
             raise InterruptedError
     except (OSError, ValueError) as error:
-        raise ValueError(f"{option}={shown(os.fspath(file))} cannot be written: {why(error)}") from error
+        raise ValueError(f"{option}={shown(os.fspath(file))} cannot be written: {reason_of(error)}") from error
 
 
 def _is_result(file: Path, mark: str) -> bool:
@@ -365,7 +365,7 @@ def user_path(path: str, what: str) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise ValueError(f"{what} {shown(path)}: {why(error)}") from error
+        raise ValueError(f"{what} {shown(path)}: {reason_of(error)}") from error
 
 
 def check_space(folder: Path, size: int) -> None:

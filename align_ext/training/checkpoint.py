@@ -12,7 +12,7 @@ from align_ext.alignment.model_state import STATISTICS, AlignState, Statistics, 
 from align_ext.base_model.sharded import holders
 from align_ext.io.save_adapter import save_adapter
 from align_ext.model.load_adapter import load_adapter
-from align_ext.system.reading import exists, place, why
+from align_ext.system.reading import exists, reason_of, shown_path
 from align_ext.system.tensors import read_tensors, write_tensors
 
 QUEUE = "align_queue.safetensors"
@@ -68,7 +68,7 @@ def _read_queue(model: nn.Module, folder: str | Path) -> list[Statistics]:
         kind = STATISTICS[state.config.align or "kl"]
         return [kind.from_tensors(tensors) for _, tensors in sorted(parts.items())]
     except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{place(file)} is damaged: {why(error)}") from error
+        raise ValueError(f"{shown_path(file)} is damaged: {reason_of(error)}") from error
 
 
 def _state(model: nn.Module) -> AlignState:

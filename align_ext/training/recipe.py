@@ -33,7 +33,7 @@ from align_ext.model.replace import adapter_report, replace_linear_with_align_lo
 from align_ext.system.ending import deferred
 from align_ext.system.memory import enough_memory
 from align_ext.system.reading import Matcher, shown
-from align_ext.system.terminal import bars_on, say
+from align_ext.system.terminal import bars_on, print_line
 from align_ext.system.versions import versions
 from align_ext.system.writing import atomic_file, check_space
 from align_ext.training.job import Job
@@ -84,7 +84,7 @@ def prepare(folder: RunFolder, console: Console) -> Job:
     if config.align is not None and len(names) < 2:
         raise ValueError(f"alignment needs two tasks or more, found only {names[0]!r}: use --align none")
     dtype = best_dtype(device) if options.dtype == "auto" else options.dtype
-    model, tokenizer = load_model(options.model, dtype, lambda line: say(console, line))
+    model, tokenizer = load_model(options.model, dtype, lambda line: print_line(console, line))
     check_conversations(tokenizer, pools.examples())
     fit = functools.partial(fits, tokenizer, max_tokens=options.seq_len)
     data = select(pools, options.train_examples, options.eval_examples, fit)
@@ -92,7 +92,7 @@ def prepare(folder: RunFolder, console: Console) -> Job:
         targets, note = default_targets(model)
         config = options.adapter_config(len(names), targets)
         if note:
-            say(console, note)
+            print_line(console, note)
     ids, model = data.ids(), model.to(device)
     train_rows, test_rows = features(tokenizer, data.train, ids), features(tokenizer, data.test, ids)
     used = itertools.chain((row["input_ids"] for row in train_rows), token_rows(tokenizer, data.test))
@@ -122,7 +122,7 @@ def _leaving_out(
     chosen = [name for name in idle if all_linear(config) or name_matches(matcher, name, targets)]
     patterns = without([name for name in chosen if not name_matches(matcher, name, given)], ran)
     if patterns:
-        say(console, f"left out {', '.join(map(shown, patterns))}, whose forward this model does not run here")
+        print_line(console, f"left out {', '.join(map(shown, patterns))}, whose forward this model does not run here")
     return replace(config, exclude_modules=(*given, *patterns))
 
 
@@ -170,10 +170,10 @@ def train(job: Job, console: Console) -> dict[str, Any]:
     results: dict[str, Any] = {"options": options.to_dict(), "versions": versions(), "model": model}
     results["data"] = job.data.counts()
     sizes = f"{len(job.data.train)} examples to train on, {len(job.data.test)} to score on"
-    say(console, f"{len(job.data.names)} tasks: {sizes}")
+    print_line(console, f"{len(job.data.names)} tasks: {sizes}")
     for line in job.data.report():
-        say(console, f"  {line}")
-    say(console, f"{str(adapter_report(job.model)).splitlines()[0]}, {job.model.dtype} on {job.device}")
+        print_line(console, f"  {line}")
+    print_line(console, f"{str(adapter_report(job.model)).splitlines()[0]}, {job.model.dtype} on {job.device}")
     seconds: dict[str, float] = results.setdefault("seconds", {})
     folder = job.folder
     with bars_on(console) as bars:
@@ -208,7 +208,7 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 def score(job: Job, bars: Progress | None = None) -> Scores:
     """Scores the model as it is on the held-out examples."""
     if bars is not None and bars.disable:
-        say(bars.console, "scoring")
+        print_line(bars.console, "scoring")
     size, ids = job.options.eval_batch_size, job.data.ids()
     return Scores(
         evaluate(job.model, job.tokenizer, job.data.test, size, bars, ids),
@@ -239,7 +239,7 @@ def _fit(job: Job, bars: Progress, console: Console) -> dict[str, list[dict[str,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     if checkpoint is not None:
-        say(console, f"going on from {checkpoint}")
+        print_line(console, f"going on from {checkpoint}")
     try:
         with deferred() as signal:
             trainer.add_callback(_EndAfterStep(signal))
@@ -248,7 +248,7 @@ def _fit(job: Job, bars: Progress, console: Console) -> dict[str, list[dict[str,
             raise KeyboardInterrupt
     except BaseException:  # whatever it is, also a bug of ours
         if last := job.folder.last_checkpoint():
-            say(console, f"{last} is kept: --resume goes on from it")
+            print_line(console, f"{last} is kept: --resume goes on from it")
         raise
     log = trainer.state.log_history
     return {

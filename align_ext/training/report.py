@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from align_ext.system.terminal import say
+from align_ext.system.terminal import print_line
 from align_ext.system.writing import atomic_file
 
 
@@ -32,7 +32,9 @@ class ShowProgress(transformers.TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         """Shows the losses."""
         if "eval_loss" in logs and self.bars.disable:
-            say(self.console, f"step {state.global_step}/{state.max_steps}  held-out loss {logs['eval_loss']:.3f}")
+            print_line(
+                self.console, f"step {state.global_step}/{state.max_steps}  held-out loss {logs['eval_loss']:.3f}"
+            )
         if "lm_loss" not in logs:
             return
         text = f"loss {logs['lm_loss']:.3f}"
@@ -41,7 +43,7 @@ class ShowProgress(transformers.TrainerCallback):
                 text += f", {name} {logs[f'{name}_loss']:.3g}"
         self.bars.update(self.bar, description=f"training  {text}")
         if self.bars.disable:
-            say(self.console, f"step {state.global_step}/{state.max_steps}  {text}")
+            print_line(self.console, f"step {state.global_step}/{state.max_steps}  {text}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Removes the bar."""
@@ -64,15 +66,15 @@ def summarise(results: dict[str, Any], target: Path, console: Console) -> None:
         )
     console.print(table)
     if before["align"] is not None:
-        say(console, f"alignment loss {before['align']:.4g} -> {after['align']:.4g}")
+        print_line(console, f"alignment loss {before['align']:.4g} -> {after['align']:.4g}")
     for name, check in results["checks"].items():
         verdict = "same logits" if check["passed"] else "OTHER LOGITS"
         found = check["detail"] or f"{verdict} (relative difference {check['difference']:.1e})"
-        say(console, f"{name}: " + ("does not apply: " if check["passed"] is None else "") + found)
+        print_line(console, f"{name}: " + ("does not apply: " if check["passed"] is None else "") + found)
     if results["plot"] is None:
-        say(console, "no loss plot: matplotlib is not installed")
+        print_line(console, "no loss plot: matplotlib is not installed")
     times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in results["seconds"].items())
-    say(console, f"wrote {target} ({times})")
+    print_line(console, f"wrote {target} ({times})")
 
 
 def plot_losses(losses: list[dict[str, float]], file: Path) -> str | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
-from align_ext.system.reading import shown, why
+from align_ext.system.reading import reason_of, shown
 from align_ext.system.writing import claimed
 from align_ext.training.whole_checkpoints import WRITING, check_whole, clear, keep_last, last_checkpoint, publish
 
@@ -136,7 +136,9 @@ class SafeMixin(_Base):
             if first and new.is_dir():  # another machine's own disk
                 publish(new, folder / name)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch.save has no better for a full disk
-            raise OSError(f"the checkpoint {shown(str(folder / name))} cannot be written: {why(error)}") from error
+            raise OSError(
+                f"the checkpoint {shown(str(folder / name))} cannot be written: {reason_of(error)}"
+            ) from error
         finally:
             self._writing = None
             if first:

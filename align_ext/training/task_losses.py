@@ -98,7 +98,7 @@ class TaskLosses:
             return torch.zeros(len(ids), 1, _PARTS, 2, device=ids.device), torch.full((), torch.inf, device=ids.device)
         return nn.functional.pad(sums, (0, 0, 0, _PARTS - len(parts))), _miss(parts, loss, items, self._low(outputs))
 
-    def say(self) -> None:
+    def print_line(self) -> None:
         """Says once why losses are not logged by task."""
         if not self._said:
             warnings.warn(f"losses are not logged by task: {self.reason}", stacklevel=3)
@@ -249,7 +249,7 @@ class LossSums:
         """The sums per optimizer step, and `loss/<task>`, the mean of the task's terms, if the terms are right."""
         result = {name: float(value) / self.steps for name, value in self.sums.items()}
         if self.tasks and float(torch.stack(self.misses).max()) > 1:
-            splitter.say()
+            splitter.print_line()
         elif self.tasks:
             totals = torch.nn.utils.rnn.pad_sequence([t.double() for t in self.tasks], batch_first=True).sum(0)
             for task, parts in enumerate(totals.tolist()):

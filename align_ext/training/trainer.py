@@ -16,8 +16,8 @@ from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, has_len
 from align_ext.alignment.accumulation import align_statistics
 from align_ext.alignment.context import align_step, named_tasks
 from align_ext.alignment.guards import refuse_processes_apart
-from align_ext.alignment.model_state import UnionPart, find_state
-from align_ext.alignment.step import Step
+from align_ext.alignment.model_state import MicroBatchShare, find_state
+from align_ext.alignment.step import AlignStep
 from align_ext.base_model.sharded import holders
 from align_ext.config import AlignLoraConfig, unknown_name
 from align_ext.data.task_sampler import Mixing, TaskSampler, example_tasks, join_tasks, with_task
@@ -113,7 +113,7 @@ class AlignMixin(SafeMixin):
         self._train_sums, self._eval_sums = LossSums(), LossSums()
         self._splitter: TaskLosses | None = None
         self._batches: list[Any] = []  # of the step under way, until its first pass
-        self._parts: list[UnionPart] = []  # of its micro-batches still to come
+        self._parts: list[MicroBatchShare] = []  # of its micro-batches still to come
         self._epochs = _NextEpoch()
         self.add_callback(self._epochs)
         self.add_callback(ChecksBeforeTraining(self))
@@ -238,7 +238,7 @@ class AlignMixin(SafeMixin):
         self._batches, self._parts = batches, []
         return batches, num_items_in_batch
 
-    def _next_part(self, model: nn.Module) -> UnionPart | None:
+    def _next_part(self, model: nn.Module) -> MicroBatchShare | None:
         """A micro-batch's part of its step where that is aligned as one batch, its dropout masks about to come again.
 
         The first pass is here, not where the batches come: a run that goes on restores its generators in between.
@@ -256,7 +256,11 @@ class AlignMixin(SafeMixin):
         return part
 
     def _record(
-        self, step: Step | None, part: UnionPart | None, loss: Tensor, num_items_in_batch: Tensor | int | None
+        self,
+        step: AlignStep | None,
+        part: MicroBatchShare | None,
+        loss: Tensor,
+        num_items_in_batch: Tensor | int | None,
     ) -> Tensor:
         """Adds the alignment to a micro-batch's loss, each micro-batch weighing 1 / accumulation steps in the end."""
         share = 1 / getattr(self, "current_gradient_accumulation_steps", 1)

@@ -71,7 +71,7 @@ def verify(job: Job, adapter: Path) -> dict[str, Check]:
         "merged": lambda: merge_and_unload(job.model),
         "stock PEFT": lambda: peft.PeftModel.from_pretrained(base(), str(adapter)).eval(),
     }
-    reasons = {"merged": _cannot_merge(job.model), "stock PEFT": _not_for_peft(job.model, adapter)}
+    reasons = {"merged": _unmergeable_reason(job.model), "stock PEFT": _not_for_peft(job.model, adapter)}
     checks = {}
     for name, make in models.items():
         if reason := reasons.get(name):
@@ -85,8 +85,8 @@ def verify(job: Job, adapter: Path) -> dict[str, Check]:
     return checks
 
 
-def _cannot_merge(model: Any) -> str | None:
-    reasons = (layer.cannot_merge() for layer in adapted_layers(model).values())
+def _unmergeable_reason(model: Any) -> str | None:
+    reasons = (layer.unmergeable_reason() for layer in adapted_layers(model).values())
     return next((reason for reason in reasons if reason is not None), None)
 
 

@@ -83,7 +83,7 @@ def test_the_layer_is_its_equations_written_out(name, p, base):
         base_out = layer.base_layer(x)
         given = None if given is None else base_out  # otherwise the operator computes the base itself
         torch.manual_seed(3)
-        y, z, w = layer.adapter.project(x_in, p, step, weight=weight, bias=bias, base_out=given)
+        y, z, w = layer.adapter.low_rank_forward(x_in, p, step, weight=weight, bias=bias, base_out=given)
     prompt, tasks = prompt_and_tasks()
     torch.manual_seed(3)
     expected = low_rank(layer.adapter, config, x, p, tasks, prompt)
@@ -175,7 +175,7 @@ def test_evaluation_is_the_merged_layer_and_unmerging_restores_the_bits(name, ba
     model, config = adapted_layer(name, base, start=False)
     layer, (x, _, _) = model.eval()[0], batch()
     if config.architecture == "multi_adapter":
-        assert "name one with set_task" in layer.cannot_merge()
+        assert "name one with set_task" in layer.unmergeable_reason()
         with pytest.raises(RuntimeError, match="needs to know the task"):
             model(x)
         set_task(model, 2)

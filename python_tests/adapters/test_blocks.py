@@ -39,7 +39,7 @@ def test_a_block_looks_from_outside_as_it_did():
     attention = model.model.layers[1].self_attn
     assert isinstance(attention, AdaptedBlock)
     assert attention.layer_idx == 1
-    assert "has no one weight" in attention.cannot_merge()
+    assert "has no one weight" in attention.unmergeable_reason()
     with pytest.raises(AttributeError, match="nothing_like_it"):
         _ = attention.nothing_like_it
 

@@ -109,7 +109,7 @@ def fsdp2(rank, port, folder):
             with pytest.raises(ValueError, match=r"one process, but this one is wrapped or in parts"):
                 refused(model)
         for layer in adapted_layers(model).values():
-            assert layer.cannot_merge() is not None
+            assert layer.unmergeable_reason() is not None
         other = shard(model_of(kind, tied=kind == "tied"))
         load_trained(other, place / "adapter")
         assert all(torch.equal(tensor, expected[name]) for name, tensor in values(other).items())

