@@ -14,7 +14,7 @@ def test_every_mutant_fits_the_sources_just_once(monkeypatch, capsys):
     assert MUTATIONS["main"]() == 0, capsys.readouterr().out
     mutants = [*MUTATIONS["MUTANTS"], *MUTATIONS["barriers"]()]
     assert f"{len(mutants)} of {len(mutants)} mutants fit" in capsys.readouterr().out
-    assert len({(mutant.file, mutant.before) for mutant in mutants}) == len(mutants) > 60
+    assert len({(mutant.file, mutant.before) for mutant in mutants}) == len(mutants) > 40
 
 
 @pytest.mark.parametrize(
