@@ -30,24 +30,25 @@ class Mutant(NamedTuple):
 
 
 BATCH = "python_tests/test_batch.py -k 'exact_in_every_mode and False or reference_amount or parts_add_up'"
-STEP, TAP = "align_ext/alignment/step.py", "align_ext/alignment/tap.py"
+STEP, OUTPUTS = "align_ext/alignment/step.py", "align_ext/alignment/outputs.py"
 # fmt: off
 MUTANTS = [  # the seam, from task ids to the gradient in every latent
     Mutant("drop the KL term", STEP, "LATENT: self._weight * scale", "LATENT: 0.0 * scale", BATCH),
     Mutant("the KL without a gradient", STEP,
-           "prepare_gradients(d_total, ctx", "prepare_gradients(d_total, 0 * ctx", BATCH),
-    Mutant("detach z", TAP, "return *dy, step.pop_gradient(layer, LATENT), dw", "return *dy, None, dw", BATCH),
+           "differentiate(d_total, ctx", "differentiate(d_total, 0 * ctx", BATCH),
+    Mutant("detach z", "align_ext/alignment/tap.py",
+           "return *dy, step.pop_gradient(layer, LATENT), dw", "return *dy, None, dw", BATCH),
     Mutant("ignore the attention mask", "align_ext/alignment/tokens.py",
            "TokenTasks(torch.where(keep.to(ids.device), ids, NO_TASK))", "TokenTasks(ids.expand(keep.shape))", BATCH),
     Mutant("ignore the incoming gradient", STEP,
-           "prepare_gradients(d_total, ctx.factor", "prepare_gradients(d_total / d_total, ctx.factor", BATCH),
-    Mutant("record again in recomputation", STEP,
+           "differentiate(d_total, ctx.factor", "differentiate(d_total / d_total, ctx.factor", BATCH),
+    Mutant("record again in recomputation", OUTPUTS,
            "_current_graph_task_id() != -1:\n            return",
            "_current_graph_task_id() == -2:\n            return", BATCH),
     Mutant("recompute in the wrong step", "align_ext/alignment/activation_checkpoint.py",
            "outer, state.current = state.current, step\n            try:\n                return function",
            "outer = state.current\n            try:\n                return function", BATCH),
-    Mutant("tables stay armed", STEP,
+    Mutant("a step stays in backward", OUTPUTS,
            "self.state.in_backward[:] = [step for step in self.state.in_backward if step is not self]",
            "pass", "python_tests/test_batch.py python_tests/test_batch_errors.py -k disarmed"),
     Mutant("forget the number of processes", STEP,

@@ -18,7 +18,7 @@ def forward(model):
     inputs, tasks = batch()
     with align_step(model, tasks) as step:
         lm = model(**inputs).loss
-    return step, lm, [weakref.ref(z.untyped_storage()) for z in step._recorded[0].values()]
+    return step, lm, [weakref.ref(z.untyped_storage()) for z in step.recorded[0].values()]
 
 
 def alive(references):
@@ -62,17 +62,17 @@ def test_an_eager_layer_hands_over_z_itself_and_a_compiled_one_a_copy():
     for call, copies in ((layer, False), (torch.compile(layer, backend="aot_eager"), True)):
         with align_step(model, batch()[1]) as step, torch.profiler.profile() as profile:
             call(x)
-        (z,) = step._recorded[0].values()
+        (z,) = step.recorded[0].values()
         assert not z.requires_grad
         torch.testing.assert_close(z, x @ layer.adapter.lora_A.T)
         assert copies == any(event.name == "align_ext::record_" for event in profile.events())
     with align_step(model, batch()[1]) as step:
         step.record(layer.adapter.layer, z)
-        assert step._recorded[0][0] is z
+        assert step.recorded[0][0] is z
     with align_step(model, batch()[1]) as step:
-        torch.ops.align_ext.record_(step.door, z, step.key, layer.adapter.layer_key, 0)
-        assert torch.equal(step._recorded[0][0], z)
-        assert step._recorded[0][0].data_ptr() != z.data_ptr()
+        torch.ops.align_ext.record_(step.written, z, step.key, layer.adapter.layer_key, 0)
+        assert torch.equal(step.recorded[0][0], z)
+        assert step.recorded[0][0].data_ptr() != z.data_ptr()
 
 
 @torch._functorch.config.patch(donated_buffer=False)  # what torch asks for before it retains a compiled graph

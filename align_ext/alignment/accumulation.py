@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from align_ext.alignment.buffers import same_buffers
 from align_ext.alignment.context import align_step
 from align_ext.alignment.guards import world_size
-from align_ext.alignment.model_state import MicroBatchShare, find_state
+from align_ext.alignment.micro_batch import MicroBatchShare
+from align_ext.alignment.model_state import find_state
 
 
 class AccumulatedBatch:

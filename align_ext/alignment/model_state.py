@@ -1,10 +1,9 @@
-"""What the adapters of one model share: options, places in a step, the step under way, what earlier steps left."""
+"""The state that the adapters of one model share, and how it is found."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,11 +12,8 @@ from torch.utils.hooks import RemovableHandle
 
 from align_ext.alignment.guards import check_model
 from align_ext.config import AlignLoraConfig
-from align_ext.losses.kl import KlStatistics
-from align_ext.losses.mmd import MmdStatistics
+from align_ext.losses.statistics import Statistics
 
-Statistics = KlStatistics | MmdStatistics
-STATISTICS: dict[str, type[Statistics]] = {"kl": KlStatistics, "mmd": MmdStatistics}
 _NO_IDS = (
     "{what} needs task ids, but this training step has none: call model(**batch, task_ids=ids), or run the forward "
     "inside `with align_step(model, ids)`; without tasks, use align=None or model.eval()"
@@ -28,29 +24,8 @@ _NO_STEP = (
 )
 
 
-@dataclass(frozen=True)
-class MicroBatchShare:
-    """One micro-batch's place among several that are aligned as one batch (align_ext/alignment/accumulation.py).
-
-    Attributes:
-        statistics: of all micro-batches (and processes), as this one needs them.
-        parts: how many micro-batches there are.
-        rng: the states of the generators before its forward.
-    """
-
-    statistics: Statistics
-    parts: int
-    rng: tuple[Tensor, ...]
-
-    def restore_rng(self) -> None:
-        """Sets torch's generators so that the forward draws the dropout masks of the first pass."""
-        torch.set_rng_state(self.rng[0])
-        if len(self.rng) > 1:
-            torch.cuda.set_rng_state_all(list(self.rng[1:]))
-
-
 class AlignState:
-    """What the adapters of one model share: options, layers, and the step under way.
+    """The state of the adapters of one model: options, layers, and the step under way.
 
     Copies and pickles carry the options and layers, never a step.
     """
@@ -58,28 +33,29 @@ class AlignState:
     def __init__(self, config: AlignLoraConfig) -> None:
         self.config = config
         self.names: list[str] = []
-        self.rank = 0  # the widest layer's
+        self.rank = 0  # the largest one of the layers
         self.tasks = config.num_tasks or 0
-        self.task: int | Tensor | None = None  # that evaluation is about (set_task), or of each sample, [B]
+        self.task: int | Tensor | None = None  # the task that evaluation is about (set_task), or one a sample, [B]
         self.spectral: list[Callable[[], Tensor]] = []  # each layer's spectral loss
-        self.arguments: tuple[str, ...] = ()  # of the model's forward, by name
-        self.handles: tuple[RemovableHandle, ...] = ()  # of the hooks on the model and its parts
+        self.queue: deque[Statistics] = deque(maxlen=config.align_queue)  # statistics of the last micro-batches
+        # The steps (AlignStep).
+        self.current: Any = None  # between a step's opening and closing
+        self.suspended: Any = None  # the current one, while the model runs once more for metrics
+        self.in_backward: list[Any] = []  # inside a backward: those that have gradients to hand out
+        self.last: Any = None
+        # The tokens that layers see (tokens.py).
+        self.encoder_decoder = False  # whether the model has an encoder and a decoder, whose tokens differ
+        self.batch_first = False  # whether a batch with other numbers of samples and tokens has shown it
+        self.sources: dict[int, str] = {}  # by layer: where its tokens come from
+        # The model.
+        self.arguments: tuple[str, ...] = ()  # names of its forward's arguments
+        self.handles: tuple[RemovableHandle, ...] = ()  # of the hooks on it and on its parts
         self.report: Any = None  # of the adaptation (model/replace.py)
-        self.current: Any = None  # the Step between a step's opening and closing
-        self.suspended: Any = None  # the Step, while the model runs once more for metrics
-        self.in_backward: list[Any] = []  # inside a backward: the Steps that have gradients to hand out
-        self.last: Any = None  # Step
-        self.originals: dict[str, Tensor] = {}  # the base's values of what is trained beside the adapters, for unload
-        self.buffers: dict[
-            str, Tensor | None
-        ] = {}  # the base's, which training may change (base_model/modules_to_save.py)
-        self.samples: dict[
-            str, Any
-        ] = {}  # of the base's weights, taken while they were whole (base_model/fingerprint.py)
-        self.queue: deque[Statistics] = deque(maxlen=config.align_queue)  # of the last micro-batches
-        self.encoder_decoder = False  # the model has an encoder and a decoder, whose tokens differ
-        self.batch_first = False  # a batch of more or fewer samples than tokens has shown it
-        self.sources: dict[int, str] = {}  # by layer: where its tokens come from (tokens.py)
+        # The base before training: parameters and buffers that training changes (base_model/modules_to_save.py), and
+        # samples of its weights, taken while they were whole (base_model/fingerprint.py).
+        self.originals: dict[str, Tensor] = {}
+        self.buffers: dict[str, Tensor | None] = {}
+        self.samples: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         queue: deque[Statistics] = deque(maxlen=self.queue.maxlen)
@@ -92,7 +68,7 @@ class AlignState:
         return len(self.names) - 1
 
     def find(self, training: bool = True) -> Any:
-        """The Step that a layer's forward belongs to; None where it needs none."""
+        """The step that a layer's forward belongs to; None where it needs none."""
         if self.current is not None:
             return self.current
         if not training:

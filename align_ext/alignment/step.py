@@ -12,14 +12,11 @@ share on as dz (tap.py). So the gradient is exact whatever the training loop doe
 kind, accumulation, loss scaling, pending forwards, compilation, data parallelism.
 A router's weights w go the same way as the latents; the spectral loss depends on parameters alone and is ordinary
 autograd.
-The latents are the layers' own tensors, not copies (a compiled graph's are). The step holds them until total, then the
-loss node does, as what it saved for backward: they go when autograd frees the loss's graph.
 docs/numerics.md derives the tables; docs/architecture.md follows one batch through these files.
 """
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -27,23 +24,20 @@ from torch import Tensor
 
 from align_ext.alignment.guards import refuse_compiled_autograd, world_size
 from align_ext.alignment.loss_report import LossReport
-from align_ext.alignment.model_state import STATISTICS, AlignState, MicroBatchShare, Statistics
-from align_ext.alignment.tap import LATENT, WEIGHTS, as_key, register_step, tap
-from align_ext.alignment.tokens import StepTokens
+from align_ext.alignment.micro_batch import MicroBatchShare
+from align_ext.alignment.model_state import AlignState
+from align_ext.alignment.outputs import StepOutputs
+from align_ext.alignment.tap import LATENT, WEIGHTS
 from align_ext.losses.balance import Balance
 from align_ext.losses.kl import KlAlignment
 from align_ext.losses.mmd import MmdAlignment
+from align_ext.losses.statistics import STATISTICS, Statistics
 from align_ext.losses.tokens import Latents
 from align_ext.ops._autograd import apply_of
 
-_NOT_DIFFERENTIATED = (
-    "backward reached an aligned layer, but not the alignment loss: differentiate step.total(loss), or the loss of "
-    "model(..., task_ids=ids); align_step(..., strict=False) allows it, and the layer then gets no alignment gradient"
-)
 
-
-class AlignStep(StepTokens):
-    """One forward's task ids, the layers' latents and, inside backward, the gradients of these.
+class AlignStep(StepOutputs):
+    """The losses on the adapters of one forward: alignment, balance, spectral.
 
     Args:
         state: of the model.
@@ -54,105 +48,40 @@ class AlignStep(StepTokens):
         records: layers hand over their outputs; False for evaluation.
     """
 
-    door = torch.zeros((), dtype=torch.int64, device="cpu")  # of record_ (align_ext/alignment/tap.py), for all steps
-
     def __init__(
         self, state: AlignState, ids: Tensor | None, like: Tensor, *, strict: bool = True, by_keyword: bool = False,
         records: bool = True,
     ) -> None:  # fmt: skip
-        super().__init__(state, ids, like, records=records)
-        self.strict, self.by_keyword = strict, by_keyword
-        self.number = register_step(self)
-        self.key = as_key(self.number)
-        self.seen: set[int] = set()
+        super().__init__(state, ids, like, strict=strict, records=records)
+        self.by_keyword = by_keyword
         self.alignment: KlAlignment | MmdAlignment | None = None
         self.balance: Balance | None = None
         self.spectral: Tensor | None = None
-        self._has_total = False
-        self._recorded: dict[int, Latents] = {LATENT: {}, WEIGHTS: {}}  # of the layers that ran, until total
-        self._gradients: dict[int, Latents] | None = None  # what no layer has taken yet, inside backward
-        self._differentiated = False
         self._own: Statistics | None = None  # for the queue, once the loss is differentiated
         self._lm: Tensor | None = None
         self._weight = 0.0
-
-    def tap(self, adapter: Any, x: Tensor, y: Tensor, z: Tensor, w: Tensor | None) -> Tensor:
-        """Records the outputs of a layer that ran on x, and returns y with the step's gradients behind it."""
-        config = self.state.config
-        if config.align:
-            self._hand_over(adapter, z.detach(), LATENT)
-        w = w if config.balance else None
-        if w is not None:
-            self._hand_over(adapter, w.detach(), WEIGHTS)
-        self.check_layout(x.shape)
-        return tap(y, z, w, self, adapter)
-
-    def _hand_over(self, adapter: Any, output_of_layer: Tensor, output: int) -> None:
-        if torch.compiler.is_compiling():
-            torch.ops.align_ext.record_(self.door, output_of_layer, self.key, adapter.layer_key, output)
-        else:
-            self.record(adapter.layer, output_of_layer, output)
-
-    def record(self, layer: int, z: Tensor, output: int = LATENT) -> None:
-        """Records an output of a layer that ran; a second time is an error."""
-        if torch._C._current_graph_task_id() != -1:
-            return  # activation checkpointing recomputes the layer inside backward: its z is here already
-        if layer in self._recorded[output] or self._has_total:
-            raise RuntimeError(
-                f"the aligned layer {self.state.names[layer]!r} ran twice in one step: use one align_step (or one "
-                "task_ids= call) per forward; a layer that the model runs several times in a forward (ALBERT's) cannot "
-                "be aligned: leave it out by exclude_modules, or adapt the model with align=None"
-            )
-        self.check_tokens(layer, z.shape[0])
-        self.seen.add(layer)
-        self._recorded[output][layer] = z
 
     def statistics(self) -> Statistics:
         """What the alignment needs of this process's tokens; before total."""
         state = self.state
         sizes = len(state.names), state.tasks, state.rank
         return STATISTICS[state.config.align or "kl"].of(
-            self._recorded[LATENT], self.aligned_tokens, sizes, state.config
+            self.recorded[LATENT], self.aligned_tokens, sizes, state.config
         )
 
-    def pop_gradient(self, layer: int, output: int = LATENT) -> Tensor | None:
-        """The gradient in a layer's output, the caller's own from now on; None outside the loss's backward."""
-        if self._gradients is None:
-            if self.strict and not self._differentiated:
-                raise RuntimeError(_NOT_DIFFERENTIATED)
-            return None
-        if output not in self._gradients:
-            return None
-        if layer not in self._gradients[output]:
-            raise RuntimeError(f"one backward reached the aligned layer {self.state.names[layer]!r} twice")
-        return self._gradients[output].pop(layer)
-
-    def prepare_gradients(self, d_total: Tensor, factors: dict[int, float], recorded: dict[int, Latents]) -> None:
-        """Computes the gradients in all outputs, for the layers to take until the running backward ends."""
+    def differentiate(self, d_total: Tensor, factors: dict[int, float], recorded: dict[int, Latents]) -> None:
+        """Computes the gradients in all outputs, for the layers to pop until the running backward ends."""
         refuse_compiled_autograd(ahead=False)
         losses = {LATENT: (self.alignment, self.aligned_tokens), WEIGHTS: (self.balance, self.counting)}
-        self._gradients = {
-            output: loss.gradients(recorded[output], tokens, d_total, factors[output])
-            for output, (loss, tokens) in losses.items()
-            if loss is not None
-        }
-        self._differentiated = True
-        self.state.in_backward.append(self)
-        torch.autograd.Variable._execution_engine.queue_callback(self._finish_backward)
+        self.hand_out(
+            {
+                output: loss.gradients(recorded[output], tokens, d_total, factors[output])
+                for output, (loss, tokens) in losses.items()
+                if loss is not None
+            }
+        )
 
-    def _finish_backward(self) -> None:
-        layers = {layer for of_output in (self._gradients or {}).values() for layer in of_output}
-        if layers and self.strict:
-            warnings.warn(
-                f"the alignment did not reach {len(layers)} layers, the first is {self.state.names[min(layers)]!r}: "
-                "the loss does not depend on them, or their adapters are frozen; leave them out by exclude_modules",
-                stacklevel=1,
-            )
-        self._gradients = None
-        self._enqueue()
-        self.state.in_backward[:] = [step for step in self.state.in_backward if step is not self]
-
-    def _enqueue(self) -> None:
+    def after_backward(self) -> None:
         """Leaves the statistics of a step that went well to the next ones; of others nothing remains."""
         own, self._own = self._own, None
         if own is not None and self._lm is not None:
@@ -177,7 +106,6 @@ class AlignStep(StepTokens):
         """
         config = self.state.config
         self._check_total(loss)
-        self._has_total = True
         self._lm, self._weight = loss.detach(), float((config.align_weight if weight is None else weight) or 0.0)
         world = world_size()
         distributed = world > 1
@@ -185,9 +113,9 @@ class AlignStep(StepTokens):
             if config.align:
                 self.alignment = self._all_statistics(of, distributed).evaluate(config)
             if config.balance:
-                weights = self._recorded[WEIGHTS]
+                weights = self.recorded[WEIGHTS]
                 self.balance = Balance.of(weights, self.counting, config.balance, distributed=distributed)
-        recorded, self._recorded = self._recorded, {LATENT: {}, WEIGHTS: {}}
+        recorded = self.release()
         factors = {LATENT: self._weight * scale, WEIGHTS: config.balance_weight * scale}
         # Data parallelism averages gradients over the processes; the statistics are of the whole batch already. Each
         # of several micro-batches holds a share of the value, and its tokens' whole gradient.
@@ -230,7 +158,7 @@ class AlignStep(StepTokens):
                 f"{len(missing)} of {len(self.state.names)} aligned layers did not run in this step, the first "
                 f"is {missing[0]!r}: leave layers that the model skips out by exclude_modules, unmerge() merged ones"
             )
-        if self._has_total:
+        if self._lm is not None:
             raise RuntimeError("this step has its total already: add the losses first, then step.total(sum) once")
 
     def parts(self) -> LossReport:
@@ -251,7 +179,7 @@ class AlignStep(StepTokens):
 
 
 class _Total(torch.autograd.Function):
-    """loss + Σ factor * value, whose backward arms the step before the loss's own backward runs."""
+    """loss + Σ factor * value, whose backward prepares the gradients before the loss's own backward runs."""
 
     @staticmethod
     def forward(
@@ -274,7 +202,7 @@ class _Total(torch.autograd.Function):
         recorded: dict[int, Latents] = {LATENT: {}, WEIGHTS: {}}
         for (output, layer), tensor in zip(ctx.layers, ctx.saved_tensors, strict=True):
             recorded[output][layer] = tensor
-        ctx.step.prepare_gradients(d_total, ctx.factors, recorded)
+        ctx.step.differentiate(d_total, ctx.factors, recorded)
         return d_total, None, None, None, None
 
 

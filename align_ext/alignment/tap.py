@@ -8,12 +8,12 @@ compilers and saved-tensor hooks may copy, save or offload what carries the numb
 
 A compiled graph knows numbers as int64 tensors on the CPU, and meets the step by two opaque operators:
 
-    record_(door!, output_of_layer, step, layer, output)     a copy of it, since the graph may reuse its memory
+    record_(written!, output_of_layer, step, layer, output)     a copy of it, since the graph may reuse its memory
     recorded_gradient(dy, like, step, layer, output)         the gradient that the step has for it, given away
 
-output says which of the layer's: LATENT, z, or WEIGHTS, a router's w. `door` is written so that compilers neither drop
-nor reorder record_; it holds nothing. dy is there for its place in the graph: what backward computes without what comes
-in, compilers move into forward.
+output says which of the layer's: LATENT, z, or WEIGHTS, a router's w. `written` says that it is changed, so that
+compilers neither drop nor reorder record_; it holds nothing. dy is there for its place in the graph: what backward
+computes without what comes in, compilers move into forward.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def _step(number: int, where: str) -> TappedStep:
     return step
 
 
-def _record_(door: Tensor, output_of_layer: Tensor, step: Tensor, layer: Tensor, output: int) -> None:
+def _record_(written: Tensor, output_of_layer: Tensor, step: Tensor, layer: Tensor, output: int) -> None:
     _step(int(step), "forward").record(int(layer), output_of_layer.clone(), output)
 
 
@@ -130,14 +130,14 @@ def _recorded_gradient(dy: Tensor, like: Tensor, step: Tensor, layer: Tensor, ou
     return torch.zeros_like(like) if gradient is None else gradient
 
 
-def _no_output(door: Tensor, output_of_layer: Tensor, step: Tensor, layer: Tensor, output: int) -> None:
+def _no_output(written: Tensor, output_of_layer: Tensor, step: Tensor, layer: Tensor, output: int) -> None:
     return None
 
 
 _library = torch.library.Library("align_ext", "FRAGMENT")
 _HOST_STATE = (torch.Tag.cudagraph_unsafe,)
 _library.define(
-    "record_(Tensor(a!) door, Tensor output_of_layer, Tensor step, Tensor layer, int output) -> ()", tags=_HOST_STATE
+    "record_(Tensor(a!) written, Tensor output_of_layer, Tensor step, Tensor layer, int output) -> ()", tags=_HOST_STATE
 )
 _library.define(
     "recorded_gradient(Tensor dy, Tensor like, Tensor step, Tensor layer, int output) -> Tensor", tags=_HOST_STATE

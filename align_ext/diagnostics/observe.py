@@ -127,7 +127,7 @@ def _of_steps(steps: list[AlignStep], weight: float | None, loss: str) -> str:
     if not steps:
         return "the loop opens no training step: call model.train(), and give task_ids= or use align_step"
     step = steps[-1]
-    if not step._differentiated:
+    if not step.is_differentiated:
         return "the loop differentiates a loss beside the step's: call step.total(loss).backward()"
     if loss != "align":
         return ""

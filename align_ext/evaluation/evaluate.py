@@ -17,12 +17,13 @@ from transformers import GenerationConfig
 
 from align_ext.adapters.capture import capture_latents
 from align_ext.alignment.context import set_task
-from align_ext.alignment.model_state import STATISTICS, find_state
+from align_ext.alignment.model_state import find_state
 from align_ext.alignment.tokens import NO_TASK
 from align_ext.base_model.checks import learned_positions, running
 from align_ext.data.collator import TaskCollator
 from align_ext.data.encode import answer_tokens, encode, features, prompt_tokens
 from align_ext.data.rows import Example
+from align_ext.losses.statistics import STATISTICS
 from align_ext.losses.tokens import TokenTasks
 from align_ext.system.bounds import is_whole
 

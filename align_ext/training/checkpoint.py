@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from align_ext.alignment.model_state import STATISTICS, AlignState, Statistics, find_state
+from align_ext.alignment.model_state import AlignState, find_state
 from align_ext.base_model.sharded import holders
 from align_ext.io.save_adapter import save_adapter
+from align_ext.losses.statistics import STATISTICS, Statistics
 from align_ext.model.load_adapter import load_adapter
 from align_ext.system.reading import exists, reason_of, shown_path
 from align_ext.system.tensors import read_tensors, write_tensors

@@ -16,7 +16,8 @@ from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, has_len
 from align_ext.alignment.accumulation import align_statistics
 from align_ext.alignment.context import align_step, named_tasks
 from align_ext.alignment.guards import refuse_processes_apart
-from align_ext.alignment.model_state import MicroBatchShare, find_state
+from align_ext.alignment.micro_batch import MicroBatchShare
+from align_ext.alignment.model_state import find_state
 from align_ext.alignment.step import AlignStep
 from align_ext.base_model.sharded import holders
 from align_ext.config import AlignLoraConfig, unknown_name

@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import rewrite_logs
 
 from align_ext import AlignTrainer, TaskCollator, align_step
-from align_ext.alignment.model_state import MicroBatchShare
+from align_ext.alignment.micro_batch import MicroBatchShare
 from align_ext.io.adapter_folder import AdapterFolder
 from align_ext.training.trainer import align_training_arguments
 

@@ -1,0 +1,31 @@
+"""One of several micro-batches that are aligned as one batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from align_ext.losses.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class MicroBatchShare:
+    """What a micro-batch needs to be aligned with the others of its step (accumulation.py).
+
+    Attributes:
+        statistics: of all micro-batches (and processes), as this one needs them.
+        parts: how many micro-batches there are.
+        rng: the states of the generators before its forward.
+    """
+
+    statistics: Statistics
+    parts: int
+    rng: tuple[Tensor, ...]
+
+    def restore_rng(self) -> None:
+        """Sets torch's generators so that the forward draws the dropout masks of the first pass."""
+        torch.set_rng_state(self.rng[0])
+        if len(self.rng) > 1:
+            torch.cuda.set_rng_state_all(list(self.rng[1:]))
