@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from align_ext import align_parts
 
 TESTS = Path(__file__).parent
-OPS = sorted(path.stem.removesuffix("_cuda") for path in (TESTS.parent / "csrc/bindings").glob("*_cuda.cpp"))
+OPS = sorted({path.stem for path in (TESTS.parent / "csrc/cuda").glob("*.cu")} - {"projection"})
 STEPS = 3
 ONE_LAYER = {"num_hidden_layers": 1, "intermediate_size": 56}
 TRAINED = {  # each operator trains something: model and options

@@ -1,31 +1,45 @@
-// Where the CUDA bindings run their kernels: torch's current device and stream, or the SIMT engine.
+// Where the operators run. A binding is a template over its Device, so that one file serves the CPU and CUDA:
 //
-//   const Device device(x);                                  // first in the binding
-//   cuda::some_op<T>({data<T>(x), ...}, device.stream());
-//
-// STABLE_TORCH_LIBRARY_IMPL(align_ext, ALIGN_DEVICE_KEY, m): the dispatch key of the tensors that such a build takes.
+//   template <class Device> Tensor some_op(const Tensor& x) {
+//     check(x);
+//     const Device device(x);  // after the checks, before the first tensor's memory is asked for
+//     if constexpr (Device::kCuda) { cuda::some_op(..., device.stream()); } else { cpu::some_op(...); }
+//   }
+//   template <class Device> void implement(auto& m) { m.impl("some_op", TORCH_BOX(&some_op<Device>)); }
+//   ALIGN_IMPLEMENT_ON_DEVICES(implement)
 #pragma once
-
-#include <initializer_list>
 
 #include "bindings/tensors.h"
 #include "ops/stream.h"
 
-#ifdef ALIGN_SIMT
+#if defined(ALIGN_SIMT)
 #include "bindings/device_simt.h"
-#define ALIGN_DEVICE_KEY CPU
-#else
+#elif defined(ALIGN_WITH_CUDA)
 #include <torch/csrc/stable/accelerator.h>
 
 #include "bindings/torch_cuda.h"
-#define ALIGN_DEVICE_KEY CUDA
+#endif
 
 namespace align {
 
+struct CpuDevice {
+  static constexpr bool kCuda = false;
+  explicit CpuDevice(const Tensor&) {}
+};
+
+#if defined(ALIGN_SIMT)  // the CUDA kernels take the CPU's tensors
+#define ALIGN_IMPLEMENT_ON_DEVICES(implement) \
+  STABLE_TORCH_LIBRARY_IMPL(align_ext, CPU, m) { implement<CudaDevice>(m); }
+#elif defined(ALIGN_WITH_CUDA)
+#define ALIGN_IMPLEMENT_ON_DEVICES(implement)                               \
+  STABLE_TORCH_LIBRARY_IMPL(align_ext, CPU, m) { implement<CpuDevice>(m); } \
+  STABLE_TORCH_LIBRARY_IMPL(align_ext, CUDA, m) { implement<CudaDevice>(m); }
+
 // Makes a tensor's device the current one, and gives its current stream.
-class Device {
+class CudaDevice {
  public:
-  explicit Device(const Tensor& tensor) : index_(tensor.get_device_index()), guard_(index_) {}
+  static constexpr bool kCuda = true;
+  explicit CudaDevice(const Tensor& tensor) : index_(tensor.get_device_index()), guard_(index_) {}
 
   Stream stream() const {
     using CurrentStream = int32_t (*)(int32_t, void**);
@@ -39,15 +53,14 @@ class Device {
   int32_t index_;
   torch::stable::accelerator::DeviceGuard guard_;
 };
-
-}  // namespace align
+#else
+#define ALIGN_IMPLEMENT_ON_DEVICES(implement) \
+  STABLE_TORCH_LIBRARY_IMPL(align_ext, CPU, m) { implement<CpuDevice>(m); }
 #endif
 
-namespace align {
-
-// Calls body(T{}) with the kernel type of a tensor's dtype. float64 is for gradient checks, on the CPU only.
-template <typename Body>
-void dispatch_cuda_dtype(const Tensor& tensor, const char* name, const Body& body) {
+// Calls body(T{}) with the kernel type of a tensor's dtype. Only the CPU has float64, which is for gradient checks.
+template <class Device, typename Body>
+void dispatch_dtype(const Tensor& tensor, const char* name, const Body& body) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
       return body(float{});
@@ -55,16 +68,24 @@ void dispatch_cuda_dtype(const Tensor& tensor, const char* name, const Body& bod
       return body(bfloat16{});
     case ScalarType::Half:
       return body(float16{});
+    case ScalarType::Double:
+      if constexpr (!Device::kCuda) return body(double{});
+      [[fallthrough]];
     default:
-      refuse(name, " must be float32, bfloat16 or float16 on CUDA, got ", name_of(tensor.scalar_type()));
+      refuse(name, " must be float32, bfloat16", Device::kCuda ? " or float16 on CUDA" : ", float16 or float64",
+             ", got ", name_of(tensor.scalar_type()));
   }
 }
 
-// Calls body(T{}, W{}) with the kernel types of x and of the adapters.
-template <typename Body>
-void dispatch_cuda_types(const Tensor& x, ScalarType adapters, const Body& body) {
-  dispatch_cuda_dtype(x, "x",
-                      [&](auto type) { adapters == ScalarType::Float ? body(type, float{}) : body(type, type); });
+// Calls body(T{}, TA{}) with the kernel types of x and of the adapters.
+template <class Device, typename Body>
+void dispatch_types(const Tensor& x, ScalarType adapters, const Body& body) {
+  dispatch_dtype<Device>(x, "x", [&](auto type) {
+    if constexpr (sizeof(type) == 2) {
+      if (adapters == ScalarType::Float) return body(type, float{});
+    }
+    body(type, type);
+  });
 }
 
 }  // namespace align

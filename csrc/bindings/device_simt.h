@@ -1,6 +1,6 @@
 // ALIGN_SIMT: the CUDA bindings run on host tensors, their kernels on the SIMT engine (cpp_tests/simt), which checks
-// every access. Whatever data() and mutable_data() of tensors.h hand out while a Device lives is device memory, with
-// the extents of the tensor; an error that the engine finds is an error of the operator.
+// every access. Whatever data() and mutable_data() of tensors.h hand out while a CudaDevice lives is device memory,
+// with the extents of the tensor; an error that the engine finds is an error of the operator.
 #pragma once
 
 #include <algorithm>
@@ -17,17 +17,18 @@
 
 namespace align {
 
-class Device {
+class CudaDevice {
  public:
-  explicit Device(const torch::stable::Tensor&) : first_report_(simt::reports().size()) {
-    ALIGN_CHECK(current_ == nullptr, "a binding with a Device calls another one: the engine knows one at a time");
+  static constexpr bool kCuda = true;
+  explicit CudaDevice(const torch::stable::Tensor&) : first_report_(simt::reports().size()) {
+    ALIGN_CHECK(current_ == nullptr, "a binding with a CudaDevice calls another one: the engine knows one at a time");
     current_ = this;
   }
-  Device(const Device&) = delete;
-  Device& operator=(const Device&) = delete;
+  CudaDevice(const CudaDevice&) = delete;
+  CudaDevice& operator=(const CudaDevice&) = delete;
 
   // Forgets the memory, and throws if the kernels went wrong.
-  ~Device() noexcept(false) {
+  ~CudaDevice() noexcept(false) {
     current_ = nullptr;
     for (const auto& [begin, region] : regions_) simt::device_unregister(reinterpret_cast<void*>(begin));
     std::string errors;
@@ -81,7 +82,7 @@ class Device {
     regions_.emplace(begin, region);
   }
 
-  static inline thread_local Device* current_ = nullptr;
+  static inline thread_local CudaDevice* current_ = nullptr;
   size_t first_report_;
   std::map<uintptr_t, Region> regions_;  // by begin, disjoint
 };

@@ -1,81 +1,196 @@
-#include "bindings/gaussian_kl.h"
+#include "ops/gaussian_kl.h"
+
+#include <tuple>
+#include <vector>
+
+#include "bindings/device.h"
 
 namespace align {
 namespace {
 
-template <typename T>
-void run_moments(const LatentTensors& latents, int64_t num_tasks, Acc<T>* moments) {
-  latents.with<T>([&](const Latents<T>& all) {
-    const auto workspace = host_bytes(cpu::task_moments_workspace(all, num_tasks));
-    cpu::task_moments<T>({all, num_tasks, moments, workspace.get()});
-  });
+// Checked latents of all layers: contiguous, and as the kernels take them. rank: of moments and tables, the widest
+// layer's or more.
+struct LatentTensors {
+  std::vector<Tensor> z;
+  Tensor task;
+  std::vector<int64_t> ranks;
+  int64_t tokens = 0, rank;
+
+  LatentTensors(const std::vector<Tensor>& layers, const Tensor& ids, int64_t room) : rank(room) {
+    ALIGN_CHECK(!layers.empty(), "z must hold the latent of one layer at least");
+    ALIGN_CHECK(rank >= 0 && rank <= kMaxColumns, "rank must be in 0 .. ", kMaxColumns, ", got ", rank);
+    for (const Tensor& layer : layers) check_layer(layer, layers[0]);
+    tokens = layers[0].size(0);
+    check_size(tokens, kMaxRows, "the rows of z");
+    check_shape(ids, {tokens}, "task");
+    check_device(ids, layers[0], "task");
+    check_dtype(ids, ScalarType::Long, "task", "int64");
+    for (const Tensor& layer : layers) z.push_back(as_contiguous(layer));
+    task = as_contiguous(ids);
+  }
+
+  void check_layer(const Tensor& layer, const Tensor& first) {
+    ALIGN_CHECK(layer.dim() == 2, "z must be [tokens, rank], got ", shape_of(layer));
+    check_floating(layer, "z");
+    check_shape(layer, {first.size(0), layer.size(1)}, "z of every layer");
+    check_device(layer, first, "z of every layer");
+    ALIGN_CHECK(layer.scalar_type() == first.scalar_type(), "z of every layer must have the same dtype");
+    ranks.push_back(layer.size(1));
+    ALIGN_CHECK(ranks.back() <= rank, "z has rank ", ranks.back(), ", but there is room for rank ", rank);
+  }
+
+  int64_t layers() const { return int64_t(z.size()); }
+
+  // Calls body(latents) with pointers of the kernel type T.
+  template <typename T, typename Body>
+  void with(const Body& body) const {
+    std::vector<const T*> pointers;
+    for (const Tensor& layer : z) pointers.push_back(data<T>(layer));
+    body(Latents<T>{layers(), tokens, rank, pointers.data(), ranks.data(), data<int64_t>(task)});
+  }
+};
+
+void check_ddof(int64_t ddof) { ALIGN_CHECK(ddof == 0 || ddof == 1, "ddof must be 0 or 1, got ", ddof); }
+
+void check_gaussian_kl(const Tensor& z, int64_t num_tasks, int64_t ddof) {
+  ALIGN_CHECK(z.dim() == 2, "z must be [tokens, rank], got ", shape_of(z));
+  check_size(z.size(1), kMaxColumns, "the rank of z");
+  check_count(num_tasks, "num_tasks");
+  check_ddof(ddof);
 }
 
+void check_moments(const Tensor& moments, int64_t ddof) {
+  ALIGN_CHECK(moments.dim() == 3 && moments.size(2) % 2 == 1, "moments must be [layers, tasks, 2 rank + 1], got ",
+              shape_of(moments));
+  check_size(moments.size(0), kMaxCount, "layers, of moments,");
+  check_size(moments.size(1), kMaxCount, "tasks, of moments,");
+  check_size(moments.size(2) / 2, kMaxColumns, "rank, of moments,");
+  check_accumulated(moments, moments, "moments");
+  check_ddof(ddof);
+}
+
+// The rank that tables [layers, tasks, 3 rank] have room for.
+int64_t check_tables(const Tensor& d_loss, const std::vector<Tensor>& z, const Tensor& tables) {
+  ALIGN_CHECK(d_loss.numel() == 1, "d_loss must hold one value, got ", shape_of(d_loss));
+  check_floating(d_loss, "d_loss");
+  check_accumulated(tables, tables, "tables");
+  ALIGN_CHECK(tables.dim() == 3 && tables.size(0) == int64_t(z.size()) && tables.size(2) % 3 == 0,
+              "tables must be [layers, tasks, 3 rank], got ", shape_of(tables), " for ", z.size(), " layers");
+  check_size(tables.size(1), kMaxCount, "tasks, of tables,");
+  check_size(tables.size(2) / 3, kMaxColumns, "rank, of tables,");
+  for (const Tensor& layer : z) {
+    check_device(d_loss, layer, "d_loss");
+    check_device(tables, layer, "tables");
+  }
+  return tables.size(2) / 3;
+}
+
+Tensor empty_moments(const LatentTensors& latents, int64_t num_tasks) {
+  check_count(num_tasks, "num_tasks");
+  const Tensor& z = latents.z[0];
+  return make_empty(z, {latents.layers(), num_tasks, 2 * latents.rank + 1}, acc_type(z));
+}
+
+// [layers, tokens * rank and up to 15 more]: each layer's part begins where a vector may.
+Tensor empty_gradients(const LatentTensors& latents) {
+  const int64_t size = (latents.tokens * latents.rank + 15) / 16 * 16;  // both are bounded
+  return make_empty(latents.z[0], {latents.layers(), size});
+}
+
+template <class Device>
 Tensor task_moments(const std::vector<Tensor>& z, const Tensor& task, int64_t num_tasks, int64_t rank) {
   const LatentTensors latents(z, task, rank);
+  const Device device(z[0]);
   Tensor moments = empty_moments(latents, num_tasks);
-  dispatch_dtype(z[0], "z", [&](auto type) {
-    using T = decltype(type);
-    run_moments<T>(latents, num_tasks, mutable_data<Acc<T>>(moments));
+  dispatch_dtype<Device>(z[0], "z", [&]<typename T>(T) {
+    latents.with<T>([&](const Latents<T>& all) {
+      TaskMomentsArgs<T> args{.latents = all, .tasks = num_tasks, .moments = mutable_data<Acc<T>>(moments)};
+      if constexpr (Device::kCuda) {
+        Tensor workspace = empty_bytes(z[0], cuda::task_moments_workspace(all, num_tasks));
+        args.workspace = mutable_data<void>(workspace);
+        cuda::task_moments<T>(args, device.stream());
+      } else {
+        const auto workspace = host_bytes(cpu::task_moments_workspace(all, num_tasks));
+        args.workspace = workspace.get();
+        cpu::task_moments<T>(args);
+      }
+    });
   });
   return moments;
 }
 
+template <class Device>
 std::tuple<Tensor, Tensor> gaussian_kl_tables(const Tensor& moments, double eps, int64_t ddof, bool mean_pairs) {
   check_moments(moments, ddof);
+  const Device device(moments);
   const int64_t layers = moments.size(0), tasks = moments.size(1), rank = moments.size(2) / 2;
-  const Tensor mc = contiguous_as(moments, acc_type(moments));
+  const Tensor mc = contiguous_as(moments, Device::kCuda ? ScalarType::Float : acc_type(moments));
   Tensor loss = make_empty(mc, {layers});
   Tensor tables = make_empty(mc, {layers, tasks, 3 * rank});
-  const auto run = [&](auto type) {
-    using A = decltype(type);
-    cpu::gaussian_kl_tables<A>(
-        {layers, rank, tasks, eps, int(ddof), mean_pairs, data<A>(mc), mutable_data<A>(loss), mutable_data<A>(tables)});
-  };
-  mc.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
-  return {loss, tables};
-}
-
-std::tuple<Tensor, Tensor> gaussian_kl(const Tensor& z, const Tensor& task, int64_t num_tasks, double eps, int64_t ddof,
-                                       bool mean_pairs) {
-  check_gaussian_kl(z, num_tasks, ddof);
-  const int64_t rank = z.size(1);
-  const LatentTensors latents({z}, task, rank);
-  Tensor memory = empty_moments(latents, num_tasks), loss = make_empty(z, {}, acc_type(z));
-  Tensor tables = make_empty(z, {1, num_tasks, 3 * rank}, acc_type(z));
-  dispatch_dtype(z, "z", [&](auto type) {
-    using T = decltype(type);
-    using A = Acc<T>;
-    A* moments = mutable_data<A>(memory);
-    run_moments<T>(latents, num_tasks, moments);
-    cpu::gaussian_kl_tables<A>(
-        {1, rank, num_tasks, eps, int(ddof), mean_pairs, moments, mutable_data<A>(loss), mutable_data<A>(tables)});
+  dispatch_dtype<Device>(mc, "moments", [&]<typename A>(A) {
+    if constexpr (sizeof(A) > 2) {
+      const GaussianKlTablesArgs<A> args{.layers = layers,
+                                         .rank = rank,
+                                         .tasks = tasks,
+                                         .eps = eps,
+                                         .ddof = int(ddof),
+                                         .mean_pairs = mean_pairs,
+                                         .moments = data<A>(mc),
+                                         .loss = mutable_data<A>(loss),
+                                         .tables = mutable_data<A>(tables)};
+      if constexpr (Device::kCuda) {
+        cuda::gaussian_kl_tables<A>(args, device.stream());
+      } else {
+        cpu::gaussian_kl_tables<A>(args);
+      }
+    }
   });
   return {loss, tables};
 }
 
+template <class Device>
+std::tuple<Tensor, Tensor> gaussian_kl(const Tensor& z, const Tensor& task, int64_t num_tasks, double eps, int64_t ddof,
+                                       bool mean_pairs) {
+  check_gaussian_kl(z, num_tasks, ddof);
+  const Tensor moments = task_moments<Device>({z}, task, num_tasks, z.size(1));
+  const auto [loss, tables] = gaussian_kl_tables<Device>(moments, eps, ddof, mean_pairs);
+  return {view_of<0>(loss, {}, {}), tables};
+}
+
+template <class Device>
 Tensor gaussian_kl_backward(const Tensor& d_loss, double scale, const std::vector<Tensor>& z, const Tensor& task,
                             const Tensor& tables) {
   const LatentTensors latents(z, task, check_tables(d_loss, z, tables));
-  const int64_t tasks = tables.size(1);
+  const Device device(z[0]);
   const Tensor tc = contiguous_as(tables, acc_type(z[0])), gc = contiguous_as(d_loss, acc_type(z[0]));
   Tensor dz = empty_gradients(latents);
-  dispatch_dtype(z[0], "z", [&](auto type) {
-    using T = decltype(type);
+  dispatch_dtype<Device>(z[0], "z", [&]<typename T>(T) {
     latents.with<T>([&](const Latents<T>& all) {
-      cpu::gaussian_kl_backward<T>(
-          {all, tasks, data<Acc<T>>(tc), data<Acc<T>>(gc), scale, mutable_data<T>(dz), dz.size(1)});
+      const GaussianKlBackwardArgs<T> args{.latents = all,
+                                           .tasks = tables.size(1),
+                                           .tables = data<Acc<T>>(tc),
+                                           .d_loss = data<Acc<T>>(gc),
+                                           .scale = scale,
+                                           .dz = mutable_data<T>(dz),
+                                           .dz_stride = dz.size(1)};
+      if constexpr (Device::kCuda) {
+        cuda::gaussian_kl_backward<T>(args, device.stream());
+      } else {
+        cpu::gaussian_kl_backward<T>(args);
+      }
     });
   });
   return dz;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(align_ext, CPU, m) {
-  m.impl("task_moments", TORCH_BOX(&task_moments));
-  m.impl("gaussian_kl_tables", TORCH_BOX(&gaussian_kl_tables));
-  m.impl("gaussian_kl", TORCH_BOX(&gaussian_kl));
-  m.impl("gaussian_kl_backward", TORCH_BOX(&gaussian_kl_backward));
+template <class Device>
+void implement(auto& m) {
+  m.impl("task_moments", TORCH_BOX(&task_moments<Device>));
+  m.impl("gaussian_kl_tables", TORCH_BOX(&gaussian_kl_tables<Device>));
+  m.impl("gaussian_kl", TORCH_BOX(&gaussian_kl<Device>));
+  m.impl("gaussian_kl_backward", TORCH_BOX(&gaussian_kl_backward<Device>));
 }
+ALIGN_IMPLEMENT_ON_DEVICES(implement)
 
 }  // namespace
 }  // namespace align

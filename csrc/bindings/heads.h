@@ -91,9 +91,10 @@ struct HeadsTensors {
         B0(contiguous_as(given.B0, adapters)),
         dropout(p, rng, given_x) {}
 
-  template <typename T, typename W = T>
-  HeadsInputs<T, W> inputs() const {
-    return {shape, dropout.view, scaling, offset_scaling, data<T>(x), data<W>(A), data<W>(B), data<W>(A0), data<W>(B0)};
+  template <typename T, typename TA = T>
+  HeadsInputs<T, TA> inputs() const {
+    return {shape,       dropout.view, scaling,      offset_scaling, data<T>(x),
+            data<TA>(A), data<TA>(B),  data<TA>(A0), data<TA>(B0)};
   }
 };
 
@@ -110,9 +111,9 @@ struct HeadsOutputs {
     if (given_bias) bias = as_contiguous(*given_bias);
   }
 
-  template <typename T, typename W = T>
-  HeadsForwardArgs<T, W> args(const HeadsTensors& in, void* workspace) {
-    return {in.inputs<T, W>(), data<T>(base), data<T>(bias), mutable_data<Acc<T>>(z), mutable_data<T>(y), workspace};
+  template <typename T, typename TA = T>
+  HeadsForwardArgs<T, TA> args(const HeadsTensors& in, void* workspace) {
+    return {in.inputs<T, TA>(), data<T>(base), data<T>(bias), mutable_data<Acc<T>>(z), mutable_data<T>(y), workspace};
   }
 };
 
@@ -134,9 +135,9 @@ struct HeadsGradients {
     dB = like_adapter(adapters.B, in.x);
   }
 
-  template <typename T, typename W = T>
-  HeadsBackwardArgs<T, W> args(const HeadsTensors& in, void* workspace) {
-    return {in.inputs<T, W>(),
+  template <typename T, typename TA = T>
+  HeadsBackwardArgs<T, TA> args(const HeadsTensors& in, void* workspace) {
+    return {in.inputs<T, TA>(),
             data<Acc<T>>(z),
             has_base ? data<T>(dx) : nullptr,
             data<T>(dy),

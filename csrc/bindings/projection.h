@@ -4,8 +4,8 @@
 
 #include <vector>
 
-#include "bindings/compose.h"
-#include "bindings/tensors.h"
+#include "bindings/base_linear.h"
+#include "bindings/device.h"
 #include "ops/philox.h"
 
 namespace align {

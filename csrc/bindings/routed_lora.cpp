@@ -1,8 +1,41 @@
-#include "bindings/routed_lora.h"
+#include "ops/routed_lora.h"
+
+#include "bindings/heads.h"
 
 namespace align {
 namespace {
 
+// Groups of outputs and the router's options, checked.
+Routing check_router(const HeadsShape& shape, const Tensor& x, const Tensor& R, int64_t top_k, double tau) {
+  ALIGN_CHECK(R.dim() == 2 && R.size(1) == shape.in_dim && R.size(0) > 0 && R.size(0) % shape.heads == 0,
+              "R must be [groups * heads, in_dim] with heads ", shape.heads, " as in B and in_dim ", shape.in_dim,
+              " as in x, got ", shape_of(R));
+  check_floating(R, "R");
+  const int64_t groups = R.size(0) / shape.heads;
+  check_size(groups, kMaxCount, "groups, R's rows / heads,");
+  check_ranks(shape, R.size(0));
+  ALIGN_CHECK(shape.out_dim % groups == 0, "R has ", groups, " groups, which must divide out_dim ", shape.out_dim);
+  ALIGN_CHECK(top_k >= 1 && top_k <= shape.heads, "top_k must be in 1 .. ", shape.heads, ", got ", top_k);
+  ALIGN_CHECK(tau > 0, "tau must be positive, got ", tau);
+  check_device(R, x, "R");
+  return {groups, top_k, tau};
+}
+
+std::vector<int64_t> factor_sizes(const HeadsShape& shape, const Routing& routing) {
+  return {shape.tokens, routing.groups, shape.heads};
+}
+
+// The router's weights of the forward, and the gradient that reached them.
+void check_factors(const std::vector<int64_t>& sizes, const Tensor& x, const Tensor& w, const OptionalTensor& dw) {
+  check_shape(w, sizes, "w");
+  check_device(w, x, "w");
+  check_device(dw, x, "dw");
+  check_accumulated(w, x, "w");
+  check_accumulated(dw, x, "dw");
+  if (dw) check_shape(*dw, sizes, "dw");
+}
+
+template <class Device>
 std::tuple<Tensor, Tensor, Tensor> routed_lora(const Tensor& x, const Tensor& A, const Tensor& B, const Tensor& R,
                                                double scaling, double offset_scaling, const OptionalTensor& A0,
                                                const OptionalTensor& B0, int64_t top_k, double tau, int64_t site,
@@ -11,21 +44,29 @@ std::tuple<Tensor, Tensor, Tensor> routed_lora(const Tensor& x, const Tensor& A,
   const HeadsAdapters adapters{A, B, A0, B0};
   const HeadsShape shape = check_heads(x, adapters, site, /*may_own_A=*/true);
   const Routing routing = check_router(shape, x, R, top_k, tau);
+  const Device device(x);
   const ScalarType dtype = adapter_type(x, {A, B, R});
   const HeadsTensors in(shape, x, adapters, dtype, scaling, offset_scaling, p, rng);
   const Tensor Rc = contiguous_as(R, dtype);
   HeadsOutputs out(in, weight, bias, base_out);
   Tensor w = make_empty(x, factor_sizes(shape, routing), acc_type(x));
-  dispatch_types(x, dtype, [&](auto type, auto adapter) {
-    using T = decltype(type);
-    using W = decltype(adapter);
-    const auto workspace = host_bytes(cpu::routed_lora_forward_workspace(shape, routing, p > 0, sizeof(Acc<T>)));
-    cpu::routed_lora_forward<T, W>(
-        {out.args<T, W>(in, workspace.get()), routing, data<W>(Rc), mutable_data<Acc<T>>(w)});
+  dispatch_types<Device>(x, dtype, [&]<typename T, typename TA>(T, TA) {
+    RoutedLoraForwardArgs<T, TA> args{.routing = routing, .R = data<TA>(Rc), .w = mutable_data<Acc<T>>(w)};
+    if constexpr (Device::kCuda) {
+      const auto inputs = in.inputs<T, TA>();
+      Tensor workspace = empty_bytes(x, cuda::routed_lora_forward_workspace(inputs, args.R, routing));
+      args.heads = out.args<T, TA>(in, mutable_data<void>(workspace));
+      cuda::routed_lora_forward<T, TA>(args, device.stream());
+    } else {
+      const auto workspace = host_bytes(cpu::routed_lora_forward_workspace(shape, routing, p > 0, sizeof(Acc<T>)));
+      args.heads = out.args<T, TA>(in, workspace.get());
+      cpu::routed_lora_forward<T, TA>(args);
+    }
   });
   return {out.y, out.z, w};
 }
 
+template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor> routed_lora_backward(
     const Tensor& dy, const OptionalTensor& dz, const OptionalTensor& dw, const Tensor& x, const Tensor& z,
     const Tensor& w, const Tensor& A, const Tensor& B, const Tensor& R, double scaling, double offset_scaling,
@@ -34,6 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> routed_lora_backward(
   const HeadsAdapters adapters{A, B, A0, B0};
   const HeadsShape shape = check_heads(x, adapters, site, /*may_own_A=*/true);
   const Routing routing = check_router(shape, x, R, shape.heads, tau);
+  const Device device(x);
   const ScalarType dtype = adapter_type(x, {A, B, R});
   const HeadsTensors in(shape, x, adapters, dtype, scaling, offset_scaling, p, rng);
   check_factors(factor_sizes(shape, routing), x, w, dw);
@@ -41,20 +83,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> routed_lora_backward(
   const OptionalTensor dwc = contiguous_as(dw, acc_type(x));
   HeadsGradients out(in, adapters, dy, dz, z, weight, need_dx);
   Tensor dR = like_adapter(R, x);
-  dispatch_types(x, dtype, [&](auto type, auto adapter) {
-    using T = decltype(type);
-    using W = decltype(adapter);
-    const auto workspace = host_bytes(cpu::routed_lora_backward_workspace(shape, routing, p > 0, sizeof(Acc<T>)));
-    cpu::routed_lora_backward<T, W>({out.args<T, W>(in, workspace.get()), routing, data<W>(Rc), data<Acc<T>>(wc),
-                                     data<Acc<T>>(dwc), mutable_data<Acc<T>>(dR)});
+  dispatch_types<Device>(x, dtype, [&]<typename T, typename TA>(T, TA) {
+    RoutedLoraBackwardArgs<T, TA> args{.routing = routing,
+                                       .R = data<TA>(Rc),
+                                       .w = data<Acc<T>>(wc),
+                                       .dw_in = data<Acc<T>>(dwc),
+                                       .dR = mutable_data<Acc<T>>(dR)};
+    if constexpr (Device::kCuda) {
+      const auto inputs = in.inputs<T, TA>();
+      Tensor workspace = empty_bytes(x, cuda::routed_lora_backward_workspace(inputs, args.R, routing));
+      args.heads = out.args<T, TA>(in, mutable_data<void>(workspace));
+      cuda::routed_lora_backward<T, TA>(args, device.stream());
+    } else {
+      const auto workspace = host_bytes(cpu::routed_lora_backward_workspace(shape, routing, p > 0, sizeof(Acc<T>)));
+      args.heads = out.args<T, TA>(in, workspace.get());
+      cpu::routed_lora_backward<T, TA>(args);
+    }
   });
   return {out.dx, out.dA, out.dB, dR};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(align_ext, CPU, m) {
-  m.impl("routed_lora", TORCH_BOX(&routed_lora));
-  m.impl("routed_lora_backward", TORCH_BOX(&routed_lora_backward));
+template <class Device>
+void implement(auto& m) {
+  m.impl("routed_lora", TORCH_BOX(&routed_lora<Device>));
+  m.impl("routed_lora_backward", TORCH_BOX(&routed_lora_backward<Device>));
 }
+ALIGN_IMPLEMENT_ON_DEVICES(implement)
 
 }  // namespace
 }  // namespace align

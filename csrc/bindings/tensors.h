@@ -1,4 +1,4 @@
-// What every binding needs of torch beside checks: new tensors, dtype dispatch, memory for kernels.
+// What every binding needs of torch beside checks: new tensors and memory for kernels.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +21,7 @@
 
 #ifdef ALIGN_SIMT
 #include "bindings/device_simt.h"
-#define ALIGN_SEE(tensor, pointer, given) align::Device::see(tensor, pointer, given)
+#define ALIGN_SEE(tensor, pointer, given) align::CudaDevice::see(tensor, pointer, given)
 #else
 #define ALIGN_SEE(tensor, pointer, given)
 #endif
@@ -167,39 +167,11 @@ T* mutable_data(Tensor& tensor) {
   return static_cast<T*>(pointer);
 }
 
-// Calls body(T{}) with the kernel type of a tensor's dtype.
-template <typename Body>
-void dispatch_dtype(const Tensor& tensor, const char* name, const Body& body) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return body(float{});
-    case ScalarType::BFloat16:
-      return body(bfloat16{});
-    case ScalarType::Half:
-      return body(float16{});
-    case ScalarType::Double:
-      return body(double{});
-    default:
-      check_floating(tensor, name);
-  }
-}
-
 // The dtype in which kernels take adapters: float32 if all are, and x is not float64, else x's. They round them.
 inline ScalarType adapter_type(const Tensor& x, std::initializer_list<Tensor> adapters) {
   bool all_float = x.scalar_type() != ScalarType::Double;
   for (const Tensor& adapter : adapters) all_float = all_float && adapter.scalar_type() == ScalarType::Float;
   return all_float ? ScalarType::Float : x.scalar_type();
-}
-
-// Calls body(T{}, W{}) with the kernel types of x and of the adapters.
-template <typename Body>
-void dispatch_types(const Tensor& x, ScalarType adapters, const Body& body) {
-  dispatch_dtype(x, "x", [&](auto type) {
-    if constexpr (sizeof(type) == 2) {
-      if (adapters == ScalarType::Float) return body(type, float{});
-    }
-    body(type, type);
-  });
 }
 
 }  // namespace align
