@@ -92,7 +92,7 @@ MUTANTS = [  # the seam, from task ids to the gradient in every latent
            "w[(row * bands + band) * heads", "w[row * bands * heads", "test_routed_lora_cuda"),
     Mutant("keep only a slab's last group of outputs in dz on CUDA", "csrc/cuda/shrink.cuh",
            "(first ? 0.f : parts[first_rank + column])", "0.f", "test_routed_lora_cuda"),
-    Mutant("give every head the first head's mask on x on CUDA", "csrc/cuda/tile.cuh",
+    Mutant("give every head the first head's mask on x on CUDA", "csrc/cuda/dropout.cuh",
            "(tile.row(row) * masks.streams + stream) * cols",
            "tile.row(row) * masks.streams * cols", "test_dropout_sum_cuda"),
     Mutant("drop a slab of split-K on CUDA", "csrc/cuda/projection.cuh",
@@ -100,11 +100,11 @@ MUTANTS = [  # the seam, from task ids to the gradient in every latent
            "for (int64_t i = 0; i < 1; ++i) total += parts[i", "test_grouped_lora_cuda"),
 ]
 AMX = [
-    Mutant("AMX: no mask where x is copied", "csrc/cpu/amx_panels.cpp",
+    Mutant("AMX: no mask where x is copied", "csrc/cpu/amx/panels.cpp",
            "if constexpr (kMasked) lanes &= kept_columns(masks.at[i + k], c);", "", "test_grouped_lora"),
-    Mutant("AMX: leave out the ranks of the short tile", "csrc/cpu/amx_panels.cpp",
+    Mutant("AMX: leave out the ranks of the short tile", "csrc/cpu/amx/panels.cpp",
            "if (j == rank) continue;", "continue;", "test_grouped_lora"),
-    Mutant("AMX: leave all terms but the last out of dx", "csrc/cpu/amx.cpp",
+    Mutant("AMX: leave all terms but the last out of dx", "csrc/cpu/amx/amx.cpp",
            "if (k > 0) v = plus(v, load_sums(further + place));", "", "test_routed_lora"),
 ]
 # fmt: on

@@ -7,7 +7,7 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/amx.h"
+#include "cpu/amx/amx.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 #include "ops/dtype.h"

@@ -2,7 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "bindings/torch_cuda.h"
-#include "cpu/amx.h"
+#include "cpu/amx/amx.h"
 #include "cpu/simd.h"
 #ifdef ALIGN_SIMT
 #include "report.h"

@@ -17,7 +17,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/amx.h"
+#include "cpu/amx/amx.h"
 #include "cpu/dropout.h"
 #include "cpu/parallel.h"
 #include "cpu/skinny.h"

@@ -1,7 +1,7 @@
 // outer_add and dot_outer of skinny.h.
 #include <algorithm>
 
-#include "cpu/amx.h"
+#include "cpu/amx/amx.h"
 #include "cpu/skinny.h"
 #include "cpu/tiles.h"
 

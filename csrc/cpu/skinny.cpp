@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/amx.h"
+#include "cpu/amx/amx.h"
 #include "cpu/tiles.h"
 
 namespace align::cpu {

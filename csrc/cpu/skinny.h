@@ -80,7 +80,7 @@ struct RowsDot {
   Small<const Acc<T>> a;
   Small<Acc<T>> out;                // assigned
   int64_t rank;                     // rounded up to kRankAlign
-  const bfloat16* tiles = nullptr;  // of a (amx.h), or null
+  const bfloat16* tiles = nullptr;  // of a (amx/amx.h), or null
 };
 template <typename T>
 void rows_dot(const RowsDot<T>& op);
@@ -93,7 +93,7 @@ struct RankTerm {
   Small<A> b;
   int64_t rank;
   A scale;
-  const bfloat16* tiles = nullptr;  // of b (amx.h), or null
+  const bfloat16* tiles = nullptr;  // of b (amx/amx.h), or null
 };
 
 template <typename T>
@@ -135,7 +135,7 @@ struct DotOuter {
   int64_t w_rank;
   Small<Acc<T>> w;                  // accumulated into
   bool first;                       // w is assigned instead
-  const bfloat16* tiles = nullptr;  // of bt's transpose (amx.h), or null
+  const bfloat16* tiles = nullptr;  // of bt's transpose (amx/amx.h), or null
   bfloat16* factors = nullptr;      // scratch if there are tiles: factor_tiles(w_rank)
 };
 template <typename T>

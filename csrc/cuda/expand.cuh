@@ -6,7 +6,7 @@
 // again for every band.
 #pragma once
 
-#include "cuda/small.cuh"
+#include "cuda/adapter_matrix.cuh"
 
 namespace align::cuda {
 

@@ -7,7 +7,7 @@
 // Bytes: x once for each chunk of ranks (and parts once); latent rows by every block of columns.
 #pragma once
 
-#include "cuda/small.cuh"
+#include "cuda/adapter_matrix.cuh"
 
 namespace align::cuda {
 

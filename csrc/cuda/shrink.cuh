@@ -10,7 +10,7 @@
 // again and written by each of the slab's bands. The small matrix is read by every row tile.
 #pragma once
 
-#include "cuda/small.cuh"
+#include "cuda/adapter_matrix.cuh"
 
 namespace align::cuda {
 

@@ -1,7 +1,7 @@
 // AMX's instructions, and the vectors between them and memory. Only for functions of AMX_TARGET.
 #pragma once
 
-#include "cpu/amx.h"
+#include "cpu/amx/amx.h"
 
 #ifdef ALIGN_AMX
 

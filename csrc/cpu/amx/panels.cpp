@@ -3,7 +3,7 @@
 // are zeroed on the way.
 #include <algorithm>
 
-#include "cpu/amx_tiles.h"
+#include "cpu/amx/tiles.h"
 
 #ifdef ALIGN_AMX
 

@@ -1,5 +1,5 @@
 // Whether there is AMX, packing, and rank_add: pieces of 16 rows and 64 columns.
-#include "cpu/amx.h"
+#include "cpu/amx/amx.h"
 
 #ifdef ALIGN_AMX
 
@@ -11,7 +11,7 @@
 #include <unistd.h>
 #include <vector>
 
-#include "cpu/amx_tiles.h"
+#include "cpu/amx/tiles.h"
 
 namespace align::cpu {
 

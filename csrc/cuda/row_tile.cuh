@@ -1,0 +1,91 @@
+// The threads of a block, and the rows and the shared memory that a tile takes.
+//
+// A block has 8 warps; a tile has 16 rows for each. Where a product runs along a row (shrink, expand) a warp streams
+// its own rows and waits for nobody but itself. Padding of 16 bytes a row keeps ldmatrix free of bank conflicts.
+#pragma once
+
+#include "cuda/launch.cuh"
+#include "cuda/plan.h"
+#include "ops/grouped_lora.h"
+
+namespace align::cuda {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kWarpRows = kTileRows / kWarps;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+template <typename T>
+constexpr int kUnit = 16 / int(sizeof(T));  // columns of 16 bytes
+template <typename T>
+constexpr int kPad = kUnit<T>;
+template <typename T>
+constexpr int kTileCols = kTileBytes / int(sizeof(T));
+template <typename T>
+constexpr int kTileStride = kTileCols<T> + kPad<T>;
+template <typename T>
+constexpr int kTileSize = kTileRows * kTileStride<T>;  // elements
+template <int kRank>
+constexpr int kPieceTiles = kRank == 16 ? 7 : 128 / kRank;  // 14 to 16 KiB; with 8 a block would exceed sm_75's 64 KiB
+template <typename T, int kRank>
+constexpr int kPieceCols = kPieceTiles<kRank> * kTileCols<T>;
+template <typename T, int kRank>
+constexpr int kPieceStride = kPieceCols<T, kRank> + kPad<T>;
+template <typename T, int kRank>
+constexpr int kLatentStride = kRank + kPad<T>;
+
+// Hands out the dynamic shared memory.
+class SharedArena {
+ public:
+  __device__ SharedArena() : next_(static_cast<char*>(dynamic_shared())) {}
+  template <typename T>
+  __device__ T* take(int count) {
+    T* piece = reinterpret_cast<T*>(next_);
+    next_ += count * int(sizeof(T));
+    return piece;
+  }
+
+ private:
+  char* next_;
+};
+
+// Up to 128 consecutive rows of a group, in group order. Rows are counted in 32 bits: registers are scarce.
+struct RowTile {
+  const int64_t* rows;  // row numbers in group order, or null
+  int begin;
+  int count;
+  int group;
+
+  __device__ int64_t row(int i) const { return rows ? rows[begin + i] : begin + i; }
+};
+
+// Bounds of a group in group order.
+__device__ inline void group_bounds(const RowGroups& groups, int64_t tokens, int group, int* begin, int* end) {
+  const int64_t first = groups.offsets ? groups.offsets[group] : 0;
+  const int64_t last = groups.offsets ? groups.offsets[group + 1] : tokens;
+  require(0 <= first && first <= last && last <= tokens);
+  *begin = int(first), *end = int(last);
+}
+
+__device__ inline RowTile tile_of(const RowGroups& groups, int group, int begin, int end) {
+  return {groups.rows, begin, end - begin < kTileRows ? end - begin : kTileRows, group};
+}
+
+// The index-th row tile, counted through all groups; false if there are fewer.
+__device__ inline bool find_tile(const RowGroups& groups, const GroupedLoraShape& shape, int index, RowTile* tile) {
+  // A row of no group would never be written.
+  require(!groups.offsets || (groups.offsets[0] == 0 && groups.offsets[shape.groups] == shape.tokens));
+  for (int k = 0; k < int(shape.groups); ++k) {
+    int begin, end;
+    group_bounds(groups, shape.tokens, k, &begin, &end);
+    const int tiles = (end - begin + kTileRows - 1) / kTileRows;
+    if (index < tiles) {
+      *tile = tile_of(groups, k, begin + index * kTileRows, end);
+      return true;
+    }
+    index -= tiles;
+  }
+  return false;
+}
+
+}  // namespace align::cuda
