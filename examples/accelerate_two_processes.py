@@ -1,33 +1,60 @@
-"""Align-LoRA with accelerate, the alignment being that of all processes' tokens.
+"""Fine-tunes one model on several tasks with accelerate; the alignment is that of all processes' examples.
 
-accelerate launch --num_processes 2 examples/accelerate_two_processes.py, on CPUs
-torchrun --nproc_per_node 2 examples/accelerate_two_processes.py.
+torchrun --standalone --nproc_per_node 2 examples/accelerate_two_processes.py examples/data/*.train.jsonl
 """
+
+import argparse
+import json
+import os
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from common import ARGUMENTS, adapted, compare, launched, loader, optimizer
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align_ext import align_parts
+from align_ext import TaskCollator, TaskSampler, align_parts, replace_linear_with_align_lora, save_adapter
 
-launched(several=True)
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("files", nargs="+", type=Path, help='for each task, lines of {"prompt": ..., "completion": ...}')
+parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M", help="folder or hub id [%(default)s]")
+parser.add_argument("--steps", type=int, default=30, help="optimizer steps [%(default)s]")
+parser.add_argument("--lr", type=float, default=2e-4, help="learning rate [%(default)s]")
+parser.add_argument("--weight", type=float, default=0.1, help="of the alignment in the loss [%(default)s]")
+parser.add_argument("--output", default="adapter", help="folder for the adapter [%(default)s]")
+args = parser.parse_args()
+if args.steps < 1 or "RANK" not in os.environ:
+    parser.error(
+        "start it by torchrun --nproc_per_node 2 examples/accelerate_two_processes.py, with --steps of at least 1"
+    )
 accelerator = Accelerator(cpu=not torch.cuda.is_available())
 
+torch.manual_seed(0)
+try:
+    rows = [(json.loads(line), task) for task, file in enumerate(args.files) for line in file.open()]
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
+    replace_linear_with_align_lora(model, num_tasks=len(args.files), align_weight=args.weight)
+except (OSError, ValueError) as error:  # a wrong argument
+    parser.error(" ".join(str(error).split()))
+tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
-def train(weight: float) -> list[float]:
-    """Trains the adapters; the alignment value of each step."""
-    model, tokenizer = adapted(weight)
-    batches = loader(tokenizer, ARGUMENTS.steps * accelerator.num_processes, batch_size=4)
-    model, steps, batches = accelerator.prepare(model, optimizer(model), batches)
-    values = []
-    for batch in batches:  # each process has its own
-        accelerator.backward(model(**batch).loss)
-        steps.step()
-        steps.zero_grad()
-        values.append(align_parts(model).align)
-    return values
+data = []
+for row, task in rows:  # the labels are the completion and the end token: the prompt is not learnt
+    prompt = tokenizer(row["prompt"] + "\n")["input_ids"]
+    answer = tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    data.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer, "task_ids": task})
+batches = args.steps * accelerator.num_processes  # of which each process takes every second one
+order = TaskSampler([row["task_ids"] for row in data], batch_size=4, mixing="equal", batches=batches)
+loader = DataLoader(data, batch_size=4, sampler=order, collate_fn=TaskCollator(tokenizer))
 
-
-if __name__ == "__main__":
-    compare(train)
-    accelerator.end_training()
+optimizer = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], lr=args.lr)
+model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+for step, batch in enumerate(loader, 1):  # input_ids, attention_mask, labels, task_ids
+    accelerator.backward(model(**batch).loss)  # the loss of the labels + weight * the alignment of all tasks
+    optimizer.step()
+    optimizer.zero_grad()
+    accelerator.print(f"step {step}: loss {align_parts(model).lm:.3f}, alignment {align_parts(model).align:.4f}")
+if accelerator.is_main_process:
+    save_adapter(accelerator.unwrap_model(model), args.output, [file.name.split(".")[0] for file in args.files])
+accelerator.end_training()

@@ -1,28 +1,56 @@
-"""Align-LoRA with torch.compile, the whole model in one graph: python examples/compile.py."""
+"""Fine-tunes one model on several tasks under torch.compile, the whole model in one graph.
+
+python examples/compile.py examples/data/*.train.jsonl
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
 
 import torch
-from common import adapted, compare, launched, loader, optimizer
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align_ext import align_parts, align_step
+from align_ext import TaskCollator, TaskSampler, align_parts, align_step, replace_linear_with_align_lora, save_adapter
 
-BACKEND = "inductor" if torch.cuda.is_available() else "eager"  # on a CPU: captured whole, but not worth the C++
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("files", nargs="+", type=Path, help='for each task, lines of {"prompt": ..., "completion": ...}')
+parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M", help="folder or hub id [%(default)s]")
+parser.add_argument("--steps", type=int, default=30, help="optimizer steps [%(default)s]")
+parser.add_argument("--lr", type=float, default=2e-4, help="learning rate [%(default)s]")
+parser.add_argument("--weight", type=float, default=0.1, help="of the alignment in the loss [%(default)s]")
+parser.add_argument("--output", default="adapter", help="folder for the adapter [%(default)s]")
+args = parser.parse_args()
+if args.steps < 1 or os.environ.get("WORLD_SIZE", "1") != "1":
+    parser.error("start it by python examples/compile.py, on one process, with --steps of at least 1")
 
+torch.manual_seed(0)
+try:
+    rows = [(json.loads(line), task) for task, file in enumerate(args.files) for line in file.open()]
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
+    replace_linear_with_align_lora(model, num_tasks=len(args.files), align_weight=args.weight)
+except (OSError, ValueError) as error:  # a wrong argument
+    parser.error(" ".join(str(error).split()))
+tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
-def train(weight: float) -> list[float]:
-    """Trains the adapters; the alignment value of each step."""
-    model, tokenizer = adapted(weight)
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=BACKEND)
-    steps, values = optimizer(model), []
-    for batch in loader(tokenizer):
-        with align_step(model, batch.pop("task_ids"), batch["attention_mask"]) as step:
-            loss = compiled(**batch, use_cache=False).loss
-        step.total(loss).backward()
-        steps.step()
-        steps.zero_grad()
-        values.append(align_parts(model).align)
-    return values
+data = []
+for row, task in rows:  # the labels are the completion and the end token: the prompt is not learnt
+    prompt = tokenizer(row["prompt"] + "\n")["input_ids"]
+    answer = tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    data.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer, "task_ids": task})
+order = TaskSampler([row["task_ids"] for row in data], batch_size=8, mixing="equal", batches=args.steps)
+loader = DataLoader(data, batch_size=8, sampler=order, collate_fn=TaskCollator(tokenizer))
 
-
-if __name__ == "__main__":
-    launched(several=False)
-    compare(train)
+optimizer = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], lr=args.lr)
+backend = "inductor" if torch.cuda.is_available() else "eager"  # on a CPU: one graph, but no compiled code
+compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+for step, batch in enumerate(loader, 1):
+    with align_step(model, batch.pop("task_ids"), batch["attention_mask"]) as opened:
+        loss = compiled(**batch, use_cache=False).loss
+    opened.total(loss).backward()  # loss + weight * the alignment of the batch's tasks
+    optimizer.step()
+    optimizer.zero_grad()
+    print(f"step {step}: loss {align_parts(model).lm:.3f}, alignment {align_parts(model).align:.4f}")
+save_adapter(model, args.output, [file.name.split(".")[0] for file in args.files])

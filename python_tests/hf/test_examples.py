@@ -1,5 +1,7 @@
 """Every example runs as its first lines say, and with the alignment term the alignment value falls faster."""
 
+import ast
+import json
 import os
 import re
 import runpy
@@ -8,85 +10,148 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from hf.words import llama, model_folder
+
+import align_ext
+from align_ext import load_adapter
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+DATA = sorted((EXAMPLES / "data").glob("*.train.jsonl"))
 PROCESSES = {"accelerate_two_processes": 2, "fsdp2": 2}
-SCRIPTS = sorted(file.stem for file in EXAMPLES.glob("*.py") if file.stem != "common")
-LINE = re.compile(r"weight (\S+), (\d) process\(es\): alignment (\S+) -> (\S+) \(x")
+STEPS = {"sft_packing": 12}  # of more tokens each
+SCRIPTS = sorted(file.stem for file in EXAMPLES.glob("*.py"))
+VALUE = re.compile(r"(?:alignment |'align_loss': ')([\d.e+-]+)")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder with a tiny model and its tokenizer."""
+    return model_folder(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
-def run(monkeypatch, capfd, unused_port):
-    """Runs a script and returns what it prints."""
+def alone(monkeypatch, capfd):
+    """Runs a script in this process, which no launcher started; exit code, what it prints, what it says of errors."""
 
-    def run(script):
-        file = EXAMPLES / f"{script}.py"
+    def alone(script, *arguments, **environment):
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "argv", [str(EXAMPLES / f"{script}.py"), *map(str, arguments)])
+        monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path).resolve() != EXAMPLES])
+        capfd.readouterr()
+        try:
+            runpy.run_path(str(EXAMPLES / f"{script}.py"), run_name="__main__")
+            code = 0
+        except SystemExit as ended:
+            code = ended.code
+        return code, *capfd.readouterr()
+
+    return alone
+
+
+def launched(script, processes, *arguments):
+    """What a script prints under torchrun, as its first lines start it."""
+    options = ["--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, str(EXAMPLES / f"{script}.py"), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = list(map(str, command))
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+
+
+@pytest.fixture
+def values(alone, model, tmp_path):
+    """The alignment of each step of a run with a weight, whose adapter is left in tmp_path / "adapter"."""
+
+    def values(script, weight):
+        arguments = [*DATA, "--model", model, "--lr", 1e-2, "--weight", weight, "--steps", STEPS.get(script, 30)]
+        arguments += ["--output", tmp_path / "adapter"]
         if script in PROCESSES:
-            options = ["--nproc_per_node", str(PROCESSES[script]), "--master_port", str(unused_port)]
-            command = [sys.executable, "-m", "torch.distributed.run", *options, str(file)]
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-            return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
-        monkeypatch.setattr(sys, "argv", [str(file)])
-        monkeypatch.syspath_prepend(str(EXAMPLES))
-        monkeypatch.setenv("WORLD_SIZE", "1")
-        runpy.run_path(str(file), run_name="__main__")
-        return capfd.readouterr().out
+            return list(map(float, VALUE.findall(launched(script, PROCESSES[script], *arguments))))
+        code, out, _ = alone(script, *arguments)
+        assert code == 0
+        return list(map(float, VALUE.findall(out)))
 
-    return run
+    return values
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_the_alignment_falls_faster_with_a_weight_than_without(run, script):
-    lines = LINE.findall(run(script))
-    (zero, without), (weight, with_it) = ((float(w), float(last) / float(first)) for w, _, first, last in lines)
-    assert {int(processes) for _, processes, _, _ in lines} == {PROCESSES.get(script, 1)}
-    assert zero == 0 < weight
-    assert with_it < 1
-    assert with_it < without
+def test_the_alignment_falls_faster_with_a_weight_than_without_and_the_adapter_is_saved(values, script, tmp_path):
+    without, with_it = values(script, 0), values(script, 0.1)
+    assert len(without) == len(with_it) == STEPS.get(script, 30)  # of several processes one speaks
+    assert without[0] == with_it[0]
+    assert with_it[-1] < with_it[0]
+    assert with_it[-1] / with_it[0] < without[-1] / without[0]
+
+    trained, inputs = llama(), torch.arange(12)[None]
+    before = trained(inputs).logits
+    load_adapter(trained, tmp_path / "adapter")
+    assert (trained.eval()(inputs).logits - before).abs().max() > 1e-2
+    assert config_of(tmp_path / "adapter")["task_names"] == ["addition", "reversal", "sentiment"]
+
+
+def config_of(folder):
+    return json.loads((folder / "align_lora_config.json").read_text())
+
+
+def test_a_compiled_model_and_a_plain_one_are_trained_alike(values):
+    assert values("compile", 0.1) == pytest.approx(values("plain_loop", 0.1), rel=1e-3)
+
+
+def test_processes_of_trainers_on_cpus_join(model, tmp_path):
+    arguments = [*DATA, "--model", model, "--steps", 12, "--output", tmp_path / "adapter"]
+    assert len(VALUE.findall(launched("trainer", 2, *arguments))) == 12  # one process speaks
 
 
 def test_each_example_is_short_enough_to_read_at_once():
     for script in SCRIPTS:
-        assert len((EXAMPLES / f"{script}.py").read_text().splitlines()) <= 40
+        assert len((EXAMPLES / f"{script}.py").read_text().splitlines()) <= 64
 
 
-def started(script, *arguments, **environment):
-    """Exit code and what a script says, started without a launcher."""
-    own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    command = [sys.executable, str(EXAMPLES / f"{script}.py"), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, env=own | environment, check=False)
-    return result.returncode, result.stdout, result.stderr
+def test_each_example_stands_alone():
+    """It imports no neighbour, and of this package the public names."""
+    for script in SCRIPTS:
+        for node in ast.walk(ast.parse((EXAMPLES / f"{script}.py").read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert node.module not in SCRIPTS
+                if node.module.startswith("align_ext"):
+                    assert node.module == "align_ext"
+                    assert {alias.name for alias in node.names} <= set(align_ext.__all__)
+            if isinstance(node, ast.Import):
+                assert not {alias.name for alias in node.names} & {*SCRIPTS, "align_ext"}
 
 
 @pytest.mark.parametrize(
     ("script", "arguments", "environment", "message"),
     [
-        ("fsdp2", (), {}, "torchrun --nproc_per_node 2 examples/fsdp2.py"),
-        ("accelerate_two_processes", (), {}, "torchrun --nproc_per_node 2 examples/accelerate_two_processes.py"),
-        ("plain_loop", (), {"RANK": "0", "WORLD_SIZE": "2"}, "start it by python examples/plain_loop.py"),
-        ("plain_loop", ("--steps", "0"), {}, "--steps: invalid positive integer"),
-        ("plain_loop", ("--weight", "nan"), {}, "--weight: invalid positive number"),
-        ("trainer", ("--model", "/nowhere"), {}, "--model /nowhere"),
+        ("fsdp2", DATA, {}, "torchrun --nproc_per_node 2 examples/fsdp2.py"),
+        ("accelerate_two_processes", DATA, {}, "torchrun --nproc_per_node 2 examples/accelerate_two_processes.py"),
+        ("plain_loop", DATA, {"RANK": "0", "WORLD_SIZE": "2"}, "start it by python examples/plain_loop.py"),
+        ("compile", DATA, {"RANK": "0", "WORLD_SIZE": "2"}, "start it by python examples/compile.py"),
+        ("plain_loop", [*DATA, "--steps", "0"], {}, "--steps of at least 1"),
+        ("trainer", [*DATA, "--steps", "0"], {}, "--steps must be at least 1"),
+        ("sft_packing", [*DATA, "--steps", "many"], {}, "--steps: invalid int value: 'many'"),
+        ("plain_loop", [*DATA, "--weight", "nan"], {}, "align_weight must be a number >= 0"),
+        ("trainer", [*DATA, "--model", "/nowhere"], {}, "/nowhere"),
+        ("plain_loop", ["/nowhere.jsonl"], {}, "No such file or directory: '/nowhere.jsonl'"),
+        ("sft_packing", [EXAMPLES / "trainer.py"], {}, "Extra data: line 1 column 3"),
+        ("plain_loop", [], {}, "the following arguments are required: files"),
     ],
 )
-def test_a_wrong_start_is_one_line(script, arguments, environment, message):
-    code, _, error = started(script, *arguments, **environment)
+def test_a_wrong_start_is_one_line(alone, model, script, arguments, environment, message):
+    given = [] if "--model" in arguments else ["--model", model]
+    code, _, error = alone(script, *arguments, *given, **environment)
     said = [line for line in error.splitlines() if line.startswith(f"{script}.py: ")]
     assert (code, len(said)) == (2, 1)
     assert message in said[0]
     assert "Traceback" not in error
 
 
-def test_help_is_there_without_a_launcher():
-    code, usage, _ = started("fsdp2", "--help")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_there_without_a_launcher(alone, script):
+    code, usage, _ = alone(script, "--help")
     assert code == 0
     assert "--weight" in usage
-
-
-def test_processes_of_trainers_on_cpus_join(unused_port):
-    options = ["--nproc_per_node", "2", "--master_port", str(unused_port)]
-    command = [sys.executable, "-m", "torch.distributed.run", *options, str(EXAMPLES / "trainer.py"), "--steps", "12"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    found = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
-    assert {int(processes) for _, processes, _, _ in LINE.findall(found)} == {2}
-    assert len(LINE.findall(found)) == 2  # one process speaks
+    assert f"examples/{script}.py examples/data/*.train.jsonl" in usage
