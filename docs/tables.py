@@ -1,4 +1,4 @@
-"""The README's tables of architectures and of rows, from the code: python docs/tables.py [--write README.md]."""
+"""The documents' tables of architectures and of rows, from the code: python docs/tables.py [--write README.md]."""
 
 from __future__ import annotations
 
