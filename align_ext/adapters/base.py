@@ -55,12 +55,6 @@ class Adapter(nn.Module):
         """Gives the parameters their first values; weight: the base's [out, in], where the initialisation needs it."""
         raise NotImplementedError
 
-    @property
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """lora_A and lora_B, as a rule past nn.Module.__getattr__, which takes longer than most of a call."""
-        A, B = self._parameters.get("lora_A"), self._parameters.get("lora_B")
-        return self.lora_A if A is None else A, self.lora_B if B is None else B
-
     def low_rank_forward(self, x: Tensor, dropout_p: float, current: AlignStep | None, **op: Any) -> LowRankOutput:
         """Computes y, z and, with a router, its weights w; op holds the base."""
         raise NotImplementedError
@@ -203,9 +197,7 @@ class AdaptedLinear(AdaptedModule):
         """Computes base(x) + low rank for x [..., in_features]; base(x) alone while merged."""
         if self.merged:
             return self.base_layer(x)
-        # Not self.adapter: nn.Module.__getattr__ takes longer than most of what it is asked for in a call.
-        adapter: Any = self._modules["adapter"]
-        return adapter(*self.base_arguments(x))
+        return self.adapter(*self.base_arguments(x))
 
     def base_arguments(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """The base layer in the form that the ops take.
@@ -213,7 +205,7 @@ class AdaptedLinear(AdaptedModule):
         Returns:
             x in the dtype of the product, then weight, bias and base_out: one of weight and base_out is None.
         """
-        base: Any = self._modules["base_layer"]
+        base: Any = self.base_layer
         weight, bias = base._parameters.get("weight"), base._parameters.get("bias")  # None where they are computed
         plain = (
             type(base) is nn.Linear

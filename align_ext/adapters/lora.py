@@ -52,7 +52,7 @@ class LoraAdapter(Adapter):
 
     @override
     def low_rank_forward(self, x: Tensor, dropout_p: float, current: AlignStep | None, **op: Any) -> LowRankOutput:
-        A, B = self.factors
+        A, B = self.lora_A, self.lora_B
         if self.init != "pissa":
             return *grouped_lora(x, A, B, self.scaling, dropout_p=dropout_p, **op), None
         op |= {"A0": self.lora_A0, "B0": self.lora_B0, "site": "input"}
@@ -87,7 +87,7 @@ class MultiAdapter(Adapter):
 
     @override
     def low_rank_forward(self, x: Tensor, dropout_p: float, current: AlignStep | None, **op: Any) -> LowRankOutput:
-        A, B = self.factors
+        A, B = self.lora_A, self.lora_B
         if current is not None:
             op["group"] = current.groups(x)
             return *grouped_lora(x, A, B, self.scaling, dropout_p=dropout_p, **op), None

@@ -67,8 +67,7 @@ class HeadsAdapter(Adapter):
     @property
     def offset(self) -> dict[str, Tensor | None]:
         """A0 and B0 as the ops take them."""
-        buffers = self._buffers
-        return {"A0": buffers["lora_A0"], "B0": buffers["lora_B0"]}
+        return {"A0": self.lora_A0, "B0": self.lora_B0}
 
     @override
     def uniform_delta_factors(self) -> list[Factors]:
@@ -115,7 +114,7 @@ class SummedAdapter(HeadsAdapter):
     def low_rank_forward(self, x: Tensor, dropout_p: float, current: AlignStep | None, **op: Any) -> LowRankOutput:
         reduce: Any = self.config.reduce
         options = {"reduce": reduce, "site": self.site, "dropout_p": dropout_p, **self.offset}
-        A, B = self.factors
+        A, B = self.lora_A, self.lora_B
         return *dropout_sum(x, A, B, self.scaling, **options, **op), None
 
     def _collapsed(self, B: Tensor) -> Tensor:
@@ -150,8 +149,7 @@ class RoutedAdapter(HeadsAdapter):
             "top_k": self.config.top_k or None, "tau": self.config.router_temperature, "site": self.site,
             "dropout_p": dropout_p, **self.offset,
         }  # fmt: skip
-        lora_router: Any = self._modules["lora_router"]
-        return lora_router.route(self, x, current, **options, **op)
+        return self.lora_router.route(self, x, current, **options, **op)
 
     def unmergeable_reason(self) -> str | None:
         """Why not: the weight depends on the input."""

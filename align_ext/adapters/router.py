@@ -31,7 +31,7 @@ class LinearRouter(nn.Module):
         self, adapter: Any, x: Tensor, current: AlignStep | None, **options: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Computes y, z, w of an adapter."""
-        A, B = adapter.factors
+        A, B = adapter.lora_A, adapter.lora_B
         return routed_lora(x, A, B, self.lora_R, adapter.scaling, **options)
 
 
@@ -81,9 +81,7 @@ class SequenceRouter(nn.Module):
         """
         logits = self.logits(x, current)
         columns = logits.shape[1] + -(x.shape[-1] + logits.shape[1]) % 8  # rows stay aligned
-        at_least_float32 = torch.cat(
-            [x, pad(logits, (0, columns - logits.shape[1]))[:, None].expand(-1, x.shape[1], -1)], -1
-        )
+        further = pad(logits, (0, columns - logits.shape[1]))[:, None].expand(-1, x.shape[1], -1)
         R = pad(torch.eye(logits.shape[1], dtype=x.dtype, device=x.device), (x.shape[-1], columns - logits.shape[1]))
         A = pad(adapter.lora_A, (0, columns))
         if options.get("A0") is not None:
@@ -91,7 +89,7 @@ class SequenceRouter(nn.Module):
         weight, bias = options.pop("weight", None), options.pop("bias", None)
         if weight is not None:
             options["base_out"] = linear(x, weight, bias)
-        return routed_lora(at_least_float32, A, adapter.lora_B, R, adapter.scaling, **options)
+        return routed_lora(torch.cat([x, further], -1), A, adapter.lora_B, R, adapter.scaling, **options)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_of_prompt": None}

@@ -30,16 +30,6 @@ def _state_of(model: nn.Module) -> AlignState:
     return state
 
 
-def _modules(model: nn.Module) -> Iterator[nn.Module]:
-    """All modules in order, shared ones as often as they occur; model.modules() takes three times as long."""
-    waiting: list[nn.Module | None] = [model]
-    while waiting:
-        module = waiting.pop()
-        if module is not None:
-            yield module
-            waiting.extend(reversed(module._modules.values()))
-
-
 def open_step(model: nn.Module, state: AlignState, ids: Tensor | None, **options: bool) -> AlignStep:
     """A new step for a model's next forward; the model's checkpoint functions will find it again."""
     refuse_compiled_autograd()
@@ -48,7 +38,7 @@ def open_step(model: nn.Module, state: AlignState, ids: Tensor | None, **options
     elif options.get("records", True):
         refuse_processes_apart()
     adapter, trained = None, False
-    for module in _modules(model):
+    for module in model.modules():
         if not trained and (found := module._parameters.get("lora_A")) is not None:
             adapter = found
             trained = any(p is not None and p.requires_grad for p in module._parameters.values())
