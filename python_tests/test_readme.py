@@ -1,4 +1,4 @@
-"""What the README shows works as it stands there."""
+"""What the README says is so; that its commands and Python run is in hf/test_guide.py."""
 
 import re
 import runpy
@@ -9,7 +9,7 @@ import torch
 import typer
 from tiny import adapted, batch, llama
 
-from align_ext import align_parts, align_step, capture_latents, cli, merge_and_unload, save_adapter, set_task
+from align_ext import cli, merge_and_unload, save_adapter, set_task
 from align_ext.adapters import adapter_class
 from align_ext.adapters.adapted_block import adapted_layers
 from align_ext.training.options import TrainOptions
@@ -17,33 +17,8 @@ from align_ext.training.options import TrainOptions
 ROOT = Path(__file__).parents[1]
 TABLES = runpy.run_path(str(ROOT / "docs/tables.py"))
 CONFIGS = dict(TABLES["configs"]())
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-
-
-def test_the_quick_start_trains_with_alignment_and_saves_an_adapter(monkeypatch, tmp_path):
-    import transformers
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name: llama().eval())
-    inputs, tasks = batch()
-    names = {"loader": [inputs | {"task_ids": tasks}] * 2}
-    exec(BLOCKS[0], names)
-    assert align_parts(names["model"]).align > 0
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
-
-    # The second block continues the first with a loss of the user's own.
-    names |= inputs | {
-        "task_ids": tasks,
-        "align_step": align_step,
-        "align_parts": align_parts,
-        "capture_latents": capture_latents,
-    }
-    names["my_loss"] = lambda logits: torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), inputs["labels"].flatten(), ignore_index=-100
-    )
-    exec(BLOCKS[1], names)
-    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in names["model"].parameters())
-    assert "model.layers.0.mlp.gate_proj" in names["latents"]
+PICTURE = runpy.run_path(str(ROOT / "docs/picture.py"))
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
 
 
 def test_every_command_and_flag_of_the_readme_exists_and_every_command_is_in_it():
@@ -55,17 +30,53 @@ def test_every_command_and_flag_of_the_readme_exists_and_every_command_is_in_it(
         assert set(re.findall(r"--[a-z-]+", rest)) <= known, f"align-lora {name}{rest}"
 
 
-def test_every_file_that_the_documents_link_to_exists():
-    for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
-            assert (document.parent / target).exists(), f"{document.name} links to {target}"
+def headings(document):
+    """The anchors of a document's headings, as GitHub makes them."""
+    lines = re.findall(r"^#+ (.*)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
+def test_every_file_and_heading_that_the_documents_link_to_exists():
+    for document in DOCUMENTS:
+        for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", document.read_text()):
+            file = document.parent / target if target else document
+            assert file.exists(), f"{document.name} links to {target}"
+            assert not anchor or anchor in headings(file), f"{document.name} links to {target}#{anchor}"
 
 
 def test_the_tables_are_as_the_code_has_them():
-    text = (ROOT / "README.md").read_text()
-    assert TABLES["renewed"](text) == text, "python docs/tables.py --write README.md"
+    texts = {document: document.read_text() for document in DOCUMENTS}
+    for document, text in texts.items():
+        assert TABLES["renewed"](text) == text, f"python docs/tables.py --write {document.relative_to(ROOT)}"
+    for name in TABLES["TABLES"]:
+        assert sum(f"<!-- {name} -->" in text for text in texts.values()) == 1, name
+    text = texts[ROOT / "README.md"]
     assert all(f"| `{words}` |" in text for words in CONFIGS)
     assert TABLES["renewed"](text.replace("r (n + m)", "n m")) == text
+
+
+def test_the_picture_and_the_figures_beside_it_are_those_that_were_measured():
+    assert PICTURE["PICTURE"].read_text() == PICTURE["picture"](), "python docs/picture.py --write"
+    assert (
+        f"![Time of one adapted layer divided by that of the frozen layer, on a CPU](docs/{PICTURE['PICTURE'].name})"
+        in (text := (ROOT / "README.md").read_text())
+    )
+    medians = PICTURE["medians"]()
+    assert f"**{medians['Align-LoRA with its loss, this package']} times** the frozen layer's time" in text
+    assert f"it is {medians['LoRA, PEFT']} times" in text
+    without_amx = (ROOT / "docs/performance.md").read_text().partition("### Without AMX")[2]
+    names = ("| align_lora, kl |", "| PEFT's LoRA |")
+    rows = [line.split("|") for line in without_amx.splitlines() if line.startswith(names)]
+    assert "limited to AVX512_BF16 it is {} and {} (".format(*(cells[4].split()[0] for cells in rows[:2])) in text
+
+
+def test_the_two_commands_are_the_ones_that_ci_runs():
+    text = re.sub(r"```.*?```", "", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    shown = re.findall(r"^    (\S.*)$", text, re.MULTILINE)
+    assert shown == ['pip install ".[test]"', "pytest"]
+    lines = (ROOT / ".ci/run").read_text().splitlines()
+    assert 'pip install -qq ".[test]"' in lines
+    assert "pytest -q --durations=10" in lines
 
 
 @pytest.mark.parametrize("words", CONFIGS)

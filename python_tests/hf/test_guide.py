@@ -1,4 +1,4 @@
-"""The guide's commands and Python run as they stand there, and the guide is in step with the code."""
+"""The README's and the guide's commands and Python run as they stand there, and the guide is in step with the code."""
 
 import importlib.util
 import os
@@ -59,6 +59,15 @@ def test_every_block_of_a_page_runs_as_it_stands(page, hub, work):
     ran = [line.removeprefix("$ ") for line in output.splitlines() if line.startswith("$ ")]
     assert ran == [command for kind, text in blocks(page) if kind == "bash" for command in commands(text)]
     assert ran
+
+
+def test_the_first_lines_of_the_readme_train_with_alignment_and_save_an_adapter(hub, work):
+    ((kind, text),) = blocks(ROOT / "README.md")
+    assert kind == "python"
+    assert len([line for line in text.splitlines() if line and not line.startswith(("import", "from"))]) == 10
+    after = "\nfrom align_ext import align_parts\nprint('aligned', align_parts(model).align > 0)"
+    assert "aligned True" in finished(python("-c", text + after, cwd=work, env=hub))
+    assert (work / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_a_loss_of_ones_own_reaches_the_adapters_and_the_latents_are_those_of_every_layer(hub, work):
