@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +26,9 @@ from align_ext.system.reading import shown
 from align_ext.training.checkpoint import load_queue, load_trained, save_trained
 from align_ext.training.checks import ChecksBeforeTraining, LayersThatNeverRan, least_is_best, refuse_peft_config
 from align_ext.training.safe_saving import SafeMixin
+from align_ext.training.schedule import AlignSchedule, schedule_factor
 from align_ext.training.task_losses import LossSums, TaskLosses
 
-AlignSchedule = Literal["constant", "linear", "cosine"]
 _NO_IDS = (
     "alignment is on, but a training batch has no task_ids: give the training dataset an integer column task_ids "
     "(join_tasks makes one of a dataset for each task); AlignTrainer needs TaskCollator to collate it, AlignSFTTrainer "
@@ -367,19 +366,6 @@ class AlignMixin(SafeMixin):
 
 class AlignTrainer(AlignMixin, Trainer):
     """Trains a model adapted by replace_linear_with_align_lora on batches with `task_ids`: transformers' Trainer."""
-
-
-def schedule_factor(schedule: AlignSchedule, warmup: float, step: int, steps: int) -> float:
-    """Computes the factor on the alignment weight at a step.
-
-    step / W  before step W = warmup * steps; then, with p = (step - W) / (steps - W),
-    1 ("constant"),  1 - p ("linear"),  (1 + cos(pi p)) / 2 ("cosine")
-    """
-    rise = warmup * steps
-    if step < rise:
-        return step / rise
-    p = (step - rise) / max(steps - rise, 1)
-    return {"constant": 1.0, "linear": 1 - p, "cosine": (1 + math.cos(math.pi * p)) / 2}[schedule]
 
 
 class _NextEpoch(TrainerCallback):

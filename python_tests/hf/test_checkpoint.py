@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from align_ext import load_adapter
 from align_ext.training.checkpoint import load_trained, save_trained
-from align_ext.training.trainer import schedule_factor
+from align_ext.training.schedule import schedule_factor
 
 
 def test_a_run_that_goes_on_in_a_new_process_is_the_unbroken_run_to_the_bit(tmp_path):
