@@ -23,7 +23,7 @@ import sass
 from page import show
 
 ROOT = Path(__file__).resolve().parents[1]
-FLAGS = ["-std=c++17", "-O3", "-DNDEBUG"]  # CMake's, for a release build
+FLAGS = ["-std=c++20", "-O3", "-DNDEBUG"]  # CMake's, for a release build
 BEGIN, END = "<!-- cuda_static: begin -->", "<!-- cuda_static: end -->"
 
 

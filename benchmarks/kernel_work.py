@@ -134,8 +134,8 @@ def mask_instructions(masks: int, of_block: int = 8) -> int:
 # ---- csrc/cuda/plan.h
 
 
-def slabs(cols: int, tiles: int, gpu: Gpu, most: int = 1 << 15) -> int:
-    """Slabs of columns that a tall matrix is cut into."""
+def splits(cols: int, tiles: int, gpu: Gpu, most: int = 1 << 15) -> int:
+    """Splits of columns that a tall matrix is cut into."""
     of_row = ceil_div(cols, TILE_COLS)
     wanted = min(ceil_div(2 * gpu.multiprocessors, tiles), most, max(of_row // 4, 1))
     return ceil_div(of_row, ceil_div(of_row, wanted))
@@ -155,9 +155,9 @@ def one_pass(layer: Layer, gpu: Gpu) -> bool:
 
 
 def shrink(layer: Layer, gpu: Gpu, tall: str, ranks: int) -> Work:
-    """The slabs' parts of x Aᵀ, or of dy B."""
+    """The splits' parts of x Aᵀ, or of dy B."""
     cols, size = layer.sizes[tall]
-    count = slabs(cols, layer.tiles, gpu, most=8 if tall == "x" else 1 << 15)
+    count = splits(cols, layer.tiles, gpu, most=8 if tall == "x" else 1 << 15)
     small = Access("A" if tall == "x" else "B", ELEMENT * ranks * cols, layer.tiles)
     accesses = [Access(tall, size), small, Access("parts", count * layer.latent(ranks))]
     masks = mask_instructions(layer.tokens * cols * layer.masks) if tall == "x" else 0
@@ -165,9 +165,9 @@ def shrink(layer: Layer, gpu: Gpu, tall: str, ranks: int) -> Work:
 
 
 def expand(layer: Layer, gpu: Gpu, tall: str, ranks: int, latents: Access) -> Work:
-    """Base + z Bᵀ, or base + dz A; latents are read by every slab."""
+    """Base + z Bᵀ, or base + dz A; latents are read by every split."""
     cols, size = layer.sizes[tall]
-    count = slabs(cols, layer.tiles, gpu)
+    count = splits(cols, layer.tiles, gpu)
     small = Access("A" if tall == "dx" else "B", ELEMENT * ranks * cols, layer.tiles)
     read = latents._replace(times=latents.times - 1 + count)
     accesses = [Access(f"{tall}_in", size), Access(tall, size), small, read]
@@ -194,9 +194,9 @@ def small(layer: Layer, name: str, ranks: dict[str, int], masks: int = 0) -> Wor
 
 def grouped_lora(layer: Layer, gpu: Gpu) -> list[Work]:
     """Kernels of lora and align_lora (csrc/cuda/grouped_lora.cu)."""
-    r, count = layer.rank, slabs(layer.in_dim, layer.tiles, gpu, most=8)
+    r, count = layer.rank, splits(layer.in_dim, layer.tiles, gpu, most=8)
     z = small(layer, "z", {"z": r})
-    # Every slab of expand adds the parts; the first one also for z, where there are several.
+    # Every split of expand adds the parts; the first one also for z, where there are several.
     parts = Access("parts", count * z.bytes, 1 + (count > 1))
     y = expand(layer, gpu, "y", r, parts)
     d_b = outer(layer, gpu, "dy", "z", r)
@@ -206,7 +206,7 @@ def grouped_lora(layer: Layer, gpu: Gpu) -> list[Work]:
         dot = Work("", both, d_b.tensor, floor=layer.sizes["dy"][1])
         of_dy, d_b = replace(d_b + dot, name="sweep dy"), Work("")
     else:
-        count, of_dy = slabs(layer.out_dim, layer.tiles, gpu), shrink(layer, gpu, "dy", r)
+        count, of_dy = splits(layer.out_dim, layer.tiles, gpu), shrink(layer, gpu, "dy", r)
     return [
         shrink(layer, gpu, "x", r),
         (y + z) if count > 1 else y,
@@ -224,7 +224,7 @@ def heads(layer: Layer, gpu: Gpu) -> list[Work]:
     logits = count if layer.router else 0
     width = ceil_div(ranks_a, 8) * 8 + logits if layer.router else ranks_a
     u, z, du = count * r, latents * r, count * r + layer.offset_rank
-    of_x, of_dy = slabs(layer.in_dim, layer.tiles, gpu, most=8), slabs(layer.out_dim, layer.tiles, gpu)
+    of_x, of_dy = splits(layer.in_dim, layer.tiles, gpu, most=8), splits(layer.out_dim, layer.tiles, gpu)
     masks = u if layer.site == "latent" else 0
     weights = small(layer, "weights", {"w": logits, "u": u * layer.router, "segments": of_dy * logits})
     d_a = outer(layer, gpu, "x", "dz", width, layer.masks)

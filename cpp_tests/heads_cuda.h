@@ -9,47 +9,47 @@ namespace align::test {
 using simt::Buffer;
 
 // A router's device memory, for dropout_sum empty.
-template <typename W>
+template <typename TA>
 struct RouterBuffers {
-  Buffer<W> R;
+  Buffer<TA> R;
   Buffer<float> w, dw_in, dR;
 };
 
-// Op<T, W> has the two passes and their workspaces.
-template <template <typename, typename> class Op, typename T, typename W = T>
+// Op<T, TA> has the two passes and their workspaces.
+template <template <typename, typename> class Op, typename T, typename TA = T>
 void run_cuda(const HeadsProblem& problem, HeadsData<T>& data) {
   const Buffer<uint64_t> rng("rng", data.rng);
   const Buffer<T> x("x", data.x), y_in("y_in", data.y_in), bias("bias", data.bias), dy("dy", data.dy);
   const Buffer<T> dx_in("dx_in", data.dx_in), fresh_y("y", data.y_in.size()), fresh_dx("dx", data.x.size());
-  const Buffer<W> A("A", cast<W>(data.A)), B("B", cast<W>(data.B)), A0("A0", cast<W>(data.A0));
-  const Buffer<W> B0("B0", cast<W>(data.B0));
+  const Buffer<TA> A("A", cast<TA>(data.A)), B("B", cast<TA>(data.B)), A0("A0", cast<TA>(data.A0));
+  const Buffer<TA> B0("B0", cast<TA>(data.B0));
   const Buffer<float> dz_in("dz_in", data.dz_in), z("z", data.dz_in.size()), dA("dA", data.A.size());
   const Buffer<float> dB("dB", data.B.size());
-  const RouterBuffers<W> router{
-      {"R", cast<W>(data.R)}, {"w", data.dw_in.size()}, {"dw_in", data.dw_in}, {"dR", data.R.size()}};
+  const RouterBuffers<TA> router{
+      {"R", cast<TA>(data.R)}, {"w", data.dw_in.size()}, {"dw_in", data.dw_in}, {"dR", data.R.size()}};
   const Buffer<T>&y = problem.in_place ? y_in : fresh_y, &dx = problem.in_place ? dx_in : fresh_dx;
   const bool offset = problem.shape.offset_rank > 0;
-  const HeadsInputs<T, W> inputs{problem.shape,
-                                 {problem.p, rng.data()},
-                                 problem.scaling,
-                                 problem.offset_scaling,
-                                 x.data(),
-                                 A.data(),
-                                 B.data(),
-                                 offset ? A0.data() : nullptr,
-                                 offset ? B0.data() : nullptr};
+  const HeadsInputs<T, TA> inputs{problem.shape,
+                                  {problem.p, rng.data()},
+                                  problem.scaling,
+                                  problem.offset_scaling,
+                                  x.data(),
+                                  A.data(),
+                                  B.data(),
+                                  offset ? A0.data() : nullptr,
+                                  offset ? B0.data() : nullptr};
   {
-    const Buffer<char> workspace("parts", Op<T, W>::forward_workspace(problem, inputs, router));
-    Op<T, W>::forward(
+    const Buffer<char> workspace("partials", Op<T, TA>::forward_workspace(problem, inputs, router));
+    Op<T, TA>::forward(
         problem, {inputs, y_in.data(), data.bias.empty() ? nullptr : bias.data(), z.data(), y.data(), workspace.data()},
         router);
   }
-  const Buffer<char> workspace("parts", Op<T, W>::backward_workspace(problem, inputs, router));
-  Op<T, W>::backward(problem,
-                     {inputs, z.data(), problem.gradients_in && problem.dx_wanted ? dx_in.data() : nullptr, dy.data(),
-                      problem.gradients_in ? dz_in.data() : nullptr, problem.dx_wanted ? dx.data() : nullptr, dA.data(),
-                      dB.data(), workspace.data()},
-                     router);
+  const Buffer<char> workspace("partials", Op<T, TA>::backward_workspace(problem, inputs, router));
+  Op<T, TA>::backward(problem,
+                      {inputs, z.data(), problem.gradients_in && problem.dx_wanted ? dx_in.data() : nullptr, dy.data(),
+                       problem.gradients_in ? dz_in.data() : nullptr, problem.dx_wanted ? dx.data() : nullptr,
+                       dA.data(), dB.data(), workspace.data()},
+                      router);
   data.z = z.host(), data.y = y.host(), data.dx = dx.host(), data.dA = dA.host(), data.dB = dB.host();
   data.w = router.w.host(), data.dR = router.dR.host();
 }
@@ -69,14 +69,14 @@ void check_results(const HeadsProblem& problem, const HeadsData<T>& data, const 
 }
 
 // One thread order.
-template <template <typename, typename> class Op, typename T, typename W = T>
+template <template <typename, typename> class Op, typename T, typename TA = T>
 void check_cuda(const HeadsProblem& problem, int major = 9) {
   HeadsData<T> data = make_data<T>(problem);
   const HeadsExpected want = HeadsOracle<T>(problem, data).want;
   simt::options() = {};
   simt::options().major = major;
   simt::reports().clear();
-  run_cuda<Op, T, W>(problem, data);
+  run_cuda<Op, T, TA>(problem, data);
   check_results(problem, data, want);
 }
 

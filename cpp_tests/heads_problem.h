@@ -16,7 +16,7 @@ constexpr std::array kSites = {DropoutSite::kNone, DropoutSite::kInput, DropoutS
                                DropoutSite::kInputPerHead};
 
 struct HeadsProblem {
-  HeadsShape shape;  // tokens, in_dim, out_dim, rank, heads, offset_rank, own_A, site
+  HeadsShape shape;  // tokens, in_dim, out_dim, rank, heads, offset_rank, A_per_head, site
   double p = 0;
   Routing routing = {0, 1, 1};  // groups 0: dropout_sum
   bool gradients_in = true;     // dz_in, dw_in and dx_in given
@@ -41,10 +41,10 @@ struct HeadsData {
 
 template <typename T>
 HeadsData<T> make_data(const HeadsProblem& problem) {
-  const auto& [tokens, in_dim, out_dim, rank, heads, offset_rank, own_A, site] = problem.shape;
+  const auto& [tokens, in_dim, out_dim, rank, heads, offset_rank, A_per_head, site] = problem.shape;
   HeadsData<T> data;
   data.x = random_values<T>(tokens * in_dim, 1);
-  data.A = random_values<T>((own_A ? heads : 1) * rank * in_dim, 2);
+  data.A = random_values<T>((A_per_head ? heads : 1) * rank * in_dim, 2);
   data.B = random_values<T>(heads * out_dim * rank, 3);
   data.A0 = random_values<T>(offset_rank * in_dim, 4);
   data.B0 = random_values<T>(out_dim * offset_rank, 5);
@@ -183,7 +183,7 @@ struct HeadsOracle {
   }
 
   void shrink(int64_t t, int64_t i, int64_t d) {
-    const int64_t a = ((shape.own_A ? i : 0) * shape.rank + d) * shape.in_dim;
+    const int64_t a = ((shape.A_per_head ? i : 0) * shape.rank + d) * shape.in_dim;
     for (int64_t c = 0; c < shape.in_dim; ++c) {
       want.z[latent(t, i, d)].add(x[t * shape.in_dim + c] * x_mask(t, i, c) * A[a + c]);
     }
@@ -210,7 +210,7 @@ struct HeadsOracle {
     if (shape.latents() == 1 && i > 0) return;
     double value = dz[latent(0, i, d)].value;
     if (problem.gradients_in) value += data.dz_in[latent(t, i, d)];
-    const int64_t a = ((shape.own_A ? i : 0) * shape.rank + d) * shape.in_dim;
+    const int64_t a = ((shape.A_per_head ? i : 0) * shape.rank + d) * shape.in_dim;
     for (int64_t c = 0; c < shape.in_dim; ++c) {
       want.dA[a + c].add(value * x[t * shape.in_dim + c] * x_mask(t, i, c), 2);
       want.dx[t * shape.in_dim + c].add(value * A[a + c] * x_mask(t, i, c), 2);
@@ -240,10 +240,11 @@ struct HeadsOracle {
 };
 
 inline void print(const HeadsProblem& problem) {
-  const auto& [tokens, in_dim, out_dim, rank, heads, offset_rank, own_A, site] = problem.shape;
-  std::printf("    tokens %ld in_dim %ld out_dim %ld rank %ld heads %ld offset_rank %ld own_A %d site %ld p %g groups",
-              long(tokens), long(in_dim), long(out_dim), long(rank), long(heads), long(offset_rank), own_A, long(site),
-              problem.p);
+  const auto& [tokens, in_dim, out_dim, rank, heads, offset_rank, A_per_head, site] = problem.shape;
+  std::printf(
+      "    tokens %ld in_dim %ld out_dim %ld rank %ld heads %ld offset_rank %ld A_per_head %d site %ld p %g groups",
+      long(tokens), long(in_dim), long(out_dim), long(rank), long(heads), long(offset_rank), A_per_head, long(site),
+      problem.p);
   std::printf(" %ld top_k %ld\n", long(problem.routing.groups), long(problem.routing.top_k));
 }
 

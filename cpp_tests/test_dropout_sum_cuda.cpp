@@ -7,20 +7,20 @@ using namespace align::test;
 
 namespace {
 
-template <typename T, typename W>
+template <typename T, typename TA>
 struct Op {
-  using Inputs = HeadsInputs<T, W>;
-  static int64_t forward_workspace(const HeadsProblem&, const Inputs& inputs, const RouterBuffers<W>&) {
+  using Inputs = HeadsInputs<T, TA>;
+  static int64_t forward_workspace(const HeadsProblem&, const Inputs& inputs, const RouterBuffers<TA>&) {
     return cuda::dropout_sum_forward_workspace(inputs);
   }
-  static int64_t backward_workspace(const HeadsProblem&, const Inputs& inputs, const RouterBuffers<W>&) {
+  static int64_t backward_workspace(const HeadsProblem&, const Inputs& inputs, const RouterBuffers<TA>&) {
     return cuda::dropout_sum_backward_workspace(inputs);
   }
-  static void forward(const HeadsProblem&, const HeadsForwardArgs<T, W>& args, const RouterBuffers<W>&) {
-    cuda::dropout_sum_forward<T, W>(args, nullptr);
+  static void forward(const HeadsProblem&, const HeadsForwardArgs<T, TA>& args, const RouterBuffers<TA>&) {
+    cuda::dropout_sum_forward<T, TA>(args, nullptr);
   }
-  static void backward(const HeadsProblem&, const HeadsBackwardArgs<T, W>& args, const RouterBuffers<W>&) {
-    cuda::dropout_sum_backward<T, W>(args, nullptr);
+  static void backward(const HeadsProblem&, const HeadsBackwardArgs<T, TA>& args, const RouterBuffers<TA>&) {
+    cuda::dropout_sum_backward<T, TA>(args, nullptr);
   }
 };
 

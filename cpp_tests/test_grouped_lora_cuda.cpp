@@ -11,8 +11,8 @@ using simt::Op;
 
 namespace {
 
-// W: the type of the adapters.
-template <typename T, typename W = T>
+// TA: the type of the adapters.
+template <typename T, typename TA = T>
 void run_cuda(const Problem& problem, Data<T>& data) {
   const GroupedLoraShape& shape = problem.shape;
   const Buffer<int64_t> rows("rows", data.rows), offsets("offsets", data.offsets);
@@ -21,19 +21,19 @@ void run_cuda(const Problem& problem, Data<T>& data) {
   const DropoutArgs dropout{problem.p, rng.data()};
   const Buffer<T> x("x", data.x), y_in("y_in", data.y_in), bias("bias", data.bias), dy("dy", data.dy);
   const Buffer<T> dx_in("dx_in", data.dx_in), fresh_y("y", data.y_in.size()), fresh_dx("dx", data.x.size());
-  const Buffer<W> A("A", cast<W>(data.A)), B("B", cast<W>(data.B));
+  const Buffer<TA> A("A", cast<TA>(data.A)), B("B", cast<TA>(data.B));
   const Buffer<float> dz_in("dz_in", data.dz_in), z("z", data.dz_in.size()), dA("dA", data.A.size());
   const Buffer<float> dB("dB", data.B.size());
   const Buffer<T>&y = problem.in_place ? y_in : fresh_y, &dx = problem.in_place ? dx_in : fresh_dx;
   {
-    const Buffer<char> workspace("parts", cuda::grouped_lora_forward_workspace(shape, sizeof(T)));
-    cuda::grouped_lora_forward<T, W>(
+    const Buffer<char> workspace("partials", cuda::grouped_lora_forward_workspace(shape, sizeof(T)));
+    cuda::grouped_lora_forward<T, TA>(
         {shape, row_groups, dropout, problem.scaling, x.data(), A.data(), B.data(), y_in.data(),
          data.bias.empty() ? nullptr : bias.data(), z.data(), y.data(), workspace.data()},
         nullptr);
   }
-  const Buffer<char> workspace("parts", cuda::grouped_lora_backward_workspace(shape, sizeof(T)));
-  cuda::grouped_lora_backward<T, W>(
+  const Buffer<char> workspace("partials", cuda::grouped_lora_backward_workspace(shape, sizeof(T)));
+  cuda::grouped_lora_backward<T, TA>(
       {shape, row_groups, dropout, problem.scaling, x.data(), z.data(), A.data(), B.data(),
        problem.gradients_in ? dx_in.data() : nullptr, dy.data(), problem.gradients_in ? dz_in.data() : nullptr,
        problem.dx_wanted ? dx.data() : nullptr, dA.data(), dB.data(), workspace.data()},
@@ -54,14 +54,14 @@ void check_results(const Problem& problem, const Data<T>& data, const Expected& 
 }
 
 // One thread order.
-template <typename T, typename W = T>
+template <typename T, typename TA = T>
 void check_problem(const Problem& problem, int major = 9) {
   Data<T> data = make_data<T>(problem);
   const Expected want = expect(problem, data);
   simt::options() = {};
   simt::options().major = major;
   simt::reports().clear();
-  run_cuda<T, W>(problem, data);
+  run_cuda<T, TA>(problem, data);
   check_results(problem, data, want);
 }
 
@@ -71,7 +71,7 @@ void check_all_types(const Problem& problem) {
   check_problem<float16>(problem);
 }
 
-constexpr int64_t kWide = 9 * 64 + 24;  // columns of ten tiles of 16-bit elements: two slabs, with a tail
+constexpr int64_t kWide = 9 * 64 + 24;  // columns of ten tiles of 16-bit elements: two splits, with a tail
 
 }  // namespace
 
@@ -97,7 +97,7 @@ TEST(kernels_agree_with_naive_loops_for_every_tail) {
   for (int64_t tokens : {1, 15, 16, 17, 127, 128, 129, 257}) check_all_types({{tokens, 24, 40, 8, 1}, 0.2});
 }
 
-// More tiles than twice the stages, several slabs (split-K), two row tiles, more than one piece of the small matrix.
+// More tiles than twice the stages, several splits (split-K), two row tiles, more than one piece of the small matrix.
 TEST(kernels_agree_with_naive_loops_where_columns_are_split) {
   for (int64_t rank : {8, 24}) {
     check_problem<bfloat16>({{140, kWide, kWide + 8, rank, 1}, 0.1});
@@ -252,22 +252,23 @@ void check_ledger(const Problem& problem) {
   CHECK(within(moved(Op::kLoad, "dy"), (plan.one_pass ? 1 : 2) * sectors<T>(tokens * out_dim)));
   CHECK(within(moved(Op::kLoad, "dx_in"), sectors<T>(tokens * in_dim)));
   CHECK(within(moved(Op::kStore, "dx"), sectors<T>(tokens * in_dim)));
-  // z, and its parts and those of dz: written once.
-  const int64_t latent = sectors<float>(tokens * rank), slabs = plan.shrink.slabs;
-  const int64_t dz_parts = plan.one_pass ? cuda::outer_blocks(out_dim, sizeof(T)) : plan.shrink_dy.slabs;
+  // z, and its partials and those of dz: written once.
+  const int64_t latent = sectors<float>(tokens * rank), splits = plan.shrink.splits;
+  const int64_t dz_partials = plan.one_pass ? cuda::outer_blocks(out_dim, sizeof(T)) : plan.shrink_dy.splits;
   CHECK(within(moved(Op::kStore, "z"), latent));
-  CHECK(within(moved(Op::kStore, "parts"), ((slabs > 1 ? slabs : 0) + dz_parts + 1) * latent));
+  CHECK(within(moved(Op::kStore, "partials"), ((splits > 1 ? splits : 0) + dz_partials + 1) * latent));
   // Resident: A by the row tiles of shrink and of dx, B by those of expand and of shrink_dy (the sweep's blocks share
   // it).
   const int64_t tiles = cuda::row_tiles(tokens, groups);
   CHECK(within(moved(Op::kLoad, "A"), 2 * tiles * sectors<T>(rank * in_dim)));
   CHECK(within(moved(Op::kLoad, "B"), (tiles + (plan.one_pass ? 1 : tiles)) * sectors<T>(rank * out_dim)));
-  // Latent rows: z by the blocks of columns of dy, dz by those of x and by the slabs of dx; parts by whoever adds them.
+  // Latent rows: z by the blocks of columns of dy, dz by those of x and by the splits of dx; partials by whoever adds
+  // them.
   const int64_t of_x = cuda::outer_blocks(in_dim, sizeof(T)), of_dy = cuda::outer_blocks(out_dim, sizeof(T));
-  const int64_t z_reads = of_dy + (slabs > 1 ? 0 : plan.expand.slabs),
-                z_parts = slabs > 1 ? slabs * (plan.expand.slabs + 1) : 0;
+  const int64_t z_reads = of_dy + (splits > 1 ? 0 : plan.expand.splits),
+                z_partials = splits > 1 ? splits * (plan.expand.splits + 1) : 0;
   CHECK(within(moved(Op::kLoad, "z"), z_reads * latent));
-  CHECK(within(moved(Op::kLoad, "parts"), (z_parts + dz_parts + of_x + plan.expand_dx.slabs) * latent));
+  CHECK(within(moved(Op::kLoad, "partials"), (z_partials + dz_partials + of_x + plan.expand_dx.splits) * latent));
   for (const simt::Report& report : simt::reports()) CHECK(report.global(Op::kAtomic).requests == 0);
 }
 

@@ -62,27 +62,28 @@ TEST(dy_is_read_once_where_its_parts_are_smaller_than_a_second_read) {
 }
 
 TEST(a_long_batch_needs_no_split_and_a_short_one_is_split_to_fill_the_device) {
-  CHECK(wide(8, kHalf, kH100, 1 << 16).shrink.slabs == 1);
+  CHECK(wide(8, kHalf, kH100, 1 << 16).shrink.splits == 1);
   const Plan decode = wide(8, kHalf, kH100, 1);
-  CHECK(decode.shrink.slabs == kMaxShrinkSlabs);
-  CHECK(decode.expand.slabs > decode.shrink.slabs && decode.expand.slab_tiles >= kMinSlabTiles);
+  CHECK(decode.shrink.splits == kMaxShrinkSplits);
+  CHECK(decode.expand.splits > decode.shrink.splits && decode.expand.split_tiles >= kMinSplitTiles);
   for (int64_t tokens : {1, 128, 2048, 8192, 1 << 16}) {
     const Plan p = wide(8, kHalf, kH100, tokens);
-    const int64_t blocks = row_tiles(tokens, 1) * p.expand.slabs;
-    CHECK(blocks >= 132 || p.expand.slab_tiles <= 2 * kMinSlabTiles);
+    const int64_t blocks = row_tiles(tokens, 1) * p.expand.splits;
+    CHECK(blocks >= 132 || p.expand.split_tiles <= 2 * kMinSplitTiles);
   }
 }
 
-// Every column in just one slab, no slab empty.
-TEST(slabs_cover_the_columns_once) {
+// Every column in just one split, no split empty.
+TEST(splits_cover_the_columns_once) {
   for (int64_t bytes : {kHalf, kFloat}) {
     for (int64_t cols : {0, 1, 63, 64, 65, 255, 256, 257, 512, 576, 1000, 4096, 11008}) {
       for (int64_t rows : {1, 3, 16, 500}) {
-        for (int64_t limit : {int64_t(1), kMaxShrinkSlabs, int64_t(1) << 15}) {
+        for (int64_t limit : {int64_t(1), kMaxShrinkSplits, int64_t(1) << 15}) {
           const Cut cut = cut_columns(cols, bytes, rows, limit, kH100);
           const int64_t tiles = ceil_div(cols * bytes, kTileBytes);
-          CHECK(cut.slabs >= 1 && cut.slabs <= limit && cut.slabs <= 65535);
-          CHECK(cut.slabs * cut.slab_tiles >= tiles && (cut.slabs - 1) * cut.slab_tiles < std::max<int64_t>(tiles, 1));
+          CHECK(cut.splits >= 1 && cut.splits <= limit && cut.splits <= 65535);
+          CHECK(cut.splits * cut.split_tiles >= tiles &&
+                (cut.splits - 1) * cut.split_tiles < std::max<int64_t>(tiles, 1));
         }
       }
     }

@@ -52,8 +52,8 @@ TEST(a_tiny_case_gives_the_numbers_worked_out_by_hand) {
 TEST(kernels_agree_with_naive_loops_for_every_rank_and_site) {
   for (DropoutSite site : kSites) {
     for (int64_t rank : {1, 3, 8, 9, 17}) {
-      for (bool own_A : {false, true}) {
-        check_all_types<Kernels>({{37, 45, 52, rank, 3, rank % 4, own_A, site}, 0.3, {4, 2, 0.5}});
+      for (bool A_per_head : {false, true}) {
+        check_all_types<Kernels>({{37, 45, 52, rank, 3, rank % 4, A_per_head, site}, 0.3, {4, 2, 0.5}});
       }
     }
   }
@@ -99,11 +99,11 @@ TEST(optional_gradients_may_be_absent_and_outputs_may_overwrite_what_they_add_to
 }
 
 TEST(tokens_and_widths_and_rank_may_be_zero) {
-  for (bool own_A : {false, true}) {
-    const DropoutSite site = own_A ? DropoutSite::kInput : DropoutSite::kLatent;
+  for (bool A_per_head : {false, true}) {
+    const DropoutSite site = A_per_head ? DropoutSite::kInput : DropoutSite::kLatent;
     for (const HeadsShape& shape :
-         {HeadsShape{0, 8, 8, 4, 2, 1, own_A, site}, HeadsShape{5, 0, 8, 4, 2, 1, own_A, site},
-          HeadsShape{5, 8, 0, 4, 2, 1, own_A, site}, HeadsShape{5, 8, 8, 0, 2, 1, own_A, site}}) {
+         {HeadsShape{0, 8, 8, 4, 2, 1, A_per_head, site}, HeadsShape{5, 0, 8, 4, 2, 1, A_per_head, site},
+          HeadsShape{5, 8, 0, 4, 2, 1, A_per_head, site}, HeadsShape{5, 8, 8, 0, 2, 1, A_per_head, site}}) {
       check_all_types<Kernels>({shape, 0.5, {2, 1, 1}});
     }
   }
@@ -130,8 +130,8 @@ TEST(large_logits_do_not_overflow) {
 TEST(results_do_not_depend_on_how_ranges_are_cut) {
   for_each_vector_width([] {
     for (DropoutSite site : kSites) {
-      for (bool own_A : {false, true}) {
-        const HeadsProblem problem{{233, 277, 204, 9, 3, 4, own_A, site}, 0.1, {2, 2, 1}};
+      for (bool A_per_head : {false, true}) {
+        const HeadsProblem problem{{233, 277, 204, 9, 3, 4, A_per_head, site}, 0.1, {2, 2, 1}};
         check_same_bits<Kernels, float>(problem);
         check_same_bits<Kernels, bfloat16>(problem);
       }

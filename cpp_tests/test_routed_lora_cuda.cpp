@@ -6,23 +6,25 @@ using namespace align::test;
 
 namespace {
 
-template <typename T, typename W>
+template <typename T, typename TA>
 struct Op {
-  using Inputs = HeadsInputs<T, W>;
-  static int64_t forward_workspace(const HeadsProblem& problem, const Inputs& inputs, const RouterBuffers<W>& router) {
-    return cuda::routed_lora_forward_workspace<T, W>(inputs, router.R.data(), problem.routing);
+  using Inputs = HeadsInputs<T, TA>;
+  static int64_t forward_workspace(const HeadsProblem& problem, const Inputs& inputs, const RouterBuffers<TA>& router) {
+    return cuda::routed_lora_forward_workspace<T, TA>(inputs, router.R.data(), problem.routing);
   }
-  static int64_t backward_workspace(const HeadsProblem& problem, const Inputs& inputs, const RouterBuffers<W>& router) {
-    return cuda::routed_lora_backward_workspace<T, W>(inputs, router.R.data(), problem.routing);
+  static int64_t backward_workspace(const HeadsProblem& problem, const Inputs& inputs,
+                                    const RouterBuffers<TA>& router) {
+    return cuda::routed_lora_backward_workspace<T, TA>(inputs, router.R.data(), problem.routing);
   }
-  static void forward(const HeadsProblem& problem, const HeadsForwardArgs<T, W>& args, const RouterBuffers<W>& router) {
-    cuda::routed_lora_forward<T, W>({args, problem.routing, router.R.data(), router.w.data()}, nullptr);
+  static void forward(const HeadsProblem& problem, const HeadsForwardArgs<T, TA>& args,
+                      const RouterBuffers<TA>& router) {
+    cuda::routed_lora_forward<T, TA>({args, problem.routing, router.R.data(), router.w.data()}, nullptr);
   }
-  static void backward(const HeadsProblem& problem, const HeadsBackwardArgs<T, W>& args,
-                       const RouterBuffers<W>& router) {
+  static void backward(const HeadsProblem& problem, const HeadsBackwardArgs<T, TA>& args,
+                       const RouterBuffers<TA>& router) {
     const float* dw_in = problem.gradients_in ? router.dw_in.data() : nullptr;
-    cuda::routed_lora_backward<T, W>({args, problem.routing, router.R.data(), router.w.data(), dw_in, router.dR.data()},
-                                     nullptr);
+    cuda::routed_lora_backward<T, TA>(
+        {args, problem.routing, router.R.data(), router.w.data(), dw_in, router.dR.data()}, nullptr);
   }
 };
 
@@ -32,9 +34,9 @@ Routing routing(int64_t top_k, int64_t groups = 1) { return {groups, top_k, 0.7}
 
 TEST(kernels_agree_with_naive_loops_for_every_site_with_a_shared_and_an_own_A) {
   for (DropoutSite site : kSites) {
-    for (bool own_A : {false, true}) {
-      for (int64_t rank : {1, 8}) check_all_types<Op>({{40, 72, 56, rank, 5, 3, own_A, site}, 0.3, routing(5)});
-      check_all_types<Op>({{150, 72, 56, 9, 3, 0, own_A, site}, 0.3, routing(2)});
+    for (bool A_per_head : {false, true}) {
+      for (int64_t rank : {1, 8}) check_all_types<Op>({{40, 72, 56, rank, 5, 3, A_per_head, site}, 0.3, routing(5)});
+      check_all_types<Op>({{150, 72, 56, 9, 3, 0, A_per_head, site}, 0.3, routing(2)});
     }
   }
 }
@@ -63,7 +65,7 @@ TEST(kernels_agree_with_naive_loops_for_any_number_of_groups) {
   check_all_types<Op>({{20, 40, 128, 8, 5, 0, false, DropoutSite::kInput}, 0.3, routing(5, 16)});
 }
 
-// Slabs that begin within a group, groups of several tiles, ranks in several chunks, the plain path.
+// Splits that begin within a group, groups of several tiles, ranks in several chunks, the plain path.
 TEST(kernels_agree_with_naive_loops_where_groups_and_slabs_cross) {
   for (int64_t groups : {2, 5}) {
     check_cuda<Op, bfloat16>({{140, 72, 5 * 168, 8, 5, 8, false, DropoutSite::kInput}, 0.1, routing(5, groups)});
@@ -97,7 +99,7 @@ TEST(no_order_of_threads_makes_an_error_or_changes_a_bit) {
 }
 
 // A group of outputs has latent rows of its own, but no pass over dy or y, and leaves nothing of the size of its heads'
-// latents in memory: the parts hold a pass's sums, the segments a number for each group and head.
+// latents in memory: the partials hold a pass's sums, the segments a number for each group and head.
 TEST(streamed_operands_move_as_often_for_many_groups_as_for_one) {
   for (int64_t groups : {1, 8}) {
     const HeadsProblem problem{{256, 512, 8 * 176, 8, 5, 8, false, DropoutSite::kNone}, 0, routing(5, groups)};

@@ -48,7 +48,7 @@ def test_a_kernel_takes_the_longest_of_its_limits_and_a_launch():
 def test_the_bytes_of_one_pass_over_dy_are_those_of_the_ledger():
     total = moved(grouped_lora(Layer(1024, 512, tokens=256, rank=8), TWO))
     x, y, latent = 256 * 1024 * 2, 256 * 512 * 2, 256 * 8 * 4
-    # Two row tiles, two slabs each way, four blocks of dy's columns and eight of x's.
+    # Two row tiles, two splits each way, four blocks of dy's columns and eight of x's.
     assert total["x"] == 2 * x
     assert (total["y_in"], total["y"], total["dy"]) == (y, y, y)
     assert (total["dx_in"], total["dx"]) == (x, x)
@@ -108,8 +108,8 @@ int main() {
   for (int sms : {2, 114, 132}) for (long t : {100L, 2048L, 8192L, 65536L}) for (long r : {8, 16, 17, 40, 65})
     for (long n : {576, 2048, 3072}) for (long m : {512, 5504, 8192, 8320, 8321, 11008}) {
       const auto p = align::cuda::plan(t, n, m, r, 1, 2, {sms, 9, 227 << 10});
-      std::printf("%d %ld %ld %ld %ld %ld %ld %ld %ld %ld %d\n", sms, t, r, n, m, long(p.shrink.slabs),
-                  long(p.expand.slabs), long(p.shrink_dy.slabs), long(p.expand_dx.slabs),
+      std::printf("%d %ld %ld %ld %ld %ld %ld %ld %ld %ld %d\n", sms, t, r, n, m, long(p.shrink.splits),
+                  long(p.expand.splits), long(p.shrink_dy.splits), long(p.expand_dx.splits),
                   long(p.padded_rank * p.rank_chunks), int(p.one_pass));
     }
 }
@@ -125,8 +125,8 @@ def test_the_plan_is_that_of_the_kernels(tmp_path):
     for line in lines:
         sms, tokens, rank, n, m, *planned = map(int, line.split())
         layer, gpu = Layer(n, m, tokens=tokens, rank=rank), Gpu(multiprocessors=sms)
-        of_x, of_y = (kernel_work.slabs(cols, layer.tiles, gpu) for cols in (n, m))
-        shrink = kernel_work.slabs(n, layer.tiles, gpu, most=8)
+        of_x, of_y = (kernel_work.splits(cols, layer.tiles, gpu) for cols in (n, m))
+        shrink = kernel_work.splits(n, layer.tiles, gpu, most=8)
         passes = kernel_work.one_pass(layer, gpu)
         assert planned == [shrink, of_y, of_y, of_x, kernel_work.padded(rank), passes], line
 

@@ -11,7 +11,7 @@ std::tuple<Tensor, Tensor> dropout_sum(const Tensor& x, const Tensor& A, const T
                                        int64_t site, double p, const OptionalTensor& rng, const OptionalTensor& weight,
                                        const OptionalTensor& bias, const OptionalTensor& base_out) {
   const HeadsAdapters adapters{A, B, A0, B0};
-  const HeadsShape shape = check_heads(x, adapters, site, /*may_own_A=*/false);
+  const HeadsShape shape = check_heads(x, adapters, site, /*may_have_A_per_head=*/false);
   const Device device(x);
   const ScalarType dtype = adapter_type(x, {A, B});
   const HeadsTensors in(shape, x, adapters, dtype, scaling, offset_scaling, p, rng);
@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor, Tensor> dropout_sum_backward(const Tensor& dy, const 
                                                         const OptionalTensor& rng, const OptionalTensor& weight,
                                                         bool need_dx) {
   const HeadsAdapters adapters{A, B, A0, B0};
-  const HeadsShape shape = check_heads(x, adapters, site, /*may_own_A=*/false);
+  const HeadsShape shape = check_heads(x, adapters, site, /*may_have_A_per_head=*/false);
   const Device device(x);
   const ScalarType dtype = adapter_type(x, {A, B});
   const HeadsTensors in(shape, x, adapters, dtype, scaling, offset_scaling, p, rng);

@@ -7,7 +7,7 @@
 namespace align {
 
 inline std::vector<int64_t> latent_sizes(const HeadsShape& shape) {
-  if (!shape.own_A && shape.site != DropoutSite::kInputPerHead) {
+  if (!shape.A_per_head && shape.site != DropoutSite::kInputPerHead) {
     return {shape.tokens, shape.rank};
   }
   return {shape.tokens, shape.heads, shape.rank};
@@ -42,7 +42,7 @@ inline void check_ranks(const HeadsShape& shape, int64_t logits) {
              "the ranks of all heads, of A0 and of R together");
 }
 
-inline HeadsShape check_heads(const Tensor& x, const HeadsAdapters& given, int64_t site, bool may_own_A) {
+inline HeadsShape check_heads(const Tensor& x, const HeadsAdapters& given, int64_t site, bool may_have_A_per_head) {
   const auto& [A, B, A0, B0] = given;
   HeadsShape shape = {};
   shape.tokens = tokens_of(x);
@@ -58,8 +58,8 @@ inline HeadsShape check_heads(const Tensor& x, const HeadsAdapters& given, int64
   shape.rank = B.size(2);
   check_columns(shape.in_dim, shape.out_dim);
   check_size(shape.heads, kMaxCount, "heads, of B,");
-  shape.own_A = may_own_A && A.dim() == 3;
-  if (shape.own_A) {
+  shape.A_per_head = may_have_A_per_head && A.dim() == 3;
+  if (shape.A_per_head) {
     check_shape(A, {shape.heads, shape.rank, shape.in_dim}, "A");
   } else {
     check_shape(A, {shape.rank, shape.in_dim}, "A");

@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor, Tensor> routed_lora(const Tensor& x, const Tensor& A,
                                                double p, const OptionalTensor& rng, const OptionalTensor& weight,
                                                const OptionalTensor& bias, const OptionalTensor& base_out) {
   const HeadsAdapters adapters{A, B, A0, B0};
-  const HeadsShape shape = check_heads(x, adapters, site, /*may_own_A=*/true);
+  const HeadsShape shape = check_heads(x, adapters, site, /*may_have_A_per_head=*/true);
   const Routing routing = check_router(shape, x, R, top_k, tau);
   const Device device(x);
   const ScalarType dtype = adapter_type(x, {A, B, R});
@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> routed_lora_backward(
     const OptionalTensor& A0, const OptionalTensor& B0, double tau, int64_t site, double p, const OptionalTensor& rng,
     const OptionalTensor& weight, bool need_dx) {
   const HeadsAdapters adapters{A, B, A0, B0};
-  const HeadsShape shape = check_heads(x, adapters, site, /*may_own_A=*/true);
+  const HeadsShape shape = check_heads(x, adapters, site, /*may_have_A_per_head=*/true);
   const Routing routing = check_router(shape, x, R, shape.heads, tau);
   const Device device(x);
   const ScalarType dtype = adapter_type(x, {A, B, R});

@@ -11,7 +11,7 @@ namespace {
 
 HeadsPlan plan_of(const GroupedLoraShape& shape, bool dropout, bool backward) {
   const HeadsShape one_head{shape.tokens,    shape.in_dim,       shape.out_dim, shape.rank, /*heads=*/1, 0,
-                            /*own_A=*/false, DropoutSite::kInput};
+                            /*A_per_head=*/false, DropoutSite::kInput};
   return {one_head, dropout, backward, /*routed=*/false, /*groups=*/1};
 }
 

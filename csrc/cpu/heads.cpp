@@ -76,12 +76,12 @@ Operand<T> transpose_of(const T* data, int64_t rows, int64_t columns) {
 template <typename T, typename W>
 void prepare_columns(const Heads<T>& heads, const HeadsInputs<T, W>& in, const W* R, int64_t first, int64_t last) {
   const HeadsPlan& plan = heads.plan;
-  const auto& [tokens, in_dim, out_dim, rank, count, offset_rank, own_A, site] = plan.shape;
+  const auto& [tokens, in_dim, out_dim, rank, count, offset_rank, A_per_head, site] = plan.shape;
   const auto add_a = [&](const Operand<W>& operand, const Place& place) {
     add_columns<T>(operand, {heads.a.row(plan.a_row(place.term) + place.column), heads.a.stride}, first, last);
   };
   clear_columns(heads.a, a_rows(plan), first, last);
-  const int64_t matrices = own_A ? plan.shape.heads : 1;
+  const int64_t matrices = A_per_head ? plan.shape.heads : 1;
   for (int64_t i = 0; i < matrices; ++i) add_a(rows_of(in.A + i * rank * in_dim, rank, in_dim), plan.latent(i));
   if (plan.routed) add_a(rows_of(R, plan.logits(), in_dim), plan.router());
   if (offset_rank > 0) add_a(rows_of(in.A0, offset_rank, in_dim), plan.offset());
@@ -302,7 +302,7 @@ void finish_gradients(const Heads<T>& heads, Acc<T>* dA, Acc<T>* dB, Acc<T>* dR)
         add_b((block - a_blocks) / b_blocks, (block - a_blocks) % b_blocks * kColumns);
         continue;
       }
-      for (int64_t i = 0; i < (plan.shape.own_A ? plan.shape.heads : 1); ++i) {
+      for (int64_t i = 0; i < (plan.shape.A_per_head ? plan.shape.heads : 1); ++i) {
         add_a(plan.latent(i), rank, mask_scale, dA + i * rank * in_dim, block * kColumns);
       }
       if (plan.routed) add_a(plan.router(), plan.logits(), 1, dR, block * kColumns);

@@ -56,7 +56,7 @@ struct HeadsPlan {
   bool masks_inputs() const { return dropout && (apart() || shape.site == DropoutSite::kInput); }
   bool offset_masked() const { return masks_inputs() && !apart(); }
   bool is_part(int64_t term) const { return term < parts(); }
-  bool shares_a(int64_t term) const { return term > 0 && is_part(term) && !shape.own_A; }  // with the term before it
+  bool shares_a(int64_t term) const { return term > 0 && is_part(term) && !shape.A_per_head; }  // with the term before it
   int64_t terms() const;
   int64_t rank(int64_t term) const;
   int64_t trained(int64_t term) const { return rank(term) - (term == offset().term ? shape.offset_rank : 0); }

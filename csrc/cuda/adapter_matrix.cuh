@@ -1,15 +1,17 @@
-// The small matrix of a projection, [ranks, columns]: adapters, stacked. It stays in shared memory a piece
-// of its columns at a time.
+// The adapter matrix of a projection, [ranks, columns]: several adapters, one below the other. A kernel holds one piece
+// of its columns in shared memory at a time.
 #pragma once
 
 #include "cuda/tile.cuh"
 
 namespace align::cuda {
 
-// Where rank j, column c of an adapter lies. A: [ranks, cols]; B: [heads, cols, inner], rank j being the j % inner-th
-// of head j / inner. Gradients lie as their adapters do. Heads may also share one matrix (head_stride 0).
+// Where an adapter has its element (rank j, column c). A is [ranks, cols]. B is [heads, cols, inner]: rank j belongs to
+// head j / inner, in which it is number j % inner. Gradients have the layout of their adapters. With head_stride 0 all
+// heads use one matrix.
 struct Layout {
-  int inner, held;  // ranks of a head; those from held on are zero
+  int inner;   // ranks of a head
+  int stored;  // how many of them are stored; the others are zero
   int64_t rank_stride, head_stride, col_stride;
 
   __device__ int64_t offset(int j, int64_t c) const {
@@ -24,25 +26,25 @@ inline Layout layout_of_b(int64_t inner, int64_t cols) {
 }
 
 struct Adapter {
-  const void* data;  // of group 0
-  bool is_float;     // else T
+  const void* data;  // the matrix of group 0
+  bool is_float;     // whether its type is float; otherwise it is T
   int ranks;
   Layout layout;
-  int64_t group_stride;
-  int start;  // its first rank in the small matrix
+  int64_t group_stride = 0;
+  int start = 0;  // its first rank in the adapter matrix
 
-  __device__ bool has(int rank) const { return rank - start < ranks && (rank - start) % layout.inner < layout.held; }
+  __device__ bool has(int rank) const { return rank - start < ranks && (rank - start) % layout.inner < layout.stored; }
 };
 
 constexpr int kAdapters = 3;
 
-// Adapters stacked: A, A0 and R, or B and B0. Ranks between two of them are zero.
+// A, A0 and R one below the other, or B and B0. Ranks between two adapters are zero.
 template <typename T>
-struct SmallMatrix {
-  Adapter adapters[kAdapters];  // the later ones may have no ranks
-  int ranks;                    // the last one's end
+struct AdapterMatrix {
+  Adapter adapters[kAdapters];  // the last ones may have no ranks
+  int ranks;                    // where the last adapter ends
   int64_t cols;
-  bool vectors;  // kUnit<T> neighbours lie together, aligned to 16 bytes, all inside or all outside
+  bool vectors;  // whether all units of kUnit<T> elements are contiguous, 16-byte aligned and whole
 
   __device__ const Adapter& adapter_of(int rank) const {
     return adapters[rank < adapters[1].start ? 0 : rank < adapters[2].start ? 1 : 2];
@@ -59,9 +61,9 @@ bool has_vectors(const Adapter& a, int64_t cols) {
           a.group_stride % kUnit<T> == 0 && a.start % kUnit<T> == 0 && reinterpret_cast<uintptr_t>(a.data) % 16 == 0);
 }
 
-// The third begins at a multiple of third_aligned.
+// The third adapter begins at a multiple of third_aligned.
 template <typename T>
-SmallMatrix<T> stack(int64_t cols, Adapter first, Adapter second = {}, Adapter third = {}, int third_aligned = 1) {
+AdapterMatrix<T> stack(int64_t cols, Adapter first, Adapter second = {}, Adapter third = {}, int third_aligned = 1) {
   second.start = first.start + first.ranks;
   third.start = int(ceil_div(second.start + second.ranks, third_aligned)) * third_aligned;
   const int ranks = third.ranks > 0 ? third.start + third.ranks : second.start + second.ranks;
@@ -69,7 +71,7 @@ SmallMatrix<T> stack(int64_t cols, Adapter first, Adapter second = {}, Adapter t
   return {{first, second, third}, ranks, cols, vectors};
 }
 
-// kUnit<T> neighbours of an adapter in S.
+// Loads kUnit<T> contiguous elements of an adapter of type S.
 template <typename S, typename T>
 __device__ __forceinline__ void load_unit(T (&to)[kUnit<T>], const S* from) {
   constexpr int kVector = 16 / int(sizeof(S));
@@ -83,21 +85,21 @@ __device__ __forceinline__ void load_unit(T (&to)[kUnit<T>], const S* from) {
   }
 }
 
-// Columns of a piece at col: so many tiles, but none beyond end.
+// The columns of a piece that begins at col: as many as `tiles` tiles have, without tiles beyond end.
 template <typename T>
 __device__ __forceinline__ int piece_width(int tiles, int64_t col, int64_t end) {
   const int64_t left = (end - col + kTileCols<T> - 1) / kTileCols<T>;
   return (left < tiles ? int(left) : tiles) * kTileCols<T>;
 }
 
-// All threads: ranks first_rank .. and columns first_col .. of the matrix, zeros beyond it and from column end on, as
-// [kRank][cols].
+// Loads [kRank][cols] of the matrix, from rank first_rank and column first_col on. Elements beyond the matrix or from
+// column end on are zero. All threads must call it.
 template <typename T, int kRank>
-__device__ __forceinline__ void load_piece(T* piece, const SmallMatrix<T>& m, int64_t group, int first_rank,
+__device__ __forceinline__ void load_piece(T* piece, const AdapterMatrix<T>& m, int64_t group, int first_rank,
                                            int64_t first_col, int cols, int64_t end) {
   const bool along_cols = m.adapters[0].layout.col_stride == 1;
   const int step = m.vectors ? kUnit<T> : 1;
-  const int across = (along_cols ? cols : kRank) / step;  // units, or elements, of a line
+  const int across = (along_cols ? cols : kRank) / step;  // units, or elements, in a line
   const int lines = along_cols ? kRank : cols;
 #pragma unroll 2
   for (int i = int(threadIdx.x); i < across * lines; i += kThreads) {

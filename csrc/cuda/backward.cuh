@@ -1,6 +1,6 @@
-// backward: what depends on the latents' gradients alone, in one launch whose blocks are of several kinds: outer
-// products of x (dA, a router's dR), outer products of dy (dB, unless the sweep has them), and dx. Each kind by itself
-// would leave a small GPU's multiprocessors idle at small widths.
+// backward computes everything that depends only on the gradients of the latents, in one launch with several kinds of
+// blocks: outer products of x (dA, and dR of a router), outer products of dy (dB, unless the sweep computes it), and
+// dx. At small widths a launch for each kind would leave multiprocessors idle.
 #pragma once
 
 #include "cuda/expand.cuh"
@@ -10,20 +10,20 @@ namespace align::cuda {
 
 constexpr int kOuterJobs = 3;
 
-template <class Math, class Mix>
+template <class Math, class LatentSource>
 struct BackwardJob {
   using T = typename Math::Element;
   struct Outer {
     OuterJob<T> job;
-    Mix latents;
-    int blocks;   // 0: no such job
-    int repeats;  // for each block of columns: the groups of rows times chunks
-    int chunks;   // of ranks
+    LatentSource latents;
+    int blocks;   // 0: there is no such job
+    int repeats;  // blocks for the same columns: one for each group of rows and chunk of ranks
+    int chunks;   // chunks of ranks
 
     Outer() : blocks(0) {}
-    Outer(const OuterJob<T>& outer, const Mix& mix)
+    Outer(const OuterJob<T>& outer, const LatentSource& source)
         : job(outer),
-          latents(mix),
+          latents(source),
           repeats(int(job.shape.groups) * job.chunks(Math::kRank)),
           chunks(job.chunks(Math::kRank)) {
       blocks = int(Grid(int64_t(job.blocks()) * repeats).x);
@@ -31,15 +31,15 @@ struct BackwardJob {
   };
   Outer outer[kOuterJobs];
   ExpandJob<T> dx;
-  Mix dz;
-  int row_tiles;  // of dx; 0: not wanted
+  LatentSource dz;
+  int row_tiles;  // row tiles of dx; 0: dx is not wanted
 };
 
 template <class Math>
 constexpr size_t kBackwardShared = std::max(kOuterShared<Math, false>, kExpandShared<Math>);
 
-template <class Math, class Mix>
-__global__ void __launch_bounds__(kThreads, 2) backward_kernel(BackwardJob<Math, Mix> job) {
+template <class Math, class LatentSource>
+__global__ void __launch_bounds__(kThreads, 2) backward_kernel(BackwardJob<Math, LatentSource> job) {
   require(compiled_here<Math>());
   if (!compiled_here<Math>()) return;
   int index = int(blockIdx.x), kind = 0;
@@ -54,12 +54,12 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(BackwardJob<Math,
   }
 }
 
-template <class Math, class Mix>
-void backward(const BackwardJob<Math, Mix>& job, Stream stream) {
-  int64_t blocks = job.row_tiles * job.dx.cut.slabs;
+template <class Math, class LatentSource>
+void backward(const BackwardJob<Math, LatentSource>& job, Stream stream) {
+  int64_t blocks = job.row_tiles * job.dx.cut.splits;
   for (const auto& outer : job.outer) blocks += outer.blocks;
   if (blocks > 0) {
-    launch(backward_kernel<Math, Mix>, blocks, dim3(kThreads), kBackwardShared<Math>, stream, job);
+    launch(backward_kernel<Math, LatentSource>, blocks, dim3(kThreads), kBackwardShared<Math>, stream, job);
   }
 }
 

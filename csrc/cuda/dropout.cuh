@@ -16,35 +16,36 @@ struct Dropout {
   __device__ float scale() const { return float(dropout_scale(threshold)); }
 };
 
-// Which ranks see which masks of the tall matrix: ranks i * per .. (i + 1) * per the i-th stream's, whose elements are
-// number (row * streams + i) * cols + c; those beyond all streams see the matrix as it is.
+// Which ranks see which mask of the token matrix. Ranks i * ranks_each .. (i + 1) * ranks_each - 1 see mask i, in which
+// element (row, c) has the dropout number (row * count + i) * cols + c. Ranks beyond all masks see the matrix unmasked.
 struct RankMasks {
   DropoutArgs dropout;
-  int streams;
-  int per;     // a multiple of 8; or kAllRanks
-  float kept;  // what products of ranks with masks are multiplied by
+  int count;
+  int ranks_each;  // a multiple of 8, or kAllRanks
+  float scale;     // multiplies the products of ranks that see a mask
 
-  __device__ bool has(int rank) const { return rank < streams * per; }
+  __device__ bool has(int rank) const { return rank < count * ranks_each; }
 };
 constexpr int kAllRanks = 1 << 30;
 constexpr RankMasks kNoMasks = {{0, nullptr}, 1, kAllRanks, 1};
 
-// Calls body(begin, end, stream) for the ranks of a chunk of kRank that see a stream, then for the others, stream -1.
+// Calls body(begin, end, mask) for the ranks of a chunk that see the same mask, and at last with mask -1 for the ranks
+// that see none. The chunk has kRank ranks from first_rank on.
 template <int kRank, typename Body>
-__device__ __forceinline__ void for_each_stream(const RankMasks& masks, const Dropout& dropout, int first_rank,
-                                                const Body& body) {
-  const int streams = dropout.threshold > 0 ? masks.streams : 0;
+__device__ __forceinline__ void for_each_mask(const RankMasks& masks, const Dropout& dropout, int first_rank,
+                                              const Body& body) {
+  const int count = dropout.threshold > 0 ? masks.count : 0;
 #pragma unroll 1
-  for (int stream = 0; stream <= streams; ++stream) {
-    const int begin = max(stream * masks.per - first_rank, 0);
-    const int end = stream < streams ? min((stream + 1) * masks.per - first_rank, kRank) : kRank;
-    if (begin < end) body(begin, end, stream < streams ? stream : -1);
+  for (int index = 0; index <= count; ++index) {
+    const int begin = max(index * masks.ranks_each - first_rank, 0);
+    const int end = index < count ? min((index + 1) * masks.ranks_each - first_rank, kRank) : kRank;
+    if (begin < end) body(begin, end, index < count ? index : -1);
   }
 }
 
-// Bit i: whether element + i is kept, for i < count (higher bits mean nothing); the elements lie in one Philox block or
-// in two.
-__device__ __forceinline__ uint32_t keep_bits(const Dropout& dropout, uint64_t element, int count) {
+// Bit i of the result says whether element + i is kept, for i < count; the higher bits are undefined. The elements lie
+// in one or two Philox blocks.
+__device__ __forceinline__ uint32_t mask_bits(const Dropout& dropout, uint64_t element, int count) {
   const int first = int(element % kPhiloxLanes);
   uint32_t bits = 0;
 #pragma unroll 1
@@ -61,11 +62,11 @@ __device__ __forceinline__ uint32_t keep_bits(const Dropout& dropout, uint64_t e
   return bits;
 }
 
-// The low bits of keep as a mask of a word: of two elements of 16 bits, or one of 32.
+// Turns the low bits into a mask of a 32-bit word, which holds two elements of 16 bits or one of 32.
 template <typename T>
-__device__ __forceinline__ uint32_t word_mask(uint32_t keep) {
-  if constexpr (sizeof(T) == 4) return keep & 1u ? ~0u : 0u;
-  return (keep & 1u ? 0xFFFFu : 0u) | (keep & 2u ? 0xFFFF0000u : 0u);
+__device__ __forceinline__ uint32_t word_mask(uint32_t bits) {
+  if constexpr (sizeof(T) == 4) return bits & 1u ? ~0u : 0u;
+  return (bits & 1u ? 0xFFFFu : 0u) | (bits & 2u ? 0xFFFF0000u : 0u);
 }
 
 // Zeroes the dropped elements of a unit in shared memory.
@@ -78,24 +79,25 @@ __device__ __forceinline__ void mask_unit(T* unit, uint32_t bits) {
   *reinterpret_cast<uint4*>(unit) = four;
 }
 
-// What a stream keeps of a warp's 16 rows of a tile: lane 2 i + h holds half h of row i.
+// One mask for the 16 rows that a warp has of a tile. Lane 2 i + h holds the bits of half h of row i.
 template <typename T>
-struct KeepTile {
+struct TileMask {
   static constexpr int kHalf = kTileCols<T> / 2;
-  bool all = true;
+  bool keeps_all = true;
   uint32_t bits = 0;
 
-  // From the first of the warp's rows and column col on; stream -1 keeps all.
-  __device__ KeepTile(const Dropout& dropout, const RankMasks& masks, int stream, const RowTile& tile, int first_row,
+  // first_row is the first row of the warp, col the first column. Mask -1 keeps all elements.
+  __device__ TileMask(const Dropout& dropout, const RankMasks& masks, int index, const RowTile& tile, int first_row,
                       int64_t cols, int64_t col)
-      : all(stream < 0) {
+      : keeps_all(index < 0) {
     const int lane = int(threadIdx.x) % kWarp, row = first_row + lane / 2;
-    if (all || row >= tile.count) return;
-    bits = keep_bits(dropout, (tile.row(row) * masks.streams + stream) * cols + col + lane % 2 * kHalf, kHalf);
+    if (keeps_all || row >= tile.count) return;
+    bits = mask_bits(dropout, (tile.row(row) * masks.count + index) * cols + col + lane % 2 * kHalf, kHalf);
   }
-  KeepTile() = default;
+  TileMask() = default;
 
-  // Bit c: whether column + c of one of the rows is kept, in the same half of it. All lanes of the warp must call.
+  // Bit c of the result says whether column + c of a row is kept, within one half of the row. All lanes of the warp
+  // must call it.
   __device__ __forceinline__ uint32_t word(int row, int column) const {
     return __shfl_sync(kAllLanes, bits, 2 * row + column / kHalf) >> column % kHalf;
   }

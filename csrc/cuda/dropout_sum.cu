@@ -6,36 +6,36 @@
 namespace align::cuda {
 namespace {
 
-template <typename W>
-constexpr Router<W> kNoRouter = {nullptr, {0, 0, 1}};
+template <typename TA>
+constexpr Router<TA> kNoRouter = {nullptr, {0, 0, 1}};
 
 }  // namespace
 
-template <typename T, typename W>
-int64_t dropout_sum_forward_workspace(const HeadsInputs<T, W>& inputs) {
-  return HeadsLaunch<T, W>(inputs, kNoRouter<W>).forward_floats() * int64_t(sizeof(float));
+template <typename T, typename TA>
+int64_t dropout_sum_forward_workspace(const HeadsInputs<T, TA>& inputs) {
+  return HeadsLaunch<T, TA>(inputs, kNoRouter<TA>).forward_floats() * int64_t(sizeof(float));
 }
 
-template <typename T, typename W>
-int64_t dropout_sum_backward_workspace(const HeadsInputs<T, W>& inputs) {
-  return HeadsLaunch<T, W>(inputs, kNoRouter<W>).backward_floats() * int64_t(sizeof(float));
+template <typename T, typename TA>
+int64_t dropout_sum_backward_workspace(const HeadsInputs<T, TA>& inputs) {
+  return HeadsLaunch<T, TA>(inputs, kNoRouter<TA>).backward_floats() * int64_t(sizeof(float));
 }
 
-template <typename T, typename W>
-void dropout_sum_forward(const DropoutSumForwardArgs<T, W>& args, Stream stream) {
-  heads_forward(args, kNoRouter<W>, nullptr, stream);
+template <typename T, typename TA>
+void dropout_sum_forward(const DropoutSumForwardArgs<T, TA>& args, Stream stream) {
+  heads_forward(args, kNoRouter<TA>, nullptr, stream);
 }
 
-template <typename T, typename W>
-void dropout_sum_backward(const DropoutSumBackwardArgs<T, W>& args, Stream stream) {
-  heads_backward(args, kNoRouter<W>, {}, stream);
+template <typename T, typename TA>
+void dropout_sum_backward(const DropoutSumBackwardArgs<T, TA>& args, Stream stream) {
+  heads_backward(args, kNoRouter<TA>, {}, stream);
 }
 
-#define ALIGN_INSTANTIATE(T, W)                                                        \
-  template int64_t dropout_sum_forward_workspace(const HeadsInputs<T, W>&);            \
-  template int64_t dropout_sum_backward_workspace(const HeadsInputs<T, W>&);           \
-  template void dropout_sum_forward<T, W>(const DropoutSumForwardArgs<T, W>&, Stream); \
-  template void dropout_sum_backward<T, W>(const DropoutSumBackwardArgs<T, W>&, Stream);
+#define ALIGN_INSTANTIATE(T, TA)                                                         \
+  template int64_t dropout_sum_forward_workspace(const HeadsInputs<T, TA>&);             \
+  template int64_t dropout_sum_backward_workspace(const HeadsInputs<T, TA>&);            \
+  template void dropout_sum_forward<T, TA>(const DropoutSumForwardArgs<T, TA>&, Stream); \
+  template void dropout_sum_backward<T, TA>(const DropoutSumBackwardArgs<T, TA>&, Stream);
 ALIGN_INSTANTIATE(float, float)
 ALIGN_INSTANTIATE(bfloat16, bfloat16)
 ALIGN_INSTANTIATE(bfloat16, float)

@@ -29,7 +29,7 @@ __device__ __forceinline__ void store4(T* to, const float (&v)[4]) {
 }
 
 // Zeroes those whose bit is 0.
-__device__ __forceinline__ void keep_only(float (&v)[4], uint32_t bits) {
+__device__ __forceinline__ void zero_dropped(float (&v)[4], uint32_t bits) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) v[i] = bits >> i & 1u ? v[i] : 0.f;
 }
@@ -67,7 +67,7 @@ struct Ffma {
   static __device__ __forceinline__ int warp() { return int(threadIdx.x) / kWarp; }
 
   static __device__ __forceinline__ void dot(Dot& acc, const T* x, const T* m, int begin, int end,
-                                             const KeepTile<T>& keep) {
+                                             const TileMask<T>& mask) {
     x += lane() / 8 * kStride;
     m += lane() % 8 * kPieceRow;
 #pragma unroll
@@ -79,9 +79,9 @@ struct Ffma {
         float xs[kRows][4];
 #pragma unroll
         for (int i = 0; i < kRows; ++i) load4(xs[i], x + 4 * i * kStride + c);
-        if (!keep.all) {
+        if (!mask.keeps_all) {
 #pragma unroll
-          for (int i = 0; i < kRows; ++i) keep_only(xs[i], keep.word(dot_row(i), c));
+          for (int i = 0; i < kRows; ++i) zero_dropped(xs[i], mask.word(dot_row(i), c));
         }
 #pragma unroll
         for (int j = 0; j < kRanksAtOnce; ++j) {
@@ -106,7 +106,7 @@ struct Ffma {
   }
 
   static __device__ __forceinline__ void add(Add& acc, const T* g, const T* m, int begin, int end,
-                                             const KeepTile<T>& keep, float scale) {
+                                             const TileMask<T>& mask, float scale) {
     g += lane() / 8 * kLatentRow;
     m += lane() % 8 * 4;
 #pragma unroll
@@ -128,10 +128,10 @@ struct Ffma {
           }
         }
       }
-      const float factor = keep.all ? 1.f : scale;
+      const float factor = mask.keeps_all ? 1.f : scale;
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        if (!keep.all) keep_only(sum[i], keep.word(dot_row(i), lane() % 8 * 4 + 32 * group));
+        if (!mask.keeps_all) zero_dropped(sum[i], mask.word(dot_row(i), lane() % 8 * 4 + 32 * group));
 #pragma unroll
         for (int c = 0; c < 4; ++c) acc.v[i][group][c] += factor * sum[i][c];
       }

@@ -71,7 +71,7 @@ __device__ float column_sum(const float* column, int lanes) {
 // First pass: count and mean of each task of the tile. Second pass: sums of differences from that mean and of their
 // squares; the former corrects the mean's rounding.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) block_moments_kernel(Layers<T> layers, float* partial) {
+__global__ void __launch_bounds__(kThreads) block_moments_kernel(Layers<T> layers, float* partials) {
   __shared__ float first[kTaskTile][kThreads];   // sums of z, then of differences
   __shared__ float second[kTaskTile][kThreads];  // counts, then sums of squares
   __shared__ float mean[kTaskTile][kWarp];
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kThreads) block_moments_kernel(Layers<T> layer
   const int64_t first_dim = (int64_t(blockIdx.y) + layers.first_piece) * lanes, d = first_dim + lane;
   if (first_dim > 0 && first_dim >= rank) return;  // beyond a narrow layer
   const T* z = layers.z[blockIdx.z] + begin * rank + d;
-  partial += (int64_t(blockIdx.z) * gridDim.x + blockIdx.x) * tasks * width;
+  partials += (int64_t(blockIdx.z) * gridDim.x + blockIdx.x) * tasks * width;
 
   for (int64_t tile = 0; tile < tasks; tile += kTaskTile) {
     const int tile_tasks = int(tasks - tile < kTaskTile ? tasks - tile : kTaskTile);
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kThreads) block_moments_kernel(Layers<T> layer
       const int64_t dim = first_dim + l;
       const float n = count[i], residual = column_sum(first[i] + l, lanes) / (n > 0 ? n : 1);
       const float squares = column_sum(second[i] + l, lanes);
-      float* out = partial + (tile + i) * width;
+      float* out = partials + (tile + i) * width;
       if (dim == 0) out[0] = n;
       if (dim >= rank) continue;
       out[1 + dim] = mean[i][l] + residual;
@@ -132,10 +132,10 @@ __global__ void __launch_bounds__(kThreads) block_moments_kernel(Layers<T> layer
   }
 }
 
-// partial: [layers, blocks, tasks, 2 rank + 1], moments: [layers, tasks, 2 rank + 1]; a thread an entry of the latter.
+// partials: [layers, blocks, tasks, 2 rank + 1], moments: [layers, tasks, 2 rank + 1]; a thread an entry of the latter.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    merge_moments_kernel(Layers<T> layers, int64_t blocks, const float* partial, float* moments) {
+    merge_moments_kernel(Layers<T> layers, int64_t blocks, const float* partials, float* moments) {
   const int64_t dims = layers.rank > 0 ? layers.rank : 1, width = 2 * layers.rank + 1, size = layers.tasks * width;
   const int64_t pair = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (pair >= layers.tasks * dims) return;
@@ -143,12 +143,12 @@ __global__ void __launch_bounds__(kThreads)
   const bool has_dim = d < layers.ranks[blockIdx.z];
   float n = 0, mean = 0, m2 = 0;
   for (int64_t block = 0; block < blocks; ++block) {
-    const float* part = partial + (int64_t(blockIdx.z) * blocks + block) * size + i * width;
-    const float total = n + part[0];
-    if (part[0] > 0 && has_dim) {
-      const float delta = part[1 + d] - mean, share = part[0] / total;
-      mean += delta * share;
-      m2 += part[1 + layers.rank + d] + delta * delta * n * share;
+    const float* of_block = partials + (int64_t(blockIdx.z) * blocks + block) * size + i * width;
+    const float total = n + of_block[0];
+    if (of_block[0] > 0 && has_dim) {
+      const float delta = of_block[1 + d] - mean, fraction = of_block[0] / total;
+      mean += delta * fraction;
+      m2 += of_block[1 + layers.rank + d] + delta * delta * n * fraction;
     }
     n = total;
   }
@@ -276,17 +276,17 @@ void task_moments(const TaskMomentsArgs<T>& args, Stream stream) {
   const int64_t blocks = ceil_div(args.latents.tokens, kBlockRows);
   const int64_t dims = args.latents.rank > 0 ? args.latents.rank : 1;
   const dim3 threads(kThreads);
-  auto* const partial = static_cast<float*>(args.workspace);
+  auto* const partials = static_cast<float*>(args.workspace);
   for_launches(args.latents, args.tasks, [&](Layers<T>& layers, int64_t first, unsigned count) {
     const int64_t pieces = ceil_div(dims, layers.lanes);
     for (int64_t first_piece = 0; first_piece < pieces && blocks > 0; first_piece += Grid::kMost) {
       layers.first_piece = int(first_piece);
       const Grid grid(blocks, std::min(pieces - first_piece, Grid::kMost), count);
-      launch(block_moments_kernel<T>, grid, threads, 0, stream, layers, partial);
+      launch(block_moments_kernel<T>, grid, threads, 0, stream, layers, partials);
     }
     float* const moments = args.moments + first * args.tasks * (2 * args.latents.rank + 1);
     const Grid merge_grid(ceil_div(args.tasks * dims, kThreads), 1, count);
-    launch(merge_moments_kernel<T>, merge_grid, threads, 0, stream, layers, blocks, partial, moments);
+    launch(merge_moments_kernel<T>, merge_grid, threads, 0, stream, layers, blocks, partials, moments);
   });
 }
 

@@ -50,7 +50,7 @@ struct Job {
   MmdTile* tile;    // [most_tiles]
   Layout* layout;   // [1]
   float* z;         // [most_rows, rank], of the tokens that take part
-  float* partial;   // [splits, most_rows, rank]: sum_b omega h (z_a - z_b), but for a factor
+  float* partials;  // [splits, most_rows, rank]: sum_b omega h (z_a - z_b), but for a factor
   double* value;    // [most_tiles, splits]
 
   __device__ MmdTile tile_at(int64_t i) const { return {tile[i].task, tile[i].first, tile[i].rows}; }
@@ -65,7 +65,7 @@ struct Job {
 };
 
 template <typename P>
-void take(intptr_t& end, P*& pointer, int64_t items) {
+void allocate(intptr_t& end, P*& pointer, int64_t items) {
   constexpr int64_t kAlign = 256;
   pointer = reinterpret_cast<P*>(end);
   end += ceil_div(items * int64_t(sizeof(P)), kAlign) * kAlign;
@@ -88,13 +88,13 @@ intptr_t fill(Job& job, intptr_t workspace) {
   const int64_t most_splits = std::min<int64_t>(kMaxSplits, std::max<int64_t>(job.most_tiles, 1));
   job.splits = int(std::clamp<int64_t>(kPairBlocks / std::max<int64_t>(job.most_tiles, 1), 1, most_splits));
   for (job.lanes = 1; job.lanes < args.rank && job.lanes < kWarp;) job.lanes *= 2;
-  take(workspace, job.before, args.tasks * job.blocks);
-  take(workspace, job.task, args.tasks);
-  take(workspace, job.tile, job.most_tiles);
-  take(workspace, job.layout, 1);
-  take(workspace, job.z, job.most_rows * args.rank);
-  take(workspace, job.partial, job.splits * job.most_rows * args.rank);
-  take(workspace, job.value, job.most_tiles * job.splits);
+  allocate(workspace, job.before, args.tasks * job.blocks);
+  allocate(workspace, job.task, args.tasks);
+  allocate(workspace, job.tile, job.most_tiles);
+  allocate(workspace, job.layout, 1);
+  allocate(workspace, job.z, job.most_rows * args.rank);
+  allocate(workspace, job.partials, job.splits * job.most_rows * args.rank);
+  allocate(workspace, job.value, job.most_tiles * job.splits);
   return workspace;
 }
 
@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(kPairThreads, 4) pairs_kernel(Job job) {
   const double rows = double(job.layout->rows);
   fill_rates(rates, args.kernels, job.layout->bandwidth);
   double value = 0;
-  Pull<kDims> pull;
+  GradientSums<kDims> gradient;
   const int64_t begin = tiles * blockIdx.y / job.splits, end = tiles * (blockIdx.y + 1) / job.splits;
   for (int64_t index = begin; index < end; ++index) {
     const MmdTile other = job.tile_at(index);
@@ -261,11 +261,11 @@ __global__ void __launch_bounds__(kPairThreads, 4) pairs_kernel(Job job) {
     const double omega = job.omega(mine.task, other.task);
     value += omega * double(add_kernels(rates, args.kernels.count, d2, mine, other, float(omega * rows * rows), h));
     __syncthreads();  // h is complete
-    pull.add(h, a, b);
+    gradient.add(h, a, b);
   }
   const int64_t first = int64_t(chunk) * kDims;
-  pull.write(mine.rows, rank - first, rank,
-             job.partial + (int64_t(blockIdx.y) * job.most_rows + mine.first) * rank + first);
+  gradient.write(mine.rows, rank - first, rank,
+                 job.partials + (int64_t(blockIdx.y) * job.most_rows + mine.first) * rank + first);
   value = block_sum(value);
   if (threadIdx.x == 0 && chunk == 0) job.value[blockIdx.x * int64_t(job.splits) + blockIdx.y] = value;
 }
@@ -279,7 +279,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(Job job) {
   if (e < size) {
     float sum = 0;
     if (some && e < job.layout->rows * args.rank) {
-      for (int s = 0; s < job.splits; ++s) sum += job.partial[s * size + e];
+      for (int s = 0; s < job.splits; ++s) sum += job.partials[s * size + e];
       const double rows = double(job.layout->rows), beta = args.kernels.beta[0] / job.layout->bandwidth;
       sum *= float(-4 * beta / (rows * rows) * job.pairs_scale());
     }

@@ -1,8 +1,13 @@
 // The three products of a tile on tensor cores (sm_80 and later), accumulated in float. Same functions as ffma.cuh.
 //
-//   dot    [16 rows, rank]    += xd m^T    a warp's rows of a tile, masked, times ranks begin .. end of the small
-//   matrix add    [16 rows, columns] += mask g m  a warp's latent rows times them; begin and end are multiples of 8
-//   outer  [rank, 8 columns]  += g^T x     half the rows of a tile, a warp's columns
+// clang-format off
+//   dot    [16 rows, rank]     += xd m^T     the rows that a warp has of a tile, masked, times ranks begin .. end of the
+//                                            adapter matrix
+//   add    [16 rows, columns]  += mask g m   the latent rows of a warp times these ranks
+//   outer  [rank, 8 columns]   += g^T x      half of the rows of a tile, the columns of a warp
+// clang-format on
+//
+// begin and end are multiples of 8.
 //
 // Fragments of mma.m16n8k16: lane 4 g + q holds rows g and g + 8, columns 2 q and 2 q + 1 of an accumulator.
 #pragma once
@@ -42,15 +47,15 @@ struct Mma {
 
   // x: the warp's rows of a tile; m: [rank][piece's columns], from the tile's first column on.
   static __device__ __forceinline__ void dot(Dot& acc, const T* x, const T* m, int begin, int end,
-                                             const KeepTile<T>& keep) {
+                                             const TileMask<T>& mask) {
 #pragma unroll
     for (int k = 0; k < kTileCols<T>; k += 16) {
       uint32_t a[4], b[4];
       ldmatrix_x4(a, x + lane() % 16 * kStride + k + lane() / 16 * 8);
-      if (!keep.all) {
+      if (!mask.keeps_all) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const uint32_t kept = keep.word(lane() / 4 + 8 * half, k) >> (lane() % 4 * 2);
+          const uint32_t kept = mask.word(lane() / 4 + 8 * half, k) >> (lane() % 4 * 2);
           a[half] &= word_mask<T>(kept), a[half + 2] &= word_mask<T>(kept >> 8);
         }
       }
@@ -66,7 +71,7 @@ struct Mma {
 
   // g: the warp's latent rows. What is kept is multiplied by scale.
   static __device__ __forceinline__ void add(Add& acc, const T* g, const T* m, int begin, int end,
-                                             const KeepTile<T>& keep, float scale) {
+                                             const TileMask<T>& mask, float scale) {
 #pragma unroll
     for (int c = 0; c < kTileCols<T>; c += 16) {
       float sum[2][4] = {};
@@ -83,8 +88,8 @@ struct Mma {
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint32_t kept = keep.all ? ~0u : keep.word(lane() / 4 + 8 * half, c) >> (lane() % 4 * 2);
-        const float factor = keep.all ? 1.f : scale;
+        const uint32_t kept = mask.keeps_all ? ~0u : mask.word(lane() / 4 + 8 * half, c) >> (lane() % 4 * 2);
+        const float factor = mask.keeps_all ? 1.f : scale;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const float value = sum[i / 2][2 * half + i % 2];
@@ -162,8 +167,8 @@ struct Mma {
     }
   }
 #else
-  static __device__ void dot(Dot&, const T*, const T*, int, int, const KeepTile<T>&) {}
-  static __device__ void add(Add&, const T*, const T*, int, int, const KeepTile<T>&, float) {}
+  static __device__ void dot(Dot&, const T*, const T*, int, int, const TileMask<T>&) {}
+  static __device__ void add(Add&, const T*, const T*, int, int, const TileMask<T>&, float) {}
   static __device__ void outer(Outer&, const T*, const T*) {}
   template <typename Scale, typename Row>
   static __device__ void store(const Dot&, const Scale&, int64_t, const Row&) {}

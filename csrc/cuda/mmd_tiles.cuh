@@ -75,14 +75,14 @@ __device__ inline float add_kernels(const Rates& rates, int count, const float (
   const int row = 2 * (threadIdx.x / 8), column = threadIdx.x % 8;
   float e[2][4] = {}, sum[2][4] = {}, weighted[2][4] = {};
   for (int k = 0; k < count; ++k) {
-    const float rate = rates.rate[k], rest = rates.rest[k], share = rates.weight[k];
+    const float rate = rates.rate[k], rest = rates.rest[k], kernel_weight = rates.weight[k];
     const bool squared = rates.squared[k];
 #pragma unroll
     for (int p = 0; p < 8; ++p) {
       float& value = e[p / 4][p % 4];
       value = squared ? value * value : exp2f(-rest * d2[p / 4][p % 4] - rate * d2[p / 4][p % 4]);
       sum[p / 4][p % 4] += value;
-      weighted[p / 4][p % 4] += share * value;
+      weighted[p / 4][p % 4] += kernel_weight * value;
     }
   }
   float total = 0;
@@ -98,9 +98,9 @@ __device__ inline float add_kernels(const Rates& rates, int count, const float (
 
 // Four dimensions of kPulled rows each: pull += sum_o h[row][o] (a[row] - b[o]).
 template <int kDims>
-struct Pull {
-  static constexpr int kLanes = kDims / 4, kGroups = kPairThreads / kLanes, kPulled = kMmdTileRows / kGroups;
-  float4 sum[kPulled] = {};
+struct GradientSums {
+  static constexpr int kLanes = kDims / 4, kGroups = kPairThreads / kLanes, kRows = kMmdTileRows / kGroups;
+  float4 sum[kRows] = {};
 
   __device__ int dim() const { return threadIdx.x % kLanes * 4; }
   __device__ int row(int i) const { return threadIdx.x / kLanes + i * kGroups; }
@@ -110,13 +110,13 @@ struct Pull {
     for (int o = 0; o < kMmdTileRows; ++o) {
       const float4 from = *reinterpret_cast<const float4*>(&b[o][dim()]);
 #pragma unroll
-      for (int i = 0; i < kPulled; ++i) {
-        const float share = h[row(i)][o];
+      for (int i = 0; i < kRows; ++i) {
+        const float weight_of_pair = h[row(i)][o];
         const float4 to = *reinterpret_cast<const float4*>(&a[row(i)][dim()]);
-        sum[i].x += share * (to.x - from.x);
-        sum[i].y += share * (to.y - from.y);
-        sum[i].z += share * (to.z - from.z);
-        sum[i].w += share * (to.w - from.w);
+        sum[i].x += weight_of_pair * (to.x - from.x);
+        sum[i].y += weight_of_pair * (to.y - from.y);
+        sum[i].z += weight_of_pair * (to.z - from.z);
+        sum[i].w += weight_of_pair * (to.w - from.w);
       }
     }
   }
@@ -124,7 +124,7 @@ struct Pull {
   // out: [rows, rank], the tile's rows, from the first of the kDims dimensions on, of which there are `dims`.
   __device__ void write(int rows, int64_t dims, int64_t rank, float* out) const {
 #pragma unroll
-    for (int i = 0; i < kPulled; ++i) {
+    for (int i = 0; i < kRows; ++i) {
       const float sums[4] = {sum[i].x, sum[i].y, sum[i].z, sum[i].w};
 #pragma unroll
       for (int e = 0; e < 4; ++e) {

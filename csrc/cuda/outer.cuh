@@ -1,10 +1,13 @@
-// outer: out[j, c] = scale * sum over a group's rows of g[t, j] xd[t, c], g = mix(row, rank, band); a block owns the
-// columns of kOuterTiles tiles of a band and runs through all rows, so that its sums stay in registers and nothing is
-// added up later. Backward: dB from z and dy, dA from dz and x.
+// outer computes out[j, c] = scale * sum over the rows of a group of g[t, j] xd[t, c]. g[t, j] is
+// source(row, rank, output group). A block owns kOuterTiles tiles of columns of one output group and runs through all
+// rows, so that its sums stay in registers and nothing is added up later. The backward pass computes dB from z and dy,
+// and dA from dz and x.
 //
-// With kDot the block also has its columns' part of dz = scaling B^T dy, in the same pass over dy ("sweep").
+// With kDot a block also computes what its columns contribute to dz = scaling B^T dy, in the same pass over dy. This is
+// called the sweep.
 //
-// Bytes: x once for each chunk of ranks (and parts once); latent rows by every block of columns.
+// Bytes: x is read once for each chunk of ranks, the partials are written once. Every block of columns reads the latent
+// rows.
 #pragma once
 
 #include "cuda/adapter_matrix.cuh"
@@ -17,21 +20,21 @@ constexpr int kOuterCols = kOuterTiles * kTileCols<T>;  // of a block
 template <typename T>
 struct OuterJob {
   GroupedLoraShape shape;  // tokens, rank and groups count
-  RowGroups groups;
-  TallMatrix<T> x;
-  RankMasks masks;        // kept: the scale
-  int summed;             // streams whose outer products are added up, all or 1
-  SmallMatrix<T> m;       // whose gradients these are
-  float* out[kAdapters];  // [groups] gradients that lie as the adapters do, assigned; or null: not wanted
-  float* parts;           // sweep: [blocks of columns, tokens, rank], assigned
-  int band;               // columns of a band
+  RowGroups groups = {};
+  TokenMatrix<T> x;
+  RankMasks masks;            // masks.scale multiplies all sums
+  int summed_masks;           // how many masks have their outer products added up: all of them or 1
+  AdapterMatrix<T> m;         // the adapters whose gradients are computed
+  float* out[kAdapters];      // [groups] gradients in the layout of the adapters, assigned; null: not wanted
+  float* partials = nullptr;  // sweep: [blocks of columns, tokens, rank], assigned
+  int group_cols;             // columns of an output group
 
-  __host__ __device__ int blocks_of_band() const { return (band + kOuterCols<T> - 1) / kOuterCols<T>; }
-  int blocks() const { return int(x.cols / band) * blocks_of_band(); }
-  // Ranks of a stream, and chunks of them; chunks of all streams that are not added up.
-  __host__ __device__ int per() const { return masks.per < m.ranks ? masks.per : m.ranks; }
-  __host__ __device__ int chunks_of_stream(int rank) const { return (per() + rank - 1) / rank; }
-  __host__ __device__ int chunks(int rank) const { return chunks_of_stream(rank) * (masks.streams / summed); }
+  __host__ __device__ int blocks_of_group() const { return (group_cols + kOuterCols<T> - 1) / kOuterCols<T>; }
+  int blocks() const { return int(x.cols / group_cols) * blocks_of_group(); }
+  // The ranks that see one mask, the chunks of these ranks, and the chunks of all masks that are not added up.
+  __host__ __device__ int ranks_of_mask() const { return masks.ranks_each < m.ranks ? masks.ranks_each : m.ranks; }
+  __host__ __device__ int chunks_of_mask(int rank) const { return (ranks_of_mask() + rank - 1) / rank; }
+  __host__ __device__ int chunks(int rank) const { return chunks_of_mask(rank) * (masks.count / summed_masks); }
 };
 
 template <class Math, bool kDot>
@@ -39,61 +42,63 @@ constexpr size_t kOuterShared =
     sizeof(typename Math::Element) * (Math::kStages * kTileSize<typename Math::Element> +
                                       2 * kTileRows * Math::kLatentRow + (kDot ? Math::kRank * Math::kPieceRow : 0));
 
-// A tile's latent rows come in parts, two for each tile of x that is summed meanwhile: registers are scarce.
-constexpr int kLatentParts = 2 * kOuterTiles;
+// The latent rows of a tile are loaded in slices, two for each tile of x that is summed meanwhile, because registers
+// are scarce.
+constexpr int kLatentSlices = 2 * kOuterTiles;
 
-// A thread's share of one part, on its way from global to shared memory.
+// The values of a slice that one thread carries from global to shared memory.
 template <class Math>
-struct LatentShare {
+struct LatentValues {
   using T = typename Math::Element;
-  static constexpr int kRank = Math::kRank, kRows = kTileRows / kLatentParts, kCount = kRows * kRank / kThreads;
+  static constexpr int kRank = Math::kRank, kRows = kTileRows / kLatentSlices, kCount = kRows * kRank / kThreads;
   float v[kCount];
 
-  template <class Mix>
-  __device__ __forceinline__ void load(const Mix& mix, const RowTile& tile, int part, int first_rank, int band) {
+  template <class LatentSource>
+  __device__ __forceinline__ void load(const LatentSource& source, const RowTile& tile, int slice, int first_rank,
+                                       int output_group) {
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
-      const int i = int(threadIdx.x) + u * kThreads, row = part * kRows + i / kRank;
-      v[u] = row < tile.count ? mix(tile.row(row), first_rank + i % kRank, band) : 0.f;
+      const int i = int(threadIdx.x) + u * kThreads, row = slice * kRows + i / kRank;
+      v[u] = row < tile.count ? source(tile.row(row), first_rank + i % kRank, output_group) : 0.f;
     }
   }
-  __device__ __forceinline__ void store(T* g, int part) const {
+  __device__ __forceinline__ void store(T* g, int slice) const {
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
-      const int i = int(threadIdx.x) + u * kThreads, row = part * kRows + i / kRank;
+      const int i = int(threadIdx.x) + u * kThreads, row = slice * kRows + i / kRank;
       g[row * kLatentStride<T, kRank> + i % kRank] = to_element<T>(v[u]);
     }
   }
 };
 
-template <class Math, bool kDot, class Mix>
-__device__ __forceinline__ void outer_columns(const OuterJob<typename Math::Element>& job, const Mix& mix, int block,
-                                              int group, int chunk) {
+template <class Math, bool kDot, class LatentSource>
+__device__ __forceinline__ void outer_columns(const OuterJob<typename Math::Element>& job, const LatentSource& source,
+                                              int block, int group, int chunk) {
   using T = typename Math::Element;
   constexpr int kRank = Math::kRank, kStages = Math::kStages;
   int begin, end;
   group_bounds(job.groups, job.shape.tokens, group, &begin, &end);
-  const int stream = chunk / job.chunks_of_stream(kRank), rank_of_stream = chunk % job.chunks_of_stream(kRank) * kRank;
-  const int first_rank = stream * job.per() + rank_of_stream;
-  const int band = block / job.blocks_of_band(), end_col = (band + 1) * job.band;
-  const int first_col = band * job.band + block % job.blocks_of_band() * kOuterCols<T>;
-  // Streams that are added up take turns with a tile, which is in the second-level cache then.
+  const int mask = chunk / job.chunks_of_mask(kRank), rank_in_mask = chunk % job.chunks_of_mask(kRank) * kRank;
+  const int first_rank = mask * job.ranks_of_mask() + rank_in_mask;
+  const int output_group = block / job.blocks_of_group(), end_col = (output_group + 1) * job.group_cols;
+  const int first_col = output_group * job.group_cols + block % job.blocks_of_group() * kOuterCols<T>;
+  // Masks whose products are added up use a tile one after the other, so that it is in the second-level cache.
   struct Turn {
-    int row, stream;
+    int row, mask;
   };
   const auto after = [&](const Turn& turn) {
-    return turn.stream + 1 < job.summed ? Turn{turn.row, turn.stream + 1} : Turn{turn.row + kTileRows, 0};
+    return turn.mask + 1 < job.summed_masks ? Turn{turn.row, turn.mask + 1} : Turn{turn.row + kTileRows, 0};
   };
   const auto tile_at = [&](const Turn& turn) { return tile_of(job.groups, group, turn.row, end); };
   const auto col_at = [&](int step) { return first_col + step % kOuterTiles * kTileCols<T>; };
 
   const int first_row = int(threadIdx.x) / kWarp * kWarpRows;
   SharedArena arena;
-  T* stages = arena.take<T>(kStages * kTileSize<T>);
-  T* latent = arena.take<T>(2 * kTileRows * kLatentStride<T, kRank>);
+  T* stages = arena.allocate<T>(kStages * kTileSize<T>);
+  T* latent = arena.allocate<T>(2 * kTileRows * kLatentStride<T, kRank>);
   T* piece = nullptr;
   if constexpr (kDot) {
-    piece = arena.take<T>(kRank * kPieceStride<T, kRank>);
+    piece = arena.allocate<T>(kRank * kPieceStride<T, kRank>);
     load_piece<T, kRank>(piece, job.m, group, first_rank, first_col, kOuterCols<T>, end_col);
   }
   const Dropout dropout(job.masks.dropout);
@@ -108,15 +113,15 @@ __device__ __forceinline__ void outer_columns(const OuterJob<typename Math::Elem
     cp_async_commit();
   };
 
-  // A part is loaded, then stored when the next one is due, all while the tile before is summed.
-  LatentShare<Math> share;
+  // A slice is loaded, and stored when the next one is loaded, while the tile before is summed.
+  LatentValues<Math> values;
   const auto latent_at = [&](int step) {
     return latent + step / kOuterTiles % 2 * kTileRows * kLatentStride<T, kRank>;
   };
   if (begin < end) {
-    for (int part = 0; part < kLatentParts; ++part) {
-      if (part > 0) share.store(latent, part - 1);
-      share.load(mix, tile_at({begin, 0}), part, first_rank, band);
+    for (int slice = 0; slice < kLatentSlices; ++slice) {
+      if (slice > 0) values.store(latent, slice - 1);
+      values.load(source, tile_at({begin, 0}), slice, first_rank, output_group);
     }
   }
   for (int s = 0; s < kStages - 1; ++s) copy(s);
@@ -134,30 +139,31 @@ __device__ __forceinline__ void outer_columns(const OuterJob<typename Math::Elem
       cp_async_wait<kStages - 2>();
       if (dropout.threshold > 0) {
         units.enter(tile);
-        units.mask(x, dropout, job.masks.streams, stream + turn.stream, job.x.cols, col_at(step + side));
+        units.mask(x, dropout, job.masks.count, mask + turn.mask, job.x.cols, col_at(step + side));
       }
-      if (side == 0) share.store(latent_at(step), kLatentParts - 1);
+      if (side == 0) values.store(latent_at(step), kLatentSlices - 1);
       __syncthreads();  // tile and latent rows are complete; all warps are done with the last tile
       copy(step + side + kStages - 1);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int part = 2 * side + half, first = half * kTileRows / 2;
+        const int slice = 2 * side + half, first = half * kTileRows / 2;
         if (next.row < end) {
-          if (part > 0) share.store(latent_at(step + kOuterTiles), part - 1);
-          share.load(mix, tile_at(next), part, first_rank + next.stream * job.per(), band);
+          if (slice > 0) values.store(latent_at(step + kOuterTiles), slice - 1);
+          values.load(source, tile_at(next), slice, first_rank + next.mask * job.ranks_of_mask(), output_group);
         }
         Math::outer(acc[side], g + first * kLatentStride<T, kRank>, x + first * kTileStride<T>);
       }
       if constexpr (kDot) {
-        Math::dot(dot, x + first_row * kTileStride<T>, piece + side * kTileCols<T>, 0, kRank, KeepTile<T>());
+        Math::dot(dot, x + first_row * kTileStride<T>, piece + side * kTileCols<T>, 0, kRank, TileMask<T>());
       }
     }
     if constexpr (kDot) {
-      float* parts = job.parts + int64_t(block) * job.shape.tokens * job.shape.rank;
+      float* partials = job.partials + int64_t(block) * job.shape.tokens * job.shape.rank;
       Math::store(
-          dot, [&](int) { return job.masks.kept; }, job.shape.rank - first_rank,
+          dot, [&](int) { return job.masks.scale; }, job.shape.rank - first_rank,
           [&](int i) {
-            return first_row + i < tile.count ? parts + tile.row(first_row + i) * job.shape.rank + first_rank : nullptr;
+            return first_row + i < tile.count ? partials + tile.row(first_row + i) * job.shape.rank + first_rank
+                                              : nullptr;
           });
     }
   }
@@ -169,28 +175,29 @@ __device__ __forceinline__ void outer_columns(const OuterJob<typename Math::Elem
       const int64_t col = first_col + side * kTileCols<T> + c;
       const Adapter& adapter = job.m.adapter_of(rank);
       float* out = job.out[&adapter - job.m.adapters];
-      if (rank_of_stream + j < job.per() && adapter.has(rank) && col < end_col && out != nullptr) {
+      if (rank_in_mask + j < job.ranks_of_mask() && adapter.has(rank) && col < end_col && out != nullptr) {
         const int64_t at = group * adapter.group_stride + adapter.layout.offset(rank - adapter.start, col);
-        out[at] = job.masks.kept * value;
+        out[at] = job.masks.scale * value;
       }
     });
   }
 }
 
 // Grid: blocks of columns, groups.
-template <class Math, class Mix>
-__global__ void __launch_bounds__(kThreads, 2) sweep_kernel(OuterJob<typename Math::Element> job, Mix mix) {
+template <class Math, class LatentSource>
+__global__ void __launch_bounds__(kThreads, 2) sweep_kernel(OuterJob<typename Math::Element> job, LatentSource source) {
   require(compiled_here<Math>());
-  if (compiled_here<Math>()) outer_columns<Math, true>(job, mix, int(blockIdx.x), int(blockIdx.y), 0);
+  if (compiled_here<Math>()) outer_columns<Math, true>(job, source, int(blockIdx.x), int(blockIdx.y), 0);
 }
 
-// One pass over the tall matrix for both: the outer products, and the parts of its product with the small matrix.
-template <class Math, class Mix>
-void sweep(const OuterJob<typename Math::Element>& job, const Mix& mix, Stream stream) {
+// The sweep: one pass over the token matrix for the outer products and for the partials of its product with the adapter
+// matrix.
+template <class Math, class LatentSource>
+void sweep(const OuterJob<typename Math::Element>& job, const LatentSource& source, Stream stream) {
   const int64_t blocks = job.blocks();
   if (blocks == 0 || job.shape.groups == 0 || job.shape.rank == 0) return;
-  launch(sweep_kernel<Math, Mix>, Grid(blocks, job.shape.groups), dim3(kThreads), kOuterShared<Math, true>, stream, job,
-         mix);
+  launch(sweep_kernel<Math, LatentSource>, Grid(blocks, job.shape.groups), dim3(kThreads), kOuterShared<Math, true>,
+         stream, job, source);
 }
 
 }  // namespace align::cuda

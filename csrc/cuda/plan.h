@@ -2,7 +2,7 @@
 // (cpp_tests/test_plan.cpp).
 //
 // A tile is 128 rows of 128 bytes (64 columns of 16 bits, 32 of float), 16 KiB: with its padding, three stages of it,
-// the small matrix and the latent rows a block needs 72 to 93 KiB, so that two blocks share a multiprocessor of sm_80
+// the adapter matrix and the latent rows a block needs 72 to 93 KiB, so that two blocks share a multiprocessor of sm_80
 // and sm_90, each with 32 KiB of loads under way; a multiprocessor's share of an H100's bandwidth times its latency is
 // about 20 KiB. Rows of 128 bytes fill whole sectors and all 32 banks. 128 rows are 16, one mma, for each of 8 warps.
 #pragma once
@@ -21,10 +21,10 @@ struct Device {
 };
 
 constexpr int kTileRows = 128;
-constexpr int kTileBytes = 128;         // of a row of a tile
-constexpr int kOuterTiles = 2;          // side by side, whose outer products one block keeps in registers
-constexpr int64_t kMinSlabTiles = 4;    // fewer would not pay for a block's prologue
-constexpr int64_t kMaxShrinkSlabs = 8;  // every one is read again by each block of expand
+constexpr int kTileBytes = 128;          // of a row of a tile
+constexpr int kOuterTiles = 2;           // side by side, whose outer products one block keeps in registers
+constexpr int64_t kMinSplitTiles = 4;    // fewer would not pay for a block's prologue
+constexpr int64_t kMaxShrinkSplits = 8;  // every one is read again by each block of expand
 constexpr int64_t kBlocksPerMultiprocessor = 2;
 
 constexpr int kSharedForFloat64 = 104 << 10;  // of a block, for float at padded rank 64
@@ -50,21 +50,21 @@ constexpr int64_t row_tiles(int64_t tokens, int64_t groups) {
   return tokens == 0 ? 0 : ceil_div(tokens, kTileRows) + std::max<int64_t>(groups, 1) - 1;
 }
 
-// A tall matrix cut for a grid: slabs of slab_tiles tiles each, the last maybe smaller.
+// A token matrix cut for a grid: splits of split_tiles tiles each, the last maybe smaller.
 struct Cut {
-  int64_t slabs;
-  int64_t slab_tiles;
+  int64_t splits;
+  int64_t split_tiles;
 };
 
-// Enough slabs for two blocks a multiprocessor, together with the row tiles.
-inline Cut cut_columns(int64_t cols, int64_t element_bytes, int64_t row_tiles, int64_t max_slabs,
+// Enough splits for two blocks a multiprocessor, together with the row tiles.
+inline Cut cut_columns(int64_t cols, int64_t element_bytes, int64_t row_tiles, int64_t max_splits,
                        const Device& device) {
   const int64_t tiles = ceil_div(cols * element_bytes, kTileBytes);
   const int64_t wanted = ceil_div(device.multiprocessors * kBlocksPerMultiprocessor, std::max<int64_t>(row_tiles, 1));
-  const int64_t slabs =
-      std::clamp<int64_t>(std::min(wanted, max_slabs), 1, std::max<int64_t>(tiles / kMinSlabTiles, 1));
-  const int64_t slab_tiles = std::max<int64_t>(ceil_div(tiles, slabs), 1);
-  return {std::max<int64_t>(ceil_div(tiles, slab_tiles), 1), slab_tiles};
+  const int64_t splits =
+      std::clamp<int64_t>(std::min(wanted, max_splits), 1, std::max<int64_t>(tiles / kMinSplitTiles, 1));
+  const int64_t split_tiles = std::max<int64_t>(ceil_div(tiles, splits), 1);
+  return {std::max<int64_t>(ceil_div(tiles, split_tiles), 1), split_tiles};
 }
 
 // Blocks of columns whose outer products are summed by one block each.
@@ -75,7 +75,7 @@ inline int64_t outer_blocks(int64_t cols, int64_t element_bytes) {
 struct Plan {
   bool tensor_cores;    // mma.sync, for 16-bit types from sm_80 on; else FFMA
   int padded_rank;      // 16, 32 or 64: what the kernels are compiled for; wider ranks go in chunks of it
-  int64_t rank_chunks;  // each reads the tall matrix again
+  int64_t rank_chunks;  // each reads the token matrix again
   Cut shrink;           // of x: ordered split-K
   Cut expand;           // of y
   Cut shrink_dy;        // of dy, in two passes
@@ -98,7 +98,7 @@ inline Plan plan(int64_t tokens, int64_t in_dim, int64_t out_dim, int64_t rank, 
   const bool fits_64 = element_bytes == 2 || device.shared_bytes >= kSharedForFloat64;
   p.padded_rank = rank <= 16 || device.major < 8 ? 16 : rank <= 32 || !fits_64 ? 32 : 64;
   p.rank_chunks = ceil_div(rank, p.padded_rank);
-  p.shrink = cut_columns(in_dim, element_bytes, rows, kMaxShrinkSlabs, device);
+  p.shrink = cut_columns(in_dim, element_bytes, rows, kMaxShrinkSplits, device);
   p.expand = cut_columns(out_dim, element_bytes, rows, any, device);
   p.shrink_dy = cut_columns(out_dim, element_bytes, rows, any, device);
   p.expand_dx = cut_columns(in_dim, element_bytes, rows, any, device);

@@ -39,7 +39,7 @@ class SharedArena {
  public:
   __device__ SharedArena() : next_(static_cast<char*>(dynamic_shared())) {}
   template <typename T>
-  __device__ T* take(int count) {
+  __device__ T* allocate(int count) {
     T* piece = reinterpret_cast<T*>(next_);
     next_ += count * int(sizeof(T));
     return piece;
@@ -49,7 +49,7 @@ class SharedArena {
   char* next_;
 };
 
-// Up to 128 consecutive rows of a group, in group order. Rows are counted in 32 bits: registers are scarce.
+// Up to 128 consecutive rows of a group, in group order. Row numbers have 32 bits because registers are scarce.
 struct RowTile {
   const int64_t* rows;  // row numbers in group order, or null
   int begin;
@@ -59,7 +59,7 @@ struct RowTile {
   __device__ int64_t row(int i) const { return rows ? rows[begin + i] : begin + i; }
 };
 
-// Bounds of a group in group order.
+// Finds where a group begins and ends in group order.
 __device__ inline void group_bounds(const RowGroups& groups, int64_t tokens, int group, int* begin, int* end) {
   const int64_t first = groups.offsets ? groups.offsets[group] : 0;
   const int64_t last = groups.offsets ? groups.offsets[group + 1] : tokens;
@@ -71,9 +71,9 @@ __device__ inline RowTile tile_of(const RowGroups& groups, int group, int begin,
   return {groups.rows, begin, end - begin < kTileRows ? end - begin : kTileRows, group};
 }
 
-// The index-th row tile, counted through all groups; false if there are fewer.
+// Finds row tile number index, counted over all groups. Returns false if there are fewer tiles.
 __device__ inline bool find_tile(const RowGroups& groups, const GroupedLoraShape& shape, int index, RowTile* tile) {
-  // A row of no group would never be written.
+  // A row that belongs to no group would never be written.
   require(!groups.offsets || (groups.offsets[0] == 0 && groups.offsets[shape.groups] == shape.tokens));
   for (int k = 0; k < int(shape.groups); ++k) {
     int begin, end;

@@ -14,7 +14,7 @@
 //   dx[t]  += (offset_scaling * A0^T B0^T g[t]) * mask[t]                    (mask: of site input, else 1)
 //
 // Products take operands in T (adapters in float are rounded to it) and accumulate in Acc<T>; z keeps Acc<T>. Where
-// all u_i are one z, the heads act as their sum. own_A is false.
+// all u_i are one z, the heads act as their sum. A_per_head is false.
 // Floating-point operations: forward 2 T (r L n + N r m), backward twice that; L = latents, N = heads; the offset path
 // adds 2 T r0 (n + m) to each. Bytes moved (floor): forward x + 2y + z, backward g + x + 2dx + z, in the sizes of their
 // types, z being T L r elements.
@@ -25,29 +25,29 @@
 
 namespace align {
 
-template <typename T, typename W = T>
-using DropoutSumForwardArgs = HeadsForwardArgs<T, W>;
-template <typename T, typename W = T>
-using DropoutSumBackwardArgs = HeadsBackwardArgs<T, W>;
+template <typename T, typename TA = T>
+using DropoutSumForwardArgs = HeadsForwardArgs<T, TA>;
+template <typename T, typename TA = T>
+using DropoutSumBackwardArgs = HeadsBackwardArgs<T, TA>;
 
-namespace cpu {  // T: float, double, bfloat16, float16; W: T, or float for 16-bit T
+namespace cpu {  // T: float, double, bfloat16, float16; TA: T, or float for 16-bit T
 int64_t dropout_sum_forward_workspace(const HeadsShape& shape, bool dropout, int64_t acc_bytes);   // bytes
 int64_t dropout_sum_backward_workspace(const HeadsShape& shape, bool dropout, int64_t acc_bytes);  // bytes
-template <typename T, typename W>
-void dropout_sum_forward(const DropoutSumForwardArgs<T, W>& args);
-template <typename T, typename W>
-void dropout_sum_backward(const DropoutSumBackwardArgs<T, W>& args);
+template <typename T, typename TA>
+void dropout_sum_forward(const DropoutSumForwardArgs<T, TA>& args);
+template <typename T, typename TA>
+void dropout_sum_backward(const DropoutSumBackwardArgs<T, TA>& args);
 }  // namespace cpu
 
-namespace cuda {  // T: float, bfloat16, float16; W: T or float
-template <typename T, typename W>
-int64_t dropout_sum_forward_workspace(const HeadsInputs<T, W>& inputs);  // bytes
-template <typename T, typename W>
-int64_t dropout_sum_backward_workspace(const HeadsInputs<T, W>& inputs);  // bytes
-template <typename T, typename W>
-void dropout_sum_forward(const DropoutSumForwardArgs<T, W>& args, Stream stream);
-template <typename T, typename W>
-void dropout_sum_backward(const DropoutSumBackwardArgs<T, W>& args, Stream stream);
+namespace cuda {  // T: float, bfloat16, float16; TA: T or float
+template <typename T, typename TA>
+int64_t dropout_sum_forward_workspace(const HeadsInputs<T, TA>& inputs);  // bytes
+template <typename T, typename TA>
+int64_t dropout_sum_backward_workspace(const HeadsInputs<T, TA>& inputs);  // bytes
+template <typename T, typename TA>
+void dropout_sum_forward(const DropoutSumForwardArgs<T, TA>& args, Stream stream);
+template <typename T, typename TA>
+void dropout_sum_backward(const DropoutSumBackwardArgs<T, TA>& args, Stream stream);
 }  // namespace cuda
 
 }  // namespace align

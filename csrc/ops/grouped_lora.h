@@ -38,7 +38,7 @@ struct RowGroups {
   const int64_t* offsets;  // [groups + 1], offsets[0] = 0, offsets[groups] = tokens; on CUDA null: one group
 };
 
-template <typename T, typename W = T>  // W: of the adapters, T or float
+template <typename T, typename TA = T>  // TA: of the adapters, T or float
 struct GroupedLoraForwardArgs {
   GroupedLoraShape shape;
   RowGroups row_groups;
@@ -46,8 +46,8 @@ struct GroupedLoraForwardArgs {
   double scaling;
   // inputs
   const T* x;     // [tokens, in_dim]
-  const W* A;     // [groups, rank, in_dim]
-  const W* B;     // [groups, out_dim, rank]
+  const TA* A;    // [groups, rank, in_dim]
+  const TA* B;    // [groups, out_dim, rank]
   const T* y_in;  // [tokens, out_dim] what the low-rank term is added to; may be y itself
   const T* bias;  // [out_dim] added too, or null: zero
   // outputs
@@ -56,7 +56,7 @@ struct GroupedLoraForwardArgs {
   void* workspace;
 };
 
-template <typename T, typename W = T>
+template <typename T, typename TA = T>
 struct GroupedLoraBackwardArgs {
   GroupedLoraShape shape;
   RowGroups row_groups;
@@ -65,8 +65,8 @@ struct GroupedLoraBackwardArgs {
   // inputs
   const T* x;       // [tokens, in_dim]
   const Acc<T>* z;  // [tokens, rank] of the forward
-  const W* A;       // [groups, rank, in_dim]
-  const W* B;       // [groups, out_dim, rank]
+  const TA* A;      // [groups, rank, in_dim]
+  const TA* B;      // [groups, out_dim, rank]
   const T* dx_in;   // [tokens, in_dim] what dx starts from (may be dx itself), or null: zero
   // grad outputs
   const T* dy;          // [tokens, out_dim]
@@ -78,25 +78,25 @@ struct GroupedLoraBackwardArgs {
   void* workspace;
 };
 
-namespace cpu {  // T: float, double, bfloat16, float16; W: T, or float for 16-bit T
+namespace cpu {  // T: float, double, bfloat16, float16; TA: T, or float for 16-bit T
 int64_t grouped_lora_forward_workspace(const GroupedLoraShape& shape, bool dropout, int64_t acc_bytes);   // bytes
 int64_t grouped_lora_backward_workspace(const GroupedLoraShape& shape, bool dropout, int64_t acc_bytes);  // bytes
-template <typename T, typename W>
-void grouped_lora_forward(const GroupedLoraForwardArgs<T, W>& args);
-template <typename T, typename W>
-void grouped_lora_backward(const GroupedLoraBackwardArgs<T, W>& args);
+template <typename T, typename TA>
+void grouped_lora_forward(const GroupedLoraForwardArgs<T, TA>& args);
+template <typename T, typename TA>
+void grouped_lora_backward(const GroupedLoraBackwardArgs<T, TA>& args);
 
 // Stable counting sort of per-row group numbers (each in 0 .. groups-1) into RowGroups' two arrays.
 void group_rows(const int64_t* group, int64_t tokens, int64_t groups, int64_t* rows, int64_t* offsets);
 }  // namespace cpu
 
-namespace cuda {  // T: float, bfloat16, float16; W: T or float
+namespace cuda {  // T: float, bfloat16, float16; TA: T or float
 int64_t grouped_lora_forward_workspace(const GroupedLoraShape& shape, int64_t element_bytes);   // bytes
 int64_t grouped_lora_backward_workspace(const GroupedLoraShape& shape, int64_t element_bytes);  // bytes
-template <typename T, typename W>
-void grouped_lora_forward(const GroupedLoraForwardArgs<T, W>& args, Stream stream);
-template <typename T, typename W>
-void grouped_lora_backward(const GroupedLoraBackwardArgs<T, W>& args, Stream stream);
+template <typename T, typename TA>
+void grouped_lora_forward(const GroupedLoraForwardArgs<T, TA>& args, Stream stream);
+template <typename T, typename TA>
+void grouped_lora_backward(const GroupedLoraBackwardArgs<T, TA>& args, Stream stream);
 
 // As cpu::group_rows. A group number out of range stops the program.
 void group_rows(const int64_t* group, int64_t tokens, int64_t groups, int64_t* rows, int64_t* offsets, Stream stream);

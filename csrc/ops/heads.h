@@ -6,9 +6,9 @@
 //   latent         x            A x                            z * mask_i
 //   input_per_head x            z_i = A (x * mask_i)           z_i
 //
-// With own_A head i has a matrix A_i of its own in place of A: then z_i = A_i xd whatever the site, and latent masks
-// its z_i. Masks hold 1/(1-p) or 0 (philox.h). Element numbers: input t*in_dim + c, latent (t*heads + i)*rank + d,
-// input_per_head (t*heads + i)*in_dim + c.
+// With A_per_head head i has a matrix A_i of its own in place of A: then z_i = A_i xd whatever the site, and latent
+// masks its z_i. Masks hold 1/(1-p) or 0 (philox.h). Element numbers: input t*in_dim + c, latent (t*heads + i)*rank +
+// d, input_per_head (t*heads + i)*in_dim + c.
 //
 // The frozen offset path, with A0 and B0, adds offset_scaling * B0 A0 xd. Its xd is that of the table: masked with
 // site input; x itself where masks belong to the heads, since it stands for a part of the base weight there.
@@ -30,29 +30,29 @@ struct HeadsShape {
   int64_t rank;
   int64_t heads;        // at least 1; every other size may be 0
   int64_t offset_rank;  // 0: no offset path
-  bool own_A;
+  bool A_per_head;
   DropoutSite site;
 
   // How many latents a row has: 1 or heads.
-  int64_t latents() const { return own_A || site == DropoutSite::kInputPerHead ? heads : 1; }
+  int64_t latents() const { return A_per_head || site == DropoutSite::kInputPerHead ? heads : 1; }
 };
 
-template <typename T, typename W = T>  // W: of the adapters, T or float
+template <typename T, typename TA = T>  // TA: of the adapters, T or float
 struct HeadsInputs {
   HeadsShape shape;
   DropoutArgs dropout;
   double scaling;         // of the heads
   double offset_scaling;  // of the offset path
   const T* x;             // [tokens, in_dim]
-  const W* A;             // [rank, in_dim], or [heads, rank, in_dim] with own_A
-  const W* B;             // [heads, out_dim, rank]
-  const W* A0;            // [offset_rank, in_dim], or null
-  const W* B0;            // [out_dim, offset_rank], or null
+  const TA* A;            // [rank, in_dim], or [heads, rank, in_dim] with A_per_head
+  const TA* B;            // [heads, out_dim, rank]
+  const TA* A0;           // [offset_rank, in_dim], or null
+  const TA* B0;           // [out_dim, offset_rank], or null
 };
 
-template <typename T, typename W = T>
+template <typename T, typename TA = T>
 struct HeadsForwardArgs {
-  HeadsInputs<T, W> inputs;
+  HeadsInputs<T, TA> inputs;
   const T* y_in;  // [tokens, out_dim] what the low-rank term is added to; may be y itself
   const T* bias;  // [out_dim] added too, or null: zero
   // outputs
@@ -61,9 +61,9 @@ struct HeadsForwardArgs {
   void* workspace;
 };
 
-template <typename T, typename W = T>
+template <typename T, typename TA = T>
 struct HeadsBackwardArgs {
-  HeadsInputs<T, W> inputs;
+  HeadsInputs<T, TA> inputs;
   const Acc<T>* z;  // [tokens, latents, rank] of the forward
   const T* dx_in;   // [tokens, in_dim] what dx starts from (may be dx itself), or null: zero
   // grad outputs

@@ -1,4 +1,5 @@
-// Heads mixed by a router: HydraLoRA (groups = 1), R-LoRA (site latent), LoRA-MoE (own_A, top_k), mtLoRA (groups >= 1).
+// Heads mixed by a router: HydraLoRA (groups = 1), R-LoRA (site latent), LoRA-MoE (A_per_head, top_k), mtLoRA (groups
+// >= 1).
 //
 //   l[t,k,i] = R[k*heads + i] . x[t] / tau                      on x without dropout
 //   w[t,k,:] = softmax over the top_k largest l[t,k,:], 0 elsewhere; ties go to the lowest head
@@ -34,44 +35,44 @@ struct Routing {
   double tau;
 };
 
-template <typename T, typename W = T>
+template <typename T, typename TA = T>
 struct RoutedLoraForwardArgs {
-  HeadsForwardArgs<T, W> heads;
+  HeadsForwardArgs<T, TA> heads;
   Routing routing;
-  const W* R;  // [groups * heads, in_dim], row k * heads + i
-  Acc<T>* w;   // [tokens, groups, heads], assigned
+  const TA* R;  // [groups * heads, in_dim], row k * heads + i
+  Acc<T>* w;    // [tokens, groups, heads], assigned
 };
 
-template <typename T, typename W = T>
+template <typename T, typename TA = T>
 struct RoutedLoraBackwardArgs {
-  HeadsBackwardArgs<T, W> heads;
+  HeadsBackwardArgs<T, TA> heads;
   Routing routing;
-  const W* R;           // [groups * heads, in_dim]
+  const TA* R;          // [groups * heads, in_dim]
   const Acc<T>* w;      // [tokens, groups, heads] of the forward
   const Acc<T>* dw_in;  // [tokens, groups, heads] grad output, or null: zero
   Acc<T>* dR;           // [groups * heads, in_dim] grad input, assigned
 };
 
-namespace cpu {  // T: float, double, bfloat16, float16; W: T, or float for 16-bit T
+namespace cpu {  // T: float, double, bfloat16, float16; TA: T, or float for 16-bit T
 int64_t routed_lora_forward_workspace(const HeadsShape& shape, const Routing& routing, bool dropout,
                                       int64_t acc_bytes);  // bytes
 int64_t routed_lora_backward_workspace(const HeadsShape& shape, const Routing& routing, bool dropout,
                                        int64_t acc_bytes);  // bytes
-template <typename T, typename W>
-void routed_lora_forward(const RoutedLoraForwardArgs<T, W>& args);
-template <typename T, typename W>
-void routed_lora_backward(const RoutedLoraBackwardArgs<T, W>& args);
+template <typename T, typename TA>
+void routed_lora_forward(const RoutedLoraForwardArgs<T, TA>& args);
+template <typename T, typename TA>
+void routed_lora_backward(const RoutedLoraBackwardArgs<T, TA>& args);
 }  // namespace cpu
 
-namespace cuda {  // T: float, bfloat16, float16; W: T or float
-template <typename T, typename W>
-int64_t routed_lora_forward_workspace(const HeadsInputs<T, W>& inputs, const W* R, const Routing& routing);  // bytes
-template <typename T, typename W>
-int64_t routed_lora_backward_workspace(const HeadsInputs<T, W>& inputs, const W* R, const Routing& routing);  // bytes
-template <typename T, typename W>
-void routed_lora_forward(const RoutedLoraForwardArgs<T, W>& args, Stream stream);
-template <typename T, typename W>
-void routed_lora_backward(const RoutedLoraBackwardArgs<T, W>& args, Stream stream);
+namespace cuda {  // T: float, bfloat16, float16; TA: T or float
+template <typename T, typename TA>
+int64_t routed_lora_forward_workspace(const HeadsInputs<T, TA>& inputs, const TA* R, const Routing& routing);  // bytes
+template <typename T, typename TA>
+int64_t routed_lora_backward_workspace(const HeadsInputs<T, TA>& inputs, const TA* R, const Routing& routing);  // bytes
+template <typename T, typename TA>
+void routed_lora_forward(const RoutedLoraForwardArgs<T, TA>& args, Stream stream);
+template <typename T, typename TA>
+void routed_lora_backward(const RoutedLoraBackwardArgs<T, TA>& args, Stream stream);
 }  // namespace cuda
 
 }  // namespace align
