@@ -42,7 +42,7 @@ class Layer:
 
     @property
     def sizes(self) -> dict[str, tuple[int, int]]:
-        """Columns and bytes of the tall matrices."""
+        """Columns and bytes of the token matrices."""
         n, m = self.in_dim, self.out_dim
         columns = {"x": n, "y": m, "dy": m, "dx": n}
         return {name: (cols, ELEMENT * self.tokens * cols) for name, cols in columns.items()}
@@ -135,7 +135,7 @@ def mask_instructions(masks: int, of_block: int = 8) -> int:
 
 
 def splits(cols: int, tiles: int, gpu: Gpu, most: int = 1 << 15) -> int:
-    """Splits of columns that a tall matrix is cut into."""
+    """Splits of columns that a token matrix is cut into."""
     of_row = ceil_div(cols, TILE_COLS)
     wanted = min(ceil_div(2 * gpu.multiprocessors, tiles), most, max(of_row // 4, 1))
     return ceil_div(of_row, ceil_div(of_row, wanted))
@@ -155,11 +155,11 @@ def one_pass(layer: Layer, gpu: Gpu) -> bool:
 
 
 def shrink(layer: Layer, gpu: Gpu, tall: str, ranks: int) -> Work:
-    """The splits' parts of x Aᵀ, or of dy B."""
+    """The splits' partials of x Aᵀ, or of dy B."""
     cols, size = layer.sizes[tall]
     count = splits(cols, layer.tiles, gpu, most=8 if tall == "x" else 1 << 15)
     small = Access("A" if tall == "x" else "B", ELEMENT * ranks * cols, layer.tiles)
-    accesses = [Access(tall, size), small, Access("parts", count * layer.latent(ranks))]
+    accesses = [Access(tall, size), small, Access("partials", count * layer.latent(ranks))]
     masks = mask_instructions(layer.tokens * cols * layer.masks) if tall == "x" else 0
     return Work(f"shrink {tall}", accesses, 2 * layer.tokens * cols * padded(ranks), integer=masks, floor=size)
 
@@ -196,13 +196,13 @@ def grouped_lora(layer: Layer, gpu: Gpu) -> list[Work]:
     """Kernels of lora and align_lora (csrc/cuda/grouped_lora.cu)."""
     r, count = layer.rank, splits(layer.in_dim, layer.tiles, gpu, most=8)
     z = small(layer, "z", {"z": r})
-    # Every split of expand adds the parts; the first one also for z, where there are several.
-    parts = Access("parts", count * z.bytes, 1 + (count > 1))
-    y = expand(layer, gpu, "y", r, parts)
+    # Every split of expand adds the partials; the first one also for z, where there are several.
+    partials = Access("partials", count * z.bytes, 1 + (count > 1))
+    y = expand(layer, gpu, "y", r, partials)
     d_b = outer(layer, gpu, "dy", "z", r)
     if one_pass(layer, gpu):
         count = ceil_div(layer.out_dim, OUTER_COLS)
-        both = [Access("B", ELEMENT * r * layer.out_dim), Access("parts", count * z.bytes)]
+        both = [Access("B", ELEMENT * r * layer.out_dim), Access("partials", count * z.bytes)]
         dot = Work("", both, d_b.tensor, floor=layer.sizes["dy"][1])
         of_dy, d_b = replace(d_b + dot, name="sweep dy"), Work("")
     else:
@@ -211,7 +211,7 @@ def grouped_lora(layer: Layer, gpu: Gpu) -> list[Work]:
         shrink(layer, gpu, "x", r),
         (y + z) if count > 1 else y,
         of_dy,
-        small(layer, "sum of the parts", {"parts": count * r, "dz": r}),
+        small(layer, "sum of the partials", {"partials": count * r, "dz": r}),
         *backward(layer, gpu, r, [outer(layer, gpu, "x", "dz", r, layer.masks), d_b]),
     ]
 
@@ -230,14 +230,14 @@ def heads(layer: Layer, gpu: Gpu) -> list[Work]:
     d_a = outer(layer, gpu, "x", "dz", width, layer.masks)
     # With dropout on x the router's gradient stands on another x.
     d_r = [outer(layer, gpu, "x", "dz", logits)] if layer.router and layer.masks else []
-    unmixed = {"parts": of_dy * du, "z": z, "u": u, "dz": width, "w": logits, "segments": of_dy * logits}
+    combined = {"partials": of_dy * du, "z": z, "u": u, "dz": width, "w": logits, "segments": of_dy * logits}
     return [
         shrink(layer, gpu, "x", width),
-        small(layer, "mix", {"parts": of_x * width, "z": z, "w": logits, "u": du}, masks),
+        small(layer, "combine heads", {"partials": of_x * width, "z": z, "w": logits, "u": du}, masks),
         expand(layer, gpu, "y", du, Access("u", layer.latent(du + logits))),
-        *([small(layer, "mix again", {"z": z, "u": u}, masks)] if layer.router else []),
+        *([small(layer, "combine heads again", {"z": z, "u": u}, masks)] if layer.router else []),
         shrink(layer, gpu, "dy", du) + weights,
-        small(layer, "unmix", unmixed, masks),
+        small(layer, "combine heads, backward", combined, masks),
         *backward(layer, gpu, width, [d_a, *d_r, outer(layer, gpu, "dy", "u", du)]),
     ]
 

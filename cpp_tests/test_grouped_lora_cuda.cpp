@@ -97,7 +97,7 @@ TEST(kernels_agree_with_naive_loops_for_every_tail) {
   for (int64_t tokens : {1, 15, 16, 17, 127, 128, 129, 257}) check_all_types({{tokens, 24, 40, 8, 1}, 0.2});
 }
 
-// More tiles than twice the stages, several splits (split-K), two row tiles, more than one piece of the small matrix.
+// More tiles than twice the stages, several splits (split-K), two row tiles, more than one piece of the adapter matrix.
 TEST(kernels_agree_with_naive_loops_where_columns_are_split) {
   for (int64_t rank : {8, 24}) {
     check_problem<bfloat16>({{140, kWide, kWide + 8, rank, 1}, 0.1});

@@ -51,7 +51,7 @@ TEST(ranks_are_padded_as_little_as_the_kernels_allow) {
   CHECK(wide(64, kHalf, kT4).rank_chunks == 4 && wide(0, kHalf, kH100).rank_chunks == 0);
 }
 
-// 8 rank bytes of parts, written and read, against 256 bytes of a second read of dy.
+// 8 rank bytes of partials, written and read, against 256 bytes of a second read of dy.
 TEST(dy_is_read_once_where_its_parts_are_smaller_than_a_second_read) {
   for (const Device& device : {kH100, kA100, kRtx4090}) {
     CHECK(wide(8, kHalf, device).one_pass && wide(16, kFloat, device).one_pass);

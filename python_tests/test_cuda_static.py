@@ -11,7 +11,7 @@ from cuda_static import MATH, Kernel
 ARCHS = [80, 90]
 ROOT = Path(__file__).parents[1]
 
-# What each loop over a tall matrix holds beside its products: 16-byte copies to shared memory, 16-byte stores.
+# What each loop over a token matrix holds beside its products: 16-byte copies to shared memory, 16-byte stores.
 LOOPS = {
     "shrink_kernel": [["LDGSTS.128"]],
     "sweep_kernel": [["LDGSTS.128"]],
@@ -40,7 +40,7 @@ def kernels():
 
 
 def streams(kernels):
-    """Kernels with a loop over a tall matrix: kernel, its family, its products."""
+    """Kernels with a loop over a token matrix: kernel, its family, its products."""
     for kernel in kernels:
         if match := MATH.match(kernel.name):
             family, math = match[1], match[2].split(",")[0]

@@ -53,7 +53,7 @@ def test_the_bytes_of_one_pass_over_dy_are_those_of_the_ledger():
     assert (total["y_in"], total["y"], total["dy"]) == (y, y, y)
     assert (total["dx_in"], total["dx"]) == (x, x)
     assert total["z"] == (1 + 4) * latent
-    assert total["parts"] + total["dz"] == (2 + 4 + 1 + 2 * 3 + 4 + 8 + 2) * latent
+    assert total["partials"] + total["dz"] == (2 + 4 + 1 + 2 * 3 + 4 + 8 + 2) * latent
     assert total["A"] == 2 * 2 * 8 * 1024 * 2
     assert total["B"] == (2 + 1) * 8 * 512 * 2
 
@@ -61,7 +61,7 @@ def test_the_bytes_of_one_pass_over_dy_are_those_of_the_ledger():
 def test_the_bytes_of_two_passes_over_dy_are_those_of_the_ledger():
     total = moved(grouped_lora(Layer(1024, 512, tokens=256, rank=32), TWO))
     assert total["dy"] == 2 * 256 * 512 * 2
-    assert total["parts"] + total["dz"] == (2 + 2 + 1 + 2 * 3 + 2 + 8 + 2) * 256 * 32 * 4
+    assert total["partials"] + total["dz"] == (2 + 2 + 1 + 2 * 3 + 2 + 8 + 2) * 256 * 32 * 4
     assert total["B"] == (2 + 2) * 32 * 512 * 2
 
 

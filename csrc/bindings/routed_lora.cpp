@@ -55,11 +55,11 @@ std::tuple<Tensor, Tensor, Tensor> routed_lora(const Tensor& x, const Tensor& A,
     if constexpr (Device::kCuda) {
       const auto inputs = in.inputs<T, TA>();
       Tensor workspace = empty_bytes(x, cuda::routed_lora_forward_workspace(inputs, args.R, routing));
-      args.heads = out.args<T, TA>(in, mutable_data<void>(workspace));
+      args.projection = out.args<T, TA>(in, mutable_data<void>(workspace));
       cuda::routed_lora_forward<T, TA>(args, device.stream());
     } else {
       const auto workspace = host_bytes(cpu::routed_lora_forward_workspace(shape, routing, p > 0, sizeof(Acc<T>)));
-      args.heads = out.args<T, TA>(in, workspace.get());
+      args.projection = out.args<T, TA>(in, workspace.get());
       cpu::routed_lora_forward<T, TA>(args);
     }
   });
@@ -92,11 +92,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> routed_lora_backward(
     if constexpr (Device::kCuda) {
       const auto inputs = in.inputs<T, TA>();
       Tensor workspace = empty_bytes(x, cuda::routed_lora_backward_workspace(inputs, args.R, routing));
-      args.heads = out.args<T, TA>(in, mutable_data<void>(workspace));
+      args.projection = out.args<T, TA>(in, mutable_data<void>(workspace));
       cuda::routed_lora_backward<T, TA>(args, device.stream());
     } else {
       const auto workspace = host_bytes(cpu::routed_lora_backward_workspace(shape, routing, p > 0, sizeof(Acc<T>)));
-      args.heads = out.args<T, TA>(in, workspace.get());
+      args.projection = out.args<T, TA>(in, workspace.get());
       cpu::routed_lora_backward<T, TA>(args);
     }
   });

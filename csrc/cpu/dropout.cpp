@@ -3,8 +3,8 @@
 namespace align::cpu {
 namespace {
 
-// Products of the lanes' low halves. GCC 12 knows no expression for this instruction: it multiplies 64 by 64 bits,
-// three times as slow.
+// Multiplies the low halves of the lanes. GCC 12 has no expression for this instruction: it multiplies 64 by 64 bits,
+// which takes three times as long.
 template <int W>
 ALIGN_INLINE Vec<uint64_t, W> low_product(const Vec<uint64_t, W>& a, const Vec<uint64_t, W>& b) {
 #ifdef ALIGN_X86_LEVELS
@@ -17,7 +17,7 @@ ALIGN_INLINE Vec<uint64_t, W> low_product(const Vec<uint64_t, W>& a, const Vec<u
   return (a & uint64_t(0xFFFFFFFFu)) * b;
 }
 
-// The lanes' high halves in their low ones, by a shuffle: shifts share a port with the products.
+// Moves the high half of each lane to its low half by a shuffle, because a shift would need the port of the products.
 template <int W, int... word>
 ALIGN_INLINE Vec<uint64_t, W> high_words(const Vec<uint64_t, W>& v, std::integer_sequence<int, word...>) {
   using Words = Vec<uint32_t, W>;
@@ -28,7 +28,7 @@ ALIGN_INLINE Vec<uint64_t, W> high_words(const Vec<uint64_t, W>& v) {
   return high_words<W>(v, std::make_integer_sequence<int, W / 4>{});
 }
 
-// a ^ b ^ key, of which GCC 12 makes two instructions.
+// a ^ b ^ key in one instruction; GCC 12 makes two.
 template <int W>
 ALIGN_INLINE Vec<uint64_t, W> exclusive_or(const Vec<uint64_t, W>& a, const Vec<uint64_t, W>& b, uint64_t key) {
 #ifdef ALIGN_X86_LEVELS
@@ -42,7 +42,7 @@ ALIGN_INLINE Vec<uint64_t, W> exclusive_or(const Vec<uint64_t, W>& a, const Vec<
 }
 
 template <int W, typename A>
-ALIGN_INLINE void drop_columns(A* row, int64_t columns, const KeptRow& kept, A scale) {
+ALIGN_INLINE void drop_columns(A* row, int64_t columns, const MaskRow& kept, A scale) {
   constexpr int64_t kLane = kLanes<A, W>;
   int64_t c = 0;
   for (; c + kLane <= columns; c += kLane) store<W>(row + c, zero_dropped<W, A>(scale * load<W>(row + c), kept, c));
@@ -59,7 +59,7 @@ DropoutBits::DropoutBits(uint64_t seed, uint64_t offset, uint32_t threshold) : o
   }
 }
 
-// Units from a block on. A 64-bit lane is a block: its words in the low halves, anything in the high ones.
+// Draws units from a block on. A 64-bit lane is a block: the low halves hold its words, the high halves are undefined.
 template <int W>
 ALIGN_INLINE void DropoutBits::draw_units(uint64_t block, int64_t units, uint8_t* bytes) const {
   using U = Vec<uint64_t, W>;
@@ -70,7 +70,7 @@ ALIGN_INLINE void DropoutBits::draw_units(uint64_t block, int64_t units, uint8_t
   U counter;
   for (int lane = 0; lane < kBlocks; ++lane) counter[lane] = block + lane;
   const Lanes16 limit = Lanes16{} + uint16_t(threshold_);
-  // Draws as many vectors: rounds wait for each other, so two are on their way together.
+  // Draws kMany vectors. A round depends on the one before, so two vectors at a time hide its latency.
   const auto draw_vectors = [&](auto many, int64_t v) ALIGN_INLINE_LAMBDA {
     constexpr int kMany = many();
     U c0[kMany], c1[kMany], c2[kMany], c3[kMany];
@@ -113,14 +113,14 @@ void DropoutBits::draw(int64_t first, int64_t count, uint8_t* bytes) const {
 }
 
 template <typename A>
-void drop_rows(A* data, int64_t stride, int64_t rows, int64_t columns, const KeptRow& first, A scale) {
+void drop_rows(A* data, int64_t stride, int64_t rows, int64_t columns, const MaskRow& first, A scale) {
   run_widest([&](auto width) ALIGN_INLINE_LAMBDA {
     for (int64_t i = 0; i < rows; ++i) {
-      drop_columns<width()>(data + i * stride, columns, kept_row(first.bytes, first.shift + i * columns), scale);
+      drop_columns<width()>(data + i * stride, columns, mask_row(first.bytes, first.shift + i * columns), scale);
     }
   });
 }
-template void drop_rows(float*, int64_t, int64_t, int64_t, const KeptRow&, float);
-template void drop_rows(double*, int64_t, int64_t, int64_t, const KeptRow&, double);
+template void drop_rows(float*, int64_t, int64_t, int64_t, const MaskRow&, float);
+template void drop_rows(double*, int64_t, int64_t, int64_t, const MaskRow&, double);
 
 }  // namespace align::cpu

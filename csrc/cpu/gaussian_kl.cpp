@@ -14,14 +14,15 @@ namespace {
 constexpr int64_t kBlockRows = 1024;
 constexpr int64_t kDims = 16;  // dimensions handled at a time
 
-// First row of a run of equal ids that ends before end.
+// Returns where the run of equal ids that begins at t ends, at most end.
 ALIGN_INLINE int64_t run_end(const int64_t* task, int64_t t, int64_t end) {
   const int64_t id = task[t++];
   while (t < end && task[t] == id) ++t;
   return t;
 }
 
-// Calls body(constant width, first dimension) over [0, rank) in pieces of 16, 8 and 1.
+// Calls body(width, first dimension) for [0, rank) in pieces of 16, 8 and 1 dimensions; width is a compile-time
+// constant.
 template <typename Body>
 ALIGN_INLINE void for_dims(int64_t rank, const Body& body) {
   int64_t d = 0;
@@ -30,7 +31,7 @@ ALIGN_INLINE void for_dims(int64_t rank, const Body& body) {
   for (; d < rank; ++d) body(std::integral_constant<int, 1>{}, d);
 }
 
-// A vector of one dimension a lane: GCC does not make vectors of loops that add to memory.
+// A vector with one dimension in each lane. GCC does not vectorise loops that add to memory.
 template <int kWidth, typename T>
 ALIGN_INLINE auto load_dims(const T* source) {
   return load<kWidth* int(sizeof(Acc<T>))>(source);
@@ -42,7 +43,7 @@ ALIGN_INLINE void store_dims(T* target, const V& v) {
 
 // ---- Moments
 
-// A task's n | mean | M2 within a block of rows.
+// n | mean | M2 of a task within a block of rows.
 template <typename A>
 struct Moments {
   A* data;
@@ -53,7 +54,7 @@ struct Moments {
   ALIGN_INLINE A* m2() const { return data + 1 + rank; }
 };
 
-// One layer's part of the latents.
+// The latents of one layer.
 template <typename T>
 struct Layer {
   const T* z;  // [tokens, rank]
@@ -67,7 +68,7 @@ ALIGN_INLINE Layer<T> layer_of(const Latents<T>& latents, int64_t tasks, int64_t
   return {latents.z[index], latents.ranks[index], latents.task, tasks};
 }
 
-// Calls body(layer), compiled twice: rows of 8 ranks are so short that loops over them cost more than what is in them.
+// Calls body(layer). It is compiled a second time for rank 8, because loops over such short rows cost too much.
 template <typename T, typename Body>
 ALIGN_INLINE void with_rank(const Layer<T>& layer, const Body& body) {
   layer.rank == 8 ? body(Layer<T>{layer.z, 8, layer.task, layer.tasks}) : body(layer);
@@ -78,7 +79,7 @@ ALIGN_INLINE Moments<Acc<T>> moments_of(const Layer<T>& layer, Acc<T>* all, int6
   return {all + i * (2 * layer.rank + 1), layer.rank};
 }
 
-// Calls body(id, first row, last row) for every run of rows of a task that counts.
+// Calls body(id, first row, end) for every run of rows of the same task, without rows that do not count.
 template <typename T, typename Body>
 ALIGN_INLINE void for_runs(const Layer<T>& layer, int64_t begin, int64_t end, const Body& body) {
   for (int64_t t = begin; t < end;) {
@@ -88,8 +89,8 @@ ALIGN_INLINE void for_runs(const Layer<T>& layer, int64_t begin, int64_t end, co
   }
 }
 
-// Row pivot of each task is its first row in the block: while sums are collected M2 holds it, and mean the sum of
-// differences from it.
+// The pivot of a task is its first row in the block. While sums are collected M2 holds the pivot, and mean the sum of
+// the differences from it.
 template <typename T>
 ALIGN_INLINE void block_means(const Layer<T>& layer, int64_t begin, int64_t end, Acc<T>* out) {
   using A = Acc<T>;
@@ -137,15 +138,15 @@ ALIGN_INLINE void block_squares(const Layer<T>& layer, int64_t begin, int64_t en
 template <typename T>
 struct MomentsJob {
   const TaskMomentsArgs<T>& args;
-  int64_t blocks;   // of rows, in a layer
-  Acc<T>* partial;  // [layers, blocks], each with room for [tasks, 2 rank + 1] of the widest layer
+  int64_t blocks;    // of rows, in a layer
+  Acc<T>* partials;  // [layers, blocks], each with room for [tasks, 2 rank + 1] of the widest layer
 
-  Acc<T>* part(int64_t layer, int64_t block) const {
-    return partial + (layer * blocks + block) * args.tasks * (2 * args.latents.rank + 1);
+  Acc<T>* block_moments(int64_t layer, int64_t block) const {
+    return partials + (layer * blocks + block) * args.tasks * (2 * args.latents.rank + 1);
   }
 };
 
-// Pieces [first, last) of layers x blocks.
+// Computes the moments of pieces [first, last) of all layers x blocks.
 template <typename T>
 void moments_blocks(const MomentsJob<T>& job, int64_t first, int64_t last) {
   run_widest([&](auto) ALIGN_INLINE_LAMBDA {
@@ -153,7 +154,7 @@ void moments_blocks(const MomentsJob<T>& job, int64_t first, int64_t last) {
       const int64_t index = piece / job.blocks, block = piece % job.blocks;
       const Layer<T> layer = layer_of(job.args.latents, job.args.tasks, index);
       const int64_t begin = block * kBlockRows, end = std::min(begin + kBlockRows, job.args.latents.tokens);
-      Acc<T>* out = job.part(index, block);
+      Acc<T>* out = job.block_moments(index, block);
       std::fill_n(out, layer.tasks * (2 * layer.rank + 1), Acc<T>(0));
       with_rank(layer, [&](const auto& of_rank) ALIGN_INLINE_LAMBDA {
         block_means(of_rank, begin, end, out);
@@ -163,7 +164,7 @@ void moments_blocks(const MomentsJob<T>& job, int64_t first, int64_t last) {
   });
 }
 
-// Chan's merge of the blocks of one layer's task, in their order.
+// Merges the blocks of a task of one layer in their order (Chan).
 template <typename T>
 void merge_task(const MomentsJob<T>& job, int64_t index, int64_t i) {
   const Layer<T> layer = layer_of(job.args.latents, job.args.tasks, index);
@@ -171,13 +172,13 @@ void merge_task(const MomentsJob<T>& job, int64_t index, int64_t i) {
   const Moments<Acc<T>> out{job.args.moments + (index * layer.tasks + i) * (2 * rank + 1), rank};
   std::fill_n(out.data, 2 * rank + 1, Acc<T>(0));
   for (int64_t block = 0; block < job.blocks; ++block) {
-    const Moments<Acc<T>> b = moments_of(layer, job.part(index, block), i);
+    const Moments<Acc<T>> b = moments_of(layer, job.block_moments(index, block), i);
     if (b.count() == 0) continue;
-    const Acc<T> total = out.count() + b.count(), share = b.count() / total;
+    const Acc<T> total = out.count() + b.count(), fraction = b.count() / total;
     for (int64_t d = 0; d < layer.rank; ++d) {
       const Acc<T> delta = b.mean()[d] - out.mean()[d];
-      out.mean()[d] += delta * share;
-      out.m2()[d] += b.m2()[d] + delta * delta * out.count() * share;
+      out.mean()[d] += delta * fraction;
+      out.m2()[d] += b.m2()[d] + delta * delta * out.count() * fraction;
     }
     out.count() = total;
   }
@@ -185,9 +186,9 @@ void merge_task(const MomentsJob<T>& job, int64_t index, int64_t i) {
 
 // ---- Tables
 
-// Sums over the active tasks, of kDims dimensions.
+// Sums over the active tasks for kDims dimensions.
 struct TaskSums {
-  double v[kDims] = {}, mu[kDims] = {};                  // then their means
+  double v[kDims] = {}, mu[kDims] = {};                  // first sums, then means
   double p[kDims] = {}, pc[kDims] = {}, c2[kDims] = {};  // sum p, p c, c^2
   double spread[kDims] = {}, weighted[kDims] = {};       // sum (v - mean v)^2 p, p c^2
 };
@@ -205,7 +206,7 @@ struct LayerMoments {
   bool active(int64_t i) const { return n(i) >= std::max(2, 1 + args.ddof); }
 };
 
-// The loss's terms of dimensions [first, first + count), not yet divided by 4; fills sums.
+// Fills sums, and returns the terms of the loss for dimensions [first, first + count), not yet divided by 4.
 template <typename A>
 double sum_tasks(const LayerMoments<A>& layer, double active, int64_t first, int64_t count, TaskSums& sums) {
   const int64_t tasks = layer.args.tasks;
@@ -273,7 +274,7 @@ void layer_tables(const GaussianKlTablesArgs<A>& args, int64_t index) {
 
 // ---- Backward
 
-// Rows [begin, end) of one layer.
+// Computes the gradient of rows [begin, end) of one layer.
 template <typename T>
 ALIGN_INLINE void backward_of(const GaussianKlBackwardArgs<T>& args, const Layer<T>& layer, const Acc<T>* tables, T* dz,
                               int64_t begin, int64_t end) {

@@ -1,8 +1,8 @@
 // The tokens that take part are gathered into tiles of 32 rows of one task, dimension by dimension, so that a vector
-// holds a dimension of several rows. Every unordered pair of tiles is handled once: squared distances, then kernels
-// and their weights (32 x 32, in the first-level cache), then what each tile's rows are pulled by the other's. Tiles
-// form groups that meet in pairs like the players of a tournament: in a round every group is in one pair, so that
-// threads write to tiles of their own, and a tile's sum is added up in the order of the rounds.
+// holds a dimension of several rows. Every unordered pair of tiles is handled once: squared distances, then kernels and
+// their weights (32 x 32, in the first-level cache), then the gradient of the rows of both tiles. Tiles form groups
+// that meet in pairs like the players of a tournament: in a round every group is in one pair. So no two threads write
+// to the same tile, and the sum of a tile is added up in the order of the rounds.
 #include "ops/mk_mmd.h"
 
 #include "cpu/arena.h"
@@ -14,10 +14,10 @@ namespace {
 
 constexpr int64_t kMaxGroups = 16;
 
-// Even, of two tiles or more where there are enough of them.
+// The number of groups: even, and so that a group has two tiles or more if there are enough tiles.
 int64_t groups_of(int64_t tiles) { return std::clamp<int64_t>(tiles / 4 * 2, 2, kMaxGroups); }
 
-// Blocks of tiles of two groups, or of one and itself: all of groups (groups + 1) / 2.
+// The number of blocks. A block is a pair of groups, or a group with itself.
 int64_t blocks_of(int64_t groups) { return groups * (groups + 1) / 2; }
 
 struct Tile {
@@ -26,36 +26,36 @@ struct Tile {
   int64_t rows;
 };
 
-// The call and its workspace.
+// A call of the operator and its workspace.
 template <typename T>
 struct Job {
   using A = Acc<T>;
   const MkMmdArgs<T>& args;
   Arena arena;
-  // of each task: tokens, those already seen, those that take part, the first of their rows
+  // For each task: its tokens, the tokens seen so far, the tokens that take part, and the first row of these.
   int64_t *count, *seen, *chosen, *first;
   int64_t* token;  // [rows]
   Tile* tile;      // [tiles]
   double* value;   // [blocks]
   A* z;            // [tiles, rank, kMmdTileRows], zero beyond a tile's rows
-  A* centered;     // like z, less the tile's center
+  A* centered;     // like z, minus the center of the tile
   A* center;       // [tiles, rank]
-  A* pull;         // like z: sum_b omega h (z_a - z_b), but for a factor
-  // of the tokens that take part
+  A* dz;           // like z: sum_b omega h (z_a - z_b), up to a factor
+  // The numbers of tiles, rows and tasks that take part.
   int64_t tiles = 0, rows = 0, tasks = 0;
   double bandwidth = 1;
 
   Job(const MkMmdArgs<T>& args, void* workspace) : args(args), arena(workspace) {
     const int64_t most_rows = mmd_rows(args.tokens, args.tasks, args.n_max);
     const int64_t most_tiles = mmd_tiles(most_rows, args.tasks);
-    for (int64_t** of_task : {&count, &seen, &chosen, &first}) *of_task = arena.take<int64_t>(args.tasks);
-    token = arena.take<int64_t>(most_rows);
-    tile = arena.take<Tile>(most_tiles);
-    value = arena.take<double>(blocks_of(groups_of(most_tiles)));
-    z = arena.take<A>(most_tiles * tile_size());
-    centered = arena.take<A>(most_tiles * tile_size());
-    center = arena.take<A>(most_tiles * args.rank);
-    pull = arena.take<A>(most_tiles * tile_size());
+    for (int64_t** of_task : {&count, &seen, &chosen, &first}) *of_task = arena.allocate<int64_t>(args.tasks);
+    token = arena.allocate<int64_t>(most_rows);
+    tile = arena.allocate<Tile>(most_tiles);
+    value = arena.allocate<double>(blocks_of(groups_of(most_tiles)));
+    z = arena.allocate<A>(most_tiles * tile_size());
+    centered = arena.allocate<A>(most_tiles * tile_size());
+    center = arena.allocate<A>(most_tiles * args.rank);
+    dz = arena.allocate<A>(most_tiles * tile_size());
   }
 
   int64_t tile_size() const { return args.rank * kMmdTileRows; }
@@ -65,9 +65,9 @@ struct Job {
   TileRows<A> rows_of(int64_t i) const {
     return {z_of(i), centered + i * tile_size(), center + i * args.rank, tile[i].rows};
   }
-  A* pull_of(int64_t i) const { return pull + i * tile_size(); }
+  A* dz_of(int64_t i) const { return dz + i * tile_size(); }
 
-  // omega of two different tokens of tasks i and j.
+  // omega for two different tokens of tasks i and j.
   double omega(int64_t i, int64_t j) const {
     const double ni = double(chosen[i]), nj = double(chosen[j]);
     return i != j ? -1 / (ni * nj) : double(tasks - 1) / (ni * (args.u_statistic ? ni - 1 : ni));
@@ -75,9 +75,9 @@ struct Job {
   double pairs_scale() const { return args.mean_pairs ? 2 / double(tasks * (tasks - 1)) : 1; }
 };
 
-// ---- Who takes part
+// ---- The tokens that take part
 
-// Counts the tasks' tokens, and lays out rows and tiles.
+// Counts the tokens of the tasks, and assigns rows and tiles to them.
 template <typename T>
 void cut_tasks(Job<T>& job) {
   const auto& args = job.args;
@@ -119,7 +119,7 @@ void gather_tile(const Job<T>& job, int64_t index) {
   const Tile& tile = job.tile[index];
   Acc<T>* z = job.z_of(index);
   std::fill_n(z, job.tile_size(), Acc<T>(0));
-  std::fill_n(job.pull_of(index), job.tile_size(), Acc<T>(0));
+  std::fill_n(job.dz_of(index), job.tile_size(), Acc<T>(0));
   for (int64_t r = 0; r < tile.rows; ++r) {
     const T* row = job.args.z + job.token[tile.first + r] * job.args.rank;
     for (int64_t d = 0; d < job.args.rank; ++d) z[d * kMmdTileRows + r] = widen(row[d]);
@@ -134,7 +134,7 @@ void gather_tile(const Job<T>& job, int64_t index) {
   }
 }
 
-// 2 sum |z - mean|^2 / (n - 1). Each of a tile's rows has sums of its own, side by side in vectors.
+// 2 sum |z - mean|^2 / (n - 1). Each of the 32 rows of a tile has its own sum, side by side in vectors.
 template <typename T>
 double mean_distance(const Job<T>& job) {
   double total = 0;
@@ -167,8 +167,8 @@ struct Block {
   int64_t a, b;
 };
 
-// In every round but the last the groups but one stand in a circle: those at equal distances from group `round` meet,
-// and it meets the one that is left. In the last round each group meets itself.
+// All groups but the last one form a circle. In a round the groups at equal distances from group `round` meet, and
+// group `round` meets the last group. In one more round each group meets itself.
 int64_t blocks_in(int64_t round, int64_t groups) { return round == groups - 1 ? groups : groups / 2; }
 Block block_at(int64_t round, int64_t index, int64_t groups) {
   const int64_t circle = groups - 1;
@@ -177,8 +177,8 @@ Block block_at(int64_t round, int64_t index, int64_t groups) {
   return {(round + index) % circle, (round + circle - index) % circle};
 }
 
-// Whether the gradient adds up differences of rows: where the narrowest kernel may be so much narrower than the
-// latents' spread that near rows outweigh all others, and at ranks so small that products would save little.
+// Whether the gradient adds up differences of rows. It must if the narrowest kernel may be so narrow that near rows
+// outweigh all others; it also does at ranks so small that products would save little.
 template <typename T>
 bool adds_differences(const MkMmdArgs<T>& args) {
   constexpr int kMaxHeuristic = 6;  // the narrowest bandwidth is an eighth of the mean squared distance
@@ -186,7 +186,7 @@ bool adds_differences(const MkMmdArgs<T>& args) {
   return !args.kernels.relative || args.kernels.count > kMaxHeuristic || args.rank < kMinRank;
 }
 
-// Returns the block's part of the value.
+// Processes a block and returns what it adds to the value.
 template <int W, bool kDifferences, typename T>
 ALIGN_INLINE double run_block(const Job<T>& job, const Rates<Acc<T>>& rates, const Block& block) {
   using A = Acc<T>;
@@ -199,17 +199,17 @@ ALIGN_INLINE double run_block(const Job<T>& job, const Rates<Acc<T>>& rates, con
       const TilePair<A> pair{job.rows_of(i), job.rows_of(j), job.args.rank, weight, i == j};
       squared_distances<W>(pair, h);
       kernels_of<W>(pair, rates, (i == j ? 1 : 2) * omega, h, values);
-      pull_tile<W, kDifferences>(h, pair, job.pull_of(j));
+      add_gradients<W, kDifferences>(h, pair, job.dz_of(j));
       if (i == j) continue;
       transpose<W>(h, transposed);
-      pull_tile<W, kDifferences>(transposed, TilePair<A>{pair.b, pair.a, pair.rank, weight, false}, job.pull_of(i));
+      add_gradients<W, kDifferences>(transposed, TilePair<A>{pair.b, pair.a, pair.rank, weight, false}, job.dz_of(i));
     }
   }
   for (double of_lane : values) value += of_lane;
   return value;
 }
 
-// Blocks [first, last) of a round.
+// Processes blocks [first, last) of a round.
 template <typename T>
 void run_blocks(const Job<T>& job, const Rates<Acc<T>>& rates, int64_t round, int64_t first, int64_t last) {
   const auto run = [&](auto width) ALIGN_INLINE_LAMBDA {
@@ -220,7 +220,7 @@ void run_blocks(const Job<T>& job, const Rates<Acc<T>>& rates, int64_t round, in
                                                           : run_block<width(), false>(job, rates, block);
     }
   };
-  if constexpr (std::is_same_v<T, double>) {  // for gradient checks: no wide version
+  if constexpr (std::is_same_v<T, double>) {  // for gradient checks: always 16-byte vectors
     run(std::integral_constant<int, 16>{});
   } else {
     run_widest(run);
@@ -231,14 +231,14 @@ template <typename T>
 void write_tile(const Job<T>& job, Acc<T> factor, int64_t index) {
   const Tile& tile = job.tile[index];
   const int64_t rank = job.args.rank;
-  const Acc<T>* pull = job.pull_of(index);
+  const Acc<T>* dz = job.dz_of(index);
   for (int64_t r = 0; r < tile.rows; ++r) {
     Acc<T>* gradient = job.args.gradient + (tile.first + r) * rank;
-    for (int64_t d = 0; d < rank; ++d) gradient[d] = factor * pull[d * kMmdTileRows + r];
+    for (int64_t d = 0; d < rank; ++d) gradient[d] = factor * dz[d * kMmdTileRows + r];
   }
 }
 
-// Value and gradient of the tokens that take part.
+// Returns the value, and writes the gradient of the tokens that take part.
 template <typename T>
 double run_pairs(const Job<T>& job) {
   const auto& args = job.args;

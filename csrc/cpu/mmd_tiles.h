@@ -1,4 +1,4 @@
-// The arithmetic of two tiles of 32 rows of the latent: their kernels, and how they pull each other. A tile is
+// The arithmetic of a pair of tiles of 32 rows of the latent: their kernels, and the gradient of their rows. A tile is
 // [rank, 32], so that a vector holds one dimension of several rows.
 #pragma once
 
@@ -14,12 +14,12 @@ constexpr int kTilePairs = kMmdTileRows * kMmdTileRows;
 
 // ---- Kernels
 
-// e_k = 2^(-rate_k d^2), or the square of e_(k-1);  h = sum_k weight_k e_k, weights in units of the widest beta.
+// e_k = 2^(-rate_k d^2), or the square of e_(k-1). h = sum_k weight_k e_k, with weights in units of the widest beta.
 template <typename A>
 struct Rates {
   int count;
   A rate[kMaxMmdKernels];
-  A rest[kMaxMmdKernels];  // what rounding took off the rate: of all pairs, and times the exponent
+  A rest[kMaxMmdKernels];  // the rounding error of the rate, which would be the same for all pairs
   A weight[kMaxMmdKernels];
   bool squared[kMaxMmdKernels];
 
@@ -35,7 +35,7 @@ struct Rates {
   }
 };
 
-// 2^(-(rate + rest) d2), exact at 0: two to an integer times a polynomial of what is left (relative error 2e-9).
+// 2^(-(rate + rest) d2), exact at 0: two to the power of an integer times a polynomial (relative error 2e-9).
 template <int W>
 ALIGN_INLINE Vec<float, W> exp2_of(float rate, float rest, const Vec<float, W>& d2) {
   using V = Vec<float, W>;
@@ -58,24 +58,24 @@ ALIGN_INLINE Vec<double, W> exp2_of(double rate, double, const Vec<double, W>& d
   return v;
 }
 
-// A tile's rows, dimension by dimension.
+// The rows of a tile, dimension by dimension.
 template <typename A>
 struct TileRows {
-  const A *z, *centered;  // [rank, kMmdTileRows]: z, z - center
-  const A* center;        // [rank], about the rows' mean
+  const A *z, *centered;  // [rank, kMmdTileRows]: z and z - center
+  const A* center;        // [rank], approximately the mean of the rows
   int64_t rows;
 };
 
-// Rows a of one tile against rows b of another, or of the same.
+// The rows a of one tile and the rows b of another, or of the same tile.
 template <typename A>
 struct TilePair {
   TileRows<A> a, b;
   int64_t rank;
-  A weight;  // of what they pull
+  A weight;  // multiplies the gradient
   bool same;
 };
 
-// Calls body(how many vectors, first row) over rows: two vectors at a time, or one.
+// Calls body(number of vectors, first row) for all rows, with two vectors at a time or one.
 template <int W, typename A, typename Body>
 ALIGN_INLINE void for_vectors(int64_t rows, const Body& body) {
   constexpr int kLane = kLanes<A, W>;
@@ -88,7 +88,7 @@ ALIGN_INLINE void for_vectors(int64_t rows, const Body& body) {
   }
 }
 
-// |a - b|^2 of all pairs, [a][b]. Dimensions are added up in chains of kChain: a longer one rounds more than its parts.
+// Computes |a - b|^2 for all pairs, [a][b]. Dimensions are added up kChain at a time, because longer sums round more.
 template <int W, typename A>
 ALIGN_INLINE void squared_distances(const TilePair<A>& pair, A* d2) {
   using V = Vec<A, W>;
@@ -120,8 +120,8 @@ ALIGN_INLINE void squared_distances(const TilePair<A>& pair, A* d2) {
   });
 }
 
-// Replaces the squared distances of all pairs by h, and adds omega k of pairs of different rows to value, one number
-// for each lane. A row's h with itself is 0.
+// Replaces the squared distances of all pairs by h, and adds omega k for pairs of different rows to value, one number
+// for each lane. A row has h = 0 with itself.
 template <int W, typename A>
 ALIGN_INLINE void kernels_of(const TilePair<A>& pair, const Rates<A>& rates, double omega, A* h, double* value) {
   using V = Vec<A, W>;
@@ -156,9 +156,9 @@ ALIGN_INLINE void kernels_of(const TilePair<A>& pair, const Rates<A>& rates, dou
   for (int l = 0; l < kLane; ++l) value[l] += omega * double(lanes[l]);
 }
 
-// ---- Pulls
+// ---- Gradients
 
-// Blocks of vectors, transposed in registers: lane l of vector i becomes lane i of vector l.
+// Transposes blocks of vectors in registers: lane l of vector i becomes lane i of vector l.
 template <int kDistance, typename V, int... lane>
 ALIGN_INLINE void exchange(V& low, V& high, std::integer_sequence<int, lane...>) {
   constexpr int n = sizeof...(lane);
@@ -189,12 +189,13 @@ ALIGN_INLINE void transpose(const A* from, A* to) {
   }
 }
 
-// pull[d][b] += weight sum_a h[a][b] (b[d] - a[d]) for rows b .. of a pair, dimensions d .. d + kDims. A narrow kernel
-// gives near rows, whose difference is small, the largest weights: then kDifferences are added up. Else, with c the
-// center of the rows a, (b - c) sum_a h - sum_a h (a - c) takes half of the operations: total is sum_a h.
+// dz[d][b] += weight sum_a h[a][b] (b[d] - a[d]) for the rows of a pair from b on and kDims dimensions from d on. A
+// narrow kernel gives the largest weights to near rows, whose differences are small: then the differences are added up
+// (kDifferences). Otherwise (b - c) sum_a h - sum_a h (a - c), where c is the center of the rows a, takes half of the
+// operations; total is sum_a h.
 template <int W, int kDims, int kVectors, bool kDifferences, typename A>
-ALIGN_INLINE void pull_dims(const A* h, const TilePair<A>& pair, const Vec<A, W>* total, int64_t b, int64_t d,
-                            A* pull) {
+ALIGN_INLINE void add_gradient_dims(const A* h, const TilePair<A>& pair, const Vec<A, W>* total, int64_t b, int64_t d,
+                                    A* dz) {
   using V = Vec<A, W>;
   constexpr int kLane = kLanes<A, W>;
   const A *from = (kDifferences ? pair.a.z : pair.a.centered) + d * kMmdTileRows, *to = pair.b.z + d * kMmdTileRows + b;
@@ -203,23 +204,23 @@ ALIGN_INLINE void pull_dims(const A* h, const TilePair<A>& pair, const Vec<A, W>
     for (int l = 0; l < kVectors; ++l) z[i][l] = load<W>(to + i * kMmdTileRows + l * kLane);
   }
   for (int64_t a = 0; a < pair.a.rows; ++a) {
-    V share[kVectors];
-    for (int l = 0; l < kVectors; ++l) share[l] = load<W>(h + a * kMmdTileRows + b + l * kLane);
+    V weights[kVectors];
+    for (int l = 0; l < kVectors; ++l) weights[l] = load<W>(h + a * kMmdTileRows + b + l * kLane);
     for (int i = 0; i < kDims; ++i) {
       const V row = from[i * kMmdTileRows + a] - V{};  // one number in all lanes
-      for (int l = 0; l < kVectors; ++l) sum[i][l] += share[l] * (kDifferences ? z[i][l] - row : row);
+      for (int l = 0; l < kVectors; ++l) sum[i][l] += weights[l] * (kDifferences ? z[i][l] - row : row);
     }
   }
   for (int i = 0; i < kDims; ++i) {
     for (int l = 0; l < kVectors; ++l) {
-      A* out = pull + (d + i) * kMmdTileRows + b + l * kLane;
+      A* out = dz + (d + i) * kMmdTileRows + b + l * kLane;
       const V all = kDifferences ? sum[i][l] : (z[i][l] - pair.a.center[d + i]) * total[l] - sum[i][l];
       store<W>(out, load<W>(out) + pair.weight * all);
     }
   }
 }
 
-// sum_a h[a]. A distance from the center multiplies its rounding: no more than four rows are added up in float.
+// sum_a h[a]. Its rounding error is multiplied by a distance from the center: at most four rows are added up in float.
 template <int W, typename A>
 ALIGN_INLINE Vec<A, W> sum_rows(const A* h, int64_t rows) {
   typedef double Wide __attribute__((vector_size(W / sizeof(A) * sizeof(double))));
@@ -236,14 +237,15 @@ ALIGN_INLINE Vec<A, W> sum_rows(const A* h, int64_t rows) {
 }
 
 template <int W, bool kDifferences, typename A>
-ALIGN_INLINE void pull_tile(const A* h, const TilePair<A>& pair, A* pull) {
+ALIGN_INLINE void add_gradients(const A* h, const TilePair<A>& pair, A* dz) {
   constexpr int kDims = W == 64 ? 8 : 4, kLane = kLanes<A, W>;
   for_vectors<W, A>(pair.b.rows, [&](auto vectors, int64_t b) ALIGN_INLINE_LAMBDA {
     Vec<A, W> total[vectors()] = {};
     for (int l = 0; l < vectors() && !kDifferences; ++l) total[l] = sum_rows<W>(h + b + l * kLane, pair.a.rows);
     int64_t d = 0;
-    for (; d + kDims <= pair.rank; d += kDims) pull_dims<W, kDims, vectors(), kDifferences>(h, pair, total, b, d, pull);
-    for (; d < pair.rank; ++d) pull_dims<W, 1, vectors(), kDifferences>(h, pair, total, b, d, pull);
+    for (; d + kDims <= pair.rank; d += kDims)
+      add_gradient_dims<W, kDims, vectors(), kDifferences>(h, pair, total, b, d, dz);
+    for (; d < pair.rank; ++d) add_gradient_dims<W, 1, vectors(), kDifferences>(h, pair, total, b, d, dz);
   });
 }
 

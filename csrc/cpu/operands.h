@@ -1,4 +1,4 @@
-// The small operands of a product in the accumulation type, padded with zeros: clear, then add what they consist of.
+// Converts adapters to the accumulation type, padded with zeros: clear the target, then add each matrix to it.
 #pragma once
 
 #include <algorithm>
@@ -10,9 +10,9 @@
 
 namespace align::cpu {
 
-constexpr int64_t kPrepareColumns = 256;  // a unit of work
+constexpr int64_t kPackColumns = 256;  // columns that a thread packs at a time
 
-// A small matrix as the user gave it, or its transpose.
+// An adapter as the user gave it, or its transpose.
 template <typename T>
 struct Operand {
   const T* data;
@@ -20,7 +20,7 @@ struct Operand {
   int64_t row_stride, column_stride;
 };
 
-// The types of x and of the adapters that kernels are made for.
+// The types of x and of the adapters for which kernels are compiled.
 #define ALIGN_EACH_TYPE_AND_ADAPTER(INSTANTIATE) \
   INSTANTIATE(float, float)                      \
   INSTANTIATE(double, double)                    \
@@ -30,21 +30,21 @@ struct Operand {
   INSTANTIATE(float16, float)
 
 template <typename A>
-void clear_columns(Small<A> target, int64_t rows, int64_t first, int64_t last) {
+void clear_columns(RowMajor<A> target, int64_t rows, int64_t first, int64_t last) {
   for (int64_t j = 0; j < rows; ++j) {
     std::fill(target.row(j) + std::min(first, target.stride), target.row(j) + std::min(last, target.stride), A(0));
   }
 }
 
-// Rounded to T.
-template <typename T, typename W>
-void add_columns(const Operand<W>& operand, Small<Acc<T>> target, int64_t first, int64_t last) {
+// Adds columns [first, last) of a matrix, rounded to T.
+template <typename T, typename TA>
+void add_columns(const Operand<TA>& operand, RowMajor<Acc<T>> target, int64_t first, int64_t last) {
   for (int64_t j = 0; j < operand.rows; ++j) {
-    const W* source = operand.data + j * operand.row_stride;
+    const TA* source = operand.data + j * operand.row_stride;
     Acc<T>* row = target.row(j);
     for (int64_t c = first; c < std::min(last, operand.columns); ++c) {
-      const W value = source[c * operand.column_stride];
-      if constexpr (std::is_same_v<T, W>) {
+      const TA value = source[c * operand.column_stride];
+      if constexpr (std::is_same_v<T, TA>) {
         row[c] += widen(value);
       } else {
         row[c] += widen(narrow<T>(value));

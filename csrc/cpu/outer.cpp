@@ -10,8 +10,8 @@ namespace {
 
 // ---- outer_add
 
-// Ranks j .. j+7, kVecs vectors of columns from c on; unless kWhole only lanes columns of the last vector exist.
-// load_x(t, column) is a vector of row t, or the first lanes of it.
+// Computes ranks j .. j+7 of kVecs vectors of columns from c on. Without kWhole only `lanes` columns of the last vector
+// exist. load_x(t, column) returns a vector of row t, or its first lanes.
 template <int W, int kVecs, bool kWhole, typename T, typename LoadX>
 ALIGN_INLINE void outer_tile(const OuterAdd<T>& op, const LoadX& load_x, int64_t j, int64_t c, int64_t lanes) {
   using A = Acc<T>;
@@ -28,14 +28,14 @@ ALIGN_INLINE void outer_tile(const OuterAdd<T>& op, const LoadX& load_x, int64_t
   }
 #pragma GCC unroll 16
   for (int k = 0; k < kRanks; ++k) {
-    if (j + k >= op.rank) continue;  // padding; not break, for a loop that can be left keeps the sums in memory
+    if (j + k >= op.rank) continue;  // padding; a loop with a break would keep the sums in memory
 #pragma GCC unroll 16
     for (int v = 0; v < kVecs; ++v) {
-      A* w = op.w.row(j + k) + c + v * kLane;
+      A* to = op.outer.row(j + k) + c + v * kLane;
       if (kWhole) {
-        store<W>(w, op.first ? sum[k][v] : load<W>(w) + sum[k][v]);
+        store<W>(to, op.first ? sum[k][v] : load<W>(to) + sum[k][v]);
       } else {
-        store_first<W>(w, op.first ? sum[k][v] : load_first<W>(w, lanes) + sum[k][v], lanes);
+        store_first<W>(to, op.first ? sum[k][v] : load_first<W>(to, lanes) + sum[k][v], lanes);
       }
     }
   }
@@ -43,13 +43,13 @@ ALIGN_INLINE void outer_tile(const OuterAdd<T>& op, const LoadX& load_x, int64_t
 
 template <int W, typename T, typename LoadX>
 ALIGN_INLINE void outer_tiles(const OuterAdd<T>& op, const LoadX& load_x) {
-  constexpr int64_t kVecs = kTile<W> / kRanks, kLane = kLanes<Acc<T>, W>, kWide = kVecs * kLane;
+  constexpr int64_t kVecs = kTile<W> / kRanks, kLane = kLanes<Acc<T>, W>, kTileColumns = kVecs * kLane;
   constexpr int64_t kPanel = 512;  // columns of all rows that stay in the second-level cache for all ranks
   for (int64_t first = 0; first < op.x.columns; first += kPanel) {
     const int64_t last = std::min(first + kPanel, op.x.columns);
     for (int64_t j = 0; j < op.rank; j += kRanks) {
       int64_t c = first;
-      for (; c + kWide <= last; c += kWide) outer_tile<W, kVecs, true, T>(op, load_x, j, c, kLane);
+      for (; c + kTileColumns <= last; c += kTileColumns) outer_tile<W, kVecs, true, T>(op, load_x, j, c, kLane);
       for (; c < last; c += kLane) outer_tile<W, 1, false, T>(op, load_x, j, c, std::min(kLane, last - c));
     }
   }
@@ -58,7 +58,7 @@ ALIGN_INLINE void outer_tiles(const OuterAdd<T>& op, const LoadX& load_x) {
 template <int W, bool kMasked, typename T>
 ALIGN_INLINE void outer_add_tiles(const OuterAdd<T>& op) {
   const RowPointers<const T> x(op.rows, op.x, kFar);
-  const RowMasks<kMasked> masks(op.rows, op.keep);
+  const RowMasks<kMasked> masks(op.rows, op.mask);
   outer_tiles<W, T>(op, [&](int64_t t, int64_t column, auto whole, int64_t lanes) ALIGN_INLINE_LAMBDA {
     const T* p = x.at[t] + column;
     prefetch(x.ahead[t] + column);
@@ -68,7 +68,7 @@ ALIGN_INLINE void outer_add_tiles(const OuterAdd<T>& op) {
 
 // ---- dot_outer
 
-// Columns of a block of x that stay in the first-level cache with as many rows of bt, up to rank 48.
+// So many columns of a block of x fit into the first-level cache together with as many rows of bt, up to rank 48.
 constexpr int64_t kPanelColumns = 64, kLineColumns = 16;
 
 // Adds kRows rows of the panel times bt, which has a row for each of its columns, to kVecs vectors of ranks of out;
@@ -129,13 +129,12 @@ ALIGN_INLINE void dot_outer_tiles(const DotOuter<T>& op) {
     for (; v + 3 <= vecs; v += 3) tiles(std::integral_constant<int, 3>{}, v);
     if (v + 2 == vecs) tiles(std::integral_constant<int, 2>{}, v);
     if (v + 1 == vecs) tiles(std::integral_constant<int, 1>{}, v);
-    const OuterAdd<A> outer{all_rows(op.rows.count),
-                            {panel, width, kPanelColumns},
-                            {},
-                            op.g,
-                            op.w_rank,
-                            {op.w.data + first, op.w.stride},
-                            op.first};
+    const OuterAdd<A> outer{.rows = all_rows(op.rows.count),
+                            .x = {panel, width, kPanelColumns},
+                            .g = op.g,
+                            .rank = op.outer_rank,
+                            .outer = {op.outer.data + first, op.outer.stride},
+                            .first = op.first};
     outer_tiles<W, A>(outer, [&](int64_t t, int64_t column, auto, int64_t)
                                  ALIGN_INLINE_LAMBDA { return load<W>(panel + t * kPanelColumns + column); });
   }
@@ -148,7 +147,7 @@ void outer_add(const OuterAdd<T>& op) {
   if constexpr (kForAmx<T>) {
     if (op.factors) return amx_outer_add(op);
   }
-  dispatch<T>(op.keep.bytes,
+  dispatch<T>(op.mask.bytes,
               [&](auto width, auto masked) ALIGN_INLINE_LAMBDA { outer_add_tiles<width(), masked(), T>(op); });
 }
 

@@ -1,5 +1,5 @@
-// How CPU kernels use threads. The kernels know no thread pool: the bindings install torch's, tests may install
-// another, and without one everything runs on the calling thread.
+// The threads of the CPU kernels. The bindings install the thread pool of torch, tests may install another, and without
+// one everything runs on the calling thread.
 #pragma once
 
 #include <cstdint>

@@ -1,17 +1,17 @@
-// As dropout_sum, and between shrink and expand the router: softmax over the logits of a block of rows; then, group
-// of outputs by group, the factors w of the heads. Backward in the same order: group by group dw and du, then the
-// softmax's backward, so that nothing of the size of all groups' heads times rank is ever stored.
+// A projection with a router (cpu/projection.h). Between shrink and expand it computes the softmax over the logits of a
+// block of rows; then expand takes one group of outputs after the other, with its weights w. The backward pass computes
+// dw and du group by group, then the gradient of the softmax. So u is never stored for all groups at once.
 #include "ops/routed_lora.h"
 
 #include <cmath>
 
-#include "cpu/heads.h"
 #include "cpu/operands.h"
+#include "cpu/projection.h"
 
 namespace align::cpu {
 namespace {
 
-HeadsPlan plan_of(const HeadsShape& shape, const Routing& routing, bool dropout, bool backward) {
+ProjectionPlan plan_of(const HeadsShape& shape, const Routing& routing, bool dropout, bool backward) {
   return {shape, dropout, backward, /*routed=*/true, routing.groups};
 }
 
@@ -32,15 +32,15 @@ void softmax(const A* logits, int64_t heads, int64_t top_k, double tau, A* w) {
   for (int64_t i = 0; i < heads; ++i) w[i] = w[i] == kNotChosen ? 0 : w[i] / sum;
 }
 
-// The factors of one group's heads, of all rows.
+// The weights of the heads for one group, for all rows.
 template <typename A>
-Small<const A> factors_of(const A* w, const HeadsPlan& plan, int64_t group) {
+RowMajor<const A> factors_of(const A* w, const ProjectionPlan& plan, int64_t group) {
   return {w + group * plan.shape.heads, plan.logits()};
 }
 
-template <typename T, typename W>
-void route(const HeadsBlock<T>& block, const RoutedLoraForwardArgs<T, W>& args) {
-  const HeadsPlan& plan = block.plan;
+template <typename T, typename TA>
+void route(const ProjectionBlock<T>& block, const RoutedLoraForwardArgs<T, TA>& args) {
+  const ProjectionPlan& plan = block.plan;
   const int64_t count = plan.shape.heads;
   for (int64_t i = 0; i < block.rows.count; ++i) {
     const Acc<T>* logits = block.at(plan.router(), i);
@@ -51,10 +51,10 @@ void route(const HeadsBlock<T>& block, const RoutedLoraForwardArgs<T, W>& args) 
   }
 }
 
-// dw of one group, where the logits were: scaling u_i . q_i plus what came in.
-template <typename T, typename W>
-void factor_gradient(const HeadsBlock<T>& block, const RoutedLoraBackwardArgs<T, W>& args, int64_t group) {
-  const HeadsPlan& plan = block.plan;
+// Computes dw = scaling u_i . q_i + dw_in for one group, and stores it in the columns of the logits.
+template <typename T, typename TA>
+void factor_gradient(const ProjectionBlock<T>& block, const RoutedLoraBackwardArgs<T, TA>& args, int64_t group) {
+  const ProjectionPlan& plan = block.plan;
   const int64_t count = plan.shape.heads, rank = plan.shape.rank;
   for (int64_t i = 0; i < block.rows.count; ++i) {
     const Acc<T>*u = block.scratch.u.row(i), *q = block.scratch.q.row(i);
@@ -63,15 +63,15 @@ void factor_gradient(const HeadsBlock<T>& block, const RoutedLoraBackwardArgs<T,
     for (int64_t h = 0; h < count; ++h) {
       Acc<T> dot = 0;
       for (int64_t j = h * rank; j < (h + 1) * rank; ++j) dot += u[j] * q[j];
-      dw[h] = block.heads.scaling * dot + (incoming ? incoming[h] : 0);
+      dw[h] = block.projection.scaling * dot + (incoming ? incoming[h] : 0);
     }
   }
 }
 
-// The logits' gradient, in place of dw: w (dw - sum_j w_j dw_j) / tau.
-template <typename T, typename W>
-void softmax_gradient(const HeadsBlock<T>& block, const RoutedLoraBackwardArgs<T, W>& args) {
-  const HeadsPlan& plan = block.plan;
+// Replaces dw by the gradient of the logits, w (dw - sum_j w_j dw_j) / tau.
+template <typename T, typename TA>
+void softmax_gradient(const ProjectionBlock<T>& block, const RoutedLoraBackwardArgs<T, TA>& args) {
+  const ProjectionPlan& plan = block.plan;
   const int64_t count = plan.shape.heads;
   for (int64_t i = 0; i < block.rows.count; ++i) {
     for (int64_t g = 0; g < plan.groups; ++g) {
@@ -88,49 +88,52 @@ void softmax_gradient(const HeadsBlock<T>& block, const RoutedLoraBackwardArgs<T
 
 int64_t routed_lora_forward_workspace(const HeadsShape& shape, const Routing& routing, bool dropout,
                                       int64_t acc_bytes) {
-  return heads_workspace(plan_of(shape, routing, dropout, /*backward=*/false), shape.tokens, acc_bytes);
+  return projection_workspace(plan_of(shape, routing, dropout, /*backward=*/false), shape.tokens, acc_bytes);
 }
 
 int64_t routed_lora_backward_workspace(const HeadsShape& shape, const Routing& routing, bool dropout,
                                        int64_t acc_bytes) {
-  return heads_workspace(plan_of(shape, routing, dropout, /*backward=*/true), shape.tokens, acc_bytes);
+  return projection_workspace(plan_of(shape, routing, dropout, /*backward=*/true), shape.tokens, acc_bytes);
 }
 
-template <typename T, typename W>
-void routed_lora_forward(const RoutedLoraForwardArgs<T, W>& args) {
-  const HeadsInputs<T, W>& inputs = args.heads.inputs;
-  const HeadsPlan plan = plan_of(inputs.shape, args.routing, inputs.dropout.p > 0, /*backward=*/false);
-  const Heads<T> heads = prepare_heads<T, W>(plan, inputs, args.R, all_rows(plan.shape.tokens), args.heads.workspace);
-  for_blocks(heads, [&](const HeadsBlock<T>& block) {
-    block.shrink(args.heads.z);
-    block.make_heads(args.heads.z);
+template <typename T, typename TA>
+void routed_lora_forward(const RoutedLoraForwardArgs<T, TA>& args) {
+  const HeadsInputs<T, TA>& inputs = args.projection.inputs;
+  const ProjectionPlan plan = plan_of(inputs.shape, args.routing, inputs.dropout.p > 0, /*backward=*/false);
+  const PackedProjection<T> projection =
+      pack_projection<T, TA>(plan, inputs, args.R, all_rows(plan.shape.tokens), args.projection.workspace);
+  for_blocks(projection, [&](const ProjectionBlock<T>& block) {
+    block.shrink(args.projection.z);
+    block.make_u(args.projection.z);
     route(block, args);
     for (int64_t g = 0; g < plan.groups; ++g)
-      block.expand(g, factors_of<Acc<T>>(args.w, plan, g), args.heads.y_in, args.heads.bias, args.heads.y);
+      block.expand(g, factors_of<Acc<T>>(args.w, plan, g), args.projection.y_in, args.projection.bias,
+                   args.projection.y);
   });
 }
 
-template <typename T, typename W>
-void routed_lora_backward(const RoutedLoraBackwardArgs<T, W>& args) {
-  const HeadsInputs<T, W>& inputs = args.heads.inputs;
-  const HeadsPlan plan = plan_of(inputs.shape, args.routing, inputs.dropout.p > 0, /*backward=*/true);
-  const Heads<T> heads = prepare_heads<T, W>(plan, inputs, args.R, all_rows(plan.shape.tokens), args.heads.workspace);
-  for_blocks(heads, [&](const HeadsBlock<T>& block) {
-    block.make_heads(args.heads.z);
+template <typename T, typename TA>
+void routed_lora_backward(const RoutedLoraBackwardArgs<T, TA>& args) {
+  const HeadsInputs<T, TA>& inputs = args.projection.inputs;
+  const ProjectionPlan plan = plan_of(inputs.shape, args.routing, inputs.dropout.p > 0, /*backward=*/true);
+  const PackedProjection<T> projection =
+      pack_projection<T, TA>(plan, inputs, args.R, all_rows(plan.shape.tokens), args.projection.workspace);
+  for_blocks(projection, [&](const ProjectionBlock<T>& block) {
+    block.make_u(args.projection.z);
     for (int64_t g = 0; g < plan.groups; ++g) {
-      block.pull(args.heads.dy, g, factors_of(args.w, plan, g));
+      block.expand_backward(args.projection.dy, g, factors_of(args.w, plan, g));
       factor_gradient(block, args, g);
     }
     softmax_gradient(block, args);
-    block.latent_gradient(args.heads.dz_in);
-    block.input_gradient(args.heads.dx_in, args.heads.dx);
+    block.make_u_backward(args.projection.dz_in);
+    block.shrink_backward(args.projection.dx_in, args.projection.dx);
   });
-  finish_gradients(heads, args.heads.dA, args.heads.dB, args.dR);
+  finish_gradients(projection, args.projection.dA, args.projection.dB, args.dR);
 }
 
-#define ALIGN_INSTANTIATE(T, W)                                                \
-  template void routed_lora_forward<T, W>(const RoutedLoraForwardArgs<T, W>&); \
-  template void routed_lora_backward<T, W>(const RoutedLoraBackwardArgs<T, W>&);
+#define ALIGN_INSTANTIATE(T, TA)                                                 \
+  template void routed_lora_forward<T, TA>(const RoutedLoraForwardArgs<T, TA>&); \
+  template void routed_lora_backward<T, TA>(const RoutedLoraBackwardArgs<T, TA>&);
 ALIGN_EACH_TYPE_AND_ADAPTER(ALIGN_INSTANTIATE)
 #undef ALIGN_INSTANTIATE
 

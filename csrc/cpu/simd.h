@@ -77,7 +77,7 @@ struct VectorOf {
 template <typename A, int W>
 using Vec = typename VectorOf<A, W>::Type;
 
-// The unsigned integer as wide as A.
+// The unsigned integer of the size of A.
 template <typename A>
 using UInt = std::conditional_t<sizeof(A) == 8, uint64_t, uint32_t>;
 
@@ -119,7 +119,7 @@ ALIGN_INLINE void store(T* target, const Vec<Acc<T>, W>& v) {
   }
 }
 
-// The first count elements; the other lanes are zero.
+// Loads the first count elements; the other lanes are zero.
 template <int W, typename T>
 ALIGN_INLINE Vec<Acc<T>, W> load_first(const T* source, int64_t count) {
   T padded[kLanes<Acc<T>, W>] = {};
@@ -134,9 +134,9 @@ ALIGN_INLINE void store_first(T* target, const Vec<Acc<T>, W>& v, int64_t count)
   std::memcpy(target, all, count * sizeof(T));
 }
 
-// v with the lanes zeroed whose bit in kept is not set.
+// Sets the lanes of v to zero whose bit in kept is not set.
 template <int W, typename A>
-ALIGN_INLINE Vec<A, W> keep_lanes(const Vec<A, W>& v, uint32_t kept) {
+ALIGN_INLINE Vec<A, W> select_lanes(const Vec<A, W>& v, uint32_t kept) {
 #ifdef ALIGN_X86_LEVELS
   if constexpr (W == 64 && sizeof(A) == 4) {  // GCC 12 makes six instructions of the expression below
     Vec<A, W> result;

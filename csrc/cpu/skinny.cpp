@@ -12,7 +12,7 @@ namespace {
 
 // ---- rows_dot
 
-// Adds columns [first, last) of rows t .. t+kRows-1 to ranks j .. j+7.
+// Adds the products of columns [first, last) for rows t .. t+kRows-1 and ranks j .. j+7.
 template <int W, bool kMasked, typename T>
 ALIGN_INLINE void dot_tile(const RowsDot<T>& op, const RowPointers<const T>& x, const RowMasks<kMasked>& masks,
                            int64_t t, int64_t j, int64_t first, int64_t last) {
@@ -51,7 +51,7 @@ ALIGN_INLINE void rows_dot_tiles(const RowsDot<T>& op) {
   constexpr int64_t kPanelBytes = 32 * 1024;  // eight ranks of a panel of a stay in the first-level cache
   constexpr int64_t kPanel = kPanelBytes / kRanks / sizeof(Acc<T>);
   const RowPointers<const T> x(op.rows, op.x, kNear);
-  const RowMasks<kMasked> masks(op.rows, op.keep);
+  const RowMasks<kMasked> masks(op.rows, op.mask);
   const int64_t ranks = round_up(op.rank, kRanks);
   for (int64_t t = 0; t < op.rows.count; ++t) std::fill_n(op.out.row(t), ranks, Acc<T>(0));
   for (int64_t first = 0; first < op.x.columns; first += kPanel) {
@@ -66,9 +66,9 @@ ALIGN_INLINE void rows_dot_tiles(const RowsDot<T>& op) {
 
 // ---- rank_add
 
-constexpr int64_t kChain = 64;  // ranks added up one after the other: a longer chain rounds more than its parts
+constexpr int64_t kChain = 64;  // ranks that are added one after the other; longer sums would round more
 
-// sum[i][v] = the products of a term's ranks first .. first + kChain - 1, before scale and mask, for kRows rows and
+// sum[i][v] = the products of ranks first .. first + kChain - 1 of a term, before scale and mask, for kRows rows and
 // kVecs vectors of columns from c on.
 template <int W, int kRows, int kVecs, typename A>
 ALIGN_INLINE void chain_products(const RankTerm<A>& term, int64_t first, int64_t t, int64_t c,
@@ -88,14 +88,15 @@ ALIGN_INLINE void chain_products(const RankTerm<A>& term, int64_t first, int64_t
   }
 }
 
-// kRows rows from t on, kVecs vectors of columns from c on; unless kWhole only lanes columns of the last vector exist.
+// Computes kRows rows from t on and kVecs vectors of columns from c on. Without kWhole only `lanes` columns of the last
+// vector exist.
 // The sums of the first chain stay in registers; those of further chains and terms (kMany) go through the stack.
 template <int W, int kRows, int kVecs, bool kWhole, bool kMasked, bool kMany, typename T>
 ALIGN_INLINE void add_tile(const RankAdd<T>& op, const RowPointers<T>& out, const RowPointers<const T>& in,
                            const RowMasks<kMasked>* masks, int64_t t, int64_t c, int64_t lanes) {
   using A = Acc<T>;
   constexpr int kLane = kLanes<A, W>;
-  // Calls body(i, v, row, column) for the tile's vectors, unrolled: sums that a loop indexes would go through memory.
+  // Calls body(i, v, row, column) for all vectors of the tile, unrolled: in a loop the sums would be kept in memory.
   const auto each = [&](const auto& body) ALIGN_INLINE_LAMBDA {
     const int64_t first_row = opaque(t), first_column = opaque(c);
 #pragma GCC unroll 16
@@ -107,7 +108,7 @@ ALIGN_INLINE void add_tile(const RankAdd<T>& op, const RowPointers<T>& out, cons
   const auto load_y = [&](const T* p) ALIGN_INLINE_LAMBDA { return kWhole ? load<W>(p) : load_first<W>(p, lanes); };
   const auto term_value = [&](int64_t k, const Vec<A, W>& sum, int64_t row, int64_t column) ALIGN_INLINE_LAMBDA {
     const RankTerm<A>& term = op.terms[k];
-    if (kMasked && !term.keep.bytes) return term.scale * sum;
+    if (kMasked && !term.mask.bytes) return term.scale * sum;
     return term.scale * masks[k].template apply<W, A>(sum, row, column);
   };
   Vec<A, W> sum[kRows][kVecs];
@@ -146,16 +147,16 @@ ALIGN_INLINE void add_tile(const RankAdd<T>& op, const RowPointers<T>& out, cons
 template <int W, bool kMasked, bool kMany, typename T>
 ALIGN_INLINE void rank_add_tiles(const RankAdd<T>& op, const RowMasks<kMasked>* masks) {
   constexpr int kRows = 4, kVecs = kTile<W> / kRows;
-  constexpr int64_t kLane = kLanes<Acc<T>, W>, kWide = kVecs * kLane;
+  constexpr int64_t kLane = kLanes<Acc<T>, W>, kTileColumns = kVecs * kLane;
   constexpr int64_t kPanel = 256;  // rank rows of a panel of b stay in the first-level cache, up to rank 32
   const RowPointers<T> out(op.rows, op.out, kNear);
-  const RowPointers<const T> in(op.rows, Tall<const T>{op.in ? op.in : op.out.data, op.out.columns, op.out.stride},
-                                kNear);
+  const RowPointers<const T> in(
+      op.rows, TokenMatrix<const T>{op.in ? op.in : op.out.data, op.out.columns, op.out.stride}, kNear);
   for (int64_t first = 0; first < op.out.columns; first += kPanel) {
     const int64_t last = std::min(first + kPanel, op.out.columns);
     const auto add_rows = [&](auto rows, int64_t t) ALIGN_INLINE_LAMBDA {
       int64_t c = first;
-      for (; c + kWide <= last; c += kWide) {
+      for (; c + kTileColumns <= last; c += kTileColumns) {
         add_tile<W, rows(), kVecs, true, kMasked, kMany, T>(op, out, in, masks, t, c, kLane);
       }
       for (; c < last; c += kLane) {
@@ -171,15 +172,15 @@ ALIGN_INLINE void rank_add_tiles(const RankAdd<T>& op, const RowMasks<kMasked>* 
 // ---- add_up
 
 template <int W, typename A>
-ALIGN_INLINE void add_up_columns(const A* const* parts, int64_t count, A scale, int64_t columns, A* w) {
+ALIGN_INLINE void add_up_columns(const A* const* partials, int64_t count, A scale, int64_t columns, A* sums) {
   constexpr int64_t kLane = kLanes<A, W>;
   for (int64_t c = 0; c < columns; c += kLane) {
-    auto sum = load<W>(parts[0] + c);
-    for (int64_t k = 1; k < count; ++k) sum += load<W>(parts[k] + c);
+    auto sum = load<W>(partials[0] + c);
+    for (int64_t k = 1; k < count; ++k) sum += load<W>(partials[k] + c);
     if (c + kLane <= columns) {
-      store<W>(w + c, scale * sum);
+      store<W>(sums + c, scale * sum);
     } else {
-      store_first<W>(w + c, scale * sum, columns - c);
+      store_first<W>(sums + c, scale * sum, columns - c);
     }
   }
 }
@@ -191,7 +192,7 @@ void rows_dot(const RowsDot<T>& op) {
   if constexpr (kForAmx<T>) {
     if (op.tiles) return amx_rows_dot(op);
   }
-  dispatch<T>(op.keep.bytes,
+  dispatch<T>(op.mask.bytes,
               [&](auto width, auto masked) ALIGN_INLINE_LAMBDA { rows_dot_tiles<width(), masked(), T>(op); });
 }
 
@@ -201,22 +202,22 @@ void rank_add(const RankAdd<T>& op) {
     if (op.terms[0].tiles) return amx_rank_add(op);
   }
   const bool masked_terms =
-      std::any_of(op.terms, op.terms + op.count, [](const auto& term) { return term.keep.bytes != nullptr; });
+      std::any_of(op.terms, op.terms + op.count, [](const auto& term) { return term.mask.bytes != nullptr; });
   dispatch<T>(masked_terms, [&](auto width, auto masked) ALIGN_INLINE_LAMBDA {
     if (op.count > 1 || op.terms[0].rank > kChain) {
       std::vector<RowMasks<masked()>> masks;
-      for (int64_t k = 0; k < op.count; ++k) masks.emplace_back(op.rows, op.terms[k].keep);
+      for (int64_t k = 0; k < op.count; ++k) masks.emplace_back(op.rows, op.terms[k].mask);
       rank_add_tiles<width(), masked(), true, T>(op, masks.data());
     } else {
-      const RowMasks<masked()> masks(op.rows, op.terms[0].keep);
+      const RowMasks<masked()> masks(op.rows, op.terms[0].mask);
       rank_add_tiles<width(), masked(), false, T>(op, &masks);
     }
   });
 }
 
 template <typename A>
-void add_up(const A* const* parts, int64_t count, A scale, int64_t columns, A* w) {
-  run_widest([&](auto width) ALIGN_INLINE_LAMBDA { add_up_columns<width()>(parts, count, scale, columns, w); });
+void add_up(const A* const* partials, int64_t count, A scale, int64_t columns, A* sums) {
+  run_widest([&](auto width) ALIGN_INLINE_LAMBDA { add_up_columns<width()>(partials, count, scale, columns, sums); });
 }
 template void add_up(const float* const*, int64_t, float, int64_t, float*);
 template void add_up(const double* const*, int64_t, double, int64_t, double*);

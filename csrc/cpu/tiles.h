@@ -1,5 +1,5 @@
-// What the products of skinny.h are made of: tiles of vector accumulators that stay in registers. A tile reads every
-// operand once and does eight or more multiply-adds for a vector of x.
+// The tiles of the products of skinny.h: vector accumulators that stay in registers. A tile reads every operand once
+// and does eight or more multiply-adds for each vector of x.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 namespace align::cpu {
 
-// Accumulators of a tile: half of the 32 registers of AVX-512 and NEON, or of the 16 of AVX2 and SSE.
+// The accumulators of a tile take half of the registers: 32 with AVX-512 and NEON, 16 with AVX2 and SSE.
 #if defined(__x86_64__)
 template <int W>
 constexpr int kTile = W == 64 ? 16 : 8;
@@ -20,12 +20,12 @@ constexpr int kTile = 16;
 #endif
 constexpr int kRanks = kRankAlign;  // ranks of a tile of rows_dot and outer_add
 
-// Rows between what is computed and what is prefetched: a few where rows come one after the other, and the next block
-// where this one is in cache already.
+// How many rows ahead is prefetched: a few if rows are read one after the other, the next block if this one is in
+// cache.
 constexpr int64_t kNear = 8, kFar = kRowBlock;
 
-// The same value, from which nothing can be computed earlier: addresses that are needed after a loop would take
-// registers from it.
+// Returns the same value, but the compiler cannot compute with it earlier: addresses that are needed after a loop would
+// take registers from it.
 ALIGN_INLINE int64_t opaque(int64_t value) {
   asm("" : "+r"(value));
   return value;
@@ -33,7 +33,7 @@ ALIGN_INLINE int64_t opaque(int64_t value) {
 
 ALIGN_INLINE void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
 
-// Runs body(width) with a compile-time constant. Double, which only gradient checks use, has no wide version.
+// Runs body(width) with a compile-time constant. double, for gradient checks only, always has 16-byte vectors.
 template <typename T, typename Body>
 void dispatch(const Body& body) {
   if constexpr (std::is_same_v<T, double>) {
@@ -43,7 +43,7 @@ void dispatch(const Body& body) {
   }
 }
 
-// Runs body(width, masked), likewise.
+// Runs body(width, masked) with compile-time constants.
 template <typename T, typename Body>
 void dispatch(bool masked, const Body& body) {
   if (masked) {
@@ -53,13 +53,14 @@ void dispatch(bool masked, const Body& body) {
   }
 }
 
-// Where the rows of a block, and those to prefetch meanwhile, begin. Rows beyond the block's are its last.
+// The addresses of the rows of a block, and of the rows to prefetch meanwhile. Rows beyond the block repeat its last
+// row.
 template <typename T>
 struct RowPointers {
   T* at[kRowBlock];
   T* ahead[kRowBlock];
 
-  RowPointers(const RowBlock& rows, const Tall<T>& x, int64_t distance) {
+  RowPointers(const RowBlock& rows, const TokenMatrix<T>& x, int64_t distance) {
     for (int64_t i = 0; i < kRowBlock; ++i) {
       const int64_t row = std::min(i, rows.count - 1);
       at[i] = x.row(rows.row(row));
@@ -71,16 +72,16 @@ struct RowPointers {
 // The masks of a block's rows.
 template <bool kMasked>
 struct RowMasks {
-  KeptRow at[kMasked ? kRowBlock : 1];
+  MaskRow at[kMasked ? kRowBlock : 1];
 
-  RowMasks(const RowBlock& rows, const KeepBits& keep) {
-    for (int64_t i = 0; kMasked && keep.bytes && i < kRowBlock; ++i) {
+  RowMasks(const RowBlock& rows, const MaskBits& mask) {
+    for (int64_t i = 0; kMasked && mask.bytes && i < kRowBlock; ++i) {
       const int64_t row = std::min(i, rows.count - 1);
-      at[i] = kept_row(keep.bytes, keep.begin(rows, row) + keep.first);
+      at[i] = mask_row(mask.bytes, mask.begin(rows, row) + mask.first);
     }
   }
 
-  // v, columns c .. of row i, with the dropped ones zeroed.
+  // Sets the dropped elements of v to zero. v holds the columns of row i from c on.
   template <int W, typename A>
   ALIGN_INLINE Vec<A, W> apply(const Vec<A, W>& v, int64_t i, int64_t c) const {
     if constexpr (kMasked) {

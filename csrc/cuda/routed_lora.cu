@@ -16,12 +16,12 @@ int64_t routed_lora_backward_workspace(const HeadsInputs<T, TA>& inputs, const T
 
 template <typename T, typename TA>
 void routed_lora_forward(const RoutedLoraForwardArgs<T, TA>& args, Stream stream) {
-  heads_forward(args.heads, Router<TA>{args.R, args.routing}, args.w, stream);
+  heads_forward(args.projection, Router<TA>{args.R, args.routing}, args.w, stream);
 }
 
 template <typename T, typename TA>
 void routed_lora_backward(const RoutedLoraBackwardArgs<T, TA>& args, Stream stream) {
-  heads_backward(args.heads, Router<TA>{args.R, args.routing}, {args.w, args.dw_in, args.dR}, stream);
+  heads_backward(args.projection, Router<TA>{args.R, args.routing}, {args.w, args.dw_in, args.dR}, stream);
 }
 
 #define ALIGN_INSTANTIATE(T, TA)                                                                         \

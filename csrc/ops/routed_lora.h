@@ -37,7 +37,7 @@ struct Routing {
 
 template <typename T, typename TA = T>
 struct RoutedLoraForwardArgs {
-  HeadsForwardArgs<T, TA> heads;
+  HeadsForwardArgs<T, TA> projection;
   Routing routing;
   const TA* R;  // [groups * heads, in_dim], row k * heads + i
   Acc<T>* w;    // [tokens, groups, heads], assigned
@@ -45,7 +45,7 @@ struct RoutedLoraForwardArgs {
 
 template <typename T, typename TA = T>
 struct RoutedLoraBackwardArgs {
-  HeadsBackwardArgs<T, TA> heads;
+  HeadsBackwardArgs<T, TA> projection;
   Routing routing;
   const TA* R;          // [groups * heads, in_dim]
   const Acc<T>* w;      // [tokens, groups, heads] of the forward

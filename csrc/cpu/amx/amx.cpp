@@ -1,4 +1,4 @@
-// Whether there is AMX, packing, and rank_add: pieces of 16 rows and 64 columns.
+// The detection of AMX, packing, and rank_add, which computes pieces of 16 rows and 64 columns.
 #include "cpu/amx/amx.h"
 
 #ifdef ALIGN_AMX
@@ -32,14 +32,15 @@ bool amx_usable() {
 
 // ---- Packing
 
-AMX_TARGET void pack_dot_tiles(Small<const float> small, int64_t rank, int64_t first, int64_t last, bfloat16* tiles) {
+AMX_TARGET void pack_dot_tiles(RowMajor<const float> matrix, int64_t rank, int64_t first, int64_t last,
+                               bfloat16* tiles) {
   const int64_t ranks = round_up(rank, kAmxRows);
   bfloat16* tile = tiles + first / kAmxColumns * ranks * kAmxColumns;
   for (int64_t c = first; c < last; c += kAmxColumns) {
     for (int64_t j = 0; j < ranks; j += kAmxRows, tile += kAmxTile) {
       __m512i rows[kAmxRows];
       for (int64_t k = 0; k < kAmxRows; ++k) {
-        rows[k] = rounded_line(small.row(j + k) + c, j + k < rank ? first_lanes(last - c) : 0, 1);
+        rows[k] = rounded_line(matrix.row(j + k) + c, j + k < rank ? first_lanes(last - c) : 0, 1);
       }
       transpose(rows);
       for (int64_t k = 0; k < kAmxRows; ++k) _mm512_storeu_si512(tile + k * kAmxColumns, rows[k]);
@@ -47,14 +48,15 @@ AMX_TARGET void pack_dot_tiles(Small<const float> small, int64_t rank, int64_t f
   }
 }
 
-AMX_TARGET void pack_add_tiles(Small<const float> small, int64_t rank, int64_t first, int64_t last, bfloat16* tiles) {
+AMX_TARGET void pack_add_tiles(RowMajor<const float> matrix, int64_t rank, int64_t first, int64_t last,
+                               bfloat16* tiles) {
   const int64_t ranks = round_up(rank, kAmxColumns);
   bfloat16* row = tiles + first / kAmxRows * ranks * kAmxRows;
   for (int64_t c = first; c < last; c += kAmxRows) {
     const __mmask16 lanes = __mmask16(first_lanes(last - c));
     for (int64_t j = 0; j < ranks; j += 2, row += kAmxColumns) {
-      const __m512 even = _mm512_maskz_loadu_ps(j < rank ? lanes : 0, small.row(j) + c);
-      const __m512 odd = _mm512_maskz_loadu_ps(j + 1 < rank ? lanes : 0, small.row(j + 1) + c);
+      const __m512 even = _mm512_maskz_loadu_ps(j < rank ? lanes : 0, matrix.row(j) + c);
+      const __m512 odd = _mm512_maskz_loadu_ps(j + 1 < rank ? lanes : 0, matrix.row(j + 1) + c);
       _mm512_storeu_si512(row, rounded_pairs(even, odd));
     }
   }
@@ -64,7 +66,7 @@ AMX_TARGET void pack_add_tiles(Small<const float> small, int64_t rank, int64_t f
 
 namespace {
 
-// Left tiles of scale g: [kRowBlock][rank padded to 32].
+// Makes the left tiles of scale * g, [kRowBlock][rank padded to 32].
 AMX_INLINE void round_factors(const RankTerm<float>& term, int64_t count, bfloat16* factors) {
   for (int64_t t = 0; t < kRowBlock; ++t) {
     for (int64_t j = 0; j < term.rank; j += kAmxColumns, factors += kAmxColumns) {
@@ -74,17 +76,17 @@ AMX_INLINE void round_factors(const RankTerm<float>& term, int64_t count, bfloat
   }
 }
 
-// A piece of the result: its sums are four tiles side by side.
+// The sums of a piece of the result are four tiles side by side.
 constexpr int64_t kPanel = 128;  // columns whose right tiles stay in the first-level cache for all rows of a block
 constexpr int64_t kAddTiles = 4, kAddColumns = kAddTiles * kAmxRows;
 
-// Term k of 16 rows from t on and 64 columns from c on, and the left tiles of its factors.
+// Term k of a piece of 16 rows from t on and 64 columns from c on, and the left tiles of the term.
 struct Piece {
   int64_t t, c, k;
   const bfloat16* factors;
 
-  // The term after it; or the columns of the panel after it; or the rows; or the panel, for whose rows right tiles stay
-  // in the first-level cache.
+  // Goes to the next term; after the last term to the next columns of the panel; after these to the next rows; after
+  // the last rows to the next panel, whose right tiles stay in the first-level cache for all rows.
   AMX_INLINE void advance(const RankAdd<bfloat16>& op) {
     factors += factor_tiles(op.terms[k].rank);
     if (++k < op.count) return;
@@ -108,7 +110,7 @@ AMX_INLINE void multiply_column(const bfloat16* right) {
   multiply_add<sum, 4, 5>();
 }
 
-// Products of a piece, of as many of its tiles as have columns.
+// Computes the products of a piece, without tiles that have no columns.
 AMX_INLINE void multiply(const RankAdd<bfloat16>& op, const Piece& piece) {
   const RankTerm<float>& term = op.terms[piece.k];
   const int64_t columns = op.out.columns - piece.c;
@@ -127,7 +129,7 @@ AMX_INLINE void multiply(const RankAdd<bfloat16>& op, const Piece& piece) {
   }
 }
 
-// Those products: [16][64].
+// Stores the products of a piece, [16][64].
 AMX_INLINE void store_products(float* sums) {
   constexpr int64_t kStride = kAddColumns * sizeof(float);
   store_tile<0>(sums, kStride);
@@ -142,7 +144,7 @@ struct Pair {  // 32 columns
 AMX_INLINE Pair load_sums(const float* sums) { return {_mm512_load_ps(sums), _mm512_load_ps(sums + kAmxRows)}; }
 AMX_INLINE Pair plus(const Pair& a, const Pair& b) { return {a.low + b.low, a.high + b.high}; }
 
-// Those of lanes, zero elsewhere; kWhole: all.
+// Loads 32 columns; without kWhole only those of `lanes`, and zeros elsewhere.
 template <bool kWhole>
 AMX_INLINE Pair load_pair(const bfloat16* columns, __mmask32 lanes) {
   const __m512i line = kWhole ? _mm512_loadu_si512(columns) : _mm512_maskz_loadu_epi16(lanes, columns);
@@ -151,22 +153,23 @@ AMX_INLINE Pair load_pair(const bfloat16* columns, __mmask32 lanes) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(low, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(high, 16))};
 }
 
-// The matrices of a rank_add at work.
+// The matrices of a rank_add.
 template <bool kMasked>
 struct Addition {
   const RankAdd<bfloat16>& op;
   RowPointers<bfloat16> out;
   RowPointers<const bfloat16> in;
-  const RowMasks<kMasked>* masks;  // of each term
+  const RowMasks<kMasked>* masks;  // one for each term
 
   Addition(const RankAdd<bfloat16>& given, const RowMasks<kMasked>* of_terms)
       : op(given),
         out(op.rows, op.out, kAmxRows),
-        in(op.rows, Tall<const bfloat16>{op.in ? op.in : op.out.data, op.out.columns, op.out.stride}, kAmxRows),
+        in(op.rows, TokenMatrix<const bfloat16>{op.in ? op.in : op.out.data, op.out.columns, op.out.stride}, kAmxRows),
         masks(of_terms) {}
 };
 
-// Adds one term's sums to what the terms before it made, in further; the last one's to in and bias, for out.
+// Adds the sums of one term to those of the terms before it, in further. The last term also adds in and bias, and
+// writes out.
 template <bool kMasked, bool kWhole>
 AMX_INLINE void add_piece(const Addition<kMasked>& add, const Piece& piece, const float* sums, float* further) {
   const auto& [t, first, k, factors] = piece;
@@ -177,17 +180,17 @@ AMX_INLINE void add_piece(const Addition<kMasked>& add, const Piece& piece, cons
   for (int64_t i = 0; i < rows; ++i) {
 #pragma GCC unroll 2
     for (int64_t line = 0; line < columns; line += kAmxColumns) {
-      const int64_t c = first + line, place = i * kAddColumns + line;
+      const int64_t c = first + line, offset = i * kAddColumns + line;
       const __mmask32 lanes = kWhole ? ~0u : first_lanes(columns - line);
-      Pair v = load_sums(sums + place);
-      if (kMasked && op.terms[k].keep.bytes) {
-        const __mmask32 kept = kept_columns(add.masks[k].at[t + i], c);
+      Pair v = load_sums(sums + offset);
+      if (kMasked && op.terms[k].mask.bytes) {
+        const __mmask32 kept = kept_lanes(add.masks[k].at[t + i], c);
         v = {_mm512_maskz_mov_ps(__mmask16(kept), v.low), _mm512_maskz_mov_ps(__mmask16(kept >> 16), v.high)};
       }
-      if (k > 0) v = plus(v, load_sums(further + place));
+      if (k > 0) v = plus(v, load_sums(further + offset));
       if (!last) {
-        _mm512_store_ps(further + place, v.low);
-        _mm512_store_ps(further + place + kAmxRows, v.high);
+        _mm512_store_ps(further + offset, v.low);
+        _mm512_store_ps(further + offset + kAmxRows, v.high);
         continue;
       }
       if (op.in) {
@@ -216,7 +219,7 @@ AMX_TARGET void rank_add_pieces(const RankAdd<bfloat16>& op, const RowMasks<kMas
   const Tiles tiles;
   alignas(64) float sums[kAmxRows * kAddColumns], further[kAmxRows * kAddColumns];
   if (op.rows.count == 0 || op.out.columns == 0) return;
-  // The tiles may multiply one piece while the vectors add up the one before, whose products are stored by then.
+  // The tiles multiply one piece while the vectors add up the piece before, whose products have been stored.
   Piece next{0, 0, 0, op.factors};
   multiply(op, next);
   while (next.t < op.rows.count) {
@@ -235,11 +238,11 @@ AMX_TARGET void rank_add_pieces(const RankAdd<bfloat16>& op, const RowMasks<kMas
 }  // namespace
 
 void amx_rank_add(const RankAdd<bfloat16>& op) {
-  if (std::none_of(op.terms, op.terms + op.count, [](const auto& term) { return term.keep.bytes != nullptr; })) {
+  if (std::none_of(op.terms, op.terms + op.count, [](const auto& term) { return term.mask.bytes != nullptr; })) {
     return rank_add_pieces<false>(op, nullptr);
   }
   std::vector<RowMasks<true>> masks;
-  for (int64_t k = 0; k < op.count; ++k) masks.emplace_back(op.rows, op.terms[k].keep);
+  for (int64_t k = 0; k < op.count; ++k) masks.emplace_back(op.rows, op.terms[k].mask);
   rank_add_pieces<true>(op, masks.data());
 }
 

@@ -1,6 +1,6 @@
-// rows_dot, outer_add and dot_outer by AMX. The panels of a block of rows, 64 rows of 64 columns, are copied to the
-// first-level cache: as left tiles, for products with ranks, and as right tiles, for those with rows. Dropped elements
-// are zeroed on the way.
+// rows_dot, outer_add and dot_outer on AMX. Panels of 64 rows and 64 columns of a block of rows are copied to the
+// first-level cache, as left tiles for rows_dot and as right tiles for outer_add. The copy sets dropped elements to
+// zero.
 #include <algorithm>
 
 #include "cpu/amx/tiles.h"
@@ -11,10 +11,10 @@ namespace align::cpu {
 namespace {
 
 constexpr int64_t kPanel = 64;                         // columns of a panel
-constexpr int64_t kSteps = kRowBlock / kAmxColumns;    // right tiles that make the rows of a block
-constexpr int64_t kPanelTiles = kPanel / kAmxColumns;  // left tiles that make the columns of a panel
+constexpr int64_t kSteps = kRowBlock / kAmxColumns;    // right tiles for the rows of a block
+constexpr int64_t kPanelTiles = kPanel / kAmxColumns;  // left tiles for the columns of a panel
 
-// Rows of a block, as left tiles [kRowBlock][kPanel] and right tiles [kPanel / 16][kSteps].
+// A panel as left tiles [kRowBlock][kPanel] and as right tiles [kPanel / 16][kSteps].
 struct Panel {
   alignas(64) bfloat16 left[kRowBlock * kPanel];
   alignas(64) bfloat16 right[kRowBlock * kPanel];
@@ -24,17 +24,17 @@ struct Panel {
   }
 };
 
-// 32 columns of two rows as one row of each of two right tiles.
+// Stores 32 columns of two rows as one row of each of two right tiles.
 AMX_INLINE void store_pair(__m512i even, __m512i odd, bfloat16* right) {
-  // By fours, one of the first 16 columns, then one of the others, so that unpacking leaves these in two halves.
+  // Groups of four columns alternate between the first and the last 16 columns, so that unpacking separates these.
   const __m512i a = (__m512i)__builtin_shufflevector((__v8di)even, (__v8di)even, 0, 4, 1, 5, 2, 6, 3, 7);
   const __m512i b = (__m512i)__builtin_shufflevector((__v8di)odd, (__v8di)odd, 0, 4, 1, 5, 2, 6, 3, 7);
   _mm512_store_si512(right, _mm512_unpacklo_epi16(a, b));
   _mm512_store_si512(right + kSteps * kAmxTile, _mm512_unpackhi_epi16(a, b));
 }
 
-// kLines lines of columns from c on of rows i and i + 1, as left and right tiles; unless kWhole only count rows and
-// width columns exist.
+// Copies kLines lines of columns from c on of rows i and i + 1 to the left and right tiles. Without kWhole only count
+// rows and width columns exist.
 template <bool kMasked, bool kLeft, bool kRight, bool kWhole, int kLines>
 AMX_INLINE void fill_lines(const RowPointers<const bfloat16>& x, const RowMasks<kMasked>& masks, int64_t i,
                            int64_t count, int64_t c, int64_t width, bfloat16* left, bfloat16* right) {
@@ -47,7 +47,7 @@ AMX_INLINE void fill_lines(const RowPointers<const bfloat16>& x, const RowMasks<
         pair[k] = _mm512_loadu_si512(x.at[i + k] + c);
       } else {
         __mmask32 lanes = kWhole ? ~0u : i + k < count ? first_lanes(width) : 0;
-        if constexpr (kMasked) lanes &= kept_columns(masks.at[i + k], c);
+        if constexpr (kMasked) lanes &= kept_lanes(masks.at[i + k], c);
         pair[k] = _mm512_maskz_loadu_epi16(lanes, x.at[i + k] + c);
       }
       if (kLeft) _mm512_store_si512(left + k * kPanel + line * kAmxColumns, pair[k]);
@@ -56,7 +56,7 @@ AMX_INLINE void fill_lines(const RowPointers<const bfloat16>& x, const RowMasks<
   }
 }
 
-// Columns first .. first + width - 1 of count rows; what is missing of whole tiles is zero.
+// Fills a panel with columns first .. first + width - 1 of count rows. The rest of the tiles is zero.
 template <bool kMasked, bool kLeft, bool kRight>
 AMX_INLINE void fill(Panel& panel, const RowPointers<const bfloat16>& x, const RowMasks<kMasked>& masks, int64_t count,
                      int64_t first, int64_t width) {
@@ -75,7 +75,7 @@ AMX_INLINE void fill(Panel& panel, const RowPointers<const bfloat16>& x, const R
   }
 }
 
-// What the cache is asked for while a panel is at work: the next one of these rows, or the first one of the next.
+// The panel to prefetch while one is in use: the next panel of the same rows, or the first panel of the next rows.
 struct NextPanel {
   const bfloat16* const* rows;
   int64_t first;
@@ -84,17 +84,17 @@ struct NextPanel {
       : rows(first_of_this + kPanel < columns ? x.at : x.ahead),
         first(first_of_this + kPanel < columns ? first_of_this + kPanel : 0) {}
 
-  // A line of columns of 32 rows.
-  AMX_INLINE void ask(int64_t row, int64_t line) const {
+  // Prefetches a line of columns of 32 rows.
+  AMX_INLINE void prefetch_line(int64_t row, int64_t line) const {
     for (int64_t i = row; i < row + kAmxColumns; ++i) prefetch(rows[i] + first + line * kAmxColumns);
   }
 };
 
 // ---- rows_dot
 
-// Adds the panel's columns, whose right tiles begin at tiles, to out.
+// Adds the products of a panel with the right tiles at `tiles` to out.
 AMX_INLINE void add_dots(const Panel& panel, const NextPanel& next, int64_t count, int64_t width, const bfloat16* tiles,
-                         int64_t rank_tiles, const Small<float>& out, bool first) {
+                         int64_t rank_tiles, const RowMajor<float>& out, bool first) {
   constexpr int64_t kLeftStride = kPanel * sizeof(bfloat16);
   const int64_t lines = ceil_div(width, kAmxColumns), stride = out.stride * sizeof(float);
   for (int64_t t = 0; t < count; t += 2 * kAmxRows) {
@@ -109,7 +109,7 @@ AMX_INLINE void add_dots(const Panel& panel, const NextPanel& next, int64_t coun
         multiply_add<0, 3, 2>();
         load_tile<4>(left + kAmxRows * kPanel, kLeftStride);
         multiply_add<1, 4, 2>();
-        if (j == 0) next.ask(t, k);
+        if (j == 0) next.prefetch_line(t, k);
       }
       store_tile<0>(upper, stride);
       store_tile<1>(lower, stride);
@@ -120,7 +120,7 @@ AMX_INLINE void add_dots(const Panel& panel, const NextPanel& next, int64_t coun
 template <bool kMasked>
 AMX_TARGET void rows_dot_panels(const RowsDot<bfloat16>& op) {
   const RowPointers<const bfloat16> x(op.rows, op.x, kFar);
-  const RowMasks<kMasked> masks(op.rows, op.keep);
+  const RowMasks<kMasked> masks(op.rows, op.mask);
   const int64_t rank_tiles = ceil_div(op.rank, kAmxRows);
   const Tiles tiles;
   Panel panel;
@@ -135,8 +135,8 @@ AMX_TARGET void rows_dot_panels(const RowsDot<bfloat16>& op) {
 
 // ---- outer_add
 
-// Left tiles of the factors' transpose: [rank padded to 16][kRowBlock].
-AMX_INLINE void transpose_factors(const Small<const float>& g, int64_t rank, int64_t count, bfloat16* factors) {
+// Makes the left tiles of the transpose of g, [rank padded to 16][kRowBlock].
+AMX_INLINE void transpose_factors(const RowMajor<const float>& g, int64_t rank, int64_t count, bfloat16* factors) {
   for (int64_t j = 0; j < rank; j += kAmxRows) {
     const __mmask16 lanes = __mmask16(first_lanes(rank - j));
     for (int64_t t = 0; t < kRowBlock; t += 2 * kAmxRows) {
@@ -152,12 +152,12 @@ AMX_INLINE void transpose_factors(const Small<const float>& g, int64_t rank, int
   }
 }
 
-// Adds the products of 16 ranks, or of the last few, with two tiles of columns, or with one, to w.
+// Adds the products of 16 ranks, or of the last ranks, with one or two tiles of columns to outer.
 template <int left, int sum, int other_sum>
-AMX_INLINE void add_outer_tiles(const bfloat16* factors, int64_t steps, const bfloat16* right, bool both, float* w,
+AMX_INLINE void add_outer_tiles(const bfloat16* factors, int64_t steps, const bfloat16* right, bool both, float* outer,
                                 int64_t stride, bool assign) {
-  begin_sum<sum>(w, stride, assign);
-  if (both) begin_sum<other_sum>(w + kAmxRows, stride, assign);
+  begin_sum<sum>(outer, stride, assign);
+  if (both) begin_sum<other_sum>(outer + kAmxRows, stride, assign);
   for (int64_t step = 0; step < steps; ++step) {
     load_tile<left>(factors + step * kAmxColumns, kRowBlock * sizeof(bfloat16));
     load_tile<2>(right + step * kAmxTile, 64);
@@ -166,31 +166,31 @@ AMX_INLINE void add_outer_tiles(const bfloat16* factors, int64_t steps, const bf
     load_tile<3>(right + (kSteps + step) * kAmxTile, 64);
     multiply_add<other_sum, left, 3>();
   }
-  store_tile<sum>(w, stride);
-  if (both) store_tile<other_sum>(w + kAmxRows, stride);
+  store_tile<sum>(outer, stride);
+  if (both) store_tile<other_sum>(outer + kAmxRows, stride);
 }
 
-// Adds factors times the panel to columns first .. of w.
+// Adds factors times the panel to the columns of outer from first on.
 AMX_INLINE void add_outer(const Panel& panel, int64_t count, int64_t first, int64_t width, const bfloat16* factors,
-                          int64_t rank, const Small<float>& w, bool assign) {
-  const int64_t steps = ceil_div(count, kAmxColumns), stride = w.stride * sizeof(float);
+                          int64_t rank, const RowMajor<float>& outer, bool assign) {
+  const int64_t steps = ceil_div(count, kAmxColumns), stride = outer.stride * sizeof(float);
   for (int64_t c = 0; c < width; c += 2 * kAmxRows) {
     const bfloat16* right = panel.right_tile(c / kAmxRows, 0);
     const bool both = width - c > kAmxRows;
     int64_t j = 0;
     for (; j + kAmxRows <= rank; j += kAmxRows) {
-      add_outer_tiles<4, 0, 1>(factors + j * kRowBlock, steps, right, both, w.row(j) + first + c, stride, assign);
+      add_outer_tiles<4, 0, 1>(factors + j * kRowBlock, steps, right, both, outer.row(j) + first + c, stride, assign);
     }
     if (j == rank) continue;
-    add_outer_tiles<kShort, kShort + 1, kShort + 2>(factors + j * kRowBlock, steps, right, both, w.row(j) + first + c,
-                                                    stride, assign);
+    add_outer_tiles<kShort, kShort + 1, kShort + 2>(factors + j * kRowBlock, steps, right, both,
+                                                    outer.row(j) + first + c, stride, assign);
   }
 }
 
 template <bool kMasked>
 AMX_TARGET void outer_add_panels(const OuterAdd<bfloat16>& op) {
   const RowPointers<const bfloat16> x(op.rows, op.x, kFar);
-  const RowMasks<kMasked> masks(op.rows, op.keep);
+  const RowMasks<kMasked> masks(op.rows, op.mask);
   transpose_factors(op.g, op.rank, op.rows.count, op.factors);
   const Tiles tiles(op.rank);
   Panel panel;
@@ -199,9 +199,9 @@ AMX_TARGET void outer_add_panels(const OuterAdd<bfloat16>& op) {
     fill<kMasked, false, true>(panel, x, masks, op.rows.count, first, width);
     const NextPanel next(x, first, op.x.columns);
     for (int64_t line = 0; line < kPanelTiles; ++line) {
-      for (int64_t row = 0; row < kRowBlock; row += kAmxColumns) next.ask(row, line);
+      for (int64_t row = 0; row < kRowBlock; row += kAmxColumns) next.prefetch_line(row, line);
     }
-    add_outer(panel, op.rows.count, first, width, op.factors, op.rank, op.w, op.first);
+    add_outer(panel, op.rows.count, first, width, op.factors, op.rank, op.outer, op.first);
   }
 }
 
@@ -211,8 +211,8 @@ AMX_TARGET void dot_outer_panels(const DotOuter<bfloat16>& op) {
   const RowPointers<const bfloat16> x(op.rows, op.x, kFar);
   const RowMasks<false> masks(op.rows, {});
   const int64_t rank_tiles = ceil_div(op.rank, kAmxRows);
-  transpose_factors(op.g, op.w_rank, op.rows.count, op.factors);
-  const Tiles tiles(op.w_rank);
+  transpose_factors(op.g, op.outer_rank, op.rows.count, op.factors);
+  const Tiles tiles(op.outer_rank);
   Panel panel;
   int64_t first = 0;
   do {  // once even without columns: sums of nothing are zero
@@ -220,18 +220,18 @@ AMX_TARGET void dot_outer_panels(const DotOuter<bfloat16>& op) {
     fill<false, true, true>(panel, x, masks, op.rows.count, first, width);
     add_dots(panel, NextPanel(x, first, op.x.columns), op.rows.count, width,
              op.tiles + first / kAmxColumns * rank_tiles * kAmxTile, rank_tiles, op.out, first == 0);
-    add_outer(panel, op.rows.count, first, width, op.factors, op.w_rank, op.w, op.first);
+    add_outer(panel, op.rows.count, first, width, op.factors, op.outer_rank, op.outer, op.first);
   } while ((first += kPanel) < op.x.columns);
 }
 
 }  // namespace
 
 void amx_rows_dot(const RowsDot<bfloat16>& op) {
-  op.keep.bytes ? rows_dot_panels<true>(op) : rows_dot_panels<false>(op);
+  op.mask.bytes ? rows_dot_panels<true>(op) : rows_dot_panels<false>(op);
 }
 
 void amx_outer_add(const OuterAdd<bfloat16>& op) {
-  op.keep.bytes ? outer_add_panels<true>(op) : outer_add_panels<false>(op);
+  op.mask.bytes ? outer_add_panels<true>(op) : outer_add_panels<false>(op);
 }
 
 void amx_dot_outer(const DotOuter<bfloat16>& op) { dot_outer_panels(op); }

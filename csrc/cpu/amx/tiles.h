@@ -1,4 +1,4 @@
-// AMX's instructions, and the vectors between them and memory. Only for functions of AMX_TARGET.
+// The instructions of AMX, and vector functions that load, round and transpose. Only for functions with AMX_TARGET.
 #pragma once
 
 #include "cpu/amx/amx.h"
@@ -10,8 +10,8 @@
 
 #include "cpu/tiles.h"
 
-// What is inlined into a function must be compiled for its instructions too. The compiler does not know AMX itself
-// here: only the lines of assembler below use it.
+// An inlined function must be compiled for the same instructions as its caller. The compiler need not know AMX: only
+// the assembler below uses it.
 #define AMX_LEVEL "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,bmi2,fma"
 #define AMX_TARGET __attribute__((target(AMX_LEVEL)))
 #define AMX_INLINE inline __attribute__((always_inline, target(AMX_LEVEL)))
@@ -30,7 +30,7 @@ template <int tile>
 AMX_INLINE void store_tile(void* rows, int64_t stride_bytes) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(rows), "r"(stride_bytes), "i"(tile) : "memory");
 }
-// sum = 0, or what is there already
+// sum = 0, or the sums in memory
 template <int sum>
 AMX_INLINE void begin_sum(const float* rows, int64_t stride_bytes, bool zero) {
   if (zero) {
@@ -45,8 +45,8 @@ AMX_INLINE void multiply_add() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sum), "i"(left), "i"(right));
 }
 
-// The tiles of this thread, in use until it goes out of scope: of 16 rows, but for those from kShort on, which
-// hold the last few of so many ranks.
+// Configures the tiles of this thread until the end of the scope. Tiles have 16 rows; those from kShort on have the
+// rows of the last ranks % 16 ranks.
 constexpr int kShort = 5;
 class Tiles {
  public:
@@ -69,10 +69,10 @@ class Tiles {
 
 // ---- Vectors
 
-// The first count of 32 lanes; none if it is negative.
+// A mask of the first count of 32 lanes, empty if count is negative.
 AMX_INLINE __mmask32 first_lanes(int64_t count) { return count >= 32 ? ~0u : count > 0 ? (1u << count) - 1 : 0; }
 
-// Lanes whose bit d is clear of a and b, or those whose bit is set, with b's beside a's.
+// a becomes the lanes of a and b whose index has bit d clear, b those whose index has it set; in pairs, a before b.
 template <int d, int... lane>
 AMX_INLINE void exchange(__m512i& a, __m512i& b, std::integer_sequence<int, lane...>) {
   const auto x = (__v16si)a, y = (__v16si)b;
@@ -87,7 +87,7 @@ AMX_INLINE void exchange_all(__m512i (&rows)[kAmxRows]) {
   }
 }
 
-// 16 x 16 lanes of 32 bits.
+// Transposes 16 x 16 lanes of 32 bits.
 AMX_INLINE void transpose(__m512i (&rows)[kAmxRows]) {
   exchange_all<1>(rows);
   exchange_all<2>(rows);
@@ -95,22 +95,22 @@ AMX_INLINE void transpose(__m512i (&rows)[kAmxRows]) {
   exchange_all<8>(rows);
 }
 
-// Both as bfloat16, side by side in each lane.
+// Rounds both to bfloat16, side by side in each lane.
 AMX_INLINE __m512i rounded_pairs(__m512 even, __m512 odd) {
   const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
   const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
   return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 
-// 32 floats, those of lanes, as bfloat16.
+// Loads 32 floats, only those of `lanes`, and rounds them, times scale, to bfloat16.
 AMX_INLINE __m512i rounded_line(const float* source, __mmask32 lanes, float scale) {
   const __m512 low = _mm512_maskz_loadu_ps(__mmask16(lanes), source);
   const __m512 high = _mm512_maskz_loadu_ps(__mmask16(lanes >> 16), source + kAmxRows);
   return (__m512i)_mm512_cvtne2ps_pbh(scale * high, scale * low);
 }
 
-// Which of 32 columns from c on are kept.
-AMX_INLINE __mmask32 kept_columns(const KeptRow& row, int64_t c) {
+// A mask of the 32 columns from c on: a bit is set if its column is kept.
+AMX_INLINE __mmask32 kept_lanes(const MaskRow& row, int64_t c) {
   uint64_t window;
   __builtin_memcpy(&window, row.bytes + c / 8, sizeof window);
   return __mmask32(window >> row.shift);
