@@ -21,6 +21,7 @@ from align_ext.ops._backend import backend
 
 __all__ = [
     "AlignLoraConfig",
+    "AlignMixin",
     "AlignSFTTrainer",
     "AlignTrainer",
     "FlopsPerToken",
@@ -50,6 +51,7 @@ __version__ = version("align_ext")
 
 
 _LAZY = {  # these import transformers, datasets or trl; everything else does without
+    "AlignMixin": "align_ext.training.trainer",
     "AlignSFTTrainer": "align_ext.training.sft_trainer",
     "AlignTrainer": "align_ext.training.trainer",
     "TaskCollator": "align_ext.data.collator",

@@ -30,10 +30,12 @@ LACKS = {"cpu": {}, "cuda": CUDA_LACKS, "simt": CUDA_LACKS | {"size": "too large
 
 def pytest_addoption(parser):
     parser.addoption("--device", choices=LACKS, default="cpu", help="where the operators' tests run")
+    parser.addoption("--slow", action="store_true", help="also run what only make check-full has time for")
     parser.addoption("--fuzz", type=int, default=100, help="how many cases a test by hypothesis makes")
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: runs with --slow alone, since faster tests see most of the same")
     config.addinivalue_line("markers", "needs(what): skipped on a --device that lacks it (conftest.LACKS)")
     options = {"max_examples": config.getoption("--fuzz"), "derandomize": True, "deadline": None, "database": None}
     hypothesis.settings.register_profile("align", **options, suppress_health_check=list(hypothesis.HealthCheck))
@@ -45,6 +47,9 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     # What takes longest starts first, so that no process is left alone with it.
     items.sort(key=lambda item: "native_build" not in getattr(item, "fixturenames", ()))
+    slow = [] if config.getoption("--slow") else [item for item in items if item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if item not in slow]
     lacks = LACKS[config.getoption("--device")]
     for item in items:
         for mark in list(item.iter_markers("needs")):

@@ -98,7 +98,9 @@ LIMITS = {
 }
 
 
-@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize(
+    "limit", [pytest.param(name, marks=() if name in (None, "AVX2") else pytest.mark.slow) for name in LIMITS]
+)
 def test_kernels_take_what_the_processor_has_and_torch_s_own_products_may(limit, tmp_path):
     code = "from align_ext.ops._native import build_info as i; print(i.vector_bytes(), i.uses_amx())"
     env = {name: value for name, value in os.environ.items() if name != "ONEDNN_MAX_CPU_ISA"}

@@ -102,7 +102,15 @@ def test_a_missing_sanitizer_is_missing_not_passed(gpu_check):
     assert "memcheck finds nothing" not in output
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("bench_*.py")), ids=lambda path: path.stem)
+FASTEST = "bench_mk_mmd"
+BENCHMARKS = sorted((ROOT / "benchmarks").glob("bench_*.py"))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.slow, id=path.stem) for path in BENCHMARKS if path.stem != FASTEST]
+    + [ROOT / f"benchmarks/{FASTEST}.py"],
+)
 def test_the_benchmarks_run(path):
     result = subprocess.run([sys.executable, path, "--quick"], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -75,6 +75,7 @@ def test_an_eager_layer_hands_over_z_itself_and_a_compiled_one_a_copy():
         assert step.recorded[0][0].data_ptr() != z.data_ptr()
 
 
+@pytest.mark.slow
 @torch._functorch.config.patch(donated_buffer=False)  # what torch asks for before it retains a compiled graph
 @torch._inductor.config.patch(force_disable_caches=True)  # which its cache of compiled graphs does not tell apart
 def test_the_default_compiler_gives_the_same_gradient_over_a_retained_graph():

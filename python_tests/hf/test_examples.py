@@ -100,6 +100,7 @@ def test_a_compiled_model_and_a_plain_one_are_trained_alike(values):
     assert values("compile", 0.1) == pytest.approx(values("plain_loop", 0.1), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_processes_of_trainers_on_cpus_join(model, tmp_path):
     arguments = [*DATA, "--model", model, "--steps", 12, "--output", tmp_path / "adapter"]
     assert len(VALUE.findall(launched("trainer", 2, *arguments))) == 12  # one process speaks
@@ -123,6 +124,7 @@ def test_each_example_stands_alone():
                 assert not {alias.name for alias in node.names} & {*SCRIPTS, "align_ext"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "arguments", "environment", "message"),
     [

@@ -19,6 +19,7 @@ from align_ext import cli
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "examples/data"
 PAGES = sorted((ROOT / "docs/guide").glob("*.md"))
+FIRST = ("README", "own-data")  # the pages that are read first; the others' blocks run with --slow
 DOCUMENTS = [ROOT / "README.md", *PAGES]
 NEEDS = {"quantised-base.md": "bitsandbytes"}  # beyond what ".[test]" installs
 MODELS = {"SmolLM2-135M": False, "SmolLM2-135M-Instruct": True}  # and whether it has a chat template
@@ -50,7 +51,9 @@ def finished(process):
     return output
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=() if page.stem in FIRST else pytest.mark.slow, id=page.stem) for page in PAGES]
+)
 def test_every_block_of_a_page_runs_as_it_stands(page, hub, work):
     if page.name in NEEDS:
         pytest.importorskip(NEEDS[page.name], reason=f"the page needs {NEEDS[page.name]}")
