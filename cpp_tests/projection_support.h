@@ -1,4 +1,4 @@
-// What the tests of the projection kernels share: sums with their rounding errors, how close is close, workspaces.
+// Shared by the tests of the projection kernels: sums with their rounding errors, how close is close, workspaces.
 #pragma once
 
 #include <algorithm>

@@ -69,7 +69,7 @@ TEST(a_lane_equal_to_the_threshold_is_kept) {
 // Lanes of a vector of threes from column c of the row on, against the decisions.
 template <int TA, typename A>
 ALIGN_INLINE void check_masked(const std::vector<uint8_t>& bits, int64_t start, int64_t first, int64_t columns) {
-  const cpu::KeptRow row = cpu::kept_row(bits.data(), start % 8 + first);
+  const cpu::MaskRow row = cpu::mask_row(bits.data(), start % 8 + first);
   for (int64_t c = 0; c < columns; c += cpu::kLanes<A, TA>) {
     const auto masked = cpu::zero_dropped<TA, A>(cpu::Vec<A, TA>{} + A(3), row, c);
     for (int lane = 0; lane < cpu::kLanes<A, TA>; ++lane) {

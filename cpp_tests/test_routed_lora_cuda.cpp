@@ -32,7 +32,7 @@ Routing routing(int64_t top_k, int64_t groups = 1) { return {groups, top_k, 0.7}
 
 }  // namespace
 
-TEST(kernels_agree_with_naive_loops_for_every_site_with_a_shared_and_an_own_A) {
+TEST(kernels_agree_with_naive_loops_for_every_site_with_one_A_and_an_A_per_head) {
   for (DropoutSite site : kSites) {
     for (bool A_per_head : {false, true}) {
       for (int64_t rank : {1, 8}) check_all_types<Op>({{40, 72, 56, rank, 5, 3, A_per_head, site}, 0.3, routing(5)});

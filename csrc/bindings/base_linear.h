@@ -1,5 +1,5 @@
-// The frozen base layer, composed from the vendor's GEMM. By out variants: autocast, which may be on while the op runs
-// (backward inside an autocast region, say), rewrites the functional products and leaves these alone.
+// The frozen base layer, computed by the GEMM of the vendor. It uses the out variants of the products: autocast, which
+// may be active while the operator runs (for example in a backward pass), changes the functional ones but not these.
 #pragma once
 
 #include <array>
@@ -11,20 +11,20 @@
 namespace align {
 
 inline void mm_out(const Tensor& a, const Tensor& b, const Tensor& out) {
-  if (out.is_cpu()) {  // not through the dispatcher, whose search by name takes longer than a tiny product
+  if (out.is_cpu()) {  // without the dispatcher, whose search by name takes longer than a tiny product
     return check_call(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()), "the base layer's product");
   }
   using torch::stable::detail::from;
-  call_operator<3>("aten::mm", "out", {from(a), from(b), from(out)});  // gives out again
+  call_operator<3>("aten::mm", "out", {from(a), from(b), from(out)});  // returns out
 }
 
-// x [..., columns], contiguous, as [rows, columns].
+// A contiguous x [..., columns] as [rows, columns].
 inline Tensor rows_of(const Tensor& x, int64_t rows) {
   const int64_t columns = x.size(x.dim() - 1);
   return view_of<2>(x, {rows, columns}, {columns, 1});
 }
 
-// out = x Wᵀ for x [..., in_dim] of so many rows, weight [out_dim, in_dim]; the bias is added with the low-rank term.
+// out = x Wᵀ for x [..., in_dim] with `rows` rows and weight [out_dim, in_dim]. The kernels add the bias.
 inline void base_forward(const Tensor& x, int64_t rows, const Tensor& weight, const Tensor& out) {
   const Tensor transposed = view_of<2>(weight, {weight.size(1), weight.size(0)}, {weight.stride(1), weight.stride(0)});
   mm_out(rows_of(x, rows), transposed, rows_of(out, rows));

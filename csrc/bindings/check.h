@@ -1,5 +1,5 @@
-// What every binding says of its arguments. An error is one line that names the argument, what it is and what it may
-// be; torch makes it a RuntimeError.
+// The checks of all bindings. An error is one line that names the argument, its value and the values that are allowed;
+// torch makes it a RuntimeError.
 #pragma once
 
 #include <cctype>
@@ -29,7 +29,7 @@ template <typename... Parts>
   throw std::runtime_error(text.str());
 }
 
-// A macro, so that the parts of a message are made only where it is needed.
+// A macro, so that a message is made only if it is needed.
 #define ALIGN_CHECK(condition, ...) \
   do {                              \
     if (!(condition)) [[unlikely]]  \
@@ -44,7 +44,7 @@ inline std::string text_of(Sizes sizes) {
 
 inline std::string shape_of(const Tensor& tensor) { return text_of(tensor.sizes()); }
 
-// A dtype as Python writes it.
+// The name of a dtype in Python.
 inline std::string name_of(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Byte:
@@ -81,7 +81,7 @@ inline void check_shape(const Tensor& tensor, Sizes expected, const char* name) 
               shape_of(tensor));
 }
 
-// Whether kernels compute with a dtype.
+// Whether there are kernels for a dtype.
 inline bool is_floating(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
          dtype == ScalarType::Double;
@@ -102,7 +102,7 @@ inline void check_dtype(const OptionalTensor& tensor, ScalarType expected, const
   if (tensor) check_dtype(*tensor, expected, name, what);
 }
 
-// What kernels accumulate in, beside a tensor that they compute with.
+// The tensor must have the type in which kernels accumulate, given another tensor that they compute with.
 inline void check_accumulated(const Tensor& tensor, const Tensor& beside, const char* name) {
   const bool is_double = beside.scalar_type() == ScalarType::Double;
   check_dtype(tensor, is_double ? ScalarType::Double : ScalarType::Float, name, "float32 (float64 for float64)");
@@ -123,7 +123,7 @@ inline void check_size(int64_t size, int64_t most, const char* name) {
   ALIGN_CHECK(size <= most, name, " must be at most ", most, ", got ", size);
 }
 
-// A number of things of which there is one at least.
+// A count, which is at least 1.
 inline void check_count(int64_t count, const char* name) {
   ALIGN_CHECK(count >= 1 && count <= kMaxCount, name, " must be in 1 .. ", kMaxCount, ", got ", count);
 }

@@ -1,8 +1,8 @@
-// Where the operators run. A binding is a template over its Device, so that one file serves the CPU and CUDA:
+// The devices of the operators. A binding is a template over its Device, so that one file serves the CPU and CUDA:
 //
 //   template <class Device> Tensor some_op(const Tensor& x) {
 //     check(x);
-//     const Device device(x);  // after the checks, before the first tensor's memory is asked for
+//     const Device device(x);  // after the checks, before the first call of data()
 //     if constexpr (Device::kCuda) { cuda::some_op(..., device.stream()); } else { cpu::some_op(...); }
 //   }
 //   template <class Device> void implement(auto& m) { m.impl("some_op", TORCH_BOX(&some_op<Device>)); }
@@ -27,7 +27,7 @@ struct CpuDevice {
   explicit CpuDevice(const Tensor&) {}
 };
 
-#if defined(ALIGN_SIMT)  // the CUDA kernels take the CPU's tensors
+#if defined(ALIGN_SIMT)  // the CUDA kernels run on tensors of the CPU
 #define ALIGN_IMPLEMENT_ON_DEVICES(implement) \
   STABLE_TORCH_LIBRARY_IMPL(align_ext, CPU, m) { implement<CudaDevice>(m); }
 #elif defined(ALIGN_WITH_CUDA)

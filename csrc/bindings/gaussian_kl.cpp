@@ -8,8 +8,8 @@
 namespace align {
 namespace {
 
-// Checked latents of all layers: contiguous, and as the kernels take them. rank: of moments and tables, the widest
-// layer's or more.
+// The latents of all layers, checked and contiguous. rank is that of moments and tables, at least the largest rank of a
+// layer.
 struct LatentTensors {
   std::vector<Tensor> z;
   Tensor task;
@@ -69,7 +69,7 @@ void check_moments(const Tensor& moments, int64_t ddof) {
   check_ddof(ddof);
 }
 
-// The rank that tables [layers, tasks, 3 rank] have room for.
+// Checks the tables [layers, tasks, 3 rank] and returns their rank.
 int64_t check_tables(const Tensor& d_loss, const std::vector<Tensor>& z, const Tensor& tables) {
   ALIGN_CHECK(d_loss.numel() == 1, "d_loss must hold one value, got ", shape_of(d_loss));
   check_floating(d_loss, "d_loss");
@@ -91,7 +91,7 @@ Tensor empty_moments(const LatentTensors& latents, int64_t num_tasks) {
   return make_empty(z, {latents.layers(), num_tasks, 2 * latents.rank + 1}, acc_type(z));
 }
 
-// [layers, tokens * rank and up to 15 more]: each layer's part begins where a vector may.
+// [layers, tokens * rank rounded up to 16]: the gradient of each layer begins at an aligned address.
 Tensor empty_gradients(const LatentTensors& latents) {
   const int64_t size = (latents.tokens * latents.rank + 15) / 16 * 16;  // both are bounded
   return make_empty(latents.z[0], {latents.layers(), size});

@@ -32,7 +32,7 @@ GroupedLoraShape check_inputs(const Tensor& x, const Tensor& A, const Tensor& B)
   return shape;
 }
 
-// What says to which group a row belongs: checked shapes, not values.
+// Checks the shapes of offsets and group, which say to which group a row belongs, but not their values.
 void check_groups(const GroupedLoraShape& shape, const Tensor& like, const OptionalTensor& offsets,
                   const OptionalTensor& group) {
   ALIGN_CHECK(!(offsets && group), "give offsets or group, not both");
@@ -49,7 +49,7 @@ void check_groups(const GroupedLoraShape& shape, const Tensor& like, const Optio
   }
 }
 
-// The rows of each group: row numbers by group, and where each group's begin. Owns the arrays that RowGroups points to.
+// The rows in group order, and where each group begins. Owns the arrays that RowGroups points to.
 // On CUDA the kernels check the values of group and offsets.
 template <class Device>
 struct GroupedRows {

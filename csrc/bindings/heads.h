@@ -1,4 +1,4 @@
-// What the bindings of dropout_sum and routed_lora share on every device: checks, outputs, and the kernels' arguments.
+// Shared by the bindings of dropout_sum and routed_lora: checks, outputs, and the arguments of the kernels.
 #pragma once
 
 #include "bindings/projection.h"
@@ -13,7 +13,7 @@ inline std::vector<int64_t> latent_sizes(const HeadsShape& shape) {
   return {shape.tokens, shape.heads, shape.rank};
 }
 
-// The adapters as they were given.
+// The adapters as the caller gave them.
 struct HeadsAdapters {
   const Tensor& A;
   const Tensor& B;
@@ -34,7 +34,7 @@ inline void check_offset(HeadsShape& shape, const Tensor& x, const HeadsAdapters
   check_device(given.B0, x, "B0");
 }
 
-// Ranks of all that one product holds; those that see a mask of x begin at multiples of 8 on CUDA.
+// Bounds the sum of all ranks of a product. On CUDA the ranks that see a mask of x begin at multiples of 8.
 inline void check_ranks(const HeadsShape& shape, int64_t logits) {
   check_size(shape.rank, kMaxRanks, "rank, of B,");
   check_size(shape.offset_rank, kMaxRanks, "offset_rank, the rows of A0,");
@@ -71,7 +71,7 @@ inline HeadsShape check_heads(const Tensor& x, const HeadsAdapters& given, int64
   return shape;
 }
 
-// What both passes are given, contiguous, with the adapters in one dtype: x's or float32.
+// The inputs of both passes, contiguous, with all adapters in one dtype: that of x or float32.
 struct HeadsTensors {
   HeadsShape shape;
   double scaling, offset_scaling;
@@ -93,12 +93,19 @@ struct HeadsTensors {
 
   template <typename T, typename TA = T>
   HeadsInputs<T, TA> inputs() const {
-    return {shape,       dropout.view, scaling,      offset_scaling, data<T>(x),
-            data<TA>(A), data<TA>(B),  data<TA>(A0), data<TA>(B0)};
+    return {.shape = shape,
+            .dropout = dropout.view,
+            .scaling = scaling,
+            .offset_scaling = offset_scaling,
+            .x = data<T>(x),
+            .A = data<TA>(A),
+            .B = data<TA>(B),
+            .A0 = data<TA>(A0),
+            .B0 = data<TA>(B0)};
   }
 };
 
-// y, z and what they are made from.
+// The outputs y and z, and the base output and the bias, which are added to y.
 struct HeadsOutputs {
   Tensor base, y, z;
   OptionalTensor bias;
@@ -113,11 +120,16 @@ struct HeadsOutputs {
 
   template <typename T, typename TA = T>
   HeadsForwardArgs<T, TA> args(const HeadsTensors& in, void* workspace) {
-    return {in.inputs<T, TA>(), data<T>(base), data<T>(bias), mutable_data<Acc<T>>(z), mutable_data<T>(y), workspace};
+    return {.inputs = in.inputs<T, TA>(),
+            .y_in = data<T>(base),
+            .bias = data<T>(bias),
+            .z = mutable_data<Acc<T>>(z),
+            .y = mutable_data<T>(y),
+            .workspace = workspace};
   }
 };
 
-// The gradients and what they are made from.
+// The gradients, and the tensors from which they are computed.
 struct HeadsGradients {
   bool need_dx, has_base;
   Tensor dy, z, dx, dA, dB;
@@ -137,15 +149,15 @@ struct HeadsGradients {
 
   template <typename T, typename TA = T>
   HeadsBackwardArgs<T, TA> args(const HeadsTensors& in, void* workspace) {
-    return {in.inputs<T, TA>(),
-            data<Acc<T>>(z),
-            has_base ? data<T>(dx) : nullptr,
-            data<T>(dy),
-            data<Acc<T>>(dz),
-            need_dx ? mutable_data<T>(dx) : nullptr,
-            mutable_data<Acc<T>>(dA),
-            mutable_data<Acc<T>>(dB),
-            workspace};
+    return {.inputs = in.inputs<T, TA>(),
+            .z = data<Acc<T>>(z),
+            .dx_in = has_base ? data<T>(dx) : nullptr,
+            .dy = data<T>(dy),
+            .dz_in = data<Acc<T>>(dz),
+            .dx = need_dx ? mutable_data<T>(dx) : nullptr,
+            .dA = mutable_data<Acc<T>>(dA),
+            .dB = mutable_data<Acc<T>>(dB),
+            .workspace = workspace};
   }
 };
 

@@ -27,7 +27,7 @@ STABLE_TORCH_LIBRARY(align_ext, m) {
       "Tensor R, float scaling, float offset_scaling, Tensor? A0, Tensor? B0, float tau, int site, float p, "
       "Tensor? rng, Tensor? weight, bool need_dx) -> (Tensor dx, Tensor dA, Tensor dB, Tensor dR)");
 
-  // Of all layers at once: z holds their latents [tokens, rank of the layer], of the same tokens.
+  // These take all layers at once: z holds the latents [tokens, rank of the layer] of each, for the same tokens.
   m.def("task_moments(Tensor[] z, Tensor task, int num_tasks, int rank) -> Tensor");
   m.def("gaussian_kl_tables(Tensor moments, float eps, int ddof, bool mean_pairs) -> (Tensor loss, Tensor tables)");
   m.def(

@@ -1,5 +1,5 @@
-// What the bindings of every projection share: the dropout arguments, the frozen base layer, what the gradients start
-// from. A Shape has tokens, in_dim and out_dim, and latent_sizes(shape) says what z is like.
+// Shared by the bindings of all projections: the dropout arguments, the frozen base layer, checks and new gradients. A
+// Shape has tokens, in_dim and out_dim, and latent_sizes(shape) returns the sizes of z.
 #pragma once
 
 #include <vector>
@@ -27,7 +27,7 @@ struct Dropout {
   }
 };
 
-// The rows of x [..., in_dim].
+// The number of rows of x [..., in_dim].
 inline int64_t tokens_of(const Tensor& x) {
   ALIGN_CHECK(x.dim() >= 1, "x must be [..., in_dim], got a scalar");
   check_floating(x, "x");
@@ -48,7 +48,7 @@ inline std::vector<int64_t> with_last_dim(const Tensor& x, int64_t last) {
   return sizes;
 }
 
-// What the low-rank term is added to, [..., out_dim]: base(x) into a new tensor, or base_out.
+// Returns the base output [..., out_dim], to which the low-rank term is added: base(x) in a new tensor, or base_out.
 template <typename Shape>
 Tensor base_of(const Tensor& x, const Shape& shape, const OptionalTensor& weight, const OptionalTensor& bias,
                const OptionalTensor& base_out) {
@@ -93,7 +93,7 @@ void check_gradients(const Shape& shape, const Tensor& x, const Tensor& dy, cons
   }
 }
 
-// Where dx goes, new: it holds base_backward's result, if there is a base, and the kernels then add to it.
+// Returns a new dx. With a base weight it holds the result of base_backward, to which the kernels add.
 template <typename Shape>
 Tensor dx_of(const Shape& shape, const Tensor& x, const Tensor& dy, const OptionalTensor& weight, bool need_dx) {
   if (!need_dx) return make_empty(x, {0});

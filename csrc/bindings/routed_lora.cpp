@@ -5,7 +5,7 @@
 namespace align {
 namespace {
 
-// Groups of outputs and the router's options, checked.
+// Checks the router and its options.
 Routing check_router(const HeadsShape& shape, const Tensor& x, const Tensor& R, int64_t top_k, double tau) {
   ALIGN_CHECK(R.dim() == 2 && R.size(1) == shape.in_dim && R.size(0) > 0 && R.size(0) % shape.heads == 0,
               "R must be [groups * heads, in_dim] with heads ", shape.heads, " as in B and in_dim ", shape.in_dim,
@@ -25,7 +25,7 @@ std::vector<int64_t> factor_sizes(const HeadsShape& shape, const Routing& routin
   return {shape.tokens, routing.groups, shape.heads};
 }
 
-// The router's weights of the forward, and the gradient that reached them.
+// Checks the router's weights, an output of the forward pass, and their gradient.
 void check_factors(const std::vector<int64_t>& sizes, const Tensor& x, const Tensor& w, const OptionalTensor& dw) {
   check_shape(w, sizes, "w");
   check_device(w, x, "w");

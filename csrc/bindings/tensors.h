@@ -1,4 +1,4 @@
-// What every binding needs of torch beside checks: new tensors and memory for kernels.
+// The calls of torch that all bindings need: new tensors, conversions, and memory for kernels.
 #pragma once
 
 #include <algorithm>
@@ -26,7 +26,7 @@
 #define ALIGN_SEE(tensor, pointer, given)
 #endif
 
-// From torch 2.12 on; before, the address is null.
+// Exists from torch 2.12 on; before, its address is null.
 extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace align {
@@ -42,7 +42,7 @@ inline ScalarType acc_type(const Tensor& tensor) {
 // microsecond, and a layer at sizes of no work has a dozen of them; else by the operator's full name. torch::stable's
 // C++ functions gain overloads from one torch to the next, which change what a call with the same arguments means.
 
-// Throws what torch said of a call that failed.
+// Throws the error message of torch if a call has failed.
 inline void check_call(AOTITorchError error, const char* what) {
   if (error == AOTI_TORCH_SUCCESS) return;
   const bool knows = torch_exception_get_what_without_backtrace != nullptr;
@@ -71,20 +71,22 @@ inline int64_t bytes_of(ScalarType dtype) {
   }
 }
 
-// A process that takes more than there is would be killed when it writes there. (A GPU's allocator knows by itself.)
+// The memory of this machine. A process that allocates more would be killed when it writes to it. (The allocator of a
+// GPU reports an error by itself.)
 inline int64_t host_memory() {
   static const int64_t bytes = product({sysconf(_SC_PHYS_PAGES), sysconf(_SC_PAGE_SIZE)});
   return bytes;
 }
 
-// In builds for tests new memory holds NaN, in every floating-point type: what no kernel writes is seen.
+// In builds for tests new memory holds NaN in every floating-point type, so that a test sees what no kernel has
+// written.
 inline void fill_new([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
 #ifdef ALIGN_FILL_NEW
   if (bytes > 0) std::memset(memory, 0xFF, size_t(bytes));
 #endif
 }
 
-// A new tensor on the device of another: the only place that makes one.
+// A new tensor on the device of another. All new tensors are made here.
 inline Tensor make_empty(const Tensor& like, Sizes sizes, ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size(), 1);
   int64_t bytes = bytes_of(dtype);
@@ -110,7 +112,7 @@ inline Tensor make_empty(const Tensor& like, Sizes sizes) { return make_empty(li
 
 inline Tensor empty_bytes(const Tensor& like, int64_t bytes) { return make_empty(like, {bytes}, ScalarType::Byte); }
 
-// Memory for a CPU kernel, in which nothing is set: a tensor's takes a microsecond more.
+// Uninitialised memory for a CPU kernel. A tensor would take a microsecond more.
 inline std::unique_ptr<std::byte[]> host_bytes(int64_t bytes) {
   ALIGN_CHECK(bytes <= host_memory(), "the workspace would take ", bytes, " bytes, this machine has ", host_memory());
   std::unique_ptr<std::byte[]> memory(new (std::nothrow) std::byte[size_t(bytes)]);
@@ -139,7 +141,7 @@ inline OptionalTensor contiguous_as(const OptionalTensor& tensor, ScalarType dty
   return tensor ? OptionalTensor(contiguous_as(*tensor, dtype)) : std::nullopt;
 }
 
-// A tensor's memory with other sizes and strides.
+// A view of the memory of a tensor with other sizes and strides.
 template <size_t kDims>
 Tensor view_of(const Tensor& tensor, const std::array<int64_t, kDims>& sizes,
                const std::array<int64_t, kDims>& strides) {
@@ -148,8 +150,8 @@ Tensor view_of(const Tensor& tensor, const std::array<int64_t, kDims>& sizes,
   return Tensor(view);
 }
 
-// Memory for kernels. What a kernel reads before it writes is taken by data(), what it writes first (outputs,
-// workspaces: mutable_data<void>) by mutable_data(), and what is read and written in place by both.
+// The memory of a tensor for kernels: data() if a kernel reads it, mutable_data() if a kernel writes it first (outputs,
+// and workspaces as mutable_data<void>), and both if it is changed in place.
 template <typename T>
 const T* data(const Tensor& tensor) {
   const void* const pointer = tensor.const_data_ptr();
@@ -167,7 +169,8 @@ T* mutable_data(Tensor& tensor) {
   return static_cast<T*>(pointer);
 }
 
-// The dtype in which kernels take adapters: float32 if all are, and x is not float64, else x's. They round them.
+// The dtype in which kernels get the adapters: float32 if all adapters are float32 and x is not float64, otherwise the
+// dtype of x. Kernels round float32 adapters to the dtype of x.
 inline ScalarType adapter_type(const Tensor& x, std::initializer_list<Tensor> adapters) {
   bool all_float = x.scalar_type() != ScalarType::Double;
   for (const Tensor& adapter : adapters) all_float = all_float && adapter.scalar_type() == ScalarType::Float;

@@ -1,6 +1,6 @@
-// The three products of a tile by ordinary fused multiply-adds: float, and 16-bit types before sm_80. Same functions as
-// mma.cuh. Operands are read four neighbours at a time; a thread's register tile makes each of them count several
-// times. Sums of a tile are added up by themselves first, because rounding grows with the length of a sum.
+// The three products of a tile by ordinary fused multiply-adds, for float and, before sm_80, for 16-bit types. Same
+// functions as mma.cuh. A thread reads four neighbouring operands at a time and uses each several times. The sum of a
+// tile is computed separately and then added, because rounding grows with the length of a sum.
 #pragma once
 
 #include "cuda/tile.cuh"
@@ -28,7 +28,7 @@ __device__ __forceinline__ void store4(T* to, const float (&v)[4]) {
   *reinterpret_cast<uint2*>(to) = make_uint2(half[0] | half[1] << 16, half[2] | half[3] << 16);
 }
 
-// Zeroes those whose bit is 0.
+// Sets the elements whose bit is 0 to zero.
 __device__ __forceinline__ void zero_dropped(float (&v)[4], uint32_t bits) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) v[i] = bits >> i & 1u ? v[i] : 0.f;
@@ -45,8 +45,7 @@ struct Ffma {
   // dot: lane 8 a + b has rows a + 4 i and ranks b + 8 j. add: rows a + 4 i and columns 4 b + 32 i.
   static constexpr int kRows = 4, kRanks = kRank / 8, kRanksAtOnce = 2;
   static constexpr int kGroups = kTileCols<T> / 32;
-  // outer: a warp's columns are kGroups groups of 4; its lanes split into groups, shares of the ranks, shares of the
-  // rows.
+  // outer: a warp has kGroups groups of 4 columns. Its lanes are divided over the groups, the ranks and the rows.
   static constexpr int kOuterRanks = 4, kRankLanes = kRank / kOuterRanks, kRowLanes = kWarp / kRankLanes / kGroups;
 
   struct Dot {
@@ -194,7 +193,7 @@ struct Ffma {
     }
   }
 
-  // The lanes that share an element add up first, in an order that is always the same.
+  // The lanes that have sums of the same element add them first, always in the same order.
   template <typename Out>
   static __device__ __forceinline__ void finish(const Outer& acc, const Out& out) {
 #pragma unroll

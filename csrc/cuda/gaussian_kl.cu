@@ -1,8 +1,9 @@
-// Every kernel takes all layers, the grid's last dimension, whose pointers and ranks travel in the kernel's
-// parameters. Moments: a block of threads takes 256 rows and up to 32 dimensions. A thread owns one dimension of every
-// k-th row and keeps its sums for 16 tasks at a time in its own column of shared memory, so that no two threads add to
-// one address; columns are then added in a fixed order. A second kernel merges the blocks' moments in their order
-// (Chan). Tables: a block a layer, a thread a dimension. Backward: one element a thread and step.
+// Every kernel processes all layers, which are the last dimension of the grid; their pointers and ranks are parameters
+// of the kernel. Moments: a block of threads takes 256 rows and up to 32 dimensions. A thread takes one dimension of
+// every k-th row and keeps its sums for 16 tasks at a time in its own column of shared memory, so that no two threads
+// add to the same address; the columns are then added in a fixed order. A second kernel merges the moments of the
+// blocks in their order (Chan). Tables: one block for each layer, one thread for each dimension. Backward: one element
+// at a time.
 #include "ops/gaussian_kl.h"
 
 #include <algorithm>
@@ -18,29 +19,29 @@ constexpr int kThreads = 256;
 constexpr int kBlockRows = 256;
 constexpr int kTaskTile = 16;  // 2 * 16 * 256 floats of shared memory: 32 KiB
 constexpr int kTableThreads = 128;
-constexpr int kMaxLayers = 256;  // of a launch: 3 of the 4 KiB that a kernel's parameters may have
+constexpr int kMaxLayers = 256;  // layers of a launch: they take 3 of the 4 KiB of a kernel's parameters
 
-// Threads along a row: the power of two that covers rank, at most a warp.
+// The threads along a row: the least power of two that is not less than rank, at most a warp.
 int lanes_for(int64_t rank) {
   int lanes = 1;
   while (lanes < rank && lanes < kWarp) lanes *= 2;
   return lanes;
 }
 
-// Up to kMaxLayers layers of Latents, as a kernel takes them.
+// Up to kMaxLayers layers of Latents, as a parameter of a kernel.
 template <typename T>
 struct Layers {
   const T* z[kMaxLayers];
   int ranks[kMaxLayers];
   int64_t tokens;
-  int64_t rank;  // the widest one's
+  int64_t rank;  // the largest rank
   const int64_t* task;
   int64_t tasks;
   int lanes;        // threads along a row
-  int first_piece;  // of so many dimensions, of a launch of the moments
+  int first_piece;  // first piece of `lanes` dimensions of a launch of the moments
 };
 
-// Calls body(layers, number of the first, count) for every launch's share of the layers.
+// Calls body(layers, number of the first layer, count) for every launch, with up to kMaxLayers of the layers.
 template <typename T, typename Body>
 void for_launches(const Latents<T>& latents, int64_t tasks, const Body& body) {
   for (int64_t first = 0; first < latents.layers; first += kMaxLayers) {
@@ -61,22 +62,22 @@ void for_launches(const Latents<T>& latents, int64_t tasks, const Body& body) {
 
 // ---- Moments
 
-// Sum over the block's row groups of one dimension.
+// The sum over all row groups of the block for one dimension.
 __device__ float column_sum(const float* column, int lanes) {
   float sum = 0;
   for (int i = 0; i < kThreads; i += lanes) sum += column[i];
   return sum;
 }
 
-// First pass: count and mean of each task of the tile. Second pass: sums of differences from that mean and of their
-// squares; the former corrects the mean's rounding.
+// The first pass computes the count and the mean of each task of the tile. The second pass sums the differences from
+// that mean and their squares; the former correct the rounding of the mean.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) block_moments_kernel(Layers<T> layers, float* partials) {
   __shared__ float first[kTaskTile][kThreads];   // sums of z, then of differences
   __shared__ float second[kTaskTile][kThreads];  // counts, then sums of squares
   __shared__ float mean[kTaskTile][kWarp];
   __shared__ float count[kTaskTile];
-  __shared__ int task[kBlockRows];  // within the tile, or -1
+  __shared__ int task[kBlockRows];  // number of the task within the tile, or -1
 
   const int64_t rank = layers.ranks[blockIdx.z], width = 2 * layers.rank + 1, tasks = layers.tasks;
   const int thread = threadIdx.x, lanes = layers.lanes, groups = kThreads / lanes;
@@ -84,7 +85,7 @@ __global__ void __launch_bounds__(kThreads) block_moments_kernel(Layers<T> layer
   const int64_t begin = int64_t(blockIdx.x) * kBlockRows;
   const int rows = int(layers.tokens - begin < kBlockRows ? layers.tokens - begin : kBlockRows);
   const int64_t first_dim = (int64_t(blockIdx.y) + layers.first_piece) * lanes, d = first_dim + lane;
-  if (first_dim > 0 && first_dim >= rank) return;  // beyond a narrow layer
+  if (first_dim > 0 && first_dim >= rank) return;  // beyond the rank of this layer
   const T* z = layers.z[blockIdx.z] + begin * rank + d;
   partials += (int64_t(blockIdx.z) * gridDim.x + blockIdx.x) * tasks * width;
 
@@ -132,7 +133,7 @@ __global__ void __launch_bounds__(kThreads) block_moments_kernel(Layers<T> layer
   }
 }
 
-// partials: [layers, blocks, tasks, 2 rank + 1], moments: [layers, tasks, 2 rank + 1]; a thread an entry of the latter.
+// partials: [layers, blocks, tasks, 2 rank + 1]; moments: [layers, tasks, 2 rank + 1]. A thread computes one entry.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     merge_moments_kernel(Layers<T> layers, int64_t blocks, const float* partials, float* moments) {
@@ -160,7 +161,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// ---- Tables, in double: there are few of them. Loops over tasks stay rolled, for double divisions need registers.
+// ---- Tables, in double, because they are small. Loops over tasks are not unrolled: divisions in double need
+// registers.
 
 template <typename A>
 struct LayerMoments {
@@ -174,7 +176,7 @@ struct LayerMoments {
   __device__ bool active(int64_t i) const { return n(i) >= 2; }  // max(2, 1 + ddof), ddof being 0 or 1
 };
 
-// Sums over the active tasks of one dimension.
+// Sums over the active tasks for one dimension.
 struct TaskSums {
   double v, mu;             // means
   double p, pc, c2;         // sums of p, p c, c^2

@@ -1,5 +1,5 @@
-// Kernel launch, shared memory, facts about the device, and block-wide sums. The only file that knows which compiler is
-// at work: nvcc gets the real <<<>>>, a host compiler gets the SIMT engine of cpp_tests/simt.
+// Kernel launches, shared memory, properties of the device, and sums over a block. The only file that depends on the
+// compiler: nvcc gets the real <<<>>>, a host compiler gets the SIMT engine of cpp_tests/simt.
 #pragma once
 
 #ifdef __CUDACC__
@@ -21,7 +21,7 @@ inline void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
 }
 
-// shared_bytes of dynamic shared memory for each block; what exceeds the default limit is asked for.
+// Each block gets shared_bytes of dynamic shared memory. More than the default limit must be requested.
 template <typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), const Grid& grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
             Args... args) {
@@ -33,7 +33,7 @@ void launch(void (*kernel)(Params...), const Grid& grid, dim3 block, size_t shar
   check(cudaGetLastError());
 }
 
-// Where the dynamic shared memory of the block begins.
+// The dynamic shared memory of the block.
 __device__ inline void* dynamic_shared() {
   extern __shared__ __align__(128) char bytes[];
   return bytes;
@@ -50,7 +50,7 @@ inline Device current_device() {
   return device;
 }
 
-// Stops the program: an index that came from a tensor is out of its range.
+// Stops the program unless the condition holds, for example if an index from a tensor is out of range.
 __device__ inline void require(bool condition) {
   if (!condition) __trap();
 }
@@ -67,11 +67,11 @@ inline Device current_device() {
 inline void require(bool condition) { simt::require(condition); }
 #endif
 
-// Sum over the block in an order that depends on the block's size alone; every thread receives it. All threads must
-// call it, and there must be whole warps of them.
+// The sum over the block, in an order that depends only on the size of the block. Every thread gets it. All threads
+// must call it, and the block must consist of whole warps.
 template <typename A>
 __device__ A block_sum(A value) {
-  __shared__ A partial[kWarp];  // one a warp
+  __shared__ A partial[kWarp];  // one for each warp
   for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
   if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = value;
   __syncthreads();  // partial is complete

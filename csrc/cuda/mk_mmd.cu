@@ -1,12 +1,13 @@
-// Six launches, five with given bandwidths: count each task's tokens by blocks of 256; add the counts up and lay out
-// rows and tiles; choose the tokens and gather their z; the bandwidth; the pairs; the sums over splits. How many tokens
-// take part is known on the device alone, so that grids cover the most there can be and blocks without work end.
+// There are six launches, or five with given bandwidths: count the tokens of each task by blocks of 256; add up the
+// counts and assign rows and tiles; choose the tokens and gather their z; compute the bandwidth; process the pairs; add
+// up the splits. Only the device knows how many tokens take part, so the grids have the largest possible size, and
+// blocks without work end at once.
 //
-// Pairs: a block takes 32 rows of one task against its split of the tiles, 32 rows each, and 16 or 64 dimensions of
-// the gradient (distances need all of them: wider ranks read the tiles once for each 64). 128 threads own 2 x 4 pairs
-// each while kernels are computed, then 4 dimensions of one or four rows while rows are pulled; the weights pass
-// between the two through shared memory. Each block takes ordered pairs, so that it alone owns its rows: with
-// unordered ones half of the arithmetic, microseconds, would be saved for twice the partial sums.
+// Pairs: a block processes 32 rows of one task with its split of the tiles of 32 rows, for 16 or 64 dimensions of the
+// gradient. Distances need all dimensions: for larger ranks each 64 dimensions read the tiles again. Each of 128
+// threads has 2 x 4 pairs while kernels are computed, then 4 dimensions of one or four rows for the gradient; h goes
+// from one to the other through shared memory. Each block takes ordered pairs, so that no other block writes to its
+// rows. Unordered pairs would save half of the arithmetic, a few microseconds, but need twice the partial sums.
 #include "ops/mk_mmd.h"
 
 #include "cuda/mmd_tiles.cuh"
@@ -15,20 +16,20 @@
 namespace align::cuda {
 namespace {
 
-constexpr int kThreads = 256;  // and tokens of a block
+constexpr int kThreads = 256;  // also the tokens of a block
 constexpr int kMaxSplits = 16;
-constexpr int64_t kPairBlocks = 1024;  // wanted: several for each multiprocessor
+constexpr int64_t kPairBlocks = 1024;  // the number of blocks to aim at: several for each multiprocessor
 
 struct TaskRows {
   int count;   // tokens
-  int chosen;  // of them
-  int first;   // row
-  int tile;    // first of its tiles
+  int chosen;  // tokens that take part
+  int first;   // first row
+  int tile;    // first tile
 };
 
-// What the ids and the values decide.
+// Numbers that depend on the ids and on the values.
 struct Layout {
-  int64_t tiles, rows, tasks;  // that take part
+  int64_t tiles, rows, tasks;  // those that take part
   double bandwidth;
 
   __device__ bool some(const MmdKernels& kernels) const {
@@ -36,25 +37,25 @@ struct Layout {
   }
 };
 
-// The call but for z, and its workspace. What comes after z is gathered does not depend on z's type.
+// A call of the operator, without z, and its workspace. All kernels after the gathering do not depend on the type of z.
 struct Job {
   MkMmdArgs<float> args;
-  int64_t blocks;  // of tokens
+  int64_t blocks;  // blocks of tokens
   int64_t most_rows, most_tiles;
   int splits;
   int lanes;        // threads along a row
-  int chunks;       // of dimensions, in the pairs
-  int first_chunk;  // of a launch of them
-  int* before;      // [tasks, blocks]: tokens of the task in the block, then in the blocks before it
+  int chunks;       // chunks of dimensions of the pairs
+  int first_chunk;  // first chunk of a launch
+  int* before;      // [tasks, blocks]: tokens of a task in a block, later in all blocks before it
   TaskRows* task;   // [tasks]
   MmdTile* tile;    // [most_tiles]
   Layout* layout;   // [1]
-  float* z;         // [most_rows, rank], of the tokens that take part
-  float* partials;  // [splits, most_rows, rank]: sum_b omega h (z_a - z_b), but for a factor
+  float* z;         // [most_rows, rank]: z of the tokens that take part
+  float* partials;  // [splits, most_rows, rank]: sum_b omega h (z_a - z_b), up to a factor
   double* value;    // [most_tiles, splits]
 
   __device__ MmdTile tile_at(int64_t i) const { return {tile[i].task, tile[i].first, tile[i].rows}; }
-  // omega of two different tokens of tasks i and j.
+  // omega for two different tokens of tasks i and j.
   __device__ double omega(int i, int j) const {
     const double ni = task[i].chosen, nj = task[j].chosen;
     return i != j ? -1 / (ni * nj) : double(layout->tasks - 1) / (ni * (args.u_statistic ? ni - 1 : ni));
@@ -74,12 +75,23 @@ void allocate(intptr_t& end, P*& pointer, int64_t items) {
 template <typename T>
 Job job_of(const MkMmdArgs<T>& args) {
   Job job = {};
-  job.args = {args.tokens, args.rank, args.tasks,    args.n_max, args.u_statistic, args.mean_pairs, nullptr,
-              args.task,   args.loss, args.gradient, args.slot,  args.workspace,   args.kernels};
+  job.args = {.tokens = args.tokens,
+              .rank = args.rank,
+              .tasks = args.tasks,
+              .n_max = args.n_max,
+              .u_statistic = args.u_statistic,
+              .mean_pairs = args.mean_pairs,
+              .z = nullptr,
+              .task = args.task,
+              .loss = args.loss,
+              .gradient = args.gradient,
+              .slot = args.slot,
+              .workspace = args.workspace,
+              .kernels = args.kernels};
   return job;
 }
 
-// Lays out the workspace from an address on; returns its end.
+// Assigns the workspace, which begins at an address, and returns its end.
 intptr_t fill(Job& job, intptr_t workspace) {
   const auto& args = job.args;
   job.blocks = ceil_div(args.tokens, kThreads);
@@ -98,7 +110,7 @@ intptr_t fill(Job& job, intptr_t workspace) {
   return workspace;
 }
 
-// ---- Who takes part
+// ---- The tokens that take part
 
 // The task of token blockIdx.x * 256 + threadIdx.x, or -1.
 __device__ int task_of(const MkMmdArgs<float>& args) {
@@ -118,7 +130,7 @@ __global__ void __launch_bounds__(kThreads) count_kernel(Job job) {
   }
 }
 
-// Sum over the lanes up to this one.
+// The sum over the lanes up to this one.
 __device__ int sum_to_lane(int value) {
   for (int offset = 1; offset < kWarp; offset *= 2) {
     const int other = __shfl_up_sync(0xffffffffu, value, offset);
@@ -130,7 +142,7 @@ __device__ int sum_to_lane(int value) {
 __global__ void __launch_bounds__(kThreads) layout_kernel(Job job) {
   const auto& args = job.args;
   const int lane = threadIdx.x % kWarp;
-  for (int64_t i = threadIdx.x / kWarp; i < args.tasks; i += kThreads / kWarp) {  // a warp a task
+  for (int64_t i = threadIdx.x / kWarp; i < args.tasks; i += kThreads / kWarp) {  // one warp for each task
     int* before = job.before + i * job.blocks;
     int count = 0;
     for (int64_t first = 0; first < job.blocks; first += kWarp) {
@@ -203,7 +215,7 @@ __global__ void __launch_bounds__(kThreads) choose_kernel(Job job, const T* z) {
   }
 }
 
-// 2 sum |z - mean|^2 / (n - 1), by one block.
+// One block computes 2 sum |z - mean|^2 / (n - 1).
 __global__ void __launch_bounds__(kThreads) bandwidth_kernel(Job job) {
   __shared__ double column[kThreads];
   const int64_t rank = job.args.rank, rows = job.layout->rows;
@@ -250,7 +262,7 @@ __global__ void __launch_bounds__(kPairThreads, 4) pairs_kernel(Job job) {
   for (int64_t index = begin; index < end; ++index) {
     const MmdTile other = job.tile_at(index);
     float d2[2][4] = {};
-    for (int i = 1; i <= chunks; ++i) {  // the block's own dimensions come last and stay for the pulls
+    for (int i = 1; i <= chunks; ++i) {  // the block's dimensions come last and stay for the gradient
       const int64_t d = int64_t((chunk + i) % chunks) * kDims;
       __syncthreads();  // a, b and h have been read
       if (index == begin || chunks > 1) load_rows<kDims>(job.z, mine, d, rank, a);
@@ -288,7 +300,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(Job job) {
   if (blockIdx.x > 0) return;
   double value = 0;
   for (int64_t i = threadIdx.x; i < job.layout->tiles * job.splits && some; i += kThreads) value += job.value[i];
-  for (int64_t i = threadIdx.x; i < args.tasks && some && !args.u_statistic; i += kThreads) {  // tokens with themselves
+  for (int64_t i = threadIdx.x; i < args.tasks && some && !args.u_statistic; i += kThreads) {  // each token with itself
     const int chosen = job.task[i].chosen;
     if (chosen > 0) value += job.omega(int(i), int(i)) * chosen * args.kernels.count;
   }

@@ -1,5 +1,5 @@
-// The arithmetic of two tiles of 32 rows of the latent, by a block of 128 threads: their kernels, and how the rows of
-// the first are pulled by those of the second. Tiles lie in shared memory, kDims dimensions at a time.
+// The arithmetic of a pair of tiles of 32 rows of the latent, by a block of 128 threads: their kernels, and the
+// gradient of the rows of the first tile. Tiles lie in shared memory, kDims dimensions at a time.
 #pragma once
 
 #include "cuda/launch.cuh"
@@ -10,24 +10,24 @@ namespace align::cuda {
 constexpr int kPairThreads = 128;
 
 template <int kDims>
-using TileRows = float[kMmdTileRows][kDims + 4];  // rows of 16-byte pieces that start at different banks
+using TileRows = float[kMmdTileRows][kDims + 4];  // the padding lets rows start at different banks
 using TileWeights = float[kMmdTileRows][kMmdTileRows + 1];
 
 // Rows of one task.
 struct MmdTile {
   int task;
-  int first;  // row
+  int first;  // first row
   int rows;
 };
 
-// e_k = 2^(-rate_k d^2), or the square of e_(k-1);  h = sum_k weight_k e_k, weights in units of the widest beta.
+// e_k = 2^(-rate_k d^2), or the square of e_(k-1). h = sum_k weight_k e_k, with weights in units of the widest beta.
 struct Rates {
   float rate[kMaxMmdKernels], weight[kMaxMmdKernels];
-  float rest[kMaxMmdKernels];  // what rounding took off the rate: of all pairs, and times the exponent
+  float rest[kMaxMmdKernels];  // the rounding error of the rate, which would be the same for all pairs
   int squared[kMaxMmdKernels];
 };
 
-// A thread a kernel.
+// Each thread computes the rates of one kernel.
 __device__ inline void fill_rates(Rates& rates, const MmdKernels& kernels, double bandwidth) {
   constexpr double kLog2E = 1.4426950408889634;
   const int k = threadIdx.x;
@@ -39,7 +39,7 @@ __device__ inline void fill_rates(Rates& rates, const MmdKernels& kernels, doubl
   rates.squared[k] = kernels.squared[k];
 }
 
-// Rows of a tile, kDims of their dimensions from d on, zero beyond the tile and the rank.
+// Loads kDims dimensions from d on of the rows of a tile; zeros beyond the tile and beyond the rank.
 template <int kDims>
 __device__ void load_rows(const float* z, const MmdTile& tile, int64_t d, int64_t rank, TileRows<kDims>& rows) {
   for (int i = threadIdx.x; i < kMmdTileRows * kDims; i += kPairThreads) {
@@ -69,7 +69,7 @@ __device__ void add_distances(const TileRows<kDims>& a, const TileRows<kDims>& b
   }
 }
 
-// h of this thread's pairs times weight; returns the sum of k over its pairs of two different rows.
+// Writes weight * h for the pairs of this thread, and returns the sum of k over its pairs of two different rows.
 __device__ inline float add_kernels(const Rates& rates, int count, const float (&d2)[2][4], const MmdTile& a,
                                     const MmdTile& b, float weight, TileWeights& h) {
   const int row = 2 * (threadIdx.x / 8), column = threadIdx.x % 8;
@@ -96,7 +96,7 @@ __device__ inline float add_kernels(const Rates& rates, int count, const float (
   return total;
 }
 
-// Four dimensions of kPulled rows each: pull += sum_o h[row][o] (a[row] - b[o]).
+// The sums of one thread, for four dimensions of kRows rows: sum_o h[row][o] (a[row] - b[o]).
 template <int kDims>
 struct GradientSums {
   static constexpr int kLanes = kDims / 4, kGroups = kPairThreads / kLanes, kRows = kMmdTileRows / kGroups;
@@ -121,7 +121,8 @@ struct GradientSums {
     }
   }
 
-  // out: [rows, rank], the tile's rows, from the first of the kDims dimensions on, of which there are `dims`.
+  // Writes the sums to the rows of the tile in out [rows, rank], which begins at the first of the kDims dimensions;
+  // only `dims` of these exist.
   __device__ void write(int rows, int64_t dims, int64_t rank, float* out) const {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {

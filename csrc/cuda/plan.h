@@ -1,10 +1,11 @@
-// How a projection op's work is cut: pure functions of sizes and device, tested without a GPU
+// How the work of a projection is split: pure functions of sizes and device, tested without a GPU
 // (cpp_tests/test_plan.cpp).
 //
-// A tile is 128 rows of 128 bytes (64 columns of 16 bits, 32 of float), 16 KiB: with its padding, three stages of it,
-// the adapter matrix and the latent rows a block needs 72 to 93 KiB, so that two blocks share a multiprocessor of sm_80
-// and sm_90, each with 32 KiB of loads under way; a multiprocessor's share of an H100's bandwidth times its latency is
-// about 20 KiB. Rows of 128 bytes fill whole sectors and all 32 banks. 128 rows are 16, one mma, for each of 8 warps.
+// A tile is 128 rows of 128 bytes (64 columns of 16 bits, 32 of float), which is 16 KiB. With padding, three stages of
+// tiles, the adapter matrix and the latent rows a block needs 72 to 93 KiB, so that two blocks share a multiprocessor
+// of sm_80 and sm_90, each with 32 KiB of loads in flight. An H100 needs about 20 KiB in flight for each multiprocessor
+// (bandwidth times latency). Rows of 128 bytes fill whole sectors and all 32 banks. 128 rows are 16 rows, one mma, for
+// each of 8 warps.
 #pragma once
 
 #include <algorithm>
@@ -16,22 +17,22 @@ namespace align::cuda {
 
 struct Device {
   int multiprocessors;
-  int major;         // of the compute capability
-  int shared_bytes;  // of shared memory that a block may ask for
+  int major;         // major number of the compute capability
+  int shared_bytes;  // the most shared memory of a block
 };
 
 constexpr int kTileRows = 128;
-constexpr int kTileBytes = 128;          // of a row of a tile
-constexpr int kOuterTiles = 2;           // side by side, whose outer products one block keeps in registers
-constexpr int64_t kMinSplitTiles = 4;    // fewer would not pay for a block's prologue
-constexpr int64_t kMaxShrinkSplits = 8;  // every one is read again by each block of expand
+constexpr int kTileBytes = 128;          // bytes of a row of a tile
+constexpr int kOuterTiles = 2;           // tiles side by side whose outer products a block keeps in registers
+constexpr int64_t kMinSplitTiles = 4;    // with fewer tiles the prologue of a block would cost too much
+constexpr int64_t kMaxShrinkSplits = 8;  // each block of expand reads the partials of all of them
 constexpr int64_t kBlocksPerMultiprocessor = 2;
 
-constexpr int kSharedForFloat64 = 104 << 10;  // of a block, for float at padded rank 64
+constexpr int kSharedForFloat64 = 104 << 10;  // shared memory of a block, for float at padded rank 64
 
 constexpr int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
 
-// The blocks of a launch, in numbers that the hardware takes. What can be longer along y or z takes several launches.
+// The blocks of a launch, checked against the limits of the hardware. More blocks along y or z take several launches.
 struct Grid {
   static constexpr int64_t kMostX = (int64_t(1) << 31) - 1, kMost = (int64_t(1) << 16) - 1;  // along y and z
   unsigned x, y, z;
@@ -45,18 +46,18 @@ struct Grid {
   }
 };
 
-// Row tiles of all groups together, at most: each group but one may end in the middle of a tile.
+// An upper bound of the row tiles of all groups: each group but one may end in the middle of a tile.
 constexpr int64_t row_tiles(int64_t tokens, int64_t groups) {
   return tokens == 0 ? 0 : ceil_div(tokens, kTileRows) + std::max<int64_t>(groups, 1) - 1;
 }
 
-// A token matrix cut for a grid: splits of split_tiles tiles each, the last maybe smaller.
+// How the columns of a token matrix are split over blocks: split_tiles tiles for each split, or fewer for the last one.
 struct Cut {
   int64_t splits;
   int64_t split_tiles;
 };
 
-// Enough splits for two blocks a multiprocessor, together with the row tiles.
+// Together with the row tiles there are enough splits for two blocks on each multiprocessor.
 inline Cut cut_columns(int64_t cols, int64_t element_bytes, int64_t row_tiles, int64_t max_splits,
                        const Device& device) {
   const int64_t tiles = ceil_div(cols * element_bytes, kTileBytes);
@@ -67,24 +68,24 @@ inline Cut cut_columns(int64_t cols, int64_t element_bytes, int64_t row_tiles, i
   return {std::max<int64_t>(ceil_div(tiles, split_tiles), 1), split_tiles};
 }
 
-// Blocks of columns whose outer products are summed by one block each.
+// The number of blocks of columns; one thread block sums the outer products of each.
 inline int64_t outer_blocks(int64_t cols, int64_t element_bytes) {
   return ceil_div(cols * element_bytes, kTileBytes * kOuterTiles);
 }
 
 struct Plan {
-  bool tensor_cores;    // mma.sync, for 16-bit types from sm_80 on; else FFMA
-  int padded_rank;      // 16, 32 or 64: what the kernels are compiled for; wider ranks go in chunks of it
-  int64_t rank_chunks;  // each reads the token matrix again
-  Cut shrink;           // of x: ordered split-K
-  Cut expand;           // of y
-  Cut shrink_dy;        // of dy, in two passes
-  Cut expand_dx;        // of dx
-  // One pass over dy gives dz and dB. A block then keeps dB of kOuterTiles tiles in registers and writes its part of
-  // dz: 4 rank bytes a row, written and read, against a second read of the row: 8 rank < 2 * 128 bytes. At ranks from
-  // 17 to 31 less than half of that read would be gained; they are not compiled. It also needs blocks enough: one runs
-  // through all rows with 32 KiB under way, 40 GB/s or so, and an H100's 3.35 TB/s take half as many as
-  // multiprocessors.
+  bool tensor_cores;    // mma.sync, for 16-bit types from sm_80 on; otherwise FFMA
+  int padded_rank;      // 16, 32 or 64; larger ranks take several chunks of 64
+  int64_t rank_chunks;  // each chunk reads the token matrix again
+  Cut shrink;           // split of x: split-K, added in order
+  Cut expand;           // split of y
+  Cut shrink_dy;        // split of dy, if the backward pass takes two passes over dy
+  Cut expand_dx;        // split of dx
+  // Whether one pass over dy computes dz and dB. A block then keeps dB of kOuterTiles tiles in registers and writes its
+  // partials of dz. These cost 8 rank bytes for each row, to write and to read, instead of a second read of 2 * 128
+  // bytes. At ranks from 17 to 31 this would save less than half of that read, so there are no such kernels. It also
+  // needs enough blocks: a block runs through all rows with 32 KiB in flight, at about 40 GB/s, and the 3.35 TB/s of an
+  // H100 need half as many blocks as there are multiprocessors.
   bool one_pass;
 };
 
@@ -93,8 +94,8 @@ inline Plan plan(int64_t tokens, int64_t in_dim, int64_t out_dim, int64_t rank, 
   const int64_t rows = row_tiles(tokens, groups), any = int64_t(1) << 15;
   Plan p;
   p.tensor_cores = element_bytes == 2 && device.major >= 8;
-  // FFMA keeps latent rows in float: sm_75's 64 KiB are enough for rank 16, in two passes, the 99 KiB of sm_86, sm_89
-  // and sm_120 for rank 32.
+  // FFMA keeps latent rows in float. The 64 KiB of sm_75 are enough for rank 16 in two passes, the 99 KiB of sm_86,
+  // sm_89 and sm_120 for rank 32.
   const bool fits_64 = element_bytes == 2 || device.shared_bytes >= kSharedForFloat64;
   p.padded_rank = rank <= 16 || device.major < 8 ? 16 : rank <= 32 || !fits_64 ? 32 : 64;
   p.rank_chunks = ceil_div(rank, p.padded_rank);

@@ -1,6 +1,5 @@
-// The only inline assembly: tensor-core products, the loads that feed them, asynchronous copies and conversions. Each
-// instruction has a twin in the SIMT engine, or in plain C++. Most of it needs sm_80; what is compiled for less does
-// without.
+// All inline assembly: tensor-core products, the loads of their operands, asynchronous copies and conversions. The SIMT
+// engine or plain C++ has an equivalent of each instruction. Most need sm_80; older architectures do without them.
 #pragma once
 
 #include "cuda/launch.cuh"
@@ -54,8 +53,8 @@ float high_half(uint32_t pair, T) {
 
 __device__ inline uint32_t shared_address(const void* pointer) { return uint32_t(__cvta_generic_to_shared(pointer)); }
 
-// Copies source_bytes (0 .. 16) and zeros to 16 bytes of shared memory; complete when the thread has waited. Both
-// addresses are multiples of 16. Before sm_80: at once.
+// Copies source_bytes (0 .. 16) to shared memory and fills up to 16 bytes with zeros. The copy is complete after the
+// thread has waited; before sm_80 at once. Both addresses are multiples of 16.
 __device__ inline void cp_async16(void* shared, const void* global, int source_bytes) {
 #if ALIGN_HAS_SM80
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
@@ -72,7 +71,7 @@ __device__ inline void cp_async_commit() {
 #endif
 }
 
-// Until at most kGroupsLeft of the thread's latest groups are under way.
+// Waits until at most kGroupsLeft groups of copies of this thread are not complete.
 template <int kGroupsLeft>
 __device__ inline void cp_async_wait() {
 #if ALIGN_HAS_SM80
@@ -81,7 +80,8 @@ __device__ inline void cp_async_wait() {
 }
 
 #if ALIGN_HAS_SM80
-// Four 8 x 8 matrices of 16-bit elements; matrix i takes its rows of 16 bytes from lanes 8 i .. 8 i + 7.
+// Loads four 8 x 8 matrices of 16-bit elements. Lanes 8 i .. 8 i + 7 give the addresses of the 16-byte rows of matrix
+// i.
 __device__ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -111,7 +111,7 @@ __device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, u
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Two floats rounded to nearest even, the first in the low half.
+// Rounds two floats to nearest even, the first one to the low half.
 template <typename T>
 __device__ uint32_t pack(float low, float high);
 template <>
@@ -128,7 +128,7 @@ __device__ inline uint32_t pack<float16>(float low, float high) {
 }
 #endif
 
-// One float, rounded to nearest even.
+// Rounds one float to nearest even.
 template <typename T>
 __device__ inline T round_to(float value) {
 #if ALIGN_HAS_SM80

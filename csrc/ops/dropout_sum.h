@@ -13,11 +13,12 @@
 //   dx[t]  += (A^T dz[t]) * mask[t]                   (site input_per_head: sum_i (A^T dz_i[t]) * mask_i)
 //   dx[t]  += (offset_scaling * A0^T B0^T g[t]) * mask[t]                    (mask: of site input, else 1)
 //
-// Products take operands in T (adapters in float are rounded to it) and accumulate in Acc<T>; z keeps Acc<T>. Where
-// all u_i are one z, the heads act as their sum. A_per_head is false.
-// Floating-point operations: forward 2 T (r L n + N r m), backward twice that; L = latents, N = heads; the offset path
-// adds 2 T r0 (n + m) to each. Bytes moved (floor): forward x + 2y + z, backward g + x + 2dx + z, in the sizes of their
-// types, z being T L r elements.
+// Products have operands of type T (adapters in float are rounded to it) and accumulate in Acc<T>; z has type Acc<T>.
+// If all u_i are the same z, the B_i act as their sum. A_per_head is false.
+//
+// Floating-point operations: forward 2 T (r L n + N r m), backward twice that, with L = latents and N = heads; the
+// offset path adds 2 T r0 (n + m) to each. Bytes moved (lower bound): forward x + 2y + z, backward g + x + 2dx + z,
+// where z has T L r elements.
 #pragma once
 
 #include "ops/heads.h"

@@ -16,7 +16,7 @@ struct float16 {
   uint16_t bits;
 };
 
-// What products of T are accumulated in: float, or double for double (gradient checks on the CPU).
+// The type in which products of T are accumulated: float, or double for double (gradient checks on the CPU).
 template <typename T>
 using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 

@@ -23,12 +23,12 @@
 
 namespace align {
 
-// What all layers of a model hand over: latents of the same tokens.
+// The latents of all layers of a model, for the same tokens.
 template <typename T>
 struct Latents {
   int64_t layers;
   int64_t tokens;
-  int64_t rank;          // the widest layer's: moments and tables have room for it, and zeros where a layer is narrower
+  int64_t rank;          // the largest rank: moments and tables have zeros where a layer has a smaller one
   const T* const* z;     // [layers], on the host: where a layer's [tokens, ranks[layer]] begins
   const int64_t* ranks;  // [layers], on the host
   const int64_t* task;   // [tokens]

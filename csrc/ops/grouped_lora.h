@@ -10,10 +10,11 @@
 //   dA_k   = sum_{t in k} dz[t] xd[t]^T
 //   dx[t] += (A_k^T dz[t]) * mask[t]
 //
-// Products take operands in T (adapters in float are rounded to it) and accumulate in Acc<T>; z keeps Acc<T>. Element
-// (t, c) of x has dropout element number t * in_dim + c (philox.h), whatever the grouping. Every size may be 0.
-// Floating-point operations: forward 2 T r (n + m), backward 4 T r (n + m). Bytes moved (floor): forward x + 2y + z,
-// backward g + x + 2dx + z, in the sizes of their types.
+// Products have operands of type T (adapters in float are rounded to it) and accumulate in Acc<T>; z has type Acc<T>.
+// For dropout element (t, c) of x has the number t * in_dim + c (philox.h), whatever the grouping. Every size may be 0.
+//
+// Floating-point operations: forward 2 T r (n + m), backward 4 T r (n + m). Bytes moved (lower bound): forward
+// x + 2y + z, backward g + x + 2dx + z.
 #pragma once
 
 #include <cstdint>
@@ -32,13 +33,13 @@ struct GroupedLoraShape {
   int64_t groups;
 };
 
-// Rows of x in group order: group k owns rows[offsets[k] .. offsets[k+1]).
+// The rows of x in group order: group k has rows[offsets[k]] .. rows[offsets[k+1] - 1].
 struct RowGroups {
-  const int64_t* rows;     // [tokens] row numbers, or null: row i of the order is row i of x
-  const int64_t* offsets;  // [groups + 1], offsets[0] = 0, offsets[groups] = tokens; on CUDA null: one group
+  const int64_t* rows;     // [tokens] row numbers; null: the rows of x are in group order
+  const int64_t* offsets;  // [groups + 1] from 0 to tokens; on CUDA null means one group
 };
 
-template <typename T, typename TA = T>  // TA: of the adapters, T or float
+template <typename T, typename TA = T>  // TA: type of the adapters, T or float
 struct GroupedLoraForwardArgs {
   GroupedLoraShape shape;
   RowGroups row_groups;
@@ -48,8 +49,8 @@ struct GroupedLoraForwardArgs {
   const T* x;     // [tokens, in_dim]
   const TA* A;    // [groups, rank, in_dim]
   const TA* B;    // [groups, out_dim, rank]
-  const T* y_in;  // [tokens, out_dim] what the low-rank term is added to; may be y itself
-  const T* bias;  // [out_dim] added too, or null: zero
+  const T* y_in;  // [tokens, out_dim], is added to the low-rank term; may be y itself
+  const T* bias;  // [out_dim], is added too, or null: zero
   // outputs
   Acc<T>* z;  // [tokens, rank], assigned
   T* y;       // [tokens, out_dim], assigned y_in + bias + low rank, one rounding
@@ -67,7 +68,7 @@ struct GroupedLoraBackwardArgs {
   const Acc<T>* z;  // [tokens, rank] of the forward
   const TA* A;      // [groups, rank, in_dim]
   const TA* B;      // [groups, out_dim, rank]
-  const T* dx_in;   // [tokens, in_dim] what dx starts from (may be dx itself), or null: zero
+  const T* dx_in;   // [tokens, in_dim], is added to dx; may be dx itself, or null: zero
   // grad outputs
   const T* dy;          // [tokens, out_dim]
   const Acc<T>* dz_in;  // [tokens, rank], or null: zero
@@ -98,7 +99,7 @@ void grouped_lora_forward(const GroupedLoraForwardArgs<T, TA>& args, Stream stre
 template <typename T, typename TA>
 void grouped_lora_backward(const GroupedLoraBackwardArgs<T, TA>& args, Stream stream);
 
-// As cpu::group_rows. A group number out of range stops the program.
+// Does the same as cpu::group_rows. A group number out of range stops the program.
 void group_rows(const int64_t* group, int64_t tokens, int64_t groups, int64_t* rows, int64_t* offsets, Stream stream);
 }  // namespace cuda
 

@@ -1,17 +1,19 @@
-// What dropout_sum and routed_lora share: one projection with N heads B_i, on one latent or on one latent per head.
+// The projection of dropout_sum and routed_lora: N heads B_i, on one latent or on one latent for each head.
 //
-//   site           xd           z                              u_i
-//   none           x            A x                            z
-//   input          x * mask     A (x * mask)                   z
-//   latent         x            A x                            z * mask_i
-//   input_per_head x            z_i = A (x * mask_i)           z_i
+// clang-format off
+//   site            xd         z                      u_i
+//   none            x          A x                    z
+//   input           x * mask   A (x * mask)           z
+//   latent          x          A x                    z * mask_i
+//   input_per_head  x          z_i = A (x * mask_i)   z_i
+// clang-format on
 //
-// With A_per_head head i has a matrix A_i of its own in place of A: then z_i = A_i xd whatever the site, and latent
-// masks its z_i. Masks hold 1/(1-p) or 0 (philox.h). Element numbers: input t*in_dim + c, latent (t*heads + i)*rank +
-// d, input_per_head (t*heads + i)*in_dim + c.
+// With A_per_head each head has its own matrix A_i instead of A. Then z_i = A_i xd for every site, and site latent
+// masks z_i. Masks hold 1/(1-p) or 0 (philox.h). The number of an element for dropout is t*in_dim + c for site input,
+// (t*heads + i)*rank + d for latent, and (t*heads + i)*in_dim + c for input_per_head.
 //
-// The frozen offset path, with A0 and B0, adds offset_scaling * B0 A0 xd. Its xd is that of the table: masked with
-// site input; x itself where masks belong to the heads, since it stands for a part of the base weight there.
+// The frozen offset path, with A0 and B0, adds offset_scaling * B0 A0 xd, with xd from the table. If masks belong to
+// the heads, xd is x itself, because the offset path then stands for a part of the base weight.
 #pragma once
 
 #include <cstdint>
@@ -33,11 +35,11 @@ struct HeadsShape {
   bool A_per_head;
   DropoutSite site;
 
-  // How many latents a row has: 1 or heads.
+  // The number of latents of a row: 1 or heads.
   int64_t latents() const { return A_per_head || site == DropoutSite::kInputPerHead ? heads : 1; }
 };
 
-template <typename T, typename TA = T>  // TA: of the adapters, T or float
+template <typename T, typename TA = T>  // TA: type of the adapters, T or float
 struct HeadsInputs {
   HeadsShape shape;
   DropoutArgs dropout;
@@ -53,8 +55,8 @@ struct HeadsInputs {
 template <typename T, typename TA = T>
 struct HeadsForwardArgs {
   HeadsInputs<T, TA> inputs;
-  const T* y_in;  // [tokens, out_dim] what the low-rank term is added to; may be y itself
-  const T* bias;  // [out_dim] added too, or null: zero
+  const T* y_in;  // [tokens, out_dim], is added to the low-rank term; may be y itself
+  const T* bias;  // [out_dim], is added too, or null: zero
   // outputs
   Acc<T>* z;  // [tokens, latents, rank], assigned
   T* y;       // [tokens, out_dim], assigned y_in + bias + low rank, one rounding
@@ -65,7 +67,7 @@ template <typename T, typename TA = T>
 struct HeadsBackwardArgs {
   HeadsInputs<T, TA> inputs;
   const Acc<T>* z;  // [tokens, latents, rank] of the forward
-  const T* dx_in;   // [tokens, in_dim] what dx starts from (may be dx itself), or null: zero
+  const T* dx_in;   // [tokens, in_dim], is added to dx; may be dx itself, or null: zero
   // grad outputs
   const T* dy;          // [tokens, out_dim]
   const Acc<T>* dz_in;  // [tokens, latents, rank], or null: zero

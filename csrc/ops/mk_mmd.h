@@ -1,20 +1,25 @@
 // Multi-kernel maximum mean discrepancy between the tasks' latents z (Align-LoRA-M), over all pairs of tasks in one
 // pass over pairs of tokens, and its gradient.
 //
+// clang-format off
 //   k(a, b) = sum_k exp(-beta_k |z_a - z_b|^2)
 //   L       = sum_{i<j} mean k(i, i) + mean k(j, j) - 2 mean k(i, j) = sum_{a,b} omega_ab k(a, b)
-//   omega   = (Ma - 1) / n_i^2 within task i (V-statistic; U: (Ma - 1) / (n_i (n_i - 1)), 0 at a = b), else -1/(n_i
-//   n_j) dz_a    = -4 sum_b omega_ab h(a, b) (z_a - z_b),     h(a, b) = sum_k beta_k exp(-beta_k |z_a - z_b|^2)
+//   omega   = (Ma - 1) / n_i^2 within task i (V-statistic), (Ma - 1) / (n_i (n_i - 1)) and 0 at a = b (U-statistic),
+//             -1 / (n_i n_j) for different tasks
+//   bw      = mean_{a != b} |z_a - z_b|^2 = 2 sum |z - mean z|^2 / (n - 1), a constant for the gradient
+//   dz_a    = -4 sum_b omega_ab h(a, b) (z_a - z_b),     h(a, b) = sum_k beta_k exp(-beta_k |z_a - z_b|^2)
+// clang-format on
 //
-// Who takes part: of each task's tokens, in their order, those of index floor(j n / n_max), j = 0 .. n_max-1 (all of
-// them if n <= n_max); tasks of two tokens or more, of which there are Ma. Ids outside 0 .. tasks-1 do not count.
-// Bandwidths: given, beta_k = 1 / bandwidth_k; or in units of bw = mean_{a != b} |z_a - z_b|^2 =
-// 2 sum |z - mean z|^2 / (n - 1) over the n tokens that take part, a constant for the gradient.
-// Fewer than two tasks, or bw < 1e-12: loss and gradient 0. "mean" pairs divides both by Ma (Ma - 1) / 2.
+// A task takes part if it has at least two tokens; Ma is the number of these tasks. Of its n tokens, in their order,
+// those with index floor(j n / n_max), j = 0 .. n_max-1, take part, or all if n <= n_max. Ids outside 0 .. tasks-1 do
+// not count. Given bandwidths have beta_k = 1 / bandwidth_k; the heuristic has bandwidths in units of bw over all
+// tokens that take part. With fewer than two tasks, or bw < 1e-12, loss and gradient are 0. "mean" pairs divides both
+// by the number of pairs, Ma (Ma - 1) / 2.
 //
-// The forward pass writes the gradient of the loss for the n tokens alone, [rows, rank], and each token's row in it.
-// Floating-point operations: about n^2 (4 rank + 30) on the CPU, which takes every unordered pair once, and twice that
-// on CUDA. Bytes (floor): task, slot and the z that take part; backward slot, dz once and the rows. No n x n buffer.
+// The forward pass writes the gradient of the loss for the n tokens that take part, [rows, rank], and slot, the row of
+// each token in it. Floating-point operations: about n^2 (4 rank + 30) on the CPU, which takes every unordered pair
+// once, and twice that on CUDA. Bytes (lower bound): task, slot and the z that take part; backward slot, dz once and
+// the rows. There is no n x n buffer.
 #pragma once
 
 #include <algorithm>
@@ -27,10 +32,10 @@
 namespace align {
 
 constexpr int kMaxMmdKernels = 32;
-constexpr int kMmdTileRows = 32;  // rows of one task that are handled together
+constexpr int kMmdTileRows = 32;  // rows of one task that are processed together
 constexpr double kMmdMinBandwidth = 1e-12;
 
-// The kernels from the widest to the narrowest. A squared one is the square of the one before it.
+// The kernels from the widest to the narrowest. squared[k]: kernel k is the square of the kernel before it.
 struct MmdKernels {
   bool relative;  // beta is in units of 1 / bw
   int count;
@@ -38,7 +43,7 @@ struct MmdKernels {
   bool squared[kMaxMmdKernels];
 };
 
-// Squaring doubles a relative error, so that after two squarings a new exponential is due.
+// Squaring doubles a relative error: after two squarings the next kernel takes an exponential.
 inline void find_squares(MmdKernels& kernels) {
   constexpr int kMaxSquarings = 2;
   int run = 0;
@@ -65,7 +70,7 @@ inline MmdKernels given_kernels(const double* bandwidths, int count) {
   return kernels;
 }
 
-// Bounds of what the ids decide: tokens that take part, and tiles of one task's rows that hold them.
+// Upper bounds of the number of tokens that take part, and of the number of tiles of one task that hold them.
 inline int64_t mmd_rows(int64_t tokens, int64_t tasks, int64_t n_max) {
   return std::min(tokens, tasks * std::min(n_max, tokens));
 }

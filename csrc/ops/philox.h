@@ -33,7 +33,7 @@ ALIGN_HOST_DEVICE inline PhiloxBlock philox(uint64_t seed, uint64_t block, uint6
   uint32_t c2 = uint32_t(offset), c3 = uint32_t(offset >> 32);
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
 #ifdef __CUDACC__
-#pragma unroll 2  // unrolled wholly, the keys of all rounds would be kept in registers between calls
+#pragma unroll 2  // with a complete unroll the keys of all rounds would stay in registers between calls
 #endif
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const uint64_t product0 = uint64_t(kPhiloxMultiplier0) * c0;
@@ -51,7 +51,7 @@ ALIGN_HOST_DEVICE inline PhiloxBlock philox(uint64_t seed, uint64_t block, uint6
 // Elements whose lane is below the threshold are dropped.
 ALIGN_HOST_DEVICE inline uint32_t dropout_threshold(double p) { return uint32_t(p * 65536.0 + 0.5); }
 
-// What kept elements are multiplied by; the threshold, not p, so that the expectation is exact.
+// Kept elements are multiplied by this. It depends on the threshold, not on p, so that the expectation is exact.
 ALIGN_HOST_DEVICE inline double dropout_scale(uint32_t threshold) { return 65536.0 / (65536.0 - threshold); }
 
 ALIGN_HOST_DEVICE inline bool dropout_keep(uint64_t seed, uint64_t offset, uint64_t element, uint32_t threshold) {
@@ -60,7 +60,7 @@ ALIGN_HOST_DEVICE inline bool dropout_keep(uint64_t seed, uint64_t offset, uint6
   return ((block.word[lane / 2] >> (16 * (lane % 2))) & 0xFFFFu) >= threshold;
 }
 
-// What a kernel with dropout is given.
+// The dropout arguments of a kernel.
 struct DropoutArgs {
   double p;             // 0: no dropout, rng is not read
   const uint64_t* rng;  // [2] seed, offset

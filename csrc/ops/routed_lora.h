@@ -1,4 +1,5 @@
-// Heads mixed by a router: HydraLoRA (groups = 1), R-LoRA (site latent), LoRA-MoE (A_per_head, top_k), mtLoRA (groups
+// Heads combined by a router: HydraLoRA (groups = 1), R-LoRA (site latent), LoRA-MoE (A_per_head, top_k), mtLoRA
+// (groups
 // >= 1).
 //
 //   l[t,k,i] = R[k*heads + i] . x[t] / tau                      on x without dropout
@@ -16,12 +17,13 @@
 //   dB_ik      = scaling * sum_t w[t,k,i] g_k[t] u_i[t]^T
 //   dz, dA, dx from du_i as in dropout_sum.h, and dx[t] += R^T dl[t]
 //
-// Products take operands in T (adapters and router in float are rounded to it) and accumulate in Acc<T>; z, w, the
-// softmax and its backward keep Acc<T>. groups is at least 1 and divides out_dim; top_k is in 1 .. heads. x is read
-// once for z, the offset path and the router together. Floating-point operations: forward 2 T ((r L + G N) n + N r m),
-// backward twice that; L = latents, N = heads, G = groups; the offset path adds 2 T r0 (n + m) to each. Bytes moved
-// (floor): forward x + 2y + z + w, backward g + x + 2dx
-// + z + w, in the sizes of their types, z being T L r and w T G N elements.
+// Products have operands of type T (adapters and router in float are rounded to it) and accumulate in Acc<T>; z, w, the
+// softmax and its gradient have type Acc<T>. groups is at least 1 and divides out_dim; top_k is in 1 .. heads. x is
+// read once for z, the offset path and the router together.
+//
+// Floating-point operations: forward 2 T ((r L + G N) n + N r m), backward twice that, with L = latents, N = heads and
+// G = groups; the offset path adds 2 T r0 (n + m) to each. Bytes moved (lower bound): forward x + 2y + z + w, backward
+// g + x + 2dx + z + w, where z has T L r and w has T G N elements.
 #pragma once
 
 #include "ops/heads.h"
