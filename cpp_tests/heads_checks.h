@@ -8,15 +8,15 @@ namespace align::test {
 template <typename T>
 HeadsInputs<T> inputs_of(const HeadsProblem& problem, const HeadsData<T>& data) {
   const bool offset = problem.shape.offset_rank > 0;
-  return {problem.shape,
-          {problem.p, problem.p > 0 ? data.rng.data() : nullptr},
-          problem.scaling,
-          problem.offset_scaling,
-          data.x.data(),
-          data.A.data(),
-          data.B.data(),
-          offset ? data.A0.data() : nullptr,
-          offset ? data.B0.data() : nullptr};
+  return {.shape = problem.shape,
+          .dropout = {problem.p, problem.p > 0 ? data.rng.data() : nullptr},
+          .scaling = problem.scaling,
+          .offset_scaling = problem.offset_scaling,
+          .x = data.x.data(),
+          .A = data.A.data(),
+          .B = data.B.data(),
+          .A0 = offset ? data.A0.data() : nullptr,
+          .B0 = offset ? data.B0.data() : nullptr};
 }
 
 template <template <typename> class Kernels, typename T>
@@ -36,12 +36,17 @@ void run(const HeadsProblem& problem, HeadsData<T>& data) {
   data.dB = unassigned<Acc<T>>(data.B.size());
   data.dR = unassigned<Acc<T>>(data.R.size());
   const T* dx_in = in_place ? data.dx.data() : data.dx_in.data();
-  run_in_workspace(
-      HeadsBackwardArgs<T>{inputs, data.z.data(), problem.gradients_in && problem.dx_wanted ? dx_in : nullptr,
-                           data.dy.data(), problem.gradients_in ? data.dz_in.data() : nullptr,
-                           problem.dx_wanted ? data.dx.data() : nullptr, data.dA.data(), data.dB.data(), nullptr},
-      Kernels<T>::backward_workspace(problem),
-      [&](const HeadsBackwardArgs<T>& args) { Kernels<T>::backward(problem, args, data); });
+  run_in_workspace(HeadsBackwardArgs<T>{.inputs = inputs,
+                                        .z = data.z.data(),
+                                        .dx_in = problem.gradients_in && problem.dx_wanted ? dx_in : nullptr,
+                                        .dy = data.dy.data(),
+                                        .dz_in = problem.gradients_in ? data.dz_in.data() : nullptr,
+                                        .dx = problem.dx_wanted ? data.dx.data() : nullptr,
+                                        .dA = data.dA.data(),
+                                        .dB = data.dB.data(),
+                                        .workspace = nullptr},
+                   Kernels<T>::backward_workspace(problem),
+                   [&](const HeadsBackwardArgs<T>& args) { Kernels<T>::backward(problem, args, data); });
 }
 
 template <template <typename> class Kernels, typename T>

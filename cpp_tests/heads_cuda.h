@@ -29,15 +29,15 @@ void run_cuda(const HeadsProblem& problem, HeadsData<T>& data) {
       {"R", cast<TA>(data.R)}, {"w", data.dw_in.size()}, {"dw_in", data.dw_in}, {"dR", data.R.size()}};
   const Buffer<T>&y = problem.in_place ? y_in : fresh_y, &dx = problem.in_place ? dx_in : fresh_dx;
   const bool offset = problem.shape.offset_rank > 0;
-  const HeadsInputs<T, TA> inputs{problem.shape,
-                                  {problem.p, rng.data()},
-                                  problem.scaling,
-                                  problem.offset_scaling,
-                                  x.data(),
-                                  A.data(),
-                                  B.data(),
-                                  offset ? A0.data() : nullptr,
-                                  offset ? B0.data() : nullptr};
+  const HeadsInputs<T, TA> inputs{.shape = problem.shape,
+                                  .dropout = {problem.p, rng.data()},
+                                  .scaling = problem.scaling,
+                                  .offset_scaling = problem.offset_scaling,
+                                  .x = x.data(),
+                                  .A = A.data(),
+                                  .B = B.data(),
+                                  .A0 = offset ? A0.data() : nullptr,
+                                  .B0 = offset ? B0.data() : nullptr};
   {
     const Buffer<char> workspace("partials", Op<T, TA>::forward_workspace(problem, inputs, router));
     Op<T, TA>::forward(
@@ -46,9 +46,15 @@ void run_cuda(const HeadsProblem& problem, HeadsData<T>& data) {
   }
   const Buffer<char> workspace("partials", Op<T, TA>::backward_workspace(problem, inputs, router));
   Op<T, TA>::backward(problem,
-                      {inputs, z.data(), problem.gradients_in && problem.dx_wanted ? dx_in.data() : nullptr, dy.data(),
-                       problem.gradients_in ? dz_in.data() : nullptr, problem.dx_wanted ? dx.data() : nullptr,
-                       dA.data(), dB.data(), workspace.data()},
+                      {.inputs = inputs,
+                       .z = z.data(),
+                       .dx_in = problem.gradients_in && problem.dx_wanted ? dx_in.data() : nullptr,
+                       .dy = dy.data(),
+                       .dz_in = problem.gradients_in ? dz_in.data() : nullptr,
+                       .dx = problem.dx_wanted ? dx.data() : nullptr,
+                       .dA = dA.data(),
+                       .dB = dB.data(),
+                       .workspace = workspace.data()},
                       router);
   data.z = z.host(), data.y = y.host(), data.dx = dx.host(), data.dA = dA.host(), data.dB = dB.host();
   data.w = router.w.host(), data.dR = router.dR.host();

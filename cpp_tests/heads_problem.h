@@ -162,7 +162,7 @@ struct HeadsOracle {
       for (int64_t d = 0; d < shape.rank; ++d) dz[latent(0, i, d)].add(head(t, i, d, dw), 2);
     }
     for (int64_t i = 0; i < shape.heads; ++i) {
-      for (int64_t d = 0; d < shape.rank; ++d) pull_back(t, i, d, dz);
+      for (int64_t d = 0; d < shape.rank; ++d) shrink_backward(t, i, d, dz);
     }
     for (int64_t g = 0; g < problem.routing.groups; ++g) router_gradient(t, g, dw);
   }
@@ -189,7 +189,7 @@ struct HeadsOracle {
     }
   }
 
-  // y, dB and dw of one component of one head; returns its part of dz.
+  // Adds one component of one head to y, dB and dw, and returns what it adds to dz.
   double head(int64_t t, int64_t i, int64_t d, std::vector<Sum>& dw) {
     const double u = want.z[latent(t, i, d)].value * latent_mask(t, i, d);
     double du = 0;
@@ -205,8 +205,8 @@ struct HeadsOracle {
     return du * latent_mask(t, i, d);
   }
 
-  // dA and dx; a latent that all heads share counts once.
-  void pull_back(int64_t t, int64_t i, int64_t d, const std::vector<Sum>& dz) {
+  // Adds to dA and dx. A latent of all heads is counted once.
+  void shrink_backward(int64_t t, int64_t i, int64_t d, const std::vector<Sum>& dz) {
     if (shape.latents() == 1 && i > 0) return;
     double value = dz[latent(0, i, d)].value;
     if (problem.gradients_in) value += data.dz_in[latent(t, i, d)];

@@ -4,7 +4,6 @@
 #include <cmath>
 #include <vector>
 
-#include "check.h"
 #include "ops/mk_mmd.h"
 #include "support.h"
 
@@ -63,25 +62,31 @@ MmdData<T> make_mmd_data(const MmdProblem& problem) {
 template <typename T>
 MkMmdArgs<T> mmd_args(const MmdProblem& problem, const T* z, const int64_t* task, Acc<T>* loss, Acc<T>* gradient,
                       int32_t* slot) {
-  const auto& [tokens, rank, tasks, n_max, u_statistic, mean_pairs, bandwidths] = problem;
-  return {tokens, rank, tasks,    n_max, u_statistic, mean_pairs,       z,
-          task,   loss, gradient, slot,  nullptr,     problem.kernels()};
+  return {.tokens = problem.tokens,
+          .rank = problem.rank,
+          .tasks = problem.tasks,
+          .n_max = problem.n_max,
+          .u_statistic = problem.u_statistic,
+          .mean_pairs = problem.mean_pairs,
+          .z = z,
+          .task = task,
+          .loss = loss,
+          .gradient = gradient,
+          .slot = slot,
+          .workspace = nullptr,
+          .kernels = problem.kernels()};
 }
 
 // Outputs and the bytes behind the workspace start as what nothing may leave or touch.
 template <typename T>
 MmdResults run_mmd_cpu(const MmdProblem& problem, const MmdData<T>& data) {
   using A = Acc<T>;
-  constexpr char kCanary = 0x5A;
   std::vector<A> loss(1, A(NAN)), gradient(problem.rows() * problem.rank, A(NAN));
   std::vector<int32_t> slot(problem.tokens, -7);
   std::vector<T> dz(problem.tokens * problem.rank, narrow<T>(A(NAN)));
-  MkMmdArgs<T> args = mmd_args(problem, data.z.data(), data.task.data(), loss.data(), gradient.data(), slot.data());
-  const int64_t bytes = cpu::mk_mmd_workspace(args);
-  std::vector<char> workspace(bytes + 64, kCanary);
-  args.workspace = workspace.data();
-  cpu::mk_mmd(args);
-  CHECK(std::all_of(workspace.begin() + bytes, workspace.end(), [](char c) { return c == kCanary; }));
+  const MkMmdArgs<T> args =
+      mmd_args(problem, data.z.data(), data.task.data(), loss.data(), gradient.data(), slot.data());
+  run_in_workspace(args, cpu::mk_mmd_workspace(args), cpu::mk_mmd<T>);
   const A d_loss = A(kMmdLossGradient);
   cpu::mk_mmd_backward<T>(
       {problem.tokens, problem.rank, problem.rows(), gradient.data(), slot.data(), &d_loss, dz.data()});

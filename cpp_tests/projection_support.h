@@ -1,4 +1,4 @@
-// Shared by the tests of the projection kernels: sums with their rounding errors, how close is close, workspaces.
+// Shared by the tests of the projection kernels: sums with their rounding errors, and how close is close.
 #pragma once
 
 #include <algorithm>
@@ -52,17 +52,6 @@ void check_tensor(const std::vector<S>& got, const std::vector<Sum>& want, const
   const double latent = rounds_latent && !std::is_same_v<T, Acc<T>> ? 0.51 * kEpsilon<T> : 0;
   const double tolerance = (12 * kEpsilon<Acc<T>> + latent) * magnitude + 0.51 * kEpsilon<S> * largest;
   if (!CHECK_CLOSE(to_double(got), value, tolerance)) std::printf("    in %s\n", name);
-}
-
-constexpr char kCanary = 0x5A;
-
-// Calls kernel with a workspace of so many bytes, beyond which it must not write.
-template <typename Args, typename Kernel>
-void run_in_workspace(Args args, int64_t bytes, const Kernel& kernel) {
-  std::vector<char> workspace(bytes + 64, kCanary);
-  args.workspace = workspace.data();
-  kernel(args);
-  CHECK(std::all_of(workspace.begin() + bytes, workspace.end(), [](char c) { return c == kCanary; }));
 }
 
 }  // namespace align::test

@@ -1,4 +1,4 @@
-// Random data, plain conversions and a thread pool of sorts for the kernel tests.
+// Random data, plain conversions, simple thread pools and workspaces for the kernel tests.
 #pragma once
 
 #include <algorithm>
@@ -7,6 +7,7 @@
 #include <thread>
 #include <vector>
 
+#include "check.h"
 #include "cpu/amx/amx.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
@@ -78,6 +79,17 @@ void for_each_vector_width(const Body& body) {
   }
   cpu::vector_bytes_limit = 64;
   cpu::amx_allowed = true;
+}
+
+constexpr char kCanary = 0x5A;
+
+// Calls kernel with a workspace of so many bytes, beyond which it must not write.
+template <typename Args, typename Kernel>
+void run_in_workspace(Args args, int64_t bytes, const Kernel& kernel) {
+  std::vector<char> workspace(bytes + 64, kCanary);
+  args.workspace = workspace.data();
+  kernel(args);
+  CHECK(std::all_of(workspace.begin() + bytes, workspace.end(), [](char c) { return c == kCanary; }));
 }
 
 }  // namespace align::test

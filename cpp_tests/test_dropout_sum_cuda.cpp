@@ -109,7 +109,7 @@ TEST(streamed_operands_move_as_often_for_five_heads_as_for_one) {
   }
 }
 
-// Forward; dA takes turns with a tile, which the second-level cache has then.
+// In the forward pass. dA reads a tile for one mask after the other; it is in the second-level cache then.
 TEST(a_forward_reads_x_once_for_the_masks_of_all_heads) {
   const HeadsProblem problem{{256, 512, 128, 8, 5, 8, false, DropoutSite::kInputPerHead}, 0.1};
   HeadsData<bfloat16> data = make_data<bfloat16>(problem);

@@ -63,14 +63,11 @@ struct OneLayer {
 template <typename T>
 void run(const Problem& problem, Data<T>& data, double d_loss = 0.7) {
   const auto [tokens, rank, tasks, ddof, mean_pairs, offset, ids_in_a_row] = problem;
-  constexpr char kCanary = 0x5A;
   const OneLayer<T> layer{data.z.data(), rank};
   const Latents<T> latents = layer.latents(tokens, data.task.data());
-  const int64_t bytes = cpu::task_moments_workspace(latents, tasks);
-  std::vector<char> workspace(bytes + 64, kCanary);
   data.moments.assign(tasks * (2 * rank + 1), NAN);
-  cpu::task_moments(TaskMomentsArgs<T>{latents, tasks, data.moments.data(), workspace.data()});
-  CHECK(std::all_of(workspace.begin() + bytes, workspace.end(), [](char c) { return c == kCanary; }));
+  test::run_in_workspace(TaskMomentsArgs<T>{latents, tasks, data.moments.data(), nullptr},
+                         cpu::task_moments_workspace(latents, tasks), cpu::task_moments<T>);
   data.loss.assign(1, NAN);
   data.tables.assign(tasks * 3 * rank, NAN);
   cpu::gaussian_kl_tables(GaussianKlTablesArgs<Acc<T>>{1, rank, tasks, kEps, ddof, mean_pairs, data.moments.data(),

@@ -15,20 +15,40 @@ void run(const Problem& problem, Data<T>& data) {
   const bool in_place = problem.in_place;
   data.z = unassigned<Acc<T>>(shape.tokens * shape.rank);
   data.y = in_place ? data.y_in : unassigned<T>(shape.tokens * shape.out_dim);
-  run_in_workspace(
-      GroupedLoraForwardArgs<T>{shape, row_groups, dropout, problem.scaling, data.x.data(), data.A.data(),
-                                data.B.data(), in_place ? data.y.data() : data.y_in.data(),
-                                data.bias.empty() ? nullptr : data.bias.data(), data.z.data(), data.y.data(), nullptr},
-      cpu::grouped_lora_forward_workspace(shape, problem.p > 0, sizeof(Acc<T>)), cpu::grouped_lora_forward<T, T>);
+  run_in_workspace(GroupedLoraForwardArgs<T>{.shape = shape,
+                                             .row_groups = row_groups,
+                                             .dropout = dropout,
+                                             .scaling = problem.scaling,
+                                             .x = data.x.data(),
+                                             .A = data.A.data(),
+                                             .B = data.B.data(),
+                                             .y_in = in_place ? data.y.data() : data.y_in.data(),
+                                             .bias = data.bias.empty() ? nullptr : data.bias.data(),
+                                             .z = data.z.data(),
+                                             .y = data.y.data(),
+                                             .workspace = nullptr},
+                   cpu::grouped_lora_forward_workspace(shape, problem.p > 0, sizeof(Acc<T>)),
+                   cpu::grouped_lora_forward<T, T>);
 
   data.dx = in_place ? data.dx_in : unassigned<T>(shape.tokens * shape.in_dim);
   data.dA = unassigned<Acc<T>>(shape.groups * shape.rank * shape.in_dim);
   data.dB = unassigned<Acc<T>>(shape.groups * shape.out_dim * shape.rank);
   const T* dx_in = !problem.gradients_in ? nullptr : in_place ? data.dx.data() : data.dx_in.data();
-  run_in_workspace(GroupedLoraBackwardArgs<T>{shape, row_groups, dropout, problem.scaling, data.x.data(), data.z.data(),
-                                              data.A.data(), data.B.data(), dx_in, data.dy.data(),
-                                              problem.gradients_in ? data.dz_in.data() : nullptr, data.dx.data(),
-                                              data.dA.data(), data.dB.data(), nullptr},
+  run_in_workspace(GroupedLoraBackwardArgs<T>{.shape = shape,
+                                              .row_groups = row_groups,
+                                              .dropout = dropout,
+                                              .scaling = problem.scaling,
+                                              .x = data.x.data(),
+                                              .z = data.z.data(),
+                                              .A = data.A.data(),
+                                              .B = data.B.data(),
+                                              .dx_in = dx_in,
+                                              .dy = data.dy.data(),
+                                              .dz_in = problem.gradients_in ? data.dz_in.data() : nullptr,
+                                              .dx = data.dx.data(),
+                                              .dA = data.dA.data(),
+                                              .dB = data.dB.data(),
+                                              .workspace = nullptr},
                    cpu::grouped_lora_backward_workspace(shape, problem.p > 0, sizeof(Acc<T>)),
                    cpu::grouped_lora_backward<T, T>);
 }
@@ -111,21 +131,21 @@ TEST(dx_may_be_unwanted) {
   const RowGroups row_groups{data.rows.data(), data.offsets.data()};
   data.dA = unassigned<float>(dA.size());
   data.dB = unassigned<float>(dB.size());
-  run_in_workspace(GroupedLoraBackwardArgs<float>{problem.shape,
-                                                  row_groups,
-                                                  {problem.p, data.rng.data()},
-                                                  problem.scaling,
-                                                  data.x.data(),
-                                                  data.z.data(),
-                                                  data.A.data(),
-                                                  data.B.data(),
-                                                  nullptr,
-                                                  data.dy.data(),
-                                                  data.dz_in.data(),
-                                                  nullptr,
-                                                  data.dA.data(),
-                                                  data.dB.data(),
-                                                  nullptr},
+  run_in_workspace(GroupedLoraBackwardArgs<float>{.shape = problem.shape,
+                                                  .row_groups = row_groups,
+                                                  .dropout = {problem.p, data.rng.data()},
+                                                  .scaling = problem.scaling,
+                                                  .x = data.x.data(),
+                                                  .z = data.z.data(),
+                                                  .A = data.A.data(),
+                                                  .B = data.B.data(),
+                                                  .dx_in = nullptr,
+                                                  .dy = data.dy.data(),
+                                                  .dz_in = data.dz_in.data(),
+                                                  .dx = nullptr,
+                                                  .dA = data.dA.data(),
+                                                  .dB = data.dB.data(),
+                                                  .workspace = nullptr},
                    cpu::grouped_lora_backward_workspace(problem.shape, true, sizeof(float)),
                    cpu::grouped_lora_backward<float, float>);
   CHECK(check::same_bits(data.dA, dA) && check::same_bits(data.dB, dB));

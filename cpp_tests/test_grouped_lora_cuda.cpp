@@ -27,17 +27,37 @@ void run_cuda(const Problem& problem, Data<T>& data) {
   const Buffer<T>&y = problem.in_place ? y_in : fresh_y, &dx = problem.in_place ? dx_in : fresh_dx;
   {
     const Buffer<char> workspace("partials", cuda::grouped_lora_forward_workspace(shape, sizeof(T)));
-    cuda::grouped_lora_forward<T, TA>(
-        {shape, row_groups, dropout, problem.scaling, x.data(), A.data(), B.data(), y_in.data(),
-         data.bias.empty() ? nullptr : bias.data(), z.data(), y.data(), workspace.data()},
-        nullptr);
+    cuda::grouped_lora_forward<T, TA>({.shape = shape,
+                                       .row_groups = row_groups,
+                                       .dropout = dropout,
+                                       .scaling = problem.scaling,
+                                       .x = x.data(),
+                                       .A = A.data(),
+                                       .B = B.data(),
+                                       .y_in = y_in.data(),
+                                       .bias = data.bias.empty() ? nullptr : bias.data(),
+                                       .z = z.data(),
+                                       .y = y.data(),
+                                       .workspace = workspace.data()},
+                                      nullptr);
   }
   const Buffer<char> workspace("partials", cuda::grouped_lora_backward_workspace(shape, sizeof(T)));
-  cuda::grouped_lora_backward<T, TA>(
-      {shape, row_groups, dropout, problem.scaling, x.data(), z.data(), A.data(), B.data(),
-       problem.gradients_in ? dx_in.data() : nullptr, dy.data(), problem.gradients_in ? dz_in.data() : nullptr,
-       problem.dx_wanted ? dx.data() : nullptr, dA.data(), dB.data(), workspace.data()},
-      nullptr);
+  cuda::grouped_lora_backward<T, TA>({.shape = shape,
+                                      .row_groups = row_groups,
+                                      .dropout = dropout,
+                                      .scaling = problem.scaling,
+                                      .x = x.data(),
+                                      .z = z.data(),
+                                      .A = A.data(),
+                                      .B = B.data(),
+                                      .dx_in = problem.gradients_in ? dx_in.data() : nullptr,
+                                      .dy = dy.data(),
+                                      .dz_in = problem.gradients_in ? dz_in.data() : nullptr,
+                                      .dx = problem.dx_wanted ? dx.data() : nullptr,
+                                      .dA = dA.data(),
+                                      .dB = dB.data(),
+                                      .workspace = workspace.data()},
+                                     nullptr);
   data.z = z.host(), data.y = y.host(), data.dx = dx.host(), data.dA = dA.host(), data.dB = dB.host();
 }
 
@@ -71,7 +91,7 @@ void check_all_types(const Problem& problem) {
   check_problem<float16>(problem);
 }
 
-constexpr int64_t kWide = 9 * 64 + 24;  // columns of ten tiles of 16-bit elements: two splits, with a tail
+constexpr int64_t kTwoSplits = 9 * 64 + 24;  // columns of ten tiles of 16-bit elements: two splits, with a tail
 
 }  // namespace
 
@@ -100,9 +120,9 @@ TEST(kernels_agree_with_naive_loops_for_every_tail) {
 // More tiles than twice the stages, several splits (split-K), two row tiles, more than one piece of the adapter matrix.
 TEST(kernels_agree_with_naive_loops_where_columns_are_split) {
   for (int64_t rank : {8, 24}) {
-    check_problem<bfloat16>({{140, kWide, kWide + 8, rank, 1}, 0.1});
-    check_problem<float16>({{140, kWide, kWide + 8, rank, 1}, 0});
-    check_problem<float>({{140, kWide / 2, kWide / 2 + 4, rank, 1}, 0.1});
+    check_problem<bfloat16>({{140, kTwoSplits, kTwoSplits + 8, rank, 1}, 0.1});
+    check_problem<float16>({{140, kTwoSplits, kTwoSplits + 8, rank, 1}, 0});
+    check_problem<float>({{140, kTwoSplits / 2, kTwoSplits / 2 + 4, rank, 1}, 0.1});
   }
   check_problem<bfloat16>({{30, 3 * 128 + 8, 2 * 128 + 8, 40, 1}, 0.1});
 }
@@ -171,7 +191,7 @@ void check_every_order(const Problem& problem) {
 }  // namespace
 
 TEST(no_order_of_threads_makes_an_error_or_changes_a_bit) {
-  for (const Problem& problem : {Problem{{140, kWide, 200, 8, 1}, 0.1}, Problem{{140, 72, 264, 24, 2}, 0.1}}) {
+  for (const Problem& problem : {Problem{{140, kTwoSplits, 200, 8, 1}, 0.1}, Problem{{140, 72, 264, 24, 2}, 0.1}}) {
     check_every_order<bfloat16>(problem);
     check_every_order<float>(problem);
   }

@@ -70,9 +70,9 @@ Expected expect(const MmdProblem& problem, const MmdData<T>& data) {
           h += beta * std::exp(-beta * distance(a, b));
         }
         for (int64_t d = 0; d < problem.rank; ++d) {  // dk/da = -2 h (a - b) = -dk/db
-          const double pull = -2 * kGradient * weight * h * (z[a * problem.rank + d] - z[b * problem.rank + d]);
-          want.dz[a * problem.rank + d] += pull;
-          want.dz[b * problem.rank + d] -= pull;
+          const double difference = -2 * kGradient * weight * h * (z[a * problem.rank + d] - z[b * problem.rank + d]);
+          want.dz[a * problem.rank + d] += difference;
+          want.dz[b * problem.rank + d] -= difference;
         }
       }
     }

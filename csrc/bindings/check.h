@@ -8,6 +8,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -46,34 +47,19 @@ inline std::string shape_of(const Tensor& tensor) { return text_of(tensor.sizes(
 
 // The name of a dtype in Python.
 inline std::string name_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Byte:
-      return "uint8";
-    case ScalarType::Char:
-      return "int8";
-    case ScalarType::Short:
-      return "int16";
-    case ScalarType::Int:
-      return "int32";
-    case ScalarType::Long:
-      return "int64";
-    case ScalarType::Half:
-      return "float16";
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::ComplexHalf:
-      return "complex32";
-    case ScalarType::ComplexFloat:
-      return "complex64";
-    case ScalarType::ComplexDouble:
-      return "complex128";
-    default:  // torch's name is Python's but for capitals
-      std::string name = torch::headeronly::toString(dtype);
-      for (char& letter : name) letter = char(std::tolower(static_cast<unsigned char>(letter)));
-      return name;
+  // clang-format off
+  constexpr std::pair<ScalarType, const char*> kNames[] = {
+      {ScalarType::Byte, "uint8"}, {ScalarType::Char, "int8"}, {ScalarType::Short, "int16"}, {ScalarType::Int, "int32"},
+      {ScalarType::Long, "int64"}, {ScalarType::Half, "float16"}, {ScalarType::Float, "float32"},
+      {ScalarType::Double, "float64"}, {ScalarType::ComplexHalf, "complex32"}, {ScalarType::ComplexFloat, "complex64"},
+      {ScalarType::ComplexDouble, "complex128"}};
+  // clang-format on
+  for (const auto& [type, name] : kNames) {
+    if (type == dtype) return name;
   }
+  std::string name = torch::headeronly::toString(dtype);  // the others have their Python names in capitals
+  for (char& letter : name) letter = char(std::tolower(static_cast<unsigned char>(letter)));
+  return name;
 }
 
 inline void check_shape(const Tensor& tensor, Sizes expected, const char* name) {

@@ -38,7 +38,6 @@ void dropout_sum_backward(const DropoutSumBackwardArgs<T, TA>& args) {
 #define ALIGN_INSTANTIATE(T, TA)                                                 \
   template void dropout_sum_forward<T, TA>(const DropoutSumForwardArgs<T, TA>&); \
   template void dropout_sum_backward<T, TA>(const DropoutSumBackwardArgs<T, TA>&);
-ALIGN_EACH_TYPE_AND_ADAPTER(ALIGN_INSTANTIATE)
-#undef ALIGN_INSTANTIATE
+ALIGN_FOR_CPU_TYPES_AND_ADAPTERS(ALIGN_INSTANTIATE)
 
 }  // namespace align::cpu

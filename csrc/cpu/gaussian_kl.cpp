@@ -352,11 +352,7 @@ void gaussian_kl_backward(const GaussianKlBackwardArgs<T>& args) {
   template int64_t task_moments_workspace(const Latents<T>&, int64_t); \
   template void task_moments(const TaskMomentsArgs<T>&);               \
   template void gaussian_kl_backward(const GaussianKlBackwardArgs<T>&);
-ALIGN_INSTANTIATE(float)
-ALIGN_INSTANTIATE(double)
-ALIGN_INSTANTIATE(bfloat16)
-ALIGN_INSTANTIATE(float16)
-#undef ALIGN_INSTANTIATE
+ALIGN_FOR_CPU_TYPES(ALIGN_INSTANTIATE)
 template void gaussian_kl_tables(const GaussianKlTablesArgs<float>&);
 template void gaussian_kl_tables(const GaussianKlTablesArgs<double>&);
 

@@ -96,7 +96,6 @@ void group_rows(const int64_t* group, int64_t tokens, int64_t groups, int64_t* r
 #define ALIGN_INSTANTIATE(T, TA)                                                   \
   template void grouped_lora_forward<T, TA>(const GroupedLoraForwardArgs<T, TA>&); \
   template void grouped_lora_backward<T, TA>(const GroupedLoraBackwardArgs<T, TA>&);
-ALIGN_EACH_TYPE_AND_ADAPTER(ALIGN_INSTANTIATE)
-#undef ALIGN_INSTANTIATE
+ALIGN_FOR_CPU_TYPES_AND_ADAPTERS(ALIGN_INSTANTIATE)
 
 }  // namespace align::cpu

@@ -307,10 +307,6 @@ void mk_mmd_backward(const MkMmdBackwardArgs<T>& args) {
   template int64_t mk_mmd_workspace<T>(const MkMmdArgs<T>&); \
   template void mk_mmd(const MkMmdArgs<T>&);                 \
   template void mk_mmd_backward(const MkMmdBackwardArgs<T>&);
-ALIGN_INSTANTIATE(float)
-ALIGN_INSTANTIATE(double)
-ALIGN_INSTANTIATE(bfloat16)
-ALIGN_INSTANTIATE(float16)
-#undef ALIGN_INSTANTIATE
+ALIGN_FOR_CPU_TYPES(ALIGN_INSTANTIATE)
 
 }  // namespace align::cpu

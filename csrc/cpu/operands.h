@@ -20,15 +20,6 @@ struct Operand {
   int64_t row_stride, column_stride;
 };
 
-// The types of x and of the adapters for which kernels are compiled.
-#define ALIGN_EACH_TYPE_AND_ADAPTER(INSTANTIATE) \
-  INSTANTIATE(float, float)                      \
-  INSTANTIATE(double, double)                    \
-  INSTANTIATE(bfloat16, bfloat16)                \
-  INSTANTIATE(bfloat16, float)                   \
-  INSTANTIATE(float16, float16)                  \
-  INSTANTIATE(float16, float)
-
 template <typename A>
 void clear_columns(RowMajor<A> target, int64_t rows, int64_t first, int64_t last) {
   for (int64_t j = 0; j < rows; ++j) {

@@ -162,10 +162,6 @@ void dot_outer(const DotOuter<T>& op) {
 #define ALIGN_INSTANTIATE(T)                   \
   template void outer_add(const OuterAdd<T>&); \
   template void dot_outer(const DotOuter<T>&);
-ALIGN_INSTANTIATE(float)
-ALIGN_INSTANTIATE(double)
-ALIGN_INSTANTIATE(bfloat16)
-ALIGN_INSTANTIATE(float16)
-#undef ALIGN_INSTANTIATE
+ALIGN_FOR_CPU_TYPES(ALIGN_INSTANTIATE)
 
 }  // namespace align::cpu

@@ -176,17 +176,8 @@ int64_t ProjectionPlan::bt_tile(int64_t group) const {
 }
 
 int64_t ProjectionPlan::mask_elements() const {
-  switch (shape.site) {
-    case DropoutSite::kNone:
-      return 0;
-    case DropoutSite::kInput:
-      return shape.in_dim;
-    case DropoutSite::kLatent:
-      return shape.heads * shape.rank;
-    case DropoutSite::kInputPerHead:
-      return shape.heads * shape.in_dim;
-  }
-  return 0;
+  const int64_t by_site[] = {0, shape.in_dim, shape.heads * shape.rank, shape.heads * shape.in_dim};
+  return by_site[int64_t(shape.site)];
 }
 
 int64_t projection_workspace(const ProjectionPlan& plan, int64_t tokens, int64_t acc_bytes) {
@@ -328,16 +319,12 @@ void finish_gradients(const PackedProjection<T>& projection, Acc<T>* dA, Acc<T>*
   template ProjectionBlock<T> begin_chunk(const PackedProjection<T>&, int64_t); \
   template void begin_block(ProjectionBlock<T>&, int64_t, int64_t, bool);       \
   template void finish_gradients(const PackedProjection<T>&, Acc<T>*, Acc<T>*, Acc<T>*);
-ALIGN_INSTANTIATE(float)
-ALIGN_INSTANTIATE(double)
-ALIGN_INSTANTIATE(bfloat16)
-ALIGN_INSTANTIATE(float16)
+ALIGN_FOR_CPU_TYPES(ALIGN_INSTANTIATE)
 #undef ALIGN_INSTANTIATE
 
 #define ALIGN_INSTANTIATE(T, TA)                                                                            \
   template PackedProjection<T> pack_projection(const ProjectionPlan&, const HeadsInputs<T, TA>&, const TA*, \
                                                const RowBlock&, void*);
-ALIGN_EACH_TYPE_AND_ADAPTER(ALIGN_INSTANTIATE)
-#undef ALIGN_INSTANTIATE
+ALIGN_FOR_CPU_TYPES_AND_ADAPTERS(ALIGN_INSTANTIATE)
 
 }  // namespace align::cpu

@@ -171,9 +171,7 @@ void ProjectionBlock<T>::shrink_backward(const T* dx_in, T* dx) const {
   }
 }
 
-template struct ProjectionBlock<float>;
-template struct ProjectionBlock<double>;
-template struct ProjectionBlock<bfloat16>;
-template struct ProjectionBlock<float16>;
+#define ALIGN_INSTANTIATE(T) template struct ProjectionBlock<T>;
+ALIGN_FOR_CPU_TYPES(ALIGN_INSTANTIATE)
 
 }  // namespace align::cpu

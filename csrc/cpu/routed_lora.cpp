@@ -134,7 +134,6 @@ void routed_lora_backward(const RoutedLoraBackwardArgs<T, TA>& args) {
 #define ALIGN_INSTANTIATE(T, TA)                                                 \
   template void routed_lora_forward<T, TA>(const RoutedLoraForwardArgs<T, TA>&); \
   template void routed_lora_backward<T, TA>(const RoutedLoraBackwardArgs<T, TA>&);
-ALIGN_EACH_TYPE_AND_ADAPTER(ALIGN_INSTANTIATE)
-#undef ALIGN_INSTANTIATE
+ALIGN_FOR_CPU_TYPES_AND_ADAPTERS(ALIGN_INSTANTIATE)
 
 }  // namespace align::cpu

@@ -225,10 +225,6 @@ template void add_up(const double* const*, int64_t, double, int64_t, double*);
 #define ALIGN_INSTANTIATE(T)                 \
   template void rows_dot(const RowsDot<T>&); \
   template void rank_add(const RankAdd<T>&);
-ALIGN_INSTANTIATE(float)
-ALIGN_INSTANTIATE(double)
-ALIGN_INSTANTIATE(bfloat16)
-ALIGN_INSTANTIATE(float16)
-#undef ALIGN_INSTANTIATE
+ALIGN_FOR_CPU_TYPES(ALIGN_INSTANTIATE)
 
 }  // namespace align::cpu

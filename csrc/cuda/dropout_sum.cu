@@ -36,11 +36,6 @@ void dropout_sum_backward(const DropoutSumBackwardArgs<T, TA>& args, Stream stre
   template int64_t dropout_sum_backward_workspace(const HeadsInputs<T, TA>&);            \
   template void dropout_sum_forward<T, TA>(const DropoutSumForwardArgs<T, TA>&, Stream); \
   template void dropout_sum_backward<T, TA>(const DropoutSumBackwardArgs<T, TA>&, Stream);
-ALIGN_INSTANTIATE(float, float)
-ALIGN_INSTANTIATE(bfloat16, bfloat16)
-ALIGN_INSTANTIATE(bfloat16, float)
-ALIGN_INSTANTIATE(float16, float16)
-ALIGN_INSTANTIATE(float16, float)
-#undef ALIGN_INSTANTIATE
+ALIGN_FOR_CUDA_TYPES_AND_ADAPTERS(ALIGN_INSTANTIATE)
 
 }  // namespace align::cuda

@@ -313,10 +313,7 @@ void gaussian_kl_backward(const GaussianKlBackwardArgs<T>& args, Stream stream) 
   template int64_t task_moments_workspace(const Latents<T>&, int64_t); \
   template void task_moments(const TaskMomentsArgs<T>&, Stream);       \
   template void gaussian_kl_backward(const GaussianKlBackwardArgs<T>&, Stream);
-ALIGN_INSTANTIATE(float)
-ALIGN_INSTANTIATE(bfloat16)
-ALIGN_INSTANTIATE(float16)
-#undef ALIGN_INSTANTIATE
+ALIGN_FOR_CUDA_TYPES(ALIGN_INSTANTIATE)
 template void gaussian_kl_tables(const GaussianKlTablesArgs<float>&, Stream);
 
 }  // namespace align::cuda

@@ -222,11 +222,6 @@ void group_rows(const int64_t* group, int64_t tokens, int64_t groups, int64_t* r
 #define ALIGN_INSTANTIATE(T, TA)                                                           \
   template void grouped_lora_forward<T, TA>(const GroupedLoraForwardArgs<T, TA>&, Stream); \
   template void grouped_lora_backward<T, TA>(const GroupedLoraBackwardArgs<T, TA>&, Stream);
-ALIGN_INSTANTIATE(float, float)
-ALIGN_INSTANTIATE(bfloat16, bfloat16)
-ALIGN_INSTANTIATE(bfloat16, float)
-ALIGN_INSTANTIATE(float16, float16)
-ALIGN_INSTANTIATE(float16, float)
-#undef ALIGN_INSTANTIATE
+ALIGN_FOR_CUDA_TYPES_AND_ADAPTERS(ALIGN_INSTANTIATE)
 
 }  // namespace align::cuda

@@ -361,9 +361,6 @@ void mk_mmd_backward(const MkMmdBackwardArgs<T>& args, Stream stream) {
   template int64_t mk_mmd_workspace<T>(const MkMmdArgs<T>&); \
   template void mk_mmd(const MkMmdArgs<T>&, Stream);         \
   template void mk_mmd_backward(const MkMmdBackwardArgs<T>&, Stream);
-ALIGN_INSTANTIATE(float)
-ALIGN_INSTANTIATE(bfloat16)
-ALIGN_INSTANTIATE(float16)
-#undef ALIGN_INSTANTIATE
+ALIGN_FOR_CUDA_TYPES(ALIGN_INSTANTIATE)
 
 }  // namespace align::cuda

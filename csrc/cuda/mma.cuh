@@ -69,7 +69,7 @@ struct Mma {
     }
   }
 
-  // g: the warp's latent rows. What is kept is multiplied by scale.
+  // g: the warp's latent rows. Kept elements are multiplied by scale.
   static __device__ __forceinline__ void add(Add& acc, const T* g, const T* m, int begin, int end,
                                              const TileMask<T>& mask, float scale) {
 #pragma unroll

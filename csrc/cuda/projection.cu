@@ -164,6 +164,5 @@ void combine_heads_backward(const CombineHeadsBackwardJob& job, int64_t tile_col
   template void backward<__VA_ARGS__>(const BackwardJob<__VA_ARGS__, LatentRows>&, Stream);   \
   template void expand<__VA_ARGS__>(const ExpandJob<__VA_ARGS__::Element>&, const LatentRows&, Stream);
 ALIGN_FOR_EACH_MATH(ALIGN_INSTANTIATE)
-#undef ALIGN_INSTANTIATE
 
 }  // namespace align::cuda

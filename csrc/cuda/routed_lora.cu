@@ -29,11 +29,6 @@ void routed_lora_backward(const RoutedLoraBackwardArgs<T, TA>& args, Stream stre
   template int64_t routed_lora_backward_workspace(const HeadsInputs<T, TA>&, const TA*, const Routing&); \
   template void routed_lora_forward<T, TA>(const RoutedLoraForwardArgs<T, TA>&, Stream);                 \
   template void routed_lora_backward<T, TA>(const RoutedLoraBackwardArgs<T, TA>&, Stream);
-ALIGN_INSTANTIATE(float, float)
-ALIGN_INSTANTIATE(bfloat16, bfloat16)
-ALIGN_INSTANTIATE(bfloat16, float)
-ALIGN_INSTANTIATE(float16, float16)
-ALIGN_INSTANTIATE(float16, float)
-#undef ALIGN_INSTANTIATE
+ALIGN_FOR_CUDA_TYPES_AND_ADAPTERS(ALIGN_INSTANTIATE)
 
 }  // namespace align::cuda

@@ -34,7 +34,7 @@ constexpr int kPieceStride = kPieceCols<T, kRank> + kPad<T>;
 template <typename T, int kRank>
 constexpr int kLatentStride = kRank + kPad<T>;
 
-// Hands out the dynamic shared memory.
+// Allocates pieces of the dynamic shared memory.
 class SharedArena {
  public:
   __device__ SharedArena() : next_(static_cast<char*>(dynamic_shared())) {}

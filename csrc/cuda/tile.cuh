@@ -1,4 +1,4 @@
-// What all projection kernels share: tiles of a token matrix [tokens, columns] that stream through shared memory, and
+// Shared by all projection kernels: tiles of a token matrix [tokens, columns] that stream through shared memory, and
 // latent rows [tokens, rank].
 #pragma once
 
