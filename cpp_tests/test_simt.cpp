@@ -42,7 +42,7 @@ __global__ void rounds_kernel(const float* x, float* out) {
   out[threadIdx.x] = sum;
 }
 
-// Warps keep to themselves: a __syncwarp is enough, and needed.
+// Threads use only what their own warp has written: a __syncwarp is enough, and it is needed.
 template <bool kFault>
 __global__ void warp_sum_kernel(const float* x, float* out) {
   __shared__ float tile[kThreads];
@@ -116,7 +116,7 @@ __global__ void write_after_lanes_read_kernel(const float* x, float* out) {
   out[threadIdx.x] = value;
 }
 
-// Bytes of a word have pasts of their own: lane 4 knows that lanes 0 and 1 have read, and of lane 2 nothing.
+// Each byte of a word has its own history: lane 4 is ordered after the reads of lanes 0 and 1, but not after lane 2.
 template <bool kFault>
 __global__ void bytes_kernel(const float* x, float* out) {
   __shared__ unsigned words[kThreads / 32];

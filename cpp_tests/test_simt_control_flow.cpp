@@ -105,7 +105,7 @@ __global__ void shuffle_kernel(const float*, float* out) {
   out[threadIdx.x] = float(right + votes);
 }
 
-// Each thread counts at its own place in a grid and block of three dimensions.
+// Each thread counts at its own index in a grid and block of three dimensions.
 __global__ void coordinates_kernel(int* count) {
   const unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
   const unsigned thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;

@@ -123,7 +123,7 @@ void check_load_matrices() {
   });
 }
 
-// What ldmatrix hands to a lane was written by another one: it takes a barrier, although each lane names its own row.
+// ldmatrix gives a lane what another lane has written: a barrier is needed, although each lane gives its own row.
 template <bool kBarrier>
 __global__ void own_rows_kernel(uint32_t* out) {
   __shared__ __align__(16) uint4 tile[64];

@@ -1,6 +1,6 @@
-// What `g++ -fsanitize=thread` calls before every load and store of the code that it compiles, and what
-// -fsanitize=bounds calls when an index leaves its array. The program is linked without the sanitizers' libraries:
-// these are the only definitions.
+// The functions that `g++ -fsanitize=thread` calls before every load and store of the code that it compiles, and those
+// that -fsanitize=bounds calls when an index is outside of its array. The program is linked without the sanitizers'
+// libraries: these are the only definitions.
 #include <cstdlib>
 
 #include "engine.h"

@@ -103,7 +103,7 @@ void add_conflict(Conflict conflict, const Marks& other, const char* other_op, c
             pc);
 }
 
-// What is wrong with one byte of an access; true if something is.
+// Checks one byte of an access; returns true if there is an error.
 bool check_byte(const Cell& cell, const Thread& me, Region& region, uintptr_t address, Op op, const void* pc) {
   const uint32_t first = memory.phases.first(region.space);
   const bool written = cell.writes.phase >= (region.space == Space::kShared ? first : 1);

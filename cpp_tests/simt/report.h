@@ -1,4 +1,4 @@
-// What the engine tells a test, as data: the errors and the memory traffic of each launch; and the memory it checks.
+// The report of the engine to a test: the errors and the memory traffic of each launch; and the memory that it checks.
 #pragma once
 
 #include <cstddef>

@@ -1,4 +1,4 @@
-// What is remembered of each byte of shared and device memory, and when two accesses to it are in conflict.
+// The state of each byte of shared and device memory, and the rule when two accesses to it are in conflict.
 //
 // Time is a phase, which advances at every block barrier and every start of a block, so that it also tells blocks and
 // launches apart; within a phase, accesses of one warp are ordered by the vector clocks that __syncwarp joins

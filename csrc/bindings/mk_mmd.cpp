@@ -14,7 +14,7 @@ using MkMmdOutputs = std::tuple<Tensor, Tensor, Tensor>;
 struct MkMmdOptions {
   int64_t tasks;
   std::vector<double> bandwidths;  // empty: heuristic
-  int64_t num_kernels;             // of the heuristic
+  int64_t num_kernels;             // for the heuristic
   bool u_statistic;
   int64_t n_max;
   bool mean_pairs;
@@ -48,7 +48,7 @@ MkMmdOutputs empty_mk_mmd(const Tensor& z, const MkMmdOptions& options) {
           make_empty(z, {z.size(0)}, ScalarType::Int)};
 }
 
-// Everything but the workspace.
+// The arguments of the kernels, without a workspace.
 template <typename T>
 MkMmdArgs<T> mk_mmd_args(const Tensor& z, const Tensor& task, const MkMmdOptions& options, MkMmdOutputs& outputs) {
   auto& [loss, gradient, slot] = outputs;

@@ -138,7 +138,7 @@ ALIGN_INLINE void block_squares(const Layer<T>& layer, int64_t begin, int64_t en
 template <typename T>
 struct MomentsJob {
   const TaskMomentsArgs<T>& args;
-  int64_t blocks;    // of rows, in a layer
+  int64_t blocks;    // blocks of rows of a layer
   Acc<T>* partials;  // [layers, blocks], each with room for [tasks, 2 rank + 1] of the widest layer
 
   Acc<T>* block_moments(int64_t layer, int64_t block) const {

@@ -135,7 +135,7 @@ ALIGN_INLINE void kernels_of(const TilePair<A>& pair, const Rates<A>& rates, dou
       V d2[kGroup], e[kGroup], sum[kGroup], weighted[kGroup];
       for (int i = 0; i < kGroup; ++i) {
         d2[i] = load<W>(at + i * kMmdTileRows);
-        e[i] = sum[i] = weighted[i] = exp2_of<W>(rates.rate[0], rates.rest[0], d2[i]);  // of weight 1
+        e[i] = sum[i] = weighted[i] = exp2_of<W>(rates.rate[0], rates.rest[0], d2[i]);  // it has weight 1
       }
       for (int k = 1; k < rates.count; ++k) {
         for (int i = 0; i < kGroup; ++i) {

@@ -78,7 +78,7 @@ ALIGN_INLINE void ranks_tile(const Acc<T>* panel, int64_t width, const Acc<T>* b
                              int64_t out_stride, const T* const* ahead, int64_t ahead_first) {
   using A = Acc<T>;
   constexpr int kLane = kLanes<A, W>;
-  Vec<A, W> sum[kRows][kVecs] = {};  // of the panel alone: one chain over all columns would round as often
+  Vec<A, W> sum[kRows][kVecs] = {};  // for one panel: a single sum over all columns would round more
   for (int64_t line = 0; line < width; line += kLineColumns) {
     for (int i = 0; ahead && i < kRows; ++i) prefetch(ahead[i] + ahead_first + line);
     for (int64_t c = line; c < std::min(line + kLineColumns, width); ++c) {

@@ -15,7 +15,7 @@
 namespace align::cuda {
 
 template <typename T>
-constexpr int kOuterCols = kOuterTiles * kTileCols<T>;  // of a block
+constexpr int kOuterCols = kOuterTiles * kTileCols<T>;  // columns of a block
 
 template <typename T>
 struct OuterJob {

@@ -43,8 +43,8 @@ template <typename T, typename TA = T>  // TA: type of the adapters, T or float
 struct HeadsInputs {
   HeadsShape shape;
   DropoutArgs dropout;
-  double scaling;         // of the heads
-  double offset_scaling;  // of the offset path
+  double scaling;         // multiplies the heads
+  double offset_scaling;  // multiplies the offset path
   const T* x;             // [tokens, in_dim]
   const TA* A;            // [rank, in_dim], or [heads, rank, in_dim] with A_per_head
   const TA* B;            // [heads, out_dim, rank]
@@ -73,7 +73,7 @@ struct HeadsBackwardArgs {
   const Acc<T>* dz_in;  // [tokens, latents, rank], or null: zero
   // grad inputs
   T* dx;       // [tokens, in_dim], assigned dx_in + low rank, or null: not wanted
-  Acc<T>* dA;  // of the shape of A, assigned
+  Acc<T>* dA;  // like A, assigned
   Acc<T>* dB;  // [heads, out_dim, rank], assigned
   void* workspace;
 };
