@@ -1,13 +1,13 @@
 // Skinny products: one dimension, the rank, is small. They work on a block of rows of a token matrix x or y.
 //
 // clang-format off
-//   rows_dot   out[i,j]    = sum_c xd[i,c] a[j,c]                               shrink, and dz = dy B
+//   rows_dot   out[i,j]    = sum_c xd[i,c] a[j,c]                                shrink, and dz = dy B
 //   rank_add   y[i,c]      = y_in[i,c] + bias[c]
-//                            + sum over terms of scale m[i,c] sum_j g[i,j] b[j,c]   expand, and dx
-//   outer_add  outer[j,c] += sum_i g[i,j] xd[i,c]                               dA and dB
+//                            + sum over terms of scale m[i,c] sum_j g[i,j] b[j,c] expand, and dx
+//   outer_add  outer[j,c] += sum_i g[i,j] xd[i,c]                                dA and dB
 //   dot_outer  out[i,j]    = sum_c x[i,c] bt[c,j], and
-//              outer[j,c] += sum_i g[i,j] x[i,c]                                dz and dB of many ranks in one pass
-//   add_up     sums[c]     = scale sum_k partials[k][c]                         adds the results of several outer_adds
+//              outer[j,c] += sum_i g[i,j] x[i,c]                                 dz and dB of many ranks in one pass
+//   add_up     sums[c]     = scale sum_k partials[k][c]                          adds the results of several outer_adds
 // clang-format on
 //
 // xd is x with dropped elements set to zero, and m is 0 or 1; the factor 1/(1-p) of dropout is part of the scales.

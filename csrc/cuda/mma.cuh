@@ -1,8 +1,8 @@
 // The three products of a tile on tensor cores (sm_80 and later), accumulated in float. Same functions as ffma.cuh.
 //
 // clang-format off
-//   dot    [16 rows, rank]     += xd m^T     the rows that a warp has of a tile, masked, times ranks begin .. end of the
-//                                            adapter matrix
+//   dot    [16 rows, rank]     += xd m^T     the rows that a warp has of a tile, masked, times ranks begin .. end of
+//                                            the adapter matrix
 //   add    [16 rows, columns]  += mask g m   the latent rows of a warp times these ranks
 //   outer  [rank, 8 columns]   += g^T x      half of the rows of a tile, the columns of a warp
 // clang-format on
