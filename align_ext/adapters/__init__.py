@@ -1,4 +1,4 @@
-"""What sits where a linear layer or a block sat: one architecture a file."""
+"""Adapters that stand beside a linear layer or a block: one architecture a file."""
 
 from importlib import import_module
 from typing import Any

@@ -29,7 +29,7 @@ class AdaptedBlock(AdaptedModule):
         return "it stands beside a whole block, which has no one weight: keep it as an adapter"
 
     def __getattr__(self, name: str) -> Any:
-        """What models look at from outside (layer_idx, is_causal, ...) is the block's."""
+        """Looks further attributes (layer_idx, is_causal, ...) up in the block, since models read them."""
         try:
             return super().__getattr__(name)
         except AttributeError:

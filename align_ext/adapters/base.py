@@ -1,4 +1,4 @@
-"""What every architecture shares: an adapter, the linear layer beside which it stands, its step, its contract."""
+"""The base classes of all architectures: an adapter, and the linear layer with an adapter beside it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Factors = tuple[Tensor, Tensor]  # A, B
 
 
 class Captured(NamedTuple):
-    """What an adapter computed on the way, without a graph.
+    """The latents and routing weights of one call of an adapter, without a graph.
 
     Attributes:
         z: latents [T, r], or [T, N, r] where heads have latents of their own; T the tokens of the layer's input.
@@ -36,7 +36,7 @@ class Adapter(nn.Module):
     computes and by `terms` what change of the weight that is, or by `unmergeable_reason` why it is none.
 
     Attributes:
-        capture: takes what each forward computes on the way (align_ext/adapters/capture.py); None: nobody looks.
+        capture: a function that gets the latents of each forward (align_ext/adapters/capture.py), or None.
     """
 
     lora_A: nn.Parameter

@@ -1,4 +1,4 @@
-"""What adapters compute on the way: the one way to look at latents and routing weights."""
+"""capture_latents: the public way to look at latents and routing weights."""
 
 from __future__ import annotations
 

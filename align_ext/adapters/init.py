@@ -56,4 +56,4 @@ def pissa(A: Tensor, B: Tensor, weight: Tensor, scaling: float) -> None:
         A.copy_(root[:, None] * V[:r])
 
 
-ZERO_PRODUCT = {"kaiming": kaiming, "gaussian": gaussian, "orthogonal": orthogonal}  # those with B A = 0
+ZERO_PRODUCT = {"kaiming": kaiming, "gaussian": gaussian, "orthogonal": orthogonal}  # starts with B A = 0

@@ -1,4 +1,4 @@
-"""What architectures with N heads B_i share: parameters, first values, the frozen offset path, the spectral loss."""
+"""The base classes of architectures with N heads B_i: parameters, first values, frozen offset, spectral loss."""
 
 from __future__ import annotations
 

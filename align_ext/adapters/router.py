@@ -13,7 +13,7 @@ from align_ext.alignment.step import AlignStep
 from align_ext.config import AlignLoraConfig
 from align_ext.ops import routed_lora
 
-_HIDDEN = 64  # of the MLP
+_HIDDEN = 64  # width of the MLP router's hidden layer
 
 
 class LinearRouter(nn.Module):

@@ -1,4 +1,4 @@
-"""The alignment of several micro-batches as of one batch: a first pass for the statistics, a second for the gradient.
+"""Aligns several micro-batches as one batch: a first pass for the statistics, a second one for the gradient.
 
 The first pass leaves the model's buffers and torch's generators as it found them.
 
@@ -8,8 +8,8 @@ The first pass leaves the model's buffers and torch's generators as it found the
             loss = model(**batch).loss
         step.total(loss / len(union), scale=1 / len(union), of=part).backward()
 
-The alignment's gradient is then that of the one big batch. Without all this each micro-batch is aligned by itself
-(align_accumulation="micro"), or with what the last ones left ("queue").
+The alignment's gradient is then that of the one big batch. Otherwise each micro-batch is aligned by itself
+(align_accumulation="micro"), or with the statistics of the last ones ("queue").
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class AccumulatedBatch:
         return len(self.parts)
 
     def replay(self) -> Iterator[tuple[dict[str, Any], MicroBatchShare]]:
-        """Each batch, a copy of its dictionary, with its part, the generators as in the first pass."""
+        """Yields a copy of each batch and its share, with torch's generators as in the first pass."""
         for batch, part in zip(self.batches, self.parts, strict=True):
             part.restore_rng()
             yield dict(batch), part
@@ -65,7 +65,7 @@ def align_statistics(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> 
         for batch in batches:
             inputs = dict(batch)
             ids, labels = inputs.pop("task_ids", None), inputs.get("labels")
-            if not state.encoder_decoder:  # which makes its decoder's tokens of them
+            if not state.encoder_decoder:  # an encoder-decoder makes its decoder's tokens from the labels
                 inputs.pop("labels", None)
             rng.append(_rng_state())
             with align_step(model, ids, inputs.get("attention_mask"), labels) as step:

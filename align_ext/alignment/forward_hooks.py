@@ -1,4 +1,4 @@
-"""A model's own forward as a way into the step: model(**batch, task_ids=ids), by forward hooks.
+"""Forward hooks that open and close a step round the model's own forward: model(**batch, task_ids=ids).
 
 The hooks also hand the model's attention_mask and labels to a step that align_step opened.
 """
@@ -27,7 +27,7 @@ _EVAL = (
 
 
 def register_hooks(model: nn.Module, state: AlignState) -> None:
-    """Gives the model's forward the argument task_ids; whatever raises, the model is as it was."""
+    """Gives the model's forward the argument task_ids; after an error the model is unchanged."""
     of_parts = watch_parts(model, state)
     model.align_state = state  # type: ignore[assignment]
     # Taken from the outermost signature: transformers' decorators hide the names from the code object.
@@ -40,7 +40,7 @@ def register_hooks(model: nn.Module, state: AlignState) -> None:
 
 
 def remove_hooks(model: nn.Module) -> None:
-    """Undoes register_hooks, and takes activation checkpointing back from the step."""
+    """Undoes register_hooks, and gives the model its own checkpoint functions back."""
     state: Any = model.align_state
     for handle in state.handles:
         handle.remove()
@@ -51,11 +51,11 @@ def remove_hooks(model: nn.Module) -> None:
     del model.align_state
 
 
-CACHE = ("cache", "past_key_values")  # what transformers calls it, from 5.24 on and before
+CACHE = ("cache", "past_key_values")  # the name in transformers from 5.24 on, and before
 
 
 def _given(state: AlignState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a model's forward by name, whichever way they were passed."""
+    """Returns the arguments of a model's forward by name, however they were passed."""
     return dict(zip(state.arguments, args, strict=False)) | kwargs
 
 
@@ -64,7 +64,7 @@ def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     state: Any = module.align_state
     ids, step = kwargs.pop("task_ids", None), state.current
     if step is not None and step.seen and not torch.is_grad_enabled():
-        state.current, state.suspended = None, step  # a further forward for metrics: TRL makes such
+        state.current, state.suspended = None, step  # a second forward for metrics, as TRL makes one
         return args, kwargs
     if ids is not None and step is not None:
         raise RuntimeError("task ids were given twice: by align_step and by task_ids=")
@@ -82,7 +82,7 @@ def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _mask(step: AlignStep, given: Mapping[str, Any]) -> None:
-    """Tells a step which of a forward's tokens count, by the forward's own arguments."""
+    """Gives a step the masks among a forward's arguments, which say what tokens count."""
     if step.records and given.get("encoder_hidden_states") is not None:
         raise RuntimeError(
             "the model was given encoder_hidden_states, whose tokens its cross-attention reads: adapt and call the "
@@ -102,7 +102,7 @@ def _mask(step: AlignStep, given: Mapping[str, Any]) -> None:
 
 
 def _opens(config: AlignLoraConfig, training: bool, ids: Tensor | None) -> bool:
-    """Whether a forward opens a step by itself: to train, or, in evaluation, for what depends on task or sequence."""
+    """Whether a forward opens a step: in training, and in evaluation if the output depends on tasks or sequences."""
     if training:
         return config.needs_step and (ids is not None or not config.needs_ids)
     return config.routing == "sequence" or (config.architecture == "multi_adapter" and ids is not None)
@@ -114,7 +114,7 @@ def _open_by_keyword(module: nn.Module, state: AlignState, ids: Tensor | None, g
     step = open_step(module, state, ids, by_keyword=True, records=module.training)
     cache = next((given[name] for name in CACHE if name in given), None)
     step.decoding = cache is not None and cache.get_seq_length() > 0
-    if not step.decoding:  # its mask is about the cached tokens too, and its tokens are no prompt
+    if not step.decoding:  # while decoding, the mask covers the cached tokens too, and the new tokens are not a prompt
         _mask(step, given)
     state.current = step
 
@@ -146,7 +146,7 @@ def _close_by_keyword(state: AlignState, output: Any, has_loss: bool) -> Any:
 
 
 def _watch_evaluation(output: Any) -> None:
-    """A loss of a model in eval mode that is differentiated after all was meant for training, as a rule."""
+    """Warns if the loss of a model in eval mode is differentiated, since training was probably meant."""
     loss = output.get("loss") if isinstance(output, dict) else None
     if isinstance(loss, Tensor) and loss.requires_grad:
         loss.register_hook(_warn_evaluation)

@@ -1,4 +1,4 @@
-"""What the alignment cannot work with: parts of models, processes that do not know of each other, compiled autograd."""
+"""Checks that refuse set-ups in which the alignment would be wrong: partial models, separate processes, and others."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from align_ext.system.reading import shown
 
 
 def refuse_compiled_autograd(*, ahead: bool = True) -> None:
-    """Raises RuntimeError where the compiler traces backward, which hands out the step's gradients by Python.
+    """Raises RuntimeError under compiled autograd, which cannot trace the Python that hands out a step's gradients.
 
     Args:
-        ahead: or, if it does not yet, will in compiled models; to look that option up takes a microsecond.
+        ahead: whether to check also the option that turns it on for compiled models (this takes a microsecond).
     """
-    dynamo = sys.modules.get("torch._dynamo")  # nothing is compiled where nobody imported it
+    dynamo = sys.modules.get("torch._dynamo")  # nothing is compiled before this module is imported
     if dynamo is None:
         return
     autograd = dynamo.compiled_autograd
@@ -31,13 +31,13 @@ def refuse_compiled_autograd(*, ahead: bool = True) -> None:
 
 
 def check_model(model: Any) -> None:
-    """Raises ValueError for what is no model."""
+    """Raises ValueError if this is not a torch module."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch module, got {shown(model)}: load it first (from_pretrained)")
 
 
 def refuse_parts_of_a_model(model: nn.Module) -> None:
-    """Raises ValueError for a model that other processes hold parts of; FSDP2's shards are whole in forward."""
+    """Raises ValueError for pipeline stages and tensor parallelism; FSDP2 gathers its shards before a forward."""
     modules: list[Any] = list(model.modules()) if isinstance(model, nn.Module) else [model]
     kinds = {kind.__name__ for module in modules for kind in type(module).__mro__}
     if "_PipelineStageBase" in kinds or any("_pp_stage" in module.__dict__ for module in modules):
@@ -56,12 +56,12 @@ def refuse_parts_of_a_model(model: nn.Module) -> None:
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """Returns the number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def refuse_processes_apart(cure: str = 'call torch.distributed.init_process_group("gloo" or "nccl") first') -> None:
-    """Raises RuntimeError if a launcher started several processes, which have not joined."""
+    """Raises RuntimeError if a launcher started several processes and they have no process group."""
     started = os.environ.get("WORLD_SIZE", "1")
     if "RANK" in os.environ and started.isdecimal() and int(started) > 1 and world_size() == 1:
         raise RuntimeError(f"{started} processes were started, but each would train by itself: {cure}")

@@ -12,12 +12,12 @@ from align_ext.losses.statistics import Statistics
 
 @dataclass(frozen=True)
 class MicroBatchShare:
-    """What a micro-batch needs to be aligned with the others of its step (accumulation.py).
+    """The data with which one micro-batch is aligned with the others of its step (accumulation.py).
 
     Attributes:
-        statistics: of all micro-batches (and processes), as this one needs them.
-        parts: how many micro-batches there are.
-        rng: the states of the generators before its forward.
+        statistics: the statistics of all micro-batches and processes, with the offset of this one's tokens.
+        parts: number of micro-batches.
+        rng: states of torch's generators before its forward.
     """
 
     statistics: Statistics

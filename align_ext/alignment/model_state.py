@@ -49,8 +49,8 @@ class AlignState:
         self.sources: dict[int, str] = {}  # by layer: where its tokens come from
         # The model.
         self.arguments: tuple[str, ...] = ()  # names of its forward's arguments
-        self.handles: tuple[RemovableHandle, ...] = ()  # of the hooks on it and on its parts
-        self.report: Any = None  # of the adaptation (model/replace.py)
+        self.handles: tuple[RemovableHandle, ...] = ()  # its forward hooks
+        self.report: Any = None  # the AdapterReport (model/replace.py)
         # The base before training: parameters and buffers that training changes (base_model/modules_to_save.py), and
         # samples of its weights, taken while they were whole (base_model/fingerprint.py).
         self.originals: dict[str, Tensor] = {}

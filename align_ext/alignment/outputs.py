@@ -24,14 +24,14 @@ _NOT_DIFFERENTIATED = (
 
 
 class StepOutputs(StepTokens):
-    """The latents z of the layers that ran in one forward, a router's weights w, and the gradients in both.
+    """The latents z of the layers that ran in one forward, the routers' weights w, and the gradients in both.
 
     Args:
-        state: of the model.
+        state: the model's.
         ids: [B] or [B, S]; None: all tokens are of one task (where no loss tells tasks apart).
         like: a tensor on the device of the ids.
-        strict: a backward that meets the layers without the loss is an error.
-        records: layers hand over their outputs; False for evaluation.
+        strict: whether a backward through the layers without the loss is an error.
+        records: whether layers hand over their outputs (in training).
     """
 
     written = torch.zeros(
@@ -48,7 +48,7 @@ class StepOutputs(StepTokens):
         self.seen: set[int] = set()  # the layers that ran
         self.is_differentiated = False
         self._recorded: dict[int, Latents] | None = {LATENT: {}, WEIGHTS: {}}  # None: the loss has them
-        self._gradients: dict[int, Latents] | None = None  # those that no layer has popped yet, inside backward
+        self._gradients: dict[int, Latents] | None = None  # inside backward: the gradients that no layer has popped yet
 
     def tap(self, adapter: Any, x: Tensor, y: Tensor, z: Tensor, w: Tensor | None) -> Tensor:
         """Records the outputs of a layer that ran on x, and returns y with the step's gradients behind it."""

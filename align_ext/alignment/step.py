@@ -40,12 +40,12 @@ class AlignStep(StepOutputs):
     """The losses on the adapters of one forward: alignment, balance, spectral.
 
     Args:
-        state: of the model.
+        state: the model's.
         ids: [B] or [B, S]; None: all tokens are of one task (where no loss tells tasks apart).
         like: a tensor on the device of the ids.
-        strict: a backward that meets the layers without the loss is an error.
-        by_keyword: opened by the model's own forward.
-        records: layers hand over their outputs; False for evaluation.
+        strict: whether a backward through the layers without the loss is an error.
+        by_keyword: whether the model's own forward opened it.
+        records: whether layers hand over their outputs (in training).
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class AlignStep(StepOutputs):
         self._weight = 0.0
 
     def statistics(self) -> Statistics:
-        """What the alignment needs of this process's tokens; before total."""
+        """Returns the statistics of this process's tokens; before total."""
         state = self.state
         sizes = len(state.names), state.tasks, state.rank
         return STATISTICS[state.config.align or "kl"].of(
@@ -82,7 +82,7 @@ class AlignStep(StepOutputs):
         )
 
     def after_backward(self) -> None:
-        """Leaves the statistics of a step that went well to the next ones; of others nothing remains."""
+        """Adds the statistics to the queue if they and the loss are finite."""
         own, self._own = self._own, None
         if own is not None and self._lm is not None:
             values = [self._lm, *(tensor for tensor in own.to_tensors().values() if tensor.is_floating_point())]
@@ -117,11 +117,11 @@ class AlignStep(StepOutputs):
                 self.balance = Balance.of(weights, self.counting, config.balance, distributed=distributed)
         recorded = self.release()
         factors = {LATENT: self._weight * scale, WEIGHTS: config.balance_weight * scale}
-        # Data parallelism averages gradients over the processes; the statistics are of the whole batch already. Each
-        # of several micro-batches holds a share of the value, and its tokens' whole gradient.
+        # Data parallelism averages gradients over the processes, but the statistics are those of the whole batch. Each
+        # of several micro-batches adds a share of the value, but the whole gradient in its own tokens.
         parts = 1 if of is None else of.parts
         of_gradients = {LATENT: factors[LATENT] * world * parts, WEIGHTS: factors[WEIGHTS] * world}
-        # Even if it adds nothing: recomputed layers look for the step.
+        # The node is needed even if it adds nothing, since recomputed layers look for the step.
         loss = _total(loss, self, factors, of_gradients, recorded)
         if config.spectral:
             self.spectral = torch.stack([of_layer() for of_layer in self.state.spectral]).sum()
@@ -129,7 +129,7 @@ class AlignStep(StepOutputs):
         return loss
 
     def _all_statistics(self, of: MicroBatchShare | None, distributed: bool) -> Statistics:
-        """What this step's alignment is about: all processes' tokens, and those of other micro-batches."""
+        """Returns the statistics of all tokens that are aligned: of all processes, and of other micro-batches."""
         kind, queue = self.state.config.align_accumulation, self.state.queue
         if of is not None:
             return of.statistics
@@ -162,7 +162,7 @@ class AlignStep(StepOutputs):
             raise RuntimeError("this step has its total already: add the losses first, then step.total(sum) once")
 
     def parts(self) -> LossReport:
-        """The losses of this step, as numbers; after total(loss)."""
+        """Returns the losses of this step as numbers; after total(loss)."""
         if self._lm is None:
             raise RuntimeError("this step has no losses yet: call step.total(loss) first")
         state, alignment = self.state, self.alignment
@@ -188,7 +188,7 @@ class _Total(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.step, ctx.layers = step, [(output, layer) for output, latents in recorded.items() for layer in latents]
         ctx.factors = of_gradients
-        # Freed when the loss's graph is.
+        # Saved tensors are freed with the loss's graph.
         ctx.save_for_backward(*(recorded[output][layer] for output, layer in ctx.layers))
         total = loss
         for output, part in {LATENT: step.alignment, WEIGHTS: step.balance}.items():

@@ -8,8 +8,8 @@ compilers and saved-tensor hooks may copy, save or offload what carries the numb
 
 A compiled graph knows numbers as int64 tensors on the CPU, and meets the step by two opaque operators:
 
-    record_(written!, output_of_layer, step, layer, output)     a copy of it, since the graph may reuse its memory
-    recorded_gradient(dy, like, step, layer, output)         the gradient that the step has for it, given away
+    record_(written!, output_of_layer, step, layer, output)     copies the output: the graph may reuse its memory
+    recorded_gradient(dy, like, step, layer, output)         pops the gradient in the output
 
 output says which of the layer's: LATENT, z, or WEIGHTS, a router's w. `written` says that it is changed, so that
 compilers neither drop nor reorder record_; it holds nothing. dy is there for its place in the graph: what backward
@@ -31,7 +31,7 @@ LATENT, WEIGHTS = 0, 1
 
 
 class TappedStep(Protocol):
-    """What a tap needs of a step."""
+    """The part of a step that a tap uses."""
 
     number: int
     key: Tensor
@@ -44,7 +44,7 @@ class TappedStep(Protocol):
 
 
 class TappedLayer(Protocol):
-    """What a tap needs of an adapter: the layer's number in the model, and the same as a tensor."""
+    """The part of an adapter that a tap uses: the layer's number in the model, also as a tensor."""
 
     layer: int | None
     layer_key: Tensor | None

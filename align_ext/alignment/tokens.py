@@ -1,4 +1,4 @@
-"""Which tokens each adapted layer sees, whose they are, and which of them count.
+"""Task ids and masks of one forward: the tokens that each adapted layer sees, their tasks, and whether they count.
 
 | source of a layer's tokens | how many | task ids | which count |
 |---|---|---|---|
@@ -63,9 +63,9 @@ class StepTokens:
         self._known = ids is not None
         self.given = torch.zeros(1, dtype=torch.int64, device=like.device) if ids is None else self._check(ids, like)
         self.all_tokens = self.tokens = TokenTasks(self.given)  # tokens: those that count in the losses
-        self.of_decoder: TokenTasks | None = None  # those that count there
+        self.of_decoder: TokenTasks | None = None  # the decoder's tokens that count
         self._of_samples: TokenTasks | None = None
-        self.memories: list[Place] = []  # what the encoder made for the decoder
+        self.memories: list[Place] = []  # the encoder's outputs that the decoder reads
         self.prompt: Tensor | None = None  # bool [B, S]: tokens before the first label, without padding
         self.decoding = False  # the tokens follow others, whose keys and values are cached
 
@@ -140,7 +140,7 @@ class StepTokens:
 
     def check_samples(self, samples: int) -> None:
         """Raises ValueError if the ids that were given are those of another number of samples."""
-        if torch.compiler.is_compiling():  # whose graph no size of the ids shall be part of
+        if torch.compiler.is_compiling():  # the size of the ids must not become part of the graph
             return
         if self._known and len(self.given) != samples:
             raise ValueError(f"task_ids {list(self.given.shape)} do not fit a batch of {samples} samples: give one id "
@@ -174,7 +174,9 @@ class StepTokens:
         elif part == DECODER and x.dim() == 3:
             if self.of_decoder is None:
                 raise RuntimeError(_PADDING_UNKNOWN.format(name=name))
-            made = {shape[1] for _, shape in self.memories if len(shape) == 3}  # of it the decoder may make other keys
+            made = {
+                shape[1] for _, shape in self.memories if len(shape) == 3
+            }  # the decoder may compute other keys from it
             source = {self.of_decoder.ids.shape[1]: DECODER}.get(x.shape[1], TOKENS if x.shape[1] in made else None)
         if source is None:
             raise RuntimeError(
