@@ -50,7 +50,7 @@ class AlignState:
         # The model.
         self.arguments: tuple[str, ...] = ()  # names of its forward's arguments
         self.handles: tuple[RemovableHandle, ...] = ()  # its forward hooks
-        self.report: Any = None  # the AdapterReport (model/replace.py)
+        self.report: Any = None  # the ReplaceReport (model/replace.py)
         # The base before training: parameters and buffers that training changes (base_model/modules_to_save.py), and
         # samples of its weights, taken while they were whole (base_model/fingerprint.py).
         self.originals: dict[str, Tensor] = {}
