@@ -1,4 +1,4 @@
-"""Balance of the routing: no head shall starve (mtLoRA, 2603.01526; Switch Transformer, 2101.03961)."""
+"""The balance loss: routing must use every head (mtLoRA, 2603.01526; Switch Transformer, 2101.03961)."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class Balance:
 
         P_i = mean over the valid tokens t and groups g of w[t, g, i]
         "cv2":     L = var(P) / (mean(P)² + 1e-10), var with ddof 1, 0 for one head
-        "switch":  L = N Σ_i f_i P_i, f_i the share of (token, group) whose top-k holds i, without gradient
+        "switch":  L = N Σ_i f_i P_i, f_i the fraction of (token, group) pairs with i in their top-k, without gradient
         value = mean of L over the layers
 
-    Since w enters by P alone, its gradient is one number for each head.
+    Since L depends on w only through P, its gradient is one number for each head.
 
     Attributes:
         value: scalar.
-        per_layer: [layers], in the order of the layers.
-        d_w: by layer, [N]: d value / d w[t, g, i] of every valid token.
+        per_layer: [layers], the loss of each layer, in order.
+        d_w: for each layer, [N]: d value / d w[t, g, i] of every valid token.
     """
 
     value: Tensor
@@ -62,14 +62,14 @@ def _valid(w: Tensor, tokens: TokenTasks) -> Tensor:
 
 
 def _sums(w: Tensor, tokens: TokenTasks) -> Tensor:
-    """(token, group) pairs | sum of w | how often a head has weight, [2 N + 1], of this process's valid tokens."""
+    """Sums over this process's valid tokens, [2 N + 1]: (token, group) pairs | w by head | how often w > 0 by head."""
     valid = _valid(w, tokens)
     total, chosen = (torch.einsum("t,tgi->i", valid, x) for x in (w, (w > 0).to(w.dtype)))
     return torch.cat([valid.sum()[None] * w.shape[1], total, chosen])
 
 
 def _cv2(P: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
-    """L and dL/dP_i = 2 (P_i - mu) / ((N-1) D) - 2 var mu / (N D²), D = mu² + 1e-10, of each layer; P [layers, N]."""
+    """Returns L and dL/dP_i = 2 (P_i - mu) / ((N-1) D) - 2 var mu / (N D²) of each layer; D = mu² + 1e-10."""
     heads = P.shape[1]
     if heads == 1:
         return torch.zeros_like(P[:, 0]), torch.zeros_like(P)
@@ -79,6 +79,6 @@ def _cv2(P: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _switch(P: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
-    """L = N Σ f_i P_i and dL/dP_i = N f_i of each layer."""
+    """Returns L = N Σ f_i P_i and dL/dP_i = N f_i of each layer."""
     heads = P.shape[1]
     return heads * (f * P).sum(1), heads * f

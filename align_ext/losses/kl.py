@@ -1,7 +1,7 @@
-"""The Gaussian KL alignment (Align-LoRA, 2508.05078, eq. 5) of all adapted layers: moments, one value, the gradients.
+"""The Gaussian KL alignment loss (Align-LoRA, 2508.05078, eq. 5) of all adapted layers: moments, value, gradients.
 
-All layers take one call each for moments, tables and gradients: 4 kernel launches on a GPU. Layers of one model may be
-on several devices; then moments and gradients take one call a device.
+Moments, tables and gradients are one call each for all layers: 4 kernel launches on a GPU. If the layers of a model are
+on several devices, moments and gradients are one call per device.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class KlStatistics:
     """The moments of the tasks' tokens.
 
     Attributes:
-        moments: [layers * latents of a layer, tasks, 2 rank + 1] = n | mean | M2; dimensions that a layer lacks are
+        moments: [layers * latents per layer, tasks, 2 rank + 1] = n | mean | M2; dimensions that a layer lacks are
             zero and add nothing.
-        latents: of a layer: 1, or N where each head has its own.
-        positions: S with statistics "position" (rank is S times the layers' then), else 1.
+        latents: how many latents a layer has: 1, or N if each head has its own.
+        positions: S with statistics "position" (rank is then S times the rank of the layers), else 1.
     """
 
     moments: Tensor
@@ -38,30 +38,30 @@ class KlStatistics:
     def of(
         cls, latents: Latents, tokens: TokenTasks, sizes: tuple[int, int, int], config: AlignLoraConfig
     ) -> KlStatistics:
-        """The statistics of one forward on this process.
+        """Returns the statistics of one forward pass in this process.
 
         Args:
-            latents: of the layers that ran.
-            tokens: their tasks.
-            sizes: layers, tasks, rank of the widest layer.
-            config: align_statistics.
+            latents: the latents of the layers that ran.
+            tokens: the tasks of their tokens.
+            sizes: the number of layers, the number of tasks, the largest rank of a layer.
+            config: the options; align_statistics is read.
         """
         layers, tasks, rank = sizes
-        positions = _positions(latents, tokens) if config.align_statistics == "position" else 1
+        positions = _count_positions(latents, tokens) if config.align_statistics == "position" else 1
         rank *= positions
         per_layer = config.latents
-        groups = _groups(latents, tokens, positions)
-        parts = [task_moments(z, ids, tasks, rank=rank) for _, z, ids in groups]
-        if len(parts) == 1 and len(groups[0][0]) == layers:
-            return cls(parts[0], per_layer, positions)
-        dtype = max((part.dtype for part in parts), key=lambda dtype: dtype.itemsize, default=torch.float32)
+        groups = _group_layers(latents, tokens, positions)
+        by_group = [task_moments(z, ids, tasks, rank=rank) for _, z, ids in groups]
+        if len(by_group) == 1 and len(groups[0][0]) == layers:
+            return cls(by_group[0], per_layer, positions)
+        dtype = max((group.dtype for group in by_group), key=lambda dtype: dtype.itemsize, default=torch.float32)
         moments = torch.zeros((layers, per_layer, tasks, 2 * rank + 1), dtype=dtype, device=tokens.ids.device)
-        for (numbers, _, _), part in zip(groups, parts, strict=True):
-            moments[numbers] = part.to(moments).unflatten(0, (-1, per_layer))
+        for (numbers, _, _), group in zip(groups, by_group, strict=True):
+            moments[numbers] = group.to(moments).unflatten(0, (-1, per_layer))
         return cls(moments.flatten(0, 1), per_layer, positions)
 
     def merge(self, other: KlStatistics) -> KlStatistics:
-        """The statistics of both sets of tokens together."""
+        """Returns the statistics of both sets of tokens together."""
         if self.positions != other.positions:
             raise RuntimeError(
                 f'align_statistics="position" met {self.positions} and {other.positions} positions: pad all processes '
@@ -69,26 +69,26 @@ class KlStatistics:
             )
         return replace(self, moments=merge_moments(self.moments, other.moments))
 
-    tokens = 0  # need no place: the gradient of a token depends on the moments and on itself
+    tokens = 0  # not counted: the gradient of a token depends only on the moments and on the token itself
 
     def after(self, tokens: int) -> KlStatistics:
-        """These statistics for a process's tokens that come after others of its own."""
+        """Returns these statistics for tokens that follow so many other tokens of this process."""
         return self
 
     def over_processes(self) -> KlStatistics:
-        """The statistics of all processes: one collective, merged in rank order: the same bits everywhere."""
+        """Returns the statistics of all processes: one collective, merged in rank order, so that all bits agree."""
         return replace(self, moments=functools.reduce(merge_moments, gather(self.moments)))
 
     def evaluate(self, config: AlignLoraConfig) -> KlAlignment:
-        """The loss of every layer, and its gradient tables."""
+        """Computes the loss of every layer and its gradient tables."""
         options: Any = {"eps": config.align_eps, "ddof": config.align_ddof, "pairs": config.align_pairs}
         per_latent, tables = gaussian_kl_tables(self.moments, **options)
         per_latent = per_latent if self.positions == 1 else per_latent / self.positions
-        value, per_layer, share = layer_value(per_latent, self.latents, config.align_layers)
-        return KlAlignment(value, per_layer, share / self.positions, tables, self)
+        value, per_layer, latent_weight = layer_value(per_latent, self.latents, config.align_layers)
+        return KlAlignment(value, per_layer, latent_weight / self.positions, tables, self)
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """Everything in it, to be stored."""
+        """Returns all contents as tensors, to be stored."""
         return {"moments": self.moments, "sizes": torch.tensor([self.latents, self.positions])}
 
     @classmethod
@@ -104,20 +104,20 @@ class KlStatistics:
 
 @dataclass(frozen=True)
 class KlAlignment:
-    """The loss of some statistics.
+    """The alignment loss computed from statistics.
 
     Attributes:
         value: scalar, the mean (or sum) over the layers.
-        per_layer: [layers].
-        share: of one latent's loss in the value.
-        tables: [layers * latents, tasks, 3 rank] = a | b | mu: of one latent's loss,
+        per_layer: [layers], the loss of each layer.
+        latent_weight: the weight of one latent's loss in the value.
+        tables: [layers * latents, tasks, 3 rank] = a | b | mu, for the loss of one latent:
             d loss / d z_t = a[task] + b[task] * (z_t - mu[task]).
-        statistics: what was evaluated.
+        statistics: the statistics that were evaluated.
     """
 
     value: Tensor
     per_layer: Tensor
-    share: float
+    latent_weight: float
     tables: Tensor
     statistics: KlStatistics
 
@@ -125,12 +125,12 @@ class KlAlignment:
         """Computes scale * d_align * d value / d z for latents of this process."""
         gradients: Latents = {}
         per_layer, positions = self.statistics.latents, self.statistics.positions
-        for numbers, z, ids in _groups(latents, tokens, positions):
-            own = self.tables
-            if len(z) != len(own):
-                own = own.unflatten(0, (-1, per_layer))[numbers].flatten(0, 1)
-            d_here, own = d_align.to(ids.device), own.to(ids.device)
-            dz = gaussian_kl_backward(d_here, z, ids, own, scale=scale * self.share)
+        for numbers, z, ids in _group_layers(latents, tokens, positions):
+            tables = self.tables
+            if len(z) != len(tables):
+                tables = tables.unflatten(0, (-1, per_layer))[numbers].flatten(0, 1)
+            d_here, tables = d_align.to(ids.device), tables.to(ids.device)
+            dz = gaussian_kl_backward(d_here, z, ids, tables, scale=scale * self.latent_weight)
             for i, layer in enumerate(numbers):
                 heads = dz[i * per_layer : (i + 1) * per_layer]
                 gradient = torch.stack(heads, 1) if latents[layer].dim() == 3 else heads[0]
@@ -138,8 +138,8 @@ class KlAlignment:
         return gradients
 
 
-def _positions(latents: Latents, tokens: TokenTasks) -> int:
-    """S, the same for all layers; with ids of samples."""
+def _count_positions(latents: Latents, tokens: TokenTasks) -> int:
+    """Returns S, which is the same for all layers; the ids must be one per sample."""
     counts = {len(z) for z in latents.values()}
     if tokens.ids.dim() != 1 or len(counts) > 1:
         raise RuntimeError(
@@ -149,8 +149,8 @@ def _positions(latents: Latents, tokens: TokenTasks) -> int:
     return next(iter(counts), 1) // max(len(tokens.ids), 1)
 
 
-def _groups(latents: Latents, tokens: TokenTasks, positions: int) -> list[tuple[list[int], list[Tensor], Tensor]]:
-    """Slots, latents and token ids of the layers that one call serves, as a rule all of them."""
+def _group_layers(latents: Latents, tokens: TokenTasks, positions: int) -> list[tuple[list[int], list[Tensor], Tensor]]:
+    """Groups the layers that one call can process (usually all): layer numbers, latents, token ids."""
     groups: dict[tuple[torch.device, int, torch.dtype, int], list[int]] = {}
     for layer in sorted(latents):
         z = latents[layer]
@@ -175,12 +175,12 @@ def merge_moments(first: Tensor, second: Tensor) -> Tensor:
 
 
 def task_divergences(moments: Tensor, config: AlignLoraConfig, latents: int = 1) -> Tensor:
-    """The KL of each pair of tasks, averaged (or summed) over the layers; for reports, in float64.
+    """Returns the KL of each pair of tasks, averaged (or summed) over the layers; for reports, in float64.
 
     Args:
         moments: [layers * latents, tasks, 2 rank + 1] = n | mean | M2.
-        config: align_eps, align_ddof, align_pairs, align_layers.
-        latents: of a layer; their mean is the layer's.
+        config: the options; align_eps, align_ddof, align_pairs and align_layers are read.
+        latents: how many latents a layer has; the divergence of a layer is their mean.
 
     Returns:
         [tasks, tasks], symmetric, 0 on the diagonal and for pairs with an inactive task.

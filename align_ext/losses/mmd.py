@@ -1,4 +1,4 @@
-"""The multi-kernel MMD alignment (Align-LoRA-M, 2508.05078) of all adapted layers: rows, one value, the gradients."""
+"""The multi-kernel MMD alignment loss (Align-LoRA-M, 2508.05078) of all adapted layers: rows, value, gradients."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from align_ext.ops import mk_mmd
 
 @dataclass(frozen=True)
 class MmdStatistics:
-    """The latents themselves, those of other processes too.
+    """The latents of all tokens, including those of other processes.
 
     Attributes:
-        rows: by layer, [latents of the layer, K, rank].
+        rows: for each layer, [latents per layer, K, rank].
         ids: int64 [K], the task of each of the K tokens.
-        start: where the tokens of this process begin among them.
-        tasks: how many there are.
+        start: the index of this process's first token among them.
+        tasks: the number of tasks.
     """
 
     rows: dict[int, Tensor]
@@ -35,7 +35,7 @@ class MmdStatistics:
     def of(
         cls, latents: Latents, tokens: TokenTasks, sizes: tuple[int, int, int], config: AlignLoraConfig
     ) -> MmdStatistics:
-        """The statistics of one forward on this process; arguments as of KlStatistics.of."""
+        """Returns the statistics of one forward pass in this process; arguments as in KlStatistics.of."""
         counts = {len(z) for z in latents.values()}
         if len(counts) > 1:
             raise RuntimeError(f'align="mmd" needs layers that see the same tokens, got {sorted(counts)} of them')
@@ -43,46 +43,46 @@ class MmdStatistics:
         return cls({layer: torch.stack(heads_of(latents[layer])) for layer in sorted(latents)}, ids, 0, sizes[1])
 
     def merge(self, other: MmdStatistics) -> MmdStatistics:
-        """The statistics of both sets of tokens together, this one's first."""
+        """Returns the statistics of both sets of tokens together, first the tokens of self."""
         rows = {layer: torch.cat([z, other.rows[layer].to(z)], 1) for layer, z in self.rows.items()}
         return replace(self, rows=rows, ids=torch.cat([self.ids, other.ids]))
 
     @property
     def tokens(self) -> int:
-        """How many there are."""
+        """The number of tokens."""
         return len(self.ids)
 
     def after(self, tokens: int) -> MmdStatistics:
-        """These statistics for a process's tokens that come after others of its own."""
+        """Returns these statistics for tokens that follow so many other tokens of this process."""
         return replace(self, start=self.start + tokens)
 
     def over_processes(self) -> MmdStatistics:
-        """The statistics of all processes in rank order: one collective for all layers, one for the ids."""
+        """Returns the statistics of all processes in rank order: one collective for all layers, one for the ids."""
         counts = gather(torch.tensor([len(self.ids)], device=self.ids.device))
         longest, sizes = int(torch.cat(counts).max()), [int(count) for count in counts]
         flat = [z.movedim(1, 0).flatten(1) for z in self.rows.values()]  # [K, latents * rank] of each layer
         packed = torch.cat([z.to(self.ids.device) for z in flat], 1)
-        parts = gather(_padded(packed, longest))
-        ids = gather(_padded(self.ids, longest))
-        together = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+        gathered = gather(_pad_rows(packed, longest))
+        ids = gather(_pad_rows(self.ids, longest))
+        joined = torch.cat([padded[:size] for padded, size in zip(gathered, sizes, strict=True)])
         rows = {}
-        for (layer, z), piece in zip(self.rows.items(), together.split([z.shape[1] for z in flat], 1), strict=True):
-            rows[layer] = piece.unflatten(1, (z.shape[0], z.shape[2])).movedim(1, 0).to(z)
-        joined = torch.cat([part[:size] for part, size in zip(ids, sizes, strict=True)])
-        return replace(self, rows=rows, ids=joined, start=sum(sizes[: dist.get_rank()]))
+        for (layer, z), layer_rows in zip(self.rows.items(), joined.split([z.shape[1] for z in flat], 1), strict=True):
+            rows[layer] = layer_rows.unflatten(1, (z.shape[0], z.shape[2])).movedim(1, 0).to(z)
+        all_ids = torch.cat([padded[:size] for padded, size in zip(ids, sizes, strict=True)])
+        return replace(self, rows=rows, ids=all_ids, start=sum(sizes[: dist.get_rank()]))
 
     def evaluate(self, config: AlignLoraConfig) -> MmdAlignment:
-        """The loss of every layer, and its gradient in every row."""
+        """Computes the loss of every layer and its gradient in every row."""
         losses, gradients = [], {}
         for layer, heads in self.rows.items():
             results = [_value_and_gradient(z, self.ids.to(z.device), self.tasks, config) for z in heads]
             losses += [loss.to(self.ids.device) for loss, _ in results]
             gradients[layer] = torch.stack([gradient for _, gradient in results], 1)
-        value, per_layer, share = layer_value(torch.stack(losses), config.latents, config.align_layers)
-        return MmdAlignment(value, per_layer, share, gradients, self)
+        value, per_layer, latent_weight = layer_value(torch.stack(losses), config.latents, config.align_layers)
+        return MmdAlignment(value, per_layer, latent_weight, gradients, self)
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """Everything in it, to be stored."""
+        """Returns all contents as tensors, to be stored."""
         rows = {f"rows.{layer}": z for layer, z in self.rows.items()}
         return rows | {"ids": self.ids, "sizes": torch.tensor([self.start, self.tasks])}
 
@@ -94,7 +94,7 @@ class MmdStatistics:
         return cls({layer: tensors[f"rows.{layer}"] for layer in layers}, tensors["ids"], start, tasks)
 
     def per_task(self, config: AlignLoraConfig) -> list[float]:
-        """The discrepancy of each task from all others, each pair by itself; for reports."""
+        """Returns the discrepancy of each task from all others, summed over the pairs; for reports."""
         per_task = [0.0] * self.tasks
         for i, j in itertools.combinations(range(self.tasks), 2):
             pair = torch.where((self.ids == i) | (self.ids == j), self.ids, -1)
@@ -111,27 +111,27 @@ class MmdStatistics:
 
 @dataclass(frozen=True)
 class MmdAlignment:
-    """The loss of some statistics.
+    """The alignment loss computed from statistics.
 
     Attributes:
         value: scalar, the mean (or sum) over the layers.
-        per_layer: [layers].
-        share: of one latent's loss in the value.
-        rows: by layer, [K, latents of the layer, rank], the gradient of one latent's loss.
-        statistics: what was evaluated.
+        per_layer: [layers], the loss of each layer.
+        latent_weight: the weight of one latent's loss in the value.
+        rows: for each layer, [K, latents per layer, rank], the gradient of one latent's loss.
+        statistics: the statistics that were evaluated.
     """
 
     value: Tensor
     per_layer: Tensor
-    share: float
+    latent_weight: float
     rows: dict[int, Tensor]
     statistics: MmdStatistics
 
     def gradients(self, latents: Latents, tokens: TokenTasks, d_align: Tensor, scale: float) -> Latents:
         """Computes scale * d_align * d value / d z for latents of this process."""
-        start = self.statistics.start
+        start, weight = self.statistics.start, scale * self.latent_weight
         return {
-            layer: self.rows[layer][start : start + len(z)].reshape(z.shape) * (d_align.to(z) * (scale * self.share))
+            layer: self.rows[layer][start : start + len(z)].reshape(z.shape) * (d_align.to(z) * weight)
             for layer, z in latents.items()
         }
 
@@ -153,5 +153,5 @@ def _value_and_gradient(z: Tensor, ids: Tensor, tasks: int, config: AlignLoraCon
     return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
 
-def _padded(part: Tensor, length: int) -> Tensor:
-    return torch.cat([part, part.new_zeros(length - len(part), *part.shape[1:])])
+def _pad_rows(rows: Tensor, length: int) -> Tensor:
+    return torch.cat([rows, rows.new_zeros(length - len(rows), *rows.shape[1:])])

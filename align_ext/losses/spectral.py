@@ -1,4 +1,4 @@
-"""mtLoRA's spectral-aware regularisation (2603.01526): the heads of a layer shall not do each other's work."""
+"""mtLoRA's spectral-aware regularisation (2603.01526): it penalises overlap between the heads of a layer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 def projectors(B: Tensor) -> Tensor:
     """Computes P_i = V exp(-Sigma / mean Sigma) Vᵀ of each head B_i = U Sigma Vᵀ; large singular directions count less.
 
-    By eigh of the r x r matrices B_iᵀ B_i, in float32 at least: never an SVD of an m x r matrix.
+    Uses eigh of the r x r matrices B_iᵀ B_i in float32 or higher, instead of an SVD of an m x r matrix.
 
     Args:
         B: [N, m, r].
@@ -32,7 +32,7 @@ def overlap(B: Tensor, P: Tensor | None = None) -> Tensor:
 
     Args:
         B: [N, m, r]; differentiable, dB_i = 2 (Σ_{j≠i} B'_j B'_jᵀ B'_i) P_i.
-        P: [N, r, r] of projectors(B), at any earlier time.
+        P: [N, r, r], computed by projectors(B) at any earlier time.
 
     Returns:
         A scalar of float32 (float64 for float64).
@@ -44,7 +44,7 @@ def overlap(B: Tensor, P: Tensor | None = None) -> Tensor:
 
 
 def self_orthogonality(B: Tensor) -> Tensor:
-    """Computes Σ_i ||B_iᵀ B_i - I||_F² / N: mtLoRA's released code, which compares no head with another."""
+    """Computes Σ_i ||B_iᵀ B_i - I||_F² / N, as mtLoRA's released code does; it compares no head with another."""
     B = _accumulated(B)
     gram = B.mT @ B
     return (gram - torch.eye(B.shape[-1], dtype=B.dtype, device=B.device)).square().sum((1, 2)).mean()

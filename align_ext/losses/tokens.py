@@ -1,4 +1,4 @@
-"""Latents of a model's layers by layer, and the task of every token that they belong to."""
+"""The latents of each adapted layer, and the task of every token."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Latents = dict[int, Tensor]  # the layer's number in the model -> z [T, rank], or [T, N, rank], one of each head
+Latents = dict[int, Tensor]  # layer number -> z [T, rank], or [T, N, rank] with one latent per head
 
 
 class TokenTasks:
-    """The task of every token, from ids of samples or of tokens; -1: does not count."""
+    """The task of every token, from one id per sample or per token; a token with id -1 does not count."""
 
     def __init__(self, ids: Tensor) -> None:
         self.ids = ids  # int64 [B] or [B, S]
         self._expanded: dict[tuple[torch.device, int], Tensor] = {}
 
     def of(self, layer: int) -> TokenTasks:
-        """Those that a layer sees."""
+        """Returns the tasks of the tokens that a layer sees."""
         return self
 
     def check(self, tokens: int, layer: str = "") -> None:
@@ -36,7 +36,7 @@ class TokenTasks:
         )
 
     def expand(self, device: torch.device, tokens: int) -> Tensor:
-        """int64 [T]: the ids as they are, or each of [B] repeated over its S = T / B positions; made once."""
+        """Returns int64 [T]: the ids per token, or each of [B] repeated over its S = T / B positions; cached."""
         expanded = self._expanded.get((device, tokens))
         if expanded is None:
             ids = self.ids.reshape(-1)
@@ -46,39 +46,39 @@ class TokenTasks:
 
 
 class LayerTokens(TokenTasks):
-    """The tokens that most layers see, and those of the others, by layer."""
+    """The tasks of the tokens that most layers see, and of the tokens of each other layer."""
 
-    def __init__(self, ids: Tensor, most: TokenTasks, others: Mapping[int, TokenTasks]) -> None:
+    def __init__(self, ids: Tensor, default: TokenTasks, others: Mapping[int, TokenTasks]) -> None:
         super().__init__(ids)
-        self._most, self._others = most, others
+        self._default, self._others = default, others
 
     def of(self, layer: int) -> TokenTasks:
-        """Those that a layer sees."""
-        return self._others.get(layer, self._most)
+        """Returns the tasks of the tokens that a layer sees."""
+        return self._others.get(layer, self._default)
 
 
-def gather(part: Tensor) -> list[Tensor]:
-    """A tensor of one shape from all processes, in the order of their ranks: one collective."""
-    parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, part.contiguous())
-    return parts
+def gather(tensor: Tensor) -> list[Tensor]:
+    """Returns the tensors of all processes, which have one shape, in rank order: one collective."""
+    tensors = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(tensors, tensor.contiguous())
+    return tensors
 
 
 def heads_of(z: Tensor) -> tuple[Tensor, ...]:
-    """The latents of one layer, [T, rank] each."""
+    """Returns the latents of one layer, [T, rank] each."""
     return z.unbind(1) if z.dim() == 3 else (z,)
 
 
 def layer_value(per_latent: Tensor, latents: int, layers: str) -> tuple[Tensor, Tensor, float]:
-    """A loss of latents as one of layers: a layer's is the mean over its heads', the model's the layers' mean or sum.
+    """Reduces losses of latents: the loss of a layer is the mean over its latents, the value the mean or sum of layers.
 
     Args:
         per_latent: [layers * latents].
-        latents: of a layer.
+        latents: how many latents a layer has.
         layers: "mean" or "sum".
 
     Returns:
-        The value, each layer's, and the share of one latent's loss in the value.
+        The value, the loss of each layer, and the weight of one latent's loss in the value.
     """
     per_layer = per_latent if latents == 1 else per_latent.view(-1, latents).mean(1)
     value = per_layer.mean() if layers == "mean" else per_layer.sum()

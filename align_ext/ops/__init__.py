@@ -1,4 +1,4 @@
-"""The operators: tensors in, tensors out, no modules and no models."""
+"""The operators: functions of tensors, without modules or models."""
 
 from align_ext.ops._projection import dropout_rng
 from align_ext.ops.dropout_sum import dropout_sum

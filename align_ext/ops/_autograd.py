@@ -1,8 +1,8 @@
-"""How an operator gets its autograd formula: registered for compilers and tracers, called directly in eager mode.
+"""Autograd formulas of operators: registered for compilers and tracers, called directly in eager mode.
 
-Both ways run the same two functions. The registered formula costs some 100 microseconds of Python a call, forward and
-backward, most of them in torch's own machinery; torch.autograd.Function costs twenty. What it costs grows with its
-arguments, so it is given those that may need a gradient, and all others as one.
+Both ways run the same two functions. The registered formula costs about 100 microseconds of Python per call, forward
+and backward, mostly inside torch; torch.autograd.Function costs about 20. Its cost grows with the number of arguments,
+so it gets the arguments that may need a gradient one by one and all inputs again as one tuple.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,35 +19,35 @@ Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
 def below_autograd(operator: Any, inputs: tuple[Any, ...]) -> Any:
-    """Calls an operator past its registered formula, which takes longer than a small operator itself."""
+    """Calls an operator without its registered autograd formula, which takes longer than a small operator itself."""
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*inputs)
 
 
 def apply_of(function: Any) -> Callable[..., Any]:
-    """An autograd.Function's apply, past 2 us of Python that are all about torch.func."""
+    """Returns an autograd.Function's apply without the 2 us of Python that only torch.func needs."""
     return super(torch.autograd.Function, function).apply
 
 
 def differentiable(
     name: str, backward: Backward, setup_context: SetupContext, trained: Sequence[str] = ()
 ) -> Callable[..., Any]:
-    """Gives the operator align_ext::name its gradient.
+    """Registers the gradient of the operator align_ext::name.
 
     Args:
-        name: of the operator.
-        backward: (ctx, *gradients of the outputs) -> gradients of trained.
-        setup_context: (ctx, inputs, outputs): saves what backward needs. ctx.eager says how both were called.
-        trained: the arguments that have a gradient, the first one first (ctx.needs_input_grad[0] is about it in both
-            ways); all if not given.
+        name: the operator's name.
+        backward: (ctx, *gradients of the outputs) -> gradients of the arguments in `trained`.
+        setup_context: (ctx, inputs, outputs): saves what backward needs. ctx.eager tells which way is used.
+        trained: the arguments that have a gradient, in order, so that ctx.needs_input_grad[0] is the first one's in
+            both ways; all arguments if not given.
 
     Returns:
-        A function that calls the operator, arguments by position.
+        A function that calls the operator with positional arguments.
     """
     operator = getattr(torch.ops.align_ext, name).default
     arguments = [argument.name for argument in operator._schema.arguments]
     positions = [arguments.index(argument) for argument in trained or arguments]
-    trained_of: Any = itemgetter(*positions) if len(positions) > 1 else lambda inputs: (inputs[positions[0]],)
+    select_trained: Any = itemgetter(*positions) if len(positions) > 1 else lambda inputs: (inputs[positions[0]],)
 
     def setup_registered(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.eager = False
@@ -59,7 +59,7 @@ def differentiable(
 
     torch.library.register_autograd(f"align_ext::{name}", backward_registered, setup_context=setup_registered)
 
-    # Not split into forward and setup_context: torch inspects the signature of such at every call.
+    # Not split into forward and setup_context, because torch would inspect the signature at every call.
     def forward(ctx: Any, *trained_and_inputs: Any) -> Any:
         inputs = trained_and_inputs[-1]
         output = below_autograd(operator, inputs)
@@ -79,7 +79,7 @@ def differentiable(
             return operator(*inputs)
         if not torch.is_grad_enabled():
             return below_autograd(operator, inputs)
-        of_func = torch._C._are_functorch_transforms_active()  # refused, by a message of torch's
-        return (function.apply if of_func else apply)(*trained_of(inputs), inputs)
+        in_torch_func = torch._C._are_functorch_transforms_active()  # torch refuses them with its own message
+        return (function.apply if in_torch_func else apply)(*select_trained(inputs), inputs)
 
     return call

@@ -1,4 +1,4 @@
-"""What runs here: versions, devices, and the path that each operator takes."""
+"""Describes this build and machine: versions, devices, and the kernels of each operator."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from align_ext.ops._native import build_info
 
-OPS = {  # operator -> what is below it in torch's dispatcher
+OPS = {  # public operator -> the torch operators that it calls
     "grouped_lora": ("grouped_lora", "grouped_lora_backward"),
     "dropout_sum": ("dropout_sum", "dropout_sum_backward"),
     "routed_lora": ("routed_lora", "routed_lora_backward"),
@@ -20,7 +20,7 @@ OPS = {  # operator -> what is below it in torch's dispatcher
 
 
 def has_kernel(op: str, device: str) -> bool:
-    """Whether this build has native kernels of an operator, both passes, for "cpu" or "cuda"."""
+    """Whether this build has native forward and backward kernels of an operator for "cpu" or "cuda"."""
     key = {"cpu": "CPU", "cuda": "CUDA"}[device]
     return all(torch._C._dispatch_has_kernel_for_dispatch_key(f"align_ext::{name}", key) for name in OPS[op])
 

@@ -1,6 +1,6 @@
-"""Checks of the public functions' numbers, and of dtypes where no kernel sees them: on the meta device, in compilers.
+"""Checks of numeric arguments, and of dtypes where no kernel checks them: on the meta device and in compilers.
 
-The kernels' bindings (csrc/bindings) check all of it in the same words. Limits: csrc/ops/sizes.h.
+The bindings of the kernels (csrc/bindings) make the same checks with the same messages. Limits: csrc/ops/sizes.h.
 """
 
 import operator
@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MAX_COUNT = 2**16  # kMaxCount: of tasks
+MAX_COUNT = 2**16  # kMaxCount: the largest number of tasks
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def checked_integer(name: str, value: Any, least: int = 1, most: int = MAX_COUNT) -> int:
-    """The value, if it is an integer between two limits.
+def checked_integer(name: str, value: Any, minimum: int = 1, maximum: int = MAX_COUNT) -> int:
+    """Returns the value if it is an integer between two limits.
 
     Raises:
         ValueError: it is not; the message names the argument and its limits.
@@ -22,9 +22,9 @@ def checked_integer(name: str, value: Any, least: int = 1, most: int = MAX_COUNT
     try:
         number: Any = value if isinstance(value, torch.SymInt) else operator.index(value)
     except TypeError:
-        number = least - 1
-    if not least <= number <= most:
-        raise ValueError(f"{name} must be an integer in {least} .. {most}, got {value!r}")
+        number = minimum - 1
+    if not minimum <= number <= maximum:
+        raise ValueError(f"{name} must be an integer in {minimum} .. {maximum}, got {value!r}")
     return number
 
 
@@ -34,13 +34,13 @@ def _check(name: str, tensor: Tensor | None, allowed: tuple[torch.dtype, ...], w
 
 
 def check_floating(**tensors: Tensor | None) -> None:
-    """Refuses tensors of a dtype that no kernel computes with."""
+    """Refuses tensors of a dtype that the kernels do not support."""
     for name, tensor in tensors.items():
         _check(name, tensor, _FLOATING, "float32, bfloat16, float16 or float64")
 
 
 def check_like_x(x: Tensor, **tensors: Tensor | None) -> None:
-    """Refuses tensors of another dtype than x."""
+    """Refuses tensors whose dtype is not that of x."""
     for name, tensor in tensors.items():
         _check(name, tensor, (x.dtype,), "of the dtype of x")
 

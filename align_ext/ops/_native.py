@@ -3,10 +3,10 @@
 from importlib import import_module
 from typing import Any
 
-import torch  # noqa: F401  (loads libtorch, which the extension links to without a path of its own)
+import torch  # noqa: F401  (loads libtorch, which the extension links to without a path)
 
 try:
-    # Not an import statement: to import-linter that would be one of the whole package, on top of the layers.
+    # Not an import statement: import-linter would take it for an import of the whole package, above all layers.
     build_info: Any = import_module(
         "align_ext._C"
     )  # built_with_torch, compiler, cuda_archs, vector_bytes(), uses_amx()

@@ -1,4 +1,4 @@
-"""What the projection operators share: arguments that they all have, and the common part of their autograd formulas."""
+"""Shared code of the projection operators: common arguments, and the common part of their autograd formulas."""
 
 import math
 from typing import Any, Literal
@@ -13,9 +13,9 @@ SITES = ("none", "input", "latent", "input_per_head")  # csrc/ops/heads.h: Dropo
 
 
 def dropout_rng(device: torch.device) -> Tensor:
-    """Draws (seed, offset) of a dropout mask, int64 [2], from torch's generator of the device.
+    """Draws (seed, offset) of a dropout mask, int64 [2], from the device's torch generator.
 
-    So activation checkpointing's preserved RNG state and a resumed run reproduce the same masks.
+    So the RNG state that activation checkpointing or a resumed run restores reproduces the same masks.
     """
     return torch.randint(2**63 - 1, (2,), device=device)
 
@@ -23,7 +23,7 @@ def dropout_rng(device: torch.device) -> Tensor:
 def checked_rng(
     x: Tensor, dropout_p: float, rng: Tensor | None, weight: Tensor | None, bias: Tensor | None, base_out: Tensor | None
 ) -> Tensor | None:
-    """Checks what every projection is given, and draws the mask's seed and offset if dropout needs them."""
+    """Checks the arguments that every projection has, and draws the mask's seed and offset if dropout needs them."""
     if (weight is None) == (base_out is None):
         raise ValueError("give exactly one of weight (a frozen linear) and base_out (what the base returned)")
     if weight is not None and (weight.requires_grad or (bias is not None and bias.requires_grad)):
@@ -34,7 +34,7 @@ def checked_rng(
 
 
 def checked_site(site: str, dropout_p: float, A0: Tensor | None, B0: Tensor | None) -> int:
-    """Checks the options of operators with several heads; returns the number by which kernels know the dropout site."""
+    """Checks the options of operators with several heads; returns the number of the dropout site in the kernels."""
     if site not in SITES:
         raise ValueError(f"site must be one of {', '.join(SITES)}, got {site!r}")
     if site == "none" and dropout_p > 0:
@@ -48,14 +48,14 @@ def checked_site(site: str, dropout_p: float, A0: Tensor | None, B0: Tensor | No
 
 
 def latent_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of z and w: float32, or float64 for float64."""
+    """Returns the dtype of z and w: float32, or float64 for float64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def empty_outputs(
     x: Tensor, B: Tensor, latent: tuple[Any, ...], base: dict[str, Tensor | None], **adapters: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Makes y, and z [T, *latent], for the fakes; checks devices and dtypes of all tensors."""
+    """Makes y and z [T, *latent] for the fake kernels; checks devices and dtypes of all tensors."""
     check_floating(x=x, B=B, **adapters)
     check_like_x(x, **base)
     for name, tensor in {"B": B, **adapters, **base}.items():
@@ -66,18 +66,18 @@ def empty_outputs(
 
 
 def empty_gradients(x: Tensor, need_dx: bool, *adapters: Tensor) -> tuple[Tensor, ...]:
-    """Makes dx and the gradients of adapters, for the fakes of backward operators."""
+    """Makes dx and the gradients of adapters for the fake kernels of backward operators."""
     dx = x.new_empty(x.shape if need_dx else (0,))
     return dx, *(adapter.new_empty(adapter.shape, dtype=latent_dtype(x)) for adapter in adapters)
 
 
-def latents(A: Tensor, B: Tensor, site: int) -> tuple[Any, ...]:
-    """The shape of one row of z, for several heads: [r] or [N, r]."""
+def latent_shape(A: Tensor, B: Tensor, site: int) -> tuple[Any, ...]:
+    """Returns the shape of one row of z with several heads: [r] or [N, r]."""
     return tuple(B.shape[::2]) if A.dim() == 3 or SITES[site] == "input_per_head" else (A.shape[-2],)
 
 
 def output_gradient(name: str, dy: Tensor | None, x: Tensor, B: Tensor) -> Tensor:
-    """Returns dy, or zeros if y took no part in the loss; refuses to be differentiated."""
+    """Returns dy, or zeros if the loss does not depend on y; refuses double differentiation."""
     if torch.is_grad_enabled():
         raise RuntimeError(f"{name} cannot be differentiated twice: call backward without create_graph=True")
     return x.new_zeros((*x.shape[:-1], B.shape[-2])) if dy is None else dy
@@ -86,10 +86,10 @@ def output_gradient(name: str, dy: Tensor | None, x: Tensor, B: Tensor) -> Tenso
 def gradients(
     ctx: Any, grads: tuple[Tensor, ...], adapters: tuple[Tensor, ...], d_base_out: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """Gives backward's results to the arguments: dx, the adapters' gradients in their dtypes, and that of base_out.
+    """Returns the gradients of the arguments: dx, the adapters' gradients in their dtypes, and that of base_out.
 
     Args:
-        ctx: of the autograd formula.
+        ctx: the autograd context.
         grads: dx, then one gradient for each adapter.
         adapters: the arguments that follow x.
         d_base_out: the gradient of y, or None if there is no base_out.

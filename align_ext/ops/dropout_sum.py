@@ -1,4 +1,4 @@
-"""The sum of dropped-out heads: the low-rank path of M-LoRA and of HydraLoRA without a router.
+"""The sum of heads with dropout: the low-rank path of M-LoRA and of HydraLoRA without a router.
 
 Native side: csrc/ops/dropout_sum.h. Oracle: align_ext/reference/dropout_sum.py.
 """
@@ -22,7 +22,7 @@ def dropout_sum(
     By site, with masks of csrc/ops/philox.h:  "latent": z = x Aᵀ, u_i = z * mask_i (M-LoRA, 2508.05078; R-LoRA's
     heads, 2502.15455);  "input_per_head": z_i = (x * mask_i) Aᵀ, u_i = z_i (HydraLoRA's released semantics,
     2404.19245);  "input": z = (x * mask) Aᵀ, u_i = z;  "none": z = x Aᵀ, u_i = z.
-    With A0 and B0 the frozen offset path y -= scaling (xd A0ᵀ) B0ᵀ takes the heads' initial value off again (R-LoRA);
+    With A0 and B0 the frozen offset path y -= scaling (xd A0ᵀ) B0ᵀ subtracts the heads' initial value (R-LoRA);
     xd is x * mask for site "input" and x for the others, whose masks belong to the heads.
     Without dropout the op is LoRA with A and c Σ_i B_i, less the offset.
     Backward, with g = dL/dy:  du_i = scaling c g B_i,  dB_i = scaling c gᵀ u_i,  dz += Σ_i mask_i * du_i (one latent
@@ -34,12 +34,12 @@ def dropout_sum(
         B: [N, out_dim, rank], likewise.
         scaling: lora_alpha / r, or lora_alpha / sqrt(r).
         reduce: "sum" over the heads, or their "mean".
-        site: what dropout acts on.
+        site: the tensor that dropout acts on.
         dropout_p: probability of dropping an element, in [0, 1).
         rng: int64 [2] (seed, offset) of the masks; drawn from torch's generator if not given.
         A0: [offset_rank, in_dim], frozen, dtype as of A; with B0 only.
         B0: [out_dim, offset_rank], frozen; c Σ_i B_i at initialisation.
-        weight: as in grouped_lora: the frozen base layer is weight and bias, or what it returned, base_out.
+        weight: as in grouped_lora: give the frozen base layer's weight and bias, or its output base_out.
         bias: as in grouped_lora.
         base_out: as in grouped_lora.
 
@@ -54,9 +54,9 @@ def dropout_sum(
     if reduce not in ("sum", "mean"):
         raise ValueError(f'reduce must be "sum" or "mean", got {reduce!r}')
     rng = projection.checked_rng(x, dropout_p, rng, weight, bias, base_out)
-    number = projection.checked_site(site, dropout_p, A0, B0)
-    of_heads = scaling / max(len(B), 1) if reduce == "mean" else scaling
-    return _dropout_sum(x, A, B, of_heads, -scaling, A0, B0, number, dropout_p, rng, weight, bias, base_out)
+    site_id = projection.checked_site(site, dropout_p, A0, B0)
+    head_scaling = scaling / max(len(B), 1) if reduce == "mean" else scaling
+    return _dropout_sum(x, A, B, head_scaling, -scaling, A0, B0, site_id, dropout_p, rng, weight, bias, base_out)
 
 
 @torch.library.register_fake("align_ext::dropout_sum")
@@ -65,7 +65,7 @@ def _(
     rng: Any, weight: Any, bias: Any, base_out: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     base = {"weight": weight, "bias": bias, "base_out": base_out}
-    return projection.empty_outputs(x, B, projection.latents(A, B, site), base, A=A, A0=A0, B0=B0)
+    return projection.empty_outputs(x, B, projection.latent_shape(A, B, site), base, A=A, A0=A0, B0=B0)
 
 
 @torch.library.register_fake("align_ext::dropout_sum_backward")

@@ -33,15 +33,15 @@ def gaussian_kl(
 
     statistics="position" is what the code released with the paper computes: a Gaussian at each of the S positions,
     over the samples of a task, and the mean of the S losses, with padding counted like any token. That compares tasks
-    by where their tokens stand, needs unpacked batches, and blows up where all samples share a prompt's token (its
-    variance is 0), so that it is here to reproduce that code; eq. 5 speaks of the tokens of a task: "token".
+    by the positions of their tokens, needs unpacked batches, and grows without bound where all samples have the same
+    prompt token (variance 0). Use it only to reproduce that code; eq. 5 is about the tokens of a task: "token".
 
     Args:
         z: [T, rank]; for "position" [B, S, rank]: B samples, one to a row of the batch, of S positions. float32,
             bfloat16 or float16 (float64 on the CPU). Statistics in float32 (float64).
         task: int64 [T], for "position" [B], in 0 .. num_tasks-1; any other value means that the token (or sample)
             does not count.
-        num_tasks: how many tasks there are, up to 2^16.
+        num_tasks: the number of tasks, up to 2^16.
         eps: added to every variance.
         ddof: 0 for the population variance, 1 for the sample variance; None: 0 (the paper), for "position" 1 (the
             released code).
@@ -78,17 +78,17 @@ def gaussian_kl(
 
 
 def task_moments(z: Tensor | Sequence[Tensor], task: Tensor, num_tasks: int, *, rank: int | None = None) -> Tensor:
-    """Computes n | mean | M2 of z per task, M2 = Σ (z - mean)², of all layers in one deterministic pass.
+    """Computes n | mean | M2 of z per task, M2 = Σ (z - mean)², for all layers in one deterministic pass.
 
-    Any loss on these statistics is ordinary autograd: dz_t = d_mean_i / n_i + 2 d_M2_i (z_t - mean_i), i = task[t],
-    again in one pass, and 0 for tokens that do not count. n is a constant, whatever gradient reaches it.
+    Any loss on these statistics uses ordinary autograd: dz_t = d_mean_i / n_i + 2 d_M2_i (z_t - mean_i), i = task[t],
+    again in one pass, and 0 for tokens that do not count. n is a constant: a gradient of it is ignored.
 
     Args:
         z: [T, rank], or a list of the [T, rank] of several layers, whose ranks may differ; float32, bfloat16 or
             float16 (float64 on the CPU).
         task: int64 [T]; values outside 0 .. num_tasks-1 do not count.
-        num_tasks: how many tasks there are, up to 2^16.
-        rank: of the result, at least the widest layer's, which is the default.
+        num_tasks: the number of tasks, up to 2^16.
+        rank: the rank of the result; the default is the largest rank of a layer, and it may not be less.
 
     Returns:
         [num_tasks, 2 rank + 1], float32 (float64 for float64); zero for tasks without tokens and in the dimensions
@@ -128,17 +128,17 @@ def gaussian_kl_tables(
 def gaussian_kl_backward(
     d_loss: Tensor, z: Sequence[Tensor], task: Tensor, tables: Tensor, *, scale: float = 1.0
 ) -> list[Tensor]:
-    """Computes dz_t = scale * d_loss * (a[task] + b[task] * (z_t - mu[task])) of all layers.
+    """Computes dz_t = scale * d_loss * (a[task] + b[task] * (z_t - mu[task])) for all layers.
 
     Args:
-        d_loss: one value, the gradient that came in.
-        z: the layers' latents, [T, rank] each; the ranks may differ.
+        d_loss: one value, the gradient of the loss.
+        z: the latents of each layer, [T, rank]; the ranks may differ.
         task: int64 [T].
-        tables: [layers, tasks, 3 rank] of gaussian_kl_tables; rank is at least the widest layer's.
-        scale: a further factor.
+        tables: [layers, tasks, 3 rank] from gaussian_kl_tables; rank is at least the largest rank of a layer.
+        scale: an additional factor.
 
     Returns:
-        dz of each layer, like its z; parts of one buffer that do not overlap.
+        dz of each layer, like its z; views of one buffer that do not overlap.
     """
     dz = _gradients(d_loss, scale, z, task, tables)
     return [torch.as_strided(dz, t.shape, (t.shape[1], 1), i * dz.shape[1]) for i, t in enumerate(z)]
@@ -198,7 +198,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     z, task, *_ = inputs
     ctx.save_for_backward(z, task, output[1])
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # no zeros for the tables
+    ctx.set_materialize_grads(False)  # autograd makes no zeros for the tables
 
 
 def _backward(ctx: Any, d_loss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:

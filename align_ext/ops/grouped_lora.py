@@ -43,11 +43,11 @@ def grouped_lora(
         rng: int64 [2] (seed, offset) of the mask; drawn from torch's generator if not given.
         weight: [out_dim, in_dim], the frozen base weight, in x's dtype. Exactly one of weight and base_out.
         bias: [out_dim], frozen, with weight only.
-        base_out: [..., out_dim], what the base layer returned, in x's dtype; differentiable, not modified.
+        base_out: [..., out_dim], the base layer's output, in x's dtype; differentiable, not modified.
 
     Returns:
         y: [..., out_dim] in x's dtype, a new tensor.
-        z: [T, rank], float32 (float64 for float64); differentiable, any loss may be put on it.
+        z: [T, rank], float32 (float64 for float64); differentiable, for any loss.
 
     Raises:
         ValueError: arguments that contradict each other.

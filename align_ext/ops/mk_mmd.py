@@ -32,21 +32,21 @@ def mk_mmd(
 
     L = Σ_{i<j} [mean k(i, i) + mean k(j, j) - 2 mean k(i, j)],  k(a, b) = Σ_k exp(-|z_a - z_b|² / bandwidth_k)
     (Gretton et al. 2012; DAN, 1502.02791; Align-LoRA, 2508.05078), the means over pairs of tokens. Value and gradient
-    come from one pass over tiles of token pairs, in O(T rank) memory. Of a task with n > n_max tokens those of index
-    floor(j n / n_max), j = 0 .. n_max-1, take part; the others get zero gradient. Tasks with fewer than two tokens do
-    not take part. With fewer than two tasks, or bw < 1e-12, loss and gradient are 0.
+    come from one pass over tiles of token pairs, in O(T rank) memory. A task with n > n_max tokens uses the tokens of
+    index floor(j n / n_max), j = 0 .. n_max-1; the others get zero gradient. Tasks with fewer than two tokens are not
+    used. With fewer than two tasks, or bw < 1e-12, loss and gradient are 0.
 
     Args:
         z: [T, rank], float32, bfloat16 or float16 (float64 on the CPU). Arithmetic in float32 (float64).
         task: int64 [T], in 0 .. num_tasks-1; any other value means that the token does not count.
-        num_tasks: how many tasks there are, up to 2^16.
+        num_tasks: the number of tasks, up to 2^16.
         bandwidths: "heuristic": bw 2^(k - num_kernels // 2), k = 0 .. num_kernels-1, bw the mean squared distance of
-            two different tokens that take part, a constant for the gradient; or up to 32 positive numbers. Bandwidths
-            that are powers of two apart share exponentials.
-        num_kernels: how many bandwidths the heuristic makes, 1 to 32.
+            two different tokens that are used, a constant for the gradient; or up to 32 positive numbers. Bandwidths
+            whose ratios are powers of two share exponentials.
+        num_kernels: the number of bandwidths of the heuristic, 1 to 32.
         statistic: "v": the means within a task include each token's pair with itself, L >= 0; "u": they do not, and
             the estimate is unbiased.
-        n_max: how many tokens of a task take part at most, 2 or more. The time grows with its square.
+        n_max: the largest number of tokens of a task that are used, 2 or more. The time grows with its square.
         pairs: "sum" over the pairs of tasks, or "mean".
 
     Returns:
@@ -61,22 +61,22 @@ def mk_mmd(
     if statistic not in ("v", "u"):
         raise ValueError(f'statistic must be "v" or "u", got {statistic!r}')
     num_tasks = checked_integer("num_tasks", num_tasks)
-    n_max = checked_integer("n_max", n_max, least=2, most=2**63 - 1)
-    num_kernels = checked_integer("num_kernels", num_kernels, most=_MAX_KERNELS)
-    widths = _widths(bandwidths)
-    return _mk_mmd(z, task, num_tasks, widths, num_kernels, statistic == "u", n_max, pairs == "mean")[0]
+    n_max = checked_integer("n_max", n_max, minimum=2, maximum=2**63 - 1)
+    num_kernels = checked_integer("num_kernels", num_kernels, maximum=_MAX_KERNELS)
+    numbers = _parse_bandwidths(bandwidths)
+    return _mk_mmd(z, task, num_tasks, numbers, num_kernels, statistic == "u", n_max, pairs == "mean")[0]
 
 
-def _widths(bandwidths: str | Sequence[float]) -> list[float]:
-    """The given bandwidths; none mean the heuristic."""
+def _parse_bandwidths(bandwidths: str | Sequence[float]) -> list[float]:
+    """Returns the given bandwidths, or an empty list for the heuristic."""
     if isinstance(bandwidths, str):
         if bandwidths != "heuristic":
             raise ValueError(f'bandwidths must be "heuristic" or numbers, got {bandwidths!r}')
         return []
-    widths = [float(bandwidth) for bandwidth in bandwidths]
-    if not 1 <= len(widths) <= _MAX_KERNELS or not all(0 < w < math.inf for w in widths):
+    numbers = [float(bandwidth) for bandwidth in bandwidths]
+    if not 1 <= len(numbers) <= _MAX_KERNELS or not all(0 < number < math.inf for number in numbers):
         raise ValueError(f"bandwidths must be 1 to {_MAX_KERNELS} positive numbers, got {bandwidths!r}")
-    return widths
+    return numbers
 
 
 def _acc(dtype: torch.dtype) -> torch.dtype:
@@ -111,7 +111,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     _, gradient, slot = output
     ctx.save_for_backward(gradient, slot)
     ctx.mark_non_differentiable(gradient, slot)
-    ctx.set_materialize_grads(False)  # no zeros for these two
+    ctx.set_materialize_grads(False)  # autograd makes no zeros for these two
     ctx.dtype = inputs[0].dtype
 
 

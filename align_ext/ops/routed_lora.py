@@ -1,4 +1,4 @@
-"""Heads mixed by a router: the low-rank path of HydraLoRA, R-LoRA, LoRA-MoE and mtLoRA.
+"""Heads weighted by a router: the low-rank path of HydraLoRA, R-LoRA, LoRA-MoE and mtLoRA.
 
 Native side: csrc/ops/routed_lora.h. Oracle: align_ext/reference/routed_lora.py.
 """
@@ -21,22 +21,22 @@ def routed_lora(
 
     w[t, k, :] = softmax(x Rᵀ / tau) over the N heads (or the top_k largest, ties to the lowest index; 0 elsewhere), on
     x without dropout; output o has the weights of its group k of G. HydraLoRA (2404.19245): G = 1; R-LoRA (2502.15455):
-    site "latent"; LoRAMoE (2312.09979): A of its own for each head, top_k; mtLoRA (2603.01526): G > 1.
-    u_i, z and the frozen offset path with A0, B0 are those of dropout_sum; with own A, z_i = xd A_iᵀ.
-    Backward, with g = dL/dy, g_k its columns of group k and q_ik = g_k B_ik:  dw = scaling u_i · q_ik + what reaches w,
+    site "latent"; LoRAMoE (2312.09979): one A per head, top_k; mtLoRA (2603.01526): G > 1.
+    u_i, z and the frozen offset path with A0, B0 are those of dropout_sum; with one A per head, z_i = xd A_iᵀ.
+    Backward, with g = dL/dy, g_k its columns of group k and q_ik = g_k B_ik:  dw += scaling u_i · q_ik,
     dlogit = w (dw - Σ_j w_j dw_j) / tau,  dR = dlogitᵀ x,  du_i = scaling Σ_k w_ik q_ik,
     dB_ik = scaling (w_ik g_k)ᵀ u_i;  dz, dA, dx from du_i as in dropout_sum, dx += dlogit R.
 
     Args:
         x: [..., in_dim], float32, bfloat16 or float16 (float64 on the CPU, for gradient checks). T = all rows of x.
-        A: [rank, in_dim], or [N, rank, in_dim] for one of each head, of one of these dtypes (rounded to x's in the
+        A: [rank, in_dim], or [N, rank, in_dim] with one A per head, of one of these dtypes (rounded to x's in the
             product).
         B: [N, out_dim, rank], likewise.
-        R: [G * N, in_dim], likewise; row k N + i is that of head i in group k. G must divide out_dim.
+        R: [G * N, in_dim], likewise; row k N + i belongs to head i in group k. G must divide out_dim.
         scaling: lora_alpha / r, or lora_alpha / sqrt(r).
-        top_k: heads with weight, 1 .. N; all of them if not given.
+        top_k: the number of heads with a weight above 0, 1 .. N; all heads if not given.
         tau: the softmax's temperature, positive.
-        site: as in dropout_sum: what dropout acts on.
+        site: as in dropout_sum: the tensor that dropout acts on.
         dropout_p: as in dropout_sum.
         rng: as in dropout_sum.
         A0: as in dropout_sum.
@@ -47,17 +47,17 @@ def routed_lora(
 
     Returns:
         y: [..., out_dim] in x's dtype, a new tensor.
-        z: [T, rank], or [T, N, rank] with an own A or site "input_per_head"; float32 (float64 for float64).
-        w: [T, G, N], likewise. Both are differentiable: any loss may be put on them.
+        z: [T, rank], or [T, N, rank] with one A per head or site "input_per_head"; float32 (float64 for float64).
+        w: [T, G, N], likewise. Both are differentiable, for any loss.
 
     Raises:
         ValueError: arguments that contradict each other.
         RuntimeError: shapes or dtypes that do not match; the message names the argument.
     """
     rng = projection.checked_rng(x, dropout_p, rng, weight, bias, base_out)
-    number = projection.checked_site(site, dropout_p, A0, B0)
+    site_id = projection.checked_site(site, dropout_p, A0, B0)
     k = len(B) if top_k is None else top_k
-    return _routed_lora(x, A, B, R, scaling, -scaling, A0, B0, k, tau, number, dropout_p, rng, weight, bias, base_out)
+    return _routed_lora(x, A, B, R, scaling, -scaling, A0, B0, k, tau, site_id, dropout_p, rng, weight, bias, base_out)
 
 
 @torch.library.register_fake("align_ext::routed_lora")
@@ -66,7 +66,7 @@ def _(
     tau: float, site: int, p: float, rng: Any, weight: Any, bias: Any, base_out: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     base = {"weight": weight, "bias": bias, "base_out": base_out}
-    y, z = projection.empty_outputs(x, B, projection.latents(A, B, site), base, A=A, R=R, A0=A0, B0=B0)
+    y, z = projection.empty_outputs(x, B, projection.latent_shape(A, B, site), base, A=A, R=R, A0=A0, B0=B0)
     return y, z, z.new_empty((z.shape[0], R.shape[0] // B.shape[0], B.shape[0]))
 
 

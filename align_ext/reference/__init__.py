@@ -1,4 +1,4 @@
-"""The oracle: every operator in plain PyTorch, same names and signatures, ten lines each. Read by tests only."""
+"""The oracle: every operator in plain PyTorch with the same name and signature. Only tests and the doctor use it."""
 
 from align_ext.reference.dropout_sum import dropout_sum
 from align_ext.reference.gaussian_kl import gaussian_kl, gaussian_kl_tables, task_moments

@@ -19,7 +19,7 @@ def gaussian_kl(
     statistics: str = "token",
 ) -> Tensor:
     """Computes Σ_{i<j} ½ [KL(N_i || N_j) + KL(N_j || N_i)] over the tasks with at least max(2, 1 + ddof) tokens."""
-    if statistics == "position":  # the released code: the mean over the positions of a loss of their own
+    if statistics == "position":  # as in the released code: the mean over the positions of the loss at each position
         ddof, pairs = 1 if ddof is None else ddof, pairs or "mean"
         each = [gaussian_kl(at, task, num_tasks, eps=eps, ddof=ddof, pairs=pairs) for at in z.unbind(1)]
         return torch.stack(each).mean()

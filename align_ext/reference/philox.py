@@ -1,4 +1,4 @@
-"""Philox4x32-10 (Salmon et al., SC 2011) in int64 arithmetic; native twin: csrc/ops/philox.h."""
+"""Philox4x32-10 (Salmon et al., SC 2011) in int64 arithmetic; native version: csrc/ops/philox.h."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a * b for 32-bit a and b; b in two halves, so that nothing exceeds 63 bits."""
+    """Returns the high and low 32 bits of a * b for 32-bit a and b; b is split, so that nothing exceeds 63 bits."""
     low, high = a * (b & 0xFFFF), a * (b >> 16)
     total = low + ((high & 0xFFFF) << 16)
     return (high >> 16) + (total >> 32) & _MASK32, total & _MASK32
@@ -43,12 +43,12 @@ def dropout_mask(rng: Tensor, p: float, shape: tuple[int, ...], dtype: torch.dty
     Args:
         rng: int64 [2] (seed, offset).
         p: probability of dropping.
-        shape: of the tensor; element e in row-major order has block e // 8, 16-bit lane e % 8.
-        dtype: of the mask.
+        shape: the shape of the tensor; element e in row-major order has block e // 8, 16-bit lane e % 8.
+        dtype: the dtype of the mask.
     """
     count = torch.Size(shape).numel()
     threshold = int(p * 65536 + 0.5)
     words = philox(int(rng[0]), torch.arange((count + 7) // 8), int(rng[1]))
     lanes = torch.stack([words & 0xFFFF, words >> 16], dim=-1).reshape(-1)[:count]
-    keep = (lanes >= threshold).to(dtype)
-    return (keep * (65536 / (65536 - threshold))).reshape(shape).to(rng.device)
+    mask = (lanes >= threshold).to(dtype)
+    return (mask * (65536 / (65536 - threshold))).reshape(shape).to(rng.device)

@@ -27,8 +27,8 @@ def routed_lora(
     shape = {"input": (len(rows), 1, n), "latent": (len(rows), heads, rank)}.get(site, (len(rows), heads, n))
     mask = dropout_mask(rng, dropout_p, shape, x.dtype) if dropout_p > 0 and rng is not None else x.new_ones(shape)
     xd = rows[:, None] * mask if site in ("input", "input_per_head") else rows[:, None]
-    own = xd.expand(-1, heads, -1) if A.dim() == 3 else xd
-    z = torch.einsum("tin,irn->tir", own, A) if A.dim() == 3 else own @ A.T
+    head_inputs = xd.expand(-1, heads, -1) if A.dim() == 3 else xd
+    z = torch.einsum("tin,irn->tir", head_inputs, A) if A.dim() == 3 else head_inputs @ A.T
     u = (z * mask if site == "latent" else z).expand(-1, heads, -1)
     low = torch.einsum("tki,tid,ikod->tko", w.to(x.dtype), u, B.unflatten(1, (groups, -1))).flatten(1)
     if A0 is not None and B0 is not None:
