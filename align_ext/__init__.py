@@ -1,6 +1,6 @@
-"""Multi-task LoRA training: fused adapters and alignment losses with exact gradients. Start: README.md."""
+"""Multi-task LoRA training: fused adapters and alignment losses with exact gradients. See README.md."""
 
-from align_ext.system import starting  # noqa: F401  first: it listens to signals while the others are imported
+from align_ext.system import starting  # noqa: F401  first, so that signals are handled during the other imports
 
 # isort: split
 from importlib import import_module
@@ -50,7 +50,7 @@ __all__ = [
 __version__ = version("align_ext")
 
 
-_LAZY = {  # these import transformers, datasets or trl; everything else does without
+_LAZY = {  # names whose modules import transformers, datasets or trl
     "AlignMixin": "align_ext.training.trainer",
     "AlignSFTTrainer": "align_ext.training.sft_trainer",
     "AlignTrainer": "align_ext.training.trainer",
@@ -61,7 +61,7 @@ _LAZY = {  # these import transformers, datasets or trl; everything else does wi
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what needs more than torch when it is asked for."""
+    """Imports the names in _LAZY on first use."""
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'align_ext' has no attribute {name!r}")

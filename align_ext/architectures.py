@@ -1,4 +1,4 @@
-"""The registry: one row an architecture. A new one is a class below align_ext/adapters and a row here."""
+"""The registry of architectures. A new architecture needs a class in align_ext/adapters and a row here."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ Architecture = Literal["align_lora", "lora", "multi_adapter", "lora_moe", "hydra
 
 
 class Row(NamedTuple):
-    """What is known of an architecture.
+    """The properties of an architecture.
 
     Attributes:
-        adapter: its class, as "module:name" below align_ext/adapters.
-        formula: what it adds to W x.
-        parameters: how many it trains a layer, in n, m (in, out), r, N (num_heads), M (num_tasks) and G.
-        paper: where it comes from; after "aligned: ", with alignment.
-        defaults: what an option that is "auto" is; None: it has no such thing, and the option may not be set.
-        own_A: whether its heads have an A of their own, so that no offset of rank r can take their start off again.
+        adapter: the adapter's class, as "module:name" in align_ext/adapters.
+        formula: the term that it adds to W x.
+        parameters: the trained parameters per layer, in n, m (in, out), r, N (num_heads), M (num_tasks) and G.
+        paper: the paper; after "aligned: ", that of its alignment.
+        defaults: the values for options that are "auto"; None: the option does not apply and may not be set.
+        own_A: whether each head has its own A, so that no offset of rank r can subtract the initial heads.
     """
 
     adapter: str

@@ -1,4 +1,4 @@
-"""Every option of an adapter, with the symbol it has in the papers. Names follow PEFT's LoraConfig."""
+"""All options of an adapter, with their symbols in the papers. Names follow PEFT's LoraConfig."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any, Literal, get_args
 
 from align_ext.architectures import ARCHITECTURES, HYDRA_WITHOUT_ROUTER, Architecture, Row
 from align_ext.system.bounds import (
-    MOST,
+    MAX_SIZE,
     check_options,
     documented,
+    integer_rule,
     is_number,
     is_positive,
     is_whole,
@@ -19,7 +20,6 @@ from align_ext.system.bounds import (
     option,
     positive,
     unknown_name,
-    whole_number,
 )
 from align_ext.system.reading import check_names, check_pattern, shown
 
@@ -28,28 +28,28 @@ Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "random_heads"]
 
 DEFAULT_WEIGHT: Mapping[str, float] = {"kl": 0.1, "mmd": 0.15}
 AUTO: Any = "auto"  # an option's default that depends on the architecture
-MOST_TASKS = 10_000  # of whose pairs there are tables
+MOST_TASKS = 10_000  # a limit, since reports have tables of all pairs of tasks
 
 
-def _probability(value: Any) -> str | None:
-    """In [0, 1); the kernels count in 65536ths."""
+def _probability_rule(value: Any) -> str | None:
+    """Checks for a number in [0, 1) after rounding to a multiple of 1/65536, as in the kernels."""
     return None if is_number(value) and 0 <= round(value * 65536) < 65536 else "in [0, 1)"
 
 
-def _weight(value: Any) -> str | None:
+def _weight_rule(value: Any) -> str | None:
     return f"{wanted}, or None for the default" if (wanted := not_negative(value)) else None
 
 
-def _targets(value: Any) -> str | None:
+def _targets_rule(value: Any) -> str | None:
     return None if value else 'suffixes of module names, a regular expression or "all-linear"'
 
 
-def _bandwidths(value: Any) -> str | None:
+def _bandwidths_rule(value: Any) -> str | None:
     valid = isinstance(value, tuple) and 1 <= len(value) <= 32 and all(map(is_positive, value))
     return None if valid else "1 to 32 positive numbers, or None"
 
 
-def _blocks(value: Any) -> str | None:
+def _blocks_rule(value: Any) -> str | None:
     valid = isinstance(value, tuple) and all(block in ("attention", "mlp") for block in value)
     return None if valid else 'of "attention" and "mlp", or empty for linear layers'
 
@@ -70,13 +70,13 @@ class AlignLoraConfig:
         'heads and a dropout mask for each), "m_lora" (the same without a router), "mtlora" (routed heads beside '
         "whole blocks, fine-grained routing, spectral regularisation).",
     )
-    r: int = option(8, "rank of A and B.", whole_number())
+    r: int = option(8, "rank of A and B.", integer_rule())
     lora_alpha: float = option(32, "alpha; the scaling is s = alpha / r.", positive)
-    lora_dropout: float = option(0.1, "p, of dropout at dropout_site, in [0, 1).", _probability)
+    lora_dropout: float = option(0.1, "p, of dropout at dropout_site, in [0, 1).", _probability_rule)
     target_modules: tuple[str, ...] | str = option(
         ("gate_proj", "up_proj", "down_proj"),
         'suffixes of module names, a regular expression for the whole name, or "all-linear".',
-        _targets,
+        _targets_rule,
     )
     exclude_modules: tuple[str, ...] | str = option((), "suffixes, or a regular expression, of modules to leave alone.")
     modules_to_save: tuple[str, ...] = option(
@@ -87,7 +87,7 @@ class AlignLoraConfig:
     target_blocks: tuple[str, ...] = option(
         AUTO,
         'adapt whole blocks in place of linear layers: "attention", "mlp" or both (mtLoRA).',
-        _blocks,
+        _blocks_rule,
     )
     use_rslora: bool = option(False, "s = alpha / sqrt(r) (2312.03732).")
     init_lora_weights: Init = option(
@@ -98,7 +98,7 @@ class AlignLoraConfig:
         "offset that is subtracted again; the base weight is never touched.",
     )
     init_gamma: float = option(64.0, 'gamma of "random_heads".', positive)
-    num_heads: int | None = option(AUTO, "N, how many B_i (or experts) there are.", whole_number())
+    num_heads: int | None = option(AUTO, "N, how many B_i (or experts) there are.", integer_rule())
     reduce: Literal["sum", "mean"] | None = option(AUTO, 'heads without a router: their "sum" or "mean".')
     router: Literal["linear", "mlp"] | None = option(
         AUTO,
@@ -118,7 +118,7 @@ class AlignLoraConfig:
     routing_groups: int | None = option(
         AUTO,
         "G, groups of outputs with routing weights of their own (mtLoRA's fine-grained routing).",
-        whole_number(),
+        integer_rule(),
     )
     top_k: int | None = option(AUTO, "heads with weight; 0: all of them.")
     router_temperature: float | None = option(AUTO, "tau of the softmax.", positive)
@@ -133,15 +133,15 @@ class AlignLoraConfig:
     align_weight: float | None = option(
         None,
         'lambda in loss + lambda * align; None: 0.1 for "kl", 0.15 for "mmd".',
-        _weight,
+        _weight_rule,
     )
     num_tasks: int | None = option(
         None,
         "M; None takes the largest task id seen so far plus one (one process only, not for multi_adapter).",
-        whole_number(most=MOST_TASKS, none=True),
+        integer_rule(maximum=MOST_TASKS, none=True),
     )
     align_eps: float = option(1e-6, "kl: added to every variance of z.", positive)
-    align_ddof: int = option(0, "kl: 0: population variance, 1: sample variance.", whole_number(0, 1, "0 or 1"))
+    align_ddof: int = option(0, "kl: 0: population variance, 1: sample variance.", integer_rule(0, 1, "0 or 1"))
     align_statistics: Literal["token", "position"] = option(
         "token",
         'kl: over a task\'s tokens ("token"), or position by position over its samples ("position": what '
@@ -155,18 +155,18 @@ class AlignLoraConfig:
         'statistics, constants for the gradient ("queue"), or all of a step as one batch ("exact": a second '
         "forward for each, align_ext/alignment/accumulation.py).",
     )
-    align_queue: int = option(4, "K, how many micro-batches the queue holds.", whole_number())
+    align_queue: int = option(4, "K, how many micro-batches the queue holds.", integer_rule())
     mmd_bandwidths: tuple[float, ...] | None = option(
         None,
         "None for multiples of the mean squared distance, or the bandwidths themselves.",
-        _bandwidths,
+        _bandwidths_rule,
     )
-    mmd_kernels: int = option(5, "K, how many such multiples.", whole_number(1, 32, "in 1 .. 32"))
+    mmd_kernels: int = option(5, "K, how many such multiples.", integer_rule(1, 32, "in 1 .. 32"))
     mmd_statistic: Literal["v", "u"] = option("v", '"v", or "u" for the unbiased one.')
     mmd_n_max: int = option(
         256,
         "tokens of a task that take part at most.",
-        whole_number(2, MOST, f"an integer of at least 2 and at most {MOST}"),
+        integer_rule(2, MAX_SIZE, f"an integer of at least 2 and at most {MAX_SIZE}"),
     )
     response_only: bool = option(
         False,
@@ -184,7 +184,7 @@ class AlignLoraConfig:
         "head by itself) or None. DDP with reentrant checkpointing needs static_graph=True for it.",
     )
     spectral_weight: float = option(1e-4, "of the spectral regularisation in the loss.", not_negative)
-    spectral_steps: int = option(100, "k, forwards between two refreshes of its projectors.", whole_number())
+    spectral_steps: int = option(100, "k, forwards between two refreshes of its projectors.", integer_rule())
     adapter_dtype: Literal["float32", "base"] = option(
         "float32",
         'dtype of A and B: "float32" (PEFT\'s default, also on a 16-bit base) or "base".',
@@ -205,12 +205,12 @@ class AlignLoraConfig:
         equal_weights = self.router_init == AUTO and self.init_lora_weights in (AUTO, "random_heads")
         self._fill_in(self.row.defaults)
         if equal_weights and self.router is not None and self.init_lora_weights == "random_heads":
-            self._set("router_init", "zeros")  # only so is the start no change
+            self._set("router_init", "zeros")  # so that the adapter does not change the model at the start
         if self.align is not None and self.align not in get_args(Align):
             raise ValueError(unknown_name("align", self.align, [*get_args(Align), None]))
         if self.align is not None and self.align_weight is None:
             self._set("align_weight", DEFAULT_WEIGHT[self.align])
-        if self.align_statistics == "position":  # as released
+        if self.align_statistics == "position":  # the settings of the released code
             self._set("align_ddof", 1)
             self._set("align_pairs", "mean")
         self._check_ranges()
@@ -221,7 +221,7 @@ class AlignLoraConfig:
 
     @property
     def row(self) -> Row:
-        """What is known of the architecture (align_ext/architectures.py)."""
+        """The architecture's row in the registry (align_ext/architectures.py)."""
         return HYDRA_WITHOUT_ROUTER if self._is_unrouted_hydra() else ARCHITECTURES[self.architecture]
 
     def _is_unrouted_hydra(self) -> bool:
@@ -235,12 +235,12 @@ class AlignLoraConfig:
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
         elif isinstance(value, Iterable):
-            self._set(name, check_names(tuple(value), name, most=100_000))
+            self._set(name, check_names(tuple(value), name, maximum=100_000))
         else:
             raise ValueError(f"{name} must be module names or a regular expression, got {shown(value)}")
 
     def _fill_in(self, defaults: Mapping[str, Any]) -> None:
-        """Gives "auto" options the architecture's values; refuses those that it has no use for."""
+        """Sets "auto" options to the architecture's values; refuses options that the architecture does not have."""
         for name, default in defaults.items():
             value, optional = getattr(self, name), name in ("align", "balance", "spectral")
             if isinstance(value, str) and value == AUTO:
@@ -250,8 +250,8 @@ class AlignLoraConfig:
             elif default is not None and value is None and not optional:
                 raise ValueError(f"{name}=None: architecture {self._name()} needs it; leave it out for {default!r}")
         routed, heads = self.router is not None, self.num_heads is not None
-        for name, has, what in (("balance", routed, "router"), ("spectral", heads, "heads")):
-            if getattr(self, name) is not None and not has:
+        for name, available, what in (("balance", routed, "router"), ("spectral", heads, "heads")):
+            if getattr(self, name) is not None and not available:
                 raise ValueError(f"{name}={shown(getattr(self, name))}: architecture {self._name()} has no {what}")
 
     def _name(self) -> str:
@@ -260,7 +260,7 @@ class AlignLoraConfig:
     def _check_ranges(self) -> None:
         check_options(self)
         heads = self.num_heads
-        if self.top_k is not None and not is_whole(self.top_k, 0, heads or MOST):
+        if self.top_k is not None and not is_whole(self.top_k, 0, heads or MAX_SIZE):
             raise ValueError(f"top_k must be in 1 .. num_heads = {heads}, or 0 for all heads, got {shown(self.top_k)}")
 
     def _check_combinations(self) -> None:
@@ -303,26 +303,26 @@ class AlignLoraConfig:
 
     @property
     def scaling(self) -> float:
-        """S = alpha / r, or alpha / sqrt(r) with use_rslora."""
+        """The scaling s = alpha / r, or alpha / sqrt(r) with use_rslora."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     @property
     def latents(self) -> int:
-        """How many latents z a token has in a layer: N where each head has a latent of its own, else 1."""
+        """The number of latents z per token and layer: N if each head has its own latent, else 1."""
         return (self.num_heads or 1) if self._latents_per_head() else 1
 
     @property
     def needs_ids(self) -> bool:
-        """Whether training needs the tokens' tasks."""
+        """Whether training needs the tasks of the tokens."""
         return self.align is not None or self.architecture == "multi_adapter"
 
     @property
     def needs_step(self) -> bool:
-        """Whether training needs a step (align_ext/alignment): another loss beside the model's, or ids."""
+        """Whether training needs a step (align_ext/alignment): for a loss in addition to the model's, or for ids."""
         return self.needs_ids or bool(self.balance or self.spectral) or self.routing == "sequence"
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary; from_dict(to_dict()) is equal, also through JSON."""
+        """Returns a JSON-ready dictionary; from_dict(to_dict()) is equal, also through JSON."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
@@ -330,7 +330,7 @@ class AlignLoraConfig:
         """The inverse of to_dict.
 
         Raises:
-            ValueError: an unknown option (with the nearest known one), or a value out of range.
+            ValueError: an option is unknown (the message suggests one), or a value is out of range.
         """
         known = [field.name for field in fields(cls)]
         for name in options:

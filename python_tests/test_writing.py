@@ -19,7 +19,7 @@ from align_ext.system.writing import (
     check_file,
     check_space,
     claimed,
-    foreign,
+    first_foreign_file,
     remove,
 )
 
@@ -98,7 +98,7 @@ def test_a_link_is_never_ours_and_what_it_points_to_stays(tmp_path):
     (tmp_path / "out").mkdir()
     for name in ("a", "t"):
         (tmp_path / "out" / name).symlink_to(tmp_path / "elsewhere")
-    assert foreign(tmp_path / "out", ".*") == "a"
+    assert first_foreign_file(tmp_path / "out", ".*") == "a"
     remove(tmp_path / "out", ".*")
     assert (tmp_path / "out/t/a").read_text() == "mine"
 

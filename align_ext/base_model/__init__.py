@@ -1,1 +1,1 @@
-"""The base model: which layers it has, whether it is sound, what tells it from others."""
+"""The base model: loads and checks it, selects its layers, records its fingerprint."""

@@ -14,8 +14,8 @@ from align_ext.adapters.lora import LoraAdapter
 from align_ext.config import AlignLoraConfig
 
 PEFT_PREFIX = "base_model.model."  # PEFT's name for the plain model inside a PeftModel
-BASE_UNTOUCHED = (None, True, False, "gaussian", "orthogonal", "eva")  # other initialisations change the base weight
-_START = "init_lora_weights"
+BASE_UNTOUCHED = (None, True, False, "gaussian", "orthogonal", "eva")  # initialisations that keep the base weight
+_INIT = "init_lora_weights"
 
 
 def is_peft_lora(module: nn.Module) -> bool:
@@ -23,8 +23,8 @@ def is_peft_lora(module: nn.Module) -> bool:
     return type(module).__module__.startswith("peft.tuners.lora") and hasattr(module, "base_layer")
 
 
-def refuse_foreign(model: nn.Module) -> None:
-    """Raises ValueError if a model with adapters has PEFT's layers beside them, which no folder of ours would hold."""
+def refuse_peft_layers(model: nn.Module) -> None:
+    """Raises ValueError if a model with adapters also has adapters of PEFT, which would not be saved."""
     for name, module in model.named_modules():
         if type(module).__module__.startswith("peft.tuners.") and hasattr(module, "base_layer"):
             raise ValueError(
@@ -33,8 +33,8 @@ def refuse_foreign(model: nn.Module) -> None:
             )
 
 
-def unfit_peft(module: Any) -> str | None:
-    """Why a PEFT LoRA layer cannot be adopted, or None."""
+def unadoptable_reason(module: Any) -> str | None:
+    """Returns why a PEFT LoRA layer cannot be adopted, or None."""
     if len(module.active_adapters) != 1 or len(module.lora_A) + len(module.lora_embedding_A) != 1:
         return "it has several PEFT adapters, or none is active, and one can be adopted: delete_adapter the others"
     adapter = module.active_adapters[0]
@@ -52,20 +52,20 @@ def unfit_peft(module: Any) -> str | None:
     return None
 
 
-def refuse_unfit(model: nn.Module, targets: Mapping[str, Any], skipped: Mapping[str, str]) -> dict[str, Any]:
-    """Raises if anything of a PeftModel would be frozen, lost or saved as something else by adopting it.
+def refuse_unadoptable(model: nn.Module, targets: Mapping[str, Any], skipped: Mapping[str, str]) -> dict[str, Any]:
+    """Raises if adopting a PeftModel would freeze, lose or change the meaning of any part of it.
 
     Args:
-        model: the PeftModel, or the model that PEFT put its layers into.
+        model: the PeftModel, or the model into which PEFT put its layers.
         targets: the LoRA layers that can be adopted, by name.
-        skipped: the reasons of those that cannot.
+        skipped: why other layers cannot be adopted, by name.
 
     Returns:
-        PEFT's wrappers of the modules that it trains whole (modules_to_save), by name.
+        PEFT's wrappers of the fully trained modules (modules_to_save), by name.
     """
     for name, reason in skipped.items():
         raise ValueError(f"{name} cannot be adopted, and its change would be lost: {reason}")
-    copies: dict[str, Any] = {}
+    full_modules: dict[str, Any] = {}
     for name, module in model.named_modules():
         if type(module).__module__.startswith("peft.") and hasattr(module, "original_module"):
             if len(getattr(module, "modules_to_save", ())) != 1 or module.disable_adapters:
@@ -73,26 +73,26 @@ def refuse_unfit(model: nn.Module, targets: Mapping[str, Any], skipped: Mapping[
                     f"PEFT trains {name} in a way that cannot be adopted (trainable_token_indices, several adapters, "
                     "one that is off): remove it from the PEFT configuration"
                 )
-            copies[name] = module
-    kept = {id(p) for module in copies.values() for p in module.parameters()}
-    kept |= {id(p) for m in targets.values() for n, p in m.named_parameters() if not n.startswith("base_layer.")}
+            full_modules[name] = module
+    adopted = {id(p) for module in full_modules.values() for p in module.parameters()}
+    adopted |= {id(p) for m in targets.values() for n, p in m.named_parameters() if not n.startswith("base_layer.")}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in kept:
+        if parameter.requires_grad and id(parameter) not in adopted:
             raise ValueError(
                 f"the PeftModel also trains {name}, which adopting would freeze: remove it from the PEFT "
                 "configuration, or freeze it first"
             )
-    return copies
+    return full_modules
 
 
-def adopt_copies(model: nn.Module, copies: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Puts the modules that PEFT trains whole in their places.
+def adopt_full_modules(model: nn.Module, full_modules: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Replaces PEFT's wrappers of fully trained modules by the trained modules.
 
     Returns:
-        What the base model had there, by name in the plain model.
+        The original tensors of the base model, by name in the plain model.
     """
     originals = {}
-    for name, wrapper in copies.items():
+    for name, wrapper in full_modules.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, next(iter(wrapper.modules_to_save.values())))
         for part, tensor in wrapper.original_module.state_dict().items():
@@ -101,21 +101,21 @@ def adopt_copies(model: nn.Module, copies: Mapping[str, Any]) -> dict[str, Tenso
 
 
 def refuse_other_peft(model: nn.Module) -> None:
-    """Raises if PEFT put something into a model that is no plain LoRA beside the base weights as they were."""
+    """Raises if a model has a PEFT adapter that is not plain LoRA on unchanged base weights."""
     for module in model.modules():
         configs = getattr(module, "peft_config", None)
         for name, config in configs.items() if isinstance(configs, Mapping) else ():
-            kind, start = str(getattr(config.peft_type, "value", config.peft_type)), getattr(config, _START, True)
+            kind, init = str(getattr(config.peft_type, "value", config.peft_type)), getattr(config, _INIT, True)
             if kind != "LORA":
                 raise ValueError(
                     f"the model has a PEFT adapter {name!r} of type {kind}, which cannot be adopted: adapt the base "
                     "model (peft_model.unload())"
                 )
-            if start not in BASE_UNTOUCHED:
+            if init not in BASE_UNTOUCHED:
                 raise ValueError(
-                    f"the PEFT adapter {name!r} has {_START}={start!r}, which changes more than A and B (the base "
+                    f"the PEFT adapter {name!r} has {_INIT}={init!r}, which changes more than A and B (the base "
                     "weights), so that an adopted adapter's folder would not fit the base model: start from the base "
-                    f'model with replace_linear_with_align_lora(model, {_START}="pissa"), or have PEFT save plain '
+                    f'model with replace_linear_with_align_lora(model, {_INIT}="pissa"), or have PEFT save plain '
                     "LoRA (save_pretrained(..., path_initial_model_for_weight_conversion=...)) and adopt that"
                 )
             if (bias := getattr(config, "bias", "none")) != "none":
@@ -131,10 +131,10 @@ def refuse_other_peft(model: nn.Module) -> None:
 
 
 def adopted_config(config: AlignLoraConfig, targets: Mapping[str, Any]) -> AlignLoraConfig:
-    """The options with rank, scaling, dropout and layers of the PEFT adapter.
+    """Returns the options with the rank, scaling, dropout and layers of the PEFT adapter.
 
     Raises:
-        ValueError: the architecture is none that a plain LoRA adapter can be.
+        ValueError: a plain LoRA adapter cannot become this architecture.
     """
     if config.architecture not in ("lora", "align_lora") or config.target_blocks:
         raise ValueError(
@@ -157,7 +157,7 @@ def adopted_config(config: AlignLoraConfig, targets: Mapping[str, Any]) -> Align
 
 
 def adopt(module: Any, config: AlignLoraConfig) -> AdaptedLinear:
-    """Takes over a PEFT LoRA layer: its base layer, its Parameters themselves, its scaling and dropout."""
+    """Adopts a PEFT LoRA layer: its base layer, the same Parameters, its scaling and dropout."""
     name = module.active_adapters[0]
     A, B = module.lora_A[name].weight, module.lora_B[name].weight
     with torch.device("meta"):

@@ -1,7 +1,7 @@
-"""Whether a base model can be trained and scored: known before either, whatever transformers makes of its folder.
+"""Checks before training and scoring that a base model can be used.
 
-All weights were read and are finite, earlier logits do not depend on later tokens, each token has an embedding, the
-longest row and a padded batch run, and no run changes the weights.
+All weights must have been loaded and be finite, logits must not depend on later tokens, each token must have an
+embedding, the longest row and a padded batch must run, and no run may change the weights.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from torch import Tensor, nn
 
 from align_ext.alignment.buffers import same_buffers
 from align_ext.base_model.fingerprint import BaseModel
-from align_ext.system.memory import is_memory
+from align_ext.system.memory import is_out_of_memory
 from align_ext.system.reading import reason_of, shown
 
-_PROBE = 8  # tokens
-_ROUNDING = 1e-4  # of gradients relative to the largest one
-_CONSTANTS = ("masked_bias", "position_ids", "inv_freq")  # last parts of the names of what models once stored
+_PROBE = 8  # the number of tokens of a test run
+_ROUNDING = 1e-4  # gradients up to this fraction of the largest one count as rounding errors
+_CONSTANTS = ("masked_bias", "position_ids", "inv_freq")  # last name parts of buffers that older versions stored
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class CannotRun(ValueError):
-    """The model raises an exception."""
+    """Raised if a run of the model raises an exception."""
 
 
 @contextmanager
-def running(model: Any, what: str) -> Iterator[None]:
-    """Raises CannotRun, one line, for whatever a model raises in a block, but for a lack of memory.
+def model_errors(model: Any, what: str) -> Iterator[None]:
+    """Turns an exception of a model in a block into a one-line CannotRun, except a lack of memory.
 
     Args:
-        model: with adapters or without.
-        what: it cannot do then.
+        model: a model with or without adapters.
+        what: completes the message "the model cannot ...".
     """
     try:
         yield
-    except Exception as error:  # whatever a configuration leads transformers and torch to
-        if is_memory(error):
+    except Exception as error:  # an unusual configuration may raise any exception in transformers or torch
+        if is_out_of_memory(error):
             raise
         quantised = getattr(getattr(model, "config", None), "quantization_config", None) is not None
         hint = " (its config.json says that it is quantised)" if quantised else ""
@@ -49,30 +49,30 @@ def running(model: Any, what: str) -> Iterator[None]:
 
 
 def check_loaded(model: nn.Module, info: Mapping[str, Any], name: str) -> None:
-    """Checks that a model is what its files hold.
+    """Checks that all weights in a model's files were loaded, and that no weight is missing.
 
     Args:
-        model: as it was loaded.
-        info: from_pretrained's output_loading_info, in which transformers leaves out tied weights and what the model's
-            class declares to be made anew or not needed.
-        name: opens the message.
+        model: the loaded model.
+        info: the output_loading_info of from_pretrained, without tied weights and without keys that the model's class
+            declares as ignored.
+        name: the first words of the message.
 
     Raises:
-        ValueError: a weight is not stored, has another shape, or is stored and was not read.
+        ValueError: a weight is not stored, has another shape, or is stored but was not loaded.
     """
     learned = {name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if _may_be_learned(tensor)}
-    others = {str(key[0] if isinstance(key, tuple) else key) for key in info.get("mismatched_keys") or ()}
-    absent = {name for name in info.get("missing_keys") or () if name in learned} - others
-    if absent or others:
-        what = f"lacks {_some(absent)}" if absent else f"holds {_some(others)} in other shapes"
+    wrong_shapes = {str(key[0] if isinstance(key, tuple) else key) for key in info.get("mismatched_keys") or ()}
+    missing = {name for name in info.get("missing_keys") or () if name in learned} - wrong_shapes
+    if missing or wrong_shapes:
+        what = f"lacks {_listed(missing)}" if missing else f"holds {_listed(wrong_shapes)} in other shapes"
         raise ValueError(
             f"{name} {what}, which {type(model).__name__} would have at random: name a whole causal language model, "
             "whose config.json (model_type, sizes) is that of its weights"
         )
-    unread = {name for name in info.get("unexpected_keys") or () if not _is_made(model, name)}
-    if unread:
+    unexpected = {name for name in info.get("unexpected_keys") or () if not _is_computed_buffer(model, name)}
+    if unexpected:
         raise ValueError(
-            f"{name} holds {_some(unread)}, which {type(model).__name__} does not read: correct its config.json "
+            f"{name} holds {_listed(unexpected)}, which {type(model).__name__} does not read: correct its config.json "
             "(model_type, number of layers), or, where nothing needs them, save the model without them "
             "(AutoModelForCausalLM.from_pretrained(old).save_pretrained(new))"
         )
@@ -82,12 +82,12 @@ def check_loaded(model: nn.Module, info: Mapping[str, Any], name: str) -> None:
 
 @torch.no_grad()
 def check_finite(model: nn.Module, name: str) -> None:
-    """Raises ValueError for a weight that is NaN or infinite; a mask may be infinite."""
+    """Raises ValueError for a weight that is NaN or infinite; a buffer such as a mask may be infinite."""
     for key, weight in (*model.named_parameters(), *model.named_buffers()):
         if weight.dtype not in _FLOATS or weight.is_meta or not weight.numel() or type(weight.data) is not Tensor:
             continue
-        least, greatest = (float(x) for x in torch.aminmax(weight))
-        nan, infinite = math.isnan(least), math.isinf(least) or math.isinf(greatest)
+        minimum, maximum = (float(x) for x in torch.aminmax(weight))
+        nan, infinite = math.isnan(minimum), math.isinf(minimum) or math.isinf(maximum)
         if nan or (infinite and isinstance(weight, nn.Parameter)):
             kind = "NaN" if nan else "infinite"
             cure = "take a wider --dtype, or " if weight.dtype == torch.float16 and kind == "infinite" else ""
@@ -102,34 +102,34 @@ def check_base(
     training: bool = False,
     cure: str = "give a smaller --seq-len",
 ) -> frozenset[str]:
-    """Runs a model, without adapters, on the device where it is to run; its buffers are as before in the end.
+    """Runs a model without adapters on its device; its buffers are restored afterwards.
 
     Args:
         model: a causal language model, in eval mode.
         tokenizer: its tokenizer.
-        rows: the tokens of what it will be trained and scored on.
-        training: the longest row and the batch are run as in training too.
-        cure: of rows that are too long.
+        rows: the token ids of the rows for training and scoring.
+        training: whether the longest row and the batch are also run in training mode.
+        cure: the advice for rows that are too long.
 
     Returns:
         The names of the modules that ran.
 
     Raises:
-        ValueError: a token has no embedding, the model cannot be run, not at this length, not a padded batch or not in
-            training, its logits are not finite, those of a token depend on later tokens, or its runs change its
-            weights. The message is one line with the cure.
+        ValueError: a token has no embedding; the model cannot run at all, at this length, with padding or in training;
+            its logits are not finite or depend on later tokens; or a run changes its weights. The message is one line
+            with the cure.
     """
     longest = _checked_rows(model, tokenizer, rows)
     special = set(tokenizer.all_special_ids)
     most = _PROBE if longest is None else min(_PROBE, len(longest))
     probe = [token for token in range(_embedding_rows(model, tokenizer)) if token not in special][: most + 1]
     batch = [probe[:most], probe[: (most + 1) // 2]] if probe else []
-    with same_buffers(model), _ran(model) as ran:
+    with same_buffers(model), _record_modules(model) as ran:
         weights = BaseModel.of(model).weights
         _check_causal(model, tokenizer, probe)
         if longest is not None:
             _check_longest(model, tokenizer, longest, cure)
-        for left in (False, True):  # as scored, as generated from
+        for left in (False, True):  # scoring pads on the right, generation on the left
             _run(model, tokenizer, batch, left=left)
         _check_weights(model, weights)
         if training and longest is not None:
@@ -140,18 +140,18 @@ def check_base(
 
 
 @contextmanager
-def _ran(model: nn.Module) -> Iterator[set[str]]:
-    """The names of the modules that run in a block."""
-    names, found = {id(module): name for name, module in model.named_modules()}, set[str]()
-    hook = nn.modules.module.register_module_forward_pre_hook(lambda m, _: found.add(names.get(id(m), "")))
+def _record_modules(model: nn.Module) -> Iterator[set[str]]:
+    """Yields a set that collects the names of the modules that run in a block."""
+    names, ran = {id(module): name for name, module in model.named_modules()}, set[str]()
+    hook = nn.modules.module.register_module_forward_pre_hook(lambda m, _: ran.add(names.get(id(m), "")))
     try:
-        yield found
+        yield ran
     finally:
         hook.remove()
 
 
-def without(idle: Collection[str], ran: Collection[str]) -> tuple[str, ...]:
-    """The shortest ends of names, as exclude_modules takes them, that fit all idle modules and none that ran."""
+def exclusions(idle: Collection[str], ran: Collection[str]) -> tuple[str, ...]:
+    """Returns the shortest name suffixes for exclude_modules that match all idle modules and none that ran."""
     patterns: dict[str, None] = {}
     for name in idle:
         parts = name.split(".")
@@ -162,18 +162,18 @@ def without(idle: Collection[str], ran: Collection[str]) -> tuple[str, ...]:
 
 
 def _check_weights(model: nn.Module, before: Mapping[str, Any]) -> None:
-    """Raises ValueError where weights are other ones than before: a base is frozen, and an adapter belongs to it."""
+    """Raises ValueError if weights have changed: the base must stay frozen, since an adapter belongs to its weights."""
     after = BaseModel.of(model).weights
     if changed := [name for name in before if after.get(name) != before[name]]:
-        # RWKV-4 divides weights by powers of two as it is scored.
+        # RWKV-4 divides weights by powers of two in evaluation.
         scales = bool(getattr(model.config, "rescale_every", 0))
         cure = 'set "rescale_every": 0 in its config.json' if scales else "name a model whose forward leaves them alone"
-        raise ValueError(f"--model {_name(model)} changes {_some(changed)} as it runs, beside which no adapter can be "
-                         f"trained or scored: {cure}")  # fmt: skip
+        raise ValueError(f"--model {_name(model)} changes {_listed(changed)} as it runs, beside which no adapter can "
+                         f"be trained or scored: {cure}")  # fmt: skip
 
 
 def _checked_rows(model: Any, tokenizer: Any, rows: Iterable[Sequence[int]]) -> Sequence[int] | None:
-    """The longest row; raises ValueError for a token without an embedding."""
+    """Returns the longest row; raises ValueError for a token without an embedding."""
     embedded, longest = _embedding_rows(model, tokenizer), None
     for row in itertools.chain([[tokenizer.pad_token_id]], filter(len, rows)):
         if (token := max(row)) >= embedded:
@@ -187,7 +187,7 @@ def _checked_rows(model: Any, tokenizer: Any, rows: Iterable[Sequence[int]]) -> 
 
 
 def _embedding_rows(model: Any, tokenizer: Any) -> int:
-    """How many tokens a model has embeddings of; as many as the tokenizer knows where it does not tell."""
+    """Returns the number of token embeddings of a model, or of its tokenizer's tokens if the model does not tell."""
     try:
         return int(model.get_input_embeddings().weight.shape[0])
     except (AttributeError, NotImplementedError, TypeError):
@@ -196,7 +196,7 @@ def _embedding_rows(model: Any, tokenizer: Any) -> int:
 
 @torch.no_grad()
 def _check_causal(model: Any, tokenizer: Any, tokens: Sequence[int]) -> None:
-    """Runs two rows that differ in their last token alone, and compares the logits before it."""
+    """Runs two rows that differ only in their last token, and compares the logits before it."""
     if len(tokens) < 2:
         return
     first, second = (_run(model, tokenizer, [row])[0] for row in (tokens[:-1], [*tokens[:-2], tokens[-1]]))
@@ -205,8 +205,8 @@ def _check_causal(model: Any, tokenizer: Any, tokens: Sequence[int]) -> None:
             f"--model {_name(model)} computes logits that are not finite in {str(model.dtype).removeprefix('torch.')}: "
             "take a wider --dtype, or another model"
         )
-    # Rounding moves logits too, where the tokens that share an expert are multiplied together.
-    if not torch.equal(first[:-1], second[:-1]) and _reaches_back(model, tokens[:-1]):
+    # Rounding changes logits too, since tokens that are routed to the same expert are multiplied together.
+    if not torch.equal(first[:-1], second[:-1]) and _depends_on_last_token(model, tokens[:-1]):
         raise ValueError(
             f"--model {_name(model)} is no causal language model: as {type(model).__name__} its tokens see later ones, "
             "so that it would read the answers that it is to predict; name another model (or, where its weights were "
@@ -214,22 +214,22 @@ def _check_causal(model: Any, tokenizer: Any, tokens: Sequence[int]) -> None:
         )
 
 
-def _reaches_back(model: Any, tokens: Sequence[int]) -> bool:
-    """Whether the logits of tokens before the last one have a gradient by the last one's embedding."""
+def _depends_on_last_token(model: Any, tokens: Sequence[int]) -> bool:
+    """Whether the logits of the tokens before the last one depend on the embedding of the last one."""
     embedded: list[Tensor] = []
 
-    def keep(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    def replace_output(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         embedded.append(output.detach().requires_grad_())
         return embedded[-1]
 
-    hook = model.get_input_embeddings().register_forward_hook(keep)
+    hook = model.get_input_embeddings().register_forward_hook(replace_output)
     try:
         with torch.enable_grad():
             ids = torch.tensor([list(tokens)], device=next(model.parameters()).device)
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
             (gradient,) = torch.autograd.grad(logits[:, :-1].float().square().sum(), embedded[0])
-    except Exception as error:  # a quantised layer has no backward, Reformer's none in eval mode
-        if is_memory(error):
+    except Exception as error:  # quantised layers have no backward, nor has Reformer in eval mode
+        if is_out_of_memory(error):
             raise
         return False
     finally:
@@ -239,7 +239,7 @@ def _reaches_back(model: Any, tokens: Sequence[int]) -> bool:
 
 
 def _check_longest(model: Any, tokenizer: Any, row: Sequence[int], cure: str) -> None:
-    """Runs one row."""
+    """Runs the longest row; the message of a failure names the number of positions."""
     try:
         _run(model, tokenizer, [row])
     except CannotRun as error:
@@ -250,7 +250,7 @@ def _check_longest(model: Any, tokenizer: Any, row: Sequence[int], cure: str) ->
 
 
 def learned_positions(model: Any) -> int | None:
-    """How many positions a model has a table of (embeddings, sines, a mask) that ends; None: it computes them."""
+    """Returns the size of a model's table of positions (embeddings, sines, a mask); None: it computes positions."""
     try:
         most = model.config.get_text_config().max_position_embeddings
         tokens = model.get_input_embeddings()
@@ -258,7 +258,7 @@ def learned_positions(model: Any) -> int | None:
         return None
     sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens]
     sizes += [size for buffer in model.buffers() for size in buffer.shape]
-    # Some tables have a few rows more, for padding.
+    # Some tables have a few additional rows for padding.
     return most if isinstance(most, int) and any(most <= size <= most + 4 for size in sizes) else None
 
 
@@ -266,9 +266,9 @@ def learned_positions(model: Any) -> int | None:
 def _run(
     model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], *, left: bool = False, training: bool = False
 ) -> Tensor:
-    """The logits of rows of any lengths; leaves the model in eval mode."""
-    width = max(map(len, rows), default=0)
-    gaps = [width - len(row) for row in rows]
+    """Returns the logits of rows of any lengths; leaves the model in eval mode."""
+    length = max(map(len, rows), default=0)
+    gaps = [length - len(row) for row in rows]
     sides = [(gap, 0) if left else (0, gap) for gap in gaps]
     pad = tokenizer.pad_token_id
     filled = [[*[pad] * a, *row, *[pad] * b] for row, (a, b) in zip(rows, sides, strict=True)]
@@ -276,31 +276,31 @@ def _run(
     ids, mask = (torch.tensor(table, device=next(model.parameters()).device) for table in (filled, ones))
     inputs = {"input_ids": ids, "attention_mask": mask}
     inputs |= {"labels": ids.masked_fill(mask == 0, -100)} if training else {}
-    what = f"run {width} tokens" if len(rows) == 1 else f"run a batch of {len(rows)} rows of which one is padded"
+    what = f"run {length} tokens" if len(rows) == 1 else f"run a batch of {len(rows)} rows of which one is padded"
     try:
-        with running(model, what + " in training" * training):
-            return model.train(training)(**inputs, use_cache=False).logits.float().cpu()  # where a GPU's errors appear
+        with model_errors(model, what + " in training" * training):
+            return model.train(training)(**inputs, use_cache=False).logits.float().cpu()  # .cpu() raises GPU errors
     finally:
         model.eval()
 
 
 def _may_be_learned(tensor: Tensor) -> bool:
-    """Not a counter or a mask."""
+    """Whether a tensor may hold learned values: a parameter or floating-point buffer, not a counter or a mask."""
     return isinstance(tensor, nn.Parameter) or tensor.is_floating_point()
 
 
-def _is_made(model: nn.Module, name: str) -> bool:
-    """Whether a stored tensor is a buffer that the model makes itself, as older versions stored masks and positions."""
+def _is_computed_buffer(model: nn.Module, name: str) -> bool:
+    """Whether a stored tensor is a buffer that the model computes itself; older versions stored masks and positions."""
     buffers = {key for key, _ in model.named_buffers()} - model.state_dict().keys()
     constants = {*_CONSTANTS, *(key.rpartition(".")[2] for key in buffers)} - {"weight", "bias"}
     return name in buffers or name.rpartition(".")[2] in constants
 
 
-def _some(names: Collection[str]) -> str:
-    found = sorted(names)
-    if len(found) == 1:
-        return f"the weight {shown(found[0])}"
-    return f"{len(found)} weights ({', '.join(map(shown, found[:3]))}{', ...' * (len(found) > 3)})"
+def _listed(names: Collection[str]) -> str:
+    first = list(map(shown, sorted(names)[:3]))
+    if len(names) == 1:
+        return f"the weight {first[0]}"
+    return f"{len(names)} weights ({', '.join(first)}{', ...' * (len(names) > 3)})"
 
 
 def _name(model: Any) -> str:

@@ -1,8 +1,8 @@
-"""Of a model's configuration what decides what it computes: weights alone do not tell heads, rotations or activations.
+"""Selects the entries of a model's configuration that change its results, such as heads, rotations and activations.
 
-Left out is what a user may change without another result: names, versions and precisions, how attention is carried out,
-tokens (a tokenizer may be extended), dropout, initialisation, losses, labels, and what is returned. Entries that only
-one of two versions of transformers knows are not compared.
+Left out are entries that a user may change without changing results: names, versions and precisions, the attention
+implementation, tokens (a tokenizer may be extended), dropout, initialisation, losses, labels and output options. An
+entry that only one of two versions of transformers knows is not compared.
 """
 
 from __future__ import annotations
@@ -27,74 +27,74 @@ _NOT_COMPUTING = re.compile(
     r"diversity_penalty|encoder_no_repeat_ngram_size|summary_.*|router_jitter_noise"
 )
 _POSITIONS = ("max_position_embeddings", "original_max_position_embeddings")
-_CLOSE = 1e-6  # of numbers that went through float32, as in GGUF files
+_CLOSE = 1e-6  # the relative tolerance for numbers that were rounded to float32, as in GGUF files
 
 
 def computing_entries(config: Any) -> dict[str, Any]:
-    """What a configuration says of the computation, as JSON has it.
+    """Returns the entries of a configuration that change results, as JSON values.
 
     Args:
-        config: of transformers, with its parts (text_config) in it; anything else says nothing.
+        config: a configuration of transformers, with nested ones such as text_config; anything else gives no entries.
     """
     try:
         content = config.to_dict()
-    except Exception:  # a model's `config` may be anything, and transformers refuses to write some
+    except Exception:  # a model's `config` may be anything, and transformers cannot convert all of its own
         return {}
-    return _chosen(content) if isinstance(content, Mapping) else {}
+    return _select_entries(content) if isinstance(content, Mapping) else {}
 
 
-def other_entry(
-    recorded: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "", *, whole: bool = False
+def first_difference(
+    recorded: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "", *, complete: bool = False
 ) -> str | None:
-    """The first entry of two configurations that differs, with both values; None: they agree.
+    """Returns the first entry that differs between two configurations, with both values, or None.
 
     Args:
         recorded: one of them.
         here: the other.
-        prefix: opens the entry's name.
-        whole: entries that one of them lacks are None in it; else they are not compared.
+        prefix: the first part of the entry's name.
+        complete: whether an entry that is missing in one of them counts as None; else it is not compared.
     """
     names = [*recorded, *(name for name in here if name not in recorded)]
-    for name in names if whole else (name for name in recorded if name in here):
+    for name in names if complete else (name for name in recorded if name in here):
         before, now = recorded.get(name), here.get(name)
         if isinstance(before, dict) and isinstance(now, dict):
-            found = other_entry(before, now, f"{prefix}{name}.", whole=not name.endswith("_config"))
-            if found is not None:
-                return found
-        elif not _same(before, now):
+            difference = first_difference(before, now, f"{prefix}{name}.", complete=not name.endswith("_config"))
+            if difference is not None:
+                return difference
+        elif not _is_close(before, now):
             return f"{prefix}{name} is {shown(now)}, not {shown(before)}"
     return None
 
 
-def _chosen(content: Mapping[Any, Any]) -> dict[str, Any]:
-    """The entries that count, those of parts (..._config) too.
+def _select_entries(content: Mapping[Any, Any]) -> dict[str, Any]:
+    """Selects the entries that change results, also in nested configurations (..._config).
 
-    Of how many positions there are the weights tell, and rotations do not depend on it unless they are stretched.
+    The number of positions is left out: weights show it, and rotations depend on it only if they are scaled.
     """
     rotations = str([content.get(name) for name in ("rope_parameters", "rope_scaling")])
-    stretched = bool(re.search(r"type': '(?!default')", rotations))
+    scaled = bool(re.search(r"type': '(?!default')", rotations))
     return {
-        key: _chosen(value) if key.endswith("_config") and isinstance(value, Mapping) else _plain(value)
+        key: _select_entries(value) if key.endswith("_config") and isinstance(value, Mapping) else _to_json(value)
         for key, value in content.items()
-        if isinstance(key, str) and not _NOT_COMPUTING.fullmatch(key) and (stretched or key not in _POSITIONS)
+        if isinstance(key, str) and not _NOT_COMPUTING.fullmatch(key) and (scaled or key not in _POSITIONS)
     }
 
 
-def _plain(value: Any) -> Any:
-    """A value as a strict reader of JSON gives it back; what JSON does not know is text."""
+def _to_json(value: Any) -> Any:
+    """Returns a value as a strict JSON parser would return it; a type that JSON does not have becomes text."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _to_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_to_json(item) for item in value]
     if value is None or isinstance(value, (bool, str)):
         return value
     return value if isinstance(value, (int, float)) and abs(value) < 2**63 else str(value)
 
 
-def _same(a: Any, b: Any) -> bool:
-    """Whether two values are the same but for rounding."""
+def _is_close(a: Any, b: Any) -> bool:
+    """Whether two values are equal up to rounding."""
     if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(_same, a, b))
+        return len(a) == len(b) and all(map(_is_close, a, b))
     if isinstance(a, (int, float)) and isinstance(b, (int, float)) and not isinstance(a, bool) | isinstance(b, bool):
         return math.isclose(a, b, rel_tol=_CLOSE, abs_tol=0.0)
     return type(a) is type(b) and bool(a == b)

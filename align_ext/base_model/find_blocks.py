@@ -14,7 +14,7 @@ def find_blocks(model: nn.Module, kinds: Collection[str]) -> dict[str, tuple[nn.
     """Finds the blocks of every decoder layer.
 
     A decoder layer holds one attention block (linear layers, and heads: `head_dim` or `num_heads`) and one MLP block
-    (linear layers from the hidden size and back, and an activation), as in Llama, Qwen, Mistral and GPT-2.
+    (linear layers from and to the hidden size, and an activation), as in Llama, Qwen, Mistral and GPT-2.
 
     Args:
         model: a transformer.
@@ -26,7 +26,7 @@ def find_blocks(model: nn.Module, kinds: Collection[str]) -> dict[str, tuple[nn.
     Raises:
         ValueError: there are no such layers.
     """
-    found: dict[str, tuple[nn.Module, int]] = {}
+    blocks: dict[str, tuple[nn.Module, int]] = {}
     for name, layer in model.named_modules():
         children = dict(layer.named_children())
         attention = [child for child, module in children.items() if _is_attention(module)]
@@ -38,17 +38,17 @@ def find_blocks(model: nn.Module, kinds: Collection[str]) -> dict[str, tuple[nn.
             continue
         for kind, child in (("attention", attention[0]), ("mlp", mlp[0])):
             if kind in kinds:
-                found[f"{name}.{child}" if name else child] = (children[child], hidden)
-    if not found:
+                blocks[f"{name}.{child}" if name else child] = (children[child], hidden)
+    if not blocks:
         raise ValueError(
             f"target_blocks={tuple(kinds)!r}: found no layers of one attention and one MLP block of linear layers, as "
             "Llama, Qwen, Mistral and GPT-2 have them; use target_blocks=() to adapt linear layers by target_modules"
         )
-    return found
+    return blocks
 
 
 def mlp_linears(model: nn.Module) -> tuple[str, ...]:
-    """The linear layers of the MLP blocks as target_modules names them, such as mlp.c_fc.
+    """Returns the linear layers of the MLP blocks as suffixes for target_modules, such as mlp.c_fc.
 
     Raises:
         ValueError: find_blocks finds none.

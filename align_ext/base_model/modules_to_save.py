@@ -1,7 +1,7 @@
-"""What a model trains beside its adapters: a head, an embedding, norms, single parameters; found, named, restored.
+"""Finds, names and restores what a model trains beside its adapters: a head, an embedding, norms, single parameters.
 
-Buffers that training changes, such as the running statistics of a frozen BatchNorm, belong to it. Names are those of
-the plain model, without PeftModel around it and without our layers in it.
+Buffers that training changes, such as the running statistics of a frozen BatchNorm, are included. Names are those in
+the plain model, without the names of a PeftModel around it and of our layers in it.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from align_ext.adapters.base import AdaptedModule
 from align_ext.alignment.buffers import Place, assign, places, same_bits
 from align_ext.alignment.model_state import find_state
 from align_ext.base_model.adopt_peft import PEFT_PREFIX
-from align_ext.base_model.sharded import outlines, whole
+from align_ext.base_model.sharded import full_shapes, full_values
 from align_ext.config import AUTO, AlignLoraConfig
 from align_ext.system.tensors import check_tensors
 
-HEADS = ("classifier", "score", "qa_outputs")  # what PEFT trains by task_type
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # of a compiled or checkpointed part of a model
+HEADS = ("classifier", "score", "qa_outputs")  # the modules that PEFT trains by task_type
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # name parts of compiled and checkpointed modules
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # have no forward of their own
 
 
 @dataclass(frozen=True)
-class Beside:
-    """What is trained beside the adapters.
+class ExtraTensors:
+    """The tensors that are trained beside the adapters.
 
     Attributes:
         tensors: parameters, and buffers of the modules, by name; a tied one under each of its names.
-        modules: names of the modules that are trained whole; their tensors make PEFT's modules_to_save.
-        others: trained parameters and changed buffers that make no whole module, which PEFT has no form of.
+        modules: names of the fully trained modules, which PEFT calls modules_to_save.
+        others: names of trained parameters and changed buffers outside of these modules, which PEFT cannot store.
     """
 
     tensors: dict[str, Tensor]
@@ -41,36 +41,36 @@ class Beside:
     others: tuple[str, ...]
 
     def unexportable_reason(self, model: nn.Module) -> str | None:
-        """Why PEFT has no form of this, or None."""
+        """Returns why PEFT's format cannot store this, or None."""
         if self.others:
             module = self.others[0].rpartition(".")[0]
             cure = f"; modules_to_save={[module]} trains and keeps all of it" if module else ""
             return f"{self.others[0]} is trained beside it without the rest of its module{cure}"
         names = {plain_name(model, name) for name, _ in model.named_modules(remove_duplicate=False)}
         for name in names - set(self.modules):
-            if name.endswith(self.modules) and self.modules:  # PEFT's rule, in the midst of words too
+            if name.endswith(self.modules) and self.modules:  # PEFT's rule, which also matches inside words
                 return f"PEFT's modules_to_save would take {name} for a module that is trained beside it"
         return None
 
 
-def trained_beside(model: nn.Module) -> Beside:
-    """Finds what requires a gradient and is no adapter's, and the buffers that are no longer as in the base."""
+def find_extra_tensors(model: nn.Module) -> ExtraTensors:
+    """Finds parameters that require a gradient outside of adapters, and buffers that differ from the base's."""
     adapters = {
         p for module in model.modules() if isinstance(module, AdaptedModule) for p in module.adapter.parameters()
     }
     trained = {p for p in model.parameters() if p.requires_grad and p not in adapters}
     modules: list[str] = []
     if trained:
-        _collect(model, model, "", trained, modules)
-    every, ids = tensors_of(model), {id(tensor) for tensor in (*trained, *_changed_buffers(model).values())}
-    inside = {name: tensor for name, tensor in every.items() if is_below(name, modules)}
-    others = {name: tensor for name, tensor in every.items() if id(tensor) in ids and name not in inside}
-    return Beside(inside | others, tuple(modules), tuple(others))
+        _collect_trained(model, model, "", trained, modules)
+    tensors, ids = tensors_of(model), {id(tensor) for tensor in (*trained, *_changed_buffers(model).values())}
+    inside = {name: tensor for name, tensor in tensors.items() if is_inside(name, modules)}
+    others = {name: tensor for name, tensor in tensors.items() if id(tensor) in ids and name not in inside}
+    return ExtraTensors(inside | others, tuple(modules), tuple(others))
 
 
 def buffers_of(model: nn.Module) -> dict[str, Tensor | None]:
-    """The base's buffers as they are, by name in the plain model; without those on the meta device."""
-    found = {name: module._buffers[key] for name, (module, key) in _places(model).items()}
+    """Returns the base's current buffers by name in the plain model, except those on the meta device."""
+    found = {name: module._buffers[key] for name, (module, key) in _buffer_slots(model).items()}
     return {name: buffer for name, buffer in found.items() if buffer is None or not buffer.is_meta}
 
 
@@ -82,28 +82,28 @@ def _changed_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {n: b for n, b in known.items() if not same_bits(state.buffers[n], b)}
 
 
-def _places(model: nn.Module) -> dict[str, Place]:
+def _buffer_slots(model: nn.Module) -> dict[str, Place]:
     inside = {id(part) for m in model.modules() if isinstance(m, AdaptedModule) for part in m.adapter.modules()}
     return {plain_name(model, name): place for name, place in places(model) if id(place[0]) not in inside}
 
 
-def _collect(
+def _collect_trained(
     root: nn.Module, module: nn.Module, name: str, trained: Collection[nn.Parameter], found: list[str]
 ) -> None:
-    """Adds the names of the largest modules all of whose parameters are trained and that stand beside all adapters."""
+    """Adds the names of the largest fully trained modules that contain no adapter."""
     if isinstance(module, AdaptedModule):
         return
-    own = list(module.parameters())
+    params = list(module.parameters())
     adapted = any(isinstance(part, AdaptedModule) for part in module.modules())
-    if name and own and not adapted and not isinstance(module, _CONTAINERS) and all(p in trained for p in own):
+    if name and params and not adapted and not isinstance(module, _CONTAINERS) and all(p in trained for p in params):
         found.append(plain_name(root, name))
         return
     for child, part in module.named_children():
-        _collect(root, part, f"{name}.{child}" if name else child, trained, found)
+        _collect_trained(root, part, f"{name}.{child}" if name else child, trained, found)
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and persistent buffer of the base, a tied one under each of its names."""
+    """Returns every parameter and persistent buffer of the base, a tied one under each of its names."""
     inside = tuple(f"{n}.adapter." for n, module in model.named_modules() if isinstance(module, AdaptedModule))
     named = dict(model.named_parameters(remove_duplicate=False)) | {
         f"{place}.{name}" if place else name: buffer
@@ -115,24 +115,24 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def plain_name(model: nn.Module, name: str) -> str:
-    """A name in the plain model of a module or tensor of the base."""
-    parts, module, kept = name.removeprefix(PEFT_PREFIX).split("."), model, []
+    """Returns the name that a module or tensor of the base has in the plain model."""
+    parts, module, plain_parts = name.removeprefix(PEFT_PREFIX).split("."), model, []
     if name.startswith(PEFT_PREFIX):
         module = model.get_submodule(PEFT_PREFIX[:-1])
     for part in parts:
-        holder = isinstance(module, AdaptedModule) or type(module).__module__.startswith("peft.")
-        if not (holder and part in ("base_layer", "original_module")) and part not in _WRAPPERS:
-            kept.append(part)
+        is_wrapper = isinstance(module, AdaptedModule) or type(module).__module__.startswith("peft.")
+        if not (is_wrapper and part in ("base_layer", "original_module")) and part not in _WRAPPERS:
+            plain_parts.append(part)
         child = module._modules.get(part)
         module = nn.Identity() if child is None else child
-    return ".".join(kept)
+    return ".".join(plain_parts)
 
 
 def modules_to_train(model: nn.Module, config: AlignLoraConfig) -> list[str]:
-    """The names of the modules that modules_to_save asks to train whole; "auto": the model's head, if it is a new one.
+    """Returns the modules to train fully by modules_to_save; "auto" gives the model's head if it is new.
 
-    The head of a model that does not predict tokens (classification, question answering, rewards) starts at random:
-    a PreTrainedModel without output embeddings, and of it the modules outside its base_model, or those of PEFT's names.
+    A PreTrainedModel without output embeddings predicts no tokens and has a new head (classification, rewards): all
+    modules outside its base_model, or those with the names that PEFT knows.
 
     Raises:
         ValueError: there is no such module, or it has nothing to train.
@@ -148,11 +148,11 @@ def modules_to_train(model: nn.Module, config: AlignLoraConfig) -> list[str]:
             if not floats or not all(floats):
                 raise ValueError(f"modules_to_save: {wanted!r} has no parameters of floating-point numbers to train")
         return found
-    prefix, get = getattr(model, "base_model_prefix", None), getattr(model, "get_output_embeddings", None)
-    if prefix is None or get is None:
+    prefix, get_head = getattr(model, "base_model_prefix", None), getattr(model, "get_output_embeddings", None)
+    if prefix is None or get_head is None:
         return []
     try:
-        if get() is not None:
+        if get_head() is not None:
             return []
     except (NotImplementedError, AttributeError):
         pass
@@ -162,60 +162,60 @@ def modules_to_train(model: nn.Module, config: AlignLoraConfig) -> list[str]:
 
 
 def start_training(model: nn.Module, names: Collection[str]) -> None:
-    """Makes parameters of the base trained, and keeps what they are for unload."""
+    """Makes parameters of the base trainable, and stores their original values for unload."""
     state = find_state(model)
     assert state is not None
-    every = {name: tensor for name, tensor in tensors_of(model).items() if isinstance(tensor, nn.Parameter)}
-    names = [name for name in names if name in every]
-    chosen = {id(every[name]) for name in names}
-    names = [name for name, tensor in every.items() if id(tensor) in chosen]  # a tied one under each of its names
-    for name, value in whole({n: every[n] for n in names if n not in state.originals}, "start_training").items():
+    params = {name: tensor for name, tensor in tensors_of(model).items() if isinstance(tensor, nn.Parameter)}
+    names = [name for name in names if name in params]
+    chosen = {id(params[name]) for name in names}
+    names = [name for name, tensor in params.items() if id(tensor) in chosen]  # a tied one under each of its names
+    for name, value in full_values({n: params[n] for n in names if n not in state.originals}, "start_training").items():
         state.originals[name] = value.clone()
     for name in names:
-        every[name].requires_grad_(True)
+        params[name].requires_grad_(True)
 
 
-def parameters_to_fill(model: nn.Module, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters beside the adapters, by name, that a folder's tensors are to fill.
+def parameters_to_load(model: nn.Module, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the parameters beside the adapters, by name, that get the tensors of a folder.
 
     Args:
-        model: plain, or adapted.
+        model: a plain or adapted model.
         stored: the folder's tensors, by name in the plain model.
 
     Raises:
-        ValueError: they are others, or have other shapes; a buffer is of another kind.
+        ValueError: names, shapes or kinds of dtypes differ.
     """
     if find_state(model) is None:
         wanted = {name: tensor for name, tensor in tensors_of(model).items() if name in stored}
     else:
-        beside = trained_beside(model)
-        wanted = {n: t for n, t in beside.tensors.items() if isinstance(t, nn.Parameter) or is_below(n, beside.modules)}
-    buffers = {name: stored[name] for name in _places(model) if name in stored}  # whose sizes training may change
+        extra = find_extra_tensors(model)
+        wanted = {n: t for n, t in extra.tensors.items() if isinstance(t, nn.Parameter) or is_inside(n, extra.modules)}
+    buffers = {name: stored[name] for name in _buffer_slots(model) if name in stored}  # training may change their sizes
     for name, tensor in wanted.items():
         if name in buffers and tensor.is_floating_point() != stored[name].is_floating_point():
             raise ValueError(f"{name} is {stored[name].dtype}, but should be like {tensor.dtype}")
-    check_tensors(stored, outlines(wanted) | buffers, " (what is trained beside the adapters)")
+    check_tensors(stored, full_shapes(wanted) | buffers, " (what is trained beside the adapters)")
     return {name: tensor for name, tensor in wanted.items() if isinstance(tensor, nn.Parameter)}
 
 
-def fill_buffers(model: nn.Module, stored: Mapping[str, Tensor]) -> None:
-    """Gives the base's buffers a folder's values, and those that it has not their values of the base."""
-    found, state = _places(model), find_state(model)
+def set_buffers(model: nn.Module, stored: Mapping[str, Tensor]) -> None:
+    """Sets the base's buffers to a folder's values; changed buffers that it does not hold get their base values."""
+    found, state = _buffer_slots(model), find_state(model)
     assert state is not None
     given = {name: stored[name] for name in found if name in stored}
-    back = {name: state.buffers[name] for name in _changed_buffers(model)}
-    assign(found, {**back, **given}, next(model.parameters()))
+    base_values = {name: state.buffers[name] for name in _changed_buffers(model)}
+    assign(found, {**base_values, **given}, next(model.parameters()))
 
 
-def give_back(model: nn.Module) -> None:
-    """Gives what is trained beside the adapters its values of the base model, and freezes it.
+def restore_base(model: nn.Module) -> None:
+    """Restores the base values of what is trained beside the adapters, and freezes it.
 
     Raises:
-        ValueError: they are not known any more; nothing was changed then.
+        ValueError: the base values are no longer known; nothing was changed then.
     """
-    state, beside = find_state(model), trained_beside(model).tensors
+    state, extra = find_state(model), find_extra_tensors(model).tensors
     assert state is not None
-    parameters = {name: tensor for name, tensor in beside.items() if isinstance(tensor, nn.Parameter)}
+    parameters = {name: tensor for name, tensor in extra.items() if isinstance(tensor, nn.Parameter)}
     lost = sorted(parameters.keys() - state.originals.keys())
     if lost:
         raise ValueError(
@@ -226,16 +226,16 @@ def give_back(model: nn.Module) -> None:
         for name, tensor in parameters.items():
             tensor.copy_(state.originals[name])
             tensor.requires_grad_(False)
-    fill_buffers(model, {})
+    set_buffers(model, {})
 
 
 def check_ties(model: nn.Module, tensors: Mapping[str, Tensor], *, alone: bool) -> None:
-    """Checks that names of one tensor in the model have one value.
+    """Checks that all names of a tied tensor get the same value.
 
     Args:
         model: the model.
-        tensors: what it is about to get, by name.
-        alone: refuse also what has a name in the model that gets no value (in PEFT's form it stays as it was).
+        tensors: the new values by name.
+        alone: refuse also a tied tensor of which one name gets no value (with PEFT, that name keeps its old value).
 
     Raises:
         ValueError: they do not.
@@ -254,12 +254,12 @@ def check_ties(model: nn.Module, tensors: Mapping[str, Tensor], *, alone: bool) 
             )
 
 
-def is_below(name: str, modules: Collection[str]) -> bool:
-    """Whether a name begins with that of one of these modules."""
+def is_inside(name: str, modules: Collection[str]) -> bool:
+    """Whether a name is inside one of these modules."""
     return any(name.startswith(f"{module}.") for module in modules)
 
 
-def describe(beside: Mapping[str, Any]) -> str:
-    """How many values tensors have, and the names of the first."""
-    count = sum(tensor.numel() for tensor in beside.values())
-    return f"{count:,} values: {', '.join(list(beside)[:6])}{' ...' if len(beside) > 6 else ''}"
+def describe(extra: Mapping[str, Any]) -> str:
+    """Returns a text with the number of values of tensors, and the first names."""
+    count = sum(tensor.numel() for tensor in extra.values())
+    return f"{count:,} values: {', '.join(list(extra)[:6])}{' ...' if len(extra) > 6 else ''}"

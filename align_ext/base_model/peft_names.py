@@ -1,4 +1,4 @@
-"""Whether stock PEFT finds a model's layers by the names in a folder: for some models it takes them for others."""
+"""Checks whether stock PEFT finds the right layers by the names in a folder; for some models it does not."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from align_ext.base_model.adopt_peft import PEFT_PREFIX
 
 
 def peft_misreads(model: nn.Module, layers: Sequence[str]) -> str | None:
-    """Why stock PEFT would not put an adapter's layers where they belong, or None.
+    """Returns why stock PEFT would load an adapter into the wrong layers, or None.
 
-    transformers 5 keeps a mixture's experts in one tensor each, and PEFT reads adapters of such models as if they were
-    written for the layers before: gate_proj, up_proj and down_proj, also those of dense and shared MLPs, become
-    adapters of the experts' tensors, and other names are replaced too. PEFT's own functions say what it would do.
+    transformers 5 stores the experts of a mixture in one tensor, and PEFT reads an adapter of such a model as if it was
+    made for the earlier layers: gate_proj, up_proj and down_proj, also of dense and shared MLPs, become adapters of the
+    experts' tensors, and other names are replaced too. PEFT's own functions tell what it would do.
 
     Args:
-        model: with or without adapters.
+        model: a model with or without adapters.
         layers: the names of the adapted layers in the plain model.
     """
     try:
         from peft import LoraConfig
-        from peft.utils import transformers_weight_conversion as theirs
-    except ImportError:  # an older PEFT, or none, which converts nothing
+        from peft.utils import transformers_weight_conversion as conversion
+    except ImportError:  # PEFT is missing, or is older and converts nothing
         return None
-    get: Any = getattr(model, "get_base_model", None)
-    plain: Any = model if get is None else get()
+    get_plain: Any = getattr(model, "get_base_model", None)
+    plain: Any = model if get_plain is None else get_plain()
     if not hasattr(getattr(plain, "config", None), "model_type"):
         return None
     config = LoraConfig(target_modules=list(layers))
     try:
-        theirs.convert_peft_config_for_transformers(config, plain, theirs.get_model_conversion_mapping(plain))
+        conversion.convert_peft_config_for_transformers(config, plain, conversion.get_model_conversion_mapping(plain))
     except ValueError as error:
         return f"for {plain.config.model_type} models it refuses the names of these layers ({error})"
     lost = set(layers) - set(config.target_modules or ())
     keys = {f"{PEFT_PREFIX}{name}.lora_{part}.weight": torch.empty(0) for name in layers for part in "AB"}
     if not lost:
-        read = theirs.convert_peft_adapter_state_dict_for_transformers(plain, config, dict(keys))
+        read = conversion.convert_peft_adapter_state_dict_for_transformers(plain, config, dict(keys))
         lost = keys.keys() - read.keys()
     if lost:
         name = min(lost).removeprefix(PEFT_PREFIX)

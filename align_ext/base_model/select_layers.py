@@ -1,4 +1,4 @@
-"""Which layers of a model options name, and which of those cannot be adapted, with the reason."""
+"""Selects the layers of a model that the options name, and gives the reason for each that cannot be adapted."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Collection, Iterator, Mapping
 from torch import nn
 
 from align_ext.adapters.base import features_of, has_float_weight, is_conv1d
-from align_ext.base_model.adopt_peft import is_peft_lora, unfit_peft
-from align_ext.base_model.bypassed_layers import bypassed
-from align_ext.base_model.modules_to_save import is_below
+from align_ext.base_model.adopt_peft import is_peft_lora, unadoptable_reason
+from align_ext.base_model.bypassed_layers import bypass_reason
+from align_ext.base_model.modules_to_save import is_inside
 from align_ext.config import AlignLoraConfig
 from align_ext.system.reading import Matcher, shown
 
@@ -22,7 +22,7 @@ def find_targets(
     config: AlignLoraConfig,
     candidates: Mapping[str, nn.Module],
     skipped: dict[str, str],
-    whole: Collection[str],
+    fully_trained: Collection[str],
     *,
     by_name: bool,
     ranked: Collection[str] = (),
@@ -33,19 +33,19 @@ def find_targets(
         model: the model.
         config: the options.
         candidates: its linear layers by name.
-        skipped: gets those that match and cannot be adapted, with the reasons.
-        whole: names of modules that are trained whole.
-        by_name: target_modules and exclude_modules choose among the candidates.
-        ranked: names of layers whose rank is given, and fits whatever it is.
+        skipped: gets the reasons of those that match but cannot be adapted, by name.
+        fully_trained: names of fully trained modules.
+        by_name: whether target_modules and exclude_modules choose among the candidates.
+        ranked: names of layers whose rank is given and is not checked.
     """
-    targets, matcher, places = {}, Matcher(), _places(model)
+    targets, matcher, names = {}, Matcher(), _registered_names(model)
     for name, module in candidates.items():
         if by_name and not _matches(matcher, name, config, module, model):
             continue
-        trained = is_below(f"{name}.", whole)
-        reason = "it is trained whole (modules_to_save)" if trained else _unfit(name, module, model, places)
+        trained = is_inside(f"{name}.", fully_trained)
+        reason = "it is trained whole (modules_to_save)" if trained else _skip_reason(name, module, model, names)
         if reason is None and by_name and all_linear(config) and name not in ranked:
-            reason = too_high(config.r, features_of(module))
+            reason = excessive_rank_reason(config.r, features_of(module))
         if reason is None:
             targets[name] = module
         else:
@@ -53,19 +53,19 @@ def find_targets(
     return targets
 
 
-def too_high(r: int, sizes: tuple[int, int]) -> str | None:
-    """Why a layer with these inputs and outputs cannot use a rank, or None."""
+def excessive_rank_reason(r: int, sizes: tuple[int, int]) -> str | None:
+    """Returns why a layer with these inputs and outputs cannot use a rank, or None."""
     return f"r={r} is above what its {sizes[0]} inputs and {sizes[1]} outputs can use" if r > min(sizes) else None
 
 
-def linear_like(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every linear layer, quantised ones and PEFT's included, without the parts of adapters."""
-    inside: tuple[str, ...] = ()
+def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields every linear layer, including quantised ones and PEFT's, but not the layers inside PEFT's."""
+    skipped_prefixes: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        if name.startswith(inside):
+        if name.startswith(skipped_prefixes):
             continue
         if is_peft_lora(module):
-            inside = (*inside, f"{name}.")
+            skipped_prefixes = (*skipped_prefixes, f"{name}.")
             yield name, module
         elif is_linear(module):
             yield name, module
@@ -77,7 +77,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def _is_quantised_linear(module: nn.Module) -> bool:
-    """A linear by its shape attributes that holds its weight in a packed form (GPTQ, AWQ, HQQ, ...)."""
+    """Whether a module looks like a linear layer with a packed weight (GPTQ, AWQ, HQQ, ...)."""
     return (
         hasattr(module, "in_features")
         and hasattr(module, "out_features")
@@ -88,7 +88,7 @@ def _is_quantised_linear(module: nn.Module) -> bool:
 
 
 def name_matches(matcher: Matcher, name: str, patterns: tuple[str, ...] | str) -> bool:
-    """PEFT's rule: a string is a regular expression for the whole name, a list holds names or their last parts."""
+    """Applies PEFT's rule: a string is a regular expression for the whole name, a list holds names or name suffixes."""
     if isinstance(patterns, str):
         return matcher.matches(patterns, name)
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
@@ -108,53 +108,53 @@ def all_linear(config: AlignLoraConfig) -> bool:
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:
-    """A model's output head, or None."""
-    get = getattr(model, "get_output_embeddings", None)
+    """Returns a model's output head, or None."""
+    get_head = getattr(model, "get_output_embeddings", None)
     try:
-        return get() if get is not None else None
+        return get_head() if get_head is not None else None
     except (NotImplementedError, AttributeError):
         return None
 
 
-def _places(model: nn.Module) -> dict[int, list[str]]:
-    """Where each module and parameter is registered, by id; a place inside a shared module counts once."""
-    places = defaultdict(list)
+def _registered_names(model: nn.Module) -> dict[int, list[str]]:
+    """Returns the names of each module and parameter by id; a name inside a shared module counts once."""
+    names = defaultdict(list)
     for name, module in model.named_modules():
         for child, part in (*module._modules.items(), *module._parameters.items()):
-            places[id(part)].append(f"{name}.{child}" if name else child)
-    return places
+            names[id(part)].append(f"{name}.{child}" if name else child)
+    return names
 
 
-def _unfit(name: str, module: nn.Module, model: nn.Module, places: Mapping[int, list[str]]) -> str | None:
-    """Why a matching layer cannot be adapted, or None."""
+def _skip_reason(name: str, module: nn.Module, model: nn.Module, names: Mapping[int, list[str]]) -> str | None:
+    """Returns why a matching layer cannot be adapted, or None."""
     if module is output_embeddings(model):
         return "it is the output head (lm_head), often tied to the embeddings"
-    if reason := bypassed(name, model):
+    if reason := bypass_reason(name, model):
         return reason
-    others = [place for place in places[id(module)] if place != name]
+    others = [other_name for other_name in names[id(module)] if other_name != name]
     if others:
         return f"it is also at {others[0]}, which would stay as it is"
     if is_peft_lora(module):
-        return unfit_peft(module) or _unfit(f"{name}.base_layer", module.base_layer, model, places)  # type: ignore[arg-type]
+        return unadoptable_reason(module) or _skip_reason(f"{name}.base_layer", module.base_layer, model, names)  # type: ignore[arg-type]
     weight = getattr(module, "weight", None)
     if isinstance(weight, nn.Parameter):
         if weight.is_meta and not hasattr(module, "_hf_hook") and _is_offloaded_with(name, model):
             return "its weight is offloaded together with its parent's: offload layer by layer instead"
-        owners = [owner for place in places[id(weight)] if (owner := place.rpartition(".")[0]) != name]
+        owners = [owner for other_name in names[id(weight)] if (owner := other_name.rpartition(".")[0]) != name]
         if owners:
             return f"its weight is tied to {owners[0] or 'the model'}"
     return None
 
 
 def _is_offloaded_with(name: str, model: nn.Module) -> bool:
-    """Whether accelerate loads a layer's weight by an ancestor's hook."""
+    """Whether a hook of an ancestor (accelerate) loads a layer's weight."""
     parts = name.split(".")
     ancestors = (model.get_submodule(".".join(parts[:i])) for i in range(len(parts)))
     return any(getattr(getattr(m, "_hf_hook", None), "place_submodules", False) for m in ancestors)
 
 
-def unmatched(config: AlignLoraConfig, candidates: Mapping[str, nn.Module], model: nn.Module) -> list[str]:
-    """What the user may have meant to adapt and nothing was: patterns without a match, experts in one tensor."""
+def unmatched_hints(config: AlignLoraConfig, candidates: Mapping[str, nn.Module], model: nn.Module) -> list[str]:
+    """Returns hints about what was not adapted: patterns without a match, experts in one tensor."""
     patterns = () if isinstance(config.target_modules, str) or all_linear(config) else config.target_modules
     lines = [
         f"target_modules: {pattern!r} matches no linear layer"
@@ -169,10 +169,10 @@ def unmatched(config: AlignLoraConfig, candidates: Mapping[str, nn.Module], mode
     return lines
 
 
-def nothing_matched(
+def nothing_matched_message(
     model: nn.Module, candidates: Mapping[str, nn.Module], config: AlignLoraConfig, skipped: Mapping[str, str]
 ) -> str:
-    """Says that no layer was adapted, and which there are."""
+    """Returns the message that no layer was adapted; it lists the linear layers of the model."""
     kinds = Counter(name.rpartition(".")[2] for name in candidates)
     found = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items())) or "none at all"
     reasons = "".join(f"; {name} matched, but {reason}" for name, reason in list(skipped.items())[:5])

@@ -1,8 +1,8 @@
-"""Parameters in parts: FSDP2's and ZeRO-3's, each process holding some. Whoever reads or writes values does it here.
+"""Reads and writes the values of sharded parameters (FSDP2, ZeRO-3), of which each process holds a shard.
 
-Reading or writing parts needs every process that holds some: save_adapter, export_peft and load_adapter are then
-collective, which means that each process calls them, in the same order. A process that calls alone gets an error after
-SECONDS. One process writes the files, and all return when they are whole.
+That needs every process that holds a shard: save_adapter, export_peft and load_adapter are then collective, which means
+that each process must call them, in the same order. If only some processes call them, they raise an error after
+SECONDS. One process writes the files, and all return when the files are complete.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from torch import Tensor, nn
 
 from align_ext.alignment.guards import check_model
 
-SECONDS = 300.0  # that processes wait for one another
+SECONDS = 300.0  # how long processes wait for one another
 _WRAPPERS = {"DistributedDataParallel": "module", "DataParallel": "module", "DeepSpeedEngine": "module"}
 _WRAPPERS["OptimizedModule"] = "_orig_mod"
-_rounds: dict[tuple[int, ...], int] = {}  # how often these processes met
+_rounds: dict[tuple[int, ...], int] = {}  # how often these processes have waited for one another
 
 
 def unwrapped(model: nn.Module) -> Any:
-    """The model inside DDP, a DeepSpeed engine or torch.compile, its parameters as they are between steps.
+    """Returns the model inside DDP, a DeepSpeed engine or torch.compile, with its parameters sharded.
 
     Raises:
-        ValueError: its parameters are flattened (FullyShardedDataParallel), so that no name and shape is left.
+        ValueError: its parameters are flattened (FullyShardedDataParallel), so that names and shapes are lost.
     """
     check_model(model)
     inner: Any = model
@@ -41,26 +41,26 @@ def unwrapped(model: nn.Module) -> Any:
                 'transformers "fsdp_version": 2)'
             )
         if hasattr(module, "reshard") and hasattr(module, "unshard"):
-            module.reshard()  # what a forward left whole is a copy of the parts
+            module.reshard()  # parameters that are still gathered after a forward are only copies
     return inner
 
 
-def refuse_parts(model: nn.Module, what: str) -> None:
-    """Raises ValueError if a model is wrapped, or its parameters are in parts.
+def refuse_sharded(model: nn.Module, what: str) -> None:
+    """Raises ValueError if a model is wrapped or its parameters are sharded.
 
     Args:
         model: the model.
-        what: the name of the function that needs it whole.
+        what: the name of the function that needs the plain model.
     """
-    if unwrapped(model) is not model or holders(model.parameters()):
+    if unwrapped(model) is not model or shard_ranks(model.parameters()):
         raise ValueError(
             f"{what} changes the layers of a plain model in one process, but this one is wrapped or in parts "
             f"({type(model).__name__}): save_adapter(model, folder) here, then load_adapter into a plain base model"
         )
 
 
-def holders(tensors: Iterable[Tensor]) -> tuple[int, ...]:
-    """The processes that hold parts of these tensors; none if all are whole."""
+def shard_ranks(tensors: Iterable[Tensor]) -> tuple[int, ...]:
+    """Returns the ranks of the processes that hold shards of these tensors; none if no tensor is sharded."""
     ranks: set[int] = set()
     for tensor in tensors:
         if _is_dtensor(tensor):
@@ -70,26 +70,26 @@ def holders(tensors: Iterable[Tensor]) -> tuple[int, ...]:
     return tuple(sorted(ranks)) if len(ranks) > 1 else ()
 
 
-def outlines(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors without values, of the whole shapes."""
+def full_shapes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns tensors of the full shapes on the meta device."""
     return {
         name: torch.empty(getattr(t, "ds_shape", t.shape), dtype=t.dtype, device="meta") for name, t in tensors.items()
     }
 
 
-def whole(tensors: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
-    """The values of tensors, whole and on the CPU; all processes that hold parts get them.
+def full_values(tensors: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+    """Returns the full values of tensors on the CPU, in every process that holds shards.
 
     Args:
-        tensors: by name; in the same order in all processes.
+        tensors: the tensors by name, in the same order in all processes.
         what: the name of the function that reads them.
 
     Raises:
         RuntimeError: not all of these processes called it.
         ValueError: a tensor has no values (it is on the meta device).
     """
-    if ranks := holders(tensors.values()):
-        _meet(ranks, what)
+    if ranks := shard_ranks(tensors.values()):
+        _wait_for_all(ranks, what)
     result = {}
     for name, tensor in tensors.items():
         value = tensor.detach()
@@ -105,17 +105,17 @@ def whole(tensors: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def fill(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor], what: str) -> None:
-    """Gives tensors new values, each process its parts.
+def set_values(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor], what: str) -> None:
+    """Sets tensors to new values; each process writes its shards.
 
     Args:
-        tensors: by name; in the same order in all processes.
-        values: whole, by the same names.
+        tensors: the tensors by name, in the same order in all processes.
+        values: the full values by the same names.
         what: the name of the function that writes them.
 
     Raises:
-        RuntimeError: not all processes that hold parts called it.
-        ValueError: DeepSpeed's optimizer has copies of them, which would come back at its next step.
+        RuntimeError: not all processes that hold shards called it.
+        ValueError: DeepSpeed's optimizer has copies of them, which would overwrite the new values at its next step.
     """
     for name, tensor in tensors.items():
         if hasattr(tensor, "_z3_optimizer") or hasattr(tensor, "_hp_mapping"):
@@ -123,8 +123,8 @@ def fill(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor], what: str)
                 f"DeepSpeed's optimizer has a copy of {name}, which it would write back: call {what} before "
                 "deepspeed.initialize or accelerator.prepare"
             )
-    if ranks := holders(tensors.values()):
-        _meet(ranks, what)
+    if ranks := shard_ranks(tensors.values()):
+        _wait_for_all(ranks, what)
     for name, tensor in tensors.items():
         if _is_dtensor(tensor):
             from torch.distributed.tensor import distribute_tensor
@@ -139,8 +139,8 @@ def fill(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor], what: str)
 
 
 @contextlib.contextmanager
-def one_writes(ranks: tuple[int, ...]) -> Iterator[bool]:
-    """Whether this process is the one that writes; the others wait at the end until it has, and fail if it did."""
+def one_writer(ranks: tuple[int, ...]) -> Iterator[bool]:
+    """Yields whether this process writes; the others wait at the end until it has written, and fail if it failed."""
     if not ranks:
         yield True
         return
@@ -159,16 +159,16 @@ def one_writes(ranks: tuple[int, ...]) -> Iterator[bool]:
         raise RuntimeError(f"process {ranks[0]} could not write: {reason}")
 
 
-def _meet(ranks: tuple[int, ...], what: str) -> None:
-    """Waits until all of these processes are here, for the same thing; not by a collective, which might meet others."""
+def _wait_for_all(ranks: tuple[int, ...], what: str) -> None:
+    """Waits until all these processes call the same function; no collective, which could match an unrelated one."""
     store, number = dist.distributed_c10d._get_default_store(), _rounds.get(ranks, 0) + 1
     keys = [f"align_ext/{ranks}/{number}/{rank}" for rank in ranks]
-    mine = keys[ranks.index(dist.get_rank())]
-    store.set(mine, what)
+    own_key = keys[ranks.index(dist.get_rank())]
+    store.set(own_key, what)
     try:
         store.wait(keys, timedelta(seconds=SECONDS))
     except RuntimeError as error:
-        store.delete_key(mine)
+        store.delete_key(own_key)
         raise RuntimeError(
             f"{what} needs all {len(ranks)} processes, since each holds a part of the parameters, but not all called "
             f"it within {SECONDS:g} s: call it in every process, not in one alone"

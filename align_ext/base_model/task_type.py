@@ -1,4 +1,4 @@
-"""What kind of model an adapter is for, as adapter_config.json says it: which class of stock PEFT's loads it."""
+"""The task_type in adapter_config.json, which decides which PeftModel class of stock PEFT loads an adapter."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _BY_CLASS = {
 
 
 def task_type_of(model: nn.Module, trained: Collection[str]) -> str | None:
-    """The task_type of a model, which may be wrapped; None where PEFT has none, and its PeftModel serves.
+    """Returns the task_type of a model, which may be wrapped, or None for the general PeftModel.
 
-    Those of models that generate take input_ids: a model of sound or images alone has none. With those of models that
-    classify PEFT asks a folder for the head's tensors: without a trained head there is none either.
+    PEFT's types for generation need input_ids, so a model of only sound or images has none. PEFT's types for
+    classification need the head's tensors in the folder, so a model without a trained head has none.
 
     Args:
         model: the model.
-        trained: names in the plain model of the modules that the folder holds whole.
+        trained: names in the plain model of the modules that the folder holds completely.
     """
-    from transformers import PreTrainedModel  # here, so that `align-lora --help` does not wait for it
+    from transformers import PreTrainedModel  # imported here to keep `align-lora --help` fast
 
     inner: Any = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if inner is None:

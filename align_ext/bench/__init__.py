@@ -1,1 +1,1 @@
-"""What `align-lora bench` measures: adapters and losses of this package beside plain PyTorch and PEFT."""
+"""The benchmark `align-lora bench`: compares this package's adapters and losses with plain PyTorch and PEFT."""

@@ -1,4 +1,4 @@
-"""What this package is compared with: several heads written the usual way, written well, and PEFT's own LoRA layer.
+"""The baselines of the benchmark: several heads as a loop, the same restructured, and PEFT's LoRA layer.
 
 Both classes compute, of x in a dtype that may be narrower than that of the adapters,
 
@@ -24,7 +24,7 @@ Site = Literal["input", "latent"]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What an adapter is measured at."""
+    """The sizes of a measured adapter."""
 
     tokens: int = 2048
     rank: int = 8
@@ -54,12 +54,12 @@ class Heads(nn.Module):
 
     @property
     def dropout_p(self) -> float:
-        """0 in evaluation."""
+        """The dropout probability, 0 in eval mode."""
         return self.sizes.dropout_p if self.training else 0.0
 
 
 class LoopedHeads(Heads):
-    """Head after head, as these methods are released: each head is a product and an update of y, [T, m]."""
+    """Computes head after head, as the released codes do: each head is a product and an update of y, [T, m]."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Computes y."""
@@ -75,9 +75,9 @@ class LoopedHeads(Heads):
 
 
 class ConcatenatedHeads(Heads):
-    """The same mathematics restructured in plain PyTorch: one product for all heads, added in place, own backward.
+    """Computes the same in restructured plain PyTorch: one product for all heads, added in place, custom backward.
 
-    With a router and site "input" all heads share one mask, which is what makes them one product.
+    With a router and site "input" all heads share one mask, since otherwise they would not be one product.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def _mask(like: Tensor, p: float) -> Tensor:
 
 
 class _Concatenated(torch.autograd.Function):
-    """y = x Wᵀ + s U Bcatᵀ with U = w_i mask_i z side by side, [T, N r]."""
+    """Computes y = x Wᵀ + s U Bcatᵀ, U the concatenation of w_i mask_i z over the heads, [T, N r]."""
 
     @staticmethod
     def forward(
@@ -142,10 +142,10 @@ class _Concatenated(torch.autograd.Function):
 
 
 def peft_lora(base: nn.Linear, sizes: Sizes, dtype: torch.dtype) -> nn.Module:
-    """PEFT's own LoRA layer.
+    """Returns PEFT's LoRA layer.
 
     Raises:
-        ModuleNotFoundError: without PEFT.
+        ModuleNotFoundError: PEFT is not installed.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -157,7 +157,7 @@ def peft_lora(base: nn.Linear, sizes: Sizes, dtype: torch.dtype) -> nn.Module:
 
 
 def heads(kind: type[Heads], site: Site, *, router: bool) -> Make:
-    """Makes such a layer beside a frozen one."""
+    """Returns a function that adds these heads to a frozen layer."""
 
     def make(base: nn.Linear, sizes: Sizes, dtype: torch.dtype) -> nn.Module:
         return kind(base, sizes, dtype, site=site, router=router)
@@ -166,7 +166,7 @@ def heads(kind: type[Heads], site: Site, *, router: bool) -> Make:
 
 
 def one_head(kind: type[Heads]) -> Make:
-    """Makes LoRA: one head with a mask on x."""
+    """Returns a function that adds LoRA: one head with a mask on x."""
 
     def make(base: nn.Linear, sizes: Sizes, dtype: torch.dtype) -> nn.Module:
         return kind(base, replace(sizes, heads=1), dtype, site="input", router=False)
@@ -175,7 +175,7 @@ def one_head(kind: type[Heads]) -> Make:
 
 
 def compiled(make: Make) -> Make:
-    """The same layer under torch.compile."""
+    """Returns a function that makes the same layer under torch.compile."""
 
     def make_compiled(base: nn.Linear, sizes: Sizes, dtype: torch.dtype) -> nn.Module:
         layer = make(base, sizes, dtype)

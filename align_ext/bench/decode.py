@@ -1,4 +1,4 @@
-"""Decoding, one token at a time: adapters merged into the weights against adapters beside them (2508.05078, App. C)."""
+"""Decoding one token at a time: merged adapters against separate ones (2508.05078, App. C)."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ MERGED = ("align_lora", "m_lora")
 
 
 def decode(setting: Setting) -> Iterator[Case]:
-    """The latency of a token with each architecture, divided by that of the frozen model."""
+    """Measures the latency per token of each architecture, relative to the frozen model."""
     models.fetch(setting.model)
-    made = functools.cache(functools.partial(_models, setting))  # once, for all batches
+    models_of = functools.cache(functools.partial(_models, setting))  # the same models for all batches
     for batch in (1, 8):
         yield Case(
             f"decoding, {setting.model} model, T=1, batch {batch}, bfloat16, r={setting.sizes.rank}, "
             f"N={setting.sizes.heads}",
-            functools.partial(_decoding, setting, batch, made),
+            functools.partial(_decoding, setting, batch, models_of),
         )
 
 
@@ -37,16 +37,16 @@ def _models(setting: Setting) -> dict[str, Any]:
     for name in MERGED:
         result[f"{name}, merged"] = merge_and_unload(models.adapt(copy.deepcopy(frozen), name, setting.sizes))
     for name in (*models.ARCHITECTURES, *RIVALS):
-        shared = {id(p): p for p in frozen.parameters()}  # one copy of the frozen weights serves all
+        shared = {id(p): p for p in frozen.parameters()}  # all models share the frozen weights
         result[name] = models.adapt(copy.deepcopy(frozen, shared), name, setting.sizes)
         if name == "multi_adapter":
             set_task(result[name], 0)
     return result
 
 
-def _decoding(setting: Setting, batch: int, made: Callable[[], dict[str, Any]], _: PrintLine) -> Iterator[Comparison]:
+def _decoding(setting: Setting, batch: int, make: Callable[[], dict[str, Any]], _: PrintLine) -> Iterator[Comparison]:
     ids = torch.ones((batch, 1), dtype=torch.int64, device=setting.device)
-    calls = {name: _call(model.eval(), ids) for name, model in made().items()}
+    calls = {name: _call(model.eval(), ids) for name, model in make().items()}
     yield from visits(calls, setting.rounds, setting.device, host=True, seconds=setting.seconds)
 
 

@@ -1,4 +1,4 @@
-"""One adapted layer: forward and backward with the frozen base and dx, divided by the frozen layer alone."""
+"""Measures one adapted layer: forward and backward with the frozen base and dx, relative to the frozen layer."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ HEADS: dict[str, dict[str, Any]] = {
 }
 COMPILED = [name for name in LORA | SEVERAL if "PEFT" not in name]
 FLOAT32 = ", float32 adapters"
-# At most these ratios: name -> float32, 16 bits, either where the layer is wide.
+# The largest ratios that are goals: name -> float32, 16 bits, and both for wide layers.
 GOALS = dict.fromkeys(SINGLE, (1.12, 1.15, 1.04))
 GOALS |= dict.fromkeys(("m_lora", "r_lora", "hydra"), (1.15, 1.20, 1.05))
 GOALS |= dict.fromkeys(("m_lora, offset", "r_lora, offset", "hydra, offset"), (1.17, 1.22, 1.06))
@@ -50,7 +50,7 @@ IN_A_ROW = 16
 
 
 def config(options: dict[str, Any], sizes: Sizes, *, float32: bool) -> AlignLoraConfig:
-    """An architecture's options, at these sizes; adapters in float32 or in the base's dtype."""
+    """Returns an architecture's options for these sizes, with adapters in float32 or in the base's dtype."""
     heads = {} if options["architecture"] in ("lora", "align_lora", "multi_adapter") else {"num_heads": sizes.heads}
     common = {
         "r": sizes.rank, "lora_alpha": ALPHA, "lora_dropout": sizes.dropout_p, "num_tasks": TASKS,
@@ -60,13 +60,13 @@ def config(options: dict[str, Any], sizes: Sizes, *, float32: bool) -> AlignLora
 
 
 def adapted(row: nn.Sequential, options: dict[str, Any], sizes: Sizes, *, float32: bool = False) -> nn.Module:
-    """A row of layers with this package's beside each."""
+    """Adds an adapter of this package to each layer of a row."""
     targets = {"target_modules": [name for name, _ in row.named_children()]}
     return replace_linear_with_align_lora(row, config(options | targets, sizes, float32=float32))
 
 
 def ours(options: dict[str, Any]) -> Make:
-    """Makes this package's layer."""
+    """Returns a function that makes this package's layer."""
 
     def make(base: nn.Linear, sizes: Sizes, dtype: torch.dtype) -> nn.Module:
         return adapted(nn.Sequential(base), options, sizes, float32=dtype != base.weight.dtype)
@@ -75,7 +75,7 @@ def ours(options: dict[str, Any]) -> Make:
 
 
 class GivenGradient(torch.autograd.Function):
-    """A loss of value 0 whose gradient in y is dy: what a layer gets from the model above it."""
+    """A loss of value 0 whose gradient in y is dy, as if it came from the model above the layer."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, dy: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class GivenGradient(torch.autograd.Function):
 
 
 def training_call(layer: nn.Module, x: Tensor, dy: Tensor) -> Call:
-    """One forward and backward in training, with the alignment where the layer has one."""
+    """Returns a call of forward and backward in training, with alignment if the layer has it."""
     x = x.detach().requires_grad_()
     trained = [x, *(p for p in layer.train().parameters() if p.requires_grad)]
     for weight in trained[1:]:  # heads that are zero would make gradients zero
@@ -114,7 +114,7 @@ def training_call(layer: nn.Module, x: Tensor, dy: Tensor) -> Call:
 def variants(
     makes: dict[str, Make], sizes: Sizes, shape: tuple[int, int], dtype: torch.dtype, device: str
 ) -> dict[str, Call]:
-    """The frozen layer alone, then the adapted ones, those whose names say so with float32 adapters."""
+    """Returns calls of the frozen layer and of the adapted ones; a suffix of the name selects float32 adapters."""
     torch.manual_seed(0)
     n, m = shape
     x, dy = (torch.randn(sizes.tokens, width).to(device, dtype) for width in (n, m))
@@ -126,13 +126,13 @@ def variants(
 
 
 def available(makes: dict[str, Any]) -> dict[str, Any]:
-    """Those that can run here: all of them, but for PEFT's where it is not installed."""
+    """Returns the variants that can run: without those of PEFT if it is not installed."""
     peft = importlib.util.find_spec("peft") is not None
     return {name: make for name, make in makes.items() if peft or not name.startswith("PEFT")}
 
 
 def goals(names: dict[str, Any], in_features: int, dtype: torch.dtype) -> dict[str, Goal]:
-    """What the variants should reach, as far as that is laid down."""
+    """Returns the goals of the variants that have one."""
     at_least_float32, narrow, result = in_features >= WIDE, dtype != torch.float32, {}
     for name in names:
         plain = name.removesuffix(FLOAT32)
@@ -143,7 +143,7 @@ def goals(names: dict[str, Any], in_features: int, dtype: torch.dtype) -> dict[s
 
 
 def _cases(kind: str, setting: Setting, makes: dict[str, Make], mixed: dict[str, Make]) -> Iterator[Case]:
-    """One case for each shape and dtype; the first ones with torch.compile and, on 16 bits, what is `mixed`."""
+    """Yields a case per shape and dtype; the first ones also with torch.compile and, for 16 bits, with `mixed`."""
     for index, (shape, dtype) in enumerate(itertools.product(setting.shapes, setting.dtypes)):
         every = dict(makes)
         if index < setting.compiled:
@@ -166,21 +166,21 @@ def _measured(
 
 
 def layers(setting: Setting) -> Iterator[Case]:
-    """One adapter: lora, align_lora; plain PyTorch, restructured, compiled, PEFT."""
+    """Measures one adapter: lora, align_lora; plain PyTorch, restructured, compiled, PEFT."""
     makes = {name: ours(options) for name, options in SINGLE.items()}
     mixed = {name + FLOAT32: make for name, make in (makes | LORA).items()}
     yield from _cases("one adapter", setting, makes | LORA, mixed)
 
 
 def several(setting: Setting) -> Iterator[Case]:
-    """Several heads: every architecture; the loops of the released code, restructured, compiled."""
+    """Measures several heads: every architecture; the loops of the released code, restructured, compiled."""
     makes = {name: ours(options) for name, options in HEADS.items()}
     mixed = {name + FLOAT32: make for name, make in makes.items()}
     yield from _cases("several heads", setting, makes | SEVERAL, mixed)
 
 
 def dispatch(setting: Setting) -> Iterator[Case]:
-    """What a call costs that has next to nothing to compute, and what a second thread brings."""
+    """Measures the cost of a call that computes almost nothing, and the gain from a second thread."""
     sizes = replace(setting.sizes, tokens=4)
     tiny = f"forward + backward, {TINY} -> {TINY}, {sizes}"
     yield Case(f"calling one of {IN_A_ROW} layers in a row, {tiny}", partial(_calls, setting, sizes, IN_A_ROW))
@@ -195,7 +195,7 @@ def dispatch(setting: Setting) -> Iterator[Case]:
 
 
 def _calls(setting: Setting, sizes: Sizes, count: int, _: PrintLine) -> Iterator[Comparison]:
-    """A step of so many layers, divided by their number: a step's own cost is seen in that of one layer."""
+    """Measures a step of several layers, divided by their number, which shows the cost of the step itself."""
     torch.manual_seed(0)
 
     def row() -> nn.Sequential:
@@ -238,7 +238,7 @@ AXES = {"tokens": (512, 1024, 2048, 4096), "rank": (4, 8, 16, 32, 64), "heads": 
 
 
 def sweep(setting: Setting) -> Iterator[Case]:
-    """The ratio against tokens, rank and heads, each varied alone: the points of the plots."""
+    """Measures the ratio while one of tokens, rank and heads varies: the points of the plots."""
     kinds = {"align_lora, kl": ours(SINGLE["align_lora, kl"]), "r_lora": ours(HEADS["r_lora"])}
     makes = kinds | {"R-LoRA, loop": SEVERAL["R-LoRA, loop"]}
     for axis, values in AXES.items():

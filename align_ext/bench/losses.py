@@ -1,4 +1,4 @@
-"""The alignment losses against plain PyTorch, value and gradient; dropout against nn.Dropout."""
+"""Measures the alignment losses, value and gradient, against plain PyTorch, and dropout against nn.Dropout."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ PAIRS = "pairs in plain PyTorch"
 KL_CASES = ((5, 8), (25, 8), (5, 64))  # tasks, rank
 KL_GOALS = {5: 50, 25: 300}
 MMD_TOKENS, MMD_RANKS = 400, (8, 16, 64)  # tokens of each task
-Kernels = Callable[[Tensor, Tensor, Tensor], Tensor]  # of tokens a and b, and the bandwidth
+Kernels = Callable[[Tensor, Tensor, Tensor], Tensor]  # (tokens a, tokens b, bandwidth) -> kernels
 DROPOUT_GOALS = {torch.float32: 15, torch.bfloat16: 10}
 
 
 def gaussian_kl(tokens: int, tasks: int, rank: int, device: str, *, compiled: bool = False) -> dict[str, Call]:
-    """gaussian_kl, the same pair by pair, and its closed form, as it is and compiled."""
+    """Returns calls of gaussian_kl, the sum over pairs, and the closed form in plain PyTorch, also compiled."""
     torch.manual_seed(0)
     z, task = torch.randn(tokens, rank).to(device), (torch.arange(tokens) % tasks).to(device)
     closed = partial(kl_in_closed_form, task=task, tasks=tasks)
@@ -38,7 +38,7 @@ def gaussian_kl(tokens: int, tasks: int, rank: int, device: str, *, compiled: bo
 
 
 def kl_in_closed_form(z: Tensor, task: Tensor, tasks: int, eps: float = 1e-6) -> Tensor:
-    """What gaussian_kl computes (docs/numerics.md), in O(tasks * rank); every task has two tokens at least."""
+    """Computes gaussian_kl in O(tasks * rank) (docs/numerics.md); every task must have at least two tokens."""
     member = nn.functional.one_hot(task, tasks).to(z.dtype).T
     n = member.sum(1, keepdim=True)
     mu = member @ z / n
@@ -49,7 +49,7 @@ def kl_in_closed_form(z: Tensor, task: Tensor, tasks: int, eps: float = 1e-6) ->
 
 
 def mk_mmd(tasks: int, tokens: int, rank: int, device: str, *, compiled: bool) -> dict[str, Call]:
-    """mk_mmd over tasks of so many tokens each, and the same pair by pair, as it is and compiled.
+    """Returns calls of mk_mmd for tasks with so many tokens each, and of the sum over pairs, also compiled.
 
     Compiled there are two forms: what mk_mmd computes, and its distances by products of matrices and its kernels by
     squaring, which is the fastest that torch.compile makes of it and loses the distances of near tokens.
@@ -69,7 +69,7 @@ def mk_mmd(tasks: int, tokens: int, rank: int, device: str, *, compiled: bool) -
 
 
 def by_differences(a: Tensor, b: Tensor, bw: Tensor) -> Tensor:
-    """The kernels of all pairs of tokens, summed over five bandwidths."""
+    """Computes the kernels of all pairs of tokens, summed over five bandwidths."""
     d2 = ((a[:, None] - b[None]) ** 2).sum(-1)
     total = torch.exp(-d2 / (bw / 4))
     for k in range(1, 5):
@@ -78,7 +78,7 @@ def by_differences(a: Tensor, b: Tensor, bw: Tensor) -> Tensor:
 
 
 def by_products(a: Tensor, b: Tensor, bw: Tensor) -> Tensor:
-    """The same, of a narrower kernel as the square of the next wider one, and of |a|² + |b|² - 2 a b."""
+    """Computes the same from |a|² + |b|² - 2 a b, and each narrower kernel as the square of the next wider one."""
     d2 = ((a * a).sum(1)[:, None] + (b * b).sum(1)[None] - 2 * a @ b.T).clamp_min(0)
     total = kernel = torch.exp(-d2 / (bw * 4))
     for _ in range(4):
@@ -88,7 +88,7 @@ def by_products(a: Tensor, b: Tensor, bw: Tensor) -> Tensor:
 
 
 def mmd_by_pairs(z: Tensor, tasks: int, kernels: Kernels = by_differences) -> Tensor:
-    """The reference without its indexing: z holds one task after the other, and all tokens take part."""
+    """Computes the reference without its indexing: z holds one task after the other, and all tokens are used."""
     bw = 2 * z.detach().var(0, correction=1).sum()
     groups = z.chunk(tasks)
 
@@ -101,7 +101,7 @@ def mmd_by_pairs(z: Tensor, tasks: int, kernels: Kernels = by_differences) -> Te
 
 
 def dropout(tokens: int, width: int, dtype: torch.dtype, device: str) -> dict[str, Call]:
-    """A layer with next to no outputs without dropout and with it, and nn.Dropout on the same x; both passes."""
+    """Returns calls of a layer with few outputs without and with dropout, and of nn.Dropout on x; both passes."""
     torch.manual_seed(0)
     sizes = ((tokens, width), (8, width), (8, 8), (tokens, 8))
     x, A, B, base = (torch.randn(size).to(device, dtype) for size in sizes)
@@ -114,7 +114,7 @@ def dropout(tokens: int, width: int, dtype: torch.dtype, device: str) -> dict[st
 
 
 def _mask_alone(comparison: Comparison, dtype: torch.dtype) -> Comparison:
-    """What dropout adds to a layer, round by round, and nn.Dropout beside it."""
+    """Returns the time that dropout adds to a layer in each round, and the time of nn.Dropout."""
     _, with_it, module = comparison.times_ms
     rounds = zip(comparison.baselines[with_it], comparison.times_ms[with_it], strict=True)
     added = [time - statistics.mean(without) for without, time in rounds]
@@ -124,7 +124,7 @@ def _mask_alone(comparison: Comparison, dtype: torch.dtype) -> Comparison:
 
 
 def losses(setting: Setting) -> Iterator[Case]:
-    """gaussian_kl, mk_mmd and dropout, each against plain PyTorch; the ratio says how much longer that takes."""
+    """Measures gaussian_kl, mk_mmd and dropout; the ratio says how much longer plain PyTorch takes."""
     device, tokens, seconds = setting.device, setting.sizes.tokens, setting.seconds
     per_task = min(MMD_TOKENS, tokens)
     compiled = setting.compiled > 0
@@ -157,7 +157,7 @@ def losses(setting: Setting) -> Iterator[Case]:
 
 
 def sweep(setting: Setting) -> Iterator[Case]:
-    """gaussian_kl against the number of tasks: points of the plots."""
+    """Measures gaussian_kl for several numbers of tasks: points of the plots."""
     for tasks in (2, 5, 10, 25):
         yield Case(
             f"sweep over tasks, gaussian_kl, M={tasks}, T={setting.sizes.tokens}, r={setting.sizes.rank}",

@@ -1,4 +1,4 @@
-"""The models that take whole steps and decode, frozen or with adapters of this package, PEFT or a baseline."""
+"""The models for training steps and decoding, frozen or with adapters of this package, PEFT or a baseline."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _MODELS: dict[str, dict[str, int]] = {
 
 
 def frozen_model(name: str, dtype: torch.dtype, device: str) -> Any:
-    """A causal language model without anything to train.
+    """Returns a frozen causal language model.
 
     Args:
         name: "random" (SmolLM2-135M's sizes), "tiny", "smollm2" (that model itself), a folder or a hub id.
-        dtype: of its weights.
+        dtype: the dtype of its weights.
         device: "cpu" or "cuda".
 
     Raises:
@@ -51,7 +51,7 @@ def frozen_model(name: str, dtype: torch.dtype, device: str) -> Any:
 
 
 def fetch(name: str) -> None:
-    """Makes sure that a model is on this machine, before several processes load it.
+    """Downloads a model before several processes load it.
 
     Raises:
         ValueError: there is no such model.
@@ -61,7 +61,7 @@ def fetch(name: str) -> None:
 
 
 def variants(which: str) -> list[str]:
-    """What a model can be adapted by, the frozen model first: a "few", the "usual" ones or "every" one."""
+    """Returns the variants of a model, the frozen one first: a "few", the "usual" ones or "every" one."""
     if which == "few":
         return [FROZEN, "r_lora"]
     rivals = ["PEFT's LoRA", "LoRA, restructured", "R-LoRA, loop", "R-LoRA, restructured"]
@@ -73,7 +73,7 @@ def variants(which: str) -> list[str]:
 
 
 def adapt(model: nn.Module, variant: str, sizes: Sizes) -> nn.Module:
-    """Puts a variant's adapters beside gate, up and down projections (mtlora: beside blocks), in place."""
+    """Adds a variant's adapters to gate, up and down projections (mtlora: to blocks), in place."""
     if variant == FROZEN:
         return model
     dtype = next(model.parameters()).dtype

@@ -1,4 +1,4 @@
-"""Plots of a sweep: what an adapter costs against tokens, rank, heads and tasks, each of which it should grow with."""
+"""Plots of a sweep: the cost of an adapter against tokens, rank, heads and tasks."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from align_ext.bench.timing import Comparison
 from align_ext.system.writing import atomic_file, check_file
 
-MARK = "align-lora bench: plot of a sweep"  # tells a plot, which another may replace, from anything else
+MARK = "align-lora bench: plot of a sweep"  # identifies plots, which may be overwritten
 _MARKED = {"png": "Software", "svg": "Creator", "pdf": "Creator", "ps": "Creator", "eps": "Creator"}
 
 
 def check(path: Path) -> None:
-    """Raises ValueError if no plot can be written there."""
+    """Raises ValueError if no plot can be written to a path."""
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ModuleNotFoundError as error:
@@ -26,7 +26,7 @@ def check(path: Path) -> None:
 
 
 def points(results: dict[str, Comparison]) -> dict[str, dict[str, list[tuple[int, float, float, float]]]]:
-    """The plots' lines: axis -> variant -> (value, lower quartile, median, upper quartile).
+    """Returns the lines of the plots: axis -> variant -> (value, lower quartile, median, upper quartile).
 
     Of layers the ratio to the frozen layer; of a loss, which has no frozen part, milliseconds.
     """
@@ -64,5 +64,5 @@ def write(path: Path, results: dict[str, Comparison], caption: str) -> None:
     figure.suptitle(caption, fontsize=8)
     with atomic_file(path) as new:
         kind = path.suffix.removeprefix(".").lower()
-        marked = {_MARKED[kind]: MARK} if kind in _MARKED else None  # of another kind no plot is replaced
+        marked = {_MARKED[kind]: MARK} if kind in _MARKED else None  # plots of other formats cannot be overwritten
         figure.savefig(new, format=kind, metadata=marked)

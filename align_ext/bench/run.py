@@ -58,12 +58,12 @@ _CUDA = {"sizes": Sizes(tokens=8192), "shapes": ((576, 1536), (2048, 5504), (409
 
 
 def setting(device: str = "auto", effort: str = "normal", model: str | None = None) -> Setting:
-    """The sizes of a run.
+    """Returns the sizes of a run.
 
     Args:
         device: "cpu", "cuda", or "auto": a GPU if there is one.
         effort: "quick", "normal" or "full".
-        model: another than the effort's (Setting.model).
+        model: another model than that of the effort (Setting.model).
 
     Raises:
         ValueError: there is no such device here.
@@ -81,7 +81,7 @@ def setting(device: str = "auto", effort: str = "normal", model: str | None = No
 
 
 def chosen(only: str | None) -> list[str]:
-    """The suites of a list with commas; all of them without one.
+    """Returns the suites in a list separated by commas, or all suites.
 
     Raises:
         ValueError: there is no such suite.
@@ -101,10 +101,10 @@ def run(
     """Measures suites, visit by visit, then prints their tables.
 
     Args:
-        names: of suites.
+        names: the names of the suites.
         how: the sizes.
-        json: where everything measured so far is written after each visit to a comparison.
-        plot: where the plots of the sweep are written; the ending is the format (.png, .svg, .pdf).
+        json: the file for all results so far, which is written after each visit to a comparison.
+        plot: the file for the plots of the sweep; its suffix selects the format (.png, .svg, .pdf).
 
     Returns:
         Comparisons by title.
@@ -113,7 +113,7 @@ def run(
     console = console if console.is_terminal else Console(width=120)
     console.print(machine(how.device), highlight=False, markup=False)
     cases = [case for name in names for case in SUITES[name](how)]
-    # All comparisons stay alive. Of one function torch.compile makes eight forms and leaves a ninth as it is, silently.
+    # All comparisons stay alive, since torch.compile compiles a function at most eight times, then gives up silently.
     dynamo.recompile_limit, dynamo.fail_on_recompile_limit_hit = 64, True
     results: dict[str, Comparison] = {}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
@@ -135,7 +135,7 @@ def run(
                     if json is not None:
                         with atomic_file(json) as new:
                             new.write_text(as_json(how.device, results))
-    finally:  # an interrupted run shows what it has
+    finally:  # an interrupted run shows its results so far
         for title, comparison in results.items():
             report(title, comparison, console)
     if plot is not None:

@@ -1,4 +1,4 @@
-"""What one run of the benchmark measures, at which sizes and for how long."""
+"""The sizes and durations of a run of the benchmark."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from align_ext.bench.baselines import Sizes
 from align_ext.bench.timing import Comparison
 
 TASKS = 5
-PrintLine = Callable[[str], None]  # tells the progress bar what is under way
+PrintLine = Callable[[str], None]  # shows the current work in the progress bar
 
 
 @dataclass(frozen=True)
@@ -21,22 +21,22 @@ class Setting:
 
     Attributes:
         device: "cpu" or "cuda".
-        sizes: of the adapters.
+        sizes: the sizes of the adapters.
         shapes: (in, out) of the layers; the first is also that of the plots.
-        dtypes: of the frozen layers.
-        visits: to each comparison, one after the other to all of them.
-        rounds: of a visit at most.
-        seconds: after which a visit begins no further round.
-        compiled: how many tables of layers have the baselines under torch.compile too, which takes long to compile.
-        mixed: at how many of the shapes 16-bit layers are measured with float32 adapters too.
-        model: that takes whole steps and decodes: "random" (SmolLM2-135M's sizes), "tiny", "smollm2" (the model
+        dtypes: the dtypes of the frozen layers.
+        visits: the number of visits to each comparison; all comparisons are visited in turn.
+        rounds: the most rounds of a visit.
+        seconds: the time after which a visit begins no further round.
+        compiled: the number of tables of layers that include baselines under torch.compile, which is slow to compile.
+        mixed: the number of shapes for which 16-bit layers are also measured with float32 adapters.
+        model: the model for training steps and decoding: "random" (SmolLM2-135M's sizes), "tiny", "smollm2" (the model
             itself), a folder or a hub id.
-        batch: samples of a step.
-        seq_len: tokens of each.
-        step_dtypes: of the models that take whole steps.
-        step_rounds: of whole steps.
-        steps: which variants take whole steps: a "few", the "usual" ones, or "every" one (models.variants).
-        goals: whether these sizes are those that goals are laid down for.
+        batch: the number of samples in a step.
+        seq_len: the number of tokens in a sample.
+        step_dtypes: the dtypes of the models for training steps.
+        step_rounds: the rounds of training steps.
+        steps: the variants for training steps: a "few", the "usual" ones, or "every" one (models.variants).
+        goals: whether the goals are for these sizes.
     """
 
     device: str = "cpu"
@@ -59,12 +59,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Case:
-    """One table of the report: its title, and its visits, each of which yields all that is known so far."""
+    """One table of the report: its title, and its visits, each of which yields all results so far."""
 
     title: str
     run: Callable[[PrintLine], Iterator[Comparison]]
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """The name of a dtype, as users write it."""
+    """Returns the name of a dtype as users write it."""
     return str(dtype).removeprefix("torch.")

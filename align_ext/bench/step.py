@@ -1,4 +1,4 @@
-"""Whole training steps: tokens per second and memory, each variant in a process of its own.
+"""Measures training steps: tokens per second and memory, with one process per variant.
 
 `python -m align_ext.bench.step JSON` is such a process: it makes its model and says so; it takes a step for each line
 that it reads and says so; at the end of its input it tells its peak memory. The frozen model's process and those of up
@@ -26,12 +26,12 @@ from align_ext.bench.baselines import Sizes
 from align_ext.bench.setting import TASKS, Case, PrintLine, Setting, name_of
 from align_ext.bench.timing import Baselines, Call, Comparison, Goal, measure
 
-TOGETHER = 4  # processes of variants; between steps each keeps its model and what its allocator does not give back
+TOGETHER = 4  # processes at a time; each holds its model and its allocator's memory between steps
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one process trains."""
+    """The training of one process."""
 
     variant: str
     model: str
@@ -46,11 +46,11 @@ class Work:
 
 
 def make_step(work: Work) -> Callable[[], None]:
-    """A training step of a variant: forward, backward, AdamW."""
+    """Returns a training step of a variant: forward, backward, AdamW."""
     sizes = Sizes(work.batch * work.seq_len, work.rank, work.heads, work.dropout_p)
     model: Any = models.frozen_model(work.model, getattr(torch, work.dtype), work.device).train()
     model = models.adapt(model, work.variant, sizes)
-    # All variants compute dx down to the embeddings, the frozen model too, which would compute no gradient otherwise.
+    # All variants compute dx down to the embeddings; the frozen model would compute no gradient otherwise.
     model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
@@ -70,16 +70,16 @@ def make_step(work: Work) -> Callable[[], None]:
 
 
 def peak_mib(device: str) -> float:
-    """The largest memory of this process so far: of the device, or resident."""
+    """Returns the largest memory of this process so far: on the GPU, or resident."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    # Not getrusage's maximum, which begins with that of the process that started this one.
+    # Not getrusage's maximum, which includes that of the parent process.
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) / 2**10
 
 
 def serve(work: Work, commands: TextIO, answers: TextIO) -> None:
-    """Takes a step for each line."""
+    """Runs a step for each line of commands."""
     torch.set_num_threads(work.threads)
     step = make_step(work)
     print("ready", file=answers, flush=True)
@@ -92,19 +92,19 @@ def serve(work: Work, commands: TextIO, answers: TextIO) -> None:
 
 
 class Process:
-    """A variant's process."""
+    """The process of a variant."""
 
     def __init__(self, work: Work) -> None:
         self.variant, self.errors = work.variant, tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by __exit__)
         command = [sys.executable, "-m", "align_ext.bench.step", json.dumps(asdict(work))]
-        # The sources in the current folder, if it has them, are not the installed package.
+        # Without this, sources in the current folder would hide the installed package.
         environment = os.environ | {"PYTHONSAFEPATH": "1"}
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=environment
         )
 
     def __enter__(self) -> Process:
-        self._answer()  # that it is ready
+        self._answer()  # waits until the process is ready
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -113,13 +113,13 @@ class Process:
         self.errors.close()
 
     def step(self) -> None:
-        """Takes a step."""
+        """Runs a step."""
         assert self.process.stdin is not None
         print("step", file=self.process.stdin, flush=True)
         self._answer()
 
     def finish(self) -> float:
-        """Ends it; its peak memory in MiB."""
+        """Ends the process; returns its peak memory in MiB."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.stdin = None
@@ -136,7 +136,7 @@ class Process:
 
 
 def step(setting: Setting) -> Iterator[Case]:
-    """Whole steps of a model with each variant, divided by those of the frozen model."""
+    """Measures training steps of a model with each variant, relative to the frozen model."""
     models.fetch(setting.model)
     work, sizes = f"whole step, {setting.model} model, {setting.batch} x {setting.seq_len} tokens", setting.sizes
     for dtype in map(name_of, setting.step_dtypes):
@@ -170,11 +170,11 @@ def _whole_steps(setting: Setting, dtype: str, print_line: PrintLine) -> Iterato
         # 1.5 times as fast as the loop, and within 5% of LoRA with one head.
         limit = min(result.ratios("R-LoRA, loop")[1] / 1.5, 1.05 * result.ratios("LoRA, restructured")[1])
         result.goals = {"r_lora": Goal(round(limit, 3))}
-    yield result  # the only visit, which lasts for minutes
+    yield result  # the only visit, which takes minutes
 
 
 def work(setting: Setting, variant: str, dtype: str) -> Work:
-    """What a variant's process trains."""
+    """Returns the training of a variant's process."""
     sizes = setting.sizes
     return Work(
         variant, setting.model, dtype, setting.device, setting.batch, setting.seq_len, sizes.rank, sizes.heads,
@@ -183,7 +183,7 @@ def work(setting: Setting, variant: str, dtype: str) -> Work:
 
 
 if __name__ == "__main__":
-    # Libraries may print: the answers keep standard output for themselves.
+    # Libraries may print, so the answers use a copy of standard output.
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     serve(Work(**json.loads(sys.argv[1])), sys.stdin, channel)

@@ -30,19 +30,19 @@ from rich.table import Table
 
 from align_ext.ops._native import build_info
 
-# On a CPU a short call is measured by many in a row: the first one after other work takes up to 0.3 ms more, which says
-# little about the call.
+# On a CPU, a short call is measured by many calls in a row, since the first one after other work takes up to 0.3 ms
+# more.
 ROW_MS = 20
-AT_A_TIME = 4  # variants between two calls of the first one
+AT_A_TIME = 4  # the number of variants between two calls of the first one
 CLEARED_BYTES = 512 << 20  # more than any second-level cache
-MARK = "align-lora bench"  # tells a file of times, which another may replace, from anything else
+MARK = "align-lora bench"  # identifies files of times, which may be overwritten
 Call = Callable[[], object]
 Baselines = dict[str, list[tuple[float, ...]]]
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What a variant should reach: a ratio to the first variant, or a time in ms, of at most (or at least) a limit."""
+    """A limit on a variant's ratio to the first variant, or on its time in ms: at most, or at least."""
 
     limit: float
     at_least: bool = False
@@ -54,16 +54,16 @@ class Goal:
 
 @dataclass
 class Comparison:
-    """What was measured of some variants.
+    """The measurements of some variants.
 
     Attributes:
-        times_ms: milliseconds of each variant, one a round; more of the first one.
-        bytes_moved: by each variant, if that is known.
-        tokens: that a call of each variant works on, where tokens per second say something.
-        baselines: of each time of another variant what it is divided by: the first one's before and after it.
+        times_ms: milliseconds of each variant, one per round; more of the first one.
+        bytes_moved: the bytes that each variant moves, if known.
+        tokens: the tokens per call of each variant, if tokens per second are of interest.
+        baselines: the divisor of each time of another variant: the first variant's times before and after it.
         peak_mib: the largest memory of each variant's process, or of the device.
-        goals: of some variants.
-        point: what is varied, and its value here: ("heads", 4), for plots.
+        goals: the goals of some variants.
+        point: the varied quantity and its value, such as ("heads", 4), for plots.
     """
 
     times_ms: dict[str, list[float]]
@@ -75,7 +75,7 @@ class Comparison:
     point: tuple[str, int] | None = None
 
     def ratios(self, name: str) -> tuple[float, float, float]:
-        """Lower quartile, median and upper quartile of a variant's ratios to the first one."""
+        """Returns lower quartile, median and upper quartile of a variant's ratios to the first one."""
         if name not in self.baselines:
             return 1.0, 1.0, 1.0
         rounds = zip(self.times_ms[name], self.baselines[name], strict=True)
@@ -84,7 +84,7 @@ class Comparison:
         return low, mid, high
 
     def per(self, count: int) -> Comparison:
-        """The same of one of so many parts of each call."""
+        """Returns the measurements divided by the number of equal parts of each call."""
         times = {name: [ms / count for ms in values] for name, values in self.times_ms.items()}
         baselines = {
             name: [tuple(ms / count for ms in of_time) for of_time in values] for name, values in self.baselines.items()
@@ -92,7 +92,7 @@ class Comparison:
         return replace(self, times_ms=times, baselines=baselines)
 
     def reaches(self, name: str) -> bool | None:
-        """Whether a variant reaches its goal by the median; None without one."""
+        """Whether the median of a variant reaches its goal; None without a goal."""
         goal = self.goals.get(name)
         if goal is None:
             return None
@@ -101,7 +101,7 @@ class Comparison:
 
 
 def wall_clock(call: Call) -> float:
-    """Milliseconds until a call is done, on the GPU too."""
+    """Measures milliseconds until a call is done, including work on the GPU."""
     start = time.perf_counter()
     call()
     if torch.cuda.is_initialized():
@@ -110,7 +110,7 @@ def wall_clock(call: Call) -> float:
 
 
 def between_events(call: Call) -> float:
-    """Milliseconds of the GPU between what was issued before a call and what will be issued after it."""
+    """Measures a call's milliseconds on the GPU by events before and after it."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     call()
@@ -125,7 +125,7 @@ def _cleared() -> torch.Tensor:
 
 
 def gpu_clock(calls: list[Call]) -> Callable[[Call], float]:
-    """A clock for these calls, which were called before, by CUDA events after a head start of the CPU."""
+    """Returns a clock for warmed-up calls, by CUDA events after a head start of the CPU."""
     buffer = _cleared()
     between_events(buffer.zero_)
     clearing = between_events(buffer.zero_)
@@ -149,17 +149,17 @@ def visits(
     variants: dict[str, Call], rounds: int, device: str, *, host: bool = False, repeats: int = 1, row_ms: float = 0,
     seconds: float = math.inf,
 ) -> Iterator[Comparison]:  # fmt: skip
-    """Times of the variants, which take turns, after warm-up calls of each: after every visit all times so far.
+    """Measures the variants in turn after warm-up calls; yields all times so far after every visit.
 
     Args:
-        variants: by name; the first one is what the others are compared with.
-        rounds: of a visit at most.
+        variants: the variants by name; the others are compared with the first one.
+        rounds: the most rounds of a visit.
         device: "cpu" or "cuda".
-        host: measure what calling costs (see above).
-        repeats: calls that make one measurement, for calls that a clock can hardly see.
+        host: measure the cost of calling (see above).
+        repeats: the number of calls in one measurement, for very short calls.
         row_ms: on a CPU each variant is repeated until one measurement takes so long, so that a short call does not
             pay for the caches that a long one leaves behind.
-        seconds: after which a visit begins no further round; it has one at least.
+        seconds: the time after which a visit begins no further round; it has at least one.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
     for call in variants.values():
@@ -174,20 +174,20 @@ def visits(
     groups = [others[begin : begin + AT_A_TIME] for begin in range(0, max(len(others), 1), AT_A_TIME)]
     baselines: Baselines = {name: [] for name in others}
 
-    def take(name: str) -> float:
+    def measure_once(name: str) -> float:
         times[name].append(clock(repeated[name]) / row[name])
         return times[name][-1]
 
     while True:
         start = time.monotonic()
-        before = take(first)
+        before = measure_once(first)
         for done in range(rounds):
             if done and time.monotonic() - start > seconds:
                 break
             for group in groups:
                 for name in group:
-                    take(name)
-                after = take(first)
+                    measure_once(name)
+                after = measure_once(first)
                 for name in group:
                     baselines[name].append((before, after))
                 before = after
@@ -195,7 +195,7 @@ def visits(
 
 
 def measure(variants: dict[str, Call], rounds: int, device: str, **options: Any) -> Comparison:
-    """The times of one visit (see `visits`)."""
+    """Returns the times of one visit (see `visits`)."""
     return next(visits(variants, rounds, device, **options))
 
 
@@ -210,7 +210,7 @@ def _repeated(call: Call, repeats: int) -> Call:
 def training_step(
     call: Callable[..., torch.Tensor], leaves: list[torch.Tensor], dy: torch.Tensor | None = None
 ) -> Callable[[], None]:
-    """Forward and backward of y = call(*leaves), whose gradients are dropped; a loss needs no dy."""
+    """Returns a call of forward and backward of y = call(*leaves), without keeping gradients; a loss needs no dy."""
     trained = [leaf.detach().requires_grad_() for leaf in leaves]
 
     def run() -> None:
@@ -222,7 +222,7 @@ def training_step(
 
 
 def report(title: str, comparison: Comparison, console: Console | None = None) -> None:
-    """Prints a table: the ratio to the first variant with its quartiles over the rounds, then what else is known."""
+    """Prints a table: the ratio to the first variant with its quartiles over the rounds, then other measurements."""
     moved, tokens = comparison.bytes_moved, comparison.tokens
     more = {"goal": comparison.goals, "GB/s": moved, "tokens/s": tokens, "peak MiB": comparison.peak_mib}
     table = Table("variant", "ratio", "quartiles", "median ms", *(name for name, known in more.items() if known))
@@ -246,7 +246,7 @@ def report(title: str, comparison: Comparison, console: Console | None = None) -
 
 
 def machine(device: str) -> str:
-    """The machine in one line: absolute times mean nothing without it."""
+    """Describes the machine in one line, since absolute times depend on it."""
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}"
     features = torch.backends.cpu.get_cpu_capability() + (" with AMX" if build_info.uses_amx() else "")
@@ -254,7 +254,7 @@ def machine(device: str) -> str:
 
 
 def as_json(device: str, results: dict[str, Comparison]) -> str:
-    """The machine, and all that was measured, for other programs."""
+    """Returns the machine and all measurements as JSON."""
     about = {"written_by": MARK, "machine": machine(device)}
     return json.dumps(about | {title: asdict(c) for title, c in results.items()})
 
@@ -263,7 +263,7 @@ def main(run: Callable[[str, str], dict[str, Comparison]]) -> None:
     """Runs a benchmark and prints tables, or with --json its times.
 
     Args:
-        run: comparisons by title, of a device ("cpu" or "cuda") at the sizes "cpu", "cuda" or "quick".
+        run: returns comparisons by title for a device ("cpu" or "cuda") and the sizes "cpu", "cuda" or "quick".
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -1,4 +1,4 @@
-"""The command align-lora: one file for each of its subcommands, and what the larger ones do beside them."""
+"""The command align-lora: one file per subcommand, and separate files for the work of the larger ones."""
 
 from align_ext.cli import train, eval, merge, export, inspect, doctor, bench  # isort: skip  in the order of --help
 from align_ext.cli.app import app, main

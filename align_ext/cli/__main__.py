@@ -1,4 +1,4 @@
-"""`python -m align_ext.cli` is align-lora."""
+"""Runs align-lora by `python -m align_ext.cli`."""
 
 from align_ext.cli.app import main
 

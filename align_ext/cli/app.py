@@ -1,4 +1,4 @@
-"""The command line that every command joins; an error that the user can mend is one line on stderr and exit code 2."""
+"""The command line of all commands; a user's error becomes one line on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 
 from align_ext.system import ending
 from align_ext.system.reading import line
-from align_ext.system.terminal import guarded
+from align_ext.system.terminal import run_guarded
 
 app = typer.Typer(
     name="align-lora",
@@ -23,23 +23,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-# Arguments that several commands have.
+# Arguments of several commands.
 Folder = Annotated[str, typer.Argument(help="folder of save_adapter or `train` (its adapter/), or of stock PEFT")]
 Model = Annotated[str | None, typer.Option(help="base model: folder or hub id; none: the one the adapter names")]
 Output = Annotated[str, typer.Option(help="new or empty folder for the result; it appears only when it is complete")]
 Task = Annotated[str | None, typer.Option(help="multi_adapter: name or number (from 0) of the task")]
 Force = Annotated[bool, typer.Option("--force", help="go on where the adapter belongs to another base model")]
 
-_INTERRUPTED = 130  # what a shell reports for Ctrl-C, and typer returns
+_INTERRUPTED = 130  # the exit code of shells and typer for Ctrl-C
 
 
 class UserError(Exception):
-    """Something that the user can put right; its message is the whole answer."""
+    """An error that the user can fix; the message is complete and needs no traceback."""
 
 
 @contextmanager
 def on_models(what: str) -> Iterator[None]:
-    """A block that works on a model and an adapter: an error that a user can mend becomes a UserError."""
+    """Turns errors of a block that works on a model and an adapter into UserErrors."""
     try:
         with on_transformers(what):
             yield
@@ -51,7 +51,7 @@ def on_models(what: str) -> Iterator[None]:
 
 @contextmanager
 def on_transformers(what: str) -> Iterator[None]:
-    """A block that needs transformers, which is quiet in it; UserError where a package is missing."""
+    """Makes transformers quiet for a block that needs it; raises UserError if a package is missing."""
     try:
         import transformers
 
@@ -82,19 +82,19 @@ def main() -> None:
     """Runs the command line and exits."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a name may hold letters that the terminal has not
-    sys.exit(guarded(_run))
+            stream.reconfigure(errors="backslashreplace")  # a name may hold characters that the terminal cannot show
+    sys.exit(run_guarded(_run))
 
 
 def _run() -> int:
-    """Runs the command line, says what was wrong, and returns the exit code."""
-    ending.listen()  # before what takes long to import
+    """Runs the command line, prints errors, and returns the exit code."""
+    ending.listen()  # before slow imports
     try:
         code = app(standalone_mode=False, prog_name="align-lora")
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
     except Exception as error:
-        # typer's own errors (unknown flags, missing values) have no common public class over its versions.
+        # typer's errors (unknown flags, missing values) have no common public class in all its versions.
         if not isinstance(error, UserError) and not hasattr(error, "format_message"):
             raise
         text = error.format_message() if hasattr(error, "format_message") else str(error)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from align_ext.cli.app import UserError, app
-from align_ext.system.terminal import outlive_output
+from align_ext.system.terminal import continue_without_output
 from align_ext.system.writing import check_file
 
 
@@ -68,7 +68,7 @@ def bench(
     except ValueError as error:
         raise UserError(str(error)) from error
     if json is not None or plot is not None:
-        outlive_output()
+        continue_without_output()
     try:
         run.run(names, how, json, plot)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""align-lora doctor --grad-check: do the losses reach every layer under each mode of activation checkpointing?"""
+"""align-lora doctor --grad-check: checks that losses reach every layer in each mode of activation checkpointing."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from align_ext.model.replace import replace_linear_with_align_lora
 
 MODES = {"no checkpointing": None, "non-reentrant": False, "reentrant": True}
 _TASKS, _VOCABULARY, _SEED = 2, 64, 0
-_LARGE_DIFFERENCES = 3  # layers of a whole model that are differenced
+_LARGE_DIFFERENCES = 3  # how many layers of a user's model are checked by finite differences
 
 
 def check_modes(name: str | None, console: Console) -> bool:
-    """Checks a model, or with none a tiny one of every architecture, and prints a table; True if all is well.
+    """Checks a model, or without a name tiny models of all architectures; prints a table; True if all checks pass.
 
     Args:
-        name: of a model folder or on the hub; adapted with the default options. Its vocabulary and sizes are what
-            counts: the batch is random tokens of two tasks.
-        console: for the table.
+        name: a model folder or hub id; the model gets adapters with the default options, and a batch of random tokens
+            of two tasks.
+        console: gets the table.
 
     Raises:
         ValueError: there is no such model.
     """
-    makers = _tiny_models() if name is None else _loaded(name)
+    makers = _tiny_models() if name is None else _load_model_maker(name)
     reports: dict[str, GradReport] = {}
     cases = [(label, make, mode) for label, make in makers.items() for mode in MODES]
-    shown = console.is_terminal
-    for label, make, mode in track(cases, "gradient check", console=console, transient=True, disable=not shown):
+    on_terminal = console.is_terminal
+    for label, make, mode in track(cases, "gradient check", console=console, transient=True, disable=not on_terminal):
         model, differences = make()
         _checkpoint(model, MODES[mode])
         reports[f"{label}, {mode}"] = grad_check(model, batch_of(model), differences=differences)
@@ -48,10 +48,10 @@ def check_modes(name: str | None, console: Console) -> bool:
 
 
 def _tiny_models() -> dict[str, Callable[[], tuple[Any, int]]]:
-    return {architecture: _tiny(architecture) for architecture in ARCHITECTURES}
+    return {architecture: _tiny_model_maker(architecture) for architecture in ARCHITECTURES}
 
 
-def _tiny(architecture: str) -> Callable[[], tuple[Any, int]]:
+def _tiny_model_maker(architecture: str) -> Callable[[], tuple[Any, int]]:
     def make() -> tuple[Any, int]:
         sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
         torch.manual_seed(_SEED)
@@ -59,7 +59,7 @@ def _tiny(architecture: str) -> Callable[[], tuple[Any, int]]:
         align: Any = None if architecture == "lora" else "kl"
         options: dict[str, Any] = {"r": 4, "align": align, "num_tasks": _TASKS, "architecture": architecture}
         replace_linear_with_align_lora(model, AlignLoraConfig(**options))
-        for adapter in adapters_of(model).values():  # as after some training: nothing is at zero
+        for adapter in adapters_of(model).values():  # no parameter is zero, as after some training
             for parameter in adapter.parameters():
                 nn.init.normal_(parameter, std=0.1)
         return model, 16
@@ -67,7 +67,7 @@ def _tiny(architecture: str) -> Callable[[], tuple[Any, int]]:
     return make
 
 
-def _loaded(name: str) -> dict[str, Callable[[], tuple[Any, int]]]:
+def _load_model_maker(name: str) -> dict[str, Callable[[], tuple[Any, int]]]:
     model, tokenizer = load_model(name, torch.float32)
     check_base(model, tokenizer, batch_of(model)["input_ids"].tolist(), training=True, cure="name another model")
     model.train()
@@ -84,7 +84,7 @@ def _checkpoint(model: Any, reentrant: bool | None) -> None:
 
 
 def batch_of(model: Any) -> dict[str, Tensor]:
-    """Random tokens [4, 8] of two tasks; the last two samples are padded."""
+    """Returns random tokens [4, 8] of two tasks; the last two samples are padded."""
     generator = torch.Generator().manual_seed(_SEED)
     ids = torch.randint(min(_VOCABULARY, model.config.get_text_config().vocab_size), (4, 8), generator=generator)
     mask = torch.ones_like(ids)

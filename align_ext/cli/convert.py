@@ -1,4 +1,4 @@
-"""What `align-lora merge` and `align-lora export` do: an adapter's folder and a base model in, a folder out."""
+"""The work of `align-lora merge` and `align-lora export`: they write a folder from an adapter and a base model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from align_ext.alignment.context import set_task
-from align_ext.base_model.checks import check_base, running
+from align_ext.base_model.checks import check_base, model_errors
 from align_ext.data.encode import text_batch
 from align_ext.evaluation.same_logits import LARGEST_DIFFERENCE, relative_difference
 from align_ext.io.adapter_folder import AdapterFolder, task_list, task_number
@@ -26,7 +26,7 @@ from align_ext.model.load_base import load_base
 from align_ext.model.merge import merge_and_unload, unload
 from align_ext.system.memory import enough_memory
 from align_ext.system.reading import check_folder, read_text, shown, shown_path
-from align_ext.system.terminal import print_line, working
+from align_ext.system.terminal import print_line, show_status
 from align_ext.system.writing import LOCK, atomic_folder, check_space, claimed, user_path
 
 PROMPTS = (
@@ -37,12 +37,12 @@ PROMPTS = (
 )
 
 
-_MOST_PROMPTS = 1 << 16  # bytes: all of them are one batch
+_MAX_PROMPT_BYTES = 1 << 16  # the most bytes of prompts, which are one batch
 
 
 @dataclass(frozen=True)
 class Request:
-    """What both commands are given; model: None for the adapter's own; task: a name or number, or None."""
+    """The options of both commands; model: None for that of the adapter; task: a name or number, or None."""
 
     adapter: str
     model: str | None
@@ -56,18 +56,18 @@ def merge(request: Request, approximate: Any, prompts: str | None, dtype: str, c
     """Writes the base model with the adapter merged into its weights, and its tokenizer.
 
     Raises:
-        ValueError: the adapter cannot be merged, or something given cannot be used; nothing is written.
+        ValueError: the adapter cannot be merged, or an option cannot be used; nothing is written.
     """
     with _claimed_output(request.output) as target:
         stored = AdapterFolder.read(request.adapter)
-        texts = PROMPTS if prompts is None else _lines(prompts)
+        texts = PROMPTS if prompts is None else _read_prompts(prompts)
         task = task_number(stored, request.task)
         if stored.config.architecture == "multi_adapter":
             if task is None:
                 raise ValueError(f"the adapter has one part for each task: name one with --task ({task_list(stored)})")
         elif approximate is None and (reason := next(iter(stored.adapters.values())).unmergeable_reason()):
             raise ValueError(f"{request.adapter} cannot be merged: {reason}")
-        with _doing("loading the model", console):
+        with _timed_status("loading the model", console):
             model, tokenizer = load_base(request.model, stored, dtype, lambda line: print_line(console, line))
             batch = text_batch(tokenizer, texts) if approximate else None
             if batch is not None:
@@ -75,85 +75,85 @@ def merge(request: Request, approximate: Any, prompts: str | None, dtype: str, c
             load_adapter(model, request.adapter, force=request.force)
         if task is not None:
             set_task(model, task)
-        with _doing("merging", console):
+        with _timed_status("merging", console):
             merge_and_unload(model, approximate, None if batch is None else {**batch, "use_cache": False})
         if approximate:
             print_line(console, str(model.merge_report))
         check_space(target, sum(tensor.nbytes for tensor in model.state_dict().values()))
-        with _doing(f"writing {target}", console), atomic_folder(target) as path:
+        with _timed_status(f"writing {target}", console), atomic_folder(target) as path:
             model.save_pretrained(path)
             tokenizer.save_pretrained(path)
 
 
 @enough_memory("export where there is more")
 def export(request: Request, verify: bool, console: Console) -> bool:
-    """Writes the adapter as a folder of stock PEFT; with tasks of their own, and none named, one below it for each.
+    """Writes the adapter as a folder of stock PEFT; a multi_adapter without a given task gets one subfolder per task.
 
     Returns:
-        False: verify was asked for and a reader of a folder computes other logits.
+        False if verify is set and the model loaded from a folder computes other logits.
 
     Raises:
-        ValueError: PEFT has no form of the adapter, or something given cannot be used; nothing is written.
+        ValueError: PEFT's format cannot hold the adapter, or an option cannot be used; nothing is written.
     """
     with _claimed_output(request.output) as target:
         stored = AdapterFolder.read(request.adapter)
         task = task_number(stored, request.task)
-        places: dict[str, int | None] = {"": task}
+        subfolders: dict[str, int | None] = {"": task}
         if stored.config.architecture == "multi_adapter":
             names = stored.task_names or tuple(map(str, range(stored.config.num_tasks or 0)))
-            places = {name: number for number, name in enumerate(names)} if task is None else places
+            subfolders = {name: number for number, name in enumerate(names)} if task is None else subfolders
         elif reason := unexportable_reason(stored.adapters, stored.config):
             raise ValueError(f"PEFT has no form of this adapter: {reason}")
-        with _doing("loading the model", console):
+        with _timed_status("loading the model", console):
             model, tokenizer = load_base(request.model, stored, torch.float32, lambda line: print_line(console, line))
             if verify:
                 check_base(model, tokenizer, _rows(text_batch(tokenizer, PROMPTS)), cure="leave --verify out")
             load_adapter(model, request.adapter, force=request.force)
-        with _doing(f"writing {target}", console), atomic_folder(target) as path:
-            for where, number in places.items():
-                export_peft(model, path / where, number)
+        with _timed_status(f"writing {target}", console), atomic_folder(target) as path:
+            for folder, number in subfolders.items():
+                export_peft(model, path / folder, number)
         if not verify:
             return True
-        with _doing("verifying", console):
-            differences = _verify(model, tokenizer, target, places)
+        with _timed_status("verifying", console):
+            differences = _verify(model, tokenizer, target, subfolders)
         for reader, difference in differences.items():
             verdict = "same logits" if difference <= LARGEST_DIFFERENCE else "OTHER LOGITS"
             print_line(console, f"{reader}: {verdict} (relative difference {difference:.1e})")
         return all(difference <= LARGEST_DIFFERENCE for difference in differences.values())
 
 
-def _verify(model: Any, tokenizer: Any, target: Path, places: Mapping[str, int | None]) -> dict[str, float]:
-    """The differences of logits, relative to the largest, of stock PEFT and our loader from the model; uses it up."""
+def _verify(model: Any, tokenizer: Any, target: Path, subfolders: Mapping[str, int | None]) -> dict[str, float]:
+    """Returns the relative differences of logits of stock PEFT and of our loader; the model is unusable afterwards."""
     import peft
 
     batch, expected = text_batch(tokenizer, PROMPTS), {}
-    for where, number in places.items():
+    for folder, number in subfolders.items():
         set_task(model, number)
-        expected[where] = _logits(model, batch)
+        expected[folder] = _logits(model, batch)
     base, differences = unload(model), {}
-    for where, logits in expected.items():
-        at = f" of {where}" if where else ""
-        theirs = peft.PeftModel.from_pretrained(base, str(target / where))
-        differences[f"stock PEFT{at}"] = relative_difference(_logits(theirs, batch), logits)
-        base = theirs.unload()
-        differences[f"align_ext{at}"] = relative_difference(_logits(load_adapter(base, target / where), batch), logits)
+    for folder, logits in expected.items():
+        of = f" of {folder}" if folder else ""
+        peft_model = peft.PeftModel.from_pretrained(base, str(target / folder))
+        differences[f"stock PEFT{of}"] = relative_difference(_logits(peft_model, batch), logits)
+        base = peft_model.unload()
+        differences[f"align_ext{of}"] = relative_difference(_logits(load_adapter(base, target / folder), batch), logits)
         unload(base)
     return differences
 
 
 @torch.no_grad()
 def _logits(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    with running(model, "be verified"):
+    with model_errors(model, "be verified"):
         return model.eval()(**batch, use_cache=False).logits[batch["attention_mask"].bool()]
 
 
 def _rows(batch: Mapping[str, Tensor]) -> list[list[int]]:
-    """The tokens of each row of a batch, without its padding."""
+    """Returns the tokens of each row of a batch, without padding."""
     return [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
 
 
-def _lines(file: str) -> Sequence[str]:
-    lines = [line for line in read_text(file, _MOST_PROMPTS).splitlines() if line.strip()]
+def _read_prompts(file: str) -> Sequence[str]:
+    lines = [line for line in read_text(file, _MAX_PROMPT_BYTES).splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"the file of prompts {shown_path(file)} is empty: write one a line")
     return lines
@@ -161,7 +161,7 @@ def _lines(file: str) -> Sequence[str]:
 
 @contextmanager
 def _claimed_output(output: str) -> Iterator[Path]:
-    """The output, a new or an empty folder, for this process alone; what stays empty vanishes."""
+    """Claims the output, a new or empty folder; it is removed if it was made here and stays empty."""
     check_folder(output, "output")
     with claimed(user_path(output, "--output")) as target:
         if os.listdir(target) != [LOCK]:
@@ -170,9 +170,9 @@ def _claimed_output(output: str) -> Iterator[Path]:
 
 
 @contextmanager
-def _doing(what: str, console: Console) -> Iterator[None]:
-    """Shows what goes on, and how long it took."""
+def _timed_status(what: str, console: Console) -> Iterator[None]:
+    """Shows a status during a block, and prints how long the block took."""
     start = time.perf_counter()
-    with working(console, what):
+    with show_status(console, what):
         yield
     print_line(console, f"{what}: {time.perf_counter() - start:.1f} s")

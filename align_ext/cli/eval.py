@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from align_ext.cli.app import Force, app, on_models
-from align_ext.system.terminal import outlive_output, plain_console
+from align_ext.system.terminal import continue_without_output, plain_console
 
 
 @app.command("eval")
@@ -43,7 +43,7 @@ def evaluate(
     for name in ("tasks", "ignore_columns"):
         given[name] = tuple(word.strip() for word in given[name].split(",") if word.strip())
     if json is not None:
-        outlive_output()
+        continue_without_output()
     with on_models("scoring"):
         from align_ext.cli.score import EvalRequest, score
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from align_ext.cli.app import Folder, Force, Model, Output, Task, app, on_models
-from align_ext.system.terminal import outlive_output, plain_console
+from align_ext.system.terminal import continue_without_output, plain_console
 
 
 @app.command()
@@ -31,7 +31,7 @@ def export(
 
     Example: align-lora export run/adapter --output peft_adapter --verify
     """
-    outlive_output()
+    continue_without_output()
     with on_models("exporting"):
         from align_ext.cli import convert
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from align_ext.cli.app import Folder, Force, Model, Output, Task, app, on_models
-from align_ext.system.terminal import outlive_output, plain_console
+from align_ext.system.terminal import continue_without_output, plain_console
 
 
 @app.command()
@@ -37,7 +37,7 @@ def merge(
 
     Example: align-lora merge run/adapter --model Qwen/Qwen2.5-0.5B --output merged
     """
-    outlive_output()
+    continue_without_output()
     with on_models("merging"):
         from align_ext.cli import convert
 

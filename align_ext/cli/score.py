@@ -1,4 +1,4 @@
-"""What `align-lora eval` does: a base model, an adapter's folder or none, and the tasks' test splits; a table out."""
+"""The work of `align-lora eval`: scores a base model, with or without an adapter, on the tasks' test splits."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from align_ext.evaluation.evaluate import TaskScore, evaluate
 from align_ext.evaluation.scored_model import ModelRequest
 from align_ext.io.adapter_folder import AdapterFolder
 from align_ext.system.memory import enough_memory
-from align_ext.system.terminal import bars_on, print_line, working
+from align_ext.system.terminal import print_line, progress_bars, show_status
 from align_ext.system.versions import versions
 from align_ext.system.writing import atomic_file, check_file, user_path
 
-MARK = "align-lora eval"  # tells a file of scores, which another may replace, from anything else
+MARK = "align-lora eval"  # identifies files of scores, which may be overwritten
 
 
 @dataclass(frozen=True)
 class EvalRequest(ModelRequest):
-    """What to score, and on which rows: the options of `align-lora eval`."""
+    """The options of `align-lora eval`: the model to score, and the rows to score on."""
 
     data: str | None = None
     tasks: tuple[str, ...] = ()
@@ -45,10 +45,10 @@ class EvalRequest(ModelRequest):
 
 @enough_memory("lower --batch-size or --seq-len, or take a narrower --dtype")
 def score(request: EvalRequest, file: str | None, console: Console) -> dict[str, TaskScore]:
-    """Scores a model on each task's test split, prints the table, and writes it as JSON where a file is named.
+    """Scores a model on each task's test split, prints the table, and writes it as JSON if a file is given.
 
     Raises:
-        ValueError: something of the request cannot be used; nothing is written.
+        ValueError: an option cannot be used; nothing is written.
     """
     path = None if file is None else user_path(file, "--json")
     if path is not None:
@@ -58,25 +58,25 @@ def score(request: EvalRequest, file: str | None, console: Console) -> dict[str,
     )
     stored = None if request.adapter is None else AdapterFolder.read(request.adapter)
     ids = None if stored is None else _task_ids(stored, tuple(pools.tasks), merged=request.merge)
-    with working(console, "loading the model"):
+    with show_status(console, "loading the model"):
         model, tokenizer = request.load_base()
     check_conversations(tokenizer, pools.examples())
     fit = functools.partial(fits, tokenizer, max_tokens=request.seq_len)
-    own_file = request.data is not None and Path(os.path.expanduser(request.data)).is_file()
-    data = scored_examples(pools, request.examples, fit, undivided=own_file)
+    single_file = request.data is not None and Path(os.path.expanduser(request.data)).is_file()
+    data = scored_examples(pools, request.examples, fit, undivided=single_file)
     check_base(model, tokenizer, token_rows(tokenizer, data.test))
-    with working(console, "loading the adapter"):
+    with show_status(console, "loading the adapter"):
         model = request.put_adapter(model)
     print_line(
         console, f"{len(data.names)} tasks: {len(data.test)} examples to score on, {model.dtype} on {model.device}"
     )
     for line in data.report():
         print_line(console, f"  {line}")
-    with bars_on(console) as bars:
+    with progress_bars(console) as bars:
         scores = evaluate(model, tokenizer, data.test, request.batch_size, bars, ids, greedy=True)
     console.print(_table(scores, data))
     if path is not None:
-        tasks = {name: _parts(name, found, data) for name, found in scores.items()}
+        tasks = {name: _results(name, result, data) for name, result in scores.items()}
         content = {
             "written_by": MARK, "options": asdict(request), "versions": versions(), "dtype": str(model.dtype),
             "data": data.counts(), "tasks": tasks,
@@ -87,7 +87,7 @@ def score(request: EvalRequest, file: str | None, console: Console) -> dict[str,
 
 
 def _task_ids(stored: AdapterFolder, tasks: tuple[str, ...], *, merged: bool) -> dict[str, int] | None:
-    """The ids by which an adapter of its own for each task knows them; None where one adapter serves all."""
+    """Returns the ids of the tasks in a multi_adapter, or None for other adapters."""
     if stored.config.architecture != "multi_adapter":
         return None
     if merged:
@@ -101,13 +101,13 @@ def _task_ids(stored: AdapterFolder, tasks: tuple[str, ...], *, merged: bool) ->
     return {name: i for i, name in enumerate(names)}
 
 
-def _parts(name: str, found: TaskScore, data: TaskData) -> dict[str, float | int | None]:
-    """A task's numbers by what they are."""
-    of_choices = any(example.choices for example in data.test if example.task == name)
-    choice = (found.score, found.score_error) if of_choices else (None, None)
-    greedy = (found.greedy, found.greedy_error) if of_choices else (found.score, found.score_error)
+def _results(name: str, result: TaskScore, data: TaskData) -> dict[str, float | int | None]:
+    """Returns a task's results by name."""
+    chosen = any(example.choices for example in data.test if example.task == name)
+    choice = (result.score, result.score_error) if chosen else (None, None)
+    greedy = (result.greedy, result.greedy_error) if chosen else (result.score, result.score_error)
     return {
-        "examples": found.examples, "loss": found.loss, "loss_error": found.loss_error, "accuracy": choice[0],
+        "examples": result.examples, "loss": result.loss, "loss_error": result.loss_error, "accuracy": choice[0],
         "accuracy_error": choice[1], "greedy": greedy[0], "greedy_error": greedy[1],
     }  # fmt: skip
 
@@ -116,14 +116,14 @@ def _table(scores: dict[str, TaskScore], data: TaskData) -> Table:
     table = Table("task", title="test splits: value ± standard error")
     for title in ("examples", "loss per answer token", "accuracy by likelihood", "score of greedy answers"):
         table.add_column(title, justify="right")
-    for name, found in scores.items():
-        parts = _parts(name, found, data)
-        cells = [_shown(parts[key], parts[f"{key}_error"]) for key in ("loss", "accuracy", "greedy")]
-        table.add_row(name, str(found.examples), *cells)
+    for name, result in scores.items():
+        results = _results(name, result, data)
+        cells = [_format_value(results[key], results[f"{key}_error"]) for key in ("loss", "accuracy", "greedy")]
+        table.add_row(name, str(result.examples), *cells)
     return table
 
 
-def _shown(value: float | None, error: float | None) -> str:
+def _format_value(value: float | None, error: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")

@@ -12,7 +12,7 @@ import yaml
 from align_ext.cli.app import UserError, app, on_transformers
 from align_ext.data.rows import ROWS
 from align_ext.system.reading import read_yaml
-from align_ext.system.terminal import outlive_output, plain_console
+from align_ext.system.terminal import continue_without_output, plain_console
 from align_ext.training.options import TrainOptions, known_options
 
 
@@ -30,28 +30,28 @@ def train(config: str | None, print_config: bool, **flags: Any) -> None:
     if print_config:
         typer.echo(yaml.safe_dump(options.to_dict(), sort_keys=False), nl=False)
         return
-    outlive_output()
+    continue_without_output()
     console = plain_console()
     with on_transformers("training"):
         from align_ext.base_model.checks import CannotRun
         from align_ext.training import recipe
         from align_ext.training.run_folder import open_run
 
-    with ExitStack() as held:
+    with ExitStack() as stack:
         try:
-            job = recipe.prepare(held.enter_context(open_run(options)), console)
+            job = recipe.prepare(stack.enter_context(open_run(options)), console)
         except (ValueError, OSError) as error:
             raise UserError(str(error)) from error
         try:
             results = recipe.train(job, console)
-        except (FloatingPointError, OSError, CannotRun) as error:  # it has diverged, or the disk is full
+        except (FloatingPointError, OSError, CannotRun) as error:  # the training diverged, or the disk is full
             raise UserError(str(error)) from error
     if any(check["passed"] is False for check in results["checks"].values()):
         raise typer.Exit(1)
 
 
 def _flags() -> list[inspect.Parameter]:
-    """The flags of `train`: its own two and one for each option (training/options.py), which so exists once."""
+    """Returns the flags of `train`: two of its own, and one for each option in training/options.py."""
 
     def flag(name: str, kind: Any, text: str, default: Any = None) -> inspect.Parameter:
         annotation = Annotated[kind, typer.Option(help=text, show_default=False)]
@@ -62,7 +62,7 @@ def _flags() -> list[inspect.Parameter]:
         flag("print_config", bool, "print the options as such a file, and stop", default=False),
     ]
     for name, option in known_options().items():
-        kind = option.kind if option.kind in (bool, int, float) else str  # others may be "none", "auto" or a list
+        kind = option.kind if option.kind in (bool, int, float) else str  # for "none", "auto" and lists
         value = ",".join(option.default) if isinstance(option.default, tuple) else option.default
         shown = "" if value in (None, "", False) else f" [{value}]"
         flags.append(flag(name, kind | None, option.help.removesuffix(".") + shown))

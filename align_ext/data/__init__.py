@@ -1,1 +1,1 @@
-"""Rows of many tasks, and batches that mix them."""
+"""Reads rows of many tasks, encodes them, and mixes them into batches."""

@@ -1,4 +1,4 @@
-"""The choices of a row: their texts, which of them is right, and every one in the form that the answer has."""
+"""Reads the choices of a row, finds the right one, and writes every choice in the form of the answer."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 from align_ext.system.reading import shown
 
-_MOST = 1000  # choices of a row
+_LIMIT = 1000  # the most choices of a row
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_CLOSING = ".!)]\"' \t\r\n"  # what may follow a choice in an answer
+_CLOSING = ".!)]\"' \t\r\n"  # characters that may follow a choice in an answer
 
 
 def text_of(column: str, value: Any) -> str:
-    """The text that a column holds; an integer is its digits.
+    """Returns the text of a column; an integer becomes its digits.
 
     Raises:
-        ValueError: it is something else, or no Unicode text.
+        ValueError: the value is of another type, or no valid Unicode text.
     """
     if type(value) is int:
         return str(value)
@@ -32,12 +32,12 @@ def text_of(column: str, value: Any) -> str:
 
 @dataclass(frozen=True)
 class Choices:
-    """What a row offers to choose from.
+    """The choices of a row.
 
     Attributes:
-        texts: each choice.
-        names: what the row calls them: its own names, or A, B, C and so on.
-        named: whether these are the row's own.
+        texts: the text of each choice.
+        names: the names of the choices: those in the row, or A, B, C and so on.
+        named: whether the row has names for them.
     """
 
     texts: tuple[str, ...]
@@ -49,16 +49,16 @@ class Choices:
         """Reads a list of texts, {"text": [...], "label": [...]}, or {"A": text, ...}.
 
         Raises:
-            ValueError: it is none of them.
+            ValueError: the value is none of them.
         """
         names: Any = None
         if isinstance(value, dict) and set(value) == {"text", "label"} and isinstance(value["text"], list):
             value, names = value["text"], value["label"]
-        elif isinstance(value, dict):  # without the names that other rows of a table have
+        elif isinstance(value, dict):  # names that only other rows of a table have are None here
             value = {name: text for name, text in value.items() if text is not None}
             names, value = list(value), list(value.values())
-        if not isinstance(value, list) or not 2 <= len(value) <= _MOST:
-            raise ValueError(f"the column {column} holds {shown(value)}: it must be a list of 2 to {_MOST} texts")
+        if not isinstance(value, list) or not 2 <= len(value) <= _LIMIT:
+            raise ValueError(f"the column {column} holds {shown(value)}: it must be a list of 2 to {_LIMIT} texts")
         if names is not None and (not isinstance(names, list) or len(names) != len(value)):
             raise ValueError(f"the column {column} has {len(value)} texts, and labels {shown(names)}")
         texts = tuple(text_of(column, text) for text in value)
@@ -67,32 +67,32 @@ class Choices:
         if len({text.strip() for text in texts}) == 1:
             raise ValueError(f"the column {column} offers nothing but {shown(texts[0])}: {shown(value)}")
         letters = _LETTERS if len(texts) <= len(_LETTERS) else ""
-        called = tuple(letters[: len(texts)] if names is None else (text_of(column, x) for x in names))
-        return cls(texts, called, names is not None)
+        matching = tuple(letters[: len(texts)] if names is None else (text_of(column, x) for x in names))
+        return cls(texts, matching, names is not None)
 
-    def called(self, value: Any, by_name: bool = False) -> set[int]:
-        """The numbers, from 0 on, of the choices that an answer or label may mean: by text, by name or by number.
+    def matching(self, value: Any, by_name: bool = False) -> set[int]:
+        """Returns the indices of the choices that an answer or label may mean: by text, by name or by index.
 
         Args:
             value: the answer or label.
-            by_name: a text that is one of the row's own names means nothing else.
+            by_name: whether a text that is one of the row's names can only be that name.
         """
         found = {value} if type(value) is int and 0 <= value < len(self.texts) else set()
         if type(value) is int or isinstance(value, str):
-            word = str(value).strip()
-            names = {i for i, name in enumerate(self.names) if name.strip() == word}
+            text_given = str(value).strip()
+            names = {i for i, name in enumerate(self.names) if name.strip() == text_given}
             if by_name and self.named and isinstance(value, str) and names:
                 return names
-            found |= {i for i, text in enumerate(self.texts) if text.strip() == word}
+            found |= {i for i, text in enumerate(self.texts) if text.strip() == text_given}
             found |= names
         return found
 
     def equal_to(self, number: int) -> set[int]:
-        """The numbers of the choices with the same text, which nobody can tell apart."""
+        """Returns the indices of the choices with the same text as one choice."""
         return {i for i, text in enumerate(self.texts) if text.strip() == self.texts[number].strip()}
 
     def forms(self, answer: str) -> dict[int, Form]:
-        """In which form an answer may end in which choice: by text, by number from 1 on ("... answer3"), or by name."""
+        """Returns, by choice, the form in which an answer ends in it: its text, number from 1 ("answer3") or name."""
         found: dict[int, Form] = {}
         numbers = tuple(str(i + 1) for i in range(len(self.texts)))
         texts = tuple(text.strip() for text in self.texts)
@@ -105,18 +105,18 @@ class Choices:
         return found
 
     def shown_in(self, prompt: str) -> bool:
-        """Whether a prompt holds all choices, one after the other."""
-        at = 0
+        """Whether a prompt holds all choices in their order."""
+        position = 0
         for text in map(str.strip, self.texts):
             edges = (r"(?<!\w)" if text[0].isalnum() else "", r"(?!\w)" if text[-1].isalnum() else "")
-            found = re.compile(edges[0] + re.escape(text) + edges[1]).search(prompt, at)
+            found = re.compile(edges[0] + re.escape(text) + edges[1]).search(prompt, position)
             if found is None:
                 return False
-            at = found.end()
+            position = found.end()
         return True
 
     def listed(self, mark: str) -> str:
-        """The choices below each other, each behind "-", its number or its name."""
+        """Returns the choices as lines that begin with "-", the number or the name."""
         marks = {"-": ["-"] * len(self.texts), "1.": [f"{i + 1}." for i in range(len(self.texts))]}
         named = marks.get(mark) or [f"{name}." for name in self.names]
         return "\n".join(f"{name} {text}" for name, text in zip(named, self.texts, strict=True))
@@ -124,7 +124,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class Form:
-    """How an answer names a choice: what stands before and after it, its place taken by each, and how lists mark it."""
+    """The form of an answer that names a choice: text before and after, marks of all choices, list mark."""
 
     before: str
     after: str
@@ -132,21 +132,21 @@ class Form:
     mark: str
 
     def answers(self) -> tuple[str, ...]:
-        """Every choice in this form."""
+        """Returns the answer for every choice in this form."""
         return tuple(self.before + text + self.after for text in self.marks)
 
 
 def _ending(answer: str, text: str, marks: Sequence[str], mark: str) -> Form | None:
-    """The form of an answer that ends in a text, which is no part of a longer word or number."""
+    """Returns the form of an answer that ends in a text, unless the text is part of a longer word or number."""
     for after in dict.fromkeys(("", answer[len(answer.rstrip(_CLOSING)) :])):
         body = answer.removesuffix(after) if after else answer
         if not text or not body.endswith(text):
             continue
         before = body.removesuffix(text)
-        if mark == "1.":  # a number alone may count from 0 as well
-            apart = bool(before) and not before[-1].isdigit()
+        if mark == "1.":  # a number without a text before it may also count from 0
+            separate = bool(before) and not before[-1].isdigit()
         else:
-            apart = not (before[-1:].isalnum() and text[0].isalnum())
-        if apart:
+            separate = not (before[-1:].isalnum() and text[0].isalnum())
+        if separate:
             return Form(before, after, marks, mark)
     return None

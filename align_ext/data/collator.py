@@ -1,4 +1,4 @@
-"""Keeps each example's task beside the tensors that a batch usually holds."""
+"""Collates batches with the task of each example or token."""
 
 import copy
 import operator
@@ -17,19 +17,19 @@ NO_TASK = -1
 class TaskCollator:
     """Collates features by another collator and adds their `task_ids`.
 
-    int64 [B] where each feature has one id; [B, S], -1 on padding, where features have one for each token (packed
-    rows) or the inner collator lets all features follow each other in one row (padding-free batches).
+    They are int64 [B] if each feature has one id; [B, S] with -1 on padding if features have one id per token (packed
+    rows), or if the inner collator joins all features into one row (padding-free batches).
 
     Args:
-        inner: any collator of features, which never sees `task_ids`; or a tokenizer, with which input_ids,
-            attention_mask and labels (by -100) are padded to the longest of the batch.
-        required: whether features without task_ids are an error; otherwise they make a batch without.
+        inner: a collator of features, which gets them without `task_ids`; or a tokenizer, to pad input_ids,
+            attention_mask and labels (by -100) to the longest row of the batch.
+        required: whether features without task_ids are an error; otherwise the batch has no task_ids.
     """
 
     def __init__(self, inner: Collator | PreTrainedTokenizerBase, *, required: bool = True) -> None:
         if isinstance(inner, PreTrainedTokenizerBase):
-            # In spite of its name the collator that pads labels for any model; it builds no decoder inputs by itself.
-            if "attention_mask" not in inner.model_input_names:  # or it would pad none
+            # In spite of its name, this collator pads labels for any model; it builds no decoder inputs by itself.
+            if "attention_mask" not in inner.model_input_names:  # otherwise it would make no mask
                 inner = copy.copy(inner)
                 inner.model_input_names = [*inner.model_input_names, "attention_mask"]
             inner = DataCollatorForSeq2Seq(inner, padding=True, label_pad_token_id=-100)
@@ -39,14 +39,14 @@ class TaskCollator:
         """Collates a batch.
 
         Args:
-            features: each with `task_ids` beside what the inner collator takes: an integer, or one for each of its
-                input_ids (-1: no task).
+            features: the features for the inner collator, each with `task_ids`: an integer, or one integer for each of
+                its input_ids (-1: no task).
 
         Returns:
             The inner collator's batch with task_ids, int64 [B] or [B, S].
 
         Raises:
-            ValueError: a feature has no task_ids, or neither one nor one for each token.
+            ValueError: a feature has no task_ids, or they are neither one integer nor one per token.
         """
         if not self.required and not any("task_ids" in feature for feature in features):
             return self.inner([dict(feature) for feature in features])
@@ -55,15 +55,15 @@ class TaskCollator:
         per_token = any(isinstance(tasks, list) for tasks in ids)
         flattened = "input_ids" in batch and len(batch["input_ids"]) != len(features)
         if per_token or flattened:
-            rows = [spread(tasks, len(f["input_ids"])) for tasks, f in zip(ids, features, strict=True)]
-            batch["task_ids"] = _padded([list(chain(*rows))] if flattened else rows, batch)
+            rows = [ids_per_token(tasks, len(f["input_ids"])) for tasks, f in zip(ids, features, strict=True)]
+            batch["task_ids"] = _pad_rows([list(chain(*rows))] if flattened else rows, batch)
         else:
             batch["task_ids"] = torch.tensor(ids, dtype=torch.int64)
         return batch
 
 
-def spread(tasks: int | list[int], tokens: int) -> list[int]:
-    """One id for each token: those given, or the example's for all."""
+def ids_per_token(tasks: int | list[int], tokens: int) -> list[int]:
+    """Returns one id per token: the given ones, or the example's id for all."""
     return tasks if isinstance(tasks, list) else [tasks] * tokens
 
 
@@ -74,21 +74,21 @@ def _tasks_of(feature: Mapping[str, Any]) -> int | list[int]:
             "integer column task_ids, and train with AlignTrainer, or with remove_unused_columns=False, since "
             "Trainer drops columns that the model's forward does not name"
         )
-    given = feature["task_ids"]
+    task_ids = feature["task_ids"]
     try:
-        if isinstance(given, (list, tuple)) or (isinstance(given, Tensor) and given.dim() == 1):
+        if isinstance(task_ids, (list, tuple)) or (isinstance(task_ids, Tensor) and task_ids.dim() == 1):
             tokens = len(feature.get("input_ids", ()))
-            if len(given) != tokens:
-                raise ValueError(f"task_ids must be one integer per example or per token, got {len(given)} for the "
+            if len(task_ids) != tokens:
+                raise ValueError(f"task_ids must be one integer per example or per token, got {len(task_ids)} for the "
                                  f"{tokens} tokens of an example: truncate them alike, or give one")  # fmt: skip
-            return [operator.index(task) for task in given]
-        return operator.index(given)
+            return [operator.index(task) for task in task_ids]
+        return operator.index(task_ids)
     except TypeError:
-        raise ValueError(f"task_ids must be one integer per example or per token, got {given!r}") from None
+        raise ValueError(f"task_ids must be one integer per example or per token, got {task_ids!r}") from None
 
 
-def _padded(rows: list[list[int]], batch: Mapping[str, Any]) -> Tensor:
-    """The rows as int64 of the shape of input_ids [B, S], padded by -1 on the side where attention_mask is."""
+def _pad_rows(rows: list[list[int]], batch: Mapping[str, Any]) -> Tensor:
+    """Returns the rows as int64 [B, S], the shape of input_ids, padded by -1 on the same side as attention_mask."""
     ids = torch.full(tuple(batch["input_ids"].shape), NO_TASK, dtype=torch.int64)
     mask = batch.get("attention_mask")
     left = mask is not None and bool((mask[:, 0] == 0).any())

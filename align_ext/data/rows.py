@@ -1,4 +1,4 @@
-"""One row of data as one example: each of its columns is used, is known to say nothing to the model, or is refused."""
+"""Reads one row of data as one example: each column is used, is known to be irrelevant to the model, or is refused."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from align_ext.data.choices import Choices, Form, text_of
-from align_ext.data.conversation import Turn, text_asked, turns_of, with_more
+from align_ext.data.conversation import Turn, append_text, text_asked, turns_of
 from align_ext.data.metadata import is_about, strings, text_lost
 from align_ext.system.reading import check_names, shown
 
 _CONVERSATION = ("messages", "conversations")
 _SYSTEM = ("system", "system_prompt")
-_PARTS = ("prompt", "instruction", "context", "passage", "input", "question")  # of a prompt, in this order
-_SAID = ("completion", "output", "response")
-_FINAL = ("answer", "answers")
+_PROMPTS = ("prompt", "instruction", "context", "passage", "input", "question")  # joined in this order
+_OUTPUTS = ("completion", "output", "response")
+_ANSWERS = ("answer", "answers")
 _CHOICES = ("choices", "options")
 _LABELS = ("label", "answerKey")
-_MOST_COLUMNS = 1000
-_LONG = 20  # letters that do not stand in another text by accident
+_MAX_COLUMNS = 1000
+_LONG = 20  # a text with so many characters is not part of another text by chance
 
 ROWS = (
     ("task", "the task's name; without it the file's (x of x.train.jsonl), or the hub dataset's"),
@@ -39,7 +39,7 @@ ROWS = (
      "turns of {role, content} or {from, value}, the last of which is learnt; prompt and completion may be turns too"),
     ("system or system_prompt", "the turn before the prompt; like conversations, it needs a chat template"),
 )  # fmt: skip
-"""Which columns of a row are understood, and as what: in --help and in the README."""
+"""The columns of a row and their meaning, for --help and the README."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ class Example:
 
     Attributes:
         task: the task's name.
-        prompt: what the model is asked: a text, or a conversation's turns.
-        answer: what it learns to say.
-        choices: the answers it may choose from, all in the form of `answer`; empty for free text.
+        prompt: the text that the model is asked, or the turns of a conversation.
+        answer: the text that it learns to answer.
+        choices: the answers to choose from, all in the form of `answer`; empty for free text.
         label: the index of `answer` in `choices`, -1 for free text.
-        scorer: of a generated text, in [0, 1]; None: equality with `answer`.
-        where: the file and line that it is from, for messages.
-        also: the indices of choices that are right as well.
+        scorer: scores a generated text in [0, 1]; None: 1 if it equals `answer`, else 0.
+        where: its file and line, for messages.
+        also: the indices of other right choices.
     """
 
     task: str
@@ -67,12 +67,12 @@ class Example:
     also: tuple[int, ...] = ()
 
     def score(self, text: str) -> float:
-        """Scores a generated text; whatever a scorer cannot read is wrong."""
+        """Scores a generated text; a text on which the scorer fails gets 0."""
         if self.scorer is None:
             return float(text.strip() in (self.answer.strip(), *(self.choices[i].strip() for i in self.also)))
         try:
             return float(self.scorer(text.strip()))
-        except Exception:  # generated text is arbitrary, and a foreign scorer may stumble over it in any way
+        except Exception:  # generated text is arbitrary, and may raise anything in a scorer of another package
             return 0.0
 
 
@@ -82,23 +82,23 @@ def example_of(
     """Reads one row.
 
     Args:
-        row: its columns; null, blank text, empty lists and a label of -1 are as if they were not there.
-        where: opens the message of a ValueError.
-        task: the task's name where the row has none.
-        ignore: columns to leave out.
+        row: its columns; null, blank text, empty lists and a label of -1 count as absent.
+        where: the first words of the message of a ValueError.
+        task: the task's name if the row has none.
+        ignore: columns to ignore.
 
     Returns:
         The example, and the columns that it does not use.
 
     Raises:
-        ValueError: a column is missing, holds something else than it should, or would be lost.
+        ValueError: a column is missing, has invalid content, or would be lost.
     """
     try:
-        if len(row) > _MOST_COLUMNS:
-            raise ValueError(f"it has {len(row)} columns: a row has at most {_MOST_COLUMNS}")
-        held = {name: value for name, value in row.items() if not _absent(name, value)}
+        if len(row) > _MAX_COLUMNS:
+            raise ValueError(f"it has {len(row)} columns: a row has at most {_MAX_COLUMNS}")
+        held = {name: value for name, value in row.items() if not _is_empty(name, value)}
         columns = _Columns({name: value for name, value in held.items() if name not in ignore})
-        example = replace(_example(columns, task), where=where)
+        example = replace(_build_example(columns, task), where=where)
         columns.check_asked(example)
         columns.check_unused(example)
     except ValueError as error:
@@ -108,54 +108,54 @@ def example_of(
 
 def final_answer_score(golds: tuple[str, ...], text: str) -> float:
     """1 if a generated text ends in a gold answer ("... The answer is X."), as a number or literally, else 0."""
-    return max(_same(_final(text), _final(gold)) for gold in golds)
+    return max(_equal_answers(_final_answer(text), _final_answer(gold)) for gold in golds)
 
 
-def _final(text: str) -> str:
-    """What a rationale comes to."""
+def _final_answer(text: str) -> str:
+    """Returns the final answer of a rationale."""
     return re.split(r"(?i)\bthe (?:correct )?answer is\b|####", text)[-1].strip().rstrip(".").strip()
 
 
-def _same(said: str, gold: str) -> float:
+def _equal_answers(text: str, gold: str) -> float:
     try:
-        return float(float(said.replace(",", "").lstrip("$")) == float(gold.replace(",", "").lstrip("$")))
+        return float(float(text.replace(",", "").lstrip("$")) == float(gold.replace(",", "").lstrip("$")))
     except ValueError:
-        return float(said.casefold() == gold.casefold())
+        return float(text.casefold() == gold.casefold())
 
 
-def _absent(column: Any, value: Any) -> bool:
+def _is_empty(column: Any, value: Any) -> bool:
     if isinstance(value, str):
         return not value.strip()
     return value is None or value == [] or value == {} or (column == "label" and type(value) is int and value == -1)
 
 
 class _Columns:
-    """The columns of a row, and which of them were used."""
+    """The columns of a row; keeps track of those that were used."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         self.values = values
         self.used: set[str] = set()
 
     def present(self, names: Iterable[str]) -> dict[str, Any]:
-        """The columns of these names, which so are used."""
+        """Returns the columns with these names, and marks them as used."""
         found = {name: self.values[name] for name in names if name in self.values}
         self.used |= found.keys()
         return found
 
     def one(self, names: Iterable[str]) -> tuple[str, Any] | None:
-        """The one column of these names, if there is any."""
+        """Returns the only column with one of these names, or None; refuses several."""
         found = self.present(names)
         if len(found) > 1:
             raise ValueError(f"it has the columns {' and '.join(found)}, which mean the same: keep one")
         return next(iter(found.items()), None)
 
     def missing(self, names: Iterable[str]) -> ValueError:
-        """What to say where there is none of these columns."""
+        """Returns the error for a row with none of these columns."""
         found = ", ".join(shown(name, 40)[1:-1] for name in list(self.values)[:20]) or "none"
         return ValueError(f"no column {' or '.join(names)}; found {found}")
 
     def check_unused(self, example: Example) -> None:
-        """Refuses a column that a model might have to read; numbers are none, nor what the example holds anyway."""
+        """Refuses an unused column that a model might have to read; numbers and texts of the example are allowed."""
         asked = text_asked(example.prompt)
         for name, value in self.values.items():
             if name in self.used or isinstance(value, (bool, int, float)):
@@ -164,21 +164,21 @@ class _Columns:
                 continue
             whole = name == "text" and isinstance(value, str) and example.answer.strip() in value
             if whole and all(part.strip() in value for part in asked.split("\n\n")):
-                continue  # prompt and answer once more, in one text
+                continue  # the column repeats the prompt and the answer in one text
             raise ValueError(
                 f"the column {shown(name, 40)[1:-1]} would be lost, with {shown(value, 40)}: put it into prompt or "
                 "context, or leave it out with --ignore-columns"
             )
 
     def check_asked(self, example: Example) -> None:
-        """Refuses a column that holds the rest of what is asked and then the answer, as texts made for training do."""
+        """Refuses a prompt column that holds the other prompt columns and ends in the answer."""
         values = {} if self.values.keys() & set(_CONVERSATION) else self.values
-        parts = {name: str(values[name]).strip() for name in _PARTS if isinstance(values.get(name), (str, int))}
-        answers = {example.answer, *strings([values.get(name) for name in (*_FINAL, *_LABELS)])}
+        parts = {name: str(values[name]).strip() for name in _PROMPTS if isinstance(values.get(name), (str, int))}
+        answers = {example.answer, *strings([values.get(name) for name in (*_ANSWERS, *_LABELS)])}
         for name, text in parts.items():
             others = {other: part for other, part in parts.items() if part != text}
             for answer in answers if others else ():
-                rest = _before(text, answer.strip())
+                rest = _text_before(text, answer.strip())
                 if not rest or not all(_holds(rest, part) for part in others.values()):
                     continue
                 offered = next((Choices.read(column, values[column]) for column in _CHOICES if column in values), None)
@@ -189,67 +189,67 @@ class _Columns:
                     )
 
 
-def _example(columns: _Columns, task: str | None) -> Example:
-    """The example of a row's columns, all of which it takes that it understands."""
+def _build_example(columns: _Columns, task: str | None) -> Example:
+    """Builds the example from the columns of a row."""
     if named := columns.present(["task"]):
         task = text_of("task", named["task"])
     elif task is None:
         raise columns.missing(["task"])
     check_names([task], "the column task")
-    conversation, said = _conversation(columns)
-    prompt = _prompt(columns, conversation)
-    answers = columns.present(_FINAL)
-    finals = tuple(text for name, value in answers.items() for text in _texts(name, value))
+    conversation, output = _read_conversation(columns)
+    prompt = _read_prompt(columns, conversation)
+    answers = columns.present(_ANSWERS)
+    finals = tuple(text for name, value in answers.items() for text in _answer_texts(name, value))
     offered = columns.one(_CHOICES)
     labels = columns.present(_LABELS)
     if offered is not None:
-        return _of_choices(Example(task, prompt, said), offered, labels | answers, finals)
+        return _add_choices(Example(task, prompt, output), offered, labels | answers, finals)
     if labels:
         raise ValueError(f"the column {next(iter(labels))} says which choice is right, but there is no column choices")
-    if not said and not finals:
-        raise columns.missing([*_SAID, "answer"])
-    answer = said or finals[0]
+    if not output and not finals:
+        raise columns.missing([*_OUTPUTS, "answer"])
+    answer = output or finals[0]
     return Example(task, prompt, answer, scorer=functools.partial(final_answer_score, finals or (answer,)))
 
 
-def _conversation(columns: _Columns) -> tuple[tuple[Turn, ...], str]:
-    """The turns of the prompt, none where it is a text; and what is said then, "" where no column but answer tells."""
+def _read_conversation(columns: _Columns) -> tuple[tuple[Turn, ...], str]:
+    """Returns the turns of the prompt (empty if it is a text), and the answer ("" if only _FINAL columns have one)."""
     turns: tuple[Turn, ...] = ()
-    said = {}
+    outputs = {}
     if found := columns.one(_CONVERSATION):
         if isinstance(columns.values.get("prompt"), list):
             raise ValueError(f"the columns {found[0]} and prompt are both conversations: keep one")
         *before, (role, text) = turns_of(*found)
         if role != "assistant":
             raise ValueError(f"the column {found[0]} must end with a turn of the assistant, the answer")
-        turns, said[found[0]] = tuple(before), text
+        turns, outputs[found[0]] = tuple(before), text
     elif isinstance(columns.values.get("prompt"), list):
         turns = turns_of(*columns.present(["prompt"]).popitem())
     if (found or turns) and (not turns or turns[-1][0] != "user"):
         raise ValueError("a conversation must have a turn of the user before the answer")
-    for name, value in columns.present(_SAID).items():
+    for name, value in columns.present(_OUTPUTS).items():
         answer = turns_of(name, value) if isinstance(value, list) else (("assistant", text_of(name, value)),)
         if len(answer) > 1 or answer[0][0] != "assistant":
             raise ValueError(f"the column {name} must be a text or one turn of the assistant")
-        said[name] = answer[0][1]
-    if len({text.strip() for text in said.values()}) > 1:
-        raise ValueError(f"the columns {' and '.join(said)} say different things: keep one")
-    return turns, next(iter(said.values()), "")
+        outputs[name] = answer[0][1]
+    if len({text.strip() for text in outputs.values()}) > 1:
+        raise ValueError(f"the columns {' and '.join(outputs)} say different things: keep one")
+    return turns, next(iter(outputs.values()), "")
 
 
-def _prompt(columns: _Columns, turns: tuple[Turn, ...]) -> str | tuple[Turn, ...]:
-    """What is asked: the columns of text, or the conversation, which must hold them all; and the system's turn."""
+def _read_prompt(columns: _Columns, turns: tuple[Turn, ...]) -> str | tuple[Turn, ...]:
+    """Returns the prompt with the system turn: the text columns, or the conversation, which must hold all of them."""
     system = columns.one(_SYSTEM)
-    held = columns.present(_PARTS)
+    held = columns.present(_PROMPTS)
     if isinstance(held.get("prompt"), list):
-        del held["prompt"]  # which is the conversation
+        del held["prompt"]  # it is the conversation
     parts = {name: text_of(name, value) for name, value in held.items()}
     if turns:
         for name, text in parts.items():
             if not any(_holds(turn, text) for _, turn in turns):
                 raise ValueError(f"the column {name} stands beside a conversation that does not hold it: keep one")
     elif not parts:
-        raise columns.missing([*_PARTS, "messages"])
+        raise columns.missing([*_PROMPTS, "messages"])
     else:
         texts: list[str] = []
         for text in parts.values():
@@ -267,22 +267,22 @@ def _prompt(columns: _Columns, turns: tuple[Turn, ...]) -> str | tuple[Turn, ...
 
 
 def _holds(text: str, part: str) -> bool:
-    """Whether a text holds another one as a line or field of its own, or so long a one that it is no accident."""
+    """Whether a text holds another one as a separate line or field, or anywhere if the other one is long."""
     part = part.strip()
     if len(part) >= _LONG:
         return part in text
     return re.search(rf"(?:^|\n|: ){re.escape(part)}[ \t\r]*(?:\n|$)", text) is not None
 
 
-def _before(text: str, end: str) -> str:
-    """What stands before the end of a text, which is a line or field of its own or is long; "" where it ends else."""
+def _text_before(text: str, end: str) -> str:
+    """Returns the text before an ending that is a separate line or field or is long, or "" without such an ending."""
     rest = text.removesuffix(end)
-    apart = rest != text and (len(end) >= _LONG or re.search(r"(?:\n|:[ \t])[ \t]*$", rest))
-    return rest if apart else ""
+    separate = rest != text and (len(end) >= _LONG or re.search(r"(?:\n|:[ \t])[ \t]*$", rest))
+    return rest if separate else ""
 
 
-def _texts(name: str, value: Any) -> list[str]:
-    """One answer, or several: a list, or that of SQuAD beside the places where they start."""
+def _answer_texts(name: str, value: Any) -> list[str]:
+    """Returns one answer or several, from a text, a list, or SQuAD's format."""
     if isinstance(value, dict) and "text" in value and value.keys() <= {"text", "answer_start"}:
         value = value["text"]
     texts = [text_of(name, text) for text in (value if isinstance(value, list) else [value])]
@@ -291,24 +291,24 @@ def _texts(name: str, value: Any) -> list[str]:
     return texts
 
 
-def _of_choices(example: Example, offered: tuple[str, Any], said: dict[str, Any], finals: tuple[str, ...]) -> Example:
-    """An example with its choices and the one that all columns name which name one: labels, answers, what is learnt."""
+def _add_choices(example: Example, offered: tuple[str, Any], hints: dict[str, Any], finals: tuple[str, ...]) -> Example:
+    """Adds the choices to an example; the right one must agree with all columns that name one."""
     choices = Choices.read(*offered)
     numbers = set(range(len(choices.texts)))
     by_text = {i: Form("", "", choices.texts, "-") for i in numbers}
     named = []
-    for name, value in said.items():
+    for name, value in hints.items():
         if name == "label" and type(value) is int:
             named.append(numbers & {value})
         elif name in _LABELS or example.answer or type(value) is int:
             values = value if isinstance(value, list) else [value]
-            named.append({i for x in values for i in choices.called(x, by_name=name in _LABELS)})
-    learnt = example.answer or (finals[0] if finals and not isinstance(said.get("answer"), int) else "")
+            named.append({i for x in values for i in choices.matching(x, by_name=name in _LABELS)})
+    learnt = example.answer or (finals[0] if finals and not isinstance(hints.get("answer"), int) else "")
     forms = choices.forms(learnt) if learnt else by_text
     right = set(forms).intersection(*named)
     label = min(right, default=0)
     if not right or not right <= choices.equal_to(label):
-        given = {**said, **({"the answer": example.answer} if example.answer else {})}
+        given = {**hints, **({"the answer": example.answer} if example.answer else {})}
         words = ", ".join(f"{name} {shown(value, 40)}" for name, value in given.items()) or "other columns"
         raise ValueError(
             f"the column {offered[0]} holds {shown(offered[1])}, and which one is right does not follow from {words}: "
@@ -317,7 +317,7 @@ def _of_choices(example: Example, offered: tuple[str, Any], said: dict[str, Any]
     answers = forms[label].answers()
     prompt = example.prompt
     if not choices.shown_in(text_asked(prompt)):
-        prompt = with_more(prompt, choices.listed(forms[label].mark))
-    several = [] if said.keys() & set(_LABELS) else [i for text in finals[1:] for i in choices.called(text)]
+        prompt = append_text(prompt, choices.listed(forms[label].mark))
+    several = [] if hints.keys() & set(_LABELS) else [i for text in finals[1:] for i in choices.matching(text)]
     also = tuple(sorted(choices.equal_to(label).union(several) - {label}))
     return replace(example, prompt=prompt, answer=answers[label], choices=answers, label=label, also=also)

@@ -1,4 +1,4 @@
-"""Where rows come from: a file, a folder of files, or a hub dataset; each row as an example, in its split."""
+"""Reads the rows of a file, a folder of files or a hub dataset as examples in splits."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from huggingface_hub.errors import EntryNotFoundError
 from align_ext.data.conversation import text_asked
 from align_ext.data.metadata import Texts, text_lost
 from align_ext.data.rows import Example, example_of
-from align_ext.system.reading import MEBIBYTE, MOST_BYTES, parse_json, read_lines, reason_of, shown
+from align_ext.system.reading import MAX_ROW_BYTES, MEBIBYTE, parse_json, read_lines, reason_of, shown
 
 _SPLITS = {
     "train": "train", "training": "train", "test": "test", "testing": "test", "validation": "validation",
     "valid": "validation", "val": "validation", "dev": "validation", "eval": "validation",
 }  # fmt: skip
-_WORD = re.compile(rf"(?:^|[._-])({'|'.join(_SPLITS)})(?=[._-]|$)", re.IGNORECASE)
+_SPLIT_WORD = re.compile(rf"(?:^|[._-])({'|'.join(_SPLITS)})(?=[._-]|$)", re.IGNORECASE)
 _SHARD = re.compile(r"-\d+-of-\d+$")
 _NO_DATA = re.compile(r"(?:\..*|(?:readme|manifest|licen[cs]e)(?:\..*)?|.*\.md)", re.IGNORECASE)
-_MOST_ARRAY = 256 * MEBIBYTE  # of a file that is one JSON list, which is read as a whole
+_MAX_ARRAY_BYTES = 256 * MEBIBYTE  # the largest file with one JSON list, which is read at once
 _READ = "rows are read from .jsonl files, a JSON object a line, and .json files, a list of objects (.gz too)"
 
 
 @dataclass
 class Source:
-    """Rows by split: train, test, validation, or "" where nothing says which.
+    """Rows by split: train, test, validation, or "" if the split is not known.
 
     Attributes:
-        splits: the examples.
-        unused: columns that they do not use, as often as they stand in a row.
-        skipped: files and splits that were not read.
+        splits: the examples by split.
+        unused: the number of rows for each column that the examples do not use.
+        skipped: the files and splits that were not read.
     """
 
     splits: dict[str, list[Example]] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class Source:
     _texts: dict[str, Texts] = field(default_factory=dict)
 
     def add(self, split: str, rows: Iterable[tuple[str, Any]], task: str, ignore: Collection[str]) -> None:
-        """Reads rows, each with the words that say where it is; `task` is theirs if they have no column of it."""
+        """Reads rows, each with its location for messages; `task` is the task of rows without a column task."""
         examples = self.splits.setdefault(split, [])
         named: bool | None = None
         for where, row in rows:
@@ -64,7 +64,7 @@ class Source:
                     self._texts.setdefault(name, Texts(name)).add(text, example.task)
 
     def check_unused(self) -> None:
-        """Raises ValueError for a column whose name says that it is about the row, and whose texts are not."""
+        """Raises ValueError for a column with the name of metadata that holds content."""
         for name, texts in self._texts.items():
             if lost := texts.would_be_lost():
                 raise ValueError(
@@ -81,20 +81,20 @@ def read_source(data: str, ignore: Collection[str] = ()) -> Source:
         ignore: columns to leave out.
 
     Raises:
-        ValueError: there is none, or a file or a row of it cannot be used.
+        ValueError: there are no such data, or a file or a row cannot be used.
     """
     source, path = Source(), Path(os.path.expanduser(data))
     try:
-        found = path.stat().st_mode if data else None
+        mode = path.stat().st_mode if data else None
     except (FileNotFoundError, NotADirectoryError):
-        found = None
+        mode = None
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the data {shown(data)}: {reason_of(error)}") from error
-    if found is not None and stat.S_ISDIR(found):
+    if mode is not None and stat.S_ISDIR(mode):
         files = _files(path, source)
         for file in files:
             source.add(_split_of(file), _rows(file), _task_of(file), ignore)
-    elif found is not None:
+    elif mode is not None:
         if not _is_rows(path.name):
             raise ValueError(f"cannot read the data {shown(data)}: {_READ}")
         source.add("", _rows(path), _task_of(path), ignore)
@@ -107,7 +107,7 @@ def read_source(data: str, ignore: Collection[str] = ()) -> Source:
 
 
 def _files(folder: Path, source: Source) -> list[Path]:
-    """The files of rows in a folder; what else is in it is none by its name, or refused."""
+    """Returns the data files of a folder; other files are skipped if their names allow it, and otherwise refused."""
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
@@ -134,22 +134,22 @@ def _stem(file: Path) -> str:
 
 
 def _split_of(file: Path) -> str:
-    found = {_SPLITS[word.lower()] for word in _WORD.findall(_stem(file))}
-    if len(found) > 1:
-        raise ValueError(f"the name {shown(file.name)} says {' and '.join(sorted(found))}: let it name one split")
-    return found.pop() if found else ""
+    splits = {_SPLITS[word.lower()] for word in _SPLIT_WORD.findall(_stem(file))}
+    if len(splits) > 1:
+        raise ValueError(f"the name {shown(file.name)} says {' and '.join(sorted(splits))}: let it name one split")
+    return splits.pop() if splits else ""
 
 
 def _task_of(file: Path) -> str:
-    """What a file's rows are named after: the file without its split, or the folder where nothing else is left."""
-    name = _WORD.sub("", _SHARD.sub("", _stem(file))).strip("._- ")
+    """Returns a file's task: its name without the split, or the folder's name if nothing else is left."""
+    name = _SPLIT_WORD.sub("", _SHARD.sub("", _stem(file))).strip("._- ")
     return name or file.resolve().parent.name or "data"
 
 
 def _rows(file: Path) -> Iterator[tuple[str, Any]]:
-    """Each row of a file with the words that say where it stands."""
+    """Yields each row of a file with its location."""
     name, empty = shown(file.name), True
-    lines = read_lines(file, _MOST_ARRAY)
+    lines = read_lines(file, _MAX_ARRAY_BYTES)
     for number, line in lines:
         if not line.strip():
             continue
@@ -157,28 +157,28 @@ def _rows(file: Path) -> Iterator[tuple[str, Any]]:
             yield from _array(name, itertools.chain([line], (rest for _, rest in lines)))
             return
         empty, where = False, f"{name}, line {number}"
-        if len(line) > MOST_BYTES:
-            raise ValueError(f"{where}: it is larger than {MOST_BYTES} bytes")
-        yield where, _parsed(where, line)
+        if len(line) > MAX_ROW_BYTES:
+            raise ValueError(f"{where}: it is larger than {MAX_ROW_BYTES} bytes")
+        yield where, _parse(where, line)
     if empty:
         raise ValueError(f"{name} holds no rows")
 
 
 def _array(name: str, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
-    """Each row of a file that is one JSON list."""
-    parts, size = [], 0
+    """Yields each row of a file with one JSON list."""
+    pieces, size = [], 0
     for line in lines:
-        parts.append(line)
+        pieces.append(line)
         size += len(line)
-        if size > _MOST_ARRAY:
-            raise ValueError(f"{name} is larger than {_MOST_ARRAY} bytes: write a JSON object a line, not a list")
-    rows = _parsed(name, "".join(parts))
+        if size > _MAX_ARRAY_BYTES:
+            raise ValueError(f"{name} is larger than {_MAX_ARRAY_BYTES} bytes: write a JSON object a line, not a list")
+    rows = _parse(name, "".join(pieces))
     if not rows:
         raise ValueError(f"{name} holds no rows")
     yield from ((f"{name}, row {number}", row) for number, row in enumerate(rows, start=1))
 
 
-def _parsed(where: str, text: str) -> Any:
+def _parse(where: str, text: str) -> Any:
     try:
         return parse_json(text)
     except ValueError as error:
@@ -186,14 +186,14 @@ def _parsed(where: str, text: str) -> Any:
 
 
 def _from_hub(name: str) -> Any:
-    """A hub dataset (or a copy in the local cache), through the datasets package."""
+    """Loads a hub dataset, or its copy in the local cache, with the datasets package."""
     import datasets
 
     from align_ext.base_model.load import ask_hub
 
     repository, _, configuration = name.partition(":")
     cached = Path(datasets.config.HF_DATASETS_CACHE, repository.replace("/", "___")).is_dir()
-    # Asked first, because load_dataset retries for half a minute on a dead network.
+    # The hub is asked first, because load_dataset retries for half a minute without a network.
     error = None if cached else ask_hub(repository, "README.md", "dataset")
     if error is None or isinstance(error, EntryNotFoundError):
         try:
@@ -204,11 +204,11 @@ def _from_hub(name: str) -> Any:
 
 
 def _add_dataset(source: Source, name: str, loaded: Any, ignore: Collection[str]) -> None:
-    """The rows of a DatasetDict: its train split, and the split to test on, which is test or else validation."""
+    """Adds the rows of a DatasetDict: its train split, and its test split or else its validation split."""
     known = {split: _SPLITS[split] for split in _SPLITS if split in loaded}
     if "train" not in known:
         raise ValueError(f"the dataset {name!r} has no split train (it has {', '.join(map(shown, loaded))})")
-    held_out = next((split for kind in ("test", "validation") for split in known if known[split] == kind), None)
+    held_out = next((split for wanted in ("test", "validation") for split in known if known[split] == wanted), None)
     task = name.partition("/")[2].replace(":", "-")
     for split in loaded:
         if split in ("train", held_out):
@@ -224,6 +224,6 @@ def _table(name: str, split: str, table: Any) -> Iterator[tuple[str, Any]]:
         where = f"{name}, {split}, row {number}"
         try:
             row = next(rows)
-        except Exception as error:  # a column of images, say, of a format that nothing here decodes
+        except Exception as error:  # for example, a column of images in an unknown format
             raise ValueError(f"{where}: cannot be read ({reason_of(error)})") from error
         yield where, row

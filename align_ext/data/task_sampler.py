@@ -1,4 +1,4 @@
-"""Mixes tasks into batches: proportions over time, enough examples of a task in each batch, the same order again."""
+"""Mixes tasks into batches by given shares, with enough examples of each task in a batch, reproducibly."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ Mixing = Literal["proportional", "temperature", "equal", "round_robin"]
 
 
 class TaskSampler(Sampler[int]):
-    """Orders examples so that each batch holds few tasks, and of each of them enough to compare.
+    """Orders examples so that each batch holds few tasks, and enough examples of each to compare them.
 
-    A batch of b examples takes up to b // per_task tasks and at least per_task examples of each (statistics of one
-    example's tokens are poor; alignment needs two tasks; per_task=1 takes a batch of any size). Which tasks, and how
-    many of each, follows the shares
+    A batch of b examples has up to b // per_task tasks with at least per_task examples each (the statistics of one
+    example's tokens are poor; alignment needs two tasks; per_task=1 allows any batch size). The tasks and the numbers
+    of their examples follow the shares
 
         proportional  n_i / Σ n       temperature  n_i^(1/T) / Σ n^(1/T)       equal  1 / M
 
-    over time: a task is owed its share of every batch, and the batch goes to those that are owed most. Since a batch
-    has two tasks at least (where there are two), tasks that together fill less than per_task of it come more often.
-    round_robin takes the tasks in turn instead. Within a task its examples come in a random order, each once before
-    any comes again; every epoch has an order of its own, and (seed, epoch) determines it, so that a resumed run that
-    skips what it had seen goes on exactly.
+    over time: each batch adds every task's share to its balance, and goes to the tasks with the largest balances. Since
+    a batch has at least two tasks (if there are two), very small tasks occur more often than their shares. round_robin
+    takes the tasks in turn instead. The examples of a task come in random order, each once before any is repeated;
+    every epoch has its own order, determined by (seed, epoch), so that a resumed run that skips the earlier examples
+    continues exactly.
 
     Args:
-        tasks: the task of each example, as a dataset's task_ids column has it; examples of task -1 are left out.
-        batch_size: examples in a batch of one process.
-        mixing: how the shares are made.
+        tasks: the task of each example, as in a dataset's column task_ids; examples of task -1 are left out.
+        batch_size: the number of examples in a batch of one process.
+        mixing: how the shares are computed.
         temperature: T, 1 or more: from proportional (1) towards equal.
-        per_task: least number of examples of a task in a batch.
-        batches: in an epoch; None: as many as the examples fill.
-        seed: of the order.
+        per_task: the least number of examples of a task in a batch.
+        batches: the number of batches in an epoch; None: enough for all examples.
+        seed: the seed of the order.
 
     Raises:
-        ValueError: an option out of range, no example of a task, or a batch too small for a pair of tasks.
+        ValueError: an option is out of range, no example has a task, or a batch is too small for two tasks.
     """
 
     def __init__(
@@ -58,8 +58,8 @@ class TaskSampler(Sampler[int]):
                 self.pools.setdefault(task, []).append(index)
         if not self.pools:
             raise ValueError("no example belongs to a task: task_ids are empty or all -1")
-        least = per_task * min(2, len(self.pools)) if per_task > 1 else 1
-        if per_task < 1 or batch_size < least:
+        minimum = per_task * min(2, len(self.pools)) if per_task > 1 else 1
+        if per_task < 1 or batch_size < minimum:
             raise ValueError(
                 f"batch_size={batch_size} must hold two tasks with per_task={per_task} examples of each, and per_task "
                 "must be at least 1: take a larger batch, or per_task=1"
@@ -72,7 +72,7 @@ class TaskSampler(Sampler[int]):
         self.batches = batches if batches is not None else -(-sum(sizes.values()) // batch_size)
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the order of an epoch; AlignMixin and accelerate call it."""
+        """Selects the order of an epoch; AlignMixin and accelerate call it."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -80,53 +80,53 @@ class TaskSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         rng = random.Random(f"{self.seed} {self.epoch}")
-        streams = {task: _endless(pool, rng) for task, pool in sorted(self.pools.items())}
+        streams = {task: _shuffled_forever(pool, rng) for task, pool in sorted(self.pools.items())}
         for counts in self._plan(rng):
             batch = [next(streams[task]) for task, count in counts.items() for _ in range(count)]
             yield from rng.sample(batch, len(batch))
 
     def _plan(self, rng: random.Random) -> Iterator[dict[int, int]]:
-        """How many examples of which tasks each batch takes."""
-        names, most = list(self.shares), max(1, self.batch_size // self.per_task)
-        owed = dict.fromkeys(names, 0.0)
+        """Yields the number of examples of each task in each batch."""
+        names, max_tasks = list(self.shares), max(1, self.batch_size // self.per_task)
+        balance = dict.fromkeys(names, 0.0)
         for number in range(self.batches):
             for task in names:
-                owed[task] += self.shares[task] * self.batch_size
+                balance[task] += self.shares[task] * self.batch_size
             if self.mixing == "round_robin":
-                count = min(most, len(names))
+                count = min(max_tasks, len(names))
                 chosen = [names[(number * count + i) % len(names)] for i in range(count)]
             else:
-                most_owed = sorted(names, key=lambda task: (-owed[task], rng.random()))[:most]
-                # Tasks that are owed less than per_task examples wait, but two tasks there must be to compare.
-                chosen = [task for i, task in enumerate(most_owed) if i < 2 or owed[task] >= self.per_task]
+                first = sorted(names, key=lambda task: (-balance[task], rng.random()))[:max_tasks]
+                # Tasks with a balance below per_task wait, but a batch needs two tasks to compare.
+                chosen = [task for i, task in enumerate(first) if i < 2 or balance[task] >= self.per_task]
             counts = dict.fromkeys(chosen, self.per_task)
             for _ in range(self.batch_size - self.per_task * len(chosen)):
-                counts[max(chosen, key=lambda task: (owed[task] - counts[task], -names.index(task)))] += 1
+                counts[max(chosen, key=lambda task: (balance[task] - counts[task], -names.index(task)))] += 1
             for task, count in counts.items():
-                owed[task] -= count
+                balance[task] -= count
             yield counts
 
 
-def _endless(pool: list[int], rng: random.Random) -> Iterator[int]:
+def _shuffled_forever(pool: list[int], rng: random.Random) -> Iterator[int]:
     while True:
         yield from rng.sample(pool, len(pool))
 
 
 def join_tasks(parts: Mapping[str, Any], *, per_task: int = 2) -> tuple[Any, tuple[str, ...]]:
-    """Joins one dataset for each task into one with a column task_ids.
+    """Joins one dataset per task into one dataset with a column task_ids.
 
     Args:
         parts: task name -> datasets.Dataset, or all of them datasets.IterableDataset, with the same columns.
-        per_task: iterable: examples of a task that follow each other, so that a batch whose size is a multiple of it
-            holds so many of each of its tasks.
+        per_task: for iterable datasets, how many examples of a task come in a row, so that a batch whose size is a
+            multiple of it has at least so many of each of its tasks.
 
     Returns:
-        The joined dataset, whose task_ids number the names in their order, and the names. A TaskSampler orders
-        datasets of known size. Iterable ones take turns, per_task examples each; what has ended starts again until
-        all have, so that all tasks come equally often; resumable by state_dict and load_state_dict of datasets.
+        The joined dataset, whose task_ids are the indices of the names, and the names. Order datasets of known size by
+        a TaskSampler. Iterable datasets take turns with per_task examples each; one that ends starts again until all
+        have ended, so that all tasks come equally often. The result can be resumed by state_dict and load_state_dict.
 
     Raises:
-        ValueError: no parts, both kinds of them, splits in place of tasks, or per_task below 1.
+        ValueError: no datasets, datasets of both kinds, splits instead of tasks, or per_task below 1.
     """
     if not parts or {"train", "test"} & set(parts):
         raise ValueError(f"parts must have a dataset for each task, got {list(parts)}: of splits take one, ['train']")
@@ -140,21 +140,21 @@ def join_tasks(parts: Mapping[str, Any], *, per_task: int = 2) -> tuple[Any, tup
         return datasets.concatenate_datasets(numbered), tuple(parts)
     groups = [part.batch(per_task, drop_last_batch=True) for part in numbered]
     turns = datasets.interleave_datasets(groups, stopping_strategy="all_exhausted")
-    return turns.map(_flattened, batched=True, batch_size=1), tuple(parts)
+    return turns.map(_flatten, batched=True, batch_size=1), tuple(parts)
 
 
 def with_task(dataset: Any, task: int) -> Any:
-    """A dataset with a column task_ids that is the same number everywhere."""
+    """Returns a dataset with a column task_ids that holds one number."""
     if isinstance(dataset, datasets.IterableDataset):
         return dataset.map(_add_task, fn_kwargs={"task": task})
     return dataset.add_column("task_ids", [task] * len(dataset))
 
 
 def example_tasks(dataset: Any) -> list[int]:
-    """The task of each example of a training dataset.
+    """Returns the task of each example of a training dataset.
 
     Raises:
-        ValueError: no column task_ids, or examples of several tasks (packed rows).
+        ValueError: there is no column task_ids, or rows hold several tasks (packed rows).
     """
     columns = getattr(dataset, "column_names", None)
     if columns is None and len(dataset):
@@ -177,14 +177,14 @@ def _only_task(tasks: Any) -> int:
 
 
 def task_number(task: Any) -> int:
-    """A task id as an int.
+    """Returns a task id as an int.
 
     Raises:
-        ValueError: it is no integer of Python, NumPy or torch, or below -1.
+        ValueError: it is no integer of Python, NumPy or torch, or is below -1.
     """
     try:
         number = operator.index(task)
-    except (TypeError, RuntimeError):  # the latter of torch
+    except (TypeError, RuntimeError):  # torch raises RuntimeError
         number = -2
     if isinstance(task, bool) or number < -1:
         raise ValueError(f"task_ids must be integers, -1 for none, got {shown(task)}")
@@ -195,6 +195,6 @@ def _add_task(example: dict[str, Any], task: int) -> dict[str, Any]:
     return {**example, "task_ids": task}
 
 
-def _flattened(groups: dict[str, list[list[Any]]]) -> dict[str, list[Any]]:
-    """The examples of a batch of groups."""
+def _flatten(groups: dict[str, list[list[Any]]]) -> dict[str, list[Any]]:
+    """Returns the examples of a batch of groups."""
     return {name: [value for group in column for value in group] for name, column in groups.items()}

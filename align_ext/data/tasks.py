@@ -1,4 +1,4 @@
-"""The tasks: five built-in ones, or those of files and hub datasets; which of their examples are trained and scored."""
+"""Reads the tasks, built-in ones or those of files and hub datasets, and selects examples to train and to score on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from align_ext.data.sources import read_source
 from align_ext.system.bounds import unknown_name
 from align_ext.system.reading import shown
 
-# reasoning-gym's generators and options: short prompts, and an answer of another form in each.
+# reasoning-gym's generators and options, chosen for short prompts and answers of different forms.
 BUILTIN_TASKS: dict[str, dict[str, Any]] = {
     "chain_sum": {"max_terms": 2, "max_digits": 2},
     "syllogism": {},
@@ -23,39 +23,39 @@ BUILTIN_TASKS: dict[str, dict[str, Any]] = {
     "prime_factorization": {"max_value": 300},
 }
 _CHOICES = {"syllogism": ("Yes", "No")}
-# Item i of a generator comes from seed + i, so that seeds this far apart never share an item.
+# Item i of a generator uses seed + i, so seeds with this distance share no item.
 _TEST_SEED = 1_000_000_000
-_MOST_TASKS = 10_000
-_MOST_LINES = 20  # of a report
-_MOST_LETTERS = 300  # of one of its notes
+_MAX_TASKS = 10_000
+_MAX_LINES = 20  # the most tasks that a report lists
+_MAX_NOTE = 300  # the most characters of a note
 
 
 @dataclass(frozen=True)
 class Pools:
-    """Everything that was read.
+    """All examples that were read.
 
     Attributes:
-        tasks: task -> split (train, test, validation, or "", undivided) -> examples, in the order to take them in.
-        notes: a line on each kind of thing that was left unread.
+        tasks: task -> split (train, test, validation, or "" if undivided) -> examples, in the order of their selection.
+        notes: lines about files, splits and columns that are not used.
     """
 
     tasks: Mapping[str, Mapping[str, list[Example]]]
     notes: tuple[str, ...] = ()
 
     def examples(self) -> Iterator[Example]:
-        """All examples."""
+        """Yields all examples."""
         return (example for splits in self.tasks.values() for part in splits.values() for example in part)
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What became of one task's rows of one split.
+    """Counts of the used and unused rows of one task and split.
 
     Attributes:
-        rows: how many there are.
-        used: how many of them are used.
-        left_out: how many are not, by the reason.
-        repeated: how many are the same as another one; they are used like any other.
+        rows: the number of rows.
+        used: the number of used rows.
+        left_out: the number of unused rows by reason.
+        repeated: the number of rows that repeat another one; they are used like any other.
     """
 
     rows: int
@@ -71,14 +71,14 @@ class Usage:
 
 @dataclass(frozen=True)
 class TaskData:
-    """Examples to train on and examples to score on; a task's id is its place in `names`.
+    """Examples to train on and examples to score on; a task's id is its index in `names`.
 
     Attributes:
-        names: of the tasks.
-        train: what to train on.
-        test: what to score on.
-        usage: task -> split -> what became of its rows.
-        notes: those of the Pools.
+        names: the names of the tasks.
+        train: the examples to train on.
+        test: the examples to score on.
+        usage: task -> split -> the usage of its rows.
+        notes: the notes of the Pools.
     """
 
     names: tuple[str, ...]
@@ -88,19 +88,19 @@ class TaskData:
     notes: tuple[str, ...] = ()
 
     def ids(self) -> dict[str, int]:
-        """Each task's id by its name."""
+        """Returns each task's id by its name."""
         return {name: i for i, name in enumerate(self.names)}
 
     def report(self) -> Iterator[str]:
-        """What is used and what is not, a line a task, and what was not read."""
-        for name in self.names[:_MOST_LINES]:
+        """Yields one line per task on the used and unused rows, then the notes."""
+        for name in self.names[:_MAX_LINES]:
             yield f"{shown(name)[1:-1]}: " + ", ".join(f"{split} {usage}" for split, usage in self.usage[name].items())
-        if len(self.names) > _MOST_LINES:
-            yield f"... and {len(self.names) - _MOST_LINES:,} more tasks"
+        if len(self.names) > _MAX_LINES:
+            yield f"... and {len(self.names) - _MAX_LINES:,} more tasks"
         yield from self.notes
 
     def counts(self) -> dict[str, Any]:
-        """The same for a file: a dictionary that JSON can hold."""
+        """Returns the content of the report as a JSON-ready dictionary."""
         tasks = {name: {split: vars(usage) for split, usage in splits.items()} for name, splits in self.usage.items()}
         return {"tasks": tasks, "notes": list(self.notes)}
 
@@ -113,12 +113,12 @@ def read_tasks(
 
     Args:
         data: a .jsonl or .json file (.gz too), a folder of such files, or the id of a hub dataset ("owner/name", or
-            "owner/name:configuration"); None: the built-in tasks. Which rows are understood: align_ext/data/rows.py.
-            Files of a folder that are named after a split (x.train.jsonl, x.test.jsonl) are kept apart.
+            "owner/name:configuration"); None: the built-in tasks. The format of rows is in align_ext/data/rows.py.
+            A folder's files may be named after splits (x.train.jsonl, x.test.jsonl).
         tasks: names of the tasks to keep, all if empty.
-        train: how many examples to generate of a built-in task to train on.
-        test: how many to generate to score on.
-        seed: of the generators (to train on; the test is the same for every seed) and of the order.
+        train: how many training examples of a built-in task to generate.
+        test: how many test examples of a built-in task to generate.
+        seed: the seed of the generated training examples and of the order; test examples do not depend on it.
         ignore_columns: columns of the rows to leave out.
 
     Raises:
@@ -126,16 +126,16 @@ def read_tasks(
     """
     if data is None:
         parts = {"train": (train, seed), "test": (test, _TEST_SEED)}
-        names = _chosen(tuple(BUILTIN_TASKS), tasks)
+        names = _choose_names(tuple(BUILTIN_TASKS), tasks)
         return Pools({name: {split: builtin_examples(name, *part) for split, part in parts.items()} for name in names})
     source = read_source(data, ignore_columns)
     found: dict[str, dict[str, list[Example]]] = {}
     for split, examples in source.splits.items():
         for example in examples:
             found.setdefault(example.task, {}).setdefault(split, []).append(example)
-    if len(found) > _MOST_TASKS:
-        raise ValueError(f"the data has {len(found):,} tasks, and there may be {_MOST_TASKS:,}")
-    chosen = {name: found[name] for name in _chosen(sorted(found), tasks)}
+    if len(found) > _MAX_TASKS:
+        raise ValueError(f"the data has {len(found):,} tasks, and there may be {_MAX_TASKS:,}")
+    chosen = {name: found[name] for name in _choose_names(sorted(found), tasks)}
     for name, splits in chosen.items():
         if "" in splits and len(splits) > 1:
             where = {bool(split): examples[0].where for split, examples in splits.items()}
@@ -143,37 +143,37 @@ def read_tasks(
                 f"the task {shown(name)} has rows in a split ({where[True]}) and rows in none ({where[False]}): name "
                 "all of its files after splits, as x.train.jsonl and x.test.jsonl, or none"
             )
-    notes = [_list(f"not read: {', '.join(source.skipped)}")] if source.skipped else []
+    notes = [_shorten(f"not read: {', '.join(source.skipped)}")] if source.skipped else []
     if source.unused:
         columns = (f"{shown(name)[1:-1]} ({count:,} rows)" for name, count in sorted(source.unused.items()))
-        notes.append(_list(f"columns that are not used: {', '.join(columns)}"))
-    ordered = {n: {s: _shuffled(part, seed) for s, part in splits.items()} for n, splits in chosen.items()}
+        notes.append(_shorten(f"columns that are not used: {', '.join(columns)}"))
+    ordered = {n: {s: _shuffle(part, seed) for s, part in splits.items()} for n, splits in chosen.items()}
     return Pools(ordered, tuple(notes))
 
 
 def select(
     pools: Pools, train_per_task: int, test_per_task: int, fits: Callable[[Example], bool] = lambda _: True
 ) -> TaskData:
-    """Takes the first fitting examples of each task; what is tested is never trained on.
+    """Selects the first fitting examples of each task; prompts of test examples are never trained on.
 
     Args:
-        pools: as read_tasks gives them; an undivided pool is tested on its first examples and trained on the others.
-        train_per_task: at most so many examples of each task to train on.
-        test_per_task: at most so many of each to score on.
-        fits: which examples can be used.
+        pools: the result of read_tasks; the first examples of an undivided pool are scored, the others are trained on.
+        train_per_task: the most training examples of each task.
+        test_per_task: the most test examples of each task.
+        fits: whether an example can be used.
 
     Raises:
         ValueError: a task has nothing to train or to score on.
     """
     result = TaskData(tuple(pools.tasks), notes=pools.notes)
     for name, splits in pools.tasks.items():
-        split, pool = _held_out(splits) or ("test", splits.get("", []))
-        tested, used = _take(pool, test_per_task, fits, f"{shown(name)} has no examples to score", "eval_examples")
-        own = splits.get("train")
-        prompts = {text_asked(example.prompt) for example in (tested if own is None else pool)}
-        trained, learnt = _take(own or pool, train_per_task, fits, f"{shown(name)} has no examples to train",
-                                "train_examples", prompts)  # fmt: skip
-        result.usage[name] = {"train": learnt, split: used}
+        split, pool = _test_split(splits) or ("test", splits.get("", []))
+        tested, scored = _select(pool, test_per_task, fits, f"{shown(name)} has no examples to score", "eval_examples")
+        train = splits.get("train")
+        prompts = {text_asked(example.prompt) for example in (tested if train is None else pool)}
+        trained, learnt = _select(train or pool, train_per_task, fits, f"{shown(name)} has no examples to train",
+                                  "train_examples", prompts)  # fmt: skip
+        result.usage[name] = {"train": learnt, split: scored}
         _add_unused(result.usage[name], splits)
         result.train.extend(trained)
         result.test.extend(tested)
@@ -181,60 +181,60 @@ def select(
 
 
 def scored_examples(pools: Pools, most: int, fits: Callable[[Example], bool], *, undivided: bool) -> TaskData:
-    """Takes the first fitting examples of each task's test split, or validation split where there is no other.
+    """Selects the first fitting examples of each task's test split, or else of its validation split.
 
     Args:
-        pools: as read_tasks gives them.
-        most: of each task.
-        fits: which examples can be used.
-        undivided: score also what is in no split.
+        pools: the result of read_tasks.
+        most: the most examples of each task.
+        fits: whether an example can be used.
+        undivided: whether examples without a split are scored too.
 
     Raises:
         ValueError: a task has nothing to score on.
     """
     result = TaskData(tuple(pools.tasks), notes=pools.notes)
     for name, splits in pools.tasks.items():
-        split, pool = _held_out(splits) or ("test", splits.get("", []) if undivided else [])
+        split, pool = _test_split(splits) or ("test", splits.get("", []) if undivided else [])
         if not pool:
             raise ValueError(
                 f"the task {shown(name)} has no test split: name a file of examples to score on with --data"
             )
-        tested, used = _take(pool, most, fits, f"{shown(name)} has no examples to score", "examples")
+        tested, used = _select(pool, most, fits, f"{shown(name)} has no examples to score", "examples")
         result.usage[name] = {split: used}
         _add_unused(result.usage[name], splits)
         result.test.extend(tested)
     return result
 
 
-def _held_out(splits: Mapping[str, list[Example]]) -> tuple[str, list[Example]] | None:
-    """The split to score on and its name."""
+def _test_split(splits: Mapping[str, list[Example]]) -> tuple[str, list[Example]] | None:
+    """Returns the name and the examples of the split to score on, or None."""
     return next(((split, splits[split]) for split in ("test", "validation") if split in splits), None)
 
 
 def _add_unused(usage: dict[str, Usage], splits: Mapping[str, list[Example]]) -> None:
-    """Counts the splits that nothing was taken from."""
+    """Adds the usage of splits that are not used at all."""
     for split in splits:
         if split and split not in usage:
             rows = len(splits[split])
             usage[split] = Usage(rows, 0, {"in a split that is not used": rows}, 0)
 
 
-def _take(
+def _select(
     pool: Sequence[Example], most: int, fits: Callable[[Example], bool], task: str, option: str,
     tested: Collection[str] = (),
 ) -> tuple[list[Example], Usage]:  # fmt: skip
-    """The first fitting examples of a pool, none of which asks what is tested; and what became of the others."""
+    """Selects the first fitting examples of a pool without tested prompts; also returns the usage of the pool."""
     rest = [example for example in pool if text_asked(example.prompt) not in tested]
-    taken: list[Example] = []
+    selected: list[Example] = []
     too_long = 0
     for example in rest:
-        if len(taken) == most:
+        if len(selected) == most:
             break
         if fits(example):
-            taken.append(example)
+            selected.append(example)
         else:
             too_long += 1
-    if not taken:
+    if not selected:
         why = (
             f": all {too_long} are too long (seq_len)"
             if too_long
@@ -242,12 +242,12 @@ def _take(
         )
         raise ValueError(f"the task {task} on{why}")
     counts = {
-        f"beyond {option}": len(rest) - len(taken) - too_long,
+        f"beyond {option}": len(rest) - len(selected) - too_long,
         "too long (seq_len)": too_long,
         "with a prompt that is tested": len(pool) - len(rest),
     }
     left_out = {reason: count for reason, count in counts.items() if count}
-    return taken, Usage(len(pool), len(taken), left_out, len(pool) - len(set(pool)))
+    return selected, Usage(len(pool), len(selected), left_out, len(pool) - len(set(pool)))
 
 
 def builtin_examples(name: str, count: int, seed: int) -> list[Example]:
@@ -267,17 +267,17 @@ def _generated_score(dataset: Any, entry: dict[str, Any], text: str) -> float:
     return dataset.score_answer(answer=text, entry=entry)
 
 
-def _chosen(found: Sequence[str], wanted: Sequence[str]) -> tuple[str, ...]:
+def _choose_names(found: Sequence[str], wanted: Sequence[str]) -> tuple[str, ...]:
     for name in wanted:
         if name not in found:
             raise ValueError(unknown_name("task", name, found))
     return tuple(name for name in found if not wanted or name in wanted)
 
 
-def _shuffled(examples: list[Example], seed: int) -> list[Example]:
-    """An order that depends on the examples and the seed alone, not on the order of files or rows."""
+def _shuffle(examples: list[Example], seed: int) -> list[Example]:
+    """Shuffles by the examples and the seed only, whatever the order of files and rows."""
     return sorted(examples, key=lambda x: hashlib.sha256(f"{seed}\0{x.prompt}\0{x.answer}".encode()).digest())
 
 
-def _list(line: str) -> str:
-    return line if len(line) <= _MOST_LETTERS else line[:_MOST_LETTERS] + " ..."
+def _shorten(line: str) -> str:
+    return line if len(line) <= _MAX_NOTE else line[:_MAX_NOTE] + " ..."

@@ -1,1 +1,1 @@
-"""What runs here, and whether it is right."""
+"""Checks of the installation, of gradients, and of what heads and tasks have learned."""

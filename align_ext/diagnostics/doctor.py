@@ -1,4 +1,4 @@
-"""align-lora doctor: does this installation compute what it should, on every device present?"""
+"""align-lora doctor: checks that this installation computes correct results on every device."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from align_ext.system.terminal import plain_console
 
 Test = Callable[[torch.device, torch.dtype], float]
 
-# Largest error of a result against the float64 reference, relative to its largest element.
+# The largest allowed error against the float64 reference, relative to the largest element of the result.
 _ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
 def run(console: Console | None = None) -> bool:
-    """Prints what is installed and tests every operator on every device; True if all is well."""
+    """Prints what is installed and tests every operator on every device; returns True if all tests pass."""
     console = console or plain_console()
     facts = backend()
     for title in ("versions", "built_with", "devices"):
-        text = "  ".join(f"{k}={_plain(v)}" for k, v in facts[title].items())
+        text = "  ".join(f"{k}={_format_value(v)}" for k, v in facts[title].items())
         console.print(Text.assemble((title, "bold"), "  ", text))
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     table = Table("operator", "device", "path", "self-test", title="operators")
@@ -45,14 +45,14 @@ def run(console: Console | None = None) -> bool:
                 filter(None, (_verdict(_TESTS[op], torch.device(device), dtype) for dtype in _ALLOWED)), None
             )
             healthy = healthy and verdict is None
-            table.add_row(op, device, "native", _shown(verdict))
+            table.add_row(op, device, "native", _format_verdict(verdict))
     console.print(table)
     for device in devices:
         if not all(has_kernel(op, device.split(":")[0]) for op in OPS):
             continue
         verdicts = {name: _verdict(_architecture(name), torch.device(device), torch.float32) for name in ARCHITECTURES}
         healthy = healthy and not any(verdicts.values())
-        parts = [part for name, bad in verdicts.items() for part in ("  ", name, " ", _shown(bad))]
+        parts = [part for name, bad in verdicts.items() for part in ("  ", name, " ", _format_verdict(bad))]
         console.print(Text.assemble(("architectures", "bold"), f" on {device}", *parts))
     if facts["built_with"]["cuda_archs"] and torch.version.cuda and not build_info.finds_cuda_stream():
         console.print(Text("the CUDA kernels do not find torch's current stream: this torch is not known", "red"))
@@ -61,16 +61,16 @@ def run(console: Console | None = None) -> bool:
     return healthy
 
 
-def _shown(verdict: str | None) -> Text:
+def _format_verdict(verdict: str | None) -> Text:
     return Text("ok", "green") if verdict is None else Text(verdict, "red")
 
 
-def _plain(value: object) -> str:
+def _format_value(value: object) -> str:
     return " ".join(value) or "none" if isinstance(value, list) else str(value)
 
 
 def _verdict(test: Test, device: torch.device, dtype: torch.dtype) -> str | None:
-    """What is wrong with an operator or an architecture, or None."""
+    """Runs a self-test; returns the failure, or None."""
     try:
         error = test(device, dtype)
     except Exception as failure:  # a self-test reports whatever happens
@@ -96,10 +96,10 @@ def _gradients(call: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor], gr
 def _projection_error(
     op: str, device: torch.device, inputs: list[Tensor], grads: list[Tensor], options: dict[str, Any]
 ) -> float:
-    """The error of a projection of inputs x, adapters, base_out; tensors among the options follow the device."""
+    """Returns the error of a projection; inputs: x, adapters, base_out; tensors in options are moved to the device."""
 
-    def call(namespace: Any, place: torch.device) -> Callable[..., tuple[Tensor, ...]]:
-        placed = {name: o.to(place) if isinstance(o, Tensor) else o for name, o in options.items()}
+    def call(namespace: Any, target: torch.device) -> Callable[..., tuple[Tensor, ...]]:
+        placed = {name: o.to(target) if isinstance(o, Tensor) else o for name, o in options.items()}
         function = getattr(namespace, op)
         return lambda *leaves: function(*leaves[:-1], 0.5, base_out=leaves[-1], **placed)
 
@@ -137,8 +137,8 @@ def _test_gaussian_kl(device: torch.device, dtype: torch.dtype) -> float:
     z = torch.randn(200, 7, generator=generator).to(dtype)
     task = torch.arange(200) % 5 - 1
 
-    def call(op: Callable[..., Tensor], place: torch.device) -> Callable[[Tensor], tuple[Tensor]]:
-        return lambda z: (op(z, task.to(place), 4),)
+    def call(op: Callable[..., Tensor], target: torch.device) -> Callable[[Tensor], tuple[Tensor]]:
+        return lambda z: (op(z, task.to(target), 4),)
 
     exact = _gradients(call(reference.gaussian_kl, torch.device("cpu")), [z.double()], [torch.ones(())])
     return _error(_gradients(call(ops.gaussian_kl, device), [z.to(device)], [torch.ones(())]), exact)
@@ -149,15 +149,15 @@ def _test_mk_mmd(device: torch.device, dtype: torch.dtype) -> float:
     task = torch.arange(200) % 5 - 1
     z = (torch.randn(200, 7, generator=generator) + 0.3 * task[:, None]).to(dtype)
 
-    def call(op: Callable[..., Tensor], place: torch.device) -> Callable[[Tensor], tuple[Tensor]]:
-        return lambda z: (op(z, task.to(place), 4, n_max=30),)
+    def call(op: Callable[..., Tensor], target: torch.device) -> Callable[[Tensor], tuple[Tensor]]:
+        return lambda z: (op(z, task.to(target), 4, n_max=30),)
 
     exact = _gradients(call(reference.mk_mmd, torch.device("cpu")), [z.double()], [torch.ones(())])
     return _error(_gradients(call(ops.mk_mmd, device), [z.to(device)], [torch.ones(())]), exact)
 
 
 def _architecture(name: str) -> Test:
-    """The self-test of an architecture beside a linear layer 8 -> 8, both passes, against plain PyTorch."""
+    """Returns the self-test of an architecture on a linear layer 8 -> 8: forward and backward against plain PyTorch."""
 
     def test(device: torch.device, dtype: torch.dtype) -> float:
         options: dict[str, Any] = {"target_blocks": (), "align": None, "balance": None, "spectral": None}
@@ -186,9 +186,9 @@ def _architecture(name: str) -> Test:
     return test
 
 
-def _low_rank(x: Tensor, config: AlignLoraConfig, of: dict[str, Tensor]) -> Tensor:
-    """The architectures' formulas (align_ext/adapters) without dropout, s left out: Σ_i w_i B_i A_i x - B0 A0 x."""
-    A, B, R = of["lora_A"], of["lora_B"], of.get("lora_router.lora_R")
+def _low_rank(x: Tensor, config: AlignLoraConfig, tensors: dict[str, Tensor]) -> Tensor:
+    """Computes the architectures' formulas without dropout and scaling: Σ_i w_i B_i A_i x - B0 A0 x."""
+    A, B, R = tensors["lora_A"], tensors["lora_B"], tensors.get("lora_router.lora_R")
     if config.architecture == "multi_adapter":
         A, B = A[1], B[1]
     A, B = (t if t.dim() == 3 else t[None] for t in (A, B))
@@ -196,7 +196,7 @@ def _low_rank(x: Tensor, config: AlignLoraConfig, of: dict[str, Tensor]) -> Tens
     if R is not None:  # weights [T, G, N], each for 8 / G outputs
         w = (x @ R.T).unflatten(1, (config.routing_groups or 1, -1)).softmax(2)
         heads = heads * w.mT.repeat_interleave(8 // w.shape[1], 2)
-    offset = x @ of["lora_A0"].double().T @ of["lora_B0"].double().T if "lora_A0" in of else 0.0
+    offset = x @ tensors["lora_A0"].double().T @ tensors["lora_B0"].double().T if "lora_A0" in tensors else 0.0
     return heads.sum(1) - offset
 
 

@@ -1,12 +1,11 @@
-"""Does the alignment reach every adapted layer, in this model, on this batch, by this training loop?
+"""Checks that the alignment loss reaches every adapted layer, for a model, a batch and a training loop.
 
     report = grad_check(model, batch)                    # loss = model(**batch).loss; loss.backward()
     report = grad_check(model, batch, my_loop)           # my_loop(model, batch): forward and backward, no optimizer
     print(report)
 
-A loss that trains nothing looks like any other: its value is logged and its gradient is zero. So the gradient with the
-loss's weight minus that without it is compared, layer by layer, with the finite difference of the loss's value, which
-no backward takes part in.
+A loss may have a logged value but no gradient. So for each layer, the gradient with the loss's weight minus the
+gradient without it is compared with the finite difference of the loss's value, which needs no backward pass.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ from align_ext.alignment.model_state import AlignState, find_state
 from align_ext.diagnostics.observe import Observer, cause_of_zero, is_ours
 
 Loop = Callable[[nn.Module, Any], Any]
-# By dtype: how far a parameter is moved, relative to its norm; the error of a gradient allowed, relative to it.
+# By dtype: the step of finite differences relative to a parameter's norm, and the allowed relative gradient error.
 _PRECISION = {torch.float64: (1e-3, 0.02), torch.float32: (1e-2, 0.1)}
-_COARSE = (3e-2, 0.5)
-_MOST_DOUBLES = 300_000_000
+_LOW_PRECISION = (3e-2, 0.5)
+_MAX_DOUBLES = 300_000_000
 _SEED = 0
 _UNKNOWN = (
     "backward reached the layer, but not what the step had for it: recompute by the model's own "
@@ -42,16 +41,16 @@ _UNKNOWN = (
 
 @dataclass(frozen=True)
 class Reach:
-    """What one loss does to one layer.
+    """The effect of one loss on one layer.
 
     Attributes:
         layer: module name.
-        loss: "align", "balance" or "loss", the model's own.
-        gradient: norm of what the loss adds to the parameter's gradient (lora_A; balance: the router's; loss: lora_B).
-        expected: what finite differences make of it along the gradient; None: not differenced.
-        verdict: "ok", "none" (no gradient), "wrong" (another than the finite difference), "stationary" (no gradient,
-            and rightly: the loss does not change either).
-        cause: the likely one, and its cure; empty if all is well.
+        loss: "align", "balance", or "loss" for the model's loss.
+        gradient: the norm of the gradient that the loss adds to lora_A ("balance": the router, "loss": lora_B).
+        expected: the finite difference along the gradient; None: not computed.
+        verdict: "ok", "none" (no gradient), "wrong" (not the finite difference), "stationary" (no gradient, rightly,
+            since the loss does not change either).
+        cause: the likely cause and its cure; empty if there is no problem.
     """
 
     layer: str
@@ -63,17 +62,17 @@ class Reach:
 
     @property
     def reached(self) -> bool:
-        """Whether the layer gets what it should."""
+        """Whether the layer gets the right gradient."""
         return self.verdict in ("ok", "stationary")
 
 
 @dataclass(frozen=True)
 class GradReport:
-    """The outcome for all layers.
+    """The results for all layers.
 
     Attributes:
-        layers: one entry a layer and loss.
-        scale: by loss, what the loop multiplies it by (loss scaling, accumulation): the median over the layers.
+        layers: one entry per layer and loss.
+        scale: for each loss, the loop's factor on it (loss scaling, accumulation): the median over the layers.
     """
 
     layers: list[Reach]
@@ -92,24 +91,24 @@ class GradReport:
 
 
 def grad_check(model: nn.Module, batch: Any, loop: Loop | None = None, *, differences: int = 16) -> GradReport:
-    """Compares what a loss adds to each layer's gradient with finite differences of the loss.
+    """Compares the gradient that a loss adds to each layer with finite differences of the loss.
 
         D = gradient(weight) - gradient(0),   V = D / ||D||
         D · V  against  weight * (loss(P + h V) - loss(P - h V)) / 2h
 
-    for P = lora_A and the alignment, the router and the balance loss; without alignment P = lora_B and the model's own
-    loss. In float64 where the model is on the CPU and fits; it is left as it was, gradients included.
+    with P = lora_A for the alignment, the router for the balance loss and, without alignment, lora_B for the model's
+    loss. It uses float64 if the model is on the CPU and small enough. The model and its gradients are restored.
 
     Args:
-        model: with adapters, in the mode and wrapping that it is trained in.
-        batch: what the loop takes.
+        model: a model with adapters, in the mode and wrapping of its training.
+        batch: the batch for the loop.
         loop: forward and backward of one batch, loop(model, batch), without optimizer.step() and zero_grad(); may
             return the loss. None: loss = model(**batch).loss; loss.backward().
-        differences: how many layers are differenced (two runs of the loop each): those without a gradient first, then
-            evenly spread. None are where a router takes its top_k heads, whose choice jumps.
+        differences: the number of layers with finite differences (two runs of the loop each): first layers without a
+            gradient, then evenly spaced ones. With top_k there are none, since the choice of heads is not continuous.
 
     Returns:
-        What every layer gets, with the likely cause where that is nothing.
+        The gradient of every layer, with the likely cause if there is none.
 
     Raises:
         ValueError: the model has no adapters, or the loop changed the parameters.
@@ -118,23 +117,23 @@ def grad_check(model: nn.Module, batch: Any, loop: Loop | None = None, *, differ
     assert state is not None
     layers: list[Reach] = []
     scale = {}
-    with _left_as_found(model, state), _in_double(model) as dtype, Observer(adapters, state) as observer:
+    with _restored(model, state), _in_float64(model) as dtype, Observer(adapters, state) as observer:
         for loss in _losses(state):
-            probe = _Probe(model, observer, lambda: (loop or one_step)(model, _floats_as(batch, dtype)), loss)
-            found, scale[loss] = probe.check(differences, dtype)
-            layers += found
+            probe = _Probe(model, observer, lambda: (loop or one_step)(model, _convert_floats(batch, dtype)), loss)
+            reaches, scale[loss] = probe.check(differences, dtype)
+            layers += reaches
     return GradReport(layers, scale)
 
 
 def one_step(model: Any, batch: Mapping[str, Any]) -> Tensor:
-    """The default loop."""
+    """Runs the default loop: forward and backward."""
     loss = model(**batch).loss
     loss.backward()
     return loss
 
 
 def print_reports(reports: Mapping[str, GradReport], console: Console) -> None:
-    """Prints a table of reports, one row each, and below it what is wrong."""
+    """Prints a table with one row per report and loss, and below it the problems."""
     table = Table("model", "loss", "layers", "largest error", "verdict", title="what reaches the adapters")
     for name, report in reports.items():
         for loss, scale in report.scale.items():
@@ -165,7 +164,7 @@ def _parameter(loss: str, adapter: Any) -> nn.Parameter:
 
 
 class _Probe:
-    """Runs of the loop that differ in the weight of one loss, or in one parameter, and in nothing else."""
+    """Runs the loop several times with changes only in the weight of one loss, or in one parameter."""
 
     def __init__(self, model: nn.Module, observer: Observer, loop: Callable[[], Any], loss: str) -> None:
         self.model, self.observer, self.loop, self.loss = model, observer, loop, loss
@@ -174,7 +173,7 @@ class _Probe:
         self.weight = 1.0 if loss == "loss" else getattr(observer.state.config, f"{loss}_weight") or 1.0
 
     def check(self, differences: int, dtype: torch.dtype) -> tuple[list[Reach], float]:
-        """The layers' entries, and the loop's factor on the loss."""
+        """Returns the layers' entries, and the loop's factor on the loss."""
         try:
             added = self.added()
         except RuntimeError as error:
@@ -184,13 +183,13 @@ class _Probe:
         causes = {name: cause_of_zero(self.observer, name, p, self.loss) for name, p in self.parameters.items()}
         if self.loss == "align" and self.observer.hold_bandwidths():
             added = self.added()
-        step, tolerance = _PRECISION.get(dtype, _COARSE)
-        chosen = _chosen(added, 0 if self.observer.state.config.top_k else differences)
+        step, tolerance = _PRECISION.get(dtype, _LOW_PRECISION)
+        chosen = _select_layers(added, 0 if self.observer.state.config.top_k else differences)
         slopes = {name: self.slope(name, added[name], step) for name in chosen}
-        return _judged(self.loss, added, slopes, causes, tolerance)
+        return _judge(self.loss, added, slopes, causes, tolerance)
 
     def run(self, weight: float) -> tuple[dict[str, Tensor | None], float | None]:
-        """The parameters' gradients and the loss's value, from the same random numbers and buffers each time."""
+        """Returns the gradients and the loss's value, with the same random numbers and buffers each time."""
         for buffer, value in self.buffers:
             buffer.copy_(value)
         self.model.zero_grad(set_to_none=True)
@@ -198,7 +197,7 @@ class _Probe:
             self.observer.reweigh(self.loss, weight)
         self.observer.steps.clear()
         versions = [p._version for p in self.parameters.values()]
-        with torch.random.fork_rng():  # puts the state back: every run draws the same dropout
+        with torch.random.fork_rng():  # restores the state, so that every run has the same dropout
             returned = self.loop()
         if versions != [p._version for p in self.parameters.values()]:
             raise ValueError("the loop changed the adapters: leave optimizer.step() out of it")
@@ -206,7 +205,7 @@ class _Probe:
         return grads, self.observer.value(self.loss, returned)
 
     def added(self) -> dict[str, Tensor]:
-        """What the loss adds to each gradient; exactly zero where it is lost in the rounding of the rest."""
+        """Returns what the loss adds to each gradient; exactly zero if it is smaller than rounding errors."""
         off = {} if self.loss == "loss" else self.run(0.0)[0]
         on = self.run(self.weight)[0]
         result = {}
@@ -219,9 +218,9 @@ class _Probe:
 
     @torch.no_grad()
     def slope(self, name: str, added: Tensor, step: float) -> tuple[float, bool] | None:
-        """The finite difference along the gradient (a random direction without one), and whether it is flat there.
+        """Returns the finite difference along the gradient (or a random direction), and whether the loss is flat.
 
-        It is flat where the even part of the change is as large as the odd one: at a minimum, or a constant.
+        The loss is flat if the even part of the change is as large as the odd part: at a minimum, or for a constant.
         """
         p = self.parameters[name]
         direction = added
@@ -230,34 +229,34 @@ class _Probe:
             direction = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
         direction = direction / direction.norm()
         h = step * (float(p.norm()) or 1.0)
-        kept, values = p.clone(), []
-        for move in (h, -h) if added.any() else (h, -h, 0.0):
-            p.copy_(kept + move * direction)
+        originals, values = p.clone(), []
+        for offset in (h, -h) if added.any() else (h, -h, 0.0):
+            p.copy_(originals + offset * direction)
             with torch.enable_grad():
                 values.append(self.run(self.weight)[1])
-        p.copy_(kept)
+        p.copy_(originals)
         if None in values:
             return None
-        up, down, *here = (self.weight * float(value or 0.0) for value in values)
-        return (up - down) / (2 * h), bool(here) and abs(up - down) <= abs(up + down - 2 * here[0])
+        up, down, *center = (self.weight * float(value or 0.0) for value in values)
+        return (up - down) / (2 * h), bool(center) and abs(up - down) <= abs(up + down - 2 * center[0])
 
 
-def _chosen(added: Mapping[str, Tensor], count: int) -> list[str]:
-    """Layers without a gradient first, then some of the others, evenly spread."""
+def _select_layers(added: Mapping[str, Tensor], count: int) -> list[str]:
+    """Returns layers without a gradient first, then evenly spaced other layers."""
     zero = [name for name, tensor in added.items() if not tensor.any()][:count]
     others = [name for name, tensor in added.items() if tensor.any()]
-    left = min(max(count - len(zero), 0), len(others))
-    return zero + [others[i * len(others) // left] for i in range(left)]
+    count_of_others = min(max(count - len(zero), 0), len(others))
+    return zero + [others[i * len(others) // count_of_others] for i in range(count_of_others)]
 
 
-def _judged(
+def _judge(
     loss: str,
     added: Mapping[str, Tensor],
     slopes: Mapping[str, tuple[float, bool] | None],
     causes: Mapping[str, str],
     tolerance: float,
 ) -> tuple[list[Reach], float]:
-    """The verdict on each layer, and the loop's factor."""
+    """Returns the verdict on each layer, and the loop's factor."""
     norms = {name: float(tensor.norm()) for name, tensor in added.items()}
     known = {name: slope for name, slope in slopes.items() if slope is not None}
     ratios = [norms[name] / slope for name, (slope, _) in known.items() if norms[name] and slope]
@@ -279,12 +278,12 @@ def _judged(
 
 
 @contextmanager
-def _left_as_found(model: nn.Module, state: AlignState) -> Iterator[None]:
-    """Puts gradients, buffers, options and the last step back, and keeps the step's warnings to itself."""
+def _restored(model: nn.Module, state: AlignState) -> Iterator[None]:
+    """Restores gradients, buffers, options and the last step at the end, and suppresses warnings."""
     grads = [(p, p.grad) for p in model.parameters()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     config, last = state.config, state.last
-    # The projectors of the spectral loss are constants to its gradient, and would move in finite differences.
+    # The projectors of the spectral loss are constants for its gradient, but would change in finite differences.
     state.config = replace(config, spectral_weight=0.0)
     try:
         with warnings.catch_warnings():
@@ -299,29 +298,29 @@ def _left_as_found(model: nn.Module, state: AlignState) -> Iterator[None]:
 
 
 @contextmanager
-def _in_double(model: nn.Module) -> Iterator[torch.dtype]:
-    """Within, the model is in float64 if all of it is plain floating-point memory of the CPU; yields its dtype."""
+def _in_float64(model: nn.Module) -> Iterator[torch.dtype]:
+    """Converts a small model on the CPU to float64 within the block; yields the dtype of the model."""
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
     plain = all(type(t) in (nn.Parameter, Tensor) and t.device.type == "cpu" for t in tensors)
-    if not plain or sum(t.numel() for t in tensors) > _MOST_DOUBLES:
+    if not plain or sum(t.numel() for t in tensors) > _MAX_DOUBLES:
         yield min((t.dtype for t in tensors), key=lambda dtype: dtype.itemsize)
         return
-    kept = [(t, t.data) for t in tensors]
+    originals = [(t, t.data) for t in tensors]
     try:
-        for t, data in kept:
+        for t, data in originals:
             t.grad = None
             t.data = data.double()
         yield torch.float64
     finally:
-        for t, data in kept:
+        for t, data in originals:
             t.grad = None
             t.data = data
 
 
-def _floats_as(batch: Any, dtype: torch.dtype) -> Any:
-    """A batch whose floating-point tensors have the model's dtype."""
+def _convert_floats(batch: Any, dtype: torch.dtype) -> Any:
+    """Returns a batch whose floating-point tensors have the model's dtype."""
     if isinstance(batch, Mapping):
-        return {name: _floats_as(value, dtype) for name, value in batch.items()}
+        return {name: _convert_floats(value, dtype) for name, value in batch.items()}
     if isinstance(batch, Tensor) and batch.is_floating_point() and dtype == torch.float64:
         return batch.to(dtype)
     return batch

@@ -1,4 +1,4 @@
-"""What happens to each adapter while a training loop runs, and why it may get no gradient."""
+"""Observes each adapter while a training loop runs, to explain why it gets no gradient."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from align_ext.losses.mmd import MmdStatistics
 
 @dataclass
 class Seen:
-    """Of one layer: whether its forward ran, had a graph (perhaps in recomputation), and got a gradient."""
+    """Observations of one layer: whether its forward ran, had an autograd graph, and got a gradient."""
 
     ran: bool = False
     graph: bool = False
@@ -27,17 +27,17 @@ class Seen:
 
 
 class Observer:
-    """Watches a model's adapters by hooks, within a with block.
+    """Observes a model's adapters by hooks within a with block.
 
     Args:
-        adapters: by layer name.
-        state: of the model; its options are what the observer changes.
+        adapters: the adapters by layer name.
+        state: the model's state, whose options the observer changes.
     """
 
     def __init__(self, adapters: Mapping[str, Adapter], state: AlignState) -> None:
         self.adapters, self.state = adapters, state
         self.seen = {name: Seen() for name in adapters}
-        self.steps: list[AlignStep] = []  # of the last run, which clears them
+        self.steps: list[AlignStep] = []  # the steps of the last run, which clears the list first
         self.weight: float | None = None
         self._handles: list[RemovableHandle] = []
 
@@ -51,37 +51,37 @@ class Observer:
             handle.remove()
 
     def _hook(self, seen: Seen) -> Any:
-        def gets(gradient: Tensor) -> None:
+        def on_gradient(gradient: Tensor) -> None:
             seen.reached |= bool(gradient.any())
 
-        def runs(module: nn.Module, args: Any, y: Tensor) -> None:
+        def on_forward(module: nn.Module, args: Any, y: Tensor) -> None:
             seen.ran = True
             step = self.state.current
             if step is not None and step not in self.steps:
                 self.steps.append(step)
             if y.requires_grad:
                 seen.graph = True
-                y.register_hook(gets)
+                y.register_hook(on_gradient)
 
-        return runs
+        return on_forward
 
     def reweigh(self, loss: str, weight: float) -> None:
-        """Gives a loss its weight in the runs to come."""
+        """Sets the weight of a loss for the next runs."""
         options: dict[str, Any] = {f"{loss}_weight": weight}
         self.state.config = replace(self.state.config, **options)
         self.weight = weight
 
     def value(self, loss: str, returned: Any) -> float | None:
-        """The loss's value in the run, without its weight; None if there is none."""
+        """Returns the loss's value in the last run, without its weight; None if there is none."""
         if loss == "loss":
             return None if returned is None else float(returned)
         parts = [step.alignment if loss == "align" else step.balance for step in self.steps]
         return sum(float(part.value) for part in parts if part is not None) if any(parts) else None
 
     def hold_bandwidths(self) -> bool:
-        """Fixes the MMD's bandwidths around the mean squared distance of the last run; whether there were any to fix.
+        """Fixes the MMD's bandwidths by the mean squared distance of the last run; returns whether it did.
 
-        The heuristic ones are constants to the gradient, and would move in finite differences.
+        Heuristic bandwidths are constants for the gradient, but would change in finite differences.
         """
         config = self.state.config
         part = self.steps[-1].alignment if self.steps else None
@@ -94,7 +94,7 @@ class Observer:
 
 
 def is_ours(error: BaseException) -> bool:
-    """Whether this package raised an error: its message says what is wrong with the loop."""
+    """Whether this package raised an error, so that its message explains the problem."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -102,7 +102,7 @@ def is_ours(error: BaseException) -> bool:
 
 
 def cause_of_zero(observer: Observer, name: str, parameter: nn.Parameter, loss: str) -> str:
-    """Why a layer would get nothing from a loss, and the cure, in one line; "" if nothing speaks for it."""
+    """Returns why a layer gets no gradient from a loss, with the cure, in one line; "" if no cause is known."""
     seen, steps = observer.seen[name], observer.steps
     if not parameter.requires_grad:
         return "the parameter is frozen: call requires_grad_(True) on it before the optimizer is made"
@@ -113,7 +113,7 @@ def cause_of_zero(observer: Observer, name: str, parameter: nn.Parameter, loss: 
             "it runs without a graph: under no_grad, or in a reentrant checkpoint whose input needs no gradient; call "
             "model.enable_input_require_grads(), or use use_reentrant=False"
         )
-    if loss != "loss" and (reason := _of_steps(steps, observer.weight, loss)):
+    if loss != "loss" and (reason := _problem_of_steps(steps, observer.weight, loss)):
         return reason
     if not seen.reached:
         return "its output is detached, or the loss does not depend on it: find the detach() or no_grad() after it"
@@ -122,8 +122,8 @@ def cause_of_zero(observer: Observer, name: str, parameter: nn.Parameter, loss: 
     return ""
 
 
-def _of_steps(steps: list[AlignStep], weight: float | None, loss: str) -> str:
-    """What is wrong with the loop's steps, for all layers alike."""
+def _problem_of_steps(steps: list[AlignStep], weight: float | None, loss: str) -> str:
+    """Returns a problem of the loop's steps that affects all layers, or ""."""
     if not steps:
         return "the loop opens no training step: call model.train(), and give task_ids= or use align_step"
     step = steps[-1]
@@ -136,5 +136,5 @@ def _of_steps(steps: list[AlignStep], weight: float | None, loss: str) -> str:
     if step.alignment is None or float(step.alignment.value) != 0.0:
         return ""
     tasks = torch.unique(step.tokens.ids[step.tokens.ids >= 0]).tolist()
-    of = f"of task {tasks[0]} alone" if len(tasks) == 1 else f"of tasks {tasks}" if tasks else "of no task (ids -1)"
-    return f"the batch's tokens are {of}: mix tasks in a batch, two tokens of each at least"
+    found = f"of task {tasks[0]} alone" if len(tasks) == 1 else f"of tasks {tasks}" if tasks else "of no task (ids -1)"
+    return f"the batch's tokens are {found}: mix tasks in a batch, two tokens of each at least"

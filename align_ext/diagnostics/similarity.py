@@ -1,4 +1,4 @@
-"""How alike heads and tasks have become, and how the routers spread the tokens over the heads."""
+"""Measures the similarity of heads and of tasks, and how routers distribute tokens over the heads."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from align_ext.losses.tokens import TokenTasks
 
 @dataclass(frozen=True)
 class Routing:
-    """How one layer's router weighs the heads over the tokens that count, and over its G groups of outputs.
+    """The weights of one layer's router over the counted tokens and its G groups of outputs.
 
     Attributes:
-        entropy: mean over (token, group) of -Σ_i w_i log w_i, divided by log N: 1 = uniform, 0 = one head alone
+        entropy: mean over (token, group) of -Σ_i w_i log w_i, divided by log N: 1 = uniform, 0 = a single head
             (1 for a single head).
         importance: [N], mean of w_i; they add up to 1.
-        load: [N], share of (token, group) whose largest weight is w_i, ties to the lowest i; they add up to 1.
+        load: [N], fraction of (token, group) whose largest weight is w_i, ties to the lowest i; they add up to 1.
     """
 
     entropy: float
@@ -42,10 +42,10 @@ def cosines(vectors: Tensor) -> Tensor:
 def head_similarity(model: nn.Module) -> dict[str, Tensor]:
     """Computes the cosine of every pair of flattened heads B_i, B_j of each layer (2508.05078, Figure 2).
 
-    For multi_adapter the B of the tasks. Near 1: the heads learned the same, and one would do.
+    For multi_adapter, the B of the tasks. Values near 1 mean that the heads learned the same and one would be enough.
 
     Args:
-        model: with adapters of several heads (hydra, r_lora, m_lora, lora_moe, mtlora) or tasks.
+        model: a model whose adapters have several heads (hydra, r_lora, m_lora, lora_moe, mtlora) or tasks.
 
     Returns:
         Module name -> [N, N], float32; NaN for heads that are still zero.
@@ -61,11 +61,11 @@ def head_similarity(model: nn.Module) -> dict[str, Tensor]:
 
 
 def routing(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Routing]:
-    """Measures the routers on a batch, in evaluation.
+    """Measures the routers on a batch in eval mode.
 
     Args:
-        model: with routed adapters (hydra, r_lora, lora_moe, mtlora).
-        batch: what the model takes; where attention_mask is 0, or task_ids -1, a token does not count.
+        model: a model with routed adapters (hydra, r_lora, lora_moe, mtlora).
+        batch: the model's inputs; tokens with attention_mask 0 or task_ids -1 do not count.
 
     Returns:
         Module name -> Routing.
@@ -77,11 +77,11 @@ def routing(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Routing]:
     if not found:
         raise ValueError("no layer has a router: routing is measured for hydra, r_lora, lora_moe and mtlora")
     tokens = _tasks(batch)
-    return {name: _routing(w[_counting(tokens, w)].flatten(0, 1)) for name, w in found.items()}
+    return {name: _routing(w[_counted_rows(tokens, w)].flatten(0, 1)) for name, w in found.items()}
 
 
 def _routing(w: Tensor) -> Routing:
-    """Of weights [tokens * groups, N]."""
+    """Returns the measures for weights [tokens * groups, N]."""
     heads = w.shape[1]
     if not len(w):
         raise ValueError("no token of the batch counts: they are all padding or of task -1")
@@ -93,11 +93,11 @@ def _routing(w: Tensor) -> Routing:
 def latent_similarity(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """Computes the cosine of every pair of tasks' mean latents mu_k = mean over the task's tokens of z, of each layer.
 
-    Near 1 in every pair: the tasks share a latent space, which is what alignment is for.
+    Values near 1 in every pair mean that the tasks share a latent space, which is the aim of alignment.
 
     Args:
-        model: with adapters of any kind; latents of each head are taken as one vector.
-        batch: what the model takes, with task_ids [B] or [B, S].
+        model: a model with adapters of any kind; the latents of all heads count as one vector.
+        batch: the model's inputs with task_ids [B] or [B, S].
 
     Returns:
         Module name -> [M, M], M the largest id plus one; NaN for tasks without a token.
@@ -121,11 +121,11 @@ def mean_similarity(layers: Mapping[str, Tensor]) -> Tensor:
 
 
 def plot_similarity(layers: Mapping[str, Tensor], file: str | os.PathLike[str]) -> str | None:
-    """Draws a heat map of each layer's matrix; the file's name, or None without matplotlib.
+    """Draws a heat map of each layer's matrix; returns the file's name, or None without matplotlib.
 
     Args:
-        layers: of head_similarity or latent_similarity.
-        file: its ending is the format (.png, .svg, .pdf).
+        layers: the result of head_similarity or latent_similarity.
+        file: the file; its suffix selects the format (.png, .svg, .pdf).
     """
     try:
         from matplotlib.figure import Figure
@@ -147,7 +147,7 @@ def plot_similarity(layers: Mapping[str, Tensor], file: str | os.PathLike[str]) 
 
 
 def _tasks(batch: Mapping[str, Any]) -> TokenTasks | None:
-    """The task of every token, -1 where it does not count; without task_ids all are of task 0. None: no padding too."""
+    """Returns the task of every token, -1 if it does not count, 0 without task_ids; None without ids and mask."""
     ids, mask = batch.get("task_ids"), batch.get("attention_mask")
     if ids is None and mask is None:
         return None
@@ -158,20 +158,20 @@ def _tasks(batch: Mapping[str, Any]) -> TokenTasks | None:
 
 
 def _ids(tokens: TokenTasks | None, output: Tensor) -> Tensor:
-    """The task of each row of a layer's output [T, ...]."""
+    """Returns the task of each row of a layer's output [T, ...]."""
     if tokens is None:
         return torch.zeros(len(output), dtype=torch.int64, device=output.device)
     tokens.check(len(output))
     return tokens.expand(output.device, len(output))
 
 
-def _counting(tokens: TokenTasks | None, output: Tensor) -> Tensor:
+def _counted_rows(tokens: TokenTasks | None, output: Tensor) -> Tensor:
     return _ids(tokens, output) >= 0
 
 
 @torch.no_grad()
 def _captured(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Captured]:
-    """What each layer's adapter computes in evaluation."""
+    """Returns the outputs of each layer's adapter in eval mode."""
     training = model.training
     try:
         with capture_latents(model) as captured:

@@ -1,1 +1,1 @@
-"""Scores of a model on tasks."""
+"""Scores a model on tasks."""

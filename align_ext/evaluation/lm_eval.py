@@ -1,4 +1,4 @@
-"""EleutherAI's lm-evaluation-harness on a base model with an adapter of any architecture: its model "align".
+"""The model "align" for EleutherAI's lm-evaluation-harness: a base model with an adapter of any architecture.
 
     pip install lm-eval
     python -m align_ext.evaluation.lm_eval run --model align --model_args pretrained=M,adapter=FOLDER --tasks arc_easy
@@ -22,17 +22,17 @@ from align_ext.io.adapter_folder import AdapterFolder
 def align_lm(
     pretrained: str | None = None, adapter: str | None = None, task: str | int | None = None, **options: Any
 ) -> Any:
-    """Makes the harness's model (lm_eval.models.huggingface.HFLM) of a base model and an adapter's folder.
+    """Returns a model of the harness (lm_eval.models.huggingface.HFLM) for a base model and an adapter's folder.
 
     Args:
-        pretrained: base model, a folder or hub id; None: SmolLM2-135M-Instruct.
-        adapter: folder of save_adapter or stock PEFT; None: the base alone.
-        task: multi_adapter: name or number of the adapter's task that the harness's tasks belong to.
-        **options: merge, dtype, device as for `align-lora eval`; others are HFLM's (batch_size, ...).
+        pretrained: the base model, a folder or hub id; None: SmolLM2-135M-Instruct.
+        adapter: a folder of save_adapter or stock PEFT; None: no adapter.
+        task: for a multi_adapter, the name or number of the task to use.
+        **options: merge, dtype, device as in `align-lora eval`; other options are those of HFLM (batch_size, ...).
 
     Raises:
-        ValueError: the model or adapter cannot be loaded; a multi_adapter without a task; or an adapter with
-            routing="sequence", which would see the answers that the harness scores.
+        ValueError: the model or adapter cannot be loaded; a multi_adapter has no task; or the adapter has
+            routing="sequence", whose router would see the answers that the harness scores.
         ModuleNotFoundError: lm-eval is not installed.
     """
     return _model_class()(pretrained=pretrained, adapter=adapter, task=task, **options)
@@ -40,7 +40,7 @@ def align_lm(
 
 @functools.cache
 def _model_class() -> Any:
-    """The harness's model class, registered as "align"; made here since lm-eval is no dependency."""
+    """Returns the model class "align" of the harness; defined in a function, since lm-eval is not a dependency."""
     try:
         from lm_eval.api.registry import register_model
         from lm_eval.models.huggingface import HFLM
@@ -66,21 +66,21 @@ def _model_class() -> Any:
             if config is not None and config.routing == "sequence":
                 raise ValueError('an adapter with routing="sequence" would route by the answers that are scored: use '
                                  "`align-lora eval`, which routes by the prompts alone")  # fmt: skip
-            where = (device or "auto").partition(":")[0]
-            request = ModelRequest(model=pretrained, adapter=adapter, merge=merge, dtype=dtype, device=where)
+            device_type = (device or "auto").partition(":")[0]
+            request = ModelRequest(model=pretrained, adapter=adapter, merge=merge, dtype=dtype, device=device_type)
             model, tokenizer = request.load(None if task is None else str(task))
             model = model.to(device) if device and ":" in device else model
-            model.generation_config = plain_generation(model, tokenizer)  # the harness's tasks say how to generate
+            model.generation_config = plain_generation(model, tokenizer)  # tasks of the harness add their options
             super().__init__(pretrained=model, tokenizer=tokenizer, **options)
 
     return AlignLM
 
 
 def main() -> None:
-    """Runs the harness's command line with the model "align" in it; what goes wrong is one line and exit code 2."""
-    given = " ".join(sys.argv[1:])
-    # Without the option the harness takes a GPU whether there is one or not.
-    if "run" in sys.argv[1:2] and not re.search(r"(^| )(--device|--config|-C)\b", given):
+    """Runs the harness's command line with the model "align"; an error is one line and exit code 2."""
+    arguments = " ".join(sys.argv[1:])
+    # Without the option, the harness requires a GPU.
+    if "run" in sys.argv[1:2] and not re.search(r"(^| )(--device|--config|-C)\b", arguments):
         sys.argv += ["--device", "auto"]
     try:
         _model_class()

@@ -1,12 +1,12 @@
-"""Whether two models compute the same logits."""
+"""Compares the logits of two models."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-LARGEST_DIFFERENCE = 1e-4  # of two models' float32 logits, relative to the largest logit: rounding and nothing else
+LARGEST_DIFFERENCE = 1e-4  # what rounding explains in float32 logits, relative to the largest logit
 
 
 def relative_difference(logits: Tensor, expected: Tensor) -> float:
-    """The largest difference of two models' logits, relative to the largest expected one."""
+    """Returns the largest difference of two models' logits, relative to the largest expected logit."""
     return float((logits - expected).abs().max() / expected.abs().max())

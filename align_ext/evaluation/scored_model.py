@@ -1,4 +1,4 @@
-"""The model that is scored: a base model with an adapter on it, or merged into it, or alone."""
+"""Loads the model to score: a base model alone, with an adapter, or with a merged adapter."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from align_ext.model.merge import merge_and_unload
 
 @dataclass(frozen=True)
 class ModelRequest:
-    """Which model to score.
+    """Describes the model to score.
 
     Attributes:
-        model: base model, a folder or hub id; None: the adapter's, or without one SmolLM2-135M-Instruct.
-        adapter: folder of save_adapter or stock PEFT; None: the base alone.
-        merge: whether the adapter is merged into the weights.
-        dtype: as load_model's; "auto": best_dtype's of the device.
+        model: the base model, a folder or hub id; None: that of the adapter, or else SmolLM2-135M-Instruct.
+        adapter: a folder of save_adapter or stock PEFT; None: no adapter.
+        merge: whether to merge the adapter into the weights.
+        dtype: as in load_model; "auto": best_dtype of the device.
         device: "auto", "cpu" or "cuda".
-        force: takes an adapter of another base.
+        force: whether to accept an adapter of another base model.
     """
 
     model: str | None = None
@@ -39,20 +39,20 @@ class ModelRequest:
             raise ValueError("--merge goes with --adapter: without one there is nothing to merge")
 
     def load(self, task: str | None = None) -> tuple[Any, Any]:
-        """Loads the base model with its adapter, and the tokenizer; in eval mode.
+        """Loads the base model with its adapter in eval mode, and the tokenizer.
 
         Args:
-            task: multi_adapter: name or number of the task that the model is to be about.
+            task: the name or number of a multi_adapter's task.
 
         Raises:
-            ValueError: as load_model, check_base, load_adapter and merge_and_unload say; or there is no such task.
+            ValueError: as in load_model, check_base, load_adapter and merge_and_unload; or there is no such task.
         """
         model, tokenizer = self.load_base()
         check_base(model, tokenizer)
         return self.put_adapter(model, task), tokenizer
 
     def load_base(self) -> tuple[Any, Any]:
-        """Loads the base model, on its device, and the tokenizer."""
+        """Loads the base model on its device, and the tokenizer."""
         device = usable_device(self.device)
         dtype = best_dtype(device) if self.dtype == "auto" else self.dtype
         if self.adapter is None:
@@ -62,7 +62,7 @@ class ModelRequest:
         return model.to(device), tokenizer
 
     def put_adapter(self, model: Any, task: str | None = None) -> Any:
-        """Puts the adapter on the base model, or merges it; returns the model in eval mode."""
+        """Loads the adapter into the base model, or merges it; returns the model in eval mode."""
         if self.adapter is not None:
             load_adapter(model, self.adapter, force=self.force)
             if task is not None:

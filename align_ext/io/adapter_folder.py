@@ -1,4 +1,4 @@
-"""An adapter's folder: written in one piece, read strictly, understood without the model it belongs to."""
+"""Reads an adapter's folder strictly, without the model it belongs to."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from align_ext.io.peft_format import (
     check_targets,
     one_lora,
     peft_forms,
-    plain_lora,
+    plain_lora_config,
     scalings,
 )
 from align_ext.system.bounds import is_number
@@ -39,31 +39,31 @@ __all__ = ["AdapterFolder", "check_tensors", "write_tensors"]
 
 OUR_CONFIG, STATE = "align_lora_config.json", "align_lora_heads.safetensors"
 TRAINED = "align_trained.safetensors"
-# Options that decide what adapters hold and compute; the others, of dropout and losses, may change between trainings.
+# Options that decide what adapters hold and compute; the others (dropout, losses) may change between training runs.
 _DECISIVE = (
     "r", "lora_alpha", "use_rslora", "num_heads", "reduce", "router", "routing", "routing_groups", "top_k",
     "router_temperature", "target_blocks",
 )  # fmt: skip
-_PART = r"(.+?)(\.lora_router\.lora_[RH]|\.lora_\w+)"  # an adapter's tensor, of a module that may be named alike
-# Our files in an adapter's folder, by their paths in it: what a new adapter replaces there.
+_ADAPTER_KEY = r"(.+?)(\.lora_router\.lora_[RH]|\.lora_\w+)"  # the name of a module, and of a tensor of its adapter
+# A regular expression for the paths of our files in an adapter's folder, which a new adapter replaces.
 ADAPTER_FILES = "|".join(map(re.escape, (WEIGHTS, PEFT_CONFIG, OUR_CONFIG, STATE, TRAINED)))
 ADAPTER_FILES += f"|{TASKS}/[^/]+/({ADAPTER_FILES})"
 
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """What an adapter's folder holds, checked.
+    """The checked content of an adapter's folder.
 
     Attributes:
         path: the folder.
         config: the adapters' options.
-        adapters: by module name; on the CPU, with the folder's values.
-        task_names: of tasks 0, 1, ..., where they were given.
-        peft: the adapter_config.json, empty where there is none.
-        plain: whether stock PEFT wrote it: without options of ours.
-        trained: what was trained beside the adapters, by name in the plain model.
+        adapters: the adapters by module name, on the CPU, with the folder's values.
+        task_names: the names of tasks 0, 1, ..., if they were given.
+        peft: the content of adapter_config.json; empty if there is no such file.
+        plain: whether stock PEFT wrote the folder, so that it has none of our options.
+        trained: the tensors that were trained beside the adapters, by name in the plain model.
         tied: whether PEFT ties modules_to_save as the base does.
-        base: the base model it belongs to; None where none is recorded, as in a folder of stock PEFT.
+        base: the base model it belongs to; None if none is recorded, as in a folder of stock PEFT.
     """
 
     path: Path
@@ -81,8 +81,8 @@ class AdapterFolder:
         """Reads a folder of save_adapter or of stock PEFT.
 
         Raises:
-            ValueError: no such folder, a damaged or edited file, missing or unexpected keys, other shapes, values that
-                are not finite, files that do not belong together, names that are none, or an adapter that is no plain
+            ValueError: no such folder, a damaged or edited file, missing or unexpected keys, wrong shapes, values that
+                are not finite, files that do not belong together, invalid names, or a PEFT adapter that is not plain
                 LoRA.
         """
         check_folder(folder)
@@ -98,21 +98,21 @@ class AdapterFolder:
         peft = read_json(path / PEFT_CONFIG) if exists(path / PEFT_CONFIG) else {}
         if config is not None and (exists(path / STATE) or not one_lora(config)):
             file, trained = path / STATE, dict[str, Tensor]()
-            tensors, record = _read(file)
+            tensors, record = _read_file(file)
         else:
             file = path / WEIGHTS
-            tensors, trained, record = _read_plain(path, peft)
-            config = config or plain_lora(path / PEFT_CONFIG, peft, _modules(tensors))
+            tensors, trained, record = _read_peft(path, peft)
+            config = config or plain_lora_config(path / PEFT_CONFIG, peft, _module_names(tensors))
         in_peft = bool(trained) or not exists(path / TRAINED)
         trained |= {} if in_peft else _read_trained(path / TRAINED)
         check_tensors(trained, trained)
         if plain:
-            check_targets(path / PEFT_CONFIG, peft, _modules(tensors))
+            check_targets(path / PEFT_CONFIG, peft, _module_names(tensors))
             factors = scalings(path / PEFT_CONFIG, peft, _ranks(tensors))
         else:
-            factors = _checked_scaling(path / OUR_CONFIG, scaling, _modules(tensors))
+            factors = _checked_scaling(path / OUR_CONFIG, scaling, _module_names(tensors))
         names = checked_task_names([] if task_names is None else task_names, config)
-        adapters = adapters_of(config, tensors, factors)
+        adapters = build_adapters(config, tensors, factors)
         if not adapters:
             raise ValueError(f"{shown_path(path)} is no adapter folder: it holds no weights")
         if digest not in (None, digest_of(tensors | trained)):
@@ -120,39 +120,39 @@ class AdapterFolder:
                 f"{shown_path(file)} holds other tensors than {OUR_CONFIG} was written for: one was replaced"
             )
         if not plain:
-            _check_options(path / OUR_CONFIG, file, record.get("options"), decisive(config, factors, names))
+            _check_options(path / OUR_CONFIG, file, record.get("options"), key_options(config, factors, names))
         base = None if record.get("base") is None else BaseModel.from_dict(record["base"])
         tied = bool(peft.get("ensure_weight_tying")) if in_peft and trained else True
-        found = cls(path, config, adapters, names, peft, plain, trained, tied, base)
+        contents = cls(path, config, adapters, names, peft, plain, trained, tied, base)
         if not plain:
-            found._check_peft_files()
-        return found
+            contents._check_peft_files()
+        return contents
 
     @property
     def base_name(self) -> str | None:
-        """The base model's name, if it is recorded."""
+        """The recorded name of the base model, or None."""
         name = self.peft.get("base_model_name_or_path") if self.base is None else self.base.name
         return name if isinstance(name, str) and name else None
 
     def ranks(self) -> dict[str, int]:
-        """The rank of each layer."""
+        """Returns the rank of each layer."""
         return {name: adapter.r for name, adapter in self.adapters.items()}
 
     def state(self) -> dict[str, Tensor]:
-        """All tensors, by "<module>.<parameter>"."""
-        return state_of(self.adapters)
+        """Returns all tensors by "<module>.<parameter>"."""
+        return adapter_tensors(self.adapters)
 
     def check_model(self, model: nn.Module, layers: Iterable[str], *, force: bool = False) -> None:
-        """Compares a model with what the folder says of it.
+        """Checks that the folder belongs to a model.
 
         Args:
             model: the model.
             layers: the names of its linear layers.
-            force: it may be another base.
+            force: accept another base model.
 
         Raises:
-            ValueError: it is another base model, or has layers that a folder of stock PEFT names and holds no weights
-                of.
+            ValueError: it is another base model, or target_modules in a folder of stock PEFT name a layer without
+                weights in the folder.
         """
         if self.base is not None and not force:
             self.base.check(model)
@@ -160,17 +160,17 @@ class AdapterFolder:
             check_targets(self.path / PEFT_CONFIG, self.peft, list(self.adapters), layers)
 
     def _check_peft_files(self) -> None:
-        """The files for PEFT must say what ours say: one of them may have been replaced or edited."""
+        """Checks that the files for PEFT agree with ours, since one of them may have been replaced or edited."""
         for where, form in peft_forms(self.adapters, self.config, self.task_names, self.trained).items():
             path = self.path / where
             if not exists(path / WEIGHTS):
-                continue  # it is for others
-            peft, tensors = read_json(path / PEFT_CONFIG), _read(path / WEIGHTS)[0]
-            if "modules_to_save" not in peft:  # as versions before wrote, with what else is trained in its own file
+                continue  # the folder has no files for PEFT
+            peft, tensors = read_json(path / PEFT_CONFIG), _read_file(path / WEIGHTS)[0]
+            if "modules_to_save" not in peft:  # older versions wrote the other trained tensors to a separate file
                 tensors |= {f"{PEFT_PREFIX}{name}": tensor for name, tensor in self.trained.items()}
             layers = [key.removeprefix(PEFT_PREFIX) for key in form.tensors if key.endswith(".lora_A.weight")]
             layers = [key.removesuffix(".lora_A.weight") for key in layers]
-            plain_lora(path / PEFT_CONFIG, peft, layers)
+            plain_lora_config(path / PEFT_CONFIG, peft, layers)
             for option, value in {**dict.fromkeys(BY_LAYER), **form.options}.items():
                 if (peft.get(option) or None) != (value or None):
                     raise ValueError(
@@ -180,7 +180,7 @@ class AdapterFolder:
                     )
             check_targets(path / PEFT_CONFIG, peft, layers)
             if tensors.keys() != form.tensors.keys() or any(
-                tensors[key].shape != tensor.shape or not _same(tensors[key], tensor)
+                tensors[key].shape != tensor.shape or not _is_close(tensors[key], tensor)
                 for key, tensor in form.tensors.items()
             ):
                 raise ValueError(
@@ -189,10 +189,10 @@ class AdapterFolder:
                 )
 
 
-def decisive(
+def key_options(
     config: AlignLoraConfig, scaling: Mapping[str, float] | None = None, task_names: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The options that decide what adapters hold and compute; equal for two that are the same adapter."""
+    """Returns the options that decide what adapters hold and compute, in a form that can be compared."""
     architecture, multi = config.architecture, config.architecture == "multi_adapter"
     start, offset = config.init_lora_weights, config.init_lora_weights in ("pissa", "random_heads")
     options = {option: getattr(config, option) for option in _DECISIVE}
@@ -208,10 +208,10 @@ def decisive(
 
 
 def checked_task_names(names: Any, config: AlignLoraConfig) -> tuple[str, ...]:
-    """The names of tasks 0, 1, ...: none, or one for each; a task beyond those that are named is called by its number.
+    """Returns the names of tasks 0, 1, ...: none, or one per task; a task without a name gets its number as name.
 
     Raises:
-        ValueError: they are none, are more than the tasks, or cannot name the folders of a multi_adapter.
+        ValueError: they are invalid, are more than the tasks, or cannot name the folders of a multi_adapter.
     """
     checked = check_names(names, "task_names", for_folders=config.architecture == "multi_adapter")
     tasks = config.num_tasks or len(checked)
@@ -225,41 +225,41 @@ def checked_task_names(names: Any, config: AlignLoraConfig) -> tuple[str, ...]:
     return checked + rest
 
 
-def state_of(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
-    """All tensors of adapters, parameters themselves, by "<module>.<parameter>"."""
+def adapter_tensors(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
+    """Returns all parameters and buffers of adapters by "<module>.<parameter>"."""
     named = {name: adapter.state_dict(keep_vars=True) for name, adapter in adapters.items()}
-    return {f"{name}.{part}": tensor for name, own in named.items() for part, tensor in own.items()}
+    return {f"{name}.{part}": tensor for name, current in named.items() for part, tensor in current.items()}
 
 
-def adapters_of(
+def build_adapters(
     config: AlignLoraConfig,
     tensors: Mapping[str, Tensor],
     scaling: Mapping[str, float],
     state: AlignState | None = None,
 ) -> dict[str, Adapter]:
-    """The adapters that hold these tensors, each as its options and the sizes of its A and B make it.
+    """Builds the adapters that hold these tensors; the sizes of A and B give the sizes of the layers.
 
     Args:
-        config: their options.
-        tensors: by "<module>.<parameter>".
-        scaling: by module, where it is not the options'.
-        state: of their model; None: one of their own.
+        config: the options of the adapters.
+        tensors: the tensors by "<module>.<parameter>".
+        scaling: the scaling by module, where it differs from that of the options.
+        state: the state of their model; None: a new one.
 
     Raises:
-        ValueError: tensors are missing, unexpected, of other shapes or not finite.
+        ValueError: tensors are missing, unexpected, of wrong shapes or not finite.
     """
     state, ranks, adapters = state or AlignState(config), _ranks(tensors), {}
-    for name in _modules(tensors):
+    for name in _module_names(tensors):
         A, B = tensors.get(f"{name}.lora_A"), tensors.get(f"{name}.lora_B")
         sizes = (A.shape[-1] if A is not None and A.dim() else 1, B.shape[-2] if B is not None and B.dim() > 1 else 1)
         with torch.device("meta"):
             adapter = adapter_class(config)(replace(config, r=ranks.get(name, config.r)), *sizes)
         adapter.state, adapter.scaling = state, scaling.get(name, config.scaling)
         adapters[name] = adapter
-    check_tensors(tensors, state_of(adapters))
+    check_tensors(tensors, adapter_tensors(adapters))
     for name, adapter in adapters.items():
-        own = {part: tensors[f"{name}.{part}"] for part in adapter.state_dict()}
-        adapter.load_state_dict(own, assign=True)
+        current = {part: tensors[f"{name}.{part}"] for part in adapter.state_dict()}
+        adapter.load_state_dict(current, assign=True)
     return adapters
 
 
@@ -268,59 +268,59 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not exists(file):
         raise ValueError(f"{shown_path(file.parent)} is no adapter folder: {file.name} is missing")
     return read_tensors(file)
 
 
-def _read_plain(path: Path, peft: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-    """A PEFT folder's tensors of adapters by our keys, those of modules_to_save, and their record."""
-    tensors, record = _read(path / WEIGHTS)
+def _read_peft(path: Path, peft: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """Returns the tensors of the adapters by our keys, those of modules_to_save, and the record, of a PEFT folder."""
+    tensors, record = _read_file(path / WEIGHTS)
     if not peft:
         raise ValueError(f"{shown_path(path)} is no adapter folder: {PEFT_CONFIG} is missing")
     modules = peft.get("modules_to_save") or []
     check_names(modules, f"{shown_path(path / PEFT_CONFIG)}: modules_to_save")
-    lora, trained, odd, found = {}, {}, [], set()
+    lora, trained, unknown, contents = {}, {}, [], set()
     for key, tensor in tensors.items():
         name = key.removeprefix(PEFT_PREFIX)
-        within = [module for module in modules if f"{module}." in name]
+        owners = [module for module in modules if f"{module}." in name]
         match = re.fullmatch(r"(.+\.lora_[AB])\.weight", name)
         if name != key and match:
             lora[match[1]] = tensor
-        elif name != key and within and ".lora_" not in name:
+        elif name != key and owners and ".lora_" not in name:
             trained[name] = tensor
-            found.update(within)
+            contents.update(owners)
         else:
-            odd.append(key)
+            unknown.append(key)
     file = shown_path(path / WEIGHTS)
-    if peft.get("ensure_weight_tying"):  # PEFT then writes a tied tensor under its other names too
-        again = {key for key in odd if any(torch.equal(tensors[key], tensor) for tensor in trained.values())}
-        trained |= {key.removeprefix(PEFT_PREFIX): tensors[key] for key in again}
-        odd = [key for key in odd if key not in again]
-    if odd:
-        keys = f"of its keys {len(odd)} are unexpected {shown(sorted(odd)[:3])}"
-        raise ValueError(f"{file} is no plain LoRA: {keys}{_cure(odd, peft)}")
-    lost = [name for name in modules if name not in found and (name not in HEADS or not found)]
-    if lost:
-        raise ValueError(f"{file} has no tensors of modules_to_save={shown(lost[0])}")
+    if peft.get("ensure_weight_tying"):  # PEFT then also writes a tied tensor under its other names
+        tied_copies = {key for key in unknown if any(torch.equal(tensors[key], tensor) for tensor in trained.values())}
+        trained |= {key.removeprefix(PEFT_PREFIX): tensors[key] for key in tied_copies}
+        unknown = [key for key in unknown if key not in tied_copies]
+    if unknown:
+        keys = f"of its keys {len(unknown)} are unexpected {shown(sorted(unknown)[:3])}"
+        raise ValueError(f"{file} is no plain LoRA: {keys}{_advice(unknown, peft)}")
+    empty = [name for name in modules if name not in contents and (name not in HEADS or not contents)]
+    if empty:
+        raise ValueError(f"{file} has no tensors of modules_to_save={shown(empty[0])}")
     return lora, trained, record
 
 
-def _cure(odd: Sequence[str], peft: Mapping[str, Any]) -> str:
-    """What to do about keys that PEFT writes beside those of plain LoRA."""
+def _advice(unknown: Sequence[str], peft: Mapping[str, Any]) -> str:
+    """Returns advice on keys of a PEFT folder that are not those of plain LoRA."""
     if (bias := peft.get("bias", "none")) != "none":
         return f'; bias={shown(bias)} trained biases: train with bias="none"'
-    if any(".base_layer." in key or ".lora_embedding_" in key for key in odd):
+    if any(".base_layer." in key or ".lora_embedding_" in key for key in unknown):
         return "; PEFT adapted an embedding or the head: leave it out of target_modules, or merge the adapter by PEFT"
-    if all(key.startswith(PEFT_PREFIX) and ".lora_" not in key for key in odd):
+    if all(key.startswith(PEFT_PREFIX) and ".lora_" not in key for key in unknown):
         return f"; if PEFT wrote whole modules (save_embedding_layers), name them in modules_to_save of {PEFT_CONFIG}"
     return ""
 
 
 def _read_trained(file: Path) -> dict[str, Tensor]:
-    """What was trained beside the adapters, by name in the plain model."""
-    tensors, _ = _read(file)
+    """Reads the tensors that were trained beside the adapters, by name in the plain model."""
+    tensors, _ = _read_file(file)
     return {name.removeprefix(PEFT_PREFIX).replace(".base_layer.", "."): t for name, t in tensors.items()}
 
 
@@ -331,10 +331,10 @@ def _config(file: Path, options: dict[str, Any]) -> AlignLoraConfig:
         raise ValueError(f"{shown_path(file)}: {error}") from error
 
 
-def _check_options(config: Path, file: Path, recorded: Any, own: Mapping[str, Any]) -> None:
-    """Raises if the weights were saved with other options; None: they recorded none, as version 0.1.0."""
-    recorded = own if recorded is None else recorded
-    for option, value in own.items():
+def _check_options(config: Path, file: Path, recorded: Any, current: Mapping[str, Any]) -> None:
+    """Raises if the weights were saved with other options; recorded: None for files without options (version 0.1.0)."""
+    recorded = current if recorded is None else recorded
+    for option, value in current.items():
         meant = recorded.get(option, "nothing") if isinstance(recorded, dict) else "nothing"
         if meant != value:
             raise ValueError(
@@ -344,7 +344,7 @@ def _check_options(config: Path, file: Path, recorded: Any, own: Mapping[str, An
 
 
 def _checked_scaling(file: Path, scaling: Any, modules: Sequence[str]) -> dict[str, float]:
-    """The scaling of each layer, or none where all have the options'."""
+    """Returns the scaling of each layer; empty if all have the scaling of the options."""
     if scaling is None:
         return {}
     if not isinstance(scaling, dict) or not all(map(is_number, scaling.values())) or scaling.keys() != set(modules):
@@ -352,27 +352,27 @@ def _checked_scaling(file: Path, scaling: Any, modules: Sequence[str]) -> dict[s
     return scaling
 
 
-def _modules(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The modules that keys "<module>.lora_..." name, in the keys' order; other keys name themselves."""
-    matches = {key: re.fullmatch(_PART, key) for key in tensors}
+def _module_names(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Returns the modules of keys "<module>.lora_...", in the keys' order; any other key is returned itself."""
+    matches = {key: re.fullmatch(_ADAPTER_KEY, key) for key in tensors}
     return list(dict.fromkeys(match[1] if match else key for key, match in matches.items()))
 
 
 def _ranks(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    shapes = {name: tensors[f"{name}.lora_A"].shape for name in _modules(tensors) if f"{name}.lora_A" in tensors}
+    shapes = {name: tensors[f"{name}.lora_A"].shape for name in _module_names(tensors) if f"{name}.lora_A" in tensors}
     return {name: shape[-2] for name, shape in shapes.items() if len(shape) >= 2}
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Equal but for the rounding of a sum over heads on another machine."""
+def _is_close(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal up to the rounding of a sum over heads on another machine."""
     return torch.allclose(a.to(b.dtype), b, rtol=1e-5, atol=1e-6 * float(b.abs().max()))
 
 
 def task_number(stored: AdapterFolder, task: str | None) -> int | None:
-    """The number of a task that is given by name or number; None where none is given.
+    """Returns the number of a task that is given by name or number; None if no task is given.
 
     Raises:
-        ValueError: there is no such task, or the adapter has no part for each task.
+        ValueError: there is no such task, or the adapter is the same for all tasks.
     """
     if task is None:
         return None

@@ -1,4 +1,4 @@
-"""What an adapter's folder holds, as a table: no base model is needed, nor transformers."""
+"""Prints the contents of an adapter's folder as a table, without a base model or transformers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from align_ext.adapters.base import Adapter, Factors, at_least_float32
 from align_ext.base_model.modules_to_save import describe
 from align_ext.config import AlignLoraConfig
 from align_ext.io.adapter_folder import AdapterFolder
-from align_ext.io.peft_format import PEFT_CONFIG, named_task, unexportable_reason
+from align_ext.io.peft_format import PEFT_CONFIG, selected_task, unexportable_reason
 
 
 def inspect_adapter(folder: str | os.PathLike[str], console: Console) -> None:
     """Prints architecture, options and tasks of an adapter's folder, and each layer's sizes and norms.
 
     Raises:
-        ValueError: the folder is none, is damaged, or holds values that are not finite.
+        ValueError: the folder is no adapter's, is damaged, or holds values that are not finite.
     """
     stored = AdapterFolder.read(folder)
     config, adapters = stored.config, stored.adapters
@@ -29,10 +29,10 @@ def inspect_adapter(folder: str | os.PathLike[str], console: Console) -> None:
     lines = {
         "architecture": f"{config.architecture}: {config.row.formula} ({config.row.paper})",
         "options": _options(config),
-        "parameters": f"{sum(map(_parameters, adapters.values())):,} in {len(adapters)} layers, {', '.join(dtypes)}",
+        "parameters": f"{sum(map(_numel, adapters.values())):,} in {len(adapters)} layers, {', '.join(dtypes)}",
         "tasks": ", ".join(stored.task_names) or str(config.num_tasks or "not recorded"),
         "trained beside them": describe(stored.trained) if stored.trained else "nothing",
-        "stock PEFT": _peft(stored),
+        "stock PEFT": _peft_support(stored),
         "values": "all finite",
     }
     for title, text in lines.items():
@@ -42,7 +42,7 @@ def inspect_adapter(folder: str | os.PathLike[str], console: Console) -> None:
 
 @torch.no_grad()
 def norm_of_update(terms: list[Factors], scaling: float) -> float:
-    """Computes s ||Σ B A||, Frobenius, from the r x r products BᵀB and A Aᵀ alone."""
+    """Computes the Frobenius norm s ||Σ B A|| from the r x r products BᵀB and A Aᵀ."""
     A = torch.cat([A for A, _ in terms]).double()
     B = torch.cat([at_least_float32(B) for _, B in terms], 1).double()
     return scaling * float(((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt())
@@ -56,21 +56,21 @@ def _table(adapters: dict[str, Adapter], config: AlignLoraConfig) -> Table:
     for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
     for name, adapter in adapters.items():
-        own = dict(adapter.named_parameters())
+        params = dict(adapter.named_parameters())
         sizes = (adapter.in_features, adapter.out_features, adapter.r, f"{adapter.scaling:g}")
-        norms = [_norm(own[part]) for part in ("lora_A", "lora_B", *(["lora_router.lora_R"] if routed else []))]
-        cells = [*map(str, sizes), f"{_parameters(adapter):,}", *(f"{x:.3g}" for x in norms), _update(adapter, config)]
+        norms = [_norm(params[part]) for part in ("lora_A", "lora_B", *(["lora_router.lora_R"] if routed else []))]
+        cells = [*map(str, sizes), f"{_numel(adapter):,}", *(f"{x:.3g}" for x in norms), _update(adapter, config)]
         table.add_row(name, *cells)
     return table
 
 
 def _update(adapter: Adapter, config: AlignLoraConfig) -> str:
-    """The norm of the update, or the smallest and largest of the tasks' updates."""
+    """Returns the norm of the update, or the smallest and largest norm over the tasks."""
     if config.architecture != "multi_adapter":
         return f"{norm_of_update(adapter.uniform_delta_factors(), adapter.scaling):.3g}"
     norms = []
     for task in range(config.num_tasks or 0):
-        with named_task({"": adapter}, task):
+        with selected_task({"": adapter}, task):
             norms.append(norm_of_update(adapter.delta_factors(), adapter.scaling))
     return f"{min(norms):.3g} .. {max(norms):.3g}"
 
@@ -81,20 +81,20 @@ def _options(config: AlignLoraConfig) -> str:
         "routing", "routing_groups", "top_k", "router_temperature", "target_blocks", "align", "align_weight",
         "balance", "spectral",
     )  # fmt: skip
-    given = {name: getattr(config, name) for name in names}
-    return ", ".join(f"{name}={value}" for name, value in given.items() if value not in (None, False, ()))
+    values = {name: getattr(config, name) for name in names}
+    return ", ".join(f"{name}={value}" for name, value in values.items() if value not in (None, False, ()))
 
 
-def _peft(stored: AdapterFolder) -> str:
+def _peft_support(stored: AdapterFolder) -> str:
     if stored.config.architecture == "multi_adapter":
         return f"loads each folder in {stored.path / 'tasks'}, one a task"
     if reason := unexportable_reason(stored.adapters, stored.config):
         return f"cannot: {reason}"
-    written = (stored.path / PEFT_CONFIG).is_file()
-    return "loads this folder" if written else "cannot: it would misread the names of layers, or of what is trained"
+    has_form = (stored.path / PEFT_CONFIG).is_file()
+    return "loads this folder" if has_form else "cannot: it would misread the names of layers, or of what is trained"
 
 
-def _parameters(adapter: Adapter) -> int:
+def _numel(adapter: Adapter) -> int:
     return sum(p.numel() for p in adapter.parameters())
 
 

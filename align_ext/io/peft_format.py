@@ -1,4 +1,4 @@
-"""What PEFT knows of an adapter: one A and one B a layer, and the options in adapter_config.json."""
+"""PEFT's format of an adapter: one A and one B per layer, and the options in adapter_config.json."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from align_ext.system.bounds import is_number
 from align_ext.system.reading import Matcher, line, reason_of, shown, shown_path
 
 WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-TASKS = "tasks"  # a folder for each task is in it
-_R, _ALPHA = 8, 8  # PEFT's defaults
-# Options that treat layers unlike each other; of ours form.options has those that there are.
+TASKS = "tasks"  # the folder that holds one folder per task
+_RANK, _ALPHA = 8, 8  # PEFT's defaults
+# PEFT's options for single layers; PeftForm.options holds those that we write.
 BY_LAYER = ("rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "exclude_modules")
-# What does not make an adapter another one, and what is read below; any further option that is set makes it one.
-_UNDERSTOOD = (
+# Options that do not change a plain LoRA adapter, and options that are read below; any other option is refused.
+_SUPPORTED = (
     "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "task_type", "inference_mode", "r",
     "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora",
     "modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_config",
@@ -37,11 +37,11 @@ _UNDERSTOOD = (
 
 @dataclass(frozen=True)
 class PeftForm:
-    """An adapter as PEFT reads it.
+    """An adapter in PEFT's format.
 
     Attributes:
-        tensors: by PEFT's keys, which vLLM reads too.
-        options: r, lora_alpha, use_rslora and, where layers differ, rank_pattern and alpha_pattern; modules_to_save.
+        tensors: the tensors by PEFT's keys, which vLLM reads too.
+        options: r, lora_alpha, use_rslora and, if layers differ, rank_pattern and alpha_pattern.
     """
 
     tensors: dict[str, Tensor]
@@ -49,15 +49,15 @@ class PeftForm:
 
 
 def unexportable_reason(adapters: Mapping[str, Adapter], config: AlignLoraConfig) -> str | None:
-    """Why PEFT has no form of these adapters, or None."""
+    """Returns why PEFT's format cannot hold these adapters, or None."""
     if config.target_blocks:
         return "its adapters stand beside whole blocks, which PEFT does not know"
     return next(iter(adapters.values())).unmergeable_reason()
 
 
 def is_plain(adapters: Mapping[str, Adapter], config: AlignLoraConfig) -> bool:
-    """Whether PEFT's form holds all there is: one A and one B in each layer, scaled alike."""
-    return one_lora(config) and _alike(adapters, config)
+    """Whether PEFT's format holds everything: one A and B in each layer, with the rank and scaling of the options."""
+    return one_lora(config) and _is_uniform(adapters, config)
 
 
 def one_lora(config: AlignLoraConfig) -> bool:
@@ -72,10 +72,10 @@ def peft_forms(
     task_names: Sequence[str] = (),
     trained: Mapping[str, Tensor] | None = None,
 ) -> dict[str, PeftForm]:
-    """The adapters' forms for PEFT, by the place below the folder; none where they have none.
+    """Returns the adapters in PEFT's format, by subfolder; empty if PEFT's format cannot hold them.
 
-    With an adapter for each task there is one form a task, in tasks/<its name or number>; else one, in the folder.
-    Each holds what is trained beside the adapters too, by name in the plain model.
+    A multi_adapter has one form per task, in tasks/<its name or number>; other adapters have one, in the folder. Each
+    form also holds the tensors that are trained beside the adapters, by name in the plain model.
     """
     if config.architecture != "multi_adapter":
         return {} if unexportable_reason(adapters, config) else {"": peft_form(adapters, config, trained)}
@@ -84,7 +84,7 @@ def peft_forms(
     assert config.num_tasks is not None
     forms = {}
     for task, name in enumerate(task_names or map(str, range(config.num_tasks))):
-        with named_task(adapters, task):
+        with selected_task(adapters, task):
             forms[f"{TASKS}/{name}"] = peft_form(adapters, config, trained)
     return forms
 
@@ -92,31 +92,31 @@ def peft_forms(
 def peft_form(
     adapters: Mapping[str, Adapter], config: AlignLoraConfig, trained: Mapping[str, Tensor] | None = None
 ) -> PeftForm:
-    """The adapters' one form for PEFT: terms s Σ_k B_k A_k become s [B_1 B_2] [A_1; A_2] of the sum of their ranks.
+    """Returns the adapters in PEFT's format: terms s Σ_k B_k A_k become s [B_1 B_2] [A_1; A_2] of the total rank.
 
-    PEFT divides alpha by that rank (by its root with rslora), so alpha grows with it. Where layers differ in rank or
-    scaling, s goes into B and alpha is the rank, since vLLM reads no alpha of single layers.
+    PEFT divides alpha by that rank (its square root with rslora), so alpha grows with it. If layers differ in rank or
+    scaling, B is multiplied by s and alpha is the rank, since vLLM does not read alpha_pattern.
     """
-    alike, tensors, ranks, times = _alike(adapters, config), {}, {}, 1
+    uniform, tensors, ranks, count = _is_uniform(adapters, config), {}, {}, 1
     for name, adapter in adapters.items():
         terms = adapter.delta_factors()
         B = torch.cat([B.detach() for _, B in terms], 1)
         A = torch.cat([A.detach() for A, _ in terms]).to(B.dtype)
-        times, ranks[name] = len(terms), A.shape[0]
+        count, ranks[name] = len(terms), A.shape[0]
         tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = A
-        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = B if alike else B * adapter.scaling
+        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = B if uniform else B * adapter.scaling
     tensors |= {f"{PEFT_PREFIX}{name}": tensor.detach() for name, tensor in (trained or {}).items()}
-    if alike:
-        alpha = config.lora_alpha * (math.sqrt(times) if config.use_rslora else times)
-        return PeftForm(tensors, {"r": times * config.r, "lora_alpha": alpha, "use_rslora": config.use_rslora})
+    if uniform:
+        alpha = config.lora_alpha * (math.sqrt(count) if config.use_rslora else count)
+        return PeftForm(tensors, {"r": count * config.r, "lora_alpha": alpha, "use_rslora": config.use_rslora})
     r = max(ranks.values())
     one = {"r": r, "lora_alpha": r, "use_rslora": False}
     return PeftForm(tensors, one | {"rank_pattern": ranks, "alpha_pattern": dict(ranks)})
 
 
 @contextmanager
-def named_task(adapters: Mapping[str, Adapter], task: int) -> Iterator[None]:
-    """Makes `task` the one that a multi_adapter's terms are about."""
+def selected_task(adapters: Mapping[str, Adapter], task: int) -> Iterator[None]:
+    """Selects the task whose terms a multi_adapter returns within the block."""
     state: AlignState | None = next(iter(adapters.values())).state
     assert state is not None
     before, state.task = state.task, task
@@ -126,41 +126,41 @@ def named_task(adapters: Mapping[str, Adapter], task: int) -> Iterator[None]:
         state.task = before
 
 
-def plain_lora(file: Path, peft: Mapping[str, Any], modules: Sequence[str]) -> AlignLoraConfig:
-    """Our options for a folder of stock PEFT, adapting these modules.
+def plain_lora_config(file: Path, peft: Mapping[str, Any], modules: Sequence[str]) -> AlignLoraConfig:
+    """Returns our options for a folder of stock PEFT that adapts these modules.
 
     Raises:
-        ValueError: it is no plain LoRA; the message names the option.
+        ValueError: it is not plain LoRA; the message names the option.
     """
-    odd = ["peft_type"] * (peft.get("peft_type") != "LORA") + ["bias"] * (peft.get("bias", "none") != "none")
+    refused = ["peft_type"] * (peft.get("peft_type") != "LORA") + ["bias"] * (peft.get("bias", "none") != "none")
     start = peft.get("init_lora_weights")
-    odd += ["init_lora_weights"] * (start not in BASE_UNTOUCHED)
-    others = (*_UNDERSTOOD, "peft_type", "bias", "init_lora_weights")
-    odd += [option for option, value in peft.items() if value and option not in others]
-    if odd:
-        raise ValueError(f"{shown_path(file)}: {line(odd[0], 80)}={shown(peft.get(odd[0]))} is not plain LoRA")
+    refused += ["init_lora_weights"] * (start not in BASE_UNTOUCHED)
+    others = (*_SUPPORTED, "peft_type", "bias", "init_lora_weights")
+    refused += [option for option, value in peft.items() if value and option not in others]
+    if refused:
+        raise ValueError(f"{shown_path(file)}: {line(refused[0], 80)}={shown(peft.get(refused[0]))} is not plain LoRA")
     names = ("r", "lora_alpha", "lora_dropout", "use_rslora")
-    given = {"r": _R, "lora_alpha": _ALPHA, "lora_dropout": 0.0, "target_modules": tuple(modules) or ("none",)}
+    options = {"r": _RANK, "lora_alpha": _ALPHA, "lora_dropout": 0.0, "target_modules": tuple(modules) or ("none",)}
     try:
-        return AlignLoraConfig.from_dict({"architecture": "lora"} | given | {n: peft[n] for n in names if n in peft})
+        return AlignLoraConfig.from_dict({"architecture": "lora"} | options | {n: peft[n] for n in names if n in peft})
     except (ValueError, TypeError) as error:
         raise ValueError(f"{shown_path(file)}: {error}") from error
 
 
 def scalings(file: Path, peft: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
-    """The scaling that PEFT gives each layer.
+    """Returns the scaling that PEFT gives each layer.
 
     Args:
         file: the adapter_config.json.
         peft: its content.
-        ranks: of the layers' lora_A.
+        ranks: the rank of each layer's lora_A.
 
     Raises:
-        ValueError: its options mean other ranks, or are no numbers.
+        ValueError: the options give other ranks, or are no numbers.
     """
     matcher, result = Matcher(), {}
     for name, r in ranks.items():
-        expected = _by_pattern(matcher, peft, "rank_pattern", name, peft.get("r", _R))
+        expected = _by_pattern(matcher, peft, "rank_pattern", name, peft.get("r", _RANK))
         if expected != r:
             raise ValueError(f"{shown_path(file)} has r={shown(expected)} for {name}, whose lora_A has {r} rows")
         alpha = _by_pattern(matcher, peft, "alpha_pattern", name, peft.get("lora_alpha", _ALPHA))
@@ -173,19 +173,19 @@ def scalings(file: Path, peft: Mapping[str, Any], ranks: Mapping[str, int]) -> d
 def check_targets(
     file: Path, peft: Mapping[str, Any], held: Sequence[str], layers: Iterable[str] | None = None
 ) -> None:
-    """Compares the layers whose weights a PEFT folder holds with those that its target_modules names.
+    """Checks that a PEFT folder holds weights of exactly the layers that its target_modules names.
 
     Args:
         file: the adapter_config.json.
         peft: its content.
-        held: the layers.
-        layers: of the model; None: it is not known, nor whether a layer is missing.
+        held: the layers with weights in the folder.
+        layers: the layers of the model; None: the model is not known, so missing layers are not found.
 
     Raises:
-        ValueError: weights that PEFT would leave alone, or layers without weights.
+        ValueError: there are weights that PEFT would ignore, or layers without weights.
     """
     targets, matcher, layers = peft.get("target_modules"), Matcher(), list(held if layers is None else layers)
-    if targets is None:  # what PEFT does then depends on the kind of model
+    if targets is None:  # PEFT's default then depends on the model type
         return
     try:
         extra = [name for name in held if not _is_target(matcher, peft, name)]
@@ -206,9 +206,9 @@ def check_targets(
 
 
 def _is_target(matcher: Matcher, peft: Mapping[str, Any], name: str) -> bool:
-    """PEFT's rule: a string is a regular expression for the whole name, a list holds names or their last parts."""
+    """Applies PEFT's rule: a string is a regular expression for the whole name, a list holds names or name suffixes."""
 
-    def fits(option: str) -> bool:
+    def is_named(option: str) -> bool:
         patterns = peft.get(option) or []
         if isinstance(patterns, str):
             return patterns == "all-linear" or matcher.matches(patterns, name)
@@ -216,18 +216,18 @@ def _is_target(matcher: Matcher, peft: Mapping[str, Any], name: str) -> bool:
             raise ValueError(f"{option}={shown(patterns)} is no list of names")
         return name in patterns or any(name.endswith(f".{pattern}") for pattern in patterns)
 
-    whole = any(f".{module}." in f".{name}." for module in peft.get("modules_to_save") or ())
-    if whole or not fits("target_modules") or fits("exclude_modules"):
+    fully_trained = any(f".{module}." in f".{name}." for module in peft.get("modules_to_save") or ())
+    if fully_trained or not is_named("target_modules") or is_named("exclude_modules"):
         return False
     only, targets = peft.get("layers_to_transform"), peft["target_modules"]
     if only in (None, []) or isinstance(targets, str) or name in targets:
         return True
-    index = re.search(r"\.(\d+)\.", name)  # the layer's, which comes first
+    index = re.search(r"\.(\d+)\.", name)  # the first number is the layer's index
     return index is not None and int(index[1]) in (only if isinstance(only, list) else [only])
 
 
 def _by_pattern(matcher: Matcher, peft: Mapping[str, Any], option: str, name: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the end of the name."""
+    """Applies PEFT's rule: the first pattern that matches the end of the name gives the value."""
     patterns = peft.get(option) or {}
     if not isinstance(patterns, dict):
         raise ValueError(f"{option}={shown(patterns)} is none: it maps names to numbers")
@@ -237,5 +237,5 @@ def _by_pattern(matcher: Matcher, peft: Mapping[str, Any], option: str, name: st
         raise ValueError(f"{option}: {error}") from error
 
 
-def _alike(adapters: Mapping[str, Adapter], config: AlignLoraConfig) -> bool:
+def _is_uniform(adapters: Mapping[str, Adapter], config: AlignLoraConfig) -> bool:
     return all(adapter.r == config.r and adapter.scaling == config.scaling for adapter in adapters.values())

@@ -1,26 +1,26 @@
-"""Adapters into folders; load.py reads them.
+"""Saves adapters to folders; model/load_adapter.py loads them.
 
-save_adapter(model, folder) writes, all at once or not at all:
+save_adapter(model, folder) writes all of these files or none:
 
 | file | content |
 |---|---|
-| adapter_model.safetensors, adapter_config.json | the adapter as one LoRA a layer, dropout off: for PEFT and vLLM too |
-| align_lora_heads.safetensors | every parameter and buffer of the adapters, where PEFT's form loses some |
-| align_trained.safetensors | what was trained beside the adapters, where PEFT's form is not all there is |
+| adapter_model.safetensors, adapter_config.json | the adapter as one LoRA per layer, without dropout (PEFT, vLLM) |
+| align_lora_heads.safetensors | every parameter and buffer of the adapters, if PEFT's format cannot hold all of them |
+| align_trained.safetensors | the tensors trained beside the adapters, if PEFT's format cannot hold everything |
 | align_lora_config.json | every option |
 
-- lora, align_lora: PEFT's form is everything, and the only weights. From a PiSSA start, with the frozen offset A0, B0:
-  PEFT's form has rank 2r, [A; A0] and [B, -B0], beside the untouched base; the rest is in the heads' file.
-- m_lora, hydra without a router: PEFT's form is their dropout-free sum, [A; A0] and [c Σ B_i, -B0] (A and c Σ B_i where
-  there is no offset); the heads are in the heads' file.
-- multi_adapter: PEFT's form of each task is in tasks/<name or number>/.
-- lora_moe, hydra, r_lora, mtlora, and adapters beside whole blocks: the change of the weights depends on the input, or
-  belongs to no one layer, so PEFT has no form of them. There is no adapter_config.json, and PeftModel.from_pretrained
-  says "Can't find 'adapter_config.json'": load such a folder with load_adapter.
+- lora, align_lora: PEFT's files hold everything. With PiSSA, which has a frozen offset A0, B0, PEFT's files have rank
+  2r, [A; A0] and [B, -B0], for the unchanged base, and the heads' file has the parameters.
+- m_lora, hydra without a router: PEFT's files hold the sum without dropout, [A; A0] and [c Σ B_i, -B0] (A and c Σ B_i
+  without an offset); the heads are in the heads' file.
+- multi_adapter: PEFT's files of each task are in tasks/<name or number>/.
+- lora_moe, hydra, r_lora, mtlora, and adapters of whole blocks: the change of the weights depends on the input, or
+  belongs to no single layer, so PEFT's format cannot hold it. There is no adapter_config.json, and
+  PeftModel.from_pretrained says "Can't find 'adapter_config.json'": load such a folder with load_adapter.
 
-What else is trained (modules_to_save, whatever requires a gradient, buffers that training changed) is in PEFT's form as
-modules_to_save, if it makes whole modules. Where it does not, say a bias alone or the running statistics of a frozen
-BatchNorm, or where stock PEFT would take a model's layers for others, PEFT has no form either.
+Other trained tensors (modules_to_save, parameters that require a gradient, buffers that training changed) are in PEFT's
+files as modules_to_save, if they make up whole modules. If they do not (a single bias, the running statistics of a
+frozen BatchNorm), or if stock PEFT would confuse the model's layers, there are no files for PEFT.
 
 Nothing is pickled, and load_adapter checks keys, shapes, dtypes, finiteness, and that the files belong together.
 """
@@ -39,21 +39,21 @@ from torch import Tensor, nn
 from align_ext.adapters.adapted_block import Adapted, adapted_layers
 from align_ext.adapters.base import Adapter, is_conv1d
 from align_ext.alignment.model_state import AlignState, find_state
-from align_ext.base_model.adopt_peft import refuse_foreign
+from align_ext.base_model.adopt_peft import refuse_peft_layers
 from align_ext.base_model.fingerprint import BaseModel
-from align_ext.base_model.modules_to_save import Beside, plain_name, trained_beside
+from align_ext.base_model.modules_to_save import ExtraTensors, find_extra_tensors, plain_name
 from align_ext.base_model.peft_names import peft_misreads
-from align_ext.base_model.sharded import holders, one_writes, unwrapped, whole
+from align_ext.base_model.sharded import full_values, one_writer, shard_ranks, unwrapped
 from align_ext.base_model.task_type import task_type_of
 from align_ext.io.adapter_folder import (
     ADAPTER_FILES,
     OUR_CONFIG,
     STATE,
     TRAINED,
-    adapters_of,
+    adapter_tensors,
+    build_adapters,
     checked_task_names,
-    decisive,
-    state_of,
+    key_options,
     write_json,
 )
 from align_ext.io.peft_format import (
@@ -61,9 +61,9 @@ from align_ext.io.peft_format import (
     WEIGHTS,
     PeftForm,
     is_plain,
-    named_task,
     peft_form,
     peft_forms,
+    selected_task,
     unexportable_reason,
 )
 from align_ext.system.bounds import is_whole
@@ -73,60 +73,60 @@ from align_ext.system.writing import atomic_folder
 
 
 @dataclass(frozen=True)
-class _Whole:
-    """What is trained in a model, by names in the plain model, whole and on the CPU."""
+class _SavedState:
+    """Everything that is trained in a model, by names in the plain model, as full tensors on the CPU."""
 
     model: nn.Module
     state: AlignState
     layers: dict[str, Adapted]
     adapters: dict[str, Adapter]
-    beside: Beside
+    extra: ExtraTensors
     base: BaseModel
-    ranks: tuple[int, ...]  # the processes that hold parts of it
+    ranks: tuple[int, ...]  # the processes that hold shards
 
     @classmethod
-    def of(cls, model: nn.Module, what: str, gathered: Mapping[str, Tensor] | None = None) -> _Whole:
-        """Reads a model's, or what others gathered of it; `what` is the name of the function that does."""
+    def of(cls, model: nn.Module, what: str, gathered: Mapping[str, Tensor] | None = None) -> _SavedState:
+        """Collects it from a model, or from its gathered state_dict; `what` is the calling function's name."""
         model = unwrapped(model)
-        refuse_foreign(model)
+        refuse_peft_layers(model)
         layers = {plain_name(model, name): layer for name, layer in adapted_layers(model).items()}
-        state, beside = _state(model), trained_beside(model)
-        own = state_of({name: layer.adapter for name, layer in layers.items()})
-        live = own | beside.tensors
-        ranks = holders(live.values())
+        state, extra = _state(model), find_extra_tensors(model)
+        weights = adapter_tensors({name: layer.adapter for name, layer in layers.items()})
+        tensors = weights | extra.tensors
+        ranks = shard_ranks(tensors.values())
         if gathered is not None and ranks:
-            keys = {id(tensor): key for key, tensor in model.state_dict(keep_vars=True).items()}
-            lacking = next((name for name, tensor in live.items() if keys.get(id(tensor)) not in gathered), None)
+            names = {id(tensor): key for key, tensor in model.state_dict(keep_vars=True).items()}
+            lacking = next((name for name, tensor in tensors.items() if names.get(id(tensor)) not in gathered), None)
             if lacking is not None:
                 raise ValueError(f"the state_dict has no {lacking}: give the whole one, or none, in every process")
-            live, ranks = {name: gathered[keys[id(tensor)]] for name, tensor in live.items()}, ()
-        values = whole(live, what)
+            tensors, ranks = {name: gathered[names[id(tensor)]] for name, tensor in tensors.items()}, ()
+        values = full_values(tensors, what)
         scaling = {name: layer.adapter.scaling for name, layer in layers.items()}
-        adapters = adapters_of(state.config, {name: values[name] for name in own}, scaling, state)
-        beside = replace(beside, tensors={name: values[name] for name in beside.tensors})
-        return cls(model, state, layers, adapters, beside, BaseModel.of(model), ranks)
+        adapters = build_adapters(state.config, {name: values[name] for name in weights}, scaling, state)
+        extra = replace(extra, tensors={name: values[name] for name in extra.tensors})
+        return cls(model, state, layers, adapters, extra, BaseModel.of(model), ranks)
 
-    def cannot_write(self) -> str | None:
-        """Why stock PEFT would not read this in the model as it is, or None."""
-        return peft_misreads(self.model, list(self.layers)) or self.beside.unexportable_reason(self.model)
+    def peft_load_problem(self) -> str | None:
+        """Returns why stock PEFT could not load this into the model, or None."""
+        return peft_misreads(self.model, list(self.layers)) or self.extra.unexportable_reason(self.model)
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], task_names: Sequence[str] = ()) -> None:
-    """Writes the adapters as a folder that load_adapter reads to the bit, and stock PEFT if it has a form of them.
+    """Writes the adapters to a folder that load_adapter, and stock PEFT if its format can hold them, load bit for bit.
 
-    Where parameters are in parts (FSDP2, ZeRO-3), every process has to call it; one writes, and all return when the
-    folder is whole.
+    If parameters are sharded (FSDP2, ZeRO-3), every process must call it; one writes, and all return when the folder is
+    complete.
 
     Args:
-        model: adapted by replace_linear_with_align_lora.
+        model: a model that replace_linear_with_align_lora adapted.
         folder: gets the files of the table above; other files in it stay.
-        task_names: of tasks 0, 1, ...; kept, and with multi_adapter the names of the tasks' folders. Tasks beyond them
-            are called by their numbers.
+        task_names: the names of tasks 0, 1, ...; they are stored, and name the folders of a multi_adapter's tasks. A
+            task without a name gets its number.
 
     Raises:
-        ValueError: the model has no adapters, or PEFT's layers beside them, a weight is not finite, or the names do
-            not fit.
-        RuntimeError: parameters are in parts, and not all processes called it.
+        ValueError: the model has no adapters, or also adapters of PEFT, a weight is not finite, or the names are not
+            valid.
+        RuntimeError: parameters are sharded, and not all processes called it.
     """
     write_adapter(model, folder, task_names)
 
@@ -137,57 +137,57 @@ def write_adapter(
     task_names: Sequence[str] = (),
     gathered: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """What save_adapter does; gathered: the model's state_dict, whole, where its parameters are in parts."""
+    """Does the work of save_adapter; gathered: the model's full state_dict, if its parameters are sharded."""
     names = checked_task_names(task_names, _state(model).config)
-    it = _Whole.of(model, "save_adapter", gathered)
-    adapters, config, beside = it.adapters, it.state.config, it.beside.tensors
+    full = _SavedState.of(model, "save_adapter", gathered)
+    adapters, config, extra = full.adapters, full.state.config, full.extra.tensors
     scaling = {name: adapter.scaling for name, adapter in adapters.items()}
     scaling = {} if set(scaling.values()) == {config.scaling} else scaling
-    with_peft, state = it.cannot_write() is None, state_of(adapters)
+    with_peft, state = full.peft_load_problem() is None, adapter_tensors(adapters)
     plain = with_peft and is_plain(adapters, config)
-    record = {"options": decisive(config, scaling, names), "base": it.base.to_dict()}
-    options = config.to_dict() | {"digest": digest_of(state | beside)}
+    record = {"options": key_options(config, scaling, names), "base": full.base.to_dict()}
+    options = config.to_dict() | {"digest": digest_of(state | extra)}
     options |= ({"task_names": list(names)} if names else {}) | ({"layer_scaling": scaling} if scaling else {})
-    with one_writes(it.ranks) as writes, atomic_folder(folder, ADAPTER_FILES) if writes else nullcontext() as path:
+    with one_writer(full.ranks) as writes, atomic_folder(folder, ADAPTER_FILES) if writes else nullcontext() as path:
         if path is None:
             return
-        for where, form in peft_forms(adapters, config, names, beside).items() if with_peft else ():
-            _write_peft(path / where, form, it, record if plain else None)
+        for subfolder, form in peft_forms(adapters, config, names, extra).items() if with_peft else ():
+            _write_peft(path / subfolder, form, full, record if plain else None)
         if not plain:
             write_tensors(path / STATE, state, record)
-            if beside:
-                write_tensors(path / TRAINED, beside)
+            if extra:
+                write_tensors(path / TRAINED, extra)
         write_json(path / OUR_CONFIG, options)
 
 
 def export_peft(model: nn.Module, folder: str | os.PathLike[str], task: int | None = None) -> None:
-    """Writes the adapter as stock PEFT's own folder, with nothing of ours: for other programs, or to publish.
+    """Writes the adapter as a folder of stock PEFT without our files: for other programs, or to publish.
 
-    Where parameters are in parts, every process has to call it, as save_adapter.
+    If parameters are sharded, every process must call it, like save_adapter.
 
     Args:
-        model: adapted by replace_linear_with_align_lora.
+        model: a model that replace_linear_with_align_lora adapted.
         folder: gets adapter_model.safetensors and adapter_config.json; other files in it stay.
-        task: multi_adapter: the task; None: the one that set_task named.
+        task: the task of a multi_adapter; None: the task of set_task.
 
     Raises:
-        ValueError: PEFT has no form of these adapters (the message says why), a weight is not finite, or there is no
-            such task.
-        RuntimeError: parameters are in parts, and not all processes called it.
+        ValueError: PEFT's format cannot hold these adapters (the message says why), a weight is not finite, or there is
+            no such task.
+        RuntimeError: parameters are sharded, and not all processes called it.
     """
     config = _state(model).config
     if task is not None:
         tasks = (config.num_tasks or 0) if config.architecture == "multi_adapter" else 0
         if not is_whole(task, 0, tasks - 1):
             raise ValueError(f"task={shown(task)}: the model has an adapter for each of {tasks} tasks, by number")
-    it = _Whole.of(model, "export_peft")
-    with nullcontext() if task is None else named_task(it.adapters, task):
-        if reason := unexportable_reason(it.adapters, config) or it.cannot_write():
+    full = _SavedState.of(model, "export_peft")
+    with nullcontext() if task is None else selected_task(full.adapters, task):
+        if reason := unexportable_reason(full.adapters, config) or full.peft_load_problem():
             raise ValueError(f"PEFT has no form of this adapter: {reason}")
-        form = peft_form(it.adapters, config, it.beside.tensors)
-    with one_writes(it.ranks) as writes, atomic_folder(folder, ADAPTER_FILES) if writes else nullcontext() as path:
+        form = peft_form(full.adapters, config, full.extra.tensors)
+    with one_writer(full.ranks) as writes, atomic_folder(folder, ADAPTER_FILES) if writes else nullcontext() as path:
         if path is not None:
-            _write_peft(path, form, it)
+            _write_peft(path, form, full)
 
 
 def _state(model: nn.Module) -> AlignState:
@@ -197,18 +197,18 @@ def _state(model: nn.Module) -> AlignState:
     return state
 
 
-def _write_peft(path: Path, form: PeftForm, it: _Whole, record: Mapping[str, Any] | None = None) -> None:
+def _write_peft(path: Path, form: PeftForm, full: _SavedState, record: Mapping[str, Any] | None = None) -> None:
     path.mkdir(parents=True, exist_ok=True)
-    write_tensors(path / WEIGHTS, form.tensors, record or {"base": it.base.to_dict()})
+    write_tensors(path / WEIGHTS, form.tensors, record or {"base": full.base.to_dict()})
     content = {
         "peft_type": "LORA",
-        "task_type": task_type_of(it.model, it.beside.modules),
-        "base_model_name_or_path": it.base.name,
+        "task_type": task_type_of(full.model, full.extra.modules),
+        "base_model_name_or_path": full.base.name,
         **form.options,
-        "lora_dropout": it.state.config.lora_dropout,
-        "target_modules": _target_modules(it.model, list(it.layers)),
-        "modules_to_save": list(it.beside.modules) or None,
-        "fan_in_fan_out": all(is_conv1d(layer.base_layer) for layer in it.layers.values()),
+        "lora_dropout": full.state.config.lora_dropout,
+        "target_modules": _target_modules(full.model, list(full.layers)),
+        "modules_to_save": list(full.extra.modules) or None,
+        "fan_in_fan_out": all(is_conv1d(layer.base_layer) for layer in full.layers.values()),
         "bias": "none",
         "inference_mode": True,
     }
@@ -216,7 +216,7 @@ def _write_peft(path: Path, form: PeftForm, it: _Whole, record: Mapping[str, Any
 
 
 def _target_modules(model: nn.Module, names: list[str]) -> list[str]:
-    """Last parts of the names where they select the same layers, full names otherwise."""
-    kinds, own = sorted({name.rpartition(".")[2] for name in names}), set(names)
-    others = (n for n, _ in model.named_modules() if n.rpartition(".")[2] in kinds and plain_name(model, n) not in own)
-    return kinds if next(others, None) is None else names
+    """Returns the last parts of the names if they select exactly these layers, else the full names."""
+    ends, keys = sorted({name.rpartition(".")[2] for name in names}), set(names)
+    others = (n for n, _ in model.named_modules() if n.rpartition(".")[2] in ends and plain_name(model, n) not in keys)
+    return ends if next(others, None) is None else names

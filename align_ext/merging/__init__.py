@@ -1,1 +1,1 @@
-"""Several adapters combined into one."""
+"""Combines several adapters into one."""

@@ -1,13 +1,13 @@
-"""Composes trained LoRA adapters of one base into one: task arithmetic, TIES, LoRAHub. Adapter folders in and out.
+"""Combines trained LoRA adapters of one base model into one, by task arithmetic, TIES or LoRAHub.
 
 adapters = [read_lora(folder) for folder in ("math", "code")]
 write_lora(task_arithmetic(adapters, [1.0, 0.5]), "sum")             # exact, the ranks add up
-small, error = truncated(ties(adapters, density=0.2), rank=8)        # nearest of rank 8; error of each layer
+small, error = truncated(ties(adapters, density=0.2), rank=8)        # nearest adapter of rank 8; error per layer
 write_lora(small, "ties")
 merge_delta(model, ties(adapters, density=0.2))                      # exact, into the base weights
-write_lora(combined(adapters, [0.7, 0.4]), "both")                   # A and B each by itself
+write_lora(combined(adapters, [0.7, 0.4]), "both")                   # A and B separately
 
-align_ext/merging/lorahub.py finds the weights of the last from examples.
+align_ext/merging/lorahub.py finds the weights for `combined` from examples.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from align_ext.adapters.base import AdaptedLinear
 from align_ext.base_model.adopt_peft import PEFT_PREFIX
 from align_ext.base_model.fingerprint import BaseModel
 from align_ext.config import AlignLoraConfig
-from align_ext.io.adapter_folder import ADAPTER_FILES, OUR_CONFIG, AdapterFolder, decisive, write_json
+from align_ext.io.adapter_folder import ADAPTER_FILES, OUR_CONFIG, AdapterFolder, key_options, write_json
 from align_ext.io.peft_format import PEFT_CONFIG, WEIGHTS, unexportable_reason
 from align_ext.system.reading import shown, shown_path
 from align_ext.system.tensors import digest_of, write_tensors
@@ -33,29 +33,29 @@ from align_ext.system.writing import atomic_folder
 
 @dataclass(frozen=True)
 class LoraWeights:
-    """A LoRA adapter as numbers: the change of layer l's weight is B_l A_l.
+    """The matrices of a LoRA adapter: the change of layer l's weight is B_l A_l.
 
     Attributes:
-        layers: module name -> A [r, n], B [m, r] in float32; the scaling alpha / r is part of B.
-        config: the adapter_config.json, of which a composed adapter keeps base model, task and layers; under "base" the
-            record of the base model, if there is one.
+        layers: module name -> A [r, n], B [m, r] in float32; B includes the scaling alpha / r.
+        config: the content of adapter_config.json, of which a combined adapter keeps base model, task and layers;
+            "base" holds the record of the base model, if there is one.
     """
 
     layers: dict[str, tuple[Tensor, Tensor]]
     config: dict[str, Any]
 
     def deltas(self) -> dict[str, Tensor]:
-        """B A of each layer, [m, n]."""
+        """Returns B A of each layer, [m, n]."""
         return {name: B @ A for name, (A, B) in self.layers.items()}
 
 
 @dataclass(frozen=True)
 class DenseDelta:
-    """A change of the weights of full rank.
+    """A full-rank change of the weights.
 
     Attributes:
         layers: module name -> [m, n], float32.
-        config: as of LoraWeights.
+        config: as in LoraWeights.
     """
 
     layers: dict[str, Tensor]
@@ -66,7 +66,7 @@ def read_lora(folder: str | os.PathLike[str]) -> LoraWeights:
     """Reads a plain LoRA adapter that save_adapter, write_lora or PEFT wrote.
 
     Raises:
-        ValueError: no adapter folder, or one of another kind (heads, routers, DoRA, biases).
+        ValueError: it is no adapter folder, or has an adapter of another kind (heads, routers, DoRA, biases).
     """
     stored = AdapterFolder.read(folder)
     reason = unexportable_reason(stored.adapters, stored.config) or (
@@ -84,10 +84,10 @@ def read_lora(folder: str | os.PathLike[str]) -> LoraWeights:
 
 
 def write_lora(adapter: LoraWeights, folder: str | os.PathLike[str]) -> None:
-    """Writes an adapter as a folder that load_adapter and stock PEFT read; atomically."""
+    """Writes an adapter atomically to a folder that load_adapter and stock PEFT can read."""
     ranks = {name: len(A) for name, (A, _) in adapter.layers.items()}
-    r, kept = max(ranks.values()), ("base_model_name_or_path", "task_type", "fan_in_fan_out", "peft_type", "bias")
-    content = {name: adapter.config[name] for name in kept if name in adapter.config} | {
+    r, options = max(ranks.values()), ("base_model_name_or_path", "task_type", "fan_in_fan_out", "peft_type", "bias")
+    content = {name: adapter.config[name] for name in options if name in adapter.config} | {
         "r": r, "lora_alpha": r, "lora_dropout": 0.0, "use_rslora": False, "inference_mode": True,
         "target_modules": list(ranks),
     }  # fmt: skip
@@ -100,7 +100,7 @@ def write_lora(adapter: LoraWeights, folder: str | os.PathLike[str]) -> None:
     }
     with atomic_folder(folder, ADAPTER_FILES) as path:
         config = options_of(adapter)
-        write_tensors(path / WEIGHTS, tensors, {"options": decisive(config), "base": adapter.config.get("base")})
+        write_tensors(path / WEIGHTS, tensors, {"options": key_options(config), "base": adapter.config.get("base")})
         write_json(path / PEFT_CONFIG, content)
         digest = digest_of(
             {
@@ -113,20 +113,20 @@ def write_lora(adapter: LoraWeights, folder: str | os.PathLike[str]) -> None:
 
 
 def options_of(adapter: LoraWeights) -> AlignLoraConfig:
-    """The options of a model that takes the adapter; a layer's own rank is its A's."""
+    """Returns the options of a model for the adapter; the rank of a layer is that of its A."""
     r = max(len(A) for A, _ in adapter.layers.values())
     names = tuple(adapter.layers)
     return AlignLoraConfig(architecture="lora", r=r, lora_alpha=r, lora_dropout=0.0, target_modules=names)
 
 
 def combined(adapters: Sequence[LoraWeights], weights: Sequence[float]) -> LoraWeights:
-    """Combines A and B each by itself: A = Σ_k w_k A_k, B = Σ_k w_k B_k (LoRAHub, 2307.13269, eq. 1).
+    """Combines A and B separately: A = Σ_k w_k A_k, B = Σ_k w_k B_k (LoRAHub, 2307.13269, eq. 1).
 
-    The rank stays r. The product has cross terms w_j w_k B_j A_k, which the paper wants.
+    The rank stays r. The product has the cross terms w_j w_k B_j A_k, as in the paper.
 
     Args:
-        adapters: of one base, one rank.
-        weights: one an adapter.
+        adapters: adapters of one base and one rank.
+        weights: one weight per adapter.
 
     Raises:
         ValueError: no adapters, not as many weights, or adapters that do not fit each other.
@@ -143,11 +143,11 @@ def combined(adapters: Sequence[LoraWeights], weights: Sequence[float]) -> LoraW
 def task_arithmetic(adapters: Sequence[LoraWeights], weights: Sequence[float]) -> LoraWeights:
     """Adds adapters: Δ = Σ_k λ_k B_k A_k (task arithmetic, 2212.04089; a negative λ_k forgets).
 
-    Exact: A = [A_1; ...; A_K], B = [λ_1 B_1, ..., λ_K B_K], so the ranks add up; `truncated` makes it smaller.
+    It is exact: A = [A_1; ...; A_K], B = [λ_1 B_1, ..., λ_K B_K], so the ranks add up; `truncated` reduces the rank.
 
     Args:
-        adapters: of one base; ranks may differ.
-        weights: λ_k, one an adapter.
+        adapters: adapters of one base; ranks may differ.
+        weights: λ_k, one weight per adapter.
 
     Raises:
         ValueError: no adapters, not as many weights, or adapters that do not fit each other.
@@ -162,16 +162,16 @@ def task_arithmetic(adapters: Sequence[LoraWeights], weights: Sequence[float]) -
 
 
 def ties(adapters: Sequence[LoraWeights], density: float = 0.2, weight: float = 1.0) -> DenseDelta:
-    """Merges adapters by TIES (2306.01708): trim, elect a sign, take the mean of those who agree.
+    """Merges adapters by TIES (2306.01708): trim, elect a sign, take the mean of the values with this sign.
 
         trim:   D_k = B_k A_k where |B_k A_k| is among the largest density * size of adapter k (all layers), else 0
         elect:  s = sign(Σ_k D_k)
         merge:  Δ = weight * mean over {k : sign(D_k) = s} of D_k, 0 where s = 0
 
     Args:
-        adapters: of one base; ranks may differ.
-        density: the share that stays, in (0, 1]; the paper's 0.2.
-        weight: λ of the merged change.
+        adapters: adapters of one base; ranks may differ.
+        density: the fraction of values that stay, in (0, 1]; 0.2 in the paper.
+        weight: λ, the factor on the merged change.
 
     Raises:
         ValueError: no adapters, adapters that do not fit each other, or a density out of range.
@@ -179,22 +179,22 @@ def ties(adapters: Sequence[LoraWeights], density: float = 0.2, weight: float = 
     _check(adapters)
     if not 0 < density <= 1:
         raise ValueError(f"density must be in (0, 1], got {density!r}")
-    least = [_magnitude(adapter, density) for adapter in adapters]
+    thresholds = [_trim_threshold(adapter, density) for adapter in adapters]
     layers = {}
     for name in adapters[0].layers:
         products = [B @ A for A, B in (adapter.layers[name] for adapter in adapters)]
-        D = torch.stack([torch.where(d.abs() >= t, d, 0.0) for d, t in zip(products, least, strict=True)])
+        D = torch.stack([torch.where(d.abs() >= t, d, 0.0) for d, t in zip(products, thresholds, strict=True)])
         sign = D.sum(0).sign()
         agree = (D.sign() == sign) & (sign != 0)
         layers[name] = weight * (D * agree).sum(0) / agree.sum(0).clamp_min(1)
     return DenseDelta(layers, adapters[0].config)
 
 
-def _magnitude(adapter: LoraWeights, density: float) -> Tensor:
-    """The smallest magnitude that trimming leaves."""
+def _trim_threshold(adapter: LoraWeights, density: float) -> Tensor:
+    """Returns the smallest magnitude that trimming keeps."""
     magnitudes = torch.cat([delta.abs().flatten() for delta in adapter.deltas().values()])
-    keep = max(1, round(density * len(magnitudes)))
-    return magnitudes.kthvalue(len(magnitudes) - keep + 1).values
+    count = max(1, round(density * len(magnitudes)))
+    return magnitudes.kthvalue(len(magnitudes) - count + 1).values
 
 
 def truncated(delta: LoraWeights | DenseDelta, rank: int) -> tuple[LoraWeights, dict[str, float]]:
@@ -203,8 +203,8 @@ def truncated(delta: LoraWeights | DenseDelta, rank: int) -> tuple[LoraWeights, 
     A product B A is decomposed by the QR of its factors, never as [m, n].
 
     Args:
-        delta: what task_arithmetic or ties returned.
-        rank: r; a layer with a smaller side takes that.
+        delta: the result of task_arithmetic or ties.
+        rank: r; the rank of a layer is at most its smaller side.
 
     Returns:
         The adapter, and each layer's relative error ||Δ - B A||_F / ||Δ||_F (0 for a zero Δ).
@@ -218,7 +218,7 @@ def truncated(delta: LoraWeights | DenseDelta, rank: int) -> tuple[LoraWeights, 
     for name, layer in delta.layers.items():
         U, S, Vh = _svd(layer)
         r = min(rank, *(side.shape[i] for i, side in ((0, U), (1, Vh))))
-        missing = max(r - len(S), 0)  # the product's own rank is smaller: zeros
+        missing = max(r - len(S), 0)  # a product of smaller rank is padded by zeros
         root = S[:r].sqrt()
         A, B = root[:, None] * Vh[:r], U[:, :r] * root
         layers[name] = (
@@ -244,10 +244,10 @@ def merge_delta(model: nn.Module, delta: LoraWeights | DenseDelta, *, force: boo
     Args:
         model: the base of the adapters.
         delta: the change.
-        force: the model may be another one than the adapters' base.
+        force: whether to accept another base model.
 
     Raises:
-        ValueError: a layer is not there, has another shape, or cannot be merged; nothing was changed then.
+        ValueError: a layer is missing, has another shape, or cannot be merged; the model is then unchanged.
     """
     deltas = delta.deltas() if isinstance(delta, LoraWeights) else delta.layers
     if delta.config.get("base") is not None and not force:
@@ -261,7 +261,7 @@ def merge_delta(model: nn.Module, delta: LoraWeights | DenseDelta, *, force: boo
         if reason := layer.base_unmergeable_reason():
             raise ValueError(f"{name} cannot be merged: {reason}")
         try:
-            layer.merged_weight(change)  # of all, before the first is written
+            layer.merged_weight(change)  # checks all layers before the first is changed
         except ValueError as error:
             raise ValueError(f"{name} cannot be merged: {error}") from error
     for name, change in deltas.items():
@@ -270,10 +270,10 @@ def merge_delta(model: nn.Module, delta: LoraWeights | DenseDelta, *, force: boo
 
 
 def linear_of(model: nn.Module, name: str) -> nn.Module:
-    """A layer of a plain model.
+    """Returns a layer of a plain model.
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: there is no layer of this name.
     """
     try:
         return model.get_submodule(name)
@@ -282,7 +282,7 @@ def linear_of(model: nn.Module, name: str) -> nn.Module:
 
 
 def _check(adapters: Sequence[LoraWeights], weights: Sequence[float] | None = None, *, same_rank: bool = False) -> None:
-    """Raises ValueError unless the adapters are of one base and the same layers, with a weight for each."""
+    """Raises ValueError unless the adapters have one base model and the same layers, and each has a weight."""
     if not adapters:
         raise ValueError("adapters is empty: give at least one")
     if weights is not None and len(weights) != len(adapters):

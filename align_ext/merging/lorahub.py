@@ -1,4 +1,4 @@
-"""LoRAHub (2307.13269): composes trained adapters for a new task from a few examples, without gradients."""
+"""LoRAHub (2307.13269): combines trained adapters for a new task from a few examples, without gradients."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from align_ext.model.replace import insert_adapters
 
 @dataclass(frozen=True)
 class Search:
-    """Options of LoRAHub's search, with the paper's values.
+    """Options of LoRAHub's search; the defaults are those of the paper.
 
     Attributes:
-        steps: how many weights are tried.
-        l1: alpha, of the sum of the weights' magnitudes.
-        bound: the weights stay within -bound .. bound.
-        seed: same seed, same weights.
+        steps: the number of tried weight vectors.
+        l1: alpha, the factor on the sum of the weights' magnitudes.
+        bound: the weights are in -bound .. bound.
+        seed: the seed of the search.
     """
 
     steps: int = 40
@@ -37,12 +37,12 @@ class Search:
 
 @dataclass(frozen=True)
 class LoraHub:
-    """What LoRAHub found.
+    """The result of LoRAHub.
 
     Attributes:
-        weights: w_k, one an adapter.
-        objective: its value there, loss + l1 * Σ |w_k|.
-        adapter: the composed adapter.
+        weights: w_k, one weight per adapter.
+        objective: the value of loss + l1 * Σ |w_k| for these weights.
+        adapter: the combined adapter.
     """
 
     weights: list[float]
@@ -61,17 +61,17 @@ def lorahub(
 
         minimise over w:  loss(model with A = Σ w_k A_k, B = Σ w_k B_k) + l1 * Σ_k |w_k|
 
-    The search is nevergrad's NGOpt from w = 0; the best weights that it tried are the answer.
+    The search is nevergrad's NGOpt from w = 0; the best tried weights are returned.
 
     Args:
-        model: the plain base; gets the adapters while the search lasts, and is frozen afterwards.
-        adapters: of one base, one rank.
-        examples: batches as the model takes them, with labels; the loss is their mean model(**batch).loss.
-        search: steps, l1, bound, seed.
-        console: where a bar shows the steps; None: nowhere.
+        model: the plain base model; it has adapters during the search, and is frozen afterwards.
+        adapters: adapters of one base and one rank.
+        examples: batches of model inputs with labels; the loss is the mean of model(**batch).loss.
+        search: the options of the search.
+        console: shows a progress bar; None: no bar.
 
     Raises:
-        ValueError: adapters that do not fit each other or the model, no examples, or nevergrad is not installed.
+        ValueError: adapters do not fit each other or the model, there are no examples, or nevergrad is not installed.
     """
     search, batches = search or Search(), list(examples)
     start = combined(adapters, [0.0] * len(adapters))
@@ -88,11 +88,11 @@ def lorahub(
         best = ([0.0] * len(adapters), float("inf"))
         shown = console is not None and console.is_terminal
         for _ in track(range(search.steps), "LoRAHub", console=console, transient=True, disable=not shown):
-            tried = optimizer.ask()
-            weights = [float(w) for w in tried.value]
+            candidate = optimizer.ask()
+            weights = [float(weight) for weight in candidate.value]
             _set_weights(model, combined(adapters, weights))
             objective = _mean_loss(model, batches) + search.l1 * sum(map(abs, weights))
-            optimizer.tell(tried, objective)
+            optimizer.tell(candidate, objective)
             best = min(best, (weights, objective), key=lambda pair: pair[1])
     finally:
         unload(model).train(training)
@@ -112,11 +112,11 @@ def _optimizer(size: int, search: Search) -> Any:
 @torch.no_grad()
 def _set_weights(model: nn.Module, adapter: LoraWeights) -> None:
     for name, layer in adapted_layers(model).items():
-        place: Any = layer.adapter
+        adapter_of_layer: Any = layer.adapter
         A, B = adapter.layers[name]
-        place.lora_A.copy_(A)
-        place.lora_B.copy_(B)
-        place.scaling = 1.0  # it is in B
+        adapter_of_layer.lora_A.copy_(A)
+        adapter_of_layer.lora_B.copy_(B)
+        adapter_of_layer.scaling = 1.0  # B includes the scaling
 
 
 @torch.no_grad()

@@ -1,1 +1,1 @@
-"""A model and its adapters: put in, loaded, merged, taken out, counted."""
+"""Inserts, loads, merges, removes and counts the adapters of a model."""

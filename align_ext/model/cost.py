@@ -1,4 +1,4 @@
-"""What adapters cost: trained parameters, the rank that a budget of them buys, and floating-point operations."""
+"""The cost of adapters: trained parameters, the rank for a parameter budget, and floating-point operations."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from align_ext.model.replace import sizes_to_adapt
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """How many parameters a model has.
+    """The parameter counts of a model.
 
     Attributes:
-        trainable: those that require a gradient, of the routers too.
-        total: all, each shared one once; a quantised weight counts the elements that it is stored in.
-        router: those of the adapters' routers.
+        trainable: the parameters that require a gradient, including those of routers.
+        total: all parameters; a shared one counts once, and a quantised weight counts its stored elements.
+        router: the parameters of the adapters' routers.
     """
 
     trainable: int
@@ -35,7 +35,7 @@ class ParameterCount:
 
     @property
     def percent(self) -> float:
-        """The trainable share in percent."""
+        """The percentage of trainable parameters."""
         return 100 * self.trainable / max(self.total, 1)
 
     def __str__(self) -> str:
@@ -45,24 +45,24 @@ class ParameterCount:
 
 @dataclass(frozen=True)
 class FlopsPerToken:
-    """Floating-point operations of a forward for one token, a multiplication and an addition being two.
+    """Floating-point operations of a forward pass per token; a multiplication and an addition count as two.
 
     Attributes:
-        base: of the model's linear layers, 2 n m each; not of attention between tokens, which grows with their number,
-            nor of experts that are no linear layers.
-        adapters: of the adapters' products, in training.
+        base: the operations of the model's linear layers, 2 n m each, without the attention scores, which grow with the
+            number of tokens, and without experts that are no linear layers.
+        adapters: the operations of the adapters' matrix products in training.
     """
 
     base: int
     adapters: int
 
     def __str__(self) -> str:
-        share = 100 * self.adapters / max(self.base, 1)
-        return f"{self.base:,} FLOPs a token in the base, {self.adapters:,} in the adapters ({share:.3g}%)"
+        percent = 100 * self.adapters / max(self.base, 1)
+        return f"{self.base:,} FLOPs a token in the base, {self.adapters:,} in the adapters ({percent:.3g}%)"
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Counts a model's parameters: trainable, all, and those of routers. Any model, with adapters or without."""
+    """Counts the trainable, total and router parameters of any model, with or without adapters."""
     check_model(model)
     named = list(model.named_parameters())
     return ParameterCount(
@@ -75,41 +75,41 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 def match_rank(config: AlignLoraConfig, model: nn.Module, budget: int | AlignLoraConfig) -> int:
     """Finds the largest rank whose trained parameters do not exceed a budget: LoRA-dagger of 2508.05078.
 
-    Comparisons of architectures are fair at equal parameters: a LoRA matched to HydraLoRA has a larger rank. Nothing
-    is built on the way, so the model may be on the meta device. With the result r: dataclasses.replace(config, r=r).
+    Architectures are compared fairly at equal numbers of parameters: a LoRA matched to HydraLoRA has a larger rank. No
+    adapter is inserted, so the model may be on the meta device. To use the result: dataclasses.replace(config, r=r).
 
     Args:
-        config: the architecture to size; its r is not looked at.
+        config: the options of the architecture; r is ignored.
         model: a plain model; the layers that config would adapt are counted.
-        budget: trained parameters, or a config that says them on the same model.
+        budget: a number of trained parameters, or a config whose number on the same model is the budget.
 
     Returns:
-        The rank, at most the smallest width of a layer (no product B A has a larger one); even for orthogonal heads.
+        The rank, at most the smallest width of a layer (B A cannot have a larger rank); even for orthogonal heads.
 
     Raises:
-        ValueError: the budget does not reach for the smallest rank, the model has adapters already, or nothing matches.
+        ValueError: the budget is too small for any rank, the model has adapters already, or no layer matches.
     """
     if find_state(model) is not None:
         raise ValueError("the model has adapters already: give the plain model, or unload(model) first")
-    allowed = _trained(budget, model) if isinstance(budget, AlignLoraConfig) else budget
+    allowed = _trained_parameters(budget, model) if isinstance(budget, AlignLoraConfig) else budget
     step = 2 if config.init_lora_weights == "orthogonal" else 1
-    # All architectures are linear in r: so many parameters for each r, and a router's.
-    least, next_one = (_trained(replace(config, r=r), model) for r in (step, 2 * step))
-    if allowed < least:
+    # In all architectures the number of parameters is linear in r, plus those of a router.
+    minimum, second = (_trained_parameters(replace(config, r=r), model) for r in (step, 2 * step))
+    if allowed < minimum:
         raise ValueError(
-            f"budget={allowed:,} is below {least:,}, what {config.architecture!r} trains at r={step}: give it more, "
+            f"budget={allowed:,} is below {minimum:,}, what {config.architecture!r} trains at r={step}: give it more, "
             "fewer heads, or fewer layers"
         )
-    widest = min(min(sizes) for sizes in sizes_to_adapt(model, config))
-    return min(step * (1 + (allowed - least) // (next_one - least)), widest - widest % step)
+    max_rank = min(min(sizes) for sizes in sizes_to_adapt(model, config))
+    return min(step * (1 + (allowed - minimum) // (second - minimum)), max_rank - max_rank % step)
 
 
-def _trained(config: AlignLoraConfig, model: nn.Module) -> int:
-    """The parameters that a config would train on a plain model."""
+def _trained_parameters(config: AlignLoraConfig, model: nn.Module) -> int:
+    """Returns the number of parameters that a config would train on a plain model."""
     sizes = sizes_to_adapt(model, config)
     with torch.device("meta"):
-        of_size = {size: adapter_class(config)(config, *size) for size in set(sizes)}
-    return sum(_numel(of_size[size].parameters()) for size in sizes)
+        by_size = {size: adapter_class(config)(config, *size) for size in set(sizes)}
+    return sum(_numel(by_size[size].parameters()) for size in sizes)
 
 
 def _numel(parameters: Iterable[nn.Parameter]) -> int:
@@ -117,14 +117,14 @@ def _numel(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def flops_per_token(model: nn.Module) -> FlopsPerToken:
-    """Counts a forward's operations for a token, of the base and of the adapters, as the operators' headers state them.
+    """Counts the operations of a forward pass per token, for the base and for the adapters (formulas: csrc/ops/*.h).
 
-    One adapter takes 2 ((r L + G N) n + N r m): L latents (N where each head has its own, by an A_i or a mask on x),
-    N heads (1 without), G N columns of a linear router; a frozen offset adds 2 r (n + m). With an adapter for each
-    task a token meets one of them. A router that looks at whole sequences costs nothing that counts for a token.
+    One adapter takes 2 ((r L + G N) n + N r m): L latents (N if each head has its own A_i or mask on x, else 1), N
+    heads (else 1), G N outputs of a linear router; a frozen offset adds 2 r (n + m). In a multi_adapter, a token uses
+    one of the adapters. The cost per token of a sequence router is negligible.
 
     Args:
-        model: with adapters or without.
+        model: a model with or without adapters.
     """
     state = find_state(model)
     adapters = () if state is None else tuple(layer.adapter for layer in adapted_layers(model).values())

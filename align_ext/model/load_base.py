@@ -1,4 +1,4 @@
-"""The base model of an adapter's folder."""
+"""Loads the base model of an adapter's folder."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _LOG = logging.getLogger(__name__)
 def load_base(
     name: str | None, stored: AdapterFolder, dtype: str | torch.dtype, print_line: PrintLine = _LOG.info
 ) -> tuple[Any, Any]:
-    """Loads the base model of an adapter: the one that is named, else the one that the adapter names.
+    """Loads the base model of an adapter: the given one, or else the one that the adapter records.
 
     Raises:
-        ValueError: neither is named, it cannot be loaded, or the adapter is of a model that generates no text alone.
+        ValueError: no model is given or recorded, it cannot be loaded, or it is no causal language model.
     """
     recorded, kind = stored.base_name, stored.peft.get("task_type")
     if kind not in (None, "CAUSAL_LM"):

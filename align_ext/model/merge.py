@@ -1,4 +1,4 @@
-"""Adapters merged into the base weights, or taken off again."""
+"""Merges adapters into the base weights, or removes them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from align_ext.adapters.adapted_block import AdaptedBlock, adapted_layers
 from align_ext.adapters.base import AdaptedLinear
 from align_ext.alignment.forward_hooks import remove_hooks
-from align_ext.base_model.modules_to_save import give_back
-from align_ext.base_model.sharded import refuse_parts
-from align_ext.model.save_pretrained import stand_down
+from align_ext.base_model.modules_to_save import restore_base
+from align_ext.base_model.sharded import refuse_sharded
+from align_ext.model.save_pretrained import restore_methods
 from align_ext.system.reading import shown
 
 logger = logging.getLogger(__name__)
@@ -23,12 +23,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What an approximate merge changed.
+    """The effect of an approximate merge on the outputs.
 
     Attributes:
         kl: mean over the batch's tokens of KL(before || after) of the next token's distribution, in nats.
-        agreement: share of these tokens whose likeliest next token stayed.
-        tokens: how many there were; padding does not count.
+        agreement: the fraction of these tokens whose most likely next token is unchanged.
+        tokens: the number of tokens, without padding.
     """
 
     kl: float
@@ -45,26 +45,26 @@ class MergeReport:
 def merge_and_unload(
     model: nn.Module, approximate: Literal["uniform"] | None = None, batch: Mapping[str, Any] | None = None
 ) -> nn.Module:
-    """Merges each adapter into its base weight, W + s Σ B A in float32, and puts the base layers back.
+    """Merges each adapter into its base weight, W + s Σ B A in float32, and restores the base layers.
 
-    Exact for lora, align_lora, m_lora, hydra without a router, and multi_adapter's task that set_task named. Routed
-    adapters are no change of the weight; approximate="uniform" merges what they are with equal weights of all heads,
-    measures on a batch how far the outputs move, logs it, and leaves it as `model.merge_report` (a MergeReport).
-    Adapters beside whole blocks cannot be merged. What was trained beside the adapters stays as it is.
+    Exact for lora, align_lora, m_lora, hydra without a router, and the task of a multi_adapter that set_task chose. A
+    routed adapter is not a change of the weight; approximate="uniform" merges it with equal weights of all heads,
+    measures on a batch how much the outputs change, logs it, and stores it as `model.merge_report` (a MergeReport).
+    Adapters beside whole blocks cannot be merged. Tensors that were trained beside the adapters keep their values.
 
     Args:
-        model: with adapters.
-        approximate: None: exactly or not at all.
-        batch: the model's inputs (input_ids, attention_mask, ...), for approximate.
+        model: a model with adapters.
+        approximate: "uniform", or None to merge exactly or raise.
+        batch: the model's inputs (input_ids, attention_mask, ...); needed for approximate.
 
     Returns:
-        The model; of a PeftModel that was adopted, the plain model inside.
+        The model; for an adopted PeftModel, the plain model inside it.
 
     Raises:
-        ValueError: a layer cannot be merged, or its merged weight is not finite (float16 overflows); nothing was
-            changed then, and the message says which and why.
+        ValueError: a layer cannot be merged, or its merged weight is not finite (float16 overflows); the model is then
+            unchanged, and the message names the layer and the reason.
     """
-    refuse_parts(model, "merge_and_unload")
+    refuse_sharded(model, "merge_and_unload")
     layers = adapted_layers(model)
     if approximate not in (None, "uniform"):
         raise ValueError(f'approximate={approximate!r} must be "uniform" or None')
@@ -73,7 +73,7 @@ def merge_and_unload(
     if batch is not None and not isinstance(batch, Mapping):
         raise ValueError(f"batch={shown(batch)} must be a mapping of the model's inputs by name (input_ids, ...)")
     for name, layer in layers.items():
-        if reason := layer.unmergeable_reason() if approximate is None else _cannot_approximate(layer):
+        if reason := layer.unmergeable_reason() if approximate is None else _approximation_problem(layer):
             raise ValueError(f"{name} cannot be merged: {reason}")
     before = None if batch is None or approximate is None else _log_probabilities(model, batch)
     linears = {name: layer for name, layer in layers.items() if isinstance(layer, AdaptedLinear)}
@@ -84,10 +84,10 @@ def merge_and_unload(
     for name, layer in linears.items():
         try:
             if not layer.merged:
-                layer.merged_weight(delta(layer))  # of all, before the first is written
+                layer.merged_weight(delta(layer))  # checks all layers before the first is changed
         except ValueError as error:
             raise ValueError(f"{name} cannot be merged: {error}") from error
-    plain = _put_back(model, {name: layer.merged_base(delta(layer)) for name, layer in linears.items()})
+    plain = _restore_layers(model, {name: layer.merged_base(delta(layer)) for name, layer in linears.items()})
     if before is not None and batch is not None:
         plain.merge_report = _compare(before, _log_probabilities(plain, batch))  # type: ignore[assignment]
         logger.info("merged approximately: %s", plain.merge_report)
@@ -95,25 +95,25 @@ def merge_and_unload(
 
 
 def unload(model: nn.Module) -> nn.Module:
-    """Removes the adapters, merged by hand or not: the model computes what its base computes; all of it stays frozen.
+    """Removes the adapters, also merged ones; the model then computes the same as its base and stays frozen.
 
     Returns:
-        The model; of a PeftModel that was adopted, the plain model inside.
+        The model; for an adopted PeftModel, the plain model inside it.
 
     Raises:
-        ValueError: something else was trained too whose value in the base model is not kept; nothing was changed then.
+        ValueError: other tensors were trained too, and their base values are not known; the model is then unchanged.
     """
-    refuse_parts(model, "unload")
+    refuse_sharded(model, "unload")
     layers = adapted_layers(model)
-    give_back(model)
+    restore_base(model)
     for layer in layers.values():
         if isinstance(layer, AdaptedLinear):
             layer.unmerge()
-    return _put_back(model, {name: layer.base_layer for name, layer in layers.items()})
+    return _restore_layers(model, {name: layer.base_layer for name, layer in layers.items()})
 
 
-def _cannot_approximate(layer: AdaptedLinear | AdaptedBlock) -> str | None:
-    """Why not even an approximation can be merged, or None."""
+def _approximation_problem(layer: AdaptedLinear | AdaptedBlock) -> str | None:
+    """Returns why not even an approximation can be merged, or None."""
     if not isinstance(layer, AdaptedLinear):
         return layer.unmergeable_reason()
     return layer.base_unmergeable_reason() or (
@@ -121,17 +121,17 @@ def _cannot_approximate(layer: AdaptedLinear | AdaptedBlock) -> str | None:
     )
 
 
-def _put_back(model: nn.Module, bases: dict[str, nn.Module]) -> nn.Module:
+def _restore_layers(model: nn.Module, bases: dict[str, nn.Module]) -> nn.Module:
     for name, base in bases.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, base)
     remove_hooks(model)
-    return stand_down(model)
+    return restore_methods(model)
 
 
 @torch.no_grad()
 def _log_probabilities(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """The logarithms of the next token's probabilities in evaluation, [tokens, vocabulary], float32 at least."""
+    """Returns the next token's log probabilities in eval mode, [tokens, vocabulary], in float32 or higher."""
     training = model.training
     try:
         output = model.eval()(**{name: tensor for name, tensor in batch.items() if name != "task_ids"})

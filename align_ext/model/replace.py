@@ -1,4 +1,4 @@
-"""Puts adapters in place of a model's linear layers: replace_linear_with_align_lora(model)."""
+"""Replaces a model's linear layers by layers with adapters: replace_linear_with_align_lora(model)."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from align_ext.alignment.sources import watch_layers
 from align_ext.base_model.adopt_peft import (
     PEFT_PREFIX,
     adopt,
-    adopt_copies,
+    adopt_full_modules,
     adopted_config,
     is_peft_lora,
     refuse_other_peft,
-    refuse_unfit,
+    refuse_unadoptable,
 )
 from align_ext.base_model.find_blocks import find_blocks
 from align_ext.base_model.fingerprint import BaseModel
 from align_ext.base_model.modalities import refuse_other_modalities
-from align_ext.base_model.modules_to_save import buffers_of, is_below, modules_to_train, start_training, tensors_of
+from align_ext.base_model.modules_to_save import buffers_of, is_inside, modules_to_train, start_training, tensors_of
 from align_ext.base_model.select_layers import (
+    excessive_rank_reason,
     find_targets,
-    linear_like,
+    linear_layers,
     name_matches,
-    nothing_matched,
+    nothing_matched_message,
     output_embeddings,
-    too_high,
-    unmatched,
+    unmatched_hints,
 )
 from align_ext.config import AlignLoraConfig
-from align_ext.model.arguments import config_of
-from align_ext.model.save_pretrained import stand_in
+from align_ext.model.arguments import resolve_config
+from align_ext.model.save_pretrained import override_methods
 from align_ext.system.reading import Matcher, check_names, shown
 
 logger = logging.getLogger(__name__)
@@ -50,14 +50,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ReplaceReport:
-    """What became of the model's linear layers.
+    """Lists which linear layers of a model were adapted, and which were not.
 
     Attributes:
         replaced: names of the adapted layers.
-        adopted: those of them that took over a PEFT adapter's weights.
-        skipped: name -> reason, for layers that matched target_modules but were left alone.
-        unmatched: what else may have been meant: patterns that match nothing, experts that are no linear layers.
-        trained: names of the modules that are trained whole beside the adapters.
+        adopted: names of the adapted layers that have the weights of a PEFT adapter.
+        skipped: name -> reason, for layers that matched target_modules but were not adapted.
+        unmatched: hints: patterns that match nothing, experts that are no linear layers.
+        trained: names of the modules that are fully trained beside the adapters.
     """
 
     replaced: list[str] = field(default_factory=list)
@@ -80,27 +80,27 @@ class ReplaceReport:
 def replace_linear_with_align_lora(
     model: nn.Module, config: AlignLoraConfig | Mapping[str, Any] | Any = None, **options: Any
 ) -> nn.Module:
-    """Freezes a model and puts an adapter beside each linear layer that the config names, in place.
+    """Freezes a model and adds an adapter to each linear layer that the config names, in place.
 
-    nn.Linear and its subclasses, GPT-2's Conv1D and quantised linears are adapted; lm_head, layers with tied weights
-    and layers whose forward is bypassed (nn.TransformerEncoderLayer's) are left alone, and the report says so
-    (`adapter_report(model)`, also logged). The new head of a model that classifies, or what modules_to_save names, is
-    trained whole beside the adapters, and so is what gets requires_grad afterwards. LoRA layers of a PeftModel are
-    adopted: same Parameters, same scaling. A second call changes nothing.
+    nn.Linear and its subclasses, GPT-2's Conv1D and quantised linears are adapted. lm_head, layers with tied weights
+    and layers whose forward is bypassed (nn.TransformerEncoderLayer's) are not, and the report lists them
+    (`adapter_report(model)`, also logged). The new head of a classification model, or the modules in modules_to_save,
+    are fully trained beside the adapters; parameters that get requires_grad later are trained too. LoRA layers of a
+    PeftModel are adopted: same Parameters, same scaling. A second call changes nothing.
 
     Args:
-        model: any nn.Module; for Llama, Qwen and Mistral the defaults fit.
+        model: any nn.Module; the defaults are for Llama, Qwen and Mistral.
         config: the options, as an AlignLoraConfig, a dictionary or a peft.LoraConfig; or
         **options: the options of AlignLoraConfig one by one.
 
     Returns:
-        The same model, with task_ids= as a further argument of its forward when alignment is on.
+        The same model; its forward has the additional argument task_ids= when alignment is on.
 
     Raises:
-        ValueError: nothing matched (the message lists the model's linears), the model is wrapped already (DDP, FSDP),
+        ValueError: no layer matched (the message lists the linear layers), the model is wrapped already (DDP, FSDP),
             or an option is unknown or out of range.
     """
-    config = config_of(model, config, options)
+    config = resolve_config(model, config, options)
     if find_state(model) is not None:
         logger.warning("the model has adapters already: nothing was changed (unload(model) removes them)")
         return model
@@ -114,53 +114,53 @@ def insert_adapters(
     trained: Collection[str] = (),
     fill: Callable[[dict[str, Adapter]], None] | None = None,
 ) -> nn.Module:
-    """Puts adapters into a plain model or a PeftModel; whatever raises, the model is as it was.
+    """Inserts adapters into a plain model or a PeftModel; if anything raises, the model is unchanged.
 
     Args:
         model: the model.
         config: the options.
-        ranks: of an adapter that is about to be loaded, by module name; no first values are drawn for it then.
-        trained: names of the tensors that are about to be loaded beside it; what they belong to is not adapted.
-        fill: gives the adapters their values, or raises.
+        ranks: the ranks of adapters that will be loaded, by module name; they are then not initialised.
+        trained: names of other tensors that will be loaded; their modules are not adapted.
+        fill: sets the values of the adapters, or raises.
     """
     _refuse_wrapped(model)
     refuse_other_peft(model)
     report = ReplaceReport()
-    candidates = dict(linear_like(model))
+    candidates = dict(linear_layers(model))
     adopting = {name: module for name, module in candidates.items() if is_peft_lora(module)}
     state = AlignState(config)
     layers: dict[str, Adapted] = {}
-    whole = modules_to_train(model, config) if ranks is None and not adopting else []
+    full_names = modules_to_train(model, config) if ranks is None and not adopting else []
     if ranks is not None:  # adapted layers may have a trained bias
-        whole = [name for name in {key.rpartition(".")[0] for key in trained} if name not in ranks]
+        full_names = [name for name in {key.rpartition(".")[0] for key in trained} if name not in ranks]
     if config.target_blocks and not adopting:
         for name, (block, hidden) in _target_blocks(model, config).items():
-            layers[name] = AdaptedBlock(block, _adapter(name, block, (hidden, hidden), config, reset=ranks is None))
+            layers[name] = AdaptedBlock(block, _build(name, block, (hidden, hidden), config, reset=ranks is None))
     else:
-        among, own = adopting or candidates, ranks or ()
-        targets = find_targets(model, config, among, report.skipped, whole, by_name=not adopting, ranked=own)
+        chosen, fixed = adopting or candidates, ranks or ()
+        targets = find_targets(model, config, chosen, report.skipped, full_names, by_name=not adopting, ranked=fixed)
         if not targets:
-            raise ValueError(nothing_matched(model, candidates, config, report.skipped))
+            raise ValueError(nothing_matched_message(model, candidates, config, report.skipped))
         if adopting:
-            copies = refuse_unfit(model, targets, report.skipped)
+            full_modules = refuse_unadoptable(model, targets, report.skipped)
             config, report.adopted = adopted_config(config, targets), list(targets)
             logger.info("r, lora_alpha, lora_dropout and target_modules are the PEFT adapter's: %s", config)
             state = AlignState(config)
             layers = {name: adopt(module, config) for name, module in targets.items()}
-            whole = [name.removeprefix(PEFT_PREFIX) for name in copies]
+            full_names = [name.removeprefix(PEFT_PREFIX) for name in full_modules]
         else:
-            report.unmatched = unmatched(config, candidates, model)
+            report.unmatched = unmatched_hints(config, candidates, model)
             for name, module in targets.items():
                 options = replace(config, r=(ranks or {}).get(name, config.r))
-                adapter = _adapter(name, module, features_of(module), options, reset=ranks is None)
+                adapter = _build(name, module, features_of(module), options, reset=ranks is None)
                 layers[name] = AdaptedLinear(module, adapter)
     keys = [f"{PEFT_PREFIX}{name}.lora_A.weight" for name in layers]
-    check_names(keys, "a folder cannot hold the adapters of these layers", most=len(keys))
+    check_names(keys, "a folder cannot hold the adapters of these layers", maximum=len(keys))
     if config.needs_step:
         refuse_other_modalities(model, layers)
     if fill is not None:
         fill({name: layer.adapter for name, layer in layers.items()})
-    register_hooks(model, state)  # the last that may raise
+    register_hooks(model, state)  # the last call that may raise
     model.requires_grad_(False)
     for name, layer in layers.items():
         layer.adapter.requires_grad_(True)
@@ -173,13 +173,13 @@ def insert_adapters(
         report.replaced.append(name)
     watch_layers(model, state)
     if adopting:
-        state.originals = adopt_copies(model, copies)
+        state.originals = adopt_full_modules(model, full_modules)
     before = {n: state.originals.get(n, buffer) for n, buffer in buffers_of(model).items()}
     state.buffers = {n: None if buffer is None else buffer.clone() for n, buffer in before.items()}
     if ranks is None:
-        report.trained = whole
-        start_training(model, [name for name in tensors_of(model) if is_below(name, whole)])
-    stand_in(model)
+        report.trained = full_names
+        start_training(model, [name for name in tensors_of(model) if is_inside(name, full_names)])
+    override_methods(model)
     state.samples = dict(BaseModel.of(model).weights)
     state.report = report
     (logger.warning if report.unmatched else logger.info)("%s", report)
@@ -187,28 +187,28 @@ def insert_adapters(
 
 
 def layer_names(model: nn.Module) -> list[str]:
-    """The names of a model's linear layers, without its output head."""
+    """Returns the names of a model's linear layers, without its output head."""
     head = output_embeddings(model)
-    return [name for name, module in linear_like(model) if module is not head]
+    return [name for name, module in linear_layers(model) if module is not head]
 
 
 def sizes_to_adapt(model: nn.Module, config: AlignLoraConfig) -> list[tuple[int, int]]:
-    """(in, out) of each layer or block of a plain model that a config would adapt; nothing is built.
+    """Returns (in, out) of each layer or block of a plain model that a config would adapt, without adapting it.
 
     Raises:
-        ValueError: it would adapt nothing.
+        ValueError: the config would adapt no layer.
     """
     if config.target_blocks:
         return [(hidden, hidden) for _, hidden in _target_blocks(model, config).values()]
-    candidates, skipped = dict(linear_like(model)), dict[str, str]()
+    candidates, skipped = dict(linear_layers(model)), dict[str, str]()
     targets = find_targets(model, config, candidates, skipped, modules_to_train(model, config), by_name=True)
     if not targets:
-        raise ValueError(nothing_matched(model, candidates, config, skipped))
+        raise ValueError(nothing_matched_message(model, candidates, config, skipped))
     return [features_of(module) for module in targets.values()]
 
 
 def _target_blocks(model: nn.Module, config: AlignLoraConfig) -> dict[str, tuple[nn.Module, int]]:
-    """The blocks to adapt with their hidden sizes."""
+    """Returns the blocks to adapt, and their hidden sizes, by name."""
     found = find_blocks(model, config.target_blocks)
     matcher, excluded = Matcher(), config.exclude_modules
     blocks = {name: block for name, block in found.items() if not name_matches(matcher, name, excluded)}
@@ -218,7 +218,7 @@ def _target_blocks(model: nn.Module, config: AlignLoraConfig) -> dict[str, tuple
 
 
 def adapter_report(model: nn.Module) -> ReplaceReport:
-    """What replace_linear_with_align_lora did to this model."""
+    """Returns the report of replace_linear_with_align_lora for this model."""
     state = find_state(model)
     if state is None:
         raise ValueError("the model has no adapters: call replace_linear_with_align_lora(model) first")
@@ -243,20 +243,20 @@ def _refuse_wrapped(model: nn.Module) -> None:
         )
 
 
-def _adapter(name: str, module: nn.Module, sizes: tuple[int, int], config: AlignLoraConfig, *, reset: bool) -> Adapter:
-    """An adapter with its first values, on the device and in the dtype that the options and the module call for."""
-    if reset and (reason := too_high(config.r, sizes)):
+def _build(name: str, module: nn.Module, sizes: tuple[int, int], config: AlignLoraConfig, *, reset: bool) -> Adapter:
+    """Builds an adapter with initial values, on the module's device and in the dtype of the options."""
+    if reset and (reason := excessive_rank_reason(config.r, sizes)):
         raise ValueError(f"{name}: {reason}: choose r <= {min(sizes)}, or leave the layer out by exclude_modules")
-    tensors: list[Any] = [*module.parameters(), *module.buffers()]  # packed weights are buffers
+    tensors: list[Any] = [*module.parameters(), *module.buffers()]  # packed weights may be buffers
     device = tensors[0].device if tensors else torch.device("cpu")
-    hook = getattr(module, "_hf_hook", None)  # offloaded weights rest on meta and run elsewhere
+    hook = getattr(module, "_hf_hook", None)  # offloaded weights are on meta, but are computed on another device
     device = torch.device(getattr(hook, "execution_device", None) or device)
-    first: Any = next((layer.weight for layer in module.modules() if has_float_weight(layer)), torch.empty(0))
-    # Double bases are for tests of exactness: their adapters are double too.
-    dtype = first.dtype if config.adapter_dtype == "base" else torch.promote_types(torch.float32, first.dtype)
+    frozen: Any = next((layer.weight for layer in module.modules() if has_float_weight(layer)), torch.empty(0))
+    # A float64 base, as in tests of exactness, gets float64 adapters.
+    dtype = frozen.dtype if config.adapter_dtype == "base" else torch.promote_types(torch.float32, frozen.dtype)
     with torch.device(device):
         adapter = adapter_class(config)(config, *sizes).to(dtype)
-        weight = first.T if is_conv1d(module) else first
+        weight = frozen.T if is_conv1d(module) else frozen
         if reset:
             adapter.reset_lora_parameters(weight if config.init_lora_weights == "pissa" else None)
     return adapter

@@ -1,7 +1,7 @@
-"""save_pretrained of a model with adapters: an adapter's folder, as of a PeftModel, not weights under odd names.
+"""Makes save_pretrained of a model with adapters write an adapter's folder, as that of a PeftModel does.
 
-A model outside of the one that was adapted is not known to it. Its save_pretrained is noticed where it asks the adapted
-layers for their state_dict; a state_dict for any other use is no business of ours.
+If another model contains the adapted model, its save_pretrained is detected when it asks the adapted layers for their
+state_dict, and is refused. A state_dict for any other use is allowed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from align_ext.adapters.base import AdaptedModule
 from align_ext.system.reading import shown_path
 
 logger = logging.getLogger(__name__)
-# Trainer's stand-in for weights that nobody gathered; an error here, in one process, would leave the others waiting.
+# Logged when Trainer saves without gathered weights; an exception in this one process would leave the others waiting.
 _NOT_GATHERED = (
     "no adapter is in %s, since the parameters are in parts and were not gathered: DeepSpeed's own files alone are "
     'there, to resume from; give its configuration "stage3_gather_16bit_weights_on_model_save": true, or use '
@@ -28,40 +28,40 @@ _NOT_GATHERED = (
 )
 
 _CURE = "save_adapter(model, folder) of the model that was adapted, or merge_and_unload(model) first"
-_OF_PEFT = (
+_PEFT_METHODS = (
     "merge_and_unload", "unload", "merge_adapter", "unmerge_adapter", "add_adapter", "load_adapter", "delete_adapter",
     "disable_adapter", "disable_adapter_layers", "enable_adapter_layers", "add_weighted_adapter",
 )  # fmt: skip
 
 
-def stand_in(model: nn.Module) -> None:
-    """Has save_pretrained, and with it push_to_hub and Trainer, write what save_adapter does; not of its parts.
+def override_methods(model: nn.Module) -> None:
+    """Makes save_pretrained (also for push_to_hub and Trainer) write the adapter's folder; submodules refuse it.
 
-    PEFT's own methods of a PeftModel, which would pass over the adapters in silence, become errors.
+    Methods of a PeftModel that would silently ignore the adapters raise an error.
     """
     for module in model.modules():
         if isinstance(module, AdaptedModule):
-            module.register_state_dict_pre_hook(_refuse_outer)
+            module.register_state_dict_pre_hook(_refuse_outer_model)
         elif any(isinstance(m, AdaptedModule) for m in module.modules()):
-            # Partial functions, since they are copied and pickled with the model.
+            # Partial functions, since these can be copied and pickled with the model.
             if hasattr(type(module), "save_pretrained"):
-                write: Any = _save if module is model else _refuse
+                write: Any = _save if module is model else _refuse_submodule
                 module.save_pretrained = functools.partial(write, module)  # type: ignore[assignment]
-            for name in _OF_PEFT if _is_peft(module) else ():
+            for name in _PEFT_METHODS if _is_peft(module) else ():
                 setattr(module, name, functools.partial(_refuse_peft, name))
 
 
-def stand_down(model: nn.Module) -> nn.Module:
-    """Gives a model its own methods again, and takes from it what says that PEFT adapted it.
+def restore_methods(model: nn.Module) -> nn.Module:
+    """Restores a model's own methods, and removes the attributes that say that PEFT adapted it.
 
     Returns:
-        The plain model, as PEFT's own unload does: of a PeftModel, the one inside.
+        The plain model; for a PeftModel, the model inside it, as PEFT's own unload returns.
     """
     for module in model.modules():
-        for name in ("save_pretrained", *_OF_PEFT):
+        for name in ("save_pretrained", *_PEFT_METHODS):
             module.__dict__.pop(name, None)
         if not _is_peft(module):
-            for name in ("peft_config", "_hf_peft_config_loaded"):  # transformers would save an adapter alone
+            for name in ("peft_config", "_hf_peft_config_loaded"):  # with them, transformers would save only an adapter
                 module.__dict__.pop(name, None)
         elif hasattr(type(module), "save_pretrained"):
             module.save_pretrained = _refuse_empty  # type: ignore[assignment]
@@ -69,7 +69,7 @@ def stand_down(model: nn.Module) -> nn.Module:
 
 
 def _is_peft(module: nn.Module) -> bool:
-    """Whether a module is one of those that PEFT puts around a model."""
+    """Whether a module is one of PEFT's wrappers around a model."""
     return any(kind.__module__.startswith("peft.") for kind in type(module).__mro__) and hasattr(module, "peft_config")
 
 
@@ -80,29 +80,29 @@ def _save(
     state_dict: Mapping[str, Tensor] | None = None,
     **other: Any,
 ) -> None:
-    """Writes the adapter's folder; from a state_dict, where others gathered the parameters."""
-    from align_ext.base_model.sharded import holders
+    """Writes the adapter's folder, from a state_dict if the caller has gathered the parameters."""
+    from align_ext.base_model.sharded import shard_ranks
     from align_ext.io.save_adapter import write_adapter
 
     if other.get("push_to_hub"):
         raise ValueError("push_to_hub=True: save the adapter first, or call model.push_to_hub(name)")
-    _tell_trainer()
-    in_parts = bool(holders(model.parameters()))
-    if state_dict is not None and not state_dict and in_parts:
+    _check_trainer()
+    sharded = bool(shard_ranks(model.parameters()))
+    if state_dict is not None and not state_dict and sharded:
         logger.error(_NOT_GATHERED, shown_path(save_directory))
-    elif is_main_process or (state_dict is None and in_parts):
+    elif is_main_process or (state_dict is None and sharded):
         write_adapter(model, save_directory, (), state_dict)
 
 
-def _refuse(module: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
+def _refuse_submodule(module: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
     raise RuntimeError(
         f"this {type(module).__name__} is a part of a model with adapters, whose folder would come back without them: "
         "save_adapter(model, folder) of the whole model, or merge_and_unload(model) first"
     )
 
 
-def _refuse_outer(layer: nn.Module, prefix: str, keep_vars: bool) -> None:
-    """Raises if a save_pretrained, of whatever model and library, is what asks for a layer's tensors."""
+def _refuse_outer_model(layer: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """Raises if any model's save_pretrained asks for a layer's tensors."""
     for method, owner in _callers():
         if method == "save_pretrained":
             raise RuntimeError(
@@ -111,8 +111,8 @@ def _refuse_outer(layer: nn.Module, prefix: str, keep_vars: bool) -> None:
             )
 
 
-def _tell_trainer() -> None:
-    """Says at the first checkpoint of transformers' own Trainer what it will not be able to do with it in the end."""
+def _check_trainer() -> None:
+    """Warns at the first checkpoint of transformers' own Trainer that it cannot load it again, or raises."""
     for method, owner in _callers():
         args: Any = getattr(owner, "args", None) if method == "_save" else None
         if not hasattr(args, "load_best_model_at_end") or owner.is_deepspeed_enabled or owner.is_fsdp_enabled:
@@ -124,7 +124,7 @@ def _tell_trainer() -> None:
 
 
 def _callers() -> Iterator[tuple[str, Any]]:
-    """The names of the functions that are being run, innermost first, and whose methods they are."""
+    """Yields the name and the object (self) of each function on the call stack, innermost first."""
     frame = sys._getframe().f_back
     while frame is not None:
         yield frame.f_code.co_name, frame.f_locals.get("self")

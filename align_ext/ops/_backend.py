@@ -29,9 +29,9 @@ def backend() -> dict[str, Any]:
     """Describes the build and this machine.
 
     Returns:
-        versions: of align_ext, torch, Python.
+        versions: the versions of align_ext, torch and Python.
         built_with: torch version, C++ compiler and CUDA architectures of the extension.
-        devices: those that torch sees.
+        devices: the devices that torch sees.
         ops: operator -> device -> "native" or "none" (no kernel in this build).
     """
     vectors = f"{torch.backends.cpu.get_cpu_capability()}, kernels by vectors of {build_info.vector_bytes()} bytes"

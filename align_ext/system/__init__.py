@@ -1,1 +1,1 @@
-"""Files, terminal, signals, memory: what any program needs."""
+"""General helpers: files, terminal, signals, memory, checks of options."""

@@ -1,4 +1,4 @@
-"""Options as fields of a dataclass with a help text and a rule: sizes that memory holds, numbers, known names."""
+"""Options as dataclass fields with a help text and a rule that checks the value: integers, numbers, known names."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from align_ext.system.reading import shown
 
-MOST = 65_536  # of an integer that is the size of something
-_LARGEST = 1e30  # of a number: float32 holds it, and its product with a weight
+MAX_SIZE = 65_536  # the largest integer that an option may give as a size
+_LARGEST = 1e30  # the largest number of an option: float32 can hold it and its product with a weight
 
 _Options = TypeVar("_Options")
-Rule = Callable[[Any], str | None]  # a value -> what it must be, or None if it is
+Rule = Callable[[Any], str | None]  # a value -> None if it is valid, else a text that says what it must be
 
 
 def unknown_name(kind: str, name: Any, allowed: Iterable[str | None]) -> str:
-    """A message for a name that is not one of the allowed ones, with the nearest of them."""
+    """Returns the message for a name that is not allowed; it suggests the most similar allowed name."""
     allowed = list(allowed)
     folded = {str(word).casefold(): word for word in reversed(allowed)}
     nearest = difflib.get_close_matches(shown(name).strip("'").casefold(), folded, n=1)
@@ -29,71 +29,71 @@ def unknown_name(kind: str, name: Any, allowed: Iterable[str | None]) -> str:
     return f"unknown {kind} {shown(name)}{hint} (known: {known})"
 
 
-def is_whole(value: Any, least: int = 1, most: int = MOST) -> bool:
+def is_whole(value: Any, minimum: int = 1, maximum: int = MAX_SIZE) -> bool:
     """Whether a value is an integer within the bounds."""
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+    return isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= maximum
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a number that float32 holds."""
+    """Whether a value is a number that float32 can hold."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def is_positive(value: Any) -> bool:
-    """Whether a value is a number that is not zero in float32 either."""
+    """Whether a value is a number that stays above zero in float32."""
     return is_number(value) and value >= 1 / _LARGEST
 
 
-def whole(value: Any, most: int = MOST) -> str:
-    """What an option that is to be a positive integer should be."""
-    large = isinstance(value, int) and value > most
-    return f"a positive integer, at most {most}" if large else "a positive integer"
+def integer_text(value: Any, maximum: int = MAX_SIZE) -> str:
+    """Returns the text that says what a positive integer must be."""
+    large = isinstance(value, int) and value > maximum
+    return f"a positive integer, at most {maximum}" if large else "a positive integer"
 
 
-def whole_number(least: int = 1, most: int = MOST, allowed: str | None = None, *, none: bool = False) -> Rule:
-    """The rule of an integer within the bounds; allowed: how to say so; none: whether to say that None will do too."""
+def integer_rule(minimum: int = 1, maximum: int = MAX_SIZE, allowed: str | None = None, *, none: bool = False) -> Rule:
+    """Returns the rule of an integer within the bounds; allowed: the text for it; none: the text also allows None."""
 
     def rule(value: Any) -> str | None:
-        if is_whole(value, least, most):
+        if is_whole(value, minimum, maximum):
             return None
-        return allowed or f"{'0 or ' * (least == 0)}{whole(value, most)}{', or None' * none}"
+        return allowed or f"{'0 or ' * (minimum == 0)}{integer_text(value, maximum)}{', or None' * none}"
 
     return rule
 
 
 def positive(value: Any) -> str | None:
-    """The rule of a number above zero."""
+    """Checks for a number above zero."""
     return None if is_positive(value) else "a positive number"
 
 
 def not_negative(value: Any) -> str | None:
-    """The rule of a number of at least zero."""
+    """Checks for a number of at least zero."""
     return None if is_number(value) and value >= 0 else "a number >= 0"
 
 
 def true_or_false(value: Any) -> str | None:
-    """The rule of a switch."""
+    """Checks for a bool."""
     return None if isinstance(value, bool) else "true or false"
 
 
 def option(default: Any, text: str, rule: Rule | None = None) -> Any:
-    """A field of a dataclass of options; without a rule, its type says what a literal or a bool may be."""
+    """Returns a dataclass field for an option; without a rule, a Literal or bool is checked by its type."""
     return field(default=default, metadata={"help": text, "rule": rule})
 
 
 def documented(kind: type[_Options]) -> type[_Options]:
-    """A class of options whose docstring names each option, from its help text."""
+    """Adds the help text of each option to the docstring of a class of options."""
     entries = (f"    {entry.name}: {entry.metadata['help']}" for entry in fields(kind) if "help" in entry.metadata)  # type: ignore[arg-type]
     kind.__doc__ = "\n".join([inspect.getdoc(kind) or "", "", "Attributes:", *entries])
     return kind
 
 
 def check_options(options: Any, *, quoted: bool = True) -> None:
-    """Raises ValueError for the first field that breaks its rule; None passes where the type has it.
+    """Raises ValueError for the first field that breaks its rule; None is valid where the type allows it.
 
     Args:
         options: a dataclass of options.
-        quoted: whether words are named as Python writes them, or as a command line does.
+        quoted: whether the message quotes words as in Python, or names them as on a command line.
     """
     for name, (rule, optional) in _rules(type(options), quoted).items():  # type: ignore[arg-type]
         value = getattr(options, name)
@@ -103,20 +103,20 @@ def check_options(options: Any, *, quoted: bool = True) -> None:
 
 @functools.cache
 def _rules(kind: Any, quoted: bool) -> Mapping[str, tuple[Rule, bool]]:
-    """Each field's rule, and whether it may be None."""
+    """Returns the rule of each field, and whether the field may be None."""
     rules, hints = {}, get_type_hints(kind)
     for entry in fields(kind):
-        of_field = hints[entry.name]
-        optional = type(None) in get_args(of_field)
-        rule = entry.metadata.get("rule") or (true_or_false if of_field is bool else _literal(of_field, quoted))
+        field_type = hints[entry.name]
+        optional = type(None) in get_args(field_type)
+        rule = entry.metadata.get("rule") or (true_or_false if field_type is bool else _literal(field_type, quoted))
         if rule is not None:
             rules[entry.name] = (rule, optional)
     return rules
 
 
 def _literal(kind: Any, quoted: bool) -> Rule | None:
-    """The rule of a Literal, alone or in a union."""
+    """Returns the rule of a Literal, alone or in a union, or None for another type."""
     kinds = (kind, *get_args(kind))
     choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
-    words = " or ".join(f'"{choice}"' for choice in choices) if quoted else f"one of {', '.join(choices)}"
-    return (lambda value: None if value in choices else words) if choices else None
+    allowed = " or ".join(f'"{choice}"' for choice in choices) if quoted else f"one of {', '.join(choices)}"
+    return (lambda value: None if value in choices else allowed) if choices else None

@@ -1,4 +1,4 @@
-"""How a command ends from outside: SIGTERM and SIGHUP interrupt it as Ctrl-C does, or where it asks after a step."""
+"""Signals that end a command: SIGTERM and SIGHUP interrupt it like Ctrl-C, or wait until the current step is done."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ _deferring: list[bool] = []
 
 
 def listen() -> None:
-    """From now on both signals raise KeyboardInterrupt, unless the process was started to ignore them (nohup)."""
+    """Makes both signals raise KeyboardInterrupt, unless the process was started to ignore them (nohup)."""
     _received.clear()
     if signal.getsignal(signal.SIGINT) is starting.end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _ended)
+            signal.signal(number, _handle_signal)
 
 
 def received() -> signal.Signals | None:
-    """The signal that came, if one did."""
+    """Returns the first signal that was received, or None."""
     return _received[0] if _received else None
 
 
 @contextmanager
 def deferred() -> Iterator[Callable[[], signal.Signals | None]]:
-    """Within, the first signal only sets what the function returns; a second one interrupts."""
+    """Within the block, the first signal is only returned by the yielded function; a second one interrupts."""
     _deferring.append(True)
     try:
         yield received
@@ -37,7 +37,7 @@ def deferred() -> Iterator[Callable[[], signal.Signals | None]]:
         _deferring.pop()
 
 
-def _ended(number: int, _: object) -> None:
+def _handle_signal(number: int, _: object) -> None:
     first = not _received
     _received.append(signal.Signals(number))
     if not (first and _deferring):

@@ -1,4 +1,4 @@
-"""Memory that does not suffice: whatever the library that asked for it raises, one line with the cure."""
+"""Out-of-memory errors of any library become one line that says how to need less memory."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import torch
 
 from align_ext.system.reading import reason_of
 
-_WORDS = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
+_MARKERS = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
 
 
 class OutOfMemory(OSError):
-    """There is too little memory; the message is the whole answer."""
+    """There is too little memory; the message is complete and needs no traceback."""
 
 
 @contextmanager
 def enough_memory(cure: str) -> Iterator[None]:
-    """Raises OutOfMemory, which names the cure, where a block asks for more memory than there is."""
+    """Raises OutOfMemory, whose message names the cure, if a block needs more memory than there is."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not is_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise OutOfMemory(f"there is not enough memory: {cure} ({reason_of(error)[:120]})") from error
 
 
-def is_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that there is too little memory."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in _WORDS)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(marker in str(error) for marker in _MARKERS)

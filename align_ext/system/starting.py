@@ -1,4 +1,4 @@
-"""The command's first second or two, while it imports torch: a signal ends it with a line. Imported before all else."""
+"""Handles signals while the command still imports torch: it ends with one line. Must be imported first."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def end(number: int, _: object) -> None:
-    """Ends at once: nothing has been made so far."""
-    said = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
-    os.write(2, f"align-lora: {said}\n".encode())
+    """Ends the process at once: it has not written anything yet."""
+    reason = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+    os.write(2, f"align-lora: {reason}\n".encode())
     os._exit(128 + number)
 
 

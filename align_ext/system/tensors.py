@@ -1,4 +1,4 @@
-"""Files of tensors: written as safetensors with a record of what they belong to, read strictly."""
+"""Writes tensors as safetensors files with a record of what they belong to, and reads them strictly."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from align_ext.system.reading import MOST_BYTES, check_names, open_file, parse_json, reason_of, shown, shown_path
+from align_ext.system.reading import MAX_ROW_BYTES, check_names, open_file, parse_json, reason_of, shown, shown_path
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-_RECORD = "align_ext"  # in the metadata, which PEFT leaves alone
+_RECORD = "align_ext"  # the key of the record in the metadata, which PEFT ignores
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any] | None = None) -> None:
-    """Writes tensors of any device as safetensors, with a digest of them.
+    """Writes tensors of any device as safetensors, with their digest.
 
     Args:
         file: the file.
-        tensors: by name.
-        record: JSON-ready; what they belong to, kept in the file.
+        tensors: the tensors by name.
+        record: JSON-ready information about what they belong to; stored in the file.
 
     Raises:
         ValueError: a value is not finite.
@@ -45,22 +45,22 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], record: Mapping[str
             raise ValueError(f"{name} is {tensor.dtype}, which no folder of an adapter holds")
     content, seen = {}, set()
     for name, tensor in tensors.items():
-        whole = tensor.detach().cpu().contiguous()
-        content[name] = whole.clone() if whole.data_ptr() in seen else whole  # no two names share memory in a file
-        seen.add(whole.data_ptr())
-    kept = {"tensors": digest_of(content), **(record or {})}
+        copy = tensor.detach().cpu().contiguous()
+        content[name] = copy.clone() if copy.data_ptr() in seen else copy  # no two names share memory in a file
+        seen.add(copy.data_ptr())
+    metadata = {"tensors": digest_of(content), **(record or {})}
     try:
-        save_file(content, file, metadata={"format": "pt", _RECORD: json.dumps(kept)})
-    except SafetensorError as error:  # which it makes of a full disk
+        save_file(content, file, metadata={"format": "pt", _RECORD: json.dumps(metadata)})
+    except SafetensorError as error:  # for example, the disk is full
         raise OSError(f"{shown_path(file)} cannot be written: {reason_of(error)}") from error
 
 
 def read_tensors(file: str | os.PathLike[str], *, empty: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Reads a safetensors file: its tensors on the CPU, and its record, empty where there is none.
+    """Reads a safetensors file: its tensors on the CPU, and its record, which is empty if there is none.
 
     Args:
         file: the file.
-        empty: tensors may be without values.
+        empty: whether tensors without values are allowed.
 
     Raises:
         ValueError: it cannot be read, is damaged, does not hold the tensors that were written, or holds one without
@@ -72,7 +72,7 @@ def read_tensors(file: str | os.PathLike[str], *, empty: bool = False) -> tuple[
         content = parse_json(record.get(_RECORD, "{}"))
         if not isinstance(content, dict):
             raise ValueError("its record is none")
-        check_names(list(header), "its keys", most=1_000_000)
+        check_names(list(header), "its keys", maximum=1_000_000)
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if end > size:
             raise ValueError("it ends too soon")
@@ -90,11 +90,11 @@ def read_tensors(file: str | os.PathLike[str], *, empty: bool = False) -> tuple[
 
 
 def _header(file: str | os.PathLike[str]) -> tuple[dict[str, Any], int]:
-    """The header, each key once, and how many bytes follow it."""
+    """Returns the header, whose keys are unique, and how many bytes follow it."""
     try:
         with open_file(file) as stream:
             length = struct.unpack("<Q", stream.read(8))[0]
-            if length > MOST_BYTES:
+            if length > MAX_ROW_BYTES:
                 raise ValueError("its header is too large")
             header = parse_json(stream.read(length).decode("utf-8"))
             size = os.fstat(stream.fileno()).st_size - 8 - length
@@ -108,7 +108,7 @@ def _header(file: str | os.PathLike[str]) -> tuple[dict[str, Any], int]:
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """Computes a SHA-256 of names, dtypes, shapes and bytes, in the names' order."""
+    """Computes a SHA-256 of names, dtypes, shapes and bytes, sorted by name."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -117,23 +117,23 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def check_tensors(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], hint: str = "") -> None:
-    """Compares keys, shapes and kinds of dtypes with those wanted, and checks that all values are finite.
+def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], hint: str = "") -> None:
+    """Checks that keys, shapes and kinds of dtypes are the expected ones, and that all values are finite.
 
     Raises:
         ValueError: they differ, or are not finite.
     """
-    missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unexpected:
         raise ValueError(
             f"the adapter does not fit the model: {len(missing)} keys are missing {shown(missing[:3])}, "
             f"{len(unexpected)} are unexpected {shown(unexpected[:3])}{hint}"
         )
-    for key, expected in wanted.items():
+    for key, model_tensor in expected.items():
         tensor = tensors[key]
-        if tensor.shape != expected.shape:
-            raise ValueError(f"{key} is {list(tensor.shape)}, but the model's is {list(expected.shape)}")
-        if tensor.dtype not in (FLOATS if expected.is_floating_point() else (expected.dtype,)):
-            raise ValueError(f"{key} is {tensor.dtype}, but should be like {expected.dtype}")
+        if tensor.shape != model_tensor.shape:
+            raise ValueError(f"{key} is {list(tensor.shape)}, but the model's is {list(model_tensor.shape)}")
+        if tensor.dtype not in (FLOATS if model_tensor.is_floating_point() else (model_tensor.dtype,)):
+            raise ValueError(f"{key} is {tensor.dtype}, but should be like {model_tensor.dtype}")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{key} holds values that are not finite")

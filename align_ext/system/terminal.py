@@ -1,7 +1,7 @@
-"""The terminal: what is printed is printed as it is, since names out of files may look like rich's markup.
+"""Terminal output: text is printed without rich's markup, since names from files may look like markup.
 
-A reader that goes away or a log's disk that is full ends what is printed. It ends the command too where that is all it
-makes, and never one that writes files.
+When standard output is lost (a closed pipe, a full disk), nothing more is printed. A command that only prints then ends
+too; a command that writes files goes on.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from align_ext.system.reading import reason_of
 
 
 class OutputLost(BaseException):
-    """Standard output takes no more, and the command makes nothing else; no handler of errors is to keep it going."""
+    """Standard output is lost, and the command only prints; a BaseException, so that error handlers do not catch it."""
 
 
 class Output:
-    """A standard stream whose first failure is its last: what comes after it goes nowhere.
+    """A standard stream that discards all output after its first failure.
 
     Attributes:
-        lost: the failure.
-        needed: raise OutputLost then.
+        lost: the failure, or None.
+        needed: whether a failure raises OutputLost.
     """
 
     def __init__(self, stream: Any, *, needed: bool) -> None:
@@ -44,7 +44,7 @@ class Output:
         return len(text)
 
     def flush(self) -> None:
-        """Writes what waits."""
+        """Flushes the stream."""
         self._do(self.stream.flush)
 
     def _do(self, what: Any, *args: str) -> None:
@@ -52,10 +52,10 @@ class Output:
             what(*args)
         except OSError as error:
             self.lost = self.lost or error
-            with suppress(OSError, ValueError):  # what waits in buffers, also of libraries in C, goes there too
-                nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-                os.dup2(nowhere, self.stream.fileno())
-                os.close(nowhere)
+            with suppress(OSError, ValueError):  # redirects buffered output, also that of C libraries, to devnull
+                devnull = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+                os.dup2(devnull, self.stream.fileno())
+                os.close(devnull)
         if self.lost is not None and self.needed:
             raise OutputLost
 
@@ -63,12 +63,12 @@ class Output:
         return getattr(self.stream, name)
 
 
-def guarded(run: Callable[[], int]) -> int:
-    """Runs a command with both standard streams guarded; returns its exit code, or what says that its output is lost.
+def run_guarded(run: Callable[[], int]) -> int:
+    """Runs a command with both standard streams guarded; returns its exit code.
 
-    That is 141 without a word where its reader has gone, as of other tools, and else 2.
+    If the output is lost, the code is 141 without a message when the reader closed the pipe, as usual, and else 2.
     """
-    before, ended = (sys.stdout, sys.stderr), 128 + signal.SIGPIPE
+    original, broken_pipe = (sys.stdout, sys.stderr), 128 + signal.SIGPIPE
     output, errors = Output(sys.stdout, needed=True), Output(sys.stderr, needed=False)
     sys.stdout, sys.stderr = (None if guard.stream is None else guard for guard in (output, errors))
     try:
@@ -76,36 +76,36 @@ def guarded(run: Callable[[], int]) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()
     except OutputLost:
-        code = ended
+        code = broken_pipe
     finally:
         if output.lost is not None and output.lost.errno != errno.EPIPE:
             print(f"align-lora: standard output cannot be written: {reason_of(output.lost)}", file=sys.stderr)
-        sys.stdout, sys.stderr = before
-    return 2 if code == ended and output.lost is not None and output.lost.errno != errno.EPIPE else code
+        sys.stdout, sys.stderr = original
+    return 2 if code == broken_pipe and output.lost is not None and output.lost.errno != errno.EPIPE else code
 
 
-def outlive_output() -> None:
-    """From now on the command goes on when standard output is lost: it writes files."""
+def continue_without_output() -> None:
+    """Lets the command go on when standard output is lost, because it writes files."""
     if isinstance(sys.stdout, Output):
         sys.stdout.needed = False
 
 
 def plain_console() -> Console:
-    """A console that knows no markup and no codes of emoji; what is to have a style is a rich Text."""
+    """Returns a console without markup and emoji codes; styled text must be a rich Text."""
     return Console(markup=False, emoji=False)
 
 
 def print_line(console: Console, line: str) -> None:
-    """Prints a line as it is."""
+    """Prints a line without interpreting it."""
     console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
-def working(console: Console, what: str) -> Status:
-    """Shows, as long as a block runs, what is done."""
-    return console.status(Text(what))  # of a string rich would make markup
+def show_status(console: Console, what: str) -> Status:
+    """Shows a status text while a block runs."""
+    return console.status(Text(what))  # rich would interpret a string as markup
 
 
-def bars_on(console: Console) -> Progress:
-    """Progress bars, on a terminal alone."""
+def progress_bars(console: Console) -> Progress:
+    """Returns progress bars, which are shown only on a terminal."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

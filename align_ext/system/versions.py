@@ -1,4 +1,4 @@
-"""The versions that a result depends on."""
+"""Versions of Python and of the packages that matter for a result."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from importlib.metadata import version
 
 
 def versions() -> dict[str, str]:
-    """The versions that a result depends on."""
+    """Returns the versions that a result depends on."""
     modules = ("torch", "transformers", "peft")
     return {"align_ext": version("align_ext"), "python": platform.python_version(), **{m: version(m) for m in modules}}

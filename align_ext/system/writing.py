@@ -1,9 +1,9 @@
-"""What goes into files: whole or not at all, for one process at a time, and never at the cost of what is not ours.
+"""Writes files and folders atomically, for one process at a time, and never removes files of others.
 
-A file or folder is written beside its place, under a hidden name, brought to the disk, and takes its place by one
-rename. A folder is claimed by a lock on a file in it: the kernel drops it with the process, however that ends, so that
-what a killed process left is told from what a living one works on. Over NFS such a lock holds between machines too;
-where a file system has none (Lustre without flock), two processes do not see each other, and a warning says so.
+A file or folder is written next to its target under a hidden name, synced to the disk, and renamed to the target. A
+process claims a folder by a lock on a file in it. The kernel releases the lock when the process ends, so leftovers of a
+killed process can be told from the work of a living one. On NFS such a lock also works between machines; on a file
+system without locks (Lustre without flock), two processes do not see each other, and a warning says so.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from align_ext.system.reading import check_folder, exists, reason_of, shown
 LOCK = ".align_lora.lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
-_ENDS = 1 << 16  # bytes of a result in which its mark stands
-_HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+_MARK_RANGE = 1 << 16  # how many bytes at the start and the end of a result are searched for its mark
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # constants of renameat2
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LOGGER = logging.getLogger(__name__)
-_held: dict[int, os.stat_result] = {}  # the lock files of this process by descriptor
+_locks: dict[int, os.stat_result] = {}  # the lock files of this process by descriptor
 
 
 class InUse(ValueError):
-    """Another process has claimed the folder."""
+    """Raised if another process has claimed the folder."""
 
 
 @contextmanager
 def claimed(folder: Path, *, wait: bool = False) -> Iterator[Path]:
-    """Claims a folder for this process; what had to be made of it, with its parents, and stays empty vanishes.
+    """Claims a folder for this process; folders that had to be made for it are removed again if they stay empty.
 
     Args:
         folder: the folder.
-        wait: wait until no other process has it, instead of refusing.
+        wait: wait until no other process has it, instead of raising.
 
     Raises:
         InUse: another process has it.
@@ -52,23 +52,23 @@ def claimed(folder: Path, *, wait: bool = False) -> Iterator[Path]:
     """
     made, lock = [], None
     try:
-        while lock is None:  # whoever had it removes it
+        while lock is None:  # another process removed the lock file meanwhile
             made += make_folder(folder)
-            left = (folder / LOCK).exists()
+            leftover = (folder / LOCK).exists()
             lock = _lock(folder / LOCK, wait=wait)
-        if left and lock in _held:
-            made.append(folder)  # by a process that died
+        if leftover and lock in _locks:
+            made.append(folder)  # a process that was killed had made it
         yield folder
     finally:
-        if lock in _held:
-            if _is_at(_held.pop(lock), folder / LOCK):
+        if lock in _locks:
+            if _is_same_file(_locks.pop(lock), folder / LOCK):
                 os.unlink(folder / LOCK)
             os.close(lock)
         _remove_empty(made)
 
 
 def make_folder(folder: Path) -> list[Path]:
-    """Makes a folder and its parents; returns those that were not there, the outermost first.
+    """Makes a folder and its parents; returns those that did not exist, the outermost first.
 
     Raises:
         ValueError: it cannot be made.
@@ -85,7 +85,7 @@ def make_folder(folder: Path) -> list[Path]:
                     continue
                 raise ValueError("it is a link to nothing" if not path.exists() else f"{path.name} is a file") from None
             made.append(path)
-    except (OSError, ValueError) as error:  # a name with a zero in it is a ValueError
+    except (OSError, ValueError) as error:  # a path with a null byte is a ValueError
         _remove_empty(made)
         raise ValueError(f"the folder {shown(str(folder))} cannot be made: {reason_of(error)}") from error
     return made
@@ -93,13 +93,13 @@ def make_folder(folder: Path) -> list[Path]:
 
 def _remove_empty(folders: list[Path]) -> None:
     for path in reversed(folders):
-        with suppress(OSError):  # it is not empty
+        with suppress(OSError):  # the folder is not empty
             path.rmdir()
 
 
 def _lock(file: Path, *, wait: bool) -> int | None:
-    """Locks a file; -1 where this process has locked it already, None where it vanished meanwhile."""
-    if any(_is_at(held, file) for held in _held.values()):
+    """Locks a file; returns -1 if this process has locked it already, None if the file was removed meanwhile."""
+    if any(_is_same_file(lock_status, file) for lock_status in _locks.values()):
         return -1
     try:
         lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
@@ -107,7 +107,7 @@ def _lock(file: Path, *, wait: bool) -> int | None:
         return None
     except OSError as error:
         raise ValueError(f"cannot write to the folder {shown(str(file.parent))}: {reason_of(error)}") from error
-    found = os.fstat(lock)
+    status = os.fstat(lock)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError as error:
@@ -121,60 +121,60 @@ def _lock(file: Path, *, wait: bool) -> int | None:
     except BaseException:
         os.close(lock)
         raise
-    if _is_at(found, file):
-        _held[lock] = found
+    if _is_same_file(status, file):
+        _locks[lock] = status
         return lock
     os.close(lock)
     return None
 
 
-def _is_at(found: os.stat_result, file: Path) -> bool:
+def _is_same_file(status: os.stat_result, file: Path) -> bool:
     try:
-        return os.path.samestat(found, os.stat(file))
+        return os.path.samestat(status, os.stat(file))
     except OSError:
         return False
 
 
-def _let_go() -> None:
-    """In a forked process: closes its copies, which would keep the locks when the first process has died."""
-    for lock in _held:
+def _close_inherited_locks() -> None:
+    """Closes a forked process's copies of the locks, which would outlive the process that holds them."""
+    for lock in _locks:
         os.close(lock)
-    _held.clear()
+    _locks.clear()
 
 
-os.register_at_fork(after_in_child=_let_go)
+os.register_at_fork(after_in_child=_close_inherited_locks)
 
 
 def exchange(one: Path, other: Path) -> None:
-    """Swaps two folders or files: in one step, or where the file system has no such step (NFS) in three renames."""
+    """Swaps two folders or files: atomically, or by three renames if the file system cannot (NFS)."""
     try:
-        failed = _LIBC.renameat2(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) != 0
+        failed = _LIBC.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) != 0
         code = ctypes.get_errno() if failed else 0
     except AttributeError:  # a C library without it
         code = errno.ENOSYS
     if code in _NO_EXCHANGE:
-        aside = one.with_name(f"{one.name}.aside")
-        _all_or_none([(other, aside), (one, other), (aside, one)])
+        spare = one.with_name(f"{one.name}.aside")
+        _rename_all([(other, spare), (one, other), (spare, one)])
     elif code:
         raise OSError(code, os.strerror(code), str(other))
 
 
-def _all_or_none(moves: list[tuple[Path, Path]]) -> None:
-    """Renames each source to its place; where one fails, those before it are undone."""
+def _rename_all(moves: list[tuple[Path, Path]]) -> None:
+    """Renames each source to its target; if one fails, the earlier ones are undone."""
     done: list[tuple[Path, Path]] = []
     try:
-        for source, place in moves:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            os.rename(source, place)
-            done.append((source, place))
+        for source, target_path in moves:
+            target_path.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(source, target_path)
+            done.append((source, target_path))
     except BaseException:
-        for source, place in reversed(done):
-            os.rename(place, source)
+        for source, target_path in reversed(done):
+            os.rename(target_path, source)
         raise
 
 
 def sync(path: Path) -> None:
-    """Brings a file, or a folder with all that is in it, to the disk."""
+    """Syncs a file, or a folder and everything in it, to the disk."""
     _sync_one(path)
     for folder, folders, names in os.walk(path):
         for name in (*folders, *names):
@@ -186,24 +186,24 @@ def _sync_one(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # the file system has no such thing for a folder
+        if error.errno != errno.EINVAL:  # the file system cannot sync folders
             raise
     finally:
         os.close(descriptor)
 
 
-def foreign(folder: Path, ours: str) -> str | None:
-    """The first thing in a folder that is not ours, or None.
+def first_foreign_file(folder: Path, ours: str) -> str | None:
+    """Returns the first file in a folder that is not ours, or None.
 
     Args:
         folder: the folder.
-        ours: a regular expression of our files' paths in it; folders that hold nothing else are ours, links never.
+        ours: a regular expression for the paths of our files in it; links are never ours.
     """
     return next((name for name in _files(folder) if not _is_ours(folder, name, ours)), None)
 
 
 def remove(folder: Path, ours: str) -> None:
-    """Removes our files (as for `foreign`) but the folder's claim, and what is empty then, the folder itself too."""
+    """Removes our files (see first_foreign_file) except the lock, then all empty folders, also the folder itself."""
     for name in list(_files(folder)):
         if name != LOCK and _is_ours(folder, name, ours):
             os.unlink(folder / name)
@@ -211,9 +211,9 @@ def remove(folder: Path, ours: str) -> None:
         _remove_empty([Path(path)])
 
 
-def give_back(old: Path, target: Path, ours: str) -> None:
-    """Moves what is not ours out of a folder that was replaced into the one that replaced it."""
-    while (name := foreign(old, ours)) is not None:
+def move_foreign_files(old: Path, target: Path, ours: str) -> None:
+    """Moves files that are not ours from a replaced folder into the folder that replaced it."""
+    while (name := first_foreign_file(old, ours)) is not None:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(old / name, target / name)
 
@@ -224,7 +224,7 @@ def _is_ours(folder: Path, name: str, ours: str) -> bool:
 
 
 def _files(folder: Path) -> Iterator[str]:
-    """The paths of all files and links in a folder, relative to it."""
+    """Yields the paths of all files and links in a folder, relative to it."""
     for path, folders, names in os.walk(folder):
         links = [name for name in folders if os.path.islink(os.path.join(path, name))]
         for name in sorted((*names, *links)):
@@ -232,17 +232,17 @@ def _files(folder: Path) -> Iterator[str]:
 
 
 @contextmanager
-def _beside(target: Path, parent: Path) -> Iterator[Path]:
-    """A hidden folder of this process alone, which vanishes at the end, as do those that dead processes left there."""
+def _work_folder(target: Path, parent: Path) -> Iterator[Path]:
+    """Makes a hidden folder for this process and removes it at the end; also removes those of ended processes."""
     short = target.name[:60]
     try:
-        for left in map(Path, glob.glob(f"{glob.escape(str(parent))}/.{glob.escape(short)}-*.new")):
-            with suppress(InUse), claimed(left):
-                shutil.rmtree(left, ignore_errors=True)
+        for leftover in map(Path, glob.glob(f"{glob.escape(str(parent))}/.{glob.escape(short)}-*.new")):
+            with suppress(InUse), claimed(leftover):
+                shutil.rmtree(leftover, ignore_errors=True)
         path = Path(tempfile.mkdtemp(prefix=f".{short}-", suffix=".new", dir=parent))
     except OSError as error:
         raise ValueError(f"cannot write to the folder {shown(str(parent))}: {reason_of(error)}") from error
-    with claimed(path, wait=True):  # another process may just look whether it was left behind
+    with claimed(path, wait=True):  # another process may be checking whether it is a leftover
         try:
             yield path
         finally:
@@ -251,14 +251,14 @@ def _beside(target: Path, parent: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(folder: str | os.PathLike[str], ours: str = "") -> Iterator[Path]:
-    """A new folder that takes the target's place when the block ends well, and vanishes otherwise.
+    """Yields a new folder that replaces the target if the block succeeds, and is removed otherwise.
 
-    Where the target exists, our files in it are replaced and others stay. It happens in one step where the target holds
-    nothing else and can be renamed (it is no mount point and not where the process is), else file by file, all or none.
+    If the target exists, our files in it are replaced and others stay: in one step if the target holds only our files
+    and can be renamed (no mount point, not the working directory), else file by file, all or none.
 
     Args:
         folder: the target.
-        ours: as for `foreign`.
+        ours: as in first_foreign_file.
 
     Raises:
         ValueError: the folder cannot be made.
@@ -269,23 +269,23 @@ def atomic_folder(folder: str | os.PathLike[str], ours: str = "") -> Iterator[Pa
         raise ValueError(f"{shown(os.fspath(folder))} is a file, not a folder")
     fixed, made = target.exists() and is_fixed(target), make_folder(target.parent)
     try:
-        with _beside(target, target if fixed else target.parent) as work:
-            new = work / "new"
+        with _work_folder(target, target if fixed else target.parent) as work_folder:
+            new = work_folder / "new"
             new.mkdir()
             yield new
             sync(new)
-            if fixed or (target.exists() and foreign(target, ours) is not None):
-                _move_in(new, target, ours, work / "old")
+            if fixed or (target.exists() and first_foreign_file(target, ours) is not None):
+                _replace_files(new, target, ours, work_folder / "old")
             else:
-                take_place(new, target)
+                rename_into_place(new, target)
                 if new.is_dir():
-                    give_back(new, target, ours)  # what came in between
+                    move_foreign_files(new, target, ours)  # files that others wrote meanwhile
     finally:
         _remove_empty(made)
 
 
-def take_place(new: Path, target: Path) -> None:
-    """Gives a complete folder its name; what had the name before is at `new` then, if it was not empty."""
+def rename_into_place(new: Path, target: Path) -> None:
+    """Renames a complete folder to its target; a target that was not empty is at `new` afterwards."""
     try:
         os.rename(new, target)
     except OSError as error:
@@ -296,25 +296,25 @@ def take_place(new: Path, target: Path) -> None:
 
 
 def is_fixed(folder: Path) -> bool:
-    """Whether a folder that exists cannot be replaced by another: it is a mount point, in use as ".", or held so."""
-    within = Path.cwd().is_relative_to(folder)
-    return within or os.path.ismount(folder) or not os.access(folder.parent, os.W_OK)
+    """Whether a folder cannot be renamed: a mount point, above the working directory, or in a read-only folder."""
+    in_use = Path.cwd().is_relative_to(folder)
+    return in_use or os.path.ismount(folder) or not os.access(folder.parent, os.W_OK)
 
 
-def _move_in(new: Path, target: Path, ours: str, old: Path) -> None:
-    """Moves our files of target into old, and those of new into target; or nothing."""
+def _replace_files(new: Path, target: Path, ours: str, old: Path) -> None:
+    """Moves our files of target into old, and those of new into target; moves nothing if one move fails."""
     with claimed(target, wait=True):
         known = [name for name in _files(target) if name != LOCK and _is_ours(target, name, ours)]
         moves = [(target / name, old / name) for name in known if not name.startswith(new.parent.name)]
-        _all_or_none([*moves, *((new / name, target / name) for name in _files(new))])
+        _rename_all([*moves, *((new / name, target / name) for name in _files(new))])
         _remove_empty(sorted({(target / name).parent for name in known} - {target}))
 
 
 @contextmanager
 def atomic_file(file: str | os.PathLike[str]) -> Iterator[Path]:
-    """Where to write a file that takes the target's place when the block ends well, and vanishes otherwise."""
+    """Yields the path of a new file that replaces the target if the block succeeds, and is removed otherwise."""
     target = Path(os.path.realpath(file))
-    if target.exists() and not target.is_file():  # a device, a pipe
+    if target.exists() and not target.is_file():  # a device or a pipe
         yield target
         return
     new = target.with_name(f".{target.name[:60]}-{secrets.token_hex(4)}{target.suffix[:10]}")
@@ -330,12 +330,12 @@ def check_file(option: str, file: str | os.PathLike[str], mark: str) -> None:
     """Checks that a result can be written to a file: a new one, an empty one, a device, or an earlier result.
 
     Args:
-        option: that names the file, for messages.
+        option: the option that names the file, for messages.
         file: the file.
-        mark: what every such result holds near its start or its end, and nothing else does.
+        mark: a text that every such result, and no other file, holds near its start or its end.
 
     Raises:
-        ValueError: it cannot, or another file would be lost.
+        ValueError: it cannot be written, or another file would be lost.
     """
     try:
         if Path(file).is_dir():
@@ -355,13 +355,13 @@ def check_file(option: str, file: str | os.PathLike[str], mark: str) -> None:
 
 def _is_result(file: Path, mark: str) -> bool:
     with open(file, "rb") as content:
-        size, found = os.fstat(content.fileno()).st_size, content.read(_ENDS)
-        content.seek(max(size - _ENDS, 0))
-        return size == 0 or mark.encode() in found + content.read(_ENDS)
+        size, start = os.fstat(content.fileno()).st_size, content.read(_MARK_RANGE)
+        content.seek(max(size - _MARK_RANGE, 0))
+        return size == 0 or mark.encode() in start + content.read(_MARK_RANGE)
 
 
 def user_path(path: str, what: str) -> Path:
-    """A path as a user gives it, ~ being a home; ValueError, which names the option, where there is no such home."""
+    """Expands ~ in a path from the user; raises ValueError, which names the option, if there is no such home."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -369,10 +369,10 @@ def user_path(path: str, what: str) -> Path:
 
 
 def check_space(folder: Path, size: int) -> None:
-    """Checks that so many bytes fit onto a folder's disk.
+    """Checks that the disk of a folder has so many bytes left.
 
     Raises:
-        ValueError: they do not.
+        ValueError: it has not.
     """
     free = shutil.disk_usage(folder).free
     if free < size:

@@ -1,4 +1,4 @@
-"""What a Trainer's checkpoint holds of the model: an adapter folder, and the queue; read strictly."""
+"""Saves and strictly loads the model's part of a Trainer's checkpoint: the adapter folder and the queue."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from align_ext.alignment.model_state import AlignState, find_state
-from align_ext.base_model.sharded import holders
+from align_ext.base_model.sharded import shard_ranks
 from align_ext.io.save_adapter import save_adapter
 from align_ext.losses.statistics import STATISTICS, Statistics
 from align_ext.model.load_adapter import load_adapter
@@ -20,25 +20,25 @@ QUEUE = "align_queue.safetensors"
 
 
 def save_trained(model: nn.Module, folder: str | Path, task_names: Sequence[str] = ()) -> None:
-    """Writes what is trained as save_adapter does, and the queue of the last micro-batches' statistics.
+    """Saves the trained tensors by save_adapter, and the queue of the last micro-batches' statistics.
 
     Args:
-        model: with adapters.
-        folder: made if it is not there.
-        task_names: as for save_adapter.
+        model: a model with adapters.
+        folder: the folder, which is made if it does not exist.
+        task_names: as in save_adapter.
     """
     save_adapter(model, folder, task_names)
-    ranks = holders(model.parameters())
+    ranks = shard_ranks(model.parameters())
     if (queue := _state(model).queue) and (not ranks or torch.distributed.get_rank() == ranks[0]):
-        named = (t.to_tensors().items() for t in queue)
-        write_tensors(Path(folder, QUEUE), {f"{i}.{name}": x for i, items in enumerate(named) for name, x in items})
+        states = (t.to_tensors().items() for t in queue)
+        write_tensors(Path(folder, QUEUE), {f"{i}.{name}": x for i, items in enumerate(states) for name, x in items})
 
 
 def load_trained(model: nn.Module, folder: str | Path) -> None:
-    """Reads what save_trained wrote into a model adapted alike.
+    """Loads what save_trained saved into a model with the same kind of adapters.
 
     Raises:
-        ValueError: as for load_adapter; or other parameters are trained than those in the folder.
+        ValueError: as in load_adapter, or the folder holds other parameters than those that are trained.
     """
     queue = _read_queue(model, folder)
     load_adapter(model, folder)
@@ -46,10 +46,10 @@ def load_trained(model: nn.Module, folder: str | Path) -> None:
 
 
 def load_queue(model: nn.Module, folder: str | Path) -> None:
-    """Reads the queue alone, where others load the parameters.
+    """Loads only the queue, for Trainers that load the parameters themselves.
 
     Raises:
-        ValueError: its file is damaged.
+        ValueError: the queue's file is damaged.
     """
     _set_queue(model, _read_queue(model, folder))
 
@@ -61,13 +61,13 @@ def _set_queue(model: nn.Module, queue: list[Statistics]) -> None:
 
 def _read_queue(model: nn.Module, folder: str | Path) -> list[Statistics]:
     state, file, device = _state(model), Path(folder, QUEUE), next(model.parameters()).device
-    parts: dict[int, dict[str, Tensor]] = {}
+    entries: dict[int, dict[str, Tensor]] = {}
     try:
         for key, tensor in (read_tensors(file, empty=True)[0] if exists(file) else {}).items():
             number, _, name = key.partition(".")
-            parts.setdefault(int(number), {})[name] = tensor.to(device)
-        kind = STATISTICS[state.config.align or "kl"]
-        return [kind.from_tensors(tensors) for _, tensors in sorted(parts.items())]
+            entries.setdefault(int(number), {})[name] = tensor.to(device)
+        statistics = STATISTICS[state.config.align or "kl"]
+        return [statistics.from_tensors(tensors) for _, tensors in sorted(entries.items())]
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{shown_path(file)} is damaged: {reason_of(error)}") from error
 

@@ -1,4 +1,4 @@
-"""What a Trainer with alignment refuses before its first step, and what it warns of after the last one."""
+"""Checks of a Trainer with alignment before its first step, and warnings after its last one."""
 
 from __future__ import annotations
 
@@ -17,51 +17,51 @@ from align_ext.base_model.sharded import unwrapped
 from align_ext.data.task_sampler import example_tasks
 from align_ext.system.reading import shown
 
-_OF_TRAINER = ("loss", "runtime", "samples_per_second", "steps_per_second", "epoch")
+_TRAINER_METRICS = ("loss", "runtime", "samples_per_second", "steps_per_second", "epoch")
 _NOT_OPTIMIZED = "the optimizer does not have it: give it all parameters that require gradients"
 _TASK_LOSS = re.compile(r"(^|_)loss/")
 
 
 class ChecksBeforeTraining(TrainerCallback):
-    """Runs the checks when the optimizer is made and no step is taken."""
+    """Runs the checks after the optimizer is made and before the first step."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Refuses."""
+        """Runs the checks."""
         trainer = self.trainer
-        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # whose optimizer holds parts of parameters
+        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # the optimizer holds shards of parameters
         check_trained(trainer.model, None if sharded else trainer.optimizer)
         check_metric(trainer)
 
 
 class LayersThatNeverRan(TrainerCallback):
-    """Warns at the end of a training of adapters that got no gradient in any of its steps.
+    """Warns after the training about adapters that got no gradient in any step.
 
-    Not where DeepSpeed keeps the gradients.
+    With DeepSpeed there is no warning, since it holds the gradients.
     """
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self._idle: dict[str, nn.Module] = {}
-        self._stepped = False  # a run that goes on at its end makes no step
+        self._stepped = False  # a run that is resumed at its end makes no step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Knows none that ran."""
+        """Starts with all adapters."""
         self._stepped = False
         layers = {} if self.trainer.is_deepspeed_enabled else adapted_layers(self.trainer.model)
         self._idle = {name: layer.adapter for name, layer in layers.items()}
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Looks at those that have not run yet."""
+        """Removes the adapters that have a gradient."""
         self._stepped = True
         self._idle = {
             name: adapter for name, adapter in self._idle.items() if all(p.grad is None for p in adapter.parameters())
         }
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Warns of those that are left."""
+        """Warns about the remaining adapters."""
         if self._idle and self._stepped:
             names = list(self._idle)
             warnings.warn(
@@ -73,15 +73,15 @@ class LayersThatNeverRan(TrainerCallback):
 
 
 def check_trained(model: nn.Module, optimizer: Any) -> None:
-    """Refuses a model whose adapters are not what is trained.
+    """Refuses a model if the optimizer does not train its adapters.
 
     Args:
-        model: that the Trainer trains.
-        optimizer: of the Trainer; None: cannot be looked into.
+        model: the Trainer's model.
+        optimizer: the Trainer's optimizer; None: its parameters cannot be compared.
 
     Raises:
-        ValueError: no adapters, adapters or something beside them that nobody trains, merged layers, other adapters
-            trained beside them, or parameters that cannot be saved (FullyShardedDataParallel).
+        ValueError: there are no adapters, a parameter that requires a gradient is not trained, a layer is merged, other
+            adapters are trained too, or parameters cannot be saved (FullyShardedDataParallel).
     """
     unwrapped(model)
     state = find_state(model)
@@ -90,15 +90,15 @@ def check_trained(model: nn.Module, optimizer: Any) -> None:
             "the model has no adapters, so that nothing would be aligned: call replace_linear_with_align_lora(model) "
             "first (inside model_init, where there is one), or use transformers' own Trainer"
         )
-    inside = {} if optimizer is None else {id(p) for group in optimizer.param_groups for p in group["params"]}
-    ours: set[Tensor] = set()
+    known = {} if optimizer is None else {id(p) for group in optimizer.param_groups for p in group["params"]}
+    adapted: set[Tensor] = set()
     for name, layer in adapted_layers(model).items():
         if getattr(layer, "merged", False):
             raise ValueError(f"{name} is merged, so that its adapter would not be trained: call unmerge() on the layer")
         parameters = dict(layer.adapter.named_parameters())
-        ours |= set(parameters.values())
-        idle = [part for part, p in parameters.items() if not p.requires_grad or (inside and id(p) not in inside)]
-        # Without losses on the adapters, a user may well train a part of one.
+        adapted |= set(parameters.values())
+        idle = [part for part, p in parameters.items() if not p.requires_grad or (known and id(p) not in known)]
+        # Without losses on the adapters, a user may train only some of an adapter's parameters.
         if idle and (state.config.needs_step or len(idle) == len(parameters)):
             parameter = parameters[idle[0]]
             frozen = "it is frozen: call requires_grad_(True) on it before training"
@@ -107,29 +107,29 @@ def check_trained(model: nn.Module, optimizer: Any) -> None:
     for name, module in model.named_modules():
         if type(module).__module__.startswith("peft.tuners.") and hasattr(module, "base_layer"):
             others = ((n, p) for n, p in module.named_parameters() if not n.startswith("base_layer."))
-            other = next((n for n, p in others if p.requires_grad and p not in ours), None)
+            other = next((n for n, p in others if p.requires_grad and p not in adapted), None)
             if other is not None:
                 raise ValueError(
                     f"PEFT's own adapter {name}.{other} would be trained beside the model's, which nothing aligns or "
                     "saves: leave peft_config out, or adopt a PeftModel by replace_linear_with_align_lora(model)"
                 )
     for name, parameter in model.named_parameters():
-        if inside and parameter.requires_grad and parameter not in ours and id(parameter) not in inside:
+        if known and parameter.requires_grad and parameter not in adapted and id(parameter) not in known:
             raise ValueError(f"{name} is not trained, though it requires a gradient; {_NOT_OPTIMIZED}, or freeze it")
 
 
-def refuse_peft_config(given: Any) -> None:
-    """Raises ValueError for an adapter of PEFT's that a Trainer is asked to make."""
-    if given is not None:
+def refuse_peft_config(peft_config: Any) -> None:
+    """Raises ValueError if a Trainer gets a peft_config, with which it would add an adapter of PEFT."""
+    if peft_config is not None:
         raise ValueError(
-            f"peft_config={type(given).__name__} makes an adapter that nothing aligns: give its options to "
+            f"peft_config={type(peft_config).__name__} makes an adapter that nothing aligns: give its options to "
             "replace_linear_with_align_lora(model, ...), or call that on get_peft_model(model, config), and leave "
             "peft_config out"
         )
 
 
-def least_is_best(args: Any) -> None:
-    """Corrects a choice of the best model by a task's loss, of which TrainingArguments takes the greatest."""
+def lower_is_better(args: Any) -> None:
+    """Sets greater_is_better to False if a task's loss chooses the best model; TrainingArguments would set True."""
     if args.metric_for_best_model is not None and _TASK_LOSS.search(args.metric_for_best_model):
         args.greater_is_better = False
 
@@ -146,20 +146,20 @@ def check_metric(trainer: Any) -> None:
 
 
 def _metrics(trainer: Any) -> set[str] | None:
-    """The names of an evaluation's metrics, without eval_; None: cannot be known."""
-    own = [m for m in ("evaluate", "evaluation_loop") if _is_users(type(trainer), m)]
-    if trainer.eval_dataset is None or trainer.compute_metrics is not None or own:
+    """Returns the names of an evaluation's metrics, without eval_, or None if they cannot be known."""
+    overridden = [m for m in ("evaluate", "evaluation_loop") if _is_users(type(trainer), m)]
+    if trainer.eval_dataset is None or trainer.compute_metrics is not None or overridden:
         return None
     datasets = trainer.eval_dataset if isinstance(trainer.eval_dataset, Mapping) else {"": trainer.eval_dataset}
-    found: set[str] = set()
+    names: set[str] = set()
     for dataset_name, dataset in datasets.items():
         losses = [f"loss/{name}" for name in _task_names(dataset, trainer.task_names)]
-        found |= {f"{dataset_name}_{name}" if dataset_name else name for name in (*_OF_TRAINER, *losses)}
-    return found
+        names |= {f"{dataset_name}_{name}" if dataset_name else name for name in (*_TRAINER_METRICS, *losses)}
+    return names
 
 
 def _task_names(dataset: Any, names: Sequence[str]) -> list[str]:
-    """The tasks that have examples in a dataset; all that have a name, where it does not tell."""
+    """Returns the names of the tasks with examples in a dataset; all names if the dataset does not tell."""
     try:
         tasks = sorted({int(task) for task in example_tasks(dataset)} - {-1})
     except (ValueError, TypeError, KeyError):
@@ -167,7 +167,7 @@ def _task_names(dataset: Any, names: Sequence[str]) -> list[str]:
     return [names[task] if task < len(names) else str(task) for task in tasks]
 
 
-def _is_users(kind: type, method: str) -> bool:
-    """Whether a method is neither a Trainer's of a library nor ours."""
-    module = inspect.unwrap(getattr(kind, method)).__module__
-    return not module.startswith(("transformers.", "trl.", "align_ext.")) and kind is not Trainer
+def _is_users(trainer_class: type, method: str) -> bool:
+    """Whether a user overrides a method: it is neither a library's nor ours."""
+    module = inspect.unwrap(getattr(trainer_class, method)).__module__
+    return not module.startswith(("transformers.", "trl.", "align_ext.")) and trainer_class is not Trainer

@@ -1,4 +1,4 @@
-"""What a training job works on."""
+"""The inputs of a training job."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from align_ext.training.run_folder import RunFolder
 
 @dataclass
 class Job:
-    """Everything a run needs, checked: what can be wrong with the options or the data is wrong before it exists."""
+    """Everything that a run needs; the options and the data have been checked."""
 
     options: TrainOptions
     folder: RunFolder

@@ -1,4 +1,4 @@
-"""Every option of the training job: what it means, its default, its check; the adapters' are AlignLoraConfig's."""
+"""The options of the training job with help texts, defaults and checks; options of adapters are in AlignLoraConfig."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from align_ext.config import AUTO, AlignLoraConfig
-from align_ext.system.bounds import check_options, documented, option, positive, unknown_name, whole_number
+from align_ext.system.bounds import check_options, documented, integer_rule, option, positive, unknown_name
 from align_ext.system.reading import check_names, shown
 
 
-def _share(value: Any) -> str | None:
-    """The rule of a share of the steps."""
+def _fraction(value: Any) -> str | None:
+    """Checks for a fraction of the steps."""
     return None if 0 <= value < 1 else "in [0, 1)"
 
 
@@ -26,10 +26,10 @@ def _temperature(value: Any) -> str | None:
 @documented
 @dataclass(frozen=True)
 class TrainOptions:
-    """Options of `align-lora train`, validated when made.
+    """Options of `align-lora train`; the constructor validates them.
 
-    `adapter` holds the options of AlignLoraConfig, which files and flags name beside the others: those that are given,
-    completed by the defaults when it is made. "auto" stays "auto", so that another architecture is one changed word.
+    `adapter` holds the options of AlignLoraConfig, which files and flags mix with the others; options that are not
+    given get their defaults. "auto" stays "auto", so that a user can change the architecture alone.
     """
 
     model: str | None = option(None, "model folder or hub id; none: SmolLM2-135M-Instruct, from the hub or PyPI")
@@ -40,15 +40,15 @@ class TrainOptions:
     output: str | None = option(None, "folder for the results; none: the first free one of align_lora_run[-N]")
     overwrite: bool = option(False, "replace an output folder that exists")
     tasks: tuple[str, ...] = option((), "names of the tasks to keep, separated by commas; none: all")
-    steps: int = option(40, "optimizer steps", whole_number(most=10**9))
-    batch_size: int = option(8, "examples in a micro-batch", whole_number(most=10**6))
-    accumulation: int = option(1, "micro-batches in a step", whole_number(most=10**6))
+    steps: int = option(40, "optimizer steps", integer_rule(maximum=10**9))
+    batch_size: int = option(8, "examples in a micro-batch", integer_rule(maximum=10**6))
+    accumulation: int = option(1, "micro-batches in a step", integer_rule(maximum=10**6))
     seq_len: int = option(
-        256, "longest prompt and answer in tokens; longer examples are left out, never cut", whole_number(most=10**8)
+        256, "longest prompt and answer in tokens; longer examples are left out, never cut", integer_rule(maximum=10**8)
     )
     lr: float = option(2e-4, "peak learning rate", positive)
     warmup: float = option(
-        0.03, "share of the steps in which the learning rate rises, before it falls by a cosine", _share
+        0.03, "share of the steps in which the learning rate rises, before it falls by a cosine", _fraction
     )
     mixing: Literal["proportional", "temperature", "equal", "round_robin"] = option(
         "equal",
@@ -58,32 +58,32 @@ class TrainOptions:
         2.0, "T of --mixing temperature: from proportional (1) towards equal", _temperature
     )
     per_task: int = option(
-        2, "least number of examples of a task in a micro-batch that holds the task", whole_number(most=10**6)
+        2, "least number of examples of a task in a micro-batch that holds the task", integer_rule(maximum=10**6)
     )
     align_schedule: Literal["constant", "linear", "cosine"] = option(
         "constant",
         "of the alignment weight over the steps: constant, or linear or cosine, both to 0",
     )
-    align_warmup: float = option(0.0, "share of the steps in which the alignment weight rises before that", _share)
-    train_examples: int = option(500, "at most so many examples of each task to train on", whole_number(most=10**9))
-    eval_examples: int = option(16, "at most so many held-out examples of each task to score", whole_number(most=10**9))
-    eval_batch_size: int = option(16, "rows in a forward of the evaluation", whole_number(most=10**6))
+    align_warmup: float = option(0.0, "share of the steps in which the alignment weight rises before that", _fraction)
+    train_examples: int = option(500, "at most so many examples of each task to train on", integer_rule(maximum=10**9))
+    eval_examples: int = option(16, "at most so many held-out examples of each task to score", integer_rule(1, 10**9))
+    eval_batch_size: int = option(16, "rows in a forward of the evaluation", integer_rule(maximum=10**6))
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto",
         "auto (bfloat16 where it is faster), float32, bfloat16 or float16",
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto (a GPU if there is one), cpu or cuda")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
-    log_steps: int = option(5, "log the losses every so many steps", whole_number(most=10**9))
+    log_steps: int = option(5, "log the losses every so many steps", integer_rule(maximum=10**9))
     eval_steps: int = option(
-        0, "log the held-out examples' losses every so many steps; 0: before and after alone", whole_number(0, 10**9)
+        0, "log the held-out examples' losses every so many steps; 0: before and after alone", integer_rule(0, 10**9)
     )
     save_steps: int = option(
-        0, "write a checkpoint every so many steps, and keep the last two; 0: none", whole_number(0, 10**9)
+        0, "write a checkpoint every so many steps, and keep the last two; 0: none", integer_rule(0, 10**9)
     )
     resume: bool = option(False, "go on from the output folder's last checkpoint as if nothing had happened")
     seed: int = option(
-        0, "of adapters, dropout, examples and their order", whole_number(0, 2**32 - 1, "in 0 .. 2**32-1")
+        0, "of adapters, dropout, examples and their order", integer_rule(0, 2**32 - 1, "in 0 .. 2**32-1")
     )
     adapter: Mapping[str, Any] = field(default_factory=dict)
 
@@ -95,27 +95,27 @@ class TrainOptions:
         for name in self.adapter:
             if name not in defaults:
                 raise ValueError(unknown_name("option of the adapters", str(name), defaults))
-        object.__setattr__(self, "adapter", _typed_options({**defaults, **self.adapter}))
+        object.__setattr__(self, "adapter", _convert_options({**defaults, **self.adapter}))
         job = {name: getattr(self, name) for name, option in known.items() if not option.of_adapter}
-        for name, value in _typed_options(job).items():
+        for name, value in _convert_options(job).items():
             object.__setattr__(self, name, value)
         check_names(self.tasks, "tasks")
         check_options(self, quoted=False)
         if self.adapter_config(num_tasks=1).align is not None:
-            least = 2 * self.per_task
-            wanted = f"at least {least} to hold per_task={self.per_task} examples of two tasks (or --align none)"
-            if self.batch_size < least:
+            minimum = 2 * self.per_task
+            wanted = f"at least {minimum} to hold per_task={self.per_task} examples of two tasks (or --align none)"
+            if self.batch_size < minimum:
                 raise ValueError(f"batch_size must be {wanted}, got {self.batch_size}")
 
     def adapter_config(self, num_tasks: int, default_targets: tuple[str, ...] | str | None = None) -> AlignLoraConfig:
-        """The adapters' options.
+        """Returns the options of the adapters.
 
         Args:
-            num_tasks: how many the data has.
-            default_targets: what target_modules=auto means for the model; None: AlignLoraConfig's default.
+            num_tasks: the number of tasks in the data.
+            default_targets: the value for target_modules=auto; None: the default of AlignLoraConfig.
 
         Raises:
-            ValueError: options that exclude each other, or num_tasks is given and smaller than that of the data.
+            ValueError: options exclude each other, or the option num_tasks is smaller than that of the data.
         """
         options = dict(self.adapter)
         if options["num_tasks"] is None:
@@ -129,7 +129,7 @@ class TrainOptions:
         return AlignLoraConfig.from_dict(options)
 
     def to_dict(self) -> dict[str, Any]:
-        """A flat YAML- and JSON-ready dictionary of all options; from_mapping(to_dict()) is equal."""
+        """Returns a flat YAML- and JSON-ready dictionary of all options; from_mapping(to_dict()) is equal."""
         values = {option.name: getattr(self, option.name) for option in fields(self) if option.name != "adapter"}
         values |= self.adapter
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
@@ -139,12 +139,12 @@ class TrainOptions:
         """Makes options from a configuration file, a command line, or both.
 
         Args:
-            *sources: option -> value, the later ones before the earlier; dashes may stand for underscores, lists may be
-                words separated by commas, and "none" is None (or an empty list).
+            *sources: option -> value; later sources override earlier ones. Dashes may replace underscores, a list may
+                be a text separated by commas, and "none" is None (or an empty list).
 
         Raises:
-            ValueError: an unknown option (with the nearest known one), one given twice, or a value of a wrong type or
-                range.
+            ValueError: an option is unknown (the message suggests one) or given twice, or a value has a wrong type or
+                is out of range.
         """
         known, given = known_options(), {}
         for source in sources:
@@ -155,14 +155,14 @@ class TrainOptions:
                 if list(names.values()).count(name) > 1:
                     raise ValueError(f"the option {name} is given twice, with a dash and an underscore")
                 given[name] = source[key]
-        given = _typed_options(given)
+        given = _convert_options(given)
         adapter = {name: given.pop(name) for name in list(given) if known[name].of_adapter}
         return cls(**given, adapter=adapter)
 
 
 @dataclass(frozen=True)
 class Option:
-    """One option of `align-lora train`: its type, its default, what it means, and whether it is the adapters'."""
+    """One option of `align-lora train`: type, default, help text, and whether it is an option of AlignLoraConfig."""
 
     kind: Any
     default: Any
@@ -170,8 +170,8 @@ class Option:
     of_adapter: bool
 
 
-# Options of the adapters whose default depends on the model or the data: what they are by default here.
-_IN_JOB = {
+# Options of AlignLoraConfig whose default depends on the model or the data: their defaults and help texts here.
+_JOB_DEFAULTS = {
     "target_modules": (
         AUTO,
         'suffixes of the layers to adapt, a regular expression for the whole name, or "all-linear"; auto: the linear '
@@ -183,32 +183,32 @@ _IN_JOB = {
 
 @functools.cache
 def known_options() -> Mapping[str, Option]:
-    """Every option by name: the job's, then the adapters'."""
-    of_job, of_adapter = get_type_hints(TrainOptions), get_type_hints(AlignLoraConfig)
+    """Returns every option by name: first those of the job, then those of the adapters."""
+    job_types, of_adapter = get_type_hints(TrainOptions), get_type_hints(AlignLoraConfig)
     options = {
-        entry.name: Option(of_job[entry.name], entry.default, entry.metadata["help"], of_adapter=False)
+        entry.name: Option(job_types[entry.name], entry.default, entry.metadata["help"], of_adapter=False)
         for entry in fields(TrainOptions)
         if entry.name != "adapter"
     }
     for entry in fields(AlignLoraConfig):
-        default, text = _IN_JOB.get(entry.name, (entry.default, entry.metadata["help"]))
+        default, text = _JOB_DEFAULTS.get(entry.name, (entry.default, entry.metadata["help"]))
         kind = of_adapter[entry.name]
         options[entry.name] = Option(kind, float(default) if kind is float else default, text, of_adapter=True)
     return options
 
 
 def alternatives(kind: Any) -> tuple[Any, ...]:
-    """The members of a union, or the type alone."""
+    """Returns the members of a union, or a tuple of the type."""
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
-def _typed_options(values: Mapping[str, Any]) -> dict[str, Any]:
+def _convert_options(values: Mapping[str, Any]) -> dict[str, Any]:
     known = known_options()
-    return {name: _typed(name, value, known[name]) for name, value in values.items()}
+    return {name: _convert_option(name, value, known[name]) for name, value in values.items()}
 
 
-def _typed(name: str, value: Any, option: Option) -> Any:
-    """A value as its option's type, from what YAML or a command line makes of it."""
+def _convert_option(name: str, value: Any, option: Option) -> Any:
+    """Converts a value from YAML or a command line to its option's type."""
     kinds = alternatives(option.kind)
     if option.default == AUTO and isinstance(value, str) and value == AUTO:
         return AUTO
@@ -218,26 +218,26 @@ def _typed(name: str, value: Any, option: Option) -> Any:
         value = () if any(get_origin(kind) is tuple for kind in kinds) else value
     choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
     if choices and type(None) in kinds and isinstance(value, str) and value not in choices:
-        raise ValueError(unknown_name(name, value, [*choices, "none"]))  # which AlignLoraConfig calls None
+        raise ValueError(unknown_name(name, value, [*choices, "none"]))  # AlignLoraConfig would say None
     if str in kinds and isinstance(value, str) and not re.fullmatch(r"[\w.,\s-]+", value):
         return value  # a path, or a regular expression
     for kind in kinds:
         try:
-            return _converted(value, kind)
-        except (ValueError, OverflowError):  # the latter of an integer beyond the largest float
+            return _convert(value, kind)
+        except (ValueError, OverflowError):  # float raises OverflowError for a huge integer
             continue
     wanted = " or ".join("none" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in kinds)
     raise ValueError(f"{name} must be of type {wanted}, got {shown(value)}")
 
 
-def _converted(value: Any, kind: Any) -> Any:
-    """A value as one type; ValueError if it is none."""
+def _convert(value: Any, kind: Any) -> Any:
+    """Converts a value to one type, or raises ValueError."""
     if get_origin(kind) is Literal:
-        return value  # AlignLoraConfig knows what is allowed, and says so
+        return value  # AlignLoraConfig checks it
     if get_origin(kind) is tuple:
         parts = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
         if isinstance(parts, (list, tuple)):
-            return tuple(_converted(part, get_args(kind)[0]) for part in parts)
+            return tuple(_convert(part, get_args(kind)[0]) for part in parts)
     if type(value) is kind:
         return value
     if kind is float and type(value) in (int, str):

@@ -1,4 +1,4 @@
-"""The training job: load, score, train, score again, save, and prove that the saved adapter is the trained one."""
+"""The training job: it loads, scores, trains, saves, scores again, and verifies the saved adapter."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from align_ext.adapters.adapted_block import adapted_layers
-from align_ext.base_model.checks import check_base, without
+from align_ext.base_model.checks import check_base, exclusions
 from align_ext.base_model.load import best_dtype, default_targets, load_model, usable_device
-from align_ext.base_model.select_layers import all_linear, linear_like, name_matches
+from align_ext.base_model.select_layers import all_linear, linear_layers, name_matches
 from align_ext.config import AUTO, AlignLoraConfig
 from align_ext.data.collator import TaskCollator
 from align_ext.data.encode import check_conversations, features, fits, token_rows
@@ -33,7 +33,7 @@ from align_ext.model.replace import adapter_report, replace_linear_with_align_lo
 from align_ext.system.ending import deferred
 from align_ext.system.memory import enough_memory
 from align_ext.system.reading import Matcher, shown
-from align_ext.system.terminal import bars_on, print_line
+from align_ext.system.terminal import print_line, progress_bars
 from align_ext.system.versions import versions
 from align_ext.system.writing import atomic_file, check_space
 from align_ext.training.job import Job
@@ -43,7 +43,7 @@ from align_ext.training.run_folder import RunFolder
 from align_ext.training.trainer import AlignTrainer, align_training_arguments
 from align_ext.training.verify import verify
 
-# transformers renamed the argument within version 5 and warns of the old name.
+# transformers renamed the argument within version 5 and warns about the old name.
 _CHECKPOINTING = next(
     name
     for name in ("activation_checkpointing", "gradient_checkpointing")
@@ -53,7 +53,7 @@ _CHECKPOINTING = next(
 
 @dataclass(frozen=True)
 class Scores:
-    """The model's state at one time: by task, and the alignment of all tasks (None: alignment is off)."""
+    """Scores of the model: one per task, and the alignment loss of all tasks (None: alignment is off)."""
 
     tasks: dict[str, TaskScore]
     align: float | None
@@ -64,11 +64,11 @@ def prepare(folder: RunFolder, console: Console) -> Job:
     """Loads data and model and adapts the model.
 
     Args:
-        folder: of open_run, with the options.
-        console: for notes.
+        folder: the folder from open_run, with the options.
+        console: gets notes.
 
     Raises:
-        ValueError: the options, the data or the model cannot be used; the message is one line, and nothing stays.
+        ValueError: the options, the data or the model cannot be used; the message is one line, and no files are left.
     """
     options = folder.options
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -95,13 +95,13 @@ def prepare(folder: RunFolder, console: Console) -> Job:
             print_line(console, note)
     ids, model = data.ids(), model.to(device)
     train_rows, test_rows = features(tokenizer, data.train, ids), features(tokenizer, data.test, ids)
-    used = itertools.chain((row["input_ids"] for row in train_rows), token_rows(tokenizer, data.test))
-    ran = check_base(model, tokenizer, used, training=True)
+    token_ids = itertools.chain((row["input_ids"] for row in train_rows), token_rows(tokenizer, data.test))
+    ran = check_base(model, tokenizer, token_ids, training=True)
     if by_default:
-        config = _leaving_out(config, [name for name, _ in linear_like(model) if name not in ran], ran, console)
+        config = _exclude_idle(config, [name for name, _ in linear_layers(model) if name not in ran], ran, console)
     transformers.set_seed(options.seed)
     replace_linear_with_align_lora(model, config)
-    _check_run(model, ran)
+    _check_idle_layers(model, ran)
     if folder.checkpoint is not None:
         stored = AdapterFolder.read(folder.checkpoint)
         if stored.base is not None:
@@ -112,29 +112,29 @@ def prepare(folder: RunFolder, console: Console) -> Job:
     return Job(options, folder, data, model, tokenizer, device, train_rows, test_rows)
 
 
-def _leaving_out(
+def _exclude_idle(
     config: AlignLoraConfig, idle: Collection[str], ran: frozenset[str], console: Console
 ) -> AlignLoraConfig:
-    """The options with those layers left out that the model never runs, so far as target_modules fits them."""
-    matcher, targets, given = Matcher(), config.target_modules, config.exclude_modules
-    if isinstance(given, str):  # a regular expression of the user's
+    """Adds the layers that match target_modules but that the model never runs to exclude_modules."""
+    matcher, targets, excluded = Matcher(), config.target_modules, config.exclude_modules
+    if isinstance(excluded, str):  # a regular expression, which is the user's choice
         return config
     chosen = [name for name in idle if all_linear(config) or name_matches(matcher, name, targets)]
-    patterns = without([name for name in chosen if not name_matches(matcher, name, given)], ran)
+    patterns = exclusions([name for name in chosen if not name_matches(matcher, name, excluded)], ran)
     if patterns:
         print_line(console, f"left out {', '.join(map(shown, patterns))}, whose forward this model does not run here")
-    return replace(config, exclude_modules=(*given, *patterns))
+    return replace(config, exclude_modules=(*excluded, *patterns))
 
 
-def _check_run(model: Any, ran: frozenset[str]) -> None:
-    """Raises ValueError where none of the adapted layers runs, or one that each step needs does not run in each."""
+def _check_idle_layers(model: Any, ran: frozenset[str]) -> None:
+    """Raises ValueError if no adapted layer runs, or if a layer that every step needs does not always run."""
     state, layers = model.align_state, adapted_layers(model)
     idle = [name for name in layers if name not in ran]
     if idle and (len(idle) == len(layers) or not ran.issuperset(state.names)):
         cure = ", or give --align none" * (len(idle) < len(layers) and state.config.align is not None)
         raise ValueError(
             f"this model never runs {shown(idle[0])} here ({len(idle)} of {len(layers)} adapted layers), so that it "
-            f"cannot be trained or aligned: leave it out by --exclude-modules {','.join(without(idle, ran))}{cure}"
+            f"cannot be trained or aligned: leave it out by --exclude-modules {','.join(exclusions(idle, ran))}{cure}"
         )
     if any(getattr(module, "layerdrop", 0) for module in model.modules()):
         raise ValueError(
@@ -144,12 +144,12 @@ def _check_run(model: Any, ran: frozenset[str]) -> None:
 
 
 def _digest(content: object) -> str:
-    """SHA-256 of what plain data looks like."""
+    """Returns the SHA-256 of the repr of plain data."""
     return hashlib.sha256(repr(content).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _bytes_to_write(model: Any, options: TrainOptions) -> int:
-    """About what a run writes: the adapter, and up to three checkpoints of it with both moments of Adam's."""
+    """Estimates the size of a run's files: the adapter, and up to three checkpoints with both moments of Adam."""
     adapters = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     return adapters * (1 + 3 * 3 * bool(options.save_steps))
 
@@ -157,10 +157,10 @@ def _bytes_to_write(model: Any, options: TrainOptions) -> int:
 @enough_memory("lower --batch-size (--accumulation makes up for it), --eval-batch-size or --seq-len, or give "
                "--gradient-checkpointing")  # fmt: skip
 def train(job: Job, console: Console) -> dict[str, Any]:
-    """Runs a prepared job and writes its folder: adapter/, losses.png (with matplotlib), and at last results.json.
+    """Runs a prepared job and writes its folder: adapter/, losses.png (with matplotlib), and finally results.json.
 
-    Each appears when it is complete, and after training they are kept whatever fails. With save_steps there are
-    checkpoints/ that an interrupted run goes on from, and without it where a signal ended it.
+    Each file appears when it is complete, and after training they are kept even if something fails. checkpoints/ is for
+    resuming an interrupted run; it is written with save_steps, or when a signal ends the run.
 
     Returns:
         The content of results.json.
@@ -176,7 +176,7 @@ def train(job: Job, console: Console) -> dict[str, Any]:
     print_line(console, f"{str(adapter_report(job.model)).splitlines()[0]}, {job.model.dtype} on {job.device}")
     seconds: dict[str, float] = results.setdefault("seconds", {})
     folder = job.folder
-    with bars_on(console) as bars:
+    with progress_bars(console) as bars:
         with _timed(seconds, "score before"):
             before = score(job, bars)
         with _timed(seconds, "train"):
@@ -206,7 +206,7 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 def score(job: Job, bars: Progress | None = None) -> Scores:
-    """Scores the model as it is on the held-out examples."""
+    """Scores the current model on the held-out examples."""
     if bars is not None and bars.disable:
         print_line(bars.console, "scoring")
     size, ids = job.options.eval_batch_size, job.data.ids()
@@ -217,7 +217,7 @@ def score(job: Job, bars: Progress | None = None) -> Scores:
 
 
 def _fit(job: Job, bars: Progress, console: Console) -> dict[str, list[dict[str, float]]]:
-    """Trains the adapters and returns what was logged: the losses, and those of the held-out examples (eval_steps)."""
+    """Trains the adapters and returns the logged losses, also those of the held-out examples (eval_steps)."""
     options, checkpoint = job.options, job.folder.checkpoint
     trainer = AlignTrainer(
         model=job.model,
@@ -229,9 +229,9 @@ def _fit(job: Job, bars: Progress, console: Console) -> dict[str, list[dict[str,
         mixing={
             "mixing": options.mixing,
             "temperature": options.mixing_temperature,
-            # Without alignment there is nothing to compare, and a batch of one example will do.
+            # Without alignment no tasks are compared, so a batch may have one example.
             "per_task": options.per_task if job.model.align_state.config.align else 1,
-            "batches": options.steps * options.accumulation,  # one epoch, so that every step is a whole one
+            "batches": options.steps * options.accumulation,  # one epoch, so that every step is complete
         },
         align_schedule=options.align_schedule,
         align_warmup=options.align_warmup,
@@ -246,7 +246,7 @@ def _fit(job: Job, bars: Progress, console: Console) -> dict[str, list[dict[str,
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if signal():
             raise KeyboardInterrupt
-    except BaseException:  # whatever it is, also a bug of ours
+    except BaseException:  # any exception, also a bug of ours
         if last := job.folder.last_checkpoint():
             print_line(console, f"{last} is kept: --resume goes on from it")
         raise
@@ -258,13 +258,13 @@ def _fit(job: Job, bars: Progress, console: Console) -> dict[str, list[dict[str,
 
 
 class _EndAfterStep(transformers.TrainerCallback):
-    """Writes a checkpoint and ends the training after the step in which a signal comes."""
+    """Writes a checkpoint and ends the training after the step during which a signal was received."""
 
     def __init__(self, signal: Callable[[], object]) -> None:
         self.signal = signal
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Looks for the signal."""
+        """Checks for the signal."""
         if self.signal():
             control.should_save = control.should_training_stop = True
 

@@ -1,4 +1,4 @@
-"""What a run shows: progress, the tables of its results, the plot of its losses."""
+"""Shows a run: its progress, the tables of its results, and the plot of its losses."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from align_ext.system.writing import atomic_file
 
 
 class ShowProgress(transformers.TrainerCallback):
-    """A rich bar for the optimizer steps, or lines where there is no terminal."""
+    """Shows the optimizer steps by a progress bar, or by lines if there is no terminal."""
 
     def __init__(self, bars: Progress, console: Console, steps: int) -> None:
         self.bars, self.console = bars, console
-        self.bar = bars.add_task("training", total=steps)
+        self.task = bars.add_task("training", total=steps)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Starts where the run goes on."""
-        self.bars.update(self.bar, completed=state.global_step)
+        """Sets the bar to the steps that are already done."""
+        self.bars.update(self.task, completed=state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Moves the bar."""
-        self.bars.advance(self.bar)
+        self.bars.advance(self.task)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         """Shows the losses."""
@@ -41,17 +41,17 @@ class ShowProgress(transformers.TrainerCallback):
         for name in ("align", "balance", "spectral"):
             if f"{name}_loss" in logs:
                 text += f", {name} {logs[f'{name}_loss']:.3g}"
-        self.bars.update(self.bar, description=f"training  {text}")
+        self.bars.update(self.task, description=f"training  {text}")
         if self.bars.disable:
             print_line(self.console, f"step {state.global_step}/{state.max_steps}  {text}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Removes the bar."""
-        self.bars.remove_task(self.bar)
+        self.bars.remove_task(self.task)
 
 
 def summarise(results: dict[str, Any], target: Path, console: Console) -> None:
-    """Prints what a run of `train` has come to."""
+    """Prints the results of a run of `train`."""
     table = Table("task", title="held-out examples, before -> after training")
     for title in ("examples", "loss", "score"):
         table.add_column(title, justify="right")
@@ -69,8 +69,8 @@ def summarise(results: dict[str, Any], target: Path, console: Console) -> None:
         print_line(console, f"alignment loss {before['align']:.4g} -> {after['align']:.4g}")
     for name, check in results["checks"].items():
         verdict = "same logits" if check["passed"] else "OTHER LOGITS"
-        found = check["detail"] or f"{verdict} (relative difference {check['difference']:.1e})"
-        print_line(console, f"{name}: " + ("does not apply: " if check["passed"] is None else "") + found)
+        result = check["detail"] or f"{verdict} (relative difference {check['difference']:.1e})"
+        print_line(console, f"{name}: " + ("does not apply: " if check["passed"] is None else "") + result)
     if results["plot"] is None:
         print_line(console, "no loss plot: matplotlib is not installed")
     times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in results["seconds"].items())

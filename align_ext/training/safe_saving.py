@@ -1,4 +1,4 @@
-"""A Trainer that loses nothing: its checkpoints are whole, its folder is its own, and it ends when it diverges."""
+"""A Trainer that writes checkpoints atomically, claims its folder, and stops when the training diverges."""
 
 from __future__ import annotations
 
@@ -14,44 +14,44 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from align_ext.system.reading import reason_of, shown
 from align_ext.system.writing import claimed
-from align_ext.training.whole_checkpoints import WRITING, check_whole, clear, keep_last, last_checkpoint, publish
+from align_ext.training.whole_checkpoints import WRITING, check_whole, clean, keep_last, last_checkpoint, publish
 
-_Base: Any = Trainer if TYPE_CHECKING else object  # what a mixin may call
+_Base: Any = Trainer if TYPE_CHECKING else object  # tells mypy which methods the mixin may call
 
 
 class Diverged(FloatingPointError):
-    """A loss, a gradient or a parameter is not finite; the message is the whole answer."""
+    """Raised if a loss, a gradient or a parameter is not finite; the message is complete and needs no traceback."""
 
 
 class SafeMixin(_Base):
-    """What a Trainer does so that an end at any moment loses no more than the steps since the last checkpoint.
+    """Limits what an end at any moment can lose to the steps since the last checkpoint.
 
-    Checkpoints are written beside their place and renamed when they are whole (training/whole_checkpoints.py), and
-    resuming from one that is not is refused; resume_from_checkpoint=True means the last whole one. Where checkpoints
-    are written, output_dir is claimed while train() runs. Training stops, before the step is made, when the loss or the
-    norm of the gradient is not finite; float16's skipped steps, whose scale is to be lowered, are no such case. Where
-    Trainer does not wait for the device in each step (logging_nan_inf_filter=False on a GPU) neither does this: there
-    it is found when a log, an evaluation or a checkpoint is due. A checkpoint never holds what is not finite.
+    Checkpoints are written to a temporary folder and renamed when they are complete (training/whole_checkpoints.py).
+    Resuming from an incomplete one is refused; resume_from_checkpoint=True means the last complete one. If checkpoints
+    are written, output_dir is claimed while train() runs. Training stops before a step whose loss or gradient norm is
+    not finite, except for steps that float16's gradient scaler skips. If Trainer does not wait for the device in each
+    step (logging_nan_inf_filter=False on a GPU), neither does this: the check then happens at the next log, evaluation
+    or checkpoint. A checkpoint never holds values that are not finite.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._writing: Path | None = None
-        self._finite = _Finite()
+        self._finite = _FiniteRecord()
         super().__init__(*args, **kwargs)
         self.add_callback(_BeforeStep(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Trains, as Trainer does.
+        """Trains like Trainer.train.
 
         Raises:
             Diverged: a loss, a gradient or a parameter is not finite.
-            ValueError: another process writes to output_dir, or there is no whole checkpoint to go on from.
+            ValueError: another process writes to output_dir, or there is no complete checkpoint to resume from.
         """
-        folder, self._finite = Path(self.args.output_dir), _Finite()
-        with ExitStack() as held:
+        folder, self._finite = Path(self.args.output_dir), _FiniteRecord()
+        with ExitStack() as stack:
             if self.args.save_strategy != "no" and self.args.should_save:
-                held.enter_context(claimed(folder.absolute()))
-                clear(folder)
+                stack.enter_context(claimed(folder.absolute()))
+                clean(folder)
             if resume_from_checkpoint is True:
                 if (last := last_checkpoint(folder)) is None:
                     raise ValueError(f"there is no whole checkpoint in {shown(str(folder))} to go on from")
@@ -63,21 +63,21 @@ class SafeMixin(_Base):
             return result
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Trainer's; its loss is looked at before the step is made."""
+        """Runs Trainer's method and records whether the loss is finite."""
         loss: Tensor = super().training_step(*args, **kwargs)
-        self._finite.see(0, loss)
+        self._finite.record(0, loss)
         return loss
 
     def _get_grad_norm(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         norm = super()._get_grad_norm(model, *args, **kwargs)
-        if norm is not None and not self.is_deepspeed_enabled:  # which skips steps of its own
-            self._finite.see(1, torch.as_tensor(norm))
+        if norm is not None and not self.is_deepspeed_enabled:  # DeepSpeed skips such steps itself
+            self._finite.record(1, torch.as_tensor(norm))
         return norm
 
     def _before_step(self, model: nn.Module) -> None:
-        if not hasattr(super(), "_get_grad_norm"):  # before transformers 5.6 nothing gives the norm away
+        if not hasattr(super(), "_get_grad_norm"):  # transformers before 5.6 does not provide the norm
             gradients = [_local(p.grad) for p in model.parameters() if p.grad is not None]
-            self._finite.see(1, torch.nn.utils.get_total_norm(gradients))
+            self._finite.record(1, torch.nn.utils.get_total_norm(gradients))
         self._finite.end_step(self.state.global_step + 1)
         if self.args.device.type == "cpu" or self.args.logging_nan_inf_filter or self._scaler() is not None:
             self._check_finite()
@@ -86,17 +86,17 @@ class SafeMixin(_Base):
         return getattr(self.accelerator, "scaler", None)
 
     def _check_finite(self) -> None:
-        """Stops all processes alike if a loss or a gradient of one of them was not finite."""
-        if (found := self._finite.first) is None:
+        """Stops all processes if a loss or a gradient of one of them was not finite."""
+        if (found := self._finite.is_writer) is None:
             return
         loss, gradient = self.accelerator.gather(found[None]).amax(0).tolist()
         if gradient and not loss and self._scaler() is not None and self._scaler().get_scale() > 1:
-            self._finite = _Finite()  # too large for float16 as it is scaled: the scaler skips the step and lowers it
+            self._finite = _FiniteRecord()  # float16 overflowed: the scaler skips the step and lowers its scale
         elif loss or gradient:
             raise _diverged("the loss" if loss else "the norm of the gradient", loss or gradient)
 
     def _check_parameters(self) -> None:
-        """Stops if a loss or a gradient was not finite, or what is trained is not."""
+        """Stops if a loss or a gradient was not finite, or a trained parameter is not."""
         self._check_finite()
         bad = [~torch.isfinite(_local(p)).all() for p in self.model.parameters() if p.requires_grad]
         if bad and bool(self.accelerator.gather(torch.stack([b.to(bad[0].device) for b in bad])).any()):
@@ -115,10 +115,10 @@ class SafeMixin(_Base):
         self._check_parameters()
         folder, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
         new = folder / WRITING / name
-        first = self.args.should_save or self.args.local_process_index == 0
+        is_writer = self.args.should_save or self.args.local_process_index == 0
         try:
-            if first:
-                clear(folder)
+            if is_writer:
+                clean(folder)
                 new.mkdir(parents=True, exist_ok=True)
             self.accelerator.wait_for_everyone()
             self._writing = new.parent
@@ -133,20 +133,20 @@ class SafeMixin(_Base):
             else:
                 self.accelerator.wait_for_everyone()
             self.accelerator.wait_for_everyone()
-            if first and new.is_dir():  # another machine's own disk
+            if is_writer and new.is_dir():  # this machine does not share the first machine's disk
                 publish(new, folder / name)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch.save has no better for a full disk
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError for a full disk
             raise OSError(
                 f"the checkpoint {shown(str(folder / name))} cannot be written: {reason_of(error)}"
             ) from error
         finally:
             self._writing = None
-            if first:
-                clear(folder)
+            if is_writer:
+                clean(folder)
 
 
 class _BeforeStep(TrainerCallback):
-    """Looks at the losses and gradients of a step before it is made."""
+    """Checks the losses and gradients of a step before the optimizer makes it."""
 
     def __init__(self, trainer: SafeMixin) -> None:
         self.trainer = trainer
@@ -156,33 +156,33 @@ class _BeforeStep(TrainerCallback):
         self.trainer._before_step(model)
 
 
-class _Finite:
-    """The first step at which a loss, and at which the norm of a gradient, was not finite; kept on the device.
+class _FiniteRecord:
+    """Records on the device the first step with a loss, and the first with a gradient norm, that is not finite.
 
     Attributes:
-        first: [2], 0 where there was none; None before the first step.
+        first: [2], the steps for losses and norms, 0 for none; None before the first step.
     """
 
     def __init__(self) -> None:
-        self.first: Tensor | None = None
-        self._bad: list[list[Tensor]] = [[], []]  # of the step under way
+        self.is_writer: Tensor | None = None
+        self._bad: list[list[Tensor]] = [[], []]  # flags of the current step, for losses and norms
 
-    def see(self, which: int, value: Tensor) -> None:
-        """Looks at a loss (0) or a gradient's norm (1) of the step under way, [] or [n]."""
+    def record(self, which: int, value: Tensor) -> None:
+        """Records a loss (0) or a gradient norm (1) of the current step, [] or [n]."""
         self._bad[which].append(~torch.isfinite(_local(value.detach())).all())
 
     def end_step(self, step: int) -> None:
-        """Keeps the step's number where something was not finite."""
+        """Stores the step's number if a value was not finite."""
         device = (self._bad[0] or self._bad[1])[0].device
-        seen = [torch.stack([b.to(device) for b in bad]).any() if bad else None for bad in self._bad]
-        none = torch.zeros((), dtype=torch.bool, device=device)
-        now = torch.stack([none if bad is None else bad for bad in seen]) * step
-        self.first = now if self.first is None else torch.where(self.first > 0, self.first, now)
+        flags = [torch.stack([b.to(device) for b in bad]).any() if bad else None for bad in self._bad]
+        no_flag = torch.zeros((), dtype=torch.bool, device=device)
+        steps = torch.stack([no_flag if bad is None else bad for bad in flags]) * step
+        self.is_writer = steps if self.is_writer is None else torch.where(self.is_writer > 0, self.is_writer, steps)
         self._bad = [[], []]
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor that is in shards."""
+    """Returns this process's shard of a tensor, or the tensor itself."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 

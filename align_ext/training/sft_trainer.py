@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with task ids: they survive its dataset preparation, packing and padding-free batches."""
+"""TRL's SFTTrainer with task ids, also with its dataset preparation, packing and padding-free batches."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from datasets import Dataset
 from torch import Tensor, nn
 from trl.data_utils import get_dataset_column_names
 
-from align_ext.data.collator import TaskCollator, spread
+from align_ext.data.collator import TaskCollator, ids_per_token
 from align_ext.training.trainer import AlignMixin
 
 
 class AlignSFTTrainer(AlignMixin, trl.SFTTrainer):
     """Trains a model adapted by replace_linear_with_align_lora on a dataset with a column `task_ids`: TRL's SFTTrainer.
 
-    All of its ways to prepare data work: text, prompt and completion, conversations, tokenised rows; packing ("bfd",
-    "bfd_split", "wrapped") and padding-free batches, whose tokens keep the tasks of the examples that they are from.
-    The rows are those of SFTTrainer, token for token.
+    It supports all data formats of SFTTrainer (text, prompt and completion, conversations, tokenised rows), packing
+    ("bfd", "bfd_split", "wrapped") and padding-free batches; each token keeps the task of its example. The rows are the
+    same as those of SFTTrainer, token for token.
 
     Args:
-        *args: as for trl.SFTTrainer; a data_collator need not be a TaskCollator.
-        **kwargs: as for trl.SFTTrainer and AlignTrainer.
+        *args: as in trl.SFTTrainer; a data_collator need not be a TaskCollator.
+        **kwargs: as in trl.SFTTrainer and AlignTrainer.
 
     Raises:
         ValueError: in training, a dataset without the column task_ids while alignment is on.
@@ -42,13 +42,13 @@ class AlignSFTTrainer(AlignMixin, trl.SFTTrainer):
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Callable | None,
         dataset_name: str,
     ) -> Any:  # fmt: skip
-        """TRL's preparation; to pack, that without packing, the tasks of the tokens, and TRL's packing of all three."""
-        own = super()._prepare_dataset
+        """Prepares the dataset as TRL does; for packing, adds the task of each token before TRL packs the rows."""
+        prepare = super()._prepare_dataset
         if not packing or args.max_length is None or "task_ids" not in get_dataset_column_names(dataset):
-            return own(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        whole = copy.copy(args)
-        whole.max_length = None  # packing cuts what is too long
-        dataset = own(dataset, processing_class, whole, False, formatting_func, dataset_name)
+            return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        unlimited = copy.copy(args)
+        unlimited.max_length = None  # packing truncates rows that are too long
+        dataset = prepare(dataset, processing_class, unlimited, False, formatting_func, dataset_name)
         options = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
         dataset = dataset.map(_spread_tasks, **options).select_columns(["input_ids", "labels", "task_ids"])
         dataset = trl.pack_dataset(dataset, args.max_length, args.packing_strategy, options)
@@ -57,7 +57,7 @@ class AlignSFTTrainer(AlignMixin, trl.SFTTrainer):
     def _loss_and_outputs(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any, *, return_outputs: bool, by_task: bool
     ) -> tuple[Tensor, Any, Any]:
-        """TRL's loss; the outputs of its first forward as they pass by, since asking for them costs another."""
+        """Returns TRL's loss, and the outputs of its first forward from a hook, which avoids a second forward."""
         seen: list[Any] = []
         handle = model.register_forward_hook(lambda module, args, output: seen.append(output)) if by_task else None
         try:
@@ -70,5 +70,5 @@ class AlignSFTTrainer(AlignMixin, trl.SFTTrainer):
 
 
 def _spread_tasks(example: dict[str, Any]) -> dict[str, Any]:
-    """One id for each token in place of one for the example."""
-    return {"task_ids": spread(example["task_ids"], len(example["input_ids"]))}
+    """Returns one id per token instead of one id for the example."""
+    return {"task_ids": ids_per_token(example["task_ids"], len(example["input_ids"]))}

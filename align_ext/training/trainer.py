@@ -1,4 +1,4 @@
-"""transformers' Trainer with task ids: the alignment term at its exact weight, and the losses logged by task."""
+"""transformers' Trainer with task ids: adds the alignment loss at its exact weight, and logs losses by task."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from align_ext.alignment.guards import refuse_processes_apart
 from align_ext.alignment.micro_batch import MicroBatchShare
 from align_ext.alignment.model_state import find_state
 from align_ext.alignment.step import AlignStep
-from align_ext.base_model.sharded import holders
+from align_ext.base_model.sharded import shard_ranks
 from align_ext.config import AlignLoraConfig, unknown_name
 from align_ext.data.task_sampler import Mixing, TaskSampler, example_tasks, join_tasks, with_task
 from align_ext.io.adapter_folder import checked_task_names
 from align_ext.system.reading import shown
 from align_ext.training.checkpoint import load_queue, load_trained, save_trained
-from align_ext.training.checks import ChecksBeforeTraining, LayersThatNeverRan, least_is_best, refuse_peft_config
+from align_ext.training.checks import ChecksBeforeTraining, LayersThatNeverRan, lower_is_better, refuse_peft_config
 from align_ext.training.safe_saving import SafeMixin
 from align_ext.training.schedule import AlignSchedule, schedule_factor
 from align_ext.training.task_losses import LossSums, TaskLosses
@@ -41,7 +41,7 @@ def align_training_arguments(output_dir: str, **overrides: Any) -> TrainingArgum
 
     Args:
         output_dir: as in TrainingArguments.
-        **overrides: any other field of TrainingArguments.
+        **overrides: other fields of TrainingArguments.
     """
     recipe: dict[str, Any] = {
         "learning_rate": 2e-4,
@@ -53,37 +53,35 @@ def align_training_arguments(output_dir: str, **overrides: Any) -> TrainingArgum
 
 
 class AlignMixin(SafeMixin):
-    """Alignment for a Trainer, placed before it in a class's bases; AlignTrainer and AlignSFTTrainer are such classes.
+    """Adds alignment to a Trainer, before which it stands in a class's bases, as in AlignTrainer and AlignSFTTrainer.
 
-    The loss is Trainer's own loss plus weight * alignment, each micro-batch counting alike in the alignment whatever
-    the gradient accumulation; the model's align_accumulation says what is aligned with what, and with "exact" each
-    step begins with a forward of all its micro-batches for their statistics. Beside `loss` it logs `lm_loss` and, where
-    they are on, `align_loss`, `balance_loss` and `spectral_loss`, without their weights, means over the steps since the
-    last log, and `loss/<task>`, taken from the batches of the logging steps alone (not with logging_strategy="epoch");
-    evaluation logs `eval_loss/<task>`, of which metric_for_best_model takes the least. A task's loss is the model's
-    own, of that task's tokens or samples (training/task_losses.py). Where nothing tells tasks apart (plain LoRA)
-    task_ids are optional.
+    The loss is Trainer's loss plus weight * alignment; with gradient accumulation, each micro-batch has the same weight
+    in the alignment. The model's align_accumulation decides what is aligned together; with "exact", each step begins
+    with a forward of all its micro-batches for their statistics. Besides `loss` it logs `lm_loss` and, if they are on,
+    `align_loss`, `balance_loss` and `spectral_loss`, as means without weights over the steps since the last log, and
+    `loss/<task>` from the batches of the logging steps (not with logging_strategy="epoch"). Evaluation logs
+    `eval_loss/<task>`; metric_for_best_model takes the lowest. The loss of a task is the model's loss over the task's
+    tokens or samples (training/task_losses.py). task_ids are optional if the model does not need them (plain LoRA).
 
     Args:
-        *args: as for Trainer.
-        task_names: of tasks 0, 1, ..., for the log and the checkpoints; the id itself where there is none.
-        in_order: take the training examples in the dataset's own order instead of shuffling.
-        train_dataset: as for Trainer; or a dictionary of datasets by task name, joined by join_tasks. An eval_dataset
-            of the same names then needs no task_ids either.
-        mixing: mix the tasks of the training examples (their column task_ids) by a TaskSampler: "proportional",
-            "temperature", "equal" or "round_robin", or a dictionary of its options with "mixing" among them.
-        align_schedule: of the alignment weight over the steps: "constant", "linear" or "cosine" (to 0 at the end);
-            logged as `align_weight`.
-        align_warmup: share of the steps over which the weight rises from 0 before that.
-        **kwargs: as for Trainer.
+        *args: as in Trainer.
+        task_names: the names of tasks 0, 1, ..., for the log and the checkpoints; a task without a name has its id.
+        in_order: whether to take the training examples in the dataset's order instead of shuffling.
+        train_dataset: as in Trainer; or a dictionary of datasets by task name, joined by join_tasks. An eval_dataset
+            with the same names then needs no task_ids either.
+        mixing: mix the tasks of the training examples (column task_ids) by a TaskSampler: "proportional",
+            "temperature", "equal" or "round_robin", or a dictionary of its options that includes "mixing".
+        align_schedule: "constant", "linear" or "cosine" (both to 0); the weight is logged as `align_weight`.
+        align_warmup: the fraction of the steps in which the weight first rises from 0.
+        **kwargs: as in Trainer.
 
-    A checkpoint is a folder of save_adapter, with what else is trained, and not the frozen model (FSDP and DeepSpeed
-    add their own files, from which the latter resumes); train(resume_from_checkpoint=...) goes on to the bit.
+    A checkpoint is a folder of save_adapter with everything that is trained, without the frozen model (FSDP and
+    DeepSpeed add their own files); train(resume_from_checkpoint=...) continues bit for bit.
 
     Raises:
-        ValueError: an option out of range; a peft_config; nn.DataParallel would be used with alignment on, or processes
-            that each train by themselves; when training begins, a model without adapters, or whose adapters nobody
-            trains, or a metric that no evaluation gives; or, in training, a batch without task_ids.
+        ValueError: an option is out of range; there is a peft_config; nn.DataParallel or unconnected processes would be
+            used with alignment; when training begins, the model has no adapters, they are not trained, or no evaluation
+            gives the chosen metric; in training, a batch has no task_ids.
     """
 
     def __init__(
@@ -103,17 +101,17 @@ class AlignMixin(SafeMixin):
         if isinstance(kwargs.get("train_dataset"), Mapping):
             kwargs["train_dataset"], names = join_tasks(kwargs["train_dataset"])
             task_names = task_names or names
-            kwargs["eval_dataset"] = _numbered(kwargs.get("eval_dataset"), names)
+            kwargs["eval_dataset"] = _add_task_ids(kwargs.get("eval_dataset"), names)
         super().__init__(*args, **kwargs)
         refuse_processes_apart("on CPUs give the arguments use_cpu=True, so that they join by gloo")
-        least_is_best(self.args)
+        lower_is_better(self.args)
         config = self._config() or AlignLoraConfig()
         self.task_names, self.in_order = checked_task_names(task_names, config), in_order
         self.mixing = {"mixing": mixing} if isinstance(mixing, str) else mixing
         self._train_sums, self._eval_sums = LossSums(), LossSums()
         self._splitter: TaskLosses | None = None
-        self._batches: list[Any] = []  # of the step under way, until its first pass
-        self._parts: list[MicroBatchShare] = []  # of its micro-batches still to come
+        self._batches: list[Any] = []  # the micro-batches of the current step, until their first pass
+        self._parts: list[MicroBatchShare] = []  # the shares of the step's remaining micro-batches
         self._epochs = _NextEpoch()
         self.add_callback(self._epochs)
         self.add_callback(ChecksBeforeTraining(self))
@@ -158,16 +156,16 @@ class AlignMixin(SafeMixin):
         """Computes Trainer's loss plus, in training, the weighted alignment of the batch's tasks."""
         inputs = dict(inputs)
         ids = inputs.pop("task_ids", None)
-        given, mask = dict(inputs), inputs.get("attention_mask")
+        original_inputs, mask = dict(inputs), inputs.get("attention_mask")
         aligned, config = model.training and self._aligned(), self._config()
         if aligned and ids is None and config is not None and config.needs_ids:
             raise ValueError(_NO_IDS)
         if not model.training and torch.is_grad_enabled() and self._aligned():
             raise ValueError("the model is in eval mode in training, where nothing is aligned: call model.train()")
         if ids is not None and not model.training and config is not None and config.architecture == "multi_adapter":
-            inputs["task_ids"] = ids  # each sample is scored with the adapter of its task
+            inputs["task_ids"] = ids  # each sample uses the adapter of its task
         part = self._next_part(model) if aligned else None
-        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None  # what else it is, the forward knows
+        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None  # only the forward knows other kinds
         step_or_not = align_step(model, ids, mask, inputs.get("labels")) if aligned else contextlib.nullcontext()
         with step_or_not as step:
             by_task = ids is not None and (not model.training or self._is_logging_step())
@@ -175,7 +173,7 @@ class AlignMixin(SafeMixin):
                 model, inputs, num_items_in_batch, return_outputs=return_outputs, by_task=by_task
             )
         if by_task:
-            self._add_tasks(predicted, given, ids, loss, num_items_in_batch, training=model.training)
+            self._add_tasks(predicted, original_inputs, ids, loss, num_items_in_batch, training=model.training)
         total = self._record(step, part, loss, num_items_in_batch) if model.training else loss
         return (total, outputs) if return_outputs else total
 
@@ -200,7 +198,7 @@ class AlignMixin(SafeMixin):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> Any:
-        """Trainer's; where it generates (Seq2SeqTrainer), every sample with the adapter of its task."""
+        """Runs Trainer's method; if it generates (Seq2SeqTrainer), each sample uses the adapter of its task."""
         if not getattr(self.args, "predict_with_generate", False) or prediction_loss_only:
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         inputs = self._prepare_inputs(inputs)
@@ -208,40 +206,40 @@ class AlignMixin(SafeMixin):
         rest = {name: value for name, value in inputs.items() if name != "task_ids"}
         config = self._config()
         named = named_tasks(self.model, ids) if config is not None and ids is not None else contextlib.nullcontext()
-        handle = model.register_forward_hook(lambda module, given, output: seen.append(output))
+        handle = model.register_forward_hook(lambda module, original_inputs, output: seen.append(output))
         try:
             with named:
                 result = super().prediction_step(model, rest, prediction_loss_only, *args, **kwargs)
         finally:
             handle.remove()
-        if ids is not None and result[0] is not None:  # its loss is of the last forward
+        if ids is not None and result[0] is not None:  # the last forward gave the loss
             self._add_tasks(seen[-1], rest, ids, result[0], None, training=False)
         return result
 
     def _loss_and_outputs(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any, *, return_outputs: bool, by_task: bool
     ) -> tuple[Tensor, Any, Any]:
-        """The Trainer's own loss, its outputs (if to be returned), and outputs with the tokens' losses (by_task)."""
+        """Returns Trainer's loss, its outputs (with return_outputs), and outputs to split the loss (with by_task)."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         return loss, outputs, outputs
 
     def _gather_samples(self, losses: Tensor, *, flattened: bool) -> Tensor:
-        """The sum of losses [B, M, 2, 2] over all processes' samples, without those that fill up the last batch."""
+        """Sums losses [B, M, 2, 2] over all processes' samples, without those that only fill the last batch."""
         losses = self.accelerator.pad_across_processes(losses, dim=1)
-        # Of a padding-free batch, one row whatever its samples, accelerate cannot tell the further ones.
+        # A padding-free batch is one row for any number of samples, so accelerate cannot know which ones it added.
         gather = self.accelerator.gather if flattened else self.accelerator.gather_for_metrics
         return gather(losses).sum(0)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's: the micro-batches of a step; kept, since align_accumulation="exact" needs them all at once."""
+        """Runs Trainer's method and stores the micro-batches of the step for align_accumulation="exact"."""
         batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
         self._batches, self._parts = batches, []
         return batches, num_items_in_batch
 
     def _next_part(self, model: nn.Module) -> MicroBatchShare | None:
-        """A micro-batch's part of its step where that is aligned as one batch, its dropout masks about to come again.
+        """Returns the next micro-batch's share of its step for "exact", and restores its random state for dropout.
 
-        The first pass is here, not where the batches come: a run that goes on restores its generators in between.
+        The first pass is not in get_batch_samples, since a resumed run restores its generators after that.
         """
         config = self._config()
         if config is None or config.align is None or config.align_accumulation != "exact":
@@ -250,7 +248,7 @@ class AlignMixin(SafeMixin):
             self._parts = align_statistics(model, [self._prepare_inputs(batch) for batch in self._batches]).parts
             self._batches = []
         if not self._parts:
-            return None  # no step of Trainer's: the total says what is missing
+            return None  # not in a step of Trainer: step.total raises the error
         part = self._parts.pop(0)
         part.restore_rng()
         return part
@@ -262,25 +260,25 @@ class AlignMixin(SafeMixin):
         loss: Tensor,
         num_items_in_batch: Tensor | int | None,
     ) -> Tensor:
-        """Adds the alignment to a micro-batch's loss, each micro-batch weighing 1 / accumulation steps in the end."""
-        share = 1 / getattr(self, "current_gradient_accumulation_steps", 1)
-        # A loss over the tokens of the whole accumulated batch is a share already: Trainer will not divide the total.
+        """Adds the alignment to a micro-batch's loss; each micro-batch gets the weight 1 / accumulation steps."""
+        weight_in_step = 1 / getattr(self, "current_gradient_accumulation_steps", 1)
+        # A loss divided by the tokens of all micro-batches is already scaled: Trainer will not divide the total.
         scaled = self._is_scaled(num_items_in_batch)
-        self._train_sums.steps += share
-        self._train_sums.add("lm_loss", loss if scaled else loss * share)
+        self._train_sums.steps += weight_in_step
+        self._train_sums.add("lm_loss", loss if scaled else loss * weight_in_step)
         if step is None:
             return loss
         self._last_weight = self._align_weight()
-        total = step.total(loss, weight=self._last_weight, scale=share if scaled else 1.0, of=part)
+        total = step.total(loss, weight=self._last_weight, scale=weight_in_step if scaled else 1.0, of=part)
         values = {"align_loss": step.alignment, "balance_loss": step.balance}
         losses = {name: part.value for name, part in values.items() if part is not None}
         losses |= {} if step.spectral is None else {"spectral_loss": step.spectral}
         for name, value in losses.items():
-            self._train_sums.add(name, value * share)
+            self._train_sums.add(name, value * weight_in_step)
         return total
 
     def _align_weight(self) -> float | None:
-        """The weight of the step under way, after its schedule; None without alignment."""
+        """Returns the scheduled weight of the current step; None without alignment."""
         config, state = self._config(), self.state
         if config is None or config.align_weight is None:
             return None
@@ -288,7 +286,7 @@ class AlignMixin(SafeMixin):
         return config.align_weight * schedule_factor(*schedule, state.global_step, state.max_steps)
 
     def _is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
-        """Trainer's own rule (training_step) for a loss that it does not divide by the accumulation steps."""
+        """Whether Trainer (in training_step) does not divide the loss by the accumulation steps."""
         override = getattr(self, "loss_is_scaled_for_ga", None)
         if override is not None:
             return bool(override)
@@ -302,7 +300,7 @@ class AlignMixin(SafeMixin):
         return step % self.state.logging_steps == 0 or (step == 1 and self.args.logging_first_step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the parts of the loss to a training log."""
+        """Adds the terms of the loss to a training log."""
         if "loss" in logs:
             logs.update(self._train_sums.over_processes(self.accelerator).means(self.task_names, self._by_task))
             if "align_loss" in logs and self._last_weight is not None:
@@ -319,17 +317,17 @@ class AlignMixin(SafeMixin):
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
-    def _in_parts(self) -> bool:
-        """Whether processes may hold parts of the parameters, so that all of them save."""
+    def _is_sharded(self) -> bool:
+        """Whether processes may hold shards of the parameters, so that all of them must save."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _is_loaded_by_others(self) -> bool:
-        """Whether Trainer loads the model: no adapters, or DeepSpeed's optimizer has copies of the parameters."""
+        """Whether Trainer loads the model: without adapters, or if DeepSpeed's optimizer has copies of parameters."""
         return self._config() is None or self.is_deepspeed_enabled
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the adapter's folder, with all processes where they hold parts of the parameters."""
-        if self._config() is None or not self._in_parts():
+        """Writes the adapter's folder, in all processes if the parameters are sharded."""
+        if self._config() is None or not self._is_sharded():
             super().save_model(output_dir, _internal_call)
             return
         self._save(output_dir)
@@ -341,7 +339,7 @@ class AlignMixin(SafeMixin):
             super()._save(output_dir, state_dict)
             return
         folder = output_dir or self.args.output_dir
-        if self.args.should_save or holders(self.model.parameters()):
+        if self.args.should_save or shard_ranks(self.model.parameters()):
             save_trained(self.model, folder, self.task_names)
         if self.args.should_save and self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
@@ -355,7 +353,7 @@ class AlignMixin(SafeMixin):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.is_deepspeed_enabled and self._config() is not None:
-            load_queue(self.model, checkpoint)  # all else that load_trained reads is in DeepSpeed's files
+            load_queue(self.model, checkpoint)  # DeepSpeed loads everything else from its own files
 
     def _load_best_model(self) -> None:
         if self._is_loaded_by_others():
@@ -369,18 +367,18 @@ class AlignTrainer(AlignMixin, Trainer):
 
 
 class _NextEpoch(TrainerCallback):
-    """Tells the sampler the epoch: accelerate does not, where it skips the batches before a checkpoint."""
+    """Sets the sampler's epoch, which accelerate does not do when it skips the batches before a checkpoint."""
 
     sampler: TaskSampler | None = None
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Chooses the order of the epoch that begins, or goes on."""
+        """Sets the epoch that begins or is resumed."""
         if self.sampler is not None:
             self.sampler.set_epoch(int(state.epoch))
 
 
-def _numbered(eval_dataset: Any, names: Sequence[str]) -> Any:
-    """Gives evaluation datasets by task name the column task_ids, where they have none."""
+def _add_task_ids(eval_dataset: Any, names: Sequence[str]) -> Any:
+    """Adds the column task_ids to evaluation datasets by task name that lack it."""
     if not isinstance(eval_dataset, Mapping) or not set(eval_dataset) <= set(names):
         return eval_dataset
     return {

@@ -1,4 +1,4 @@
-"""Whether a saved adapter computes what the trained model computes: read again, merged, and by stock PEFT."""
+"""Verifies that a saved adapter computes the same as the trained model: loaded again, merged, and by stock PEFT."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from align_ext.training.job import Job
 
 @dataclass(frozen=True)
 class Check:
-    """Whether two models compute the same: largest difference of their logits relative to the largest logit.
+    """The comparison of two models: the largest difference of their logits relative to the largest logit.
 
-    Where an architecture has no such second model, passed is None and detail says why.
+    If an architecture does not allow the second model, passed is None and detail gives the reason.
     """
 
     passed: bool | None
@@ -32,17 +32,16 @@ class Check:
 
 
 def verify(job: Job, adapter: Path) -> dict[str, Check]:
-    """Compares, computing in float32, the trained model with what can be made of the saved adapter.
+    """Compares the trained model in float32 with the models that use the saved adapter.
 
-    That is the base with the adapter loaded again by load_adapter, whose tensors must be those trained to the bit, and,
-    where the architecture allows it, the merged model and stock PEFT's reading of the folder. The base is the one that
-    was trained on: rounded to the dtype of the training. Uses the job's model up. A check that cannot be made has
-    failed and says why.
+    These are the base with the adapter from load_adapter, whose tensors must equal the trained ones bit for bit, and,
+    if the architecture allows it, the merged model and the folder loaded by stock PEFT. The base has the dtype of the
+    training. The job's model cannot be used afterwards. A check that raises has failed; detail holds the exception.
     """
-    some, ids = job.data.test[:: max(1, len(job.data.test) // 4)], job.data.ids()
+    examples, ids = job.data.test[:: max(1, len(job.data.test) // 4)], job.data.ids()
     by_task = job.options.adapter["architecture"] == "multi_adapter"
     batches = []
-    for example in some:
+    for example in examples:
         prompt, answer = encode(job.tokenizer, example.prompt, example.answer)
         batches.append({"input_ids": torch.tensor([prompt + answer], device=job.device)})
         if by_task:
@@ -71,7 +70,7 @@ def verify(job: Job, adapter: Path) -> dict[str, Check]:
         "merged": lambda: merge_and_unload(job.model),
         "stock PEFT": lambda: peft.PeftModel.from_pretrained(base(), str(adapter)).eval(),
     }
-    reasons = {"merged": _unmergeable_reason(job.model), "stock PEFT": _not_for_peft(job.model, adapter)}
+    reasons = {"merged": _unmergeable_reason(job.model), "stock PEFT": _peft_unsupported_reason(job.model, adapter)}
     checks = {}
     for name, make in models.items():
         if reason := reasons.get(name):
@@ -80,7 +79,7 @@ def verify(job: Job, adapter: Path) -> dict[str, Check]:
         try:
             difference = relative_difference(logits(make()), trained)
             checks[name] = Check(difference <= LARGEST_DIFFERENCE, difference)
-        except Exception as error:  # the training is done and kept; a check reports whatever stops it
+        except Exception as error:  # the adapter is saved, so a check only reports the exception
             checks[name] = Check(False, None, f"{type(error).__name__}: {error}")
     return checks
 
@@ -90,8 +89,8 @@ def _unmergeable_reason(model: Any) -> str | None:
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def _not_for_peft(model: Any, adapter: Path) -> str | None:
-    """Why stock PEFT does not read an adapter folder: it holds no configuration for it."""
+def _peft_unsupported_reason(model: Any, adapter: Path) -> str | None:
+    """Returns why stock PEFT cannot load an adapter folder, or None: the folder has no adapter_config.json."""
     if not adapter.is_dir() or (adapter / PEFT_CONFIG).is_file():
         return None
     return f"PEFT's LoRA cannot express architecture {model.align_state.config.architecture!r}"

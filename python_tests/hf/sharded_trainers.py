@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from align_ext import AlignTrainer, TaskCollator, replace_linear_with_align_lora
-from align_ext.base_model.sharded import holders
+from align_ext.base_model.sharded import shard_ranks
 from align_ext.training.checks import check_trained
 from align_ext.training.trainer import align_training_arguments
 
@@ -130,7 +130,7 @@ def run(rank, place, case):
     """Trains a case and saves it; another run goes on from the first checkpoint, to the bit."""
     ran, kept = build(place, case)
     ran.train()
-    assert bool(holders(ran.model.parameters())) == (not place.name.startswith("zero2"))
+    assert bool(shard_ranks(ran.model.parameters())) == (not place.name.startswith("zero2"))
     best = ran.state.best_global_step or OPTIONS["max_steps"]
     ran.save_model(str(place / "final"))
     keep(rank, place, kept.steps | {"final": kept.steps[best]})

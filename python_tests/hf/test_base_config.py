@@ -10,7 +10,7 @@ from hostile import refused
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, Mamba2Config, Qwen3MoeConfig
 
 from align_ext import AlignLoraConfig, load_adapter, replace_linear_with_align_lora, save_adapter
-from align_ext.base_model.computing_config import computing_entries, other_entry
+from align_ext.base_model.computing_config import computing_entries, first_difference
 from align_ext.base_model.fingerprint import BaseModel
 from align_ext.system.reading import parse_json
 
@@ -105,7 +105,7 @@ def test_a_folder_without_a_record_of_the_configuration_is_read_as_before():
 def test_the_record_is_plain_json_whatever_the_configuration_holds(kind):
     entries = computing_entries(kind())  # Mamba's time_step_limit is infinite
     again = parse_json(json.dumps(entries, allow_nan=False))
-    assert other_entry(again, computing_entries(kind())) is None
+    assert first_difference(again, computing_entries(kind())) is None
     assert entries.keys() >= {"model_type", "hidden_size"}
     assert not any("dropout" in name or name.endswith("_token_id") for name in entries)
 
@@ -114,10 +114,10 @@ def test_entries_of_parts_are_compared_by_name():
     config = AutoConfig.for_model("gemma3")
     entries = computing_entries(config)
     config.text_config.rms_norm_eps = 0.5
-    assert other_entry(entries, computing_entries(config)) == "text_config.rms_norm_eps is 0.5, not 1e-06"
+    assert first_difference(entries, computing_entries(config)) == "text_config.rms_norm_eps is 0.5, not 1e-06"
     config.text_config.rms_norm_eps = 1e-6
     config.text_config.vocab_size += 8
-    assert other_entry(entries, computing_entries(config)) is None
+    assert first_difference(entries, computing_entries(config)) is None
 
 
 def test_a_configuration_that_says_nothing_is_not_compared():

@@ -15,7 +15,7 @@ from torch import nn
 
 from align_ext import AlignLoraConfig, load_adapter, replace_linear_with_align_lora, save_adapter
 from align_ext.adapters.base import AdaptedLinear
-from align_ext.base_model.fingerprint import BaseModel, name_of_base
+from align_ext.base_model.fingerprint import BaseModel, base_name
 from align_ext.io.adapter_folder import AdapterFolder
 
 
@@ -119,7 +119,7 @@ def test_the_name_is_a_hub_id_or_an_absolute_path(tmp_path, monkeypatch):
         "": None,
     }.items():
         model.name_or_path = given
-        assert name_of_base(model) == name
+        assert base_name(model) == name
 
 
 def folder_with_base(tmp_path, seed=0):

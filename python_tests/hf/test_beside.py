@@ -22,7 +22,7 @@ from align_ext import (
     set_task,
     unload,
 )
-from align_ext.base_model.modules_to_save import tensors_of, trained_beside
+from align_ext.base_model.modules_to_save import find_extra_tensors, tensors_of
 from align_ext.io.inspect_adapter import inspect_adapter
 
 TRAINED, PEFT_CONFIG = "align_trained.safetensors", "adapter_config.json"
@@ -95,8 +95,8 @@ def test_it_comes_back_to_the_bit_and_stock_peft_computes_the_same_where_it_has_
     save_adapter(model, tmp_path)
     loaded = load_adapter(make(), tmp_path)
     assert torch.equal(logits(loaded), expected)
-    assert set(trained_beside(loaded).tensors) == set(names) | set(more or ())
-    assert_same_bits(trained_beside(loaded).tensors, trained_beside(model).tensors)
+    assert set(find_extra_tensors(loaded).tensors) == set(names) | set(more or ())
+    assert_same_bits(find_extra_tensors(loaded).tensors, find_extra_tensors(model).tensors)
     assert (tmp_path / TRAINED).exists() == (kind != "lora" or not with_peft)
     if with_peft:
         theirs = PeftModel.from_pretrained(make(), tmp_path)
@@ -144,11 +144,11 @@ def test_training_goes_on_to_the_bit(tmp_path):
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
         model.train()(**inputs, task_ids=tasks).loss.backward()
         optimizer.step()
-        return state(model) | {name: t.detach().clone() for name, t in trained_beside(model).tensors.items()}
+        return state(model) | {name: t.detach().clone() for name, t in find_extra_tensors(model).tensors.items()}
 
     model = trained(tied, ["model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"])
     save_adapter(model, tmp_path)
-    loaded, start = load_adapter(tied(), tmp_path), trained_beside(model).tensors["lm_head.weight"].clone()
+    loaded, start = load_adapter(tied(), tmp_path), find_extra_tensors(model).tensors["lm_head.weight"].clone()
     after = step(model)
     assert not torch.equal(after["lm_head.weight"], start)
     assert_same_bits(step(loaded), after)
@@ -388,5 +388,5 @@ def test_a_module_that_is_trained_whole_is_not_adapted(tmp_path):
     assert "trained whole" in adapter_report(model).skipped["model.layers.0.mlp.up_proj"]
     save_adapter(model, tmp_path)
     loaded = load_adapter(llama(), tmp_path)
-    assert trained_beside(loaded).modules == ("model.layers.0.mlp",)
+    assert find_extra_tensors(loaded).modules == ("model.layers.0.mlp",)
     set_task(loaded, 1)

@@ -16,7 +16,9 @@ def checked(name=None):
 
 
 def only(monkeypatch, *architectures):
-    monkeypatch.setattr(check_modes, "_tiny_models", lambda: {name: check_modes._tiny(name) for name in architectures})
+    monkeypatch.setattr(
+        check_modes, "_tiny_models", lambda: {name: check_modes._tiny_model_maker(name) for name in architectures}
+    )
 
 
 def test_the_tiny_models_of_all_architectures_are_there():

@@ -61,7 +61,7 @@ def prompts(source):
             "line 2: it has a column task, which rows before it lack",
         ),
         (
-            b'{"prompt": "' + b"x" * (reading.MOST_BYTES + 1) + b'", "answer": "c"}',
+            b'{"prompt": "' + b"x" * (reading.MAX_ROW_BYTES + 1) + b'", "answer": "c"}',
             "line 1: it is larger than 16777216",
         ),
         (b"{" + b",".join(b'"%d": 1' % i for i in range(100_000)) + b', "5": 1}', "the key '5' is there twice"),

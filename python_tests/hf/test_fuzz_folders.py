@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from align_ext import load_adapter, save_adapter
-from align_ext.io.adapter_folder import AdapterFolder, decisive
+from align_ext.io.adapter_folder import AdapterFolder, key_options
 
 NUMBERS = [None, True, 0, 1, -1, 2, 7, 3.5, 1e30, 2**62, 10**400]
 TEXTS = [
@@ -44,7 +44,7 @@ def identity(folder):
     stored = AdapterFolder.read(folder)
     scaling = {name: adapter.scaling for name, adapter in stored.adapters.items()}
     names = stored.task_names if stored.config.architecture == "multi_adapter" else ()
-    return decisive(stored.config), scaling, names, stored.state(), stored.trained
+    return key_options(stored.config), scaling, names, stored.state(), stored.trained
 
 
 def same(one, other):

@@ -11,7 +11,7 @@ from torch import nn
 
 from align_ext import replace_linear_with_align_lora, save_adapter
 from align_ext.diagnostics.grad_check import GradReport, print_reports
-from align_ext.system.terminal import bars_on, plain_console, print_line, working
+from align_ext.system.terminal import plain_console, print_line, progress_bars, show_status
 
 NAMES = ["[/bold]", ":bomb:[red]"]
 
@@ -83,9 +83,9 @@ def test_reports_bars_and_lines_show_names_as_they_are(capsys):
     console = plain_console()
     print_reports({"[/bold]:x:": GradReport([], {"[/a]": 1.0})}, console)
     print_line(console, "[/bold]:bomb:")
-    with working(console, "[/writing]:bomb:"):
+    with show_status(console, "[/writing]:bomb:"):
         pass
-    with bars_on(console) as bars:
+    with progress_bars(console) as bars:
         assert isinstance(bars, Progress)
         bars.update(bars.add_task("[/scoring]:bomb:", total=2), advance=1)
         bars.refresh()

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from align_ext import replace_linear_with_align_lora, save_adapter
-from align_ext.base_model.checks import CannotRun, check_base, running, without
+from align_ext.base_model.checks import CannotRun, check_base, exclusions, model_errors
 from align_ext.cli import check_modes
 from align_ext.data.rows import Example
 from align_ext.evaluation.evaluate import evaluate
@@ -172,7 +172,7 @@ def test_an_evaluation_names_the_model_whatever_it_raises(error):
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory")])
 def test_a_lack_of_memory_stays_what_it_is(error):
-    with pytest.raises(type(error)), running(llama(), "run"):
+    with pytest.raises(type(error)), model_errors(llama(), "run"):
         raise error
 
 
@@ -247,9 +247,9 @@ def test_batch_norms_keep_their_statistics():
 
 def test_the_shortest_ends_fit_no_module_that_ran():
     ran = ["a.0.self.q", "a.0.mlp.up", "a.1.mlp.up", "q_proj"]
-    assert without(["a.0.cross.q", "a.1.cross.q"], ran) == ("cross.q",)
-    assert without(["b.0.mlp.up", "b.0.mlp.down"], ran) == ("b.0.mlp.up", "down")
-    assert without(["proj"], ran) == ("proj",)
+    assert exclusions(["a.0.cross.q", "a.1.cross.q"], ran) == ("cross.q",)
+    assert exclusions(["b.0.mlp.up", "b.0.mlp.down"], ran) == ("b.0.mlp.up", "down")
+    assert exclusions(["proj"], ran) == ("proj",)
 
 
 def test_the_gradient_check_answers_for_a_base_that_cannot_run(run, tmp_path):

@@ -300,9 +300,9 @@ def test_a_skipped_step_of_a_scaler_is_no_divergence_until_there_is_nothing_to_l
     for scale, stops in ((4.0, False), (1.0, True)):
         ran.accelerator.scaler.load_state_dict(ran.accelerator.scaler.state_dict() | {"scale": scale})
         ran.accelerator.scaler.scale(torch.ones(()))
-        ran._finite = safely._Finite()
-        ran._finite.see(0, torch.ones(()))
-        ran._finite.see(1, torch.tensor(float("inf")))
+        ran._finite = safely._FiniteRecord()
+        ran._finite.record(0, torch.ones(()))
+        ran._finite.record(1, torch.tensor(float("inf")))
         ran._finite.end_step(7)
         with pytest.raises(Diverged, match="step 7") if stops else contextlib.nullcontext():
             ran._check_finite()

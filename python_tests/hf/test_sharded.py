@@ -30,8 +30,8 @@ def assert_holds(folder, base, kind):
 
 def assert_knows_its_base(folder):
     """The folder's record holds what the one of a whole model holds, and a base with another weight is refused."""
-    recorded, whole = AdapterFolder.read(folder).base, BaseModel.of(plain())
-    assert recorded.weights.keys() == whole.weights.keys() - {"model.norm.weight", "model.embed_tokens.weight"}
+    recorded, full_values = AdapterFolder.read(folder).base, BaseModel.of(plain())
+    assert recorded.weights.keys() == full_values.weights.keys() - {"model.norm.weight", "model.embed_tokens.weight"}
     other = plain()
     with torch.no_grad():
         other.model.layers[1].self_attn.o_proj.weight.mul_(1.1)
@@ -90,5 +90,5 @@ def test_a_model_without_values_is_refused(tmp_path):
 
 def test_whole_tensors_need_no_other_process():
     tensors = {"a": torch.ones(2)}
-    assert sharded.holders(tensors.values()) == ()
-    assert sharded.whole(tensors, "test")["a"].tolist() == [1, 1]
+    assert sharded.shard_ranks(tensors.values()) == ()
+    assert sharded.full_values(tensors, "test")["a"].tolist() == [1, 1]
