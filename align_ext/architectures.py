@@ -18,6 +18,7 @@ class Row(NamedTuple):
         paper: the paper; after "aligned: ", that of its alignment.
         defaults: the values for options that are "auto"; None: the option does not apply and may not be set.
         own_A: whether each head has its own A, so that no offset of rank r can subtract the initial heads.
+        pissa: whether it can start from the base weight (init_lora_weights="pissa").
     """
 
     adapter: str
@@ -26,6 +27,7 @@ class Row(NamedTuple):
     paper: str
     defaults: Mapping[str, Any]
     own_A: bool = False
+    pissa: bool = False
 
 
 _ONE = {
@@ -43,8 +45,8 @@ _BLOCKS = {"routing_groups": 2, "target_blocks": ("attention", "mlp"), "balance"
 
 _LORA = ("lora:LoraAdapter", "s B A x", "r (n + m)", "2106.09685; aligned: 2508.05078")
 ARCHITECTURES: Mapping[str, Row] = {
-    "align_lora": Row(*_LORA, {**_ONE, "align": "kl"}),
-    "lora": Row(*_LORA, _ONE),
+    "align_lora": Row(*_LORA, {**_ONE, "align": "kl"}, pissa=True),
+    "lora": Row(*_LORA, _ONE, pissa=True),
     "multi_adapter": Row(
         "lora:MultiAdapter", "s B_k A_k x, k the task", "M r (n + m)", "2508.05078, baseline", _ONE, own_A=True
     ),

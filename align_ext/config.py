@@ -21,9 +21,11 @@ from align_ext.system.bounds import (
     positive,
     unknown_name,
 )
-from align_ext.system.reading import check_names, check_pattern, shown
+from align_ext.system.messages import shown
+from align_ext.system.names import check_names, check_pattern
 
 Align = Literal["kl", "mmd"]
+Mixing = Literal["proportional", "temperature", "equal", "round_robin"]  # of tasks into batches
 Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "random_heads"]
 
 DEFAULT_WEIGHT: Mapping[str, float] = {"kl": 0.1, "mmd": 0.15}
@@ -59,7 +61,7 @@ def _blocks_rule(value: Any) -> str | None:
 class AlignLoraConfig:
     """Options of the adapters and of the losses on them; validated when made.
 
-    An option that is "auto" takes the architecture's own value (README, table of architectures).
+    An option that is "auto" takes the architecture's own value (align_ext/architectures.py).
     """
 
     architecture: Architecture = option(
@@ -274,7 +276,7 @@ class AlignLoraConfig:
             refuse("num_tasks", "multi_adapter has an adapter for each task: say how many there are")
         if self.init_lora_weights == "random_heads" and (self.num_heads is None or own_A):
             refuse("init_lora_weights", "random heads are for hydra, r_lora, m_lora and mtlora, heads on one A")
-        if self.init_lora_weights == "pissa" and (self.num_heads is not None or own_A or self.target_blocks):
+        if self.init_lora_weights == "pissa" and (not self.row.pissa or self.target_blocks):
             refuse("init_lora_weights", "PiSSA starts one adapter from one weight: use lora or align_lora, no blocks")
         if self.init_lora_weights == "orthogonal" and self.r % 2:
             refuse("r", "orthogonal initialisation halves the rank: choose an even r")

@@ -58,7 +58,7 @@ def architectures() -> str:
     for words, config in configs():
         row, aligned = config.row, " (tasks aligned)" if config.align else ""
         plain, _, of_aligned = row.paper.partition("; aligned: ")
-        paper = _linked(of_aligned if config.align else plain)
+        paper = _linked((config.align and of_aligned) or plain)
         cells = (f"`{words}`", f"{row.formula}{aligned}", row.parameters, merges(config), paper)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

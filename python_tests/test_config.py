@@ -2,10 +2,12 @@
 
 import json
 import math
+from typing import get_args
 
 import pytest
 
 from align_ext import AlignLoraConfig
+from align_ext.architectures import ARCHITECTURES, Architecture
 
 
 def test_the_defaults_are_the_papers():
@@ -19,6 +21,10 @@ def test_the_defaults_are_the_papers():
     assert (config.align, config.align_weight) == ("kl", 0.1)
     assert config.target_modules == ("gate_proj", "up_proj", "down_proj")
     assert config.scaling == 4
+
+
+def test_every_architecture_has_a_row():
+    assert get_args(Architecture) == tuple(ARCHITECTURES)
 
 
 def test_plain_lora_has_no_alignment_unless_asked():

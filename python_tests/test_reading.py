@@ -14,17 +14,8 @@ from hostile import check_line, refused
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align_ext.system.reading import (
-    exists,
-    open_file,
-    parse_json,
-    read_json,
-    read_lines,
-    read_text,
-    read_yaml,
-    reason_of,
-    shown,
-)
+from align_ext.system.messages import reason_of, shown
+from align_ext.system.reading import exists, open_file, parse_json, read_json, read_lines, read_text, read_yaml
 
 
 def fifo(path):

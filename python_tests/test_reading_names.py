@@ -8,7 +8,7 @@ from hostile import check_line, refused
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align_ext.system.reading import Matcher, check_names, check_pattern
+from align_ext.system.names import Matcher, check_names, check_pattern
 
 ENDLESS = ["(.|a)*(.|b)*(.|c)*(.|d)*(.|e)*[!?]", "((a|.)*)*[xy]z", r"(.+)(.+)(.+)(.+)(.+)(.+)\1\2\3\4\5\6"]
 

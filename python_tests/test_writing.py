@@ -11,17 +11,8 @@ import pytest
 from processes import python
 
 from align_ext.system import writing
-from align_ext.system.writing import (
-    LOCK,
-    InUse,
-    atomic_file,
-    atomic_folder,
-    check_file,
-    check_space,
-    claimed,
-    first_foreign_file,
-    remove,
-)
+from align_ext.system.locks import LOCK, InUse, claimed
+from align_ext.system.writing import atomic_file, atomic_folder, check_file, check_space, first_foreign_file, remove
 
 
 def contents(folder):

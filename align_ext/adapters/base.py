@@ -32,8 +32,9 @@ class Captured(NamedTuple):
 class Adapter(nn.Module):
     """The low-rank path of one layer: parameters, and one call of an op.
 
-    A subclass makes its parameters (lora_A, lora_B and others, all starting with lora_), says by `project` what it
-    computes and by `terms` what change of the weight that is, or by `unmergeable_reason` why it is none.
+    A subclass makes its parameters (lora_A, lora_B and others, all starting with lora_) and overrides
+    `reset_lora_parameters` (their first values), `low_rank_forward` (what it computes), and `delta_factors` (the change
+    of the weight that this is) or `unmergeable_reason` (why it is none).
 
     Attributes:
         capture: a function that gets the latents of each forward (align_ext/adapters/capture.py), or None.
@@ -88,7 +89,7 @@ class Adapter(nn.Module):
         raise TypeError(f"{type(self).__name__} is no fixed change of the weight: {self.unmergeable_reason()}")
 
     def uniform_delta_factors(self) -> list[Factors]:
-        """The terms if the router gave all heads the same weight: an approximation."""
+        """The factors if the router gave all heads the same weight: an approximation."""
         return self.delta_factors()
 
     def delta_weight(self) -> Tensor:

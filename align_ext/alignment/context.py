@@ -17,17 +17,10 @@ from align_ext.alignment.guards import (
     world_size,
 )
 from align_ext.alignment.loss_report import LossReport
-from align_ext.alignment.model_state import AlignState, find_state
+from align_ext.alignment.model_state import AlignState, find_state, require_state
 from align_ext.alignment.step import AlignStep
 from align_ext.system.bounds import is_whole
-from align_ext.system.reading import shown
-
-
-def _state_of(model: nn.Module) -> AlignState:
-    state = find_state(model)
-    if state is None:
-        raise ValueError("the model has no adapters: call replace_linear_with_align_lora(model) first")
-    return state
+from align_ext.system.messages import shown
 
 
 def open_step(model: nn.Module, state: AlignState, ids: Tensor | None, **options: bool) -> AlignStep:
@@ -102,7 +95,7 @@ def align_step(
     Raises:
         ValueError: no adapters, none that is trained, nothing that needs a step, or ids of wrong shape, dtype or range.
     """
-    state = _state_of(model)
+    state = require_state(model)
     if not state.config.needs_step:
         raise ValueError('alignment is off for this model (align=None): choose align="kl" to use task ids')
     if task_ids is None and state.config.needs_ids:
@@ -138,7 +131,7 @@ def set_task(model: nn.Module, task: int | None) -> None:
     Raises:
         ValueError: no adapters, or no such task.
     """
-    state = _state_of(model)
+    state = require_state(model)
     if task is not None and not is_whole(task, 0, state.tasks - 1):
         raise ValueError(f"task must be an integer in 0 .. num_tasks-1 = {state.tasks - 1}, or None, got {shown(task)}")
     state.task = task
@@ -147,7 +140,7 @@ def set_task(model: nn.Module, task: int | None) -> None:
 @contextlib.contextmanager
 def named_tasks(model: nn.Module, ids: Tensor) -> Iterator[None]:
     """Names the task of each sample, [B], of what a multi_adapter model evaluates or generates inside the context."""
-    state = _state_of(model)
+    state = require_state(model)
     before, state.task = state.task, ids
     try:
         yield

@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from align_ext.system.reading import shown
+from align_ext.system.messages import shown
 
 
 def refuse_compiled_autograd(*, ahead: bool = True) -> None:

@@ -95,3 +95,11 @@ def find_state(model: nn.Module) -> AlignState | None:
         if isinstance(state, AlignState):
             return state
     return None
+
+
+def require_state(model: nn.Module) -> AlignState:
+    """Returns the state of a model's adapters; raises ValueError if it has none."""
+    state = find_state(model)
+    if state is None:
+        raise ValueError("the model has no adapters: call replace_linear_with_align_lora(model) first")
+    return state

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from align_ext.alignment.buffers import same_buffers
 from align_ext.base_model.fingerprint import BaseModel
 from align_ext.system.memory import is_out_of_memory
-from align_ext.system.reading import reason_of, shown
+from align_ext.system.messages import reason_of, shown
 
 _PROBE = 8  # the number of tokens of a test run
 _ROUNDING = 1e-4  # gradients up to this fraction of the largest one count as rounding errors

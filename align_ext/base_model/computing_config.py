@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from align_ext.system.reading import shown
+from align_ext.system.messages import shown
 
 _NOT_COMPUTING = re.compile(
     r"_.*|architectures|name|(transformers_)?version|.*dtype|.*attn_implementation|use_cache|cache_implementation|"

@@ -25,7 +25,7 @@ from align_ext.adapters.base import AdaptedLinear, AdaptedModule
 from align_ext.alignment.model_state import find_state
 from align_ext.base_model.computing_config import computing_entries, first_difference
 from align_ext.base_model.modules_to_save import buffers_of, plain_name
-from align_ext.system.reading import shown
+from align_ext.system.messages import shown
 
 _VALUES, _VALUES_BETWEEN, _MAX_WEIGHTS = 16, 4, 512
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -12,7 +12,8 @@ from align_ext.base_model.adopt_peft import is_peft_lora, unadoptable_reason
 from align_ext.base_model.bypassed_layers import bypass_reason
 from align_ext.base_model.modules_to_save import is_inside
 from align_ext.config import AlignLoraConfig
-from align_ext.system.reading import Matcher, shown
+from align_ext.system.messages import shown
+from align_ext.system.names import Matcher
 
 ALL_LINEAR = "all-linear"
 

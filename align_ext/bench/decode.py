@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from align_ext.alignment.context import set_task
+from align_ext.architectures import ARCHITECTURES
 from align_ext.bench import models
 from align_ext.bench.setting import Case, PrintLine, Setting
 from align_ext.bench.timing import Call, Comparison, visits
@@ -36,7 +37,7 @@ def _models(setting: Setting) -> dict[str, Any]:
     result = {models.FROZEN: frozen}
     for name in MERGED:
         result[f"{name}, merged"] = merge_and_unload(models.adapt(copy.deepcopy(frozen), name, setting.sizes))
-    for name in (*models.ARCHITECTURES, *RIVALS):
+    for name in (*ARCHITECTURES, *RIVALS):
         shared = {id(p): p for p in frozen.parameters()}  # all models share the frozen weights
         result[name] = models.adapt(copy.deepcopy(frozen, shared), name, setting.sizes)
         if name == "multi_adapter":

@@ -133,12 +133,12 @@ def available(makes: dict[str, Any]) -> dict[str, Any]:
 
 def goals(names: dict[str, Any], in_features: int, dtype: torch.dtype) -> dict[str, Goal]:
     """Returns the goals of the variants that have one."""
-    at_least_float32, narrow, result = in_features >= WIDE, dtype != torch.float32, {}
+    wide, narrow, result = in_features >= WIDE, dtype != torch.float32, {}
     for name in names:
         plain = name.removesuffix(FLOAT32)
         if plain in GOALS:
-            limit = GOALS[plain][2 if at_least_float32 else narrow]
-            result[name] = Goal(limit if plain == name else max(limit, FLOAT32_GOALS[at_least_float32]))
+            limit = GOALS[plain][2 if wide else narrow]
+            result[name] = Goal(limit if plain == name else max(limit, FLOAT32_GOALS[wide]))
     return result
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from align_ext.architectures import ARCHITECTURES
 from align_ext.base_model.load import load_model
 from align_ext.bench.baselines import LORA, SEVERAL, Make, Sizes, compiled
 from align_ext.bench.layers import FLOAT32, config
@@ -14,7 +15,7 @@ from align_ext.model.replace import replace_linear_with_align_lora
 
 FROZEN = "frozen model"
 TARGETS = ("gate_proj", "up_proj", "down_proj")
-ARCHITECTURES = ("lora", "align_lora", "hydra", "r_lora", "m_lora", "multi_adapter", "lora_moe", "mtlora")
+USUAL = ("align_lora", "hydra", "r_lora", "m_lora")
 _MODELS: dict[str, dict[str, int]] = {
     "random": {
         "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
@@ -66,7 +67,7 @@ def variants(which: str) -> list[str]:
         return [FROZEN, "r_lora"]
     rivals = ["PEFT's LoRA", "LoRA, restructured", "R-LoRA, loop", "R-LoRA, restructured"]
     if which == "usual":
-        return [FROZEN, *rivals, *ARCHITECTURES[1:5]]
+        return [FROZEN, *rivals, *USUAL]
     rivals += ["HydraLoRA, loop", "HydraLoRA, restructured"]
     forms = [f"{name}, compiled" for name in rivals if not name.startswith("PEFT")]
     return [FROZEN, *rivals, *forms, "PEFT's LoRA" + FLOAT32, *ARCHITECTURES, "align_lora" + FLOAT32]

@@ -16,7 +16,7 @@ from align_ext.bench import layers, losses, plots
 from align_ext.bench.baselines import Sizes
 from align_ext.bench.setting import Case, Setting
 from align_ext.bench.timing import Comparison, as_json, machine, report
-from align_ext.config import unknown_name
+from align_ext.system.bounds import unknown_name
 from align_ext.system.writing import atomic_file
 
 

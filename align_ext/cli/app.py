@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from align_ext.system import ending
-from align_ext.system.reading import line
+from align_ext.system.messages import line
 from align_ext.system.terminal import run_guarded
 
 app = typer.Typer(

@@ -24,10 +24,12 @@ from align_ext.io.save_adapter import export_peft
 from align_ext.model.load_adapter import load_adapter
 from align_ext.model.load_base import load_base
 from align_ext.model.merge import merge_and_unload, unload
+from align_ext.system.locks import LOCK, claimed
 from align_ext.system.memory import enough_memory
-from align_ext.system.reading import check_folder, read_text, shown, shown_path
+from align_ext.system.messages import shown, shown_path
+from align_ext.system.reading import check_folder, read_text
 from align_ext.system.terminal import print_line, show_status
-from align_ext.system.writing import LOCK, atomic_folder, check_space, claimed, user_path
+from align_ext.system.writing import atomic_folder, check_space, user_path
 
 PROMPTS = (
     "The capital of France is",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from align_ext.system.reading import shown
+from align_ext.system.messages import shown
 
 _LIMIT = 1000  # the most choices of a row
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

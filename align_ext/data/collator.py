@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
+from align_ext.alignment.tokens import NO_TASK
+
 Collator = Callable[[list[dict[str, Any]]], Any]
-NO_TASK = -1
 
 
 class TaskCollator:

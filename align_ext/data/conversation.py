@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from align_ext.data.choices import text_of
-from align_ext.system.reading import shown
+from align_ext.system.messages import shown
 
 Turn = tuple[str, str]  # role (system, user or assistant) and text
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from align_ext.data.conversation import Turn
 from align_ext.data.rows import Example
-from align_ext.system.reading import reason_of, shown
+from align_ext.system.messages import reason_of, shown
 
 _NO_TEMPLATE = (
     "a conversation, or the column system, needs a chat template, and this tokenizer has none: take an "

@@ -11,7 +11,8 @@ from typing import Any
 from align_ext.data.choices import Choices, Form, text_of
 from align_ext.data.conversation import Turn, append_text, text_asked, turns_of
 from align_ext.data.metadata import is_about, strings, text_lost
-from align_ext.system.reading import check_names, shown
+from align_ext.system.messages import shown
+from align_ext.system.names import check_names
 
 _CONVERSATION = ("messages", "conversations")
 _SYSTEM = ("system", "system_prompt")
@@ -39,7 +40,7 @@ ROWS = (
      "turns of {role, content} or {from, value}, the last of which is learnt; prompt and completion may be turns too"),
     ("system or system_prompt", "the turn before the prompt; like conversations, it needs a chat template"),
 )  # fmt: skip
-"""The columns of a row and their meaning, for --help and the README."""
+"""The columns of a row and their meaning, for --help and the guide."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from huggingface_hub.errors import EntryNotFoundError
 from align_ext.data.conversation import text_asked
 from align_ext.data.metadata import Texts, text_lost
 from align_ext.data.rows import Example, example_of
-from align_ext.system.reading import MAX_ROW_BYTES, MEBIBYTE, parse_json, read_lines, reason_of, shown
+from align_ext.system.messages import reason_of, shown
+from align_ext.system.reading import MAX_ROW_BYTES, MEBIBYTE, parse_json, read_lines
 
 _SPLITS = {
     "train": "train", "training": "train", "test": "test", "testing": "test", "validation": "validation",
@@ -189,7 +190,7 @@ def _from_hub(name: str) -> Any:
     """Loads a hub dataset, or its copy in the local cache, with the datasets package."""
     import datasets
 
-    from align_ext.base_model.load import ask_hub
+    from align_ext.base_model.hub import ask_hub
 
     repository, _, configuration = name.partition(":")
     cached = Path(datasets.config.HF_DATASETS_CACHE, repository.replace("/", "___")).is_dir()

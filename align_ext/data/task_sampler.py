@@ -5,15 +5,14 @@ from __future__ import annotations
 import operator
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import datasets
 from torch.utils.data import Sampler
 
-from align_ext.config import unknown_name
-from align_ext.system.reading import shown
-
-Mixing = Literal["proportional", "temperature", "equal", "round_robin"]
+from align_ext.config import Mixing
+from align_ext.system.bounds import unknown_name
+from align_ext.system.messages import shown
 
 
 class TaskSampler(Sampler[int]):

@@ -12,7 +12,7 @@ from align_ext.data.conversation import text_asked
 from align_ext.data.rows import Example
 from align_ext.data.sources import read_source
 from align_ext.system.bounds import unknown_name
-from align_ext.system.reading import shown
+from align_ext.system.messages import shown
 
 # reasoning-gym's generators and options, chosen for short prompts and answers of different forms.
 BUILTIN_TASKS: dict[str, dict[str, Any]] = {

@@ -7,7 +7,8 @@ from typing import Any
 
 from align_ext.alignment.context import set_task
 from align_ext.base_model.checks import check_base
-from align_ext.base_model.load import best_dtype, load_model, usable_device
+from align_ext.base_model.dtypes import best_dtype, usable_device
+from align_ext.base_model.load import load_model
 from align_ext.io.adapter_folder import AdapterFolder, task_number
 from align_ext.model.load_adapter import load_adapter
 from align_ext.model.load_base import load_base

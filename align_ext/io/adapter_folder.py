@@ -32,7 +32,9 @@ from align_ext.io.peft_format import (
     scalings,
 )
 from align_ext.system.bounds import is_number
-from align_ext.system.reading import check_folder, check_names, exists, read_json, shown, shown_path
+from align_ext.system.messages import shown, shown_path
+from align_ext.system.names import check_names
+from align_ext.system.reading import check_folder, exists, read_json
 from align_ext.system.tensors import check_tensors, digest_of, read_tensors, write_tensors
 
 __all__ = ["AdapterFolder", "check_tensors", "write_tensors"]

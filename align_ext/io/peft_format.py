@@ -18,7 +18,8 @@ from align_ext.alignment.model_state import AlignState
 from align_ext.base_model.adopt_peft import BASE_UNTOUCHED, PEFT_PREFIX
 from align_ext.config import AlignLoraConfig
 from align_ext.system.bounds import is_number
-from align_ext.system.reading import Matcher, line, reason_of, shown, shown_path
+from align_ext.system.messages import line, reason_of, shown, shown_path
+from align_ext.system.names import Matcher
 
 WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TASKS = "tasks"  # the folder that holds one folder per task

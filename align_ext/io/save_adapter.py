@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from align_ext.adapters.adapted_block import Adapted, adapted_layers
 from align_ext.adapters.base import Adapter, is_conv1d
-from align_ext.alignment.model_state import AlignState, find_state
+from align_ext.alignment.model_state import AlignState, require_state
 from align_ext.base_model.adopt_peft import refuse_peft_layers
 from align_ext.base_model.fingerprint import BaseModel
 from align_ext.base_model.modules_to_save import ExtraTensors, find_extra_tensors, plain_name
@@ -67,7 +67,7 @@ from align_ext.io.peft_format import (
     unexportable_reason,
 )
 from align_ext.system.bounds import is_whole
-from align_ext.system.reading import shown
+from align_ext.system.messages import shown
 from align_ext.system.tensors import digest_of, write_tensors
 from align_ext.system.writing import atomic_folder
 
@@ -90,7 +90,7 @@ class _SavedState:
         model = unwrapped(model)
         refuse_peft_layers(model)
         layers = {plain_name(model, name): layer for name, layer in adapted_layers(model).items()}
-        state, extra = _state(model), find_extra_tensors(model)
+        state, extra = require_state(model), find_extra_tensors(model)
         weights = adapter_tensors({name: layer.adapter for name, layer in layers.items()})
         tensors = weights | extra.tensors
         ranks = shard_ranks(tensors.values())
@@ -138,7 +138,7 @@ def write_adapter(
     gathered: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Does the work of save_adapter; gathered: the model's full state_dict, if its parameters are sharded."""
-    names = checked_task_names(task_names, _state(model).config)
+    names = checked_task_names(task_names, require_state(model).config)
     full = _SavedState.of(model, "save_adapter", gathered)
     adapters, config, extra = full.adapters, full.state.config, full.extra.tensors
     scaling = {name: adapter.scaling for name, adapter in adapters.items()}
@@ -175,7 +175,7 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str], task: int | No
             no such task.
         RuntimeError: parameters are sharded, and not all processes called it.
     """
-    config = _state(model).config
+    config = require_state(model).config
     if task is not None:
         tasks = (config.num_tasks or 0) if config.architecture == "multi_adapter" else 0
         if not is_whole(task, 0, tasks - 1):
@@ -188,13 +188,6 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str], task: int | No
     with one_writer(full.ranks) as writes, atomic_folder(folder, ADAPTER_FILES) if writes else nullcontext() as path:
         if path is not None:
             _write_peft(path, form, full)
-
-
-def _state(model: nn.Module) -> AlignState:
-    state = find_state(model)
-    if state is None:
-        raise ValueError("the model has no adapters: call replace_linear_with_align_lora(model) first")
-    return state
 
 
 def _write_peft(path: Path, form: PeftForm, full: _SavedState, record: Mapping[str, Any] | None = None) -> None:

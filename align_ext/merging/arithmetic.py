@@ -26,7 +26,7 @@ from align_ext.base_model.fingerprint import BaseModel
 from align_ext.config import AlignLoraConfig
 from align_ext.io.adapter_folder import ADAPTER_FILES, OUR_CONFIG, AdapterFolder, key_options, write_json
 from align_ext.io.peft_format import PEFT_CONFIG, WEIGHTS, unexportable_reason
-from align_ext.system.reading import shown, shown_path
+from align_ext.system.messages import shown, shown_path
 from align_ext.system.tensors import digest_of, write_tensors
 from align_ext.system.writing import atomic_folder
 

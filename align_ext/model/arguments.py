@@ -10,7 +10,7 @@ from torch import nn
 
 from align_ext.alignment.guards import check_model, refuse_parts_of_a_model
 from align_ext.config import AlignLoraConfig
-from align_ext.system.reading import shown
+from align_ext.system.messages import shown
 
 _SUPPORTED = ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "init_lora_weights",
           "modules_to_save")  # fmt: skip

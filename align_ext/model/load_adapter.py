@@ -23,7 +23,7 @@ from align_ext.base_model.sharded import full_shapes, set_values, unwrapped
 from align_ext.config import AlignLoraConfig
 from align_ext.io.adapter_folder import AdapterFolder, adapter_tensors, key_options
 from align_ext.model.replace import insert_adapters, layer_names
-from align_ext.system.reading import shown
+from align_ext.system.messages import shown
 from align_ext.system.tensors import check_tensors
 
 logger = logging.getLogger(__name__)

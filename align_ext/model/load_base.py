@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from align_ext.base_model.load import PrintLine, load_model
+from align_ext.base_model.default_model import PrintLine
+from align_ext.base_model.load import load_model
 from align_ext.io.adapter_folder import AdapterFolder
-from align_ext.system.reading import shown
+from align_ext.system.messages import shown
 
 _LOG = logging.getLogger(__name__)
 

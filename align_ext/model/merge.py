@@ -16,7 +16,7 @@ from align_ext.alignment.forward_hooks import remove_hooks
 from align_ext.base_model.modules_to_save import restore_base
 from align_ext.base_model.sharded import refuse_sharded
 from align_ext.model.save_pretrained import restore_methods
-from align_ext.system.reading import shown
+from align_ext.system.messages import shown
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from align_ext.adapters.adapted_block import Adapted, AdaptedBlock
 from align_ext.adapters.base import AdaptedLinear, Adapter, features_of, has_float_weight, is_conv1d
 from align_ext.alignment.forward_hooks import register_hooks
 from align_ext.alignment.guards import refuse_parts_of_a_model
-from align_ext.alignment.model_state import AlignState, find_state
+from align_ext.alignment.model_state import AlignState, find_state, require_state
 from align_ext.alignment.sources import watch_layers
 from align_ext.base_model.adopt_peft import (
     PEFT_PREFIX,
@@ -43,7 +43,8 @@ from align_ext.base_model.select_layers import (
 from align_ext.config import AlignLoraConfig
 from align_ext.model.arguments import resolve_config
 from align_ext.model.save_pretrained import override_methods
-from align_ext.system.reading import Matcher, check_names, shown
+from align_ext.system.messages import shown
+from align_ext.system.names import Matcher, check_names
 
 logger = logging.getLogger(__name__)
 
@@ -219,10 +220,7 @@ def _target_blocks(model: nn.Module, config: AlignLoraConfig) -> dict[str, tuple
 
 def adapter_report(model: nn.Module) -> ReplaceReport:
     """Returns the report of replace_linear_with_align_lora for this model."""
-    state = find_state(model)
-    if state is None:
-        raise ValueError("the model has no adapters: call replace_linear_with_align_lora(model) first")
-    report: ReplaceReport = state.report
+    report: ReplaceReport = require_state(model).report
     return report
 
 

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 from align_ext.adapters.base import AdaptedModule
-from align_ext.system.reading import shown_path
+from align_ext.system.messages import shown_path
 
 logger = logging.getLogger(__name__)
 # Logged when Trainer saves without gathered weights; an exception in this one process would leave the others waiting.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field, fields
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from align_ext.system.reading import shown
+from align_ext.system.messages import shown
 
 MAX_SIZE = 65_536  # the largest integer that an option may give as a size
 _LARGEST = 1e30  # the largest number of an option: float32 can hold it and its product with a weight

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from align_ext.system.reading import reason_of
+from align_ext.system.messages import reason_of
 
 _MARKERS = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")
 

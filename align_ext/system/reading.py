@@ -6,22 +6,19 @@ Whatever a file holds, the result is its content or a one-line ValueError that n
 
 from __future__ import annotations
 
-import functools
 import gzip
 import json
-import math
 import os
-import re
-import reprlib
 import stat
-import time
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-import regex
 import yaml
+
+from align_ext.system.messages import reason_of, shown, shown_path
+from align_ext.system.names import _first_duplicate
 
 MEBIBYTE = 1 << 20
 MAX_ROW_BYTES = 16 * MEBIBYTE  # the largest row of data
@@ -30,42 +27,7 @@ _MAX_YAML_BYTES = MEBIBYTE // 16  # the largest YAML file; PyYAML takes seconds 
 _MAX_RATIO = 100  # a .gz file may unpack to this many times its size, or to _UNPACKED bytes if that is more
 _UNPACKED = 256 * MEBIBYTE
 _MAX_DEPTH = 64  # the deepest nesting of brackets
-_MAX_PATTERN = 2000  # the most characters of a regular expression
-_MAX_COUNT = 1000  # the largest product of its counts {n}, which is how often compilation repeats its content
-_MAX_NAME, _MAX_FOLDER = 1000, 200  # the most bytes of a name, and of a folder's name
-_SECONDS = 0.5  # the time that one Matcher may take in all
 _INT64 = 2**63
-_SAME_AS_RE = "([:=!#)aimsux-]|<[=!]|P[<=>])"  # syntax after "(?" with the same meaning in the modules regex and re
-
-
-def shown(value: Any, maximum: int = 80) -> str:
-    """Returns a value's repr for a message: one line of printable characters, cut in the middle."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = short.maxlong = maximum
-    short.maxlist = short.maxtuple = short.maxdict = short.maxset = short.maxfrozenset = 12
-    try:
-        return line(short.repr(value), maximum)
-    except ValueError:  # an integer of thousands of digits
-        return f"<{type(value).__name__}>"
-
-
-def shown_path(path: str | os.PathLike[str]) -> str:
-    """Returns a path for a message, in full unless it is very long."""
-    return line(os.fspath(path), 300)
-
-
-def reason_of(error: BaseException) -> str:
-    """Returns the reason of an exception as one line of limited length; of an OSError only its strerror."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
-    return line(text, 300)
-
-
-def line(text: str, maximum: int) -> str:
-    """Returns text as one line of limited length, cut in the middle; characters that cannot be printed are escaped."""
-    text = text if len(text) <= 4 * maximum else f"{text[: 2 * maximum]} {text[-2 * maximum :]}"
-    text = " ".join(text.split())
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return text if len(text) <= maximum else f"{text[: maximum // 2]} ... {text[-(maximum // 2 - 5) :]}"
 
 
 def check_folder(folder: Any, what: str = "folder") -> None:
@@ -235,92 +197,6 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
-def check_pattern(pattern: str) -> None:
-    """Checks that a regular expression means the same in re and regex, and that its compiled form is small.
-
-    Raises:
-        ValueError: it is not, or it is too large.
-    """
-    try:
-        _compiled(pattern)
-    except (regex.error, OverflowError, RecursionError, MemoryError, ValueError) as error:
-        raise ValueError(f"{shown(pattern)} is no regular expression: {reason_of(error)}") from error
-
-
-class Matcher:
-    """Matches regular expressions with names; all matches of one Matcher together may take half a second."""
-
-    def __init__(self) -> None:
-        self._seconds_left = _SECONDS
-
-    def matches(self, pattern: str, name: str, *, end: bool = False) -> bool:
-        """Whether a pattern matches a whole name, or with `end` a whole name or everything after one of its dots.
-
-        Raises:
-            ValueError: it is not a regular expression, or the time is over.
-        """
-        check_pattern(pattern)
-        start, fit = time.perf_counter(), _compiled(rf"(.*\.)?({pattern})" if end else pattern).fullmatch
-        try:
-            return fit(name, timeout=max(self._seconds_left, 1e-3)) is not None
-        except (TimeoutError, MemoryError) as error:
-            raise ValueError(
-                f"the pattern {shown(pattern)} takes too long for {shown(name)}: write one without nested "
-                "repetitions, or list the names"
-            ) from error
-        finally:
-            if (spent := time.perf_counter() - start) > 1e-3:  # shorter times cannot add up to much
-                self._seconds_left -= spent
-
-
-def check_names(names: Any, what: str, *, maximum: int = 10_000, for_folders: bool = False) -> tuple[str, ...]:
-    """Checks names from a file: a list of different, printable strings of 1 to 1,000 bytes.
-
-    Args:
-        names: the value from the file.
-        what: the first words of an error message.
-        maximum: the largest number of names.
-        for_folders: each name must also be a valid folder name: at most 200 bytes, no slash, not "." or "..".
-
-    Returns:
-        The names.
-
-    Raises:
-        ValueError: they are not such names.
-    """
-    if not isinstance(names, (list, tuple)) or len(names) > maximum:
-        raise ValueError(f"{what}={shown(names)} must be a list of at most {maximum} names")
-    for name in names:
-        if reason := _invalid_name_reason(name, for_folders=for_folders):
-            raise ValueError(f"{what}: {shown(name)} is no name{' for a folder' * for_folders}: {reason}")
-    if (duplicate := _first_duplicate(names)) is not None:
-        raise ValueError(f"{what}: {shown(duplicate)} is there twice")
-    return tuple(names)
-
-
-def _invalid_name_reason(name: Any, *, for_folders: bool) -> str | None:
-    if not isinstance(name, str):
-        return f"it is a {type(name).__name__}, not text"
-    maximum = _MAX_FOLDER if for_folders else _MAX_NAME
-    if not 1 <= len(name[: maximum + 1].encode("utf-8", "surrogatepass")) <= maximum or name != name.strip():
-        return f"a name has 1 to {maximum} bytes and no space at its ends"
-    if not name.isprintable():
-        return "a name is printable"
-    if for_folders and (name in (".", "..") or "/" in name or "\\" in name):
-        return "a folder's name is not . or .. and holds no slash"
-    return None
-
-
-def _first_duplicate(items: Iterable[Any]) -> Any:
-    """Returns the first item that occurs a second time, or None."""
-    seen = set()
-    for item in items:
-        if item in seen:
-            return item
-        seen.add(item)
-    return None
-
-
 class _PlainLoader(yaml.SafeLoader):
     """Loads plain YAML data with unique keys, no aliases or merged keys, which may expand to billions of values."""
 
@@ -337,20 +213,6 @@ class _PlainLoader(yaml.SafeLoader):
         if (duplicate := _first_duplicate(map(repr, pairs))) is not None:
             raise yaml.YAMLError(f"the key {duplicate} is there twice")
         return super().construct_mapping(node, deep)
-
-
-@functools.lru_cache(maxsize=4096)
-def _compiled(pattern: str) -> regex.Pattern[str]:
-    """Compiles a pattern of bounded size; refuses syntax that re lacks (group calls, fuzzy matching, properties)."""
-    if len(pattern) > _MAX_PATTERN + 20:
-        raise ValueError(f"it is longer than {_MAX_PATTERN} letters")
-    plain = re.sub(r"\\[^pPNLgGKRX]", "", pattern)
-    if unknown := re.search(rf"\\.|\(\?(?!{_SAME_AS_RE}).?|\{{(?!\d*,?\d*\}}).?", plain):
-        raise ValueError(f"it holds {unknown[0]!r}")
-    counts = [max(int(count[:9] or 1) for count in pair) for pair in re.findall(r"\{(\d*),?(\d*)\}", plain)]
-    if math.prod(max(count, 1) for count in counts) > _MAX_COUNT:
-        raise ValueError(f"its counts multiply to more than {_MAX_COUNT}")
-    return regex.compile(pattern)
 
 
 def _check_values(value: Any) -> None:

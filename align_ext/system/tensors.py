@@ -16,7 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from align_ext.system.reading import MAX_ROW_BYTES, check_names, open_file, parse_json, reason_of, shown, shown_path
+from align_ext.system.messages import reason_of, shown, shown_path
+from align_ext.system.names import check_names
+from align_ext.system.reading import MAX_ROW_BYTES, open_file, parse_json
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DTYPES = {

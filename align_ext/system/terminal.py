@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.status import Status
 from rich.text import Text
 
-from align_ext.system.reading import reason_of
+from align_ext.system.messages import reason_of
 
 
 class OutputLost(BaseException):

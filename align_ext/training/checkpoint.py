@@ -13,7 +13,8 @@ from align_ext.base_model.sharded import shard_ranks
 from align_ext.io.save_adapter import save_adapter
 from align_ext.losses.statistics import STATISTICS, Statistics
 from align_ext.model.load_adapter import load_adapter
-from align_ext.system.reading import exists, reason_of, shown_path
+from align_ext.system.messages import reason_of, shown_path
+from align_ext.system.reading import exists
 from align_ext.system.tensors import read_tensors, write_tensors
 
 QUEUE = "align_queue.safetensors"

@@ -15,7 +15,7 @@ from align_ext.adapters.adapted_block import adapted_layers
 from align_ext.alignment.model_state import find_state
 from align_ext.base_model.sharded import unwrapped
 from align_ext.data.task_sampler import example_tasks
-from align_ext.system.reading import shown
+from align_ext.system.messages import shown
 
 _TRAINER_METRICS = ("loss", "runtime", "samples_per_second", "steps_per_second", "epoch")
 _NOT_OPTIMIZED = "the optimizer does not have it: give it all parameters that require gradients"

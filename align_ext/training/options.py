@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from align_ext.config import AUTO, AlignLoraConfig
+from align_ext.config import AUTO, AlignLoraConfig, Mixing
 from align_ext.system.bounds import check_options, documented, integer_rule, option, positive, unknown_name
-from align_ext.system.reading import check_names, shown
+from align_ext.system.messages import shown
+from align_ext.system.names import check_names
+from align_ext.training.schedule import AlignSchedule
 
 
 def _fraction(value: Any) -> str | None:
@@ -50,7 +52,7 @@ class TrainOptions:
     warmup: float = option(
         0.03, "share of the steps in which the learning rate rises, before it falls by a cosine", _fraction
     )
-    mixing: Literal["proportional", "temperature", "equal", "round_robin"] = option(
+    mixing: Mixing = option(
         "equal",
         "shares of the tasks: proportional (to their examples), temperature, equal or round_robin",
     )
@@ -60,7 +62,7 @@ class TrainOptions:
     per_task: int = option(
         2, "least number of examples of a task in a micro-batch that holds the task", integer_rule(maximum=10**6)
     )
-    align_schedule: Literal["constant", "linear", "cosine"] = option(
+    align_schedule: AlignSchedule = option(
         "constant",
         "of the alignment weight over the steps: constant, or linear or cosine, both to 0",
     )

@@ -20,7 +20,8 @@ from rich.progress import Progress
 
 from align_ext.adapters.adapted_block import adapted_layers
 from align_ext.base_model.checks import check_base, exclusions
-from align_ext.base_model.load import best_dtype, default_targets, load_model, usable_device
+from align_ext.base_model.dtypes import best_dtype, usable_device
+from align_ext.base_model.load import default_targets, load_model
 from align_ext.base_model.select_layers import all_linear, linear_layers, name_matches
 from align_ext.config import AUTO, AlignLoraConfig
 from align_ext.data.collator import TaskCollator
@@ -32,7 +33,8 @@ from align_ext.io.save_adapter import save_adapter
 from align_ext.model.replace import adapter_report, replace_linear_with_align_lora
 from align_ext.system.ending import deferred
 from align_ext.system.memory import enough_memory
-from align_ext.system.reading import Matcher, shown
+from align_ext.system.messages import shown
+from align_ext.system.names import Matcher
 from align_ext.system.terminal import print_line, progress_bars
 from align_ext.system.versions import versions
 from align_ext.system.writing import atomic_file, check_space
@@ -72,7 +74,10 @@ def prepare(folder: RunFolder, console: Console) -> Job:
     """
     options = folder.options
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("this command is one process: for several, start a script with AlignTrainer (see the README)")
+        raise ValueError(
+            "this command is one process: for several, start a script with AlignTrainer "
+            "(docs/guide/several-processes.md)"
+        )
     device = usable_device(options.device)
     pools = read_tasks(
         options.data, options.tasks, train=options.train_examples, test=options.eval_examples, seed=options.seed,

@@ -17,12 +17,11 @@ from pathlib import Path
 import yaml
 
 from align_ext.io.adapter_folder import ADAPTER_FILES, OUR_CONFIG
-from align_ext.system.reading import read_yaml, shown
+from align_ext.system.locks import LOCK, InUse, claimed
+from align_ext.system.messages import shown
+from align_ext.system.reading import read_yaml
 from align_ext.system.writing import (
-    LOCK,
-    InUse,
     atomic_file,
-    claimed,
     exchange,
     first_foreign_file,
     is_fixed,

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
-from align_ext.system.reading import reason_of, shown
-from align_ext.system.writing import claimed
+from align_ext.system.locks import claimed
+from align_ext.system.messages import reason_of, shown
 from align_ext.training.whole_checkpoints import WRITING, check_whole, clean, keep_last, last_checkpoint, publish
 
 _Base: Any = Trainer if TYPE_CHECKING else object  # tells mypy which methods the mixin may call

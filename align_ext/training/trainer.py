@@ -19,10 +19,11 @@ from align_ext.alignment.micro_batch import MicroBatchShare
 from align_ext.alignment.model_state import find_state
 from align_ext.alignment.step import AlignStep
 from align_ext.base_model.sharded import shard_ranks
-from align_ext.config import AlignLoraConfig, unknown_name
+from align_ext.config import AlignLoraConfig
 from align_ext.data.task_sampler import Mixing, TaskSampler, example_tasks, join_tasks, with_task
 from align_ext.io.adapter_folder import checked_task_names
-from align_ext.system.reading import shown
+from align_ext.system.bounds import unknown_name
+from align_ext.system.messages import shown
 from align_ext.training.checkpoint import load_queue, load_trained, save_trained
 from align_ext.training.checks import ChecksBeforeTraining, LayersThatNeverRan, lower_is_better, refuse_peft_config
 from align_ext.training.safe_saving import SafeMixin

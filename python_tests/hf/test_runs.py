@@ -17,9 +17,9 @@ from hf.words import llama, model_folder, write_rows
 from processes import python
 from safetensors.torch import load_file
 
+from align_ext.system.locks import InUse, claimed
 from align_ext.system.memory import OutOfMemory, enough_memory
 from align_ext.system.terminal import plain_console
-from align_ext.system.writing import InUse, claimed
 from align_ext.training import recipe
 from align_ext.training import safe_saving as safely
 from align_ext.training.options import TrainOptions
