@@ -56,7 +56,7 @@ _LAZY = {  # names whose modules import transformers, datasets or trl
     "AlignTrainer": "align_ext.training.trainer",
     "TaskCollator": "align_ext.data.collator",
     "TaskSampler": "align_ext.data.task_sampler",
-    "join_tasks": "align_ext.data.task_sampler",
+    "join_tasks": "align_ext.data.join_tasks",
 }
 
 

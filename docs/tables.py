@@ -11,7 +11,7 @@ from torch import nn
 
 from align_ext import AlignLoraConfig
 from align_ext.adapters import adapter_class
-from align_ext.adapters.base import AdaptedLinear
+from align_ext.adapters.adapted_linear import AdaptedLinear
 from align_ext.architectures import ARCHITECTURES
 from align_ext.data.rows import ROWS
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from align_ext import AlignLoraConfig, replace_linear_with_align_lora
-from align_ext.adapters.base import AdaptedModule
+from align_ext.adapters.adapted_linear import AdaptedModule
 
 TASKS, WEIGHT, VOCAB, LENGTH = 3, 0.3, 64, 10
 

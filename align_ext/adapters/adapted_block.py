@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from align_ext.adapters.base import AdaptedLinear, AdaptedModule
+from align_ext.adapters.adapted_linear import AdaptedLinear, AdaptedModule
 
 
 class AdaptedBlock(AdaptedModule):

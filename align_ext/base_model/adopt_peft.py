@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align_ext.adapters.base import AdaptedLinear, features_of
+from align_ext.adapters.adapted_linear import AdaptedLinear
+from align_ext.adapters.linear_layer import features_of
 from align_ext.adapters.lora import LoraAdapter
 from align_ext.config import AlignLoraConfig
 

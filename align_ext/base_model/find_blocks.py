@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from align_ext.adapters.base import features_of, is_conv1d
+from align_ext.adapters.linear_layer import features_of, is_conv1d
 
 
 def find_blocks(model: nn.Module, kinds: Collection[str]) -> dict[str, tuple[nn.Module, int]]:

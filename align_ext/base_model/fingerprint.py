@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from align_ext.adapters.base import AdaptedLinear, AdaptedModule
+from align_ext.adapters.adapted_linear import AdaptedLinear, AdaptedModule
 from align_ext.alignment.model_state import find_state
 from align_ext.base_model.computing_config import computing_entries, first_difference
 from align_ext.base_model.modules_to_save import buffers_of, plain_name

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align_ext.adapters.base import AdaptedModule
+from align_ext.adapters.adapted_linear import AdaptedModule
 from align_ext.alignment.buffers import Place, assign, places, same_bits
 from align_ext.alignment.model_state import find_state
 from align_ext.base_model.adopt_peft import PEFT_PREFIX

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 
 from torch import nn
 
-from align_ext.adapters.base import features_of, has_float_weight, is_conv1d
+from align_ext.adapters.linear_layer import features_of, has_float_weight, is_conv1d
 from align_ext.base_model.adopt_peft import is_peft_lora, unadoptable_reason
 from align_ext.base_model.bypassed_layers import bypass_reason
 from align_ext.base_model.modules_to_save import is_inside

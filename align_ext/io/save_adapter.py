@@ -37,7 +37,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from align_ext.adapters.adapted_block import Adapted, adapted_layers
-from align_ext.adapters.base import Adapter, is_conv1d
+from align_ext.adapters.base import Adapter
+from align_ext.adapters.linear_layer import is_conv1d
 from align_ext.alignment.model_state import AlignState, require_state
 from align_ext.base_model.adopt_peft import refuse_peft_layers
 from align_ext.base_model.fingerprint import BaseModel

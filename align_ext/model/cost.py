@@ -11,7 +11,8 @@ from torch import nn
 
 from align_ext.adapters import adapter_class
 from align_ext.adapters.adapted_block import adapted_layers
-from align_ext.adapters.base import Adapter, features_of
+from align_ext.adapters.base import Adapter
+from align_ext.adapters.linear_layer import features_of
 from align_ext.alignment.guards import check_model
 from align_ext.alignment.model_state import find_state
 from align_ext.base_model.select_layers import is_linear

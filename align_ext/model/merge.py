@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from align_ext.adapters.adapted_block import AdaptedBlock, adapted_layers
-from align_ext.adapters.base import AdaptedLinear
+from align_ext.adapters.adapted_linear import AdaptedLinear
 from align_ext.alignment.forward_hooks import remove_hooks
 from align_ext.base_model.modules_to_save import restore_base
 from align_ext.base_model.sharded import refuse_sharded

@@ -13,7 +13,9 @@ from torch import nn
 
 from align_ext.adapters import adapter_class
 from align_ext.adapters.adapted_block import Adapted, AdaptedBlock
-from align_ext.adapters.base import AdaptedLinear, Adapter, features_of, has_float_weight, is_conv1d
+from align_ext.adapters.adapted_linear import AdaptedLinear
+from align_ext.adapters.base import Adapter
+from align_ext.adapters.linear_layer import features_of, has_float_weight, is_conv1d
 from align_ext.alignment.forward_hooks import register_hooks
 from align_ext.alignment.guards import refuse_parts_of_a_model
 from align_ext.alignment.model_state import AlignState, find_state, require_state

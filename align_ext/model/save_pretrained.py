@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
-from align_ext.adapters.base import AdaptedModule
+from align_ext.adapters.adapted_linear import AdaptedModule
 from align_ext.system.messages import shown_path
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback
 from align_ext.adapters.adapted_block import adapted_layers
 from align_ext.alignment.model_state import find_state
 from align_ext.base_model.sharded import unwrapped
-from align_ext.data.task_sampler import example_tasks
+from align_ext.data.join_tasks import example_tasks
 from align_ext.system.messages import shown
 
 _TRAINER_METRICS = ("loss", "runtime", "samples_per_second", "steps_per_second", "epoch")

@@ -20,7 +20,8 @@ from align_ext.alignment.model_state import find_state
 from align_ext.alignment.step import AlignStep
 from align_ext.base_model.sharded import shard_ranks
 from align_ext.config import AlignLoraConfig
-from align_ext.data.task_sampler import Mixing, TaskSampler, example_tasks, join_tasks, with_task
+from align_ext.data.join_tasks import example_tasks, join_tasks, with_task
+from align_ext.data.task_sampler import Mixing, TaskSampler
 from align_ext.io.adapter_folder import checked_task_names
 from align_ext.system.bounds import unknown_name
 from align_ext.system.messages import shown

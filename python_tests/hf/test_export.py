@@ -12,7 +12,8 @@ from torch.nn.utils import prune
 
 from align_ext import load_adapter, merge_and_unload, replace_linear_with_align_lora, save_adapter, unload
 from align_ext.adapters.adapted_block import adapted_layers
-from align_ext.adapters.base import AdaptedLinear, is_conv1d
+from align_ext.adapters.adapted_linear import AdaptedLinear
+from align_ext.adapters.linear_layer import is_conv1d
 
 CASES = {
     "llama": (llama, {}),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from align_ext import AlignLoraConfig, load_adapter, replace_linear_with_align_lora, save_adapter
-from align_ext.adapters.base import AdaptedLinear
+from align_ext.adapters.adapted_linear import AdaptedLinear
 from align_ext.base_model.fingerprint import BaseModel, base_name
 from align_ext.io.adapter_folder import AdapterFolder
 

@@ -21,7 +21,7 @@ from align_ext import (
     load_adapter,
     save_adapter,
 )
-from align_ext.adapters.base import AdaptedLinear
+from align_ext.adapters.adapted_linear import AdaptedLinear
 from align_ext.system import tensors as tensors_module
 
 WEIGHTS, STATE = "adapter_model.safetensors", "align_lora_heads.safetensors"

@@ -6,7 +6,7 @@ from hostile import refused
 from torch import nn
 
 from align_ext import AlignLoraConfig, load_adapter, replace_linear_with_align_lora, save_adapter
-from align_ext.adapters.base import AdaptedLinear
+from align_ext.adapters.adapted_linear import AdaptedLinear
 from align_ext.io.adapter_folder import AdapterFolder
 
 

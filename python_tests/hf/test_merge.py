@@ -10,7 +10,7 @@ from torch.distributions import Categorical, kl_divergence
 
 from align_ext import merge_and_unload, set_task
 from align_ext.adapters.adapted_block import adapted_layers
-from align_ext.adapters.base import is_conv1d
+from align_ext.adapters.linear_layer import is_conv1d
 from align_ext.model.merge import MergeReport
 
 

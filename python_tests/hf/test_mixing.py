@@ -11,7 +11,7 @@ from hf.trainers import adapted, features, logged, trainer
 from torch.utils.data import BatchSampler, DataLoader
 
 from align_ext import AlignTrainer, TaskCollator, TaskSampler, join_tasks
-from align_ext.data.task_sampler import example_tasks
+from align_ext.data.join_tasks import example_tasks
 
 SIZES = (60, 30, 10)
 TASKS = [task for task, size in enumerate(SIZES) for _ in range(size)]

@@ -17,7 +17,7 @@ from align_ext import (
     replace_linear_with_align_lora,
     save_adapter,
 )
-from align_ext.adapters.base import AdaptedLinear
+from align_ext.adapters.adapted_linear import AdaptedLinear
 
 
 def mistral():

@@ -1,0 +1,161 @@
+"""A frozen linear layer with an adapter beside it, and its merging."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from align_ext.adapters.base import Adapter
+from align_ext.adapters.linear_layer import features_of, has_float_weight, has_hooks, is_conv1d
+
+
+class AdaptedModule(nn.Module):
+    """A frozen module with an adapter beside it."""
+
+    def __init__(self, base_layer: nn.Module, adapter: Adapter) -> None:
+        super().__init__()
+        self.base_layer, self.adapter = base_layer, adapter
+
+    def unmergeable_reason(self) -> str | None:
+        """Why the adapter cannot be merged into the base's weight, or None if it can."""
+        raise NotImplementedError
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Accepts a checkpoint of the plain base too: its keys become base_layer's."""
+        ours = (f"{prefix}base_layer.", f"{prefix}adapter.")
+        for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(ours)]:
+            state_dict[f"{prefix}base_layer.{key.removeprefix(prefix)}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class AdaptedLinear(AdaptedModule):
+    """A frozen linear-like layer with an adapter beside it.
+
+    The base layer keeps its own forward: it is called as it is (base_out), or, when it is a plain frozen nn.Linear,
+    its weight is handed to the op, which then composes it with the low-rank part (weight).
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter: Adapter) -> None:
+        super().__init__(base_layer, adapter)
+        self.in_features, self.out_features = features_of(base_layer)
+        self.merged = False
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight; some models look at it from outside."""
+        return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        return getattr(self.base_layer, "bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Computes base(x) + low rank for x [..., in_features]; base(x) alone while merged."""
+        if self.merged:
+            return self.base_layer(x)
+        return self.adapter(*self.base_arguments(x))
+
+    def base_arguments(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """The base layer in the form that the ops take.
+
+        Returns:
+            x in the dtype of the product, then weight, bias and base_out: one of weight and base_out is None.
+        """
+        base: Any = self.base_layer
+        weight, bias = base._parameters.get("weight"), base._parameters.get("bias")  # None where they are computed
+        plain = (
+            type(base) is nn.Linear
+            and type(weight) is nn.Parameter
+            and weight.dtype == x.dtype
+            and weight.device == x.device
+            and not weight.requires_grad
+            and (bias is None or not bias.requires_grad)
+            and not torch.is_autocast_enabled(x.device.type)
+            and "forward" not in base.__dict__  # accelerate's hooks replace it
+            and not has_hooks(base)
+        )
+        if plain:
+            return x, weight, bias, None
+        base_out = base(x)
+        return x.to(base_out.dtype), None, None, base_out
+
+    def delta_weight(self) -> Tensor:
+        """The adapter as a change of the base weight, [out_features, in_features], float32."""
+        return self.adapter.delta_weight()
+
+    def unmergeable_reason(self) -> str | None:
+        """Why the adapter cannot be merged into the base weight, or None if it can."""
+        return self.adapter.unmergeable_reason() or self.base_unmergeable_reason()
+
+    def base_unmergeable_reason(self) -> str | None:
+        """Why nothing can be merged into the base weight, or None."""
+        base: Any = self.base_layer
+        weight: Any = getattr(base, "weight", None)
+        if hasattr(weight, "device_mesh") or hasattr(weight, "ds_id"):
+            return "several processes hold parts of the base weight: save the adapter, and merge it in one process"
+        if not has_float_weight(base):
+            return "the base weight is quantised: load the base in a floating-point dtype to merge"
+        if not isinstance(base._parameters.get("weight"), nn.Parameter):
+            return "the base weight is computed from others (parametrised, pruned)"
+        if not is_conv1d(base) and type(base).forward is not nn.Linear.forward:
+            return f"{type(base).__name__} has a forward of its own"
+        if has_hooks(base):
+            return "the base layer has hooks, which may change its output"
+        if self.weight.is_meta:
+            return "the base weight is on the meta device or offloaded: load it first"
+        return None
+
+    def merge(self, delta: Tensor | None = None) -> None:
+        """Adds the adapter (or a given delta) to the base weight, in float32 (float64 for float64); once.
+
+        Raises:
+            ValueError: it cannot be merged; the message says why.
+        """
+        reason = self.base_unmergeable_reason() if delta is not None else self.unmergeable_reason()
+        if reason is not None:
+            raise ValueError(f"the layer cannot be merged: {reason}")
+        if not self.merged:
+            merged = self.merged_weight(delta)
+            self._before_merging = self.weight.detach().clone()
+            with torch.no_grad():
+                self.weight.copy_(merged)
+            self.merged = True
+
+    def unmerge(self) -> None:
+        """Takes the adapter off the base weight again, to the bit: merge kept the weight as it was."""
+        if self.merged:
+            with torch.no_grad():
+                self.weight.copy_(self._before_merging)
+            del self._before_merging
+            self.merged = False
+
+    @torch.no_grad()
+    def merged_base(self, delta: Tensor | None = None) -> nn.Module:
+        """The base layer with W + delta in its weight; the adapter is left without its place."""
+        if not self.merged:
+            self.weight.copy_(self.merged_weight(delta))
+        return self.base_layer
+
+    @torch.no_grad()
+    def merged_weight(self, delta: Tensor | None = None) -> Tensor:
+        """Computes W + delta (the adapter's, or a given one) in float32 or wider and rounds it once; W is not touched.
+
+        Raises:
+            ValueError: the result is not finite; the message says why.
+        """
+        delta = self.delta_weight() if delta is None else delta
+        weight, delta = self.weight, delta.to(self.weight.device)
+        delta = delta.T if is_conv1d(self.base_layer) else delta
+        result = (weight.to(delta.dtype) + delta).to(weight.dtype)
+        if not torch.isfinite(result).all():
+            if not torch.isfinite(delta).all():
+                reason = "its adapter's change of the weight is not finite: load an earlier checkpoint of the adapter"
+            elif not torch.isfinite(weight).all():
+                reason = "the base weight holds values that are not finite: load the base model again"
+            else:
+                reason = f"the merged weight is too large for {weight.dtype}: load the base in bfloat16 or float32"
+            raise ValueError(reason)
+        return result

@@ -1,0 +1,32 @@
+"""Properties of linear layers, quantised or not, and of other modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D (GPT-2), a linear layer whose weight is stored (in, out)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def features_of(base: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features) of a linear-like layer, quantised or not."""
+    if is_conv1d(base):
+        in_features, out_features = getattr(base.weight, "ds_shape", base.weight.shape)  # type: ignore[misc]
+        return int(in_features), int(out_features)
+    return int(base.in_features), int(base.out_features)  # type: ignore[arg-type]
+
+
+def has_float_weight(base: nn.Module) -> bool:
+    """Whether the layer's weight is an ordinary floating-point tensor: not quantised, not a tensor subclass."""
+    weight: Any = getattr(base, "weight", None)
+    return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and weight.element_size() >= 2
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something runs before or after a module."""
+    of_forward, of_backward = module._forward_hooks or module._forward_pre_hooks, module._backward_hooks
+    return bool(of_forward or of_backward or module._backward_pre_hooks)
