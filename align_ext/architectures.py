@@ -1,7 +1,5 @@
 """The registry of architectures. A new architecture needs a class in align_ext/adapters and a row here."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 

@@ -87,9 +87,7 @@ class AlignLoraConfig:
         "that classifies or answers by spans, which starts at random; empty: none.",
     )
     target_blocks: tuple[str, ...] = option(
-        AUTO,
-        'adapt whole blocks in place of linear layers: "attention", "mlp" or both (mtLoRA).',
-        _blocks_rule,
+        AUTO, 'adapt whole blocks in place of linear layers: "attention", "mlp" or both (mtLoRA).', _blocks_rule
     )
     use_rslora: bool = option(False, "s = alpha / sqrt(r) (2312.03732).")
     init_lora_weights: Init = option(
@@ -118,24 +116,18 @@ class AlignLoraConfig:
         "before the first label, or all where there are no labels (to generate, which needs use_cache=True then).",
     )
     routing_groups: int | None = option(
-        AUTO,
-        "G, groups of outputs with routing weights of their own (mtLoRA's fine-grained routing).",
-        integer_rule(),
+        AUTO, "G, groups of outputs with routing weights of their own (mtLoRA's fine-grained routing).", integer_rule()
     )
     top_k: int | None = option(AUTO, "heads with weight; 0: all of them.")
     router_temperature: float | None = option(AUTO, "tau of the softmax.", positive)
     dropout_site: Literal["input", "latent", "input_per_head"] = option(
-        AUTO,
-        'what dropout acts on: "input" (x), "latent" (z, a mask for each head), "input_per_head".',
+        AUTO, 'what dropout acts on: "input" (x), "latent" (z, a mask for each head), "input_per_head".'
     )
     align: Align | None = option(
-        AUTO,
-        '"kl" (Align-LoRA, 2508.05078, eq. 5), "mmd" (its multi-kernel MMD) or None; any architecture.',
+        AUTO, '"kl" (Align-LoRA, 2508.05078, eq. 5), "mmd" (its multi-kernel MMD) or None; any architecture.'
     )
     align_weight: float | None = option(
-        None,
-        'lambda in loss + lambda * align; None: 0.1 for "kl", 0.15 for "mmd".',
-        _weight_rule,
+        None, 'lambda in loss + lambda * align; None: 0.1 for "kl", 0.15 for "mmd".', _weight_rule
     )
     num_tasks: int | None = option(
         None,
@@ -159,9 +151,7 @@ class AlignLoraConfig:
     )
     align_queue: int = option(4, "K, how many micro-batches the queue holds.", integer_rule())
     mmd_bandwidths: tuple[float, ...] | None = option(
-        None,
-        "None for multiples of the mean squared distance, or the bandwidths themselves.",
-        _bandwidths_rule,
+        None, "None for multiples of the mean squared distance, or the bandwidths themselves.", _bandwidths_rule
     )
     mmd_kernels: int = option(5, "K, how many such multiples.", integer_rule(1, 32, "in 1 .. 32"))
     mmd_statistic: Literal["v", "u"] = option("v", '"v", or "u" for the unbiased one.')
@@ -171,8 +161,7 @@ class AlignLoraConfig:
         integer_rule(2, MAX_SIZE, f"an integer of at least 2 and at most {MAX_SIZE}"),
     )
     response_only: bool = option(
-        False,
-        "only tokens with a label count in alignment and balance (default: all but padding).",
+        False, "only tokens with a label count in alignment and balance (default: all but padding)."
     )
     balance: Literal["cv2", "switch"] | None = option(
         AUTO,
@@ -188,8 +177,7 @@ class AlignLoraConfig:
     spectral_weight: float = option(1e-4, "of the spectral regularisation in the loss.", not_negative)
     spectral_steps: int = option(100, "k, forwards between two refreshes of its projectors.", integer_rule())
     adapter_dtype: Literal["float32", "base"] = option(
-        "float32",
-        'dtype of A and B: "float32" (PEFT\'s default, also on a 16-bit base) or "base".',
+        "float32", 'dtype of A and B: "float32" (PEFT\'s default, also on a 16-bit base) or "base".'
     )
 
     def __post_init__(self) -> None:

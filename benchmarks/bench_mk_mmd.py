@@ -4,11 +4,7 @@ from align_ext.bench.losses import ROW_MS, mk_mmd
 from align_ext.bench.timing import Comparison, main, measure
 
 # tasks, tokens of each, rounds, ranks
-SIZES = {
-    "cpu": (5, 400, 10, [8, 16, 64]),
-    "cuda": (5, 400, 50, [8, 16, 64]),
-    "quick": (3, 8, 2, [4]),
-}
+SIZES = {"cpu": (5, 400, 10, [8, 16, 64]), "cuda": (5, 400, 50, [8, 16, 64]), "quick": (3, 8, 2, [4])}
 
 
 def run(device: str, size: str) -> dict[str, Comparison]:

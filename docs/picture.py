@@ -1,7 +1,5 @@
 """The README's picture, of figures in docs/performance.md: python docs/picture.py [--write]."""
 
-from __future__ import annotations
-
 import argparse
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The documents' tables of architectures and of rows, from the code: python docs/tables.py [--write README.md]."""
 
-from __future__ import annotations
-
 import argparse
 import re
 from pathlib import Path

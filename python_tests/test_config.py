@@ -12,12 +12,7 @@ from align_ext.architectures import ARCHITECTURES, Architecture
 
 def test_the_defaults_are_the_papers():
     config = AlignLoraConfig()
-    assert (config.architecture, config.r, config.lora_alpha, config.lora_dropout) == (
-        "align_lora",
-        8,
-        32,
-        0.1,
-    )
+    assert (config.architecture, config.r, config.lora_alpha, config.lora_dropout) == ("align_lora", 8, 32, 0.1)
     assert (config.align, config.align_weight) == ("kl", 0.1)
     assert config.target_modules == ("gate_proj", "up_proj", "down_proj")
     assert config.scaling == 4
@@ -39,8 +34,7 @@ def test_rslora_divides_by_the_root_of_the_rank():
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"align": None}, {"target_modules": "all-linear"}, {"target_modules": ["a", "b"], "num_tasks": 5}],
+    "options", [{}, {"align": None}, {"target_modules": "all-linear"}, {"target_modules": ["a", "b"], "num_tasks": 5}]
 )
 def test_json_round_trip(options):
     config = AlignLoraConfig(**options)

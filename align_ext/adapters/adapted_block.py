@@ -1,7 +1,5 @@
 """An adapter beside a whole attention or MLP block: mtLoRA's block-level adaptation (2603.01526)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

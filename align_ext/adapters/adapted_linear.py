@@ -1,7 +1,5 @@
 """A frozen linear layer with an adapter beside it, and its merging."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

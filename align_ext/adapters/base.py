@@ -1,7 +1,5 @@
 """The base classes of all architectures: an adapter, and the linear layer with an adapter beside it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """capture_latents: the public way to look at latents and routing weights."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial

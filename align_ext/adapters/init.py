@@ -1,7 +1,5 @@
 """First values of adapters. Every one of them starts as no change of the model: B A = 0, or an offset takes it off."""
 
-from __future__ import annotations
-
 import math
 
 import torch

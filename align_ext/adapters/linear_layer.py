@@ -1,7 +1,5 @@
 """Properties of linear layers, quantised or not, and of other modules."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

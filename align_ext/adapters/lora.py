@@ -1,7 +1,5 @@
 """LoRA (Hu et al. 2021, 2106.09685), Align-LoRA (2508.05078) and one LoRA for each task (Multi-Adapter)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The base classes of architectures with N heads B_i: parameters, first values, frozen offset, spectral loss."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Routers: what gives the heads of a layer their weights, for each token or for each sequence."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -12,8 +12,6 @@ The alignment's gradient is then that of the one big batch. Otherwise each micro
 (align_accumulation="micro"), or with the statistics of the last ones ("queue").
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Activation checkpointing of a Hugging Face model: what is recomputed finds the step of its own forward."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -3,8 +3,6 @@
 The packed weights of quantised linear layers are none of these.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """How a training step is opened and closed: align_step, and activation checkpointing's way back into it."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any

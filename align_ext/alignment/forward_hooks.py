@@ -3,8 +3,6 @@
 The hooks also hand the model's attention_mask and labels to a step that align_step opened.
 """
 
-from __future__ import annotations
-
 import inspect
 import warnings
 from collections.abc import Mapping

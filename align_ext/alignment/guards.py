@@ -1,7 +1,5 @@
 """Checks that refuse set-ups in which the alignment would be wrong: partial models, separate processes, and others."""
 
-from __future__ import annotations
-
 import os
 import sys
 from typing import Any

@@ -1,7 +1,5 @@
 """A training step's losses as numbers."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

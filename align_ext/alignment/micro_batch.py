@@ -1,7 +1,5 @@
 """One of several micro-batches that are aligned as one batch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """The state that the adapters of one model share, and how it is found."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable
 from typing import Any

@@ -4,8 +4,6 @@ The outputs are the layers' own tensors, not copies (a compiled graph's are). Th
 made, then the loss node does, as what it saved for backward: they go when autograd frees the loss's graph.
 """
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 

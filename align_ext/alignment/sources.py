@@ -1,7 +1,5 @@
 """Watches the parts of an encoder-decoder, to find out whose tokens each adapted layer sees (tokens.py)."""
 
-from __future__ import annotations
-
 import inspect
 from functools import partial
 from typing import Any

@@ -15,8 +15,6 @@ autograd.
 docs/numerics.md derives the tables; docs/architecture.md follows one batch through these files.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

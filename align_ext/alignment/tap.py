@@ -16,8 +16,6 @@ compilers neither drop nor reorder record_; it holds nothing. dy is there for it
 computes without what comes in, compilers move into forward.
 """
 
-from __future__ import annotations
-
 import itertools
 from typing import Any, Protocol
 from weakref import WeakValueDictionary

@@ -10,8 +10,6 @@ S and S' may be alike, so lengths alone tell nothing: a layer's source is found 
 (AlignState.sources). What is not known is refused.
 """  # noqa: E501
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

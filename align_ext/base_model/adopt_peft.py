@@ -1,7 +1,5 @@
 """Takes over the LoRA layers of a PeftModel: the same Parameters, the same scaling."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any

@@ -6,8 +6,6 @@ read: a method that passes on `self.<path to the layer>.weight`, in a call, an o
 bypasses the layer. Reading its dtype, device or shape does not.
 """
 
-from __future__ import annotations
-
 import ast
 import functools
 import inspect

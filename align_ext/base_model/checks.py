@@ -4,8 +4,6 @@ All weights must have been loaded and be finite, logits must not depend on later
 embedding, the longest row and a padded batch must run, and no run may change the weights.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence

@@ -5,8 +5,6 @@ implementation, tokens (a tokenizer may be extended), dropout, initialisation, l
 entry that only one of two versions of transformers knows is not compared.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping

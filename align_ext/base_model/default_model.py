@@ -1,7 +1,5 @@
 """The model that is taken where none is named, from the hub or from PyPI."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import os

@@ -1,7 +1,5 @@
 """The dtype and the device that a model is loaded in."""
 
-from __future__ import annotations
-
 import functools
 import time
 

@@ -1,7 +1,5 @@
 """Finds the attention and MLP blocks of a transformer by their structure, whatever their classes are called."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator
 from typing import Any
 

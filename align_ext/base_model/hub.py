@@ -1,7 +1,5 @@
 """Asks the hub, without waiting long for it."""
 
-from __future__ import annotations
-
 import threading
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url

@@ -1,7 +1,5 @@
 """Refuses alignment of layers that process tokens of images or sound instead of text tokens."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from collections.abc import Iterable

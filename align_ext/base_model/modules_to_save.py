@@ -4,8 +4,6 @@ Buffers that training changes, such as the running statistics of a frozen BatchN
 the plain model, without the names of a PeftModel around it and of our layers in it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any

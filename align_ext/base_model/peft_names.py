@@ -1,7 +1,5 @@
 """Checks whether stock PEFT finds the right layers by the names in a folder; for some models it does not."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Selects the layers of a model that the options name, and gives the reason for each that cannot be adapted."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping
 

@@ -5,8 +5,6 @@ that each process must call them, in the same order. If only some processes call
 SECONDS. One process writes the files, and all return when the files are complete.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta

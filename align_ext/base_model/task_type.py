@@ -1,7 +1,5 @@
 """The task_type in adapter_config.json, which decides which PeftModel class of stock PEFT loads an adapter."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from typing import Any
 

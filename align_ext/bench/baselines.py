@@ -8,8 +8,6 @@ Both classes compute, of x in a dtype that may be narrower than that of the adap
 site "input": LoRA (one head), HydraLoRA (2404.19245); "latent": R-LoRA (2502.15455), M-LoRA (2508.05078).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Decoding one token at a time: merged adapters against separate ones (2508.05078, App. C)."""
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Measures one adapted layer: forward and backward with the frozen base and dx, relative to the frozen layer."""
 
-from __future__ import annotations
-
 import importlib.util
 import itertools
 from collections.abc import Iterator
@@ -20,10 +18,7 @@ from align_ext.config import AlignLoraConfig
 from align_ext.model.replace import replace_linear_with_align_lora
 
 FROZEN = "frozen layer alone"
-SINGLE: dict[str, dict[str, Any]] = {
-    "lora": {"architecture": "lora"},
-    "align_lora, kl": {"architecture": "align_lora"},
-}
+SINGLE: dict[str, dict[str, Any]] = {"lora": {"architecture": "lora"}, "align_lora, kl": {"architecture": "align_lora"}}
 HEADS: dict[str, dict[str, Any]] = {
     "m_lora": {"architecture": "m_lora", "init_lora_weights": "kaiming"},
     "m_lora, offset": {"architecture": "m_lora"},

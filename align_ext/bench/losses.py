@@ -1,7 +1,5 @@
 """Measures the alignment losses, value and gradient, against plain PyTorch, and dropout against nn.Dropout."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable, Iterator
 from functools import partial

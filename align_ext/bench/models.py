@@ -1,7 +1,5 @@
 """The models for training steps and decoding, frozen or with adapters of this package, PEFT or a baseline."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

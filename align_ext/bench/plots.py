@@ -1,7 +1,5 @@
 """Plots of a sweep: the cost of an adapter against tokens, rank, heads and tasks."""
 
-from __future__ import annotations
-
 import statistics
 from pathlib import Path
 from typing import Any

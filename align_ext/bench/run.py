@@ -1,7 +1,5 @@
 """Runs suites of the benchmark with a progress bar, prints their tables, and writes JSON and plots."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial

@@ -1,7 +1,5 @@
 """The sizes and durations of a run of the benchmark."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal

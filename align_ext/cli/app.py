@@ -1,7 +1,5 @@
 """The command line of all commands; a user's error becomes one line on stderr and exit code 2."""
 
-from __future__ import annotations
-
 import sys
 import warnings
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """`align-lora bench`: measures what adapters and losses cost here."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """align-lora doctor --grad-check: checks that losses reach every layer in each mode of activation checkpointing."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The work of `align-lora merge` and `align-lora export`: they write a folder from an adapter and a base model."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence

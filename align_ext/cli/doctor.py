@@ -1,7 +1,5 @@
 """`align-lora doctor`: tests this installation, or the gradients of a model."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

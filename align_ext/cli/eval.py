@@ -1,7 +1,5 @@
 """`align-lora eval`: scores a model on the tasks' test splits."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 import typer

@@ -1,7 +1,5 @@
 """`align-lora export`: writes an adapter as a folder of stock PEFT."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

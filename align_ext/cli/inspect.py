@@ -1,7 +1,5 @@
 """`align-lora inspect`: shows what an adapter's folder holds."""
 
-from __future__ import annotations
-
 from align_ext.cli.app import Folder, UserError, app
 from align_ext.io.inspect_adapter import inspect_adapter
 from align_ext.system.terminal import plain_console

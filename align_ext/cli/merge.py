@@ -1,7 +1,5 @@
 """`align-lora merge`: writes a base model with an adapter merged into it."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer
@@ -20,8 +18,7 @@ def merge(
         str | None, typer.Option(help="uniform: merge routed heads as if their router gave all the same weight")
     ] = None,
     prompts: Annotated[
-        str | None,
-        typer.Option(help="file of one prompt a line, to measure the approximation on; none: four of ours"),
+        str | None, typer.Option(help="file of one prompt a line, to measure the approximation on; none: four of ours")
     ] = None,
     dtype: Annotated[
         str, typer.Option(help="of the merged model: stored (as the base model is), float32, bfloat16 or float16")

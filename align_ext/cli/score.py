@@ -1,7 +1,5 @@
 """The work of `align-lora eval`: scores a base model, with or without an adapter, on the tasks' test splits."""
 
-from __future__ import annotations
-
 import functools
 import json
 import os

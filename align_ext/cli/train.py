@@ -1,7 +1,5 @@
 """`align-lora train`: fine-tunes a language model on several tasks."""
 
-from __future__ import annotations
-
 import inspect
 from contextlib import ExitStack
 from typing import Annotated, Any

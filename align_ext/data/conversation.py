@@ -1,7 +1,5 @@
 """Reads the turns of conversations in rows of data, in the formats of several datasets."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from align_ext.data.choices import text_of

@@ -1,7 +1,5 @@
 """Encodes prompts and answers as tokens, identically for training, scoring and generation."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Datasets of one task each, joined into one with the column task_ids."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Reads one row of data as one example: each column is used, is known to be irrelevant to the model, or is refused."""
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping

@@ -1,7 +1,5 @@
 """Reads the rows of a file, a folder of files or a hub dataset as examples in splits."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import re

@@ -1,7 +1,5 @@
 """Mixes tasks into batches by given shares, with enough examples of each task in a batch, reproducibly."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator, Sequence
 from typing import get_args

@@ -1,7 +1,5 @@
 """Reads the tasks, built-in ones or those of files and hub datasets, and selects examples to train and to score on."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """align-lora doctor: checks that this installation computes correct results on every device."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -87,10 +85,7 @@ def _gradients(call: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor], gr
     leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
     outputs = call(*leaves)
     torch.autograd.backward(outputs, [g.to(o) for g, o in zip(grads, outputs, strict=True)])
-    return [
-        *(output.detach() for output in outputs),
-        *(leaf.grad for leaf in leaves if leaf.grad is not None),
-    ]
+    return [*(output.detach() for output in outputs), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
 def _projection_error(

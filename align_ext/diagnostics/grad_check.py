@@ -8,8 +8,6 @@ A loss may have a logged value but no gradient. So for each layer, the gradient 
 gradient without it is compared with the finite difference of the loss's value, which needs no backward pass.
 """
 
-from __future__ import annotations
-
 import statistics
 import warnings
 from collections.abc import Callable, Iterator, Mapping

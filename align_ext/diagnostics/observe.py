@@ -1,7 +1,5 @@
 """Observes each adapter while a training loop runs, to explain why it gets no gradient."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Measures the similarity of heads and of tasks, and how routers distribute tokens over the heads."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Mapping

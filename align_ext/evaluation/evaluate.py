@@ -1,7 +1,5 @@
 """Scores a model on held-out examples: loss and accuracy per task, and the alignment loss of the tasks' latents."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import math

@@ -6,8 +6,6 @@
 or, in Python,  lm_eval.simple_evaluate(align_lm(MODEL, FOLDER), tasks=["arc_easy"]).
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import re

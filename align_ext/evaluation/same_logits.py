@@ -1,7 +1,5 @@
 """Compares the logits of two models."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 LARGEST_DIFFERENCE = 1e-4  # what rounding explains in float32 logits, relative to the largest logit

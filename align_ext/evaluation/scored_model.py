@@ -1,7 +1,5 @@
 """Loads the model to score: a base model alone, with an adapter, or with a merged adapter."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

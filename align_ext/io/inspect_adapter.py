@@ -1,7 +1,5 @@
 """Prints the contents of an adapter's folder as a table, without a base model or transformers."""
 
-from __future__ import annotations
-
 import os
 
 import torch

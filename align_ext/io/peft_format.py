@@ -1,7 +1,5 @@
 """PEFT's format of an adapter: one A and one B per layer, and the options in adapter_config.json."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence

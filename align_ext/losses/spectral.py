@@ -1,7 +1,5 @@
 """mtLoRA's spectral-aware regularisation (2603.01526): it penalises overlap between the heads of a layer."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -10,8 +10,6 @@ write_lora(combined(adapters, [0.7, 0.4]), "both")                   # A and B s
 align_ext/merging/lorahub.py finds the weights for `combined` from examples.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass

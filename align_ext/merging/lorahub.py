@@ -1,7 +1,5 @@
 """LoRAHub (2307.13269): combines trained adapters for a new task from a few examples, without gradients."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

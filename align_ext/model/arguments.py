@@ -1,7 +1,5 @@
 """Checks the arguments of replace_linear_with_align_lora and turns options of any form into an AlignLoraConfig."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """The cost of adapters: trained parameters, the rank for a parameter budget, and floating-point operations."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import prod

@@ -1,7 +1,5 @@
 """Loads an adapter's folder into a model strictly; if anything fails, the model is unchanged."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Mapping
@@ -12,13 +10,7 @@ from torch import nn
 from align_ext.adapters.adapted_block import adapted_layers
 from align_ext.adapters.base import Adapter
 from align_ext.alignment.model_state import find_state
-from align_ext.base_model.modules_to_save import (
-    check_ties,
-    parameters_to_load,
-    plain_name,
-    set_buffers,
-    start_training,
-)
+from align_ext.base_model.modules_to_save import check_ties, parameters_to_load, plain_name, set_buffers, start_training
 from align_ext.base_model.sharded import full_shapes, set_values, unwrapped
 from align_ext.config import AlignLoraConfig
 from align_ext.io.adapter_folder import AdapterFolder, adapter_tensors, key_options

@@ -1,7 +1,5 @@
 """Loads the base model of an adapter's folder."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

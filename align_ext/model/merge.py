@@ -1,7 +1,5 @@
 """Merges adapters into the base weights, or removes them."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass

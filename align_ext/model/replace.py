@@ -1,7 +1,5 @@
 """Replaces a model's linear layers by layers with adapters: replace_linear_with_align_lora(model)."""
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping

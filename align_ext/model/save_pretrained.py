@@ -4,8 +4,6 @@ If another model contains the adapted model, its save_pretrained is detected whe
 state_dict, and is refused. A state_dict for any other use is allowed.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 import os

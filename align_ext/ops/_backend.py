@@ -1,7 +1,5 @@
 """Describes this build and machine: versions, devices, and the kernels of each operator."""
 
-from __future__ import annotations
-
 import platform
 from importlib.metadata import version
 from typing import Any

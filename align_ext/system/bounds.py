@@ -1,7 +1,5 @@
 """Options as dataclass fields with a help text and a rule that checks the value: integers, numbers, known names."""
 
-from __future__ import annotations
-
 import difflib
 import functools
 import inspect

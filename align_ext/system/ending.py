@@ -1,7 +1,5 @@
 """Signals that end a command: SIGTERM and SIGHUP interrupt it like Ctrl-C, or wait until the current step is done."""
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

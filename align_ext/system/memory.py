@@ -1,7 +1,5 @@
 """Out-of-memory errors of any library become one line that says how to need less memory."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """How values, paths and errors stand in messages: one printable line each."""
 
-from __future__ import annotations
-
 import os
 import reprlib
 from typing import Any

@@ -1,7 +1,5 @@
 """Names that users give, and patterns that match them, checked once for all."""
 
-from __future__ import annotations
-
 import functools
 import math
 import re

@@ -4,8 +4,6 @@ Whatever a file holds, the result is its content or a one-line ValueError that n
 (a FIFO is refused), recurses without end, or uses memory beyond the limits.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import os

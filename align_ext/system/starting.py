@@ -1,7 +1,5 @@
 """Handles signals while the command still imports torch: it ends with one line. Must be imported first."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

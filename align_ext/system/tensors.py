@@ -1,7 +1,5 @@
 """Writes tensors as safetensors files with a record of what they belong to, and reads them strictly."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -4,8 +4,6 @@ When standard output is lost (a closed pipe, a full disk), nothing more is print
 too; a command that writes files goes on.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import signal

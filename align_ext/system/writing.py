@@ -6,8 +6,6 @@ killed process can be told from the work of a living one. On NFS such a lock als
 system without locks (Lustre without flock), two processes do not see each other, and a warning says so.
 """
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import glob

@@ -1,7 +1,5 @@
 """Saves and strictly loads the model's part of a Trainer's checkpoint: the adapter folder and the queue."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Checks of a Trainer with alignment before its first step, and warnings after its last one."""
 
-from __future__ import annotations
-
 import inspect
 import re
 import warnings

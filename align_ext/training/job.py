@@ -1,7 +1,5 @@
 """The inputs of a training job."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

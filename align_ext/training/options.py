@@ -53,8 +53,7 @@ class TrainOptions:
         0.03, "share of the steps in which the learning rate rises, before it falls by a cosine", _fraction
     )
     mixing: Mixing = option(
-        "equal",
-        "shares of the tasks: proportional (to their examples), temperature, equal or round_robin",
+        "equal", "shares of the tasks: proportional (to their examples), temperature, equal or round_robin"
     )
     mixing_temperature: float = option(
         2.0, "T of --mixing temperature: from proportional (1) towards equal", _temperature
@@ -63,16 +62,14 @@ class TrainOptions:
         2, "least number of examples of a task in a micro-batch that holds the task", integer_rule(maximum=10**6)
     )
     align_schedule: AlignSchedule = option(
-        "constant",
-        "of the alignment weight over the steps: constant, or linear or cosine, both to 0",
+        "constant", "of the alignment weight over the steps: constant, or linear or cosine, both to 0"
     )
     align_warmup: float = option(0.0, "share of the steps in which the alignment weight rises before that", _fraction)
     train_examples: int = option(500, "at most so many examples of each task to train on", integer_rule(maximum=10**9))
     eval_examples: int = option(16, "at most so many held-out examples of each task to score", integer_rule(1, 10**9))
     eval_batch_size: int = option(16, "rows in a forward of the evaluation", integer_rule(maximum=10**6))
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto",
-        "auto (bfloat16 where it is faster), float32, bfloat16 or float16",
+        "auto", "auto (bfloat16 where it is faster), float32, bfloat16 or float16"
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto (a GPU if there is one), cpu or cuda")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")

@@ -1,7 +1,5 @@
 """The training job: it loads, scores, trains, saves, scores again, and verifies the saved adapter."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import itertools

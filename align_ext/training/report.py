@@ -1,7 +1,5 @@
 """Shows a run: its progress, the tables of its results, and the plot of its losses."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -5,8 +5,6 @@ and finally results.json. A run that overwrites another one works in a hidden fo
 step at the end.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """A Trainer that writes checkpoints atomically, claims its folder, and stops when the training diverges."""
 
-from __future__ import annotations
-
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any

@@ -1,7 +1,5 @@
 """The schedule of the alignment's weight over the steps of a training."""
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 

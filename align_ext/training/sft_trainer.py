@@ -1,7 +1,5 @@
 """TRL's SFTTrainer with task ids, also with its dataset preparation, packing and padding-free batches."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """transformers' Trainer with task ids: adds the alignment loss at its exact weight, and logs losses by task."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args

@@ -1,7 +1,5 @@
 """Verifies that a saved adapter computes the same as the trained model: loaded again, merged, and by stock PEFT."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ A checkpoint is written below .writing in the same folder, synced to the disk, a
 always complete; whole.json also shows whether a file was truncated or changed afterwards.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -186,11 +186,7 @@ MISTAKES = {
     "no such folder": (["inspect"], lambda folder: None, "is no adapter folder"),
     "not finite": (["inspect"], damaged, "not finite"),
     "routed, merged": (["merge"], lambda f: adapter_folder(f, "hydra"), "merge with --approximate uniform"),
-    "routed, exported": (
-        ["export"],
-        lambda f: adapter_folder(f, "hydra"),
-        "PEFT has no form of this adapter",
-    ),
+    "routed, exported": (["export"], lambda f: adapter_folder(f, "hydra"), "PEFT has no form of this adapter"),
     "blocks": (["export"], lambda f: adapter_folder(f, "lora beside blocks"), "whole blocks"),
     "blocks, merged": (
         ["merge", "--approximate", "uniform"],
@@ -200,16 +196,8 @@ MISTAKES = {
     "no task": (["merge"], lambda f: adapter_folder(f, "multi_adapter", ["a", "b"]), "name one with --task (a, b)"),
     "another task": (["merge", "--task", "2"], lambda f: adapter_folder(f, "multi_adapter"), "no such task (0 .. 1)"),
     "one for all tasks": (["export", "--task", "0"], lambda f: adapter_folder(f, "lora"), "one adapter for all tasks"),
-    "another approximation": (
-        ["merge", "--approximate", "mean"],
-        lambda f: adapter_folder(f, "hydra"),
-        "'mean'",
-    ),
-    "no prompts": (
-        ["merge", "--prompts", "absent"],
-        lambda f: adapter_folder(f, "lora"),
-        "cannot read absent",
-    ),
+    "another approximation": (["merge", "--approximate", "mean"], lambda f: adapter_folder(f, "hydra"), "'mean'"),
+    "no prompts": (["merge", "--prompts", "absent"], lambda f: adapter_folder(f, "lora"), "cannot read absent"),
     "another dtype": (["merge", "--dtype", "int3"], lambda f: adapter_folder(f, "lora"), "dtype='int3'"),
     "another base": (
         ["export"],

@@ -6,21 +6,12 @@ import os
 
 import pytest
 import torch
-from hf.folders import (
-    files,
-    logits,
-    plain,
-    trained,
-)
+from hf.folders import files, logits, plain, trained
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import llama, qwen2
 
-from align_ext import (
-    export_peft,
-    load_adapter,
-    save_adapter,
-)
+from align_ext import export_peft, load_adapter, save_adapter
 from align_ext.adapters.adapted_linear import AdaptedLinear
 from align_ext.system import tensors as tensors_module
 
@@ -68,10 +59,7 @@ DAMAGES = {
         r"up_proj\.lora_B is \[4, 80, 3\]",
     ),
     "one dimension": (edit_state(lambda t: t.update({f"{KEY}.lora_A": torch.ones(3)})), r"lora_A is \[3\]"),
-    "integers": (
-        edit_state(lambda t: t.update({f"{KEY}.lora_A": t[f"{KEY}.lora_A"].int()})),
-        "A is torch.int32",
-    ),
+    "integers": (edit_state(lambda t: t.update({f"{KEY}.lora_A": t[f"{KEY}.lora_A"].int()})), "A is torch.int32"),
     "not finite": (edit_state(lambda t: t[f"{KEY}.lora_B0"].fill_(math.nan)), "B0 holds values that are not finite"),
     "no weights": (edit_state(lambda t: t.clear()), "it holds no weights"),
     "another adapter for PEFT": (replace_peft_weights, "one of them was replaced"),

@@ -86,11 +86,7 @@ def test_the_head_and_tied_weights_are_left_alone_and_reported():
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
-            self.embed, self.out, self.other = (
-                nn.Embedding(5, 4),
-                nn.Linear(4, 5, bias=False),
-                nn.Linear(4, 4),
-            )
+            self.embed, self.out, self.other = (nn.Embedding(5, 4), nn.Linear(4, 5, bias=False), nn.Linear(4, 4))
             self.out.weight = self.embed.weight
 
     model = replace_linear_with_align_lora(Tied(), r=2, target_modules=["out", "other"])
@@ -171,10 +167,7 @@ def test_a_refused_call_changes_nothing():
     before = [(n, type(m)) for n, m in model.named_modules()], [p.requires_grad for p in model.parameters()]
     with pytest.raises(ValueError, match="no layer was adapted"):
         replace_linear_with_align_lora(model, target_modules=["nope"])
-    assert before == (
-        [(n, type(m)) for n, m in model.named_modules()],
-        [p.requires_grad for p in model.parameters()],
-    )
+    assert before == ([(n, type(m)) for n, m in model.named_modules()], [p.requires_grad for p in model.parameters()])
 
 
 def test_a_second_call_changes_nothing_and_says_so(caplog):
@@ -300,8 +293,7 @@ def test_the_checkpoint_of_the_plain_base_still_loads():
 def test_a_peft_model_is_adopted_with_its_weights(base_dtype):
     torch.manual_seed(3)
     peft = get_peft_model(
-        llama().to(base_dtype),
-        LoraConfig(r=4, lora_alpha=12, lora_dropout=0.0, target_modules=["q_proj", "up_proj"]),
+        llama().to(base_dtype), LoraConfig(r=4, lora_alpha=12, lora_dropout=0.0, target_modules=["q_proj", "up_proj"])
     )
     for name, p in peft.named_parameters():
         if "lora_B" in name:

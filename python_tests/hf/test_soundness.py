@@ -130,8 +130,7 @@ WHOLE = {
         model_folder(f, model=neo), lambda t: t.update({"transformer.h.0.attn.attention.bias": torch.ones(1, 1, 8, 8)})
     ),
     "positions of old versions": lambda f: stored(
-        model_folder(f, model=decoder),
-        lambda t: t.update({"bert.embeddings.position_ids": torch.arange(512)[None]}),
+        model_folder(f, model=decoder), lambda t: t.update({"bert.embeddings.position_ids": torch.arange(512)[None]})
     ),
 }
 

@@ -120,8 +120,7 @@ def the_last_norm(model):
 
 
 @pytest.mark.parametrize(
-    ("options", "later"),
-    [({"modules_to_save": ["lm_head"]}, None), ({}, the_head), ({}, the_last_norm)],
+    ("options", "later"), [({"modules_to_save": ["lm_head"]}, None), ({}, the_head), ({}, the_last_norm)]
 )
 def test_an_adopted_peft_model_trains_what_stands_beside_its_adapters(tmp_path, options, later):
     model = peft.get_peft_model(llama(torch.float32), peft.LoraConfig(**LORA, **options))

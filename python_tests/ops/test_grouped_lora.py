@@ -133,10 +133,7 @@ def test_strided_views_and_leading_dimensions(device):
     x, A, B, W, bias, *_ = make(24, 40, 32, 6, 1, torch.float32, device=device)
     wide = torch.randn(2, 12, 80).to(device)
     wide[..., ::2] = x.view(2, 12, 40)
-    views = {
-        "strided": wide[..., ::2],
-        "transposed": x.view(2, 12, 40).transpose(0, 1).contiguous().transpose(0, 1),
-    }
+    views = {"strided": wide[..., ::2], "transposed": x.view(2, 12, 40).transpose(0, 1).contiguous().transpose(0, 1)}
     y, z = ops.grouped_lora(x, A.T.contiguous().T, B, weight=W, bias=bias)
     for name, view in views.items():
         assert not view.is_contiguous()
@@ -159,8 +156,7 @@ def test_gradcheck_of_y_and_z_together(p):
     assert torch.autograd.gradcheck(call, leaves)
     x1, A1, B1 = (t.detach().requires_grad_() for t in (x, A[0], B[0]))
     assert torch.autograd.gradcheck(
-        lambda x, A, B: ops.grouped_lora(x, A, B, 0.7, dropout_p=p, rng=RNG, weight=W, bias=bias),
-        (x1, A1, B1),
+        lambda x, A, B: ops.grouped_lora(x, A, B, 0.7, dropout_p=p, rng=RNG, weight=W, bias=bias), (x1, A1, B1)
     )
 
 

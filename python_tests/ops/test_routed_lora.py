@@ -93,8 +93,7 @@ def test_many_tiles_in_every_direction_are_right(device, dtype, architecture):
 
 @pytest.mark.needs("size")
 @pytest.mark.parametrize(
-    ("architecture", "shape"),
-    [("latent masks", (16, 32, 4096, 16, 1)), ("own A, latent masks", (16, 64, 64, 16, 16))],
+    ("architecture", "shape"), [("latent masks", (16, 32, 4096, 16, 1)), ("own A, latent masks", (16, 64, 64, 16, 16))]
 )
 def test_long_sums_round_no_more_than_torchs(device, architecture, shape):
     """Of 4,096 outputs, and of the ranks of 16 heads side by side."""
