@@ -15,7 +15,7 @@ class Row(NamedTuple):
         parameters: the trained parameters per layer, in n, m (in, out), r, N (num_heads), M (num_tasks) and G.
         paper: the paper; after "aligned: ", that of its alignment.
         defaults: the values for options that are "auto"; None: the option does not apply and may not be set.
-        own_A: whether each head has its own A, so that no offset of rank r can subtract the initial heads.
+        A_per_head: whether each head has its own A, so that no offset of rank r can subtract the initial heads.
         pissa: whether it can start from the base weight (init_lora_weights="pissa").
     """
 
@@ -24,7 +24,7 @@ class Row(NamedTuple):
     parameters: str
     paper: str
     defaults: Mapping[str, Any]
-    own_A: bool = False
+    A_per_head: bool = False
     pissa: bool = False
 
 
@@ -46,10 +46,10 @@ ARCHITECTURES: Mapping[str, Row] = {
     "align_lora": Row(*_LORA, {**_ONE, "align": "kl"}, pissa=True),
     "lora": Row(*_LORA, _ONE, pissa=True),
     "multi_adapter": Row(
-        "lora:MultiAdapter", "s B_k A_k x, k the task", "M r (n + m)", "2508.05078, baseline", _ONE, own_A=True
+        "lora:MultiAdapter", "s B_k A_k x, k the task", "M r (n + m)", "2508.05078, baseline", _ONE, A_per_head=True
     ),
     "lora_moe": Row(
-        "lora_moe:LoraMoeAdapter", "s Σ w_i(x) B_i A_i x", "N r (n + m) + N n", "2312.09979", _ROUTED, own_A=True
+        "lora_moe:LoraMoeAdapter", "s Σ w_i(x) B_i A_i x", "N r (n + m) + N n", "2312.09979", _ROUTED, A_per_head=True
     ),
     "hydra": Row("hydra:HydraAdapter", "s Σ w_i(x) B_i A x", "r (n + N m) + N n", "2404.19245", _ROUTED),
     "r_lora": Row(

@@ -259,19 +259,19 @@ class AlignLoraConfig:
 
         several = (self.num_heads or 1) > 1
         random = self.init_lora_weights in ("random_heads", "orthogonal")
-        own_A = self.row.own_A
+        A_per_head = self.row.A_per_head
         if self.architecture == "multi_adapter" and self.num_tasks is None:
             refuse("num_tasks", "multi_adapter has an adapter for each task: say how many there are")
-        if self.init_lora_weights == "random_heads" and (self.num_heads is None or own_A):
+        if self.init_lora_weights == "random_heads" and (self.num_heads is None or A_per_head):
             refuse("init_lora_weights", "random heads are for hydra, r_lora, m_lora and mtlora, heads on one A")
         if self.init_lora_weights == "pissa" and (not self.row.pissa or self.target_blocks):
             refuse("init_lora_weights", "PiSSA starts one adapter from one weight: use lora or align_lora, no blocks")
         if self.init_lora_weights == "orthogonal" and self.r % 2:
             refuse("r", "orthogonal initialisation halves the rank: choose an even r")
-        if self.dropout_site != "input" and (self.num_heads is None or own_A):
+        if self.dropout_site != "input" and (self.num_heads is None or A_per_head):
             refuse("dropout_site", f"{self.architecture} has one mask, on the input")
         masked = self.dropout_site != "input" and self.lora_dropout > 0
-        if self.router_init == "zeros" and several and not random and not own_A and not masked:
+        if self.router_init == "zeros" and several and not random and not A_per_head and not masked:
             refuse("router_init", "heads that start at zero with equal weights stay identical: use random heads")
         if self.router_init == "zeros" and self.top_k and self.top_k < (self.num_heads or 1):
             refuse("top_k", 'of equal logits the first win: router_init="zeros" would leave the other heads untrained')

@@ -39,8 +39,8 @@ def variants(tokens: int, n: int, m: int, dtype: torch.dtype, device: str) -> di
     """The frozen layer alone, then both implementations of each architecture."""
     x, weight, dy = (torch.randn(size).to(device, dtype) for size in [(tokens, n), (m, n), (tokens, m)])
     result = {"frozen layer alone": training_step(lambda x: linear(x, weight), [x], dy)}
-    for architecture, (groups, own_A, top_k) in ARCHITECTURES.items():
-        sizes = [(HEADS, RANK, n) if own_A else (RANK, n), (HEADS, m, RANK), (groups * HEADS, n)]
+    for architecture, (groups, A_per_head, top_k) in ARCHITECTURES.items():
+        sizes = [(HEADS, RANK, n) if A_per_head else (RANK, n), (HEADS, m, RANK), (groups * HEADS, n)]
         leaves = [x, *(torch.randn(size).to(device, dtype) for size in sizes)]
         options = {"top_k": top_k, "dropout_p": P, "weight": weight}
         calls = {

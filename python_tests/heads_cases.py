@@ -22,7 +22,7 @@ SHAPES = [
 NOT_LEAVES = ("W", "bias", "A0", "B0")
 
 
-def make(shape, dtype, *, adapters=None, groups=0, own_A=False, offset_rank=0, site="latent", base=1, seed=0):
+def make(shape, dtype, *, adapters=None, groups=0, A_per_head=False, offset_rank=0, site="latent", base=1, seed=0):
     """Inputs by name whose low-rank term is as large as the base, times base; with groups > 0 those of routed_lora."""
     tokens, n, m, r, heads = shape
     g = torch.Generator().manual_seed(seed)
@@ -33,13 +33,13 @@ def make(shape, dtype, *, adapters=None, groups=0, own_A=False, offset_rank=0, s
 
     inputs = {
         "x": normal(tokens, n),
-        "A": normal(*([heads] if own_A else []), r, n, scale=n**-0.5, dtype=adapters),
+        "A": normal(*([heads] if A_per_head else []), r, n, scale=n**-0.5, dtype=adapters),
         "B": normal(heads, m, r, scale=r**-0.5, dtype=adapters),
         "W": normal(m, n, scale=base * n**-0.5),
         "bias": normal(m, scale=base),
         "base": normal(tokens, m),
         "dy": normal(tokens, m),
-        "dz": normal(tokens, *([heads] if own_A or site == "input_per_head" else []), r, dtype=torch.float32),
+        "dz": normal(tokens, *([heads] if A_per_head or site == "input_per_head" else []), r, dtype=torch.float32),
     }
     if offset_rank:
         inputs["A0"] = normal(offset_rank, n, scale=n**-0.5, dtype=adapters)

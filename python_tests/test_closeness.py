@@ -106,12 +106,12 @@ def head_case(draw, device, dtype):
     op = draw(st.sampled_from(["dropout_sum", "routed_lora"]))
     heads, groups = draw(st.integers(1, 5)), draw(st.integers(1, 4)) if op == "routed_lora" else 0
     shape = (draw(TOKENS), draw(SIZE), draw(SIZE) * (groups or 1), draw(RANK), heads)
-    own_A = op == "routed_lora" and draw(st.booleans())
+    A_per_head = op == "routed_lora" and draw(st.booleans())
     site = draw(st.sampled_from(["none", "input", "latent", "input_per_head"]))
     options = {"site": site, "dropout_p": 0.0 if site == "none" else draw(st.sampled_from([0.0, 0.3]))}
     if op == "routed_lora":
         options |= {"top_k": draw(st.integers(1, heads)), "tau": draw(st.sampled_from([0.5, 1.0, 2.0]))}
-    sizes = {"groups": groups, "own_A": own_A, "offset_rank": draw(st.integers(0, 3))}
+    sizes = {"groups": groups, "A_per_head": A_per_head, "offset_rank": draw(st.integers(0, 3))}
     inputs = from_seed(draw, partial(heads_cases.make, shape, dtype, site=site, **sizes))
     heads_cases.compare(op, device, inputs, weight_form=draw(st.booleans()), **options)
 

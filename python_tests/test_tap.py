@@ -16,7 +16,7 @@ from align_ext.alignment.tap import LATENT, WEIGHTS, as_key, register_step, tap
 OPS = {  # op: its options, and whether it has a router
     "grouped_lora": ({}, {}),
     "dropout_sum": ({"site": "input_per_head"}, {"site": "input_per_head", "dropout_p": 0.3}),
-    "routed_lora": ({"groups": 2, "own_A": True}, {"top_k": 2}),
+    "routed_lora": ({"groups": 2, "A_per_head": True}, {"top_k": 2}),
 }
 
 

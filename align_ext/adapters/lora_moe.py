@@ -12,4 +12,4 @@ class LoraMoeAdapter(RoutedAdapter):
     Its alignment is the mean over the experts of that of their latents z_i.
     """
 
-    own_A = True
+    A_per_head = True

@@ -22,7 +22,7 @@ class HeadsAdapter(Adapter):
     - s B0 A0 x is added, so that the adapter starts as no change and the base weight is never touched.
     """
 
-    own_A = False
+    A_per_head = False
     lora_A0: Tensor | None
     lora_B0: Tensor | None
     lora_P: Tensor | None
@@ -32,7 +32,7 @@ class HeadsAdapter(Adapter):
         super().__init__(config, in_features, out_features)
         assert config.num_heads is not None
         self.heads, self.site, self.config = config.num_heads, config.dropout_site, config
-        own = (self.heads,) if self.own_A else ()
+        own = (self.heads,) if self.A_per_head else ()
         self.lora_A = nn.Parameter(torch.empty(*own, self.r, in_features))
         self.lora_B = nn.Parameter(torch.empty(self.heads, out_features, self.r))
         offset = config.init_lora_weights == "random_heads"
@@ -70,7 +70,7 @@ class HeadsAdapter(Adapter):
     @override
     def uniform_delta_factors(self) -> list[Factors]:
         """(A, c Σ_i B_i) and the offset (A0, -B0), the heads of equal weight; an A_i of each head makes A [N r, n]."""
-        if self.own_A:
+        if self.A_per_head:
             return [(self.lora_A.flatten(0, 1), at_least_float32(self.lora_B).transpose(0, 1).flatten(1) / self.heads)]
         return [
             (self.lora_A, self._collapsed(at_least_float32(self.lora_B))),

@@ -33,8 +33,8 @@ def case(architecture, shape, dtype, groups=1, **options):
 
 def cases(architecture, shape, dtype, groups=1, **options):
     """Inputs of a seed and the op's options."""
-    site, p, own_A, top_k = ARCHITECTURES[architecture]
-    inputs = partial(make, shape, dtype, groups=groups, own_A=own_A, site=site, **options)
+    site, p, A_per_head, top_k = ARCHITECTURES[architecture]
+    inputs = partial(make, shape, dtype, groups=groups, A_per_head=A_per_head, site=site, **options)
     return inputs, {"site": site, "dropout_p": p, "top_k": top_k and min(top_k, shape[-1]), "tau": 0.8}
 
 
