@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from align_ext import unload
 from align_ext.adapters.adapted_block import adapted_layers
 from align_ext.architectures import Architecture
-from align_ext.base_model import load as models
+from align_ext.base_model import dtypes
 from align_ext.base_model.load import load_model
 from align_ext.data.encode import encode
 from align_ext.training import recipe, verify
@@ -193,13 +193,13 @@ def test_bad_input_is_one_line_and_writes_nothing(place, changed, message):
 @pytest.mark.parametrize(("gpu", "reason"), [(False, "torch sees no GPU"), (True, "no CUDA kernels")])
 def test_a_gpu_is_used_only_where_there_is_one_and_kernels_for_it(place, monkeypatch, gpu, reason):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(models, "has_kernel", lambda op, device: False)
+    monkeypatch.setattr(dtypes, "has_kernel", lambda op, device: False)
     with pytest.raises(ValueError, match=f"device=cuda, but .*{reason}"):
         prepare(place, device="cuda")
-    assert models.usable_device("auto") == "cpu"
-    monkeypatch.setattr(models, "has_kernel", lambda op, device: True)
-    assert models.usable_device("auto") == ("cuda" if gpu else "cpu")
-    assert models.usable_device("cpu") == "cpu"
+    assert dtypes.usable_device("auto") == "cpu"
+    monkeypatch.setattr(dtypes, "has_kernel", lambda op, device: True)
+    assert dtypes.usable_device("auto") == ("cuda" if gpu else "cpu")
+    assert dtypes.usable_device("cpu") == "cpu"
 
 
 class Interrupt(Exception):
