@@ -1,4 +1,4 @@
-"""The base classes of all architectures: an adapter, and the linear layer with an adapter beside it."""
+"""The base class of all architectures, and the form in which they change a weight."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Properties of linear layers, quantised or not, and of other modules."""
+"""Properties of a linear layer, quantised or not."""
 
 from typing import Any
 

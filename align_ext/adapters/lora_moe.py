@@ -11,5 +11,3 @@ class LoraMoeAdapter(RoutedAdapter):
 
     Its alignment is the mean over the experts of that of their latents z_i.
     """
-
-    A_per_head = True

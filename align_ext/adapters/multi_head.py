@@ -22,7 +22,6 @@ class HeadsAdapter(Adapter):
     - s B0 A0 x is added, so that the adapter starts as no change and the base weight is never touched.
     """
 
-    A_per_head = False
     lora_A0: Tensor | None
     lora_B0: Tensor | None
     lora_P: Tensor | None
@@ -32,6 +31,7 @@ class HeadsAdapter(Adapter):
         super().__init__(config, in_features, out_features)
         assert config.num_heads is not None
         self.heads, self.site, self.config = config.num_heads, config.dropout_site, config
+        self.A_per_head = config.row.A_per_head
         own = (self.heads,) if self.A_per_head else ()
         self.lora_A = nn.Parameter(torch.empty(*own, self.r, in_features))
         self.lora_B = nn.Parameter(torch.empty(self.heads, out_features, self.r))

@@ -172,9 +172,8 @@ class StepTokens:
         elif part == DECODER and x.dim() == 3:
             if self.of_decoder is None:
                 raise RuntimeError(_PADDING_UNKNOWN.format(name=name))
-            made = {
-                shape[1] for _, shape in self.memories if len(shape) == 3
-            }  # the decoder may compute other keys from it
+            # The decoder may compute keys of its own from an output of the encoder.
+            made = {shape[1] for _, shape in self.memories if len(shape) == 3}
             source = {self.of_decoder.ids.shape[1]: DECODER}.get(x.shape[1], TOKENS if x.shape[1] in made else None)
         if source is None:
             raise RuntimeError(

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from align_ext.base_model.hub import ask_hub
+from align_ext.system.terminal import PrintLine
 from align_ext.system.writing import atomic_folder
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -24,7 +24,6 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_BYTES = 98_362_432
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _LOG = logging.getLogger(__name__)
-PrintLine = Callable[[str], None]
 
 
 def default_model(print_line: PrintLine = _LOG.info) -> str:

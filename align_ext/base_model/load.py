@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align_ext.base_model.checks import check_finite, check_loaded
-from align_ext.base_model.default_model import DEFAULT_MODEL, PrintLine, default_model
+from align_ext.base_model.default_model import DEFAULT_MODEL, default_model
 from align_ext.base_model.dtypes import resolve_dtype
 from align_ext.base_model.find_blocks import mlp_linears
 from align_ext.base_model.hub import ask_hub
@@ -19,6 +19,7 @@ from align_ext.base_model.select_layers import ALL_LINEAR
 from align_ext.config import AlignLoraConfig
 from align_ext.system.messages import reason_of, shown, shown_path
 from align_ext.system.reading import open_file
+from align_ext.system.terminal import PrintLine
 
 _LOG = logging.getLogger(__name__)
 

@@ -10,9 +10,10 @@ import torch
 from align_ext.alignment.context import set_task
 from align_ext.architectures import ARCHITECTURES
 from align_ext.bench import models
-from align_ext.bench.setting import Case, PrintLine, Setting
+from align_ext.bench.setting import Case, Setting
 from align_ext.bench.timing import Call, Comparison, visits
 from align_ext.model.merge import merge_and_unload
+from align_ext.system.terminal import PrintLine
 
 RIVALS = ("PEFT's LoRA", "R-LoRA, loop", "HydraLoRA, loop")
 MERGED = ("align_lora", "m_lora")

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from align_ext.alignment.context import align_step
 from align_ext.bench.baselines import ALPHA, LORA, SEVERAL, Make, Sizes, compiled
-from align_ext.bench.setting import TASKS, Case, PrintLine, Setting, name_of
+from align_ext.bench.setting import TASKS, Case, Setting, name_of
 from align_ext.bench.timing import ROW_MS, Call, Comparison, Goal, visits
 from align_ext.config import AlignLoraConfig
 from align_ext.model.replace import replace_linear_with_align_lora
+from align_ext.system.terminal import PrintLine
 
 FROZEN = "frozen layer alone"
 SINGLE: dict[str, dict[str, Any]] = {"lora": {"architecture": "lora"}, "align_lora, kl": {"architecture": "align_lora"}}

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from align_ext import ops, reference
-from align_ext.bench.setting import TASKS, Case, PrintLine, Setting, name_of
+from align_ext.bench.setting import TASKS, Case, Setting, name_of
 from align_ext.bench.timing import ROW_MS, Call, Comparison, Goal, training_step, visits
+from align_ext.system.terminal import PrintLine
 
 PAIRS = "pairs in plain PyTorch"
 KL_CASES = ((5, 8), (25, 8), (5, 64))  # tasks, rank

@@ -8,9 +8,9 @@ import torch
 
 from align_ext.bench.baselines import Sizes
 from align_ext.bench.timing import Comparison
+from align_ext.system.terminal import PrintLine
 
 TASKS = 5
-PrintLine = Callable[[str], None]  # shows the current work in the progress bar
 
 
 @dataclass(frozen=True)

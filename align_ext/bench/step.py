@@ -23,8 +23,9 @@ import torch
 
 from align_ext.bench import models
 from align_ext.bench.baselines import Sizes
-from align_ext.bench.setting import TASKS, Case, PrintLine, Setting, name_of
+from align_ext.bench.setting import TASKS, Case, Setting, name_of
 from align_ext.bench.timing import Baselines, Call, Comparison, Goal, measure
+from align_ext.system.terminal import PrintLine
 
 TOGETHER = 4  # processes at a time; each holds its model and its allocator's memory between steps
 

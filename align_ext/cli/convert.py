@@ -15,7 +15,7 @@ from torch import Tensor
 from align_ext.alignment.context import set_task
 from align_ext.base_model.checks import check_base, model_errors
 from align_ext.data.encode import text_batch
-from align_ext.evaluation.same_logits import LARGEST_DIFFERENCE, relative_difference
+from align_ext.evaluation.same_logits import LARGEST_DIFFERENCE, relative_difference, verdict
 from align_ext.io.adapter_folder import AdapterFolder, task_list, task_number
 from align_ext.io.peft_format import unexportable_reason
 from align_ext.io.save_adapter import export_peft
@@ -117,8 +117,7 @@ def export(request: Request, verify: bool, console: Console) -> bool:
         with _timed_status("verifying", console):
             differences = _verify(model, tokenizer, target, subfolders)
         for reader, difference in differences.items():
-            verdict = "same logits" if difference <= LARGEST_DIFFERENCE else "OTHER LOGITS"
-            print_line(console, f"{reader}: {verdict} (relative difference {difference:.1e})")
+            print_line(console, f"{reader}: {verdict(difference, passed=difference <= LARGEST_DIFFERENCE)}")
         return all(difference <= LARGEST_DIFFERENCE for difference in differences.values())
 
 

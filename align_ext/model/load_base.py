@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from align_ext.base_model.default_model import PrintLine
 from align_ext.base_model.load import load_model
 from align_ext.io.adapter_folder import AdapterFolder
 from align_ext.system.messages import shown
+from align_ext.system.terminal import PrintLine
 
 _LOG = logging.getLogger(__name__)
 

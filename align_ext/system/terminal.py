@@ -19,6 +19,8 @@ from rich.text import Text
 
 from align_ext.system.messages import reason_of
 
+PrintLine = Callable[[str], None]  # takes one line of progress
+
 
 class OutputLost(BaseException):
     """Standard output is lost, and the command only prints; a BaseException, so that error handlers do not catch it."""

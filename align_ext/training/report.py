@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from align_ext.evaluation.same_logits import verdict
 from align_ext.system.terminal import print_line
 from align_ext.system.writing import atomic_file
 
@@ -66,8 +67,7 @@ def summarise(results: dict[str, Any], target: Path, console: Console) -> None:
     if before["align"] is not None:
         print_line(console, f"alignment loss {before['align']:.4g} -> {after['align']:.4g}")
     for name, check in results["checks"].items():
-        verdict = "same logits" if check["passed"] else "OTHER LOGITS"
-        result = check["detail"] or f"{verdict} (relative difference {check['difference']:.1e})"
+        result = check["detail"] or verdict(check["difference"], passed=check["passed"])
         print_line(console, f"{name}: " + ("does not apply: " if check["passed"] is None else "") + result)
     if results["plot"] is None:
         print_line(console, "no loss plot: matplotlib is not installed")
