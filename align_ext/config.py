@@ -24,11 +24,11 @@ from align_ext.system.bounds import (
 from align_ext.system.messages import shown
 from align_ext.system.names import check_names, check_pattern
 
-Align = Literal["kl", "mmd"]
+Align = Literal["kl", "mmd", "l2"]
 Mixing = Literal["proportional", "temperature", "equal", "round_robin"]  # of tasks into batches
 Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "random_heads"]
 
-DEFAULT_WEIGHT: Mapping[str, float] = {"kl": 0.1, "mmd": 0.15}
+DEFAULT_WEIGHT: Mapping[str, float] = {"kl": 0.1, "mmd": 0.15, "l2": 0.1}
 AUTO: Any = "auto"  # an option's default that depends on the architecture
 MOST_TASKS = 10_000  # a limit, since reports have tables of all pairs of tasks
 
@@ -124,10 +124,12 @@ class AlignLoraConfig:
         AUTO, 'what dropout acts on: "input" (x), "latent" (z, a mask for each head), "input_per_head".'
     )
     align: Align | None = option(
-        AUTO, '"kl" (Align-LoRA, 2508.05078, eq. 5), "mmd" (its multi-kernel MMD) or None; any architecture.'
+        AUTO,
+        '"kl" (Align-LoRA, 2508.05078, eq. 5), "mmd" (its multi-kernel MMD), "l2" (a control: the mean square of the '
+        "latents, whatever their task) or None; any architecture.",
     )
     align_weight: float | None = option(
-        None, 'lambda in loss + lambda * align; None: 0.1 for "kl", 0.15 for "mmd".', _weight_rule
+        None, 'lambda in loss + lambda * align; None: 0.1 for "kl" and "l2", 0.15 for "mmd".', _weight_rule
     )
     num_tasks: int | None = option(
         None,
@@ -141,7 +143,12 @@ class AlignLoraConfig:
         'kl: over a task\'s tokens ("token"), or position by position over its samples ("position": what '
         "Align-LoRA's released code does; unpacked batches, padding counts, sample variance, mean of pairs).",
     )
-    align_pairs: Literal["sum", "mean"] = option("sum", '"sum" over the pairs of tasks (eq. 5) or "mean".')
+    align_pairs: Literal["sum", "mean", "batch"] = option(
+        "sum",
+        '"sum" over all pairs of the M tasks (eq. 5), estimated by the mean over the pairs that a batch holds times '
+        'M (M - 1) / 2, so that its strength does not depend on the batch; that "mean" alone; or "batch", the sum over '
+        "the batch's pairs, which grows with the tasks in a batch.",
+    )
     align_layers: Literal["mean", "sum"] = option("mean", '"mean" over the adapted layers or "sum".')
     align_accumulation: Literal["micro", "queue", "exact"] = option(
         "micro",

@@ -126,7 +126,7 @@ def kl(z: Tensor, task: Tensor, config) -> Tensor:
         if len(g) >= max(2, 1 + config.align_ddof)
     ]
     pairs = [0.5 * (divergence(a, b) + divergence(b, a)).sum() for a, b in itertools.combinations(normals, 2)]
-    return reduced(pairs, config.align_pairs)
+    return reduced(pairs, config)
 
 
 def kl_by_position(z: Tensor, task: Tensor, samples: int, config) -> Tensor:
@@ -160,12 +160,20 @@ def mmd(z: Tensor, task: Tensor, config) -> Tensor:
         return kernels(g, g).masked_fill(torch.eye(len(g), dtype=torch.bool), 0).sum() / (len(g) * (len(g) - 1))
 
     pairs = [within(a) + within(b) - 2 * kernels(a, b).mean() for a, b in itertools.combinations(groups, 2)]
-    return reduced(pairs, config.align_pairs)
+    return reduced(pairs, config)
 
 
-def reduced(pairs: list[Tensor], how: str) -> Tensor:
-    """The sum of the pairs, or their mean."""
-    return torch.stack(pairs).sum() / (len(pairs) if how == "mean" else 1)
+def l2(z: Tensor, task: Tensor, config) -> Tensor:
+    """The mean square of the latents of all tokens of a task."""
+    rows = z[task >= 0]
+    return sum((row @ row) for row in rows) / rows.numel()
+
+
+def reduced(pairs: list[Tensor], config) -> Tensor:
+    """The sum over a batch's pairs, their mean, or the mean times the number of all pairs of tasks."""
+    total = torch.stack(pairs).sum()
+    every = config.num_tasks * (config.num_tasks - 1) // 2 if config.align_pairs == "sum" else 1
+    return total if config.align_pairs == "batch" else every * total / len(pairs)
 
 
 def balance(w: Tensor, valid: Tensor, kind: str) -> Tensor:

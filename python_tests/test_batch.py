@@ -3,6 +3,7 @@
 import copy
 import functools
 import pickle
+from typing import get_args
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from align_ext import align_parts, align_step, replace_linear_with_align_lora, unload
 from align_ext.adapters.base import Adapter
+from align_ext.architectures import Architecture
 
 EXACT = 1e-11  # float64; the oracle is the literal sum over pairs, differentiated by autograd
 CHECKPOINTING = (None, "non-reentrant", "reentrant")
@@ -264,6 +266,20 @@ def test_response_only_counts_the_tokens_with_a_label():
     token_tasks = torch.where(inputs["labels"] != -100, tasks[:, None], -1).flatten()
     expected = torch.stack([literal_kl(z, token_tasks) for z in oracle.latents]).mean()
     assert align_parts(model).align == pytest.approx(expected.item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("architecture", get_args(Architecture))
+def test_every_architecture_tells_its_parts_whether_or_not_it_aligns(architecture):
+    for align in (None, "kl"):
+        model, (inputs, tasks) = adapted(architecture=architecture, align=align), batch()
+        assert align_parts(model) is None, "no step has been trained"
+        total = model(**inputs, task_ids=tasks).loss
+        parts = align_parts(model)
+        assert (parts.align > 0, parts.pairs) == ((True, TASKS * (TASKS - 1) / 2) if align else (False, None))
+        extra = 0.01 * (parts.balance or 0) + 1e-4 * (parts.spectral or 0)
+        assert total.item() == pytest.approx(parts.lm + parts.weight * parts.align + extra, rel=1e-6)
+        model.eval()(**inputs, task_ids=tasks)
+        assert align_parts(model) == parts, "evaluation is no training step"
 
 
 def test_the_parts_add_up():

@@ -51,7 +51,7 @@ def test_json_round_trip(options):
         ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\), got 1.0"),
         ({"align": "kld"}, "unknown align 'kld'; did you mean 'kl'"),
         ({"align": "MMD"}, "unknown align 'MMD'; did you mean 'mmd'"),
-        ({"align": "None"}, r"unknown align 'None'; did you mean None\? \(known: kl, mmd, None\)"),
+        ({"align": "None"}, r"unknown align 'None'; did you mean None\? \(known: kl, mmd, l2, None\)"),
         ({"architecture": "aling_lora"}, "unknown architecture 'aling_lora'; did you mean 'align_lora'"),
         ({"align_weight": -1}, "align_weight must be a number >= 0"),
         ({"num_tasks": 0}, "num_tasks must be a positive integer, or None, got 0"),

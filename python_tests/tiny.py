@@ -69,7 +69,7 @@ def prompts(inputs: dict[str, Tensor]) -> Tensor:
 
 def literal_kl(z: Tensor, task: Tensor, config: AlignLoraConfig | None = None) -> Tensor:
     """Σ over pairs of tasks of the symmetric KL."""
-    return literal.kl(z, task, config or AlignLoraConfig())
+    return literal.kl(z, task, config or AlignLoraConfig(num_tasks=TASKS))
 
 
 class Oracle:
@@ -141,7 +141,7 @@ class Oracle:
         if self.config.align_statistics == "position":
             samples = len(task) // LENGTH
             return literal.kl_by_position(output.latents[0], task.view(samples, -1)[:, 0], samples, self.config)
-        loss = literal.kl if self.config.align == "kl" else literal.mmd
+        loss = getattr(literal, self.config.align)
         return sum(loss(z, task, self.config) for z in output.latents) / len(output.latents)
 
     def gradients(self, weights: list[float], union: bool = False, align: float | None = None) -> dict[str, Tensor]:

@@ -112,8 +112,13 @@ def align_step(
 
 
 def align_parts(model: nn.Module) -> LossReport | None:
-    """The losses of the model's last training step; None without one, or before its step.total(loss)."""
+    """The losses of the model's last training step; None without one, or before its step.total(loss).
+
+    Where nothing is added to the model's own loss (align=None), they are that loss alone, if its forward returned one.
+    """
     state = find_state(model)
+    if state is not None and state.lm is not None:
+        return LossReport(lm=float(state.lm), align=0.0, weight=0.0, per_layer={}, per_task=[])
     if state is None or state.last is None or state.last._lm is None:
         return None
     return state.last.parts()

@@ -125,8 +125,13 @@ def _after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         return None
     if state.current is not None and state.current.by_keyword:
         return _close_by_keyword(state, output, _given(state, args, kwargs).get("labels") is not None)
-    if state.config.needs_step and not module.training and not torch.compiler.is_compiling():
-        _watch_evaluation(output)
+    if torch.compiler.is_compiling():
+        return None
+    loss = output.get("loss") if isinstance(output, dict) else None
+    if not state.config.needs_step and module.training and isinstance(loss, Tensor):
+        state.lm = loss.detach()
+    elif state.config.needs_step and not module.training and isinstance(loss, Tensor) and loss.requires_grad:
+        loss.register_hook(_warn_evaluation)  # training was probably meant
     return None
 
 
@@ -141,13 +146,6 @@ def _close_by_keyword(state: AlignState, output: Any, has_loss: bool) -> Any:
     elif isinstance(output, tuple) and has_loss:  # return_dict=False
         output = (step.total(output[0]), *output[1:])
     return output
-
-
-def _watch_evaluation(output: Any) -> None:
-    """Warns if the loss of a model in eval mode is differentiated, since training was probably meant."""
-    loss = output.get("loss") if isinstance(output, dict) else None
-    if isinstance(loss, Tensor) and loss.requires_grad:
-        loss.register_hook(_warn_evaluation)
 
 
 def _warn_evaluation(gradient: Tensor) -> None:

@@ -15,6 +15,7 @@ class LossReport:
         per_task: alignment of each task with all others.
         balance: the balance loss, before its weight; None without.
         spectral: the spectral loss, before its weight; None without.
+        pairs: how many pairs of tasks were aligned; None without alignment.
     """
 
     lm: float
@@ -24,3 +25,4 @@ class LossReport:
     per_task: list[float]
     balance: float | None = None
     spectral: float | None = None
+    pairs: float | None = None

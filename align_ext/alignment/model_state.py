@@ -41,6 +41,7 @@ class AlignState:
         self.suspended: Any = None  # the current one, while the model runs once more for metrics
         self.in_backward: list[Any] = []  # inside a backward: those that have gradients to hand out
         self.last: Any = None
+        self.lm: Tensor | None = None  # the loss of the last training forward, where nothing is added to it
         # The tokens that layers see (tokens.py).
         self.encoder_decoder = False  # whether the model has an encoder and a decoder, whose tokens differ
         self.batch_first = False  # whether a batch with other numbers of samples and tokens has shown it
@@ -57,7 +58,15 @@ class AlignState:
 
     def __getstate__(self) -> dict[str, Any]:
         queue: deque[Statistics] = deque(maxlen=self.queue.maxlen)
-        return {**self.__dict__, "current": None, "suspended": None, "in_backward": [], "last": None, "queue": queue}
+        step: dict[str, Any] = {
+            "current": None,
+            "suspended": None,
+            "in_backward": [],
+            "last": None,
+            "lm": None,
+            "queue": queue,
+        }
+        return {**self.__dict__, **step}
 
     def add_layer(self, name: str, rank: int) -> int:
         """Registers a layer whose outputs a step records; returns its number."""

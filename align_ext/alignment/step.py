@@ -27,9 +27,7 @@ from align_ext.alignment.model_state import AlignState
 from align_ext.alignment.outputs import StepOutputs
 from align_ext.alignment.tap import LATENT, WEIGHTS
 from align_ext.losses.balance import Balance
-from align_ext.losses.kl import KlAlignment
-from align_ext.losses.mmd import MmdAlignment
-from align_ext.losses.statistics import STATISTICS, Statistics
+from align_ext.losses.statistics import STATISTICS, Alignment, Statistics
 from align_ext.losses.tokens import Latents
 from align_ext.ops._autograd import apply_of
 
@@ -52,7 +50,7 @@ class AlignStep(StepOutputs):
     ) -> None:  # fmt: skip
         super().__init__(state, ids, like, strict=strict, records=records)
         self.by_keyword = by_keyword
-        self.alignment: KlAlignment | MmdAlignment | None = None
+        self.alignment: Alignment | None = None
         self.balance: Balance | None = None
         self.spectral: Tensor | None = None
         self._own: Statistics | None = None  # for the queue, once the loss is differentiated
@@ -173,6 +171,7 @@ class AlignStep(StepOutputs):
             per_task=[] if alignment is None else alignment.statistics.per_task(state.config),
             balance=None if self.balance is None else float(self.balance.value),
             spectral=None if self.spectral is None else float(self.spectral.detach()),
+            pairs=None if alignment is None else float(alignment.statistics.pairs(state.config)),
         )
 
 

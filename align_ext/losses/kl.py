@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from align_ext.config import AlignLoraConfig
-from align_ext.losses.tokens import Latents, TokenTasks, gather, heads_of, layer_value
+from align_ext.losses.tokens import Latents, TokenTasks, gather, heads_of, layer_value, pair_factor
 from align_ext.ops import gaussian_kl_tables, task_moments
 from align_ext.ops.gaussian_kl import gaussian_kl_backward
 
@@ -81,11 +80,17 @@ class KlStatistics:
 
     def evaluate(self, config: AlignLoraConfig) -> KlAlignment:
         """Computes the loss of every layer and its gradient tables."""
-        options: Any = {"eps": config.align_eps, "ddof": config.align_ddof, "pairs": config.align_pairs}
-        per_latent, tables = gaussian_kl_tables(self.moments, **options)
-        per_latent = per_latent if self.positions == 1 else per_latent / self.positions
+        pairs, factor = pair_factor(config.align_pairs, self.moments.shape[1])
+        per_latent, tables = gaussian_kl_tables(self.moments, eps=config.align_eps, ddof=config.align_ddof, pairs=pairs)
+        factor /= self.positions
+        per_latent = per_latent if factor == 1 else per_latent * factor
         value, per_layer, latent_weight = layer_value(per_latent, self.latents, config.align_layers)
-        return KlAlignment(value, per_layer, latent_weight / self.positions, tables, self)
+        return KlAlignment(value, per_layer, latent_weight * factor, tables, self)
+
+    def pairs(self, config: AlignLoraConfig) -> Tensor:
+        """Returns the number of pairs of tasks with enough tokens, averaged over the latents; scalar."""
+        active = (self.moments[..., 0] >= max(2, 1 + config.align_ddof)).sum(1)
+        return (active * (active - 1) / 2).mean()
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Returns all contents as tensors, to be stored."""
@@ -175,7 +180,7 @@ def merge_moments(first: Tensor, second: Tensor) -> Tensor:
 
 
 def task_divergences(moments: Tensor, config: AlignLoraConfig, latents: int = 1) -> Tensor:
-    """Returns the KL of each pair of tasks, averaged (or summed) over the layers; for reports, in float64.
+    """Returns each pair's part of the loss, averaged (or summed) over the layers; for reports, in float64.
 
     Args:
         moments: [layers * latents, tasks, 2 rank + 1] = n | mean | M2.
@@ -194,8 +199,9 @@ def task_divergences(moments: Tensor, config: AlignLoraConfig, latents: int = 1)
     divergence = 0.25 * (vi * pj + vj * pi - 2 + gap * (pi + pj)).sum(-1)
     active = (n[..., 0] >= max(2, 1 + config.align_ddof)).double()
     divergence = divergence * active[:, :, None] * active[:, None]
-    if config.align_pairs == "mean":
+    pairs, factor = pair_factor(config.align_pairs, n.shape[1])
+    if pairs == "mean":
         count = active.sum(1)[:, None, None]
-        divergence = divergence / (count * (count - 1) / 2).clamp_min(1)
+        divergence = divergence * factor / (count * (count - 1) / 2).clamp_min(1)
     divergence = divergence.unflatten(0, (-1, latents)).mean(1)
     return divergence.mean(0) if config.align_layers == "mean" else divergence.sum(0)

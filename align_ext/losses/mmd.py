@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from align_ext.config import AlignLoraConfig
-from align_ext.losses.tokens import Latents, TokenTasks, gather, heads_of, layer_value
+from align_ext.losses.tokens import Latents, TokenTasks, gather, heads_of, layer_value, pair_factor
 from align_ext.ops import mk_mmd
 
 
@@ -74,12 +74,19 @@ class MmdStatistics:
     def evaluate(self, config: AlignLoraConfig) -> MmdAlignment:
         """Computes the loss of every layer and its gradient in every row."""
         losses, gradients = [], {}
+        _, factor = pair_factor(config.align_pairs, self.tasks)
         for layer, heads in self.rows.items():
             results = [_value_and_gradient(z, self.ids.to(z.device), self.tasks, config) for z in heads]
-            losses += [loss.to(self.ids.device) for loss, _ in results]
+            losses += [loss.to(self.ids.device) * factor for loss, _ in results]
             gradients[layer] = torch.stack([gradient for _, gradient in results], 1)
         value, per_layer, latent_weight = layer_value(torch.stack(losses), config.latents, config.align_layers)
-        return MmdAlignment(value, per_layer, latent_weight, gradients, self)
+        return MmdAlignment(value, per_layer, latent_weight * factor, gradients, self)
+
+    def pairs(self, config: AlignLoraConfig) -> Tensor:
+        """Returns the number of pairs of tasks with enough tokens; scalar."""
+        counts = torch.bincount(self.ids[self.ids >= 0], minlength=self.tasks)
+        active = (counts >= 2).sum()
+        return active * (active - 1) / 2
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Returns all contents as tensors, to be stored."""
@@ -94,8 +101,10 @@ class MmdStatistics:
         return cls({layer: tensors[f"rows.{layer}"] for layer in layers}, tensors["ids"], start, tasks)
 
     def per_task(self, config: AlignLoraConfig) -> list[float]:
-        """Returns the discrepancy of each task from all others, summed over the pairs; for reports."""
+        """Returns each task's part of the loss: that of its pairs with all others; for reports."""
         per_task = [0.0] * self.tasks
+        how, factor = pair_factor(config.align_pairs, self.tasks)
+        weight = factor / max(float(self.pairs(config)), 1.0) if how == "mean" else 1.0
         for i, j in itertools.combinations(range(self.tasks), 2):
             pair = torch.where((self.ids == i) | (self.ids == j), self.ids, -1)
             losses = [
@@ -103,7 +112,7 @@ class MmdStatistics:
                 for heads in self.rows.values()
                 for z in heads
             ]
-            value = float(layer_value(torch.stack(losses), config.latents, config.align_layers)[0])
+            value = weight * float(layer_value(torch.stack(losses), config.latents, config.align_layers)[0])
             per_task[i] += value
             per_task[j] += value
         return per_task
@@ -142,7 +151,7 @@ def _options(config: AlignLoraConfig) -> dict[str, Any]:
         "num_kernels": config.mmd_kernels,
         "statistic": config.mmd_statistic,
         "n_max": config.mmd_n_max,
-        "pairs": config.align_pairs,
+        "pairs": pair_factor(config.align_pairs, 0)[0],
     }
 
 

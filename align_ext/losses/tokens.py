@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -67,6 +68,21 @@ def gather(tensor: Tensor) -> list[Tensor]:
 def heads_of(z: Tensor) -> tuple[Tensor, ...]:
     """Returns the latents of one layer, [T, rank] each."""
     return z.unbind(1) if z.dim() == 3 else (z,)
+
+
+def pair_factor(align_pairs: str, tasks: int) -> tuple[Literal["sum", "mean"], float]:
+    """Returns how a kernel reduces the pairs of the tasks that are present, and the factor on its result.
+
+    "sum" estimates eq. 5 of 2508.05078, the sum over all M (M - 1) / 2 pairs of the M tasks, by the mean over the pairs
+    that a batch holds, so that its strength does not depend on how many tasks a batch holds.
+
+    Args:
+        align_pairs: "sum", "mean" over the pairs, or "batch", the sum over the batch's pairs.
+        tasks: M.
+    """
+    if align_pairs == "batch":
+        return "sum", 1.0
+    return "mean", tasks * (tasks - 1) / 2 if align_pairs == "sum" else 1.0
 
 
 def layer_value(per_latent: Tensor, latents: int, layers: str) -> tuple[Tensor, Tensor, float]:

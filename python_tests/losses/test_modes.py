@@ -24,6 +24,9 @@ from align_ext import align_parts
 # Dropout everywhere: its masks must be the same in recomputation, and in the oracle.
 CASES = {
     "lora, mmd": {"architecture": "lora", "align": "mmd", "mmd_statistic": "u", "align_layers": "sum"},
+    "lora, l2": {"architecture": "lora", "align": "l2"},
+    "lora_moe, l2": {"architecture": "lora_moe", "align": "l2", "align_layers": "sum"},
+    "m_lora, kl of a batch's pairs": {"architecture": "m_lora", "align": "kl", "align_pairs": "batch"},
     "align_lora by position": {"align_statistics": "position"},
     "align_lora, mmd of few": {"align": "mmd", "mmd_bandwidths": [0.1, 1.0, 7.0], "mmd_n_max": 8},
     "multi_adapter": {"architecture": "multi_adapter"},
