@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +23,10 @@ BUILTIN_TASKS: dict[str, dict[str, Any]] = {
 }
 _CHOICES = {"syllogism": ("Yes", "No")}
 # Item i of a generator uses seed + i, so seeds with this distance share no item.
-_TEST_SEED = 1_000_000_000
+_TEST_SEED, _DEV_SEED = 1_000_000_000, 2_000_000_000
+_DEV = (
+    "dev"  # the split of generated examples to choose options on; of other data they are taken off the training split
+)
 _MAX_TASKS = 10_000
 _MAX_LINES = 20  # the most tasks that a report lists
 _MAX_NOTE = 300  # the most characters of a note
@@ -33,7 +37,8 @@ class Pools:
     """All examples that were read.
 
     Attributes:
-        tasks: task -> split (train, test, validation, or "" if undivided) -> examples, in the order of their selection.
+        tasks: task -> split (train, test, validation, or "" if undivided) -> examples, in an order that depends on
+            their contents alone: the first ones are scored in every run.
         notes: lines about files, splits and columns that are not used.
     """
 
@@ -75,6 +80,7 @@ class TaskData:
         names: the names of the tasks.
         train: the examples to train on.
         test: the examples to score on.
+        dev: examples off the training split, to choose options on.
         usage: task -> split -> the usage of its rows.
         notes: the notes of the Pools.
     """
@@ -82,6 +88,7 @@ class TaskData:
     names: tuple[str, ...]
     train: list[Example] = field(default_factory=list)
     test: list[Example] = field(default_factory=list)
+    dev: list[Example] = field(default_factory=list)
     usage: dict[str, dict[str, Usage]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -104,7 +111,7 @@ class TaskData:
 
 
 def read_tasks(
-    data: str | None, tasks: Sequence[str] = (), *, train: int = 500, test: int = 500, seed: int = 0,
+    data: str | None, tasks: Sequence[str] = (), *, train: int = 500, test: int = 500, dev: int = 0, seed: int = 0,
     ignore_columns: Collection[str] = (),
 ) -> Pools:  # fmt: skip
     """Reads the examples of several tasks.
@@ -113,18 +120,20 @@ def read_tasks(
         data: a .jsonl or .json file (.gz too), a folder of such files, or the id of a hub dataset ("owner/name", or
             "owner/name:configuration"); None: the built-in tasks. The format of rows is in align_ext/data/rows.py.
             A folder's files may be named after splits (x.train.jsonl, x.test.jsonl).
-        tasks: names of the tasks to keep, all if empty.
+        tasks: names of the tasks to keep, all if empty; without data, any generators of reasoning-gym.
         train: how many training examples of a built-in task to generate.
         test: how many test examples of a built-in task to generate.
-        seed: the seed of the generated training examples and of the order; test examples do not depend on it.
+        dev: how many examples of a built-in task to generate for choosing options.
+        seed: the seed of the generated training examples; nothing else depends on it.
         ignore_columns: columns of the rows to leave out.
 
     Raises:
         ValueError: no such data, a row that cannot be used (the message names file and line), or an unknown task.
     """
     if data is None:
-        parts = {"train": (train, seed), "test": (test, _TEST_SEED)}
-        names = _choose_names(tuple(BUILTIN_TASKS), tasks)
+        parts = {"train": (train, seed), "test": (test, _TEST_SEED), **({_DEV: (dev, _DEV_SEED)} if dev else {})}
+        names = tuple(tasks) if tasks else tuple(BUILTIN_TASKS)
+        _check_generators(names)
         return Pools({name: {split: builtin_examples(name, *part) for split, part in parts.items()} for name in names})
     source = read_source(data, ignore_columns)
     found: dict[str, dict[str, list[Example]]] = {}
@@ -145,20 +154,25 @@ def read_tasks(
     if source.unused:
         columns = (f"{shown(name)[1:-1]} ({count:,} rows)" for name, count in sorted(source.unused.items()))
         notes.append(_shorten(f"columns that are not used: {', '.join(columns)}"))
-    ordered = {n: {s: _shuffle(part, seed) for s, part in splits.items()} for n, splits in chosen.items()}
+    ordered = {n: {s: _shuffle(part, 0) for s, part in splits.items()} for n, splits in chosen.items()}
     return Pools(ordered, tuple(notes))
 
 
 def select(
-    pools: Pools, train_per_task: int, test_per_task: int, fits: Callable[[Example], bool] = lambda _: True
-) -> TaskData:
-    """Selects the first fitting examples of each task; prompts of test examples are never trained on.
+    pools: Pools, train_per_task: int, test_per_task: int, fits: Callable[[Example], bool] = lambda _: True, *,
+    dev_per_task: int = 0, seed: int = 0,
+) -> TaskData:  # fmt: skip
+    """Selects fitting examples of each task; prompts of test and dev examples are never trained on.
+
+    The scored examples are the same for every seed, so that runs of several seeds can be compared row by row.
 
     Args:
         pools: the result of read_tasks; the first examples of an undivided pool are scored, the others are trained on.
         train_per_task: the most training examples of each task.
         test_per_task: the most test examples of each task.
         fits: whether an example can be used.
+        dev_per_task: the most examples of each task that are held out of the training split, to choose options on.
+        seed: the seed of the choice and the order of the training examples.
 
     Raises:
         ValueError: a task has nothing to train or to score on.
@@ -169,13 +183,37 @@ def select(
         tested, scored = _select(pool, test_per_task, fits, f"{shown(name)} has no examples to score", "eval_examples")
         train = splits.get("train")
         prompts = {text_asked(example.prompt) for example in (tested if train is None else pool)}
-        trained, learnt = _select(train or pool, train_per_task, fits, f"{shown(name)} has no examples to train",
+        if dev_per_task:
+            task = f"{shown(name)} has no examples to choose on"
+            dev, result.usage.setdefault(name, {})["dev"] = _select(
+                splits.get(_DEV) or train or pool, dev_per_task, fits, task, "dev", prompts
+            )
+            prompts |= {text_asked(example.prompt) for example in dev}
+            result.dev.extend(dev)
+        order = _shuffle(train or pool, seed)
+        trained, learnt = _select(order, train_per_task, fits, f"{shown(name)} has no examples to train",
                                   "train_examples", prompts)  # fmt: skip
-        result.usage[name] = {"train": learnt, split: scored}
+        result.usage.setdefault(name, {}).update({"train": learnt, split: scored})
         _add_unused(result.usage[name], splits)
         result.train.extend(trained)
         result.test.extend(tested)
     return result
+
+
+def row_ids(examples: Sequence[Example]) -> list[str]:
+    """Returns an id for each example: its task and 48 bits of the SHA-256 of what is asked and answered.
+
+    The id depends on the row's content alone, so that the rows of two runs can be paired; the k-th copy of a row gets
+    "#k" behind it.
+    """
+    seen: Counter[str] = Counter()
+    ids = []
+    for x in examples:
+        content = repr((x.prompt, x.answer, x.choices, x.label, x.also)).encode("utf-8", "surrogatepass")
+        name = f"{x.task}/{hashlib.sha256(content).hexdigest()[:12]}"
+        seen[name] += 1
+        ids.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+    return ids
 
 
 def scored_examples(pools: Pools, most: int, fits: Callable[[Example], bool], *, undivided: bool) -> TaskData:
@@ -248,11 +286,20 @@ def _select(
     return selected, Usage(len(pool), len(selected), left_out, len(pool) - len(set(pool)))
 
 
+def _check_generators(names: Sequence[str]) -> None:
+    """Raises ValueError for a task that is neither built in nor a generator of reasoning-gym."""
+    from reasoning_gym.factory import DATASETS
+
+    for name in names:
+        if name not in BUILTIN_TASKS and name not in DATASETS:
+            raise ValueError(unknown_name("task", name, [*BUILTIN_TASKS, *DATASETS]))
+
+
 def builtin_examples(name: str, count: int, seed: int) -> list[Example]:
-    """Generates examples of one built-in task, scored by reasoning-gym."""
+    """Generates examples of one of reasoning-gym's tasks, scored by it; others than BUILTIN_TASKS by their defaults."""
     import reasoning_gym
 
-    dataset = reasoning_gym.create_dataset(name, size=max(count, 1), seed=seed, **BUILTIN_TASKS[name])
+    dataset = reasoning_gym.create_dataset(name, size=max(count, 1), seed=seed, **BUILTIN_TASKS.get(name, {}))
     choices, examples = _CHOICES.get(name, ()), []
     for entry in (dataset[i] for i in range(count)):
         label = choices.index(entry["answer"]) if choices else -1

@@ -4,12 +4,13 @@ import gzip
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hf.words import rows, write_rows
 
 from align_ext.data.rows import Example
-from align_ext.data.tasks import Usage, read_tasks, scored_examples, select
+from align_ext.data.tasks import Usage, read_tasks, row_ids, scored_examples, select
 
 FORMS = {
     "chain_sum": r"-?\d+",
@@ -92,7 +93,45 @@ def test_the_examples_chosen_do_not_depend_on_the_order_of_the_rows(tmp_path):
     write_rows(tmp_path / "b.jsonl", list(rows())[::-1])
     one, two = (load_tasks(str(tmp_path / name), test_per_task=4, train_per_task=6) for name in ("a.jsonl", "b.jsonl"))
     assert one == two
-    assert load_tasks(str(tmp_path / "a.jsonl"), test_per_task=4, seed=1).test != one.test
+
+
+def test_every_seed_scores_the_same_rows_and_trains_on_its_own(tmp_path):
+    write_rows(tmp_path / "a.jsonl")
+    pools = read_tasks(str(tmp_path / "a.jsonl"))
+    zero, again, one = (select(pools, 6, 4, dev_per_task=3, seed=seed) for seed in (0, 0, 1))
+    assert zero == again
+    assert (one.test, one.dev) == (zero.test, zero.dev)
+    assert one.train != zero.train
+    assert {len(zero.train), len(zero.dev)} == {12, 6}
+    asked = [{x.prompt for x in part} for part in (zero.test, zero.dev, [*zero.train, *one.train])]
+    assert not (asked[0] & asked[1])
+    assert not (asked[0] & asked[2])
+    assert not (asked[1] & asked[2])
+
+
+def test_generated_rows_to_choose_on_depend_on_no_seed_and_are_neither_trained_nor_tested():
+    parts = {"train": 20, "test": 5, "dev": 5}
+    one, two = (select(read_tasks(None, ["syllogism", "spell_backward"], seed=seed, **parts), 20, 5, dev_per_task=5)
+                for seed in (0, 9))  # fmt: skip
+    assert one.dev == two.dev
+    assert one.names == ("syllogism", "spell_backward"), "any generator of reasoning-gym may be named"
+    assert len(one.dev) == 10
+    assert not {x.prompt for x in one.dev} & {x.prompt for x in (*one.train, *one.test, *two.train)}
+    with pytest.raises(ValueError, match="unknown task 'silogism'; did you mean 'syllogism'"):
+        read_tasks(None, ["silogism"])
+
+
+def test_the_id_of_a_row_is_that_of_its_content(tmp_path):
+    write_rows(tmp_path / "a.jsonl", list(rows()))
+    write_rows(tmp_path / "b.jsonl", list(rows())[::-1])
+    first, second = (select(read_tasks(str(tmp_path / name)), 6, 9).test for name in ("a.jsonl", "b.jsonl"))
+    assert row_ids(first) == row_ids(second)
+    assert len(set(row_ids(first))) == len(first)
+    x = Example("t", "p", "a", ("a", "b"), 0)
+    assert row_ids([x, replace(x, label=1, answer="b"), replace(x, prompt="q"), x])[::3] == [
+        row_ids([x])[0], row_ids([x])[0] + "#2",
+    ]  # fmt: skip
+    assert len(set(row_ids([x, replace(x, label=1, answer="b"), replace(x, prompt="q"), x]))) == 4
 
 
 def test_some_tasks_can_be_chosen_and_an_unknown_one_is_named_with_the_nearest(tmp_path):
