@@ -24,6 +24,10 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="rows in a forward")] = 16,
     seq_len: Annotated[int, typer.Option(help="longest prompt and answer in tokens; longer ones are left out")] = 256,
     merge: Annotated[bool, typer.Option("--merge", help="score the merged model")] = False,
+    task: Annotated[
+        str | None, typer.Option(help="multi_adapter: name or number of the task whose adapter scores all tasks")
+    ] = None,
+    generate: Annotated[bool, typer.Option(help="generate answers too, which takes longer than likelihoods")] = True,
     dtype: Annotated[str, typer.Option(help="auto, stored, float32, bfloat16 or float16")] = "auto",
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda")] = "auto",
     force: Force = False,
@@ -33,7 +37,7 @@ def evaluate(
 
     For each task, with standard errors: the loss per token of the gold answer; where there are choices, how often the
     gold one has the least loss per token; and the score of greedy answers, by the task's own scorer or else exact
-    match. A multi_adapter scores each task with its adapter.
+    match. A multi_adapter scores each task with its adapter. The file also holds each row's result by its id.
 
     Example: align-lora eval --adapter run/adapter --tasks syllogism,chain_sum --json scores.json
     """

@@ -12,10 +12,13 @@ from rich.table import Table
 from align_ext.base_model.checks import check_base
 from align_ext.data.encode import check_conversations, fits, token_rows
 from align_ext.data.tasks import TaskData, read_tasks, scored_examples
-from align_ext.evaluation.evaluate import TaskScore, evaluate
+from align_ext.evaluation.evaluate import score_rows
+from align_ext.evaluation.rows import TaskScore, task_scores
 from align_ext.evaluation.scored_model import ModelRequest
 from align_ext.io.adapter_folder import AdapterFolder
+from align_ext.system.bounds import unknown_name
 from align_ext.system.memory import enough_memory
+from align_ext.system.messages import shown
 from align_ext.system.terminal import print_line, progress_bars, show_status
 from align_ext.system.versions import versions
 from align_ext.system.writing import atomic_file, check_file, user_path
@@ -33,6 +36,8 @@ class EvalRequest(ModelRequest):
     batch_size: int = 16
     seq_len: int = 256
     ignore_columns: tuple[str, ...] = ()
+    task: str | None = None
+    generate: bool = True
 
     def __post_init__(self) -> None:
         for name in ("examples", "batch_size", "seq_len"):
@@ -55,7 +60,7 @@ def score(request: EvalRequest, file: str | None, console: Console) -> dict[str,
         request.data, request.tasks, train=0, test=request.examples, ignore_columns=request.ignore_columns
     )
     stored = None if request.adapter is None else AdapterFolder.read(request.adapter)
-    ids = None if stored is None else _task_ids(stored, tuple(pools.tasks), merged=request.merge)
+    ids = None if stored is None else _task_ids(stored, tuple(pools.tasks), request)
     with show_status(console, "loading the model"):
         model, tokenizer = request.load_base()
     check_conversations(tokenizer, pools.examples())
@@ -71,31 +76,42 @@ def score(request: EvalRequest, file: str | None, console: Console) -> dict[str,
     for line in data.report():
         print_line(console, f"  {line}")
     with progress_bars(console) as bars:
-        scores = evaluate(model, tokenizer, data.test, request.batch_size, bars, ids, greedy=True)
+        rows = score_rows(
+            model, tokenizer, data.test, request.batch_size, bars, ids, generate="all" if request.generate else "none"
+        )
+    scores = task_scores(rows)
     console.print(_table(scores, data))
     if path is not None:
         tasks = {name: _results(name, result, data) for name, result in scores.items()}
         content = {
             "written_by": MARK, "options": asdict(request), "versions": versions(), "dtype": str(model.dtype),
-            "data": data.counts(), "tasks": tasks,
+            "data": data.counts(), "tasks": tasks, "rows": [asdict(row) for row in rows],
         }  # fmt: skip
         with atomic_file(path) as new:
             new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return scores
 
 
-def _task_ids(stored: AdapterFolder, tasks: tuple[str, ...], *, merged: bool) -> dict[str, int] | None:
-    """Returns the ids of the tasks in a multi_adapter, or None for other adapters."""
+def _task_ids(stored: AdapterFolder, tasks: tuple[str, ...], request: EvalRequest) -> dict[str, int] | None:
+    """Returns the id of each task's adapter in a multi_adapter, or None for other adapters."""
     if stored.config.architecture != "multi_adapter":
+        if request.task is not None:
+            raise ValueError(f"--task {shown(request.task)}: an adapter of architecture {stored.config.architecture!r} "
+                             "is one for all tasks: leave it out")  # fmt: skip
         return None
-    if merged:
+    if request.merge:
         raise ValueError("--merge: a multi_adapter has one adapter for each task: score it without, or score what "
                          "`align-lora merge --task` writes")  # fmt: skip
     names = stored.task_names or tuple(str(i) for i in range(stored.config.num_tasks or 0))
+    if request.task is not None:
+        chosen = int(request.task) if request.task.isdecimal() and request.task not in names else None
+        if (chosen is None and request.task not in names) or (chosen is not None and chosen >= len(names)):
+            raise ValueError(unknown_name("task of the adapter", request.task, names))
+        return dict.fromkeys(tasks, names.index(request.task) if chosen is None else chosen)
     missing = [task for task in tasks if task not in names]
     if missing:
         raise ValueError(f"the adapter has none for {', '.join(missing)}: its tasks are {', '.join(names)} (--tasks "
-                         "keeps some of the data's)")  # fmt: skip
+                         "keeps some of the data's, --task names the adapter that scores all)")  # fmt: skip
     return {name: i for i, name in enumerate(names)}
 
 

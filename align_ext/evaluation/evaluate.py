@@ -1,84 +1,40 @@
-"""Scores a model on held-out examples: loss and accuracy per task, and the alignment loss of the tasks' latents."""
+"""Scores a model on held-out examples: results of rows and tasks, and the alignment loss of the tasks' latents."""
+
+from __future__ import annotations
 
 import copy
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import nn
 from transformers import GenerationConfig
 
 from align_ext.adapters.capture import capture_latents
 from align_ext.alignment.context import set_task
-from align_ext.alignment.model_state import find_state
+from align_ext.alignment.model_state import find_state, require_state
 from align_ext.alignment.tokens import NO_TASK
 from align_ext.base_model.checks import learned_positions, model_errors
+from align_ext.config import Align
 from align_ext.data.collator import TaskCollator
 from align_ext.data.encode import answer_tokens, encode, features, prompt_tokens
 from align_ext.data.rows import Example
+from align_ext.data.tasks import row_ids
+from align_ext.evaluation.likelihood import Question, answer_nll
+from align_ext.evaluation.rows import RowScore, TaskScore, task_scores
 from align_ext.losses.statistics import STATISTICS
-from align_ext.losses.tokens import TokenTasks
+from align_ext.losses.tokens import Latents, TokenTasks
 from align_ext.system.bounds import is_whole
 
-
-@dataclass(frozen=True)
-class TaskScore:
-    """The result of one task; the standard errors take its examples as a sample, and are None for a single example.
-
-    Attributes:
-        loss: negative log-likelihood of the gold answer per token, over all answer tokens of the task.
-        score: the fraction of right choices, or the mean score of generated answers.
-        examples: the number of scored examples.
-        loss_error: standard error of the loss as a ratio, sqrt(n / (n - 1) Σ (nll_i - loss tokens_i)²) / Σ tokens_i.
-        score_error: standard error of the score, s / sqrt(n).
-        greedy: the mean score of generated answers if score is about choices; only on request.
-        greedy_error: the standard error of greedy.
-    """
-
-    loss: float
-    score: float
-    examples: int
-    loss_error: float | None = None
-    score_error: float | None = None
-    greedy: float | None = None
-    greedy_error: float | None = None
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One answer to one prompt: the right one (choice == label) or another choice."""
-
-    example: int
-    choice: int
-    task: int
-    prompt: list[int]
-    answer: list[int]
-
-
-def answer_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Computes the negative log-likelihood of each supervised token.
-
-    Args:
-        logits: [B, S, vocab], for the next token.
-        labels: int64 [B, S], -100 for tokens that are not supervised.
-
-    Returns:
-        nll: float32 [K], for the K supervised tokens (the first token of a row is not predicted and never counts).
-        rows: int64 [K], the row of each token.
-    """
-    targets = labels[:, 1:].to(logits.device)
-    rows, columns = torch.nonzero(targets != -100, as_tuple=True)
-    nll = nn.functional.cross_entropy(logits[rows, columns].float(), targets[rows, columns], reduction="none")
-    return nll, rows
+Generate = Literal["free", "all", "none"]
 
 
 @torch.no_grad()
-def evaluate(
+def score_rows(
     model: Any,
     tokenizer: Any,
     examples: Sequence[Example],
@@ -86,37 +42,38 @@ def evaluate(
     progress: Progress | None = None,
     ids: Mapping[str, int] | None = None,
     *,
-    greedy: bool = False,
-) -> dict[str, TaskScore]:
-    """Scores a causal language model on each task, in eval mode.
+    generate: Generate = "free",
+) -> list[RowScore]:
+    """Scores a causal language model on each example, in eval mode.
 
-    With choices, the model's answer is the one with the smallest negative log-likelihood per token. Without choices,
-    the model generates greedily, up to a few tokens more than the longest right answer of the task, and the example's
-    scorer scores the text. Only the special tokens' ids of the model's generation_config are used.
+    Likelihoods are those of likelihood.answer_nll. Where answers are generated, the model generates greedily, up to a
+    few tokens more than the longest right answer of the task, and the example's scorer scores the text. Only the
+    special tokens' ids of the model's generation_config are used.
 
     Args:
         model: any transformers model that can generate.
         tokenizer: its tokenizer.
         examples: examples of any number of tasks.
-        batch_size: the number of rows in a forward.
+        batch_size: the number of answers in a forward.
         progress: a running rich display to which a bar is added.
         ids: the id of each task, for a model with one adapter per task (multi_adapter).
-        greedy: whether to generate answers also for examples with choices.
+        generate: whether to generate answers to examples without choices ("free"), to "all", or to "none".
 
     Raises:
         ValueError: ids lacks a task of a multi_adapter, or the model cannot run or generate.
     """
     tasks = _task_ids(model, examples, ids)
-    rows = _rows(tokenizer, examples, tasks)
-    free = [i for i, example in enumerate(examples) if greedy or not example.choices]
-    bar = None if progress is None else progress.add_task("evaluating", total=len(rows) + len(free))
+    questions = [_question(tokenizer, example, task) for example, task in zip(examples, tasks, strict=True)]
+    free = [i for i, x in enumerate(examples) if generate == "all" or (generate == "free" and not x.choices)]
+    answers = sum(len(question.answers) for question in questions)
+    bar = None if progress is None else progress.add_task("evaluating", total=answers + len(free))
 
     def advance(count: int) -> None:
         if progress is not None and bar is not None:
             progress.advance(bar, count)
 
-    with _eval_mode(model), _plain_generation_config(model, tokenizer):
-        sums = _choice_nll(model, tokenizer, rows, batch_size, advance)
+    with eval_mode(model), _plain_generation_config(model, tokenizer):
+        sums = answer_nll(model, tokenizer.pad_token_id, questions, batch_size, advance)
         generated: dict[int, float] = {}
         # Task by task, since the longest answer differs between tasks, and a multi_adapter needs the task.
         for _, same in itertools.groupby(sorted(free, key=lambda i: examples[i].task), lambda i: examples[i].task):
@@ -125,74 +82,103 @@ def evaluate(
                 generated |= _generated_scores(model, tokenizer, examples, group, batch_size, advance)
     if progress is not None and bar is not None:
         progress.remove_task(bar)
-
-    return {
-        task: _task_score([i for i, example in enumerate(examples) if example.task == task], examples, sums, generated)
-        for task in dict.fromkeys(example.task for example in examples)
-    }
-
-
-def _task_score(
-    indices: list[int],
-    examples: Sequence[Example],
-    sums: Mapping[tuple[int, int], tuple[float, int]],
-    generated: Mapping[int, float],
-) -> TaskScore:
-    """Returns the result of one task from the (NLL, tokens) of answers and the scores of generated answers."""
-    gold = [sums[i, max(examples[i].label, 0)] for i in indices]
-    tokens = sum(count for _, count in gold)
-    loss = sum(nll for nll, _ in gold) / tokens
-    residuals = sum((nll - loss * count) ** 2 for nll, count in gold)
-    chosen = {}
-    for i in indices:
-        if choices := examples[i].choices:
-            per_token = [sums[i, c][0] / sums[i, c][1] for c in range(len(choices))]
-            best = min(range(len(per_token)), key=per_token.__getitem__)
-            chosen[i] = float(best in (examples[i].label, *examples[i].also))
-    score, score_error = mean_and_error([chosen.get(i, generated.get(i, 0.0)) for i in indices])
-    both = [generated[i] for i in indices] if chosen and all(i in generated for i in indices) else []
-    return TaskScore(
-        loss, score, len(indices),
-        math.sqrt(residuals * len(indices) / (len(indices) - 1)) / tokens if len(indices) > 1 else None,
-        score_error, *(mean_and_error(both) if both else (None, None)),
-    )  # fmt: skip
+    return [
+        RowScore(
+            name, x.task, x.label, x.also, nll, tuple(map(len, question.answers)), generated.get(i)
+        )
+        for i, (name, x, nll, question) in enumerate(zip(row_ids(examples), examples, sums, questions, strict=True))
+    ]  # fmt: skip
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Returns the mean and its standard error s / sqrt(n), s² = Σ (x - mean)² / (n - 1), None for one value."""
-    n, mean = len(values), sum(values) / len(values)
-    return mean, math.sqrt(sum((x - mean) ** 2 for x in values) / (n * (n - 1))) if n > 1 else None
+def evaluate(
+    model: Any, tokenizer: Any, examples: Sequence[Example], *args: Any, **options: Any
+) -> dict[str, TaskScore]:
+    """Scores a model on each task: task_scores(score_rows(...)), with the same arguments."""
+    return task_scores(score_rows(model, tokenizer, examples, *args, **options))
+
+
+def _question(tokenizer: Any, example: Example, task: int) -> Question:
+    answers = example.choices or (example.answer,)
+    prompt = prompt_tokens(tokenizer, example.prompt)
+    return Question(prompt, tuple(answer_tokens(tokenizer, answer) for answer in answers), task)
 
 
 @torch.no_grad()
 def alignment(
-    model: nn.Module, tokenizer: Any, examples: Sequence[Example], ids: dict[str, int], batch_size: int = 16
-) -> float | None:
-    """Computes the alignment loss over all tokens of examples, without dropout; None if alignment is off.
+    model: nn.Module, tokenizer: Any, examples: Sequence[Example], ids: Mapping[str, int], batch_size: int = 16,
+    kind: Align | None = None,
+) -> float | None:  # fmt: skip
+    """Computes the alignment loss over all tokens of examples, without dropout, for adapters of any architecture.
 
-    Also None with align_statistics="position", since examples of different lengths have different positions.
+    It can be measured whether or not it is trained, so that arms with alignment and without can be compared.
+
+    Args:
+        model: a model with adapters; without any the result is None.
+        tokenizer: its tokenizer.
+        examples: examples of at least two tasks.
+        ids: the id of each task.
+        batch_size: the number of examples in a forward.
+        kind: "kl", "mmd" or "l2"; None: the loss that the model's options name, or "kl".
+
+    Returns:
+        The value before its weight; None for a single task, and with align_statistics="position", since examples of
+        different lengths have different positions.
     """
     state = find_state(model)
-    if state is None or state.config.align is None or state.config.align_statistics == "position":
+    if state is None or state.config.align_statistics == "position" or len(ids) < 2:
         return None
-    state.tasks = max(state.tasks, len(ids))  # so that the moments of all batches have one shape
-    rows = sorted(features(tokenizer, examples, ids), key=lambda row: len(row["input_ids"]))
-    collate, statistics, sizes = TaskCollator(tokenizer), None, (len(state.names), state.tasks, state.rank)
-    with _eval_mode(model), capture_latents(model) as captured:
+    kind, together = kind or state.config.align or "kl", None
+    for _, _, statistics in _alignments(model, tokenizer, examples, ids, batch_size, kind):
+        together = statistics if together is None else together.merge(statistics)
+    return None if together is None else float(together.evaluate(state.config).value)
+
+
+@torch.no_grad()
+def alignment_pull(
+    model: nn.Module, tokenizer: Any, examples: Sequence[Example], ids: Mapping[str, int], kind: Align
+) -> float:
+    """Computes how strongly an alignment loss of weight 1 pulls at the latents: sqrt(Σ |d loss / d z|²).
+
+    The sum is over all tokens and adapted layers of one batch of all examples, without dropout.
+
+    Args:
+        model: a model with adapters.
+        tokenizer: its tokenizer.
+        examples: examples of at least two tasks.
+        ids: the id of each task.
+        kind: the loss.
+    """
+    state, total = require_state(model), 0.0
+    for latents, tokens, statistics in _alignments(model, tokenizer, examples, ids, len(examples), kind):
+        of_loss = statistics.evaluate(state.config)
+        one = torch.ones((), device=_device(model))
+        gradients = of_loss.gradients(latents, tokens, one, 1.0)
+        total += sum(float(gradient.double().square().sum()) for gradient in gradients.values())
+    return math.sqrt(total)
+
+
+def _alignments(
+    model: nn.Module, tokenizer: Any, examples: Sequence[Example], ids: Mapping[str, int], batch_size: int, kind: Align
+) -> Iterator[tuple[Latents, TokenTasks, Any]]:
+    """Yields the latents of each batch of examples, the tasks of their tokens, and a loss's statistics."""
+    state = require_state(model)
+    rows = sorted(features(tokenizer, examples, dict(ids)), key=lambda row: len(row["input_ids"]))
+    tasks, collate = max(state.tasks, len(ids)), TaskCollator(tokenizer)
+    with eval_mode(model), capture_latents(model) as captured:
         for batch in _batches(rows, batch_size):
             inputs = {name: x.to(_device(model)) for name, x in collate(batch).items()}
             with model_errors(model, "be run"):
                 model(**inputs)
             counts = inputs["labels"] != -100 if state.config.response_only else inputs["attention_mask"] != 0
             tokens = TokenTasks(torch.where(counts, inputs["task_ids"][:, None], NO_TASK))
-            latents = {number: captured[name].z for number, name in enumerate(state.names)}
-            batch_statistics: Any = STATISTICS[state.config.align].of(latents, tokens, sizes, state.config)
-            statistics = batch_statistics if statistics is None else statistics.merge(batch_statistics)
-    return None if statistics is None else float(statistics.evaluate(state.config).value)
+            latents = {number: captured[name].z for number, name in enumerate(sorted(captured))}
+            sizes = (len(latents), tasks, max(z.shape[-1] for z in latents.values()))
+            yield latents, tokens, STATISTICS[kind].of(latents, tokens, sizes, state.config)
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Puts a model into eval mode for a block."""
     was_training = model.training
     model.eval()
     try:
@@ -253,45 +239,6 @@ def _named_task(model: nn.Module, task: int) -> Iterator[None]:
         yield
     finally:
         state.task = before
-
-
-def _rows(tokenizer: Any, examples: Sequence[Example], tasks: Sequence[int]) -> list[_Row]:
-    """Returns every answer to every prompt, longest first, so that a too large batch fails early; padding is small."""
-    rows = []
-    for i, example in enumerate(examples):
-        prompt = prompt_tokens(tokenizer, example.prompt)
-        for choice, answer in enumerate(example.choices or (example.answer,)):
-            rows.append(_Row(i, choice, tasks[i], prompt, answer_tokens(tokenizer, answer)))
-    return sorted(rows, key=lambda row: -len(row.prompt) - len(row.answer))
-
-
-def _choice_nll(
-    model: Any, tokenizer: Any, rows: list[_Row], batch_size: int, advance: Any
-) -> dict[tuple[int, int], tuple[float, int]]:
-    """Returns (sum of the NLL, number of tokens) of each answer, by (example, choice)."""
-    sums, state = {}, find_state(model)
-    for batch in _batches(rows, batch_size):
-        length = max(len(row.prompt) + len(row.answer) for row in batch)
-        ids = torch.full((len(batch), length), tokenizer.pad_token_id)
-        labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
-        for i, row in enumerate(batch):
-            start, end = len(row.prompt), len(row.prompt) + len(row.answer)
-            ids[i, :end] = torch.tensor(row.prompt + row.answer)
-            labels[i, start:end] = ids[i, start:end]
-            mask[i, :end] = 1
-        inputs = {"input_ids": ids, "attention_mask": mask}
-        if _by_task(model):
-            inputs["task_ids"] = torch.tensor([row.task for row in batch])
-        if state is not None and state.config.routing == "sequence":
-            inputs["labels"] = labels  # the router needs the end of the prompt
-        inputs = {name: x.to(_device(model)) for name, x in inputs.items()}
-        with model_errors(model, "score answers"):
-            nll, row_of_token = answer_nll(model(**inputs, use_cache=False).logits, labels)
-        per_row = torch.zeros(len(batch), device=nll.device).index_add_(0, row_of_token, nll).tolist()
-        for row, value in zip(batch, per_row, strict=True):
-            sums[row.example, row.choice] = (value, len(row.answer))
-        advance(len(batch))
-    return sums
 
 
 def _generated_scores(

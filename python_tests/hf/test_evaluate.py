@@ -1,18 +1,24 @@
 """Scoring: losses, choices and generations as a naive loop has them; the alignment as its definition has it."""
 
 import dataclasses
+import gzip
+import json
 import statistics
+from typing import get_args
 
 import pytest
 import torch
-from hf.words import llama, tokenizer
+from hf.words import gpt2, llama, qwen2, tokenizer
 from transformers import GenerationConfig
 
-from align_ext import align_parts, replace_linear_with_align_lora
+from align_ext import TaskCollator, align_parts, capture_latents, replace_linear_with_align_lora
 from align_ext.adapters.adapted_block import adapted_layers
-from align_ext.data.encode import encode
+from align_ext.architectures import Architecture
+from align_ext.data.encode import encode, features
 from align_ext.data.rows import Example
-from align_ext.evaluation.evaluate import alignment, answer_nll, evaluate
+from align_ext.evaluation import likelihood
+from align_ext.evaluation.evaluate import alignment, alignment_pull, evaluate, score_rows
+from align_ext.evaluation.rows import RowScore, task_scores, write_rows
 
 CHOICES = ("red", "green", "very dark blue")
 
@@ -143,7 +149,7 @@ def test_choices_may_be_answered_freely_too(model):
         return float(len(said) in (2, 3, 5))
 
     choosing = [dataclasses.replace(example, scorer=keep) for example in examples()[:9]]
-    result = evaluate(model, tokenizer(), choosing, 3, greedy=True)["colour"]
+    result = evaluate(model, tokenizer(), choosing, 3, generate="all")["colour"]
     assert len(said) == 9
     assert result.greedy == pytest.approx(1 / 3)
     assert result.greedy_error == pytest.approx((1 / 3 * 2 / 3 / 8) ** 0.5)
@@ -158,11 +164,83 @@ def test_scoring_leaves_the_model_in_the_mode_it_found(model):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_the_first_position_of_a_row_is_never_counted():
-    logits, labels = torch.randn(2, 4, 7), torch.tensor([[3, -100, 2, 1], [5, -100, -100, -100]])
-    nll, rows = answer_nll(logits, labels)
-    assert rows.tolist() == [0, 0]
-    torch.testing.assert_close(nll, -logits.log_softmax(-1)[0, [1, 2], [2, 1]])
+def sums_of(model, example, **inputs):
+    """The sum of the negative log-likelihoods of every answer of an example, one sequence at a time."""
+    answers = example.choices or (example.answer,)
+    return [sum(naive_nll(model, example.prompt, answer, **inputs)) for answer in answers]
+
+
+# Answers of one token, answers that begin alike, an answer that another one begins with, and equal ones.
+SHARED = [
+    Example("t", "the same beginning, and a first end", "a", ("a", "b", "c"), 0),
+    Example("t", "the same beginning, and another", "it is red", ("it is red", "it is blue", "it is reddish"), 2),
+    Example("t", "the same beginning", "twice", ("twice", "twice"), 1),
+    Example("t", "the same beginning, then free text", "as long as it likes"),
+]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 5, 64])
+@pytest.mark.parametrize("kind", [llama, gpt2, qwen2])
+def test_what_answers_share_runs_once_and_changes_no_likelihood(kind, batch_size, monkeypatch):
+    model, tokens = kind(), []
+    expected = [sums_of(model, example) for example in SHARED * 2]
+    whole = []
+    monkeypatch.setattr(likelihood, "_whole", lambda *args, run=likelihood._whole: whole.append(1) or run(*args))
+    model.register_forward_hook(lambda m, args, kwargs, y: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True)
+    rows = score_rows(model, tokenizer(), SHARED * 2, batch_size, generate="none")
+    for row, sums, example in zip(rows, expected, SHARED * 2, strict=True):
+        assert row.nll == pytest.approx(sums, rel=1e-5)
+        assert row.tokens == tuple(len(text) + 1 for text in example.choices or (example.answer,))
+    assert len(whole) == 1, "the first batch is computed both ways, and the others are not"
+    assert [row.id for row in rows[4:]] == [f"{row.id}#2" for row in rows[:4]]
+
+
+def test_a_model_without_positions_or_with_other_numbers_by_its_cache_runs_every_answer_whole(model, monkeypatch):
+    expected = [sums_of(model, example) for example in SHARED]
+    whole, run = [], likelihood._whole
+    monkeypatch.setattr(likelihood, "_whole", lambda *args: whole.append(1) or run(*args))
+    shared = likelihood._shared
+
+    def wrong(*args):
+        return [tuple(value * 1.2 + 1 for value in of) for of in shared(*args)]
+
+    monkeypatch.setattr(likelihood, "_shared", wrong)
+    for sums, row in zip(expected, score_rows(model, tokenizer(), SHARED, 3, generate="none"), strict=True):
+        assert row.nll == pytest.approx(sums, rel=1e-5)
+    assert len(whole) == 4
+
+
+def test_logits_of_a_16_bit_model_are_in_float32_so_that_choices_do_not_tie(model):
+    """The weights of two tokens differ by less than what bfloat16 resolves of their logits."""
+    model = model.to(torch.bfloat16)
+    a, b = (tokenizer()(letter, add_special_tokens=False)["input_ids"][0] for letter in "ab")
+    with torch.no_grad():
+        head = model.lm_head.weight
+        head.mul_(40)
+        head[b] = head[a]
+        head[b, 0] += 2 * head[a, 0].abs() * 2**-7
+    choosing = [Example("t", "x" * n, "a", ("a", "b"), 0) for n in range(1, 9)]
+    rows = score_rows(model, tokenizer(), choosing, 4, generate="none")
+    assert all(row.nll[0] != row.nll[1] for row in rows)
+    logits = model(torch.tensor([[1, 2, 3]])).logits
+    assert logits.dtype == torch.bfloat16, "the model is left as it was"
+    assert logits.shape[1] == 3
+
+
+def test_rows_are_written_as_the_same_bytes_and_tell_everything(model, tmp_path):
+    rows = score_rows(model, tokenizer(), examples(), 4)
+    for name in ("a", "b"):
+        write_rows(tmp_path / f"{name}.jsonl.gz", {"test": rows}, "split")
+    assert (tmp_path / "a.jsonl.gz").read_bytes() == (tmp_path / "b.jsonl.gz").read_bytes()
+    lines = [json.loads(line) for line in gzip.decompress((tmp_path / "a.jsonl.gz").read_bytes()).decode().splitlines()]
+    assert len(lines) == len(rows)
+    assert lines[0].keys() == {"split", "id", "task", "label", "also", "nll", "tokens", "greedy"}
+    assert (
+        RowScore(**{k: tuple(v) if isinstance(v, list) else v for k, v in lines[0].items() if k != "split"}) == rows[0]
+    )
+    assert task_scores(rows) == evaluate(model, tokenizer(), examples(), 4)
+    none = evaluate(model, tokenizer(), examples(), generate="none")["copy"]
+    assert (none.score, none.score_error) == (None, None)
 
 
 def adapted(model, **options):
@@ -212,10 +290,34 @@ def test_batches_that_lack_a_task_still_merge_when_the_number_of_tasks_is_not_to
     assert one_by_one > 0
 
 
-def test_there_is_no_alignment_to_measure_without_one(model):
+@pytest.mark.parametrize("architecture", get_args(Architecture))
+def test_alignment_is_measured_whether_or_not_it_is_trained(architecture):
+    """With equal parameters the value is the same, so that arms with alignment and without compare."""
+    ids, values = {"colour": 0, "copy": 1}, []
+    for align in (None, "kl"):
+        torch.manual_seed(0)
+        options = {"architecture": architecture, "align": align, "num_tasks": 2, "target_modules": "all-linear"}
+        model = adapted(llama(), **options)
+        values.append([alignment(model, tokenizer(), examples(), ids, kind=kind) for kind in ("kl", "mmd", "l2")])
+    assert values[0] == values[1]
+    assert min(values[0]) > 0
+    assert alignment(model, tokenizer(), examples(), ids) == values[0][0]
+    assert alignment(llama(), tokenizer(), examples(), ids) is None
+    assert alignment(model, tokenizer(), examples()[:4], {"colour": 0}) is None
+
+
+def test_the_pull_at_the_latents_is_the_norm_of_their_gradient(model):
+    """A penalty of n r elements, L = Σ z² / (n r) in each of L layers: the pull is 2 |z| / (n r L)."""
+    adapted(model, num_tasks=2, target_modules=["q_proj"])
     ids = {"colour": 0, "copy": 1}
-    assert alignment(model, tokenizer(), examples(), ids) is None
-    assert alignment(adapted(model, architecture="lora"), tokenizer(), examples(), ids) is None
+    batch = TaskCollator(tokenizer())(features(tokenizer(), examples(), ids))
+    counts = batch["attention_mask"].bool().flatten()
+    with torch.no_grad(), capture_latents(model.eval()) as captured:
+        model(**batch)
+    z = torch.stack([layer.z[counts] for layer in captured.values()]).double()
+    pull = alignment_pull(model, tokenizer(), examples(), ids, "l2")
+    assert pull == pytest.approx(float(2 * z.norm() / z.numel()), rel=1e-5)
+    assert alignment_pull(model, tokenizer(), examples(), ids, "kl") > 0
 
 
 def trained(model, **options):

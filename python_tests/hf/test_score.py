@@ -5,7 +5,7 @@ import json
 import pytest
 from hf.words import model_folder, rows, write_rows
 
-from align_ext.evaluation.evaluate import mean_and_error
+from align_ext.evaluation.rows import mean_and_error
 
 KEYS = {"examples", "loss", "loss_error", "accuracy", "accuracy_error", "greedy", "greedy_error"}
 
@@ -72,6 +72,17 @@ def test_the_scores_are_those_of_the_run_that_trained_the_adapter(run, place, ar
         code, _, err = run("eval", *common(place), "--adapter", "out/adapter")
         assert code == 2
         assert "the adapter has none for new: its tasks are next, threes (--tasks keeps" in err
+        others, _ = scored(run, place, "--adapter", "out/adapter", "--task", "threes")
+        by_number, _ = scored(run, place, "--adapter", "out/adapter", "--task", "1", "--no-generate")
+        assert others["tasks"]["threes"] == found["tasks"]["threes"]
+        assert others["tasks"]["next"]["loss"] != pytest.approx(found["tasks"]["next"]["loss"], rel=1e-3)
+        for task in ("new", "next"):
+            assert by_number["tasks"][task]["loss"] == others["tasks"][task]["loss"]
+            assert by_number["tasks"][task]["greedy"] is None
+        assert [row["id"] for row in by_number["rows"]] == [row["id"] for row in others["rows"]]
+        code, _, err = run("eval", *common(place), "--adapter", "out/adapter", "--task", "thres")
+        assert code == 2
+        assert "unknown task of the adapter 'thres'; did you mean 'threes'" in err
         assert scored(run, place, "--adapter", "out/adapter", "--tasks", "threes, next")[0] == found | {
             "options": found["options"] | {"tasks": ["threes", "next"]}
         }

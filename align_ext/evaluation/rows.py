@@ -1,0 +1,116 @@
+"""The results of rows and of tasks, and the file of row results."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from align_ext.system.writing import atomic_file
+
+
+@dataclass(frozen=True)
+class RowScore:
+    """The result of one example.
+
+    Attributes:
+        id: the row's id (row_ids).
+        task: the name of its task.
+        label: the index of the right choice, -1 for free text.
+        also: the indices of other right choices.
+        nll: the negative log-likelihood of each choice, or of the gold answer, summed over its tokens; nats.
+        tokens: the number of tokens of each of them, with the end token.
+        greedy: the score of the generated answer in [0, 1]; None: none was generated.
+    """
+
+    id: str
+    task: str
+    label: int
+    also: tuple[int, ...]
+    nll: tuple[float, ...]
+    tokens: tuple[int, ...]
+    greedy: float | None = None
+
+    @property
+    def gold(self) -> tuple[float, int]:
+        """The negative log-likelihood of the gold answer and the number of its tokens."""
+        return self.nll[max(self.label, 0)], self.tokens[max(self.label, 0)]
+
+    @property
+    def right(self) -> float | None:
+        """Whether the choice with the smallest negative log-likelihood per token is right; None for free text."""
+        if self.label < 0:
+            return None
+        per_token = [nll / count for nll, count in zip(self.nll, self.tokens, strict=True)]
+        return float(per_token.index(min(per_token)) in (self.label, *self.also))
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """The result of one task; the standard errors take its examples as a sample, and are None for a single example.
+
+    Attributes:
+        loss: negative log-likelihood of the gold answer per token, over all answer tokens of the task.
+        score: the fraction of right choices, or the mean score of generated answers; None if none were generated.
+        examples: the number of scored examples.
+        loss_error: standard error of the loss as a ratio, sqrt(n / (n - 1) Σ (nll_i - loss tokens_i)²) / Σ tokens_i.
+        score_error: standard error of the score, s / sqrt(n).
+        greedy: the mean score of generated answers if score is about choices; only on request.
+        greedy_error: the standard error of greedy.
+    """
+
+    loss: float
+    score: float | None
+    examples: int
+    loss_error: float | None = None
+    score_error: float | None = None
+    greedy: float | None = None
+    greedy_error: float | None = None
+
+    @classmethod
+    def of(cls, rows: Sequence[RowScore]) -> TaskScore:
+        """Computes the result of the rows of one task."""
+        gold, n = [row.gold for row in rows], len(rows)
+        tokens = sum(count for _, count in gold)
+        loss = sum(nll for nll, _ in gold) / tokens
+        residuals = sum((nll - loss * count) ** 2 for nll, count in gold)
+        scores = [row.greedy if row.right is None else row.right for row in rows]
+        chosen = any(row.right is not None for row in rows)
+        return cls(
+            loss, *_mean(scores)[:1], n, math.sqrt(residuals * n / (n - 1)) / tokens if n > 1 else None,
+            *_mean(scores)[1:], *(_mean([row.greedy for row in rows]) if chosen else (None, None)),
+        )  # fmt: skip
+
+
+def _mean(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """Returns mean_and_error, or None twice if a value is missing."""
+    known = [value for value in values if value is not None]
+    return mean_and_error(known) if len(known) == len(values) else (None, None)
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Returns the mean and its standard error s / sqrt(n), s² = Σ (x - mean)² / (n - 1), None for one value."""
+    n, mean = len(values), sum(values) / len(values)
+    return mean, math.sqrt(sum((x - mean) ** 2 for x in values) / (n * (n - 1))) if n > 1 else None
+
+
+def task_scores(rows: Sequence[RowScore]) -> dict[str, TaskScore]:
+    """Returns the result of each task, in the order of their first rows."""
+    names = dict.fromkeys(row.task for row in rows)
+    return {task: TaskScore.of([row for row in rows if row.task == task]) for task in names}
+
+
+def write_rows(file: Path, rows: Mapping[str, Sequence[RowScore]], key: str) -> None:
+    """Writes rows as gzipped JSON lines, the same bytes for the same rows.
+
+    Args:
+        file: the file, whose name ends in .jsonl.gz.
+        rows: groups of rows.
+        key: the column that gets the name of a row's group.
+    """
+    lines = [json.dumps({key: group, **asdict(row)}) + "\n" for group, members in rows.items() for row in members]
+    with atomic_file(file) as new:
+        new.write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
