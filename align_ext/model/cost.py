@@ -90,10 +90,10 @@ def match_rank(config: AlignLoraConfig, model: nn.Module, budget: int | AlignLor
     """
     if find_state(model) is not None:
         raise ValueError("the model has adapters already: give the plain model, or unload(model) first")
-    allowed = _trained_parameters(budget, model) if isinstance(budget, AlignLoraConfig) else budget
+    allowed = trained_parameters(budget, model) if isinstance(budget, AlignLoraConfig) else budget
     step = 2 if config.init_lora_weights == "orthogonal" else 1
     # In all architectures the number of parameters is linear in r, plus those of a router.
-    minimum, second = (_trained_parameters(replace(config, r=r), model) for r in (step, 2 * step))
+    minimum, second = (trained_parameters(replace(config, r=r), model) for r in (step, 2 * step))
     if allowed < minimum:
         raise ValueError(
             f"budget={allowed:,} is below {minimum:,}, what {config.architecture!r} trains at r={step}: give it more, "
@@ -103,12 +103,17 @@ def match_rank(config: AlignLoraConfig, model: nn.Module, budget: int | AlignLor
     return min(step * (1 + (allowed - minimum) // (second - minimum)), max_rank - max_rank % step)
 
 
-def _trained_parameters(config: AlignLoraConfig, model: nn.Module) -> int:
-    """Returns the number of parameters that a config would train on a plain model."""
+def trained_parameters(config: AlignLoraConfig, model: nn.Module) -> int:
+    """Returns the number of parameters that a config would train on a plain model, which may be on the meta device."""
+    return sum(_numel(adapter.parameters()) for adapter in planned_adapters(config, model))
+
+
+def planned_adapters(config: AlignLoraConfig, model: nn.Module) -> list[Adapter]:
+    """Returns an adapter on the meta device for each layer or block of a plain model that a config would adapt."""
     sizes = sizes_to_adapt(model, config)
     with torch.device("meta"):
         by_size = {size: adapter_class(config)(config, *size) for size in set(sizes)}
-    return sum(_numel(by_size[size].parameters()) for size in sizes)
+    return [by_size[size] for size in sizes]
 
 
 def _numel(parameters: Iterable[nn.Parameter]) -> int:
@@ -131,11 +136,12 @@ def flops_per_token(model: nn.Module) -> FlopsPerToken:
     linears = (module for module in model.modules() if module not in inside and is_linear(module))
     return FlopsPerToken(
         base=sum(2 * prod(features_of(linear)) for linear in linears),
-        adapters=0 if state is None else sum(_adapter_flops(adapter, state.config) for adapter in adapters),
+        adapters=0 if state is None else sum(adapter_flops(adapter, state.config) for adapter in adapters),
     )
 
 
-def _adapter_flops(adapter: Adapter, config: AlignLoraConfig) -> int:
+def adapter_flops(adapter: Adapter, config: AlignLoraConfig) -> int:
+    """Counts the operations of one adapter per token (see flops_per_token)."""
     n, m, r, heads = adapter.in_features, adapter.out_features, adapter.r, config.num_heads or 1
     logits = (config.routing_groups or 0) * heads if config.router == "linear" else 0
     offset = 2 * r * (n + m) if getattr(adapter, "lora_A0", None) is not None else 0

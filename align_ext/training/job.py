@@ -20,3 +20,5 @@ class Job:
     device: str
     train_rows: list[dict[str, Any]]
     test_rows: list[dict[str, Any]]
+    digest: str  # SHA-256 of the examples
+    mixed_by: list[int] | None = None  # the task of each training example to mix by; None: its own

@@ -41,7 +41,9 @@ class TrainOptions:
     ignore_columns: tuple[str, ...] = option((), "columns of the rows to leave out, separated by commas")
     output: str | None = option(None, "folder for the results; none: the first free one of align_lora_run[-N]")
     overwrite: bool = option(False, "replace an output folder that exists")
-    tasks: tuple[str, ...] = option((), "names of the tasks to keep, separated by commas; none: all")
+    tasks: tuple[str, ...] = option(
+        (), "names of the tasks to keep, separated by commas; none: all. Without data: generators of reasoning-gym"
+    )
     steps: int = option(40, "optimizer steps", integer_rule(maximum=10**9))
     batch_size: int = option(8, "examples in a micro-batch", integer_rule(maximum=10**6))
     accumulation: int = option(1, "micro-batches in a step", integer_rule(maximum=10**6))
@@ -59,7 +61,9 @@ class TrainOptions:
         2.0, "T of --mixing temperature: from proportional (1) towards equal", _temperature
     )
     per_task: int = option(
-        2, "least number of examples of a task in a micro-batch that holds the task", integer_rule(maximum=10**6)
+        2,
+        "least number of examples of a task in a micro-batch that holds the task; half a micro-batch at most",
+        integer_rule(maximum=10**6),
     )
     align_schedule: AlignSchedule = option(
         "constant", "of the alignment weight over the steps: constant, or linear or cosine, both to 0"
@@ -81,8 +85,11 @@ class TrainOptions:
         0, "write a checkpoint every so many steps, and keep the last two; 0: none", integer_rule(0, 10**9)
     )
     resume: bool = option(False, "go on from the output folder's last checkpoint as if nothing had happened")
-    seed: int = option(
-        0, "of adapters, dropout, examples and their order", integer_rule(0, 2**32 - 1, "in 0 .. 2**32-1")
+    seed: int = option(0, "of the adapters and of dropout", integer_rule(0, 2**32 - 1, "in 0 .. 2**32-1"))
+    data_seed: int | None = option(
+        None,
+        "of the choice and the order of the training examples, the same for every architecture; none: the seed",
+        integer_rule(0, 2**32 - 1, "in 0 .. 2**32-1", none=True),
     )
     adapter: Mapping[str, Any] = field(default_factory=dict)
 
@@ -126,6 +133,11 @@ class TrainOptions:
             del options["target_modules"]
             options |= {} if default_targets is None else {"target_modules": default_targets}
         return AlignLoraConfig.from_dict(options)
+
+    @property
+    def order_seed(self) -> int:
+        """The seed of the choice and the order of the training examples."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a flat YAML- and JSON-ready dictionary of all options; from_mapping(to_dict()) is equal."""

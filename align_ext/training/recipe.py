@@ -24,8 +24,10 @@ from align_ext.base_model.select_layers import all_linear, linear_layers, name_m
 from align_ext.config import AUTO, AlignLoraConfig
 from align_ext.data.collator import TaskCollator
 from align_ext.data.encode import check_conversations, features, fits, token_rows
+from align_ext.data.task_sampler import TaskSampler
 from align_ext.data.tasks import read_tasks, select
-from align_ext.evaluation.evaluate import TaskScore, alignment, evaluate
+from align_ext.evaluation.evaluate import alignment, score_rows
+from align_ext.evaluation.rows import RowScore, TaskScore, task_scores, write_rows
 from align_ext.io.adapter_folder import AdapterFolder, checked_task_names
 from align_ext.io.save_adapter import save_adapter
 from align_ext.model.replace import adapter_report, replace_linear_with_align_lora
@@ -36,6 +38,7 @@ from align_ext.system.names import Matcher
 from align_ext.system.terminal import print_line, progress_bars
 from align_ext.system.versions import versions
 from align_ext.system.writing import atomic_file, check_space
+from align_ext.training.cost import StepClock, describe_adapters
 from align_ext.training.job import Job
 from align_ext.training.options import TrainOptions
 from align_ext.training.report import ShowProgress, plot_losses, summarise
@@ -53,19 +56,25 @@ _CHECKPOINTING = next(
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of the model: one per task, and the alignment loss of all tasks (None: alignment is off)."""
+    """Scores of the model: of each row, of each task, and the alignment loss of all tasks (see `alignment`)."""
 
+    rows: list[RowScore]
     tasks: dict[str, TaskScore]
     align: float | None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the scores of the tasks and the alignment, JSON-ready."""
+        return {"tasks": {task: asdict(score) for task, score in self.tasks.items()}, "align": self.align}
+
 
 @enough_memory("take a smaller model or a narrower --dtype")
-def prepare(folder: RunFolder, console: Console) -> Job:
+def prepare(folder: RunFolder, console: Console, dev_examples: int = 0) -> Job:
     """Loads data and model and adapts the model.
 
     Args:
         folder: the folder from open_run, with the options.
         console: gets notes.
+        dev_examples: at most so many examples of each task to hold out of the training split, to choose options on.
 
     Raises:
         ValueError: the options, the data or the model cannot be used; the message is one line, and no files are left.
@@ -78,7 +87,8 @@ def prepare(folder: RunFolder, console: Console) -> Job:
         )
     device = usable_device(options.device)
     pools = read_tasks(
-        options.data, options.tasks, train=options.train_examples, test=options.eval_examples, seed=options.seed,
+        options.data, options.tasks, train=options.train_examples, test=options.eval_examples, dev=dev_examples,
+        seed=options.order_seed,
         ignore_columns=options.ignore_columns,
     )  # fmt: skip
     names = tuple(pools.tasks)
@@ -90,7 +100,9 @@ def prepare(folder: RunFolder, console: Console) -> Job:
     model, tokenizer = load_model(options.model, dtype, lambda line: print_line(console, line))
     check_conversations(tokenizer, pools.examples())
     fit = functools.partial(fits, tokenizer, max_tokens=options.seq_len)
-    data = select(pools, options.train_examples, options.eval_examples, fit)
+    data = select(
+        pools, options.train_examples, options.eval_examples, fit, dev_per_task=dev_examples, seed=options.order_seed
+    )
     if by_default := options.adapter["target_modules"] == AUTO and not config.target_blocks:
         targets, note = default_targets(model)
         config = options.adapter_config(len(names), targets)
@@ -111,8 +123,9 @@ def prepare(folder: RunFolder, console: Console) -> Job:
             stored.base.check(model, "a run goes on with its own base only: put that back, or start another run")
     check_space(folder.path, _bytes_to_write(model, options))
     rows = [(row.task, row.prompt, row.answer, row.choices) for row in (*data.train, *data.test)]
-    folder.begin(str(model.dtype).removeprefix("torch."), device, _digest(rows), _digest([train_rows, test_rows]))
-    return Job(options, folder, data, model, tokenizer, device, train_rows, test_rows)
+    digest = _digest(rows)
+    folder.begin(str(model.dtype).removeprefix("torch."), device, digest, _digest([train_rows, test_rows]))
+    return Job(options, folder, data, model, tokenizer, device, train_rows, test_rows, digest)
 
 
 def _exclude_idle(
@@ -171,7 +184,8 @@ def train(job: Job, console: Console) -> dict[str, Any]:
     options = job.options
     model = {"name": job.model.name_or_path, "dtype": str(job.model.dtype), "device": job.device}
     results: dict[str, Any] = {"options": options.to_dict(), "versions": versions(), "model": model}
-    results["data"] = job.data.counts()
+    results["data"] = job.data.counts() | {"digest": job.digest}
+    results["adapters"] = describe_adapters(job.model)
     sizes = f"{len(job.data.train)} examples to train on, {len(job.data.test)} to score on"
     print_line(console, f"{len(job.data.names)} tasks: {sizes}")
     for line in job.data.report():
@@ -183,13 +197,14 @@ def train(job: Job, console: Console) -> dict[str, Any]:
         with _timed(seconds, "score before"):
             before = score(job, bars)
         with _timed(seconds, "train"):
-            results |= _fit(job, bars, console)
+            results |= fit(job, bars, console)
         save_adapter(job.model, folder.path / "adapter", task_names=job.data.names)
         folder.keep = True
         try:
             with _timed(seconds, "score after"):
                 after = score(job, bars)
-            results["before"], results["after"] = asdict(before), asdict(after)
+            results["before"], results["after"] = before.to_dict(), after.to_dict()
+            write_rows(folder.path / "rows.jsonl.gz", {"before": before.rows, "after": after.rows}, "when")
             with _timed(seconds, "checks"):
                 checks = verify(job, folder.path / "adapter")
             results["checks"] = {name: asdict(check) for name, check in checks.items()}
@@ -213,15 +228,14 @@ def score(job: Job, bars: Progress | None = None) -> Scores:
     if bars is not None and bars.disable:
         print_line(bars.console, "scoring")
     size, ids = job.options.eval_batch_size, job.data.ids()
-    return Scores(
-        evaluate(job.model, job.tokenizer, job.data.test, size, bars, ids),
-        alignment(job.model, job.tokenizer, job.data.test, ids, size),
-    )
+    rows = score_rows(job.model, job.tokenizer, job.data.test, size, bars, ids)
+    return Scores(rows, task_scores(rows), alignment(job.model, job.tokenizer, job.data.test, ids, size))
 
 
-def _fit(job: Job, bars: Progress, console: Console) -> dict[str, list[dict[str, float]]]:
-    """Trains the adapters and returns the logged losses, also those of the held-out examples (eval_steps)."""
+def fit(job: Job, bars: Progress, console: Console) -> dict[str, Any]:
+    """Trains the adapters; returns the logged losses, those of the held-out examples (eval_steps), and the cost."""
     options, checkpoint = job.options, job.folder.checkpoint
+    clock = StepClock(job.device)
     trainer = AlignTrainer(
         model=job.model,
         args=_arguments(job, job.folder.checkpoints),
@@ -229,16 +243,10 @@ def _fit(job: Job, bars: Progress, console: Console) -> dict[str, list[dict[str,
         eval_dataset=job.test_rows,
         data_collator=TaskCollator(job.tokenizer),
         task_names=job.data.names,
-        mixing={
-            "mixing": options.mixing,
-            "temperature": options.mixing_temperature,
-            # Without alignment no tasks are compared, so a batch may have one example.
-            "per_task": options.per_task if job.model.align_state.config.align else 1,
-            "batches": options.steps * options.accumulation,  # one epoch, so that every step is complete
-        },
+        mixing=mixing(job),
         align_schedule=options.align_schedule,
         align_warmup=options.align_warmup,
-        callbacks=[ShowProgress(bars, console, options.steps)],
+        callbacks=[ShowProgress(bars, console, options.steps), clock],
     )
     trainer.remove_callback(transformers.PrinterCallback)
     if checkpoint is not None:
@@ -254,10 +262,35 @@ def _fit(job: Job, bars: Progress, console: Console) -> dict[str, list[dict[str,
             print_line(console, f"{last} is kept: --resume goes on from it")
         raise
     log = trainer.state.log_history
+    losses = [entry for entry in log if "loss" in entry]
     return {
-        "losses": [entry for entry in log if "loss" in entry],
+        "losses": losses,
         "evaluations": [entry for entry in log if "eval_loss" in entry],
+        "cost": clock.cost(losses, trained_tokens(job) / options.steps),
     }
+
+
+def mixing(job: Job) -> dict[str, Any]:
+    """Returns the arguments of the TaskSampler: one order of the examples for all architectures, with alignment or not.
+
+    A batch that is too small for two tasks with per_task examples, which is possible without alignment only, holds
+    fewer of each.
+    """
+    options = job.options
+    return {
+        "mixing": options.mixing,
+        "temperature": options.mixing_temperature,
+        "per_task": min(options.per_task, max(1, options.batch_size // 2)),
+        "batches": options.steps * options.accumulation,  # one epoch, so that every step is complete
+        "tasks": job.mixed_by or [row["task_ids"] for row in job.train_rows],
+    }
+
+
+def trained_tokens(job: Job) -> int:
+    """Returns the number of tokens of all training examples that a run trains on, without padding."""
+    arguments = mixing(job)
+    sampler = TaskSampler(arguments.pop("tasks"), job.options.batch_size, seed=job.options.order_seed, **arguments)
+    return sum(len(job.train_rows[index]["input_ids"]) for index in sampler)
 
 
 class _EndAfterStep(transformers.TrainerCallback):
@@ -292,5 +325,6 @@ def _arguments(job: Job, folder: Path) -> transformers.TrainingArguments:
         save_total_limit=2,
         use_cpu=job.device == "cpu",
         seed=options.seed,
+        data_seed=options.order_seed,
         disable_tqdm=True,
     )

@@ -142,7 +142,9 @@ class AlignMixin(SafeMixin):
     def _task_sampler(self, dataset: Any) -> TaskSampler:
         size = self.args.train_batch_size * (self.args.world_size if self.args.accelerator_config.split_batches else 1)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        sampler = TaskSampler(example_tasks(dataset), size, **{"seed": seed, **(self.mixing or {})})
+        options = {"seed": seed, **(self.mixing or {})}
+        tasks = options.pop("tasks", None)
+        sampler = TaskSampler(example_tasks(dataset) if tasks is None else tasks, size, **options)
         self._epochs.sampler = sampler
         return sampler
 
@@ -266,10 +268,13 @@ class AlignMixin(SafeMixin):
         scaled = self._is_scaled(num_items_in_batch)
         self._train_sums.steps += weight_in_step
         self._train_sums.add("lm_loss", loss if scaled else loss * weight_in_step)
+        config = self._config()
         if step is None:
             return loss
         self._last_weight = self._align_weight()
         total = step.total(loss, weight=self._last_weight, scale=weight_in_step if scaled else 1.0, of=part)
+        if step.alignment is not None and config is not None:
+            self._train_sums.add("aligned_pairs", step.alignment.statistics.pairs(config) * weight_in_step)
         values = {"align_loss": step.alignment, "balance_loss": step.balance}
         losses = {name: part.value for name, part in values.items() if part is not None}
         losses |= {} if step.spectral is None else {"spectral_loss": step.spectral}

@@ -6,6 +6,7 @@ import sys
 import huggingface_hub
 import pytest
 import torch
+from hf.words import model_folder, write_rows
 
 from align_ext import cli
 
@@ -36,3 +37,12 @@ def run(tmp_path, monkeypatch, capsys):
         return ended.value.code, captured.out, captured.err
 
     return call
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    model_folder(tmp_path / "model")
+    write_rows(tmp_path / "rows.jsonl")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path

@@ -1,7 +1,6 @@
 """The training job end to end on a tiny model: what it writes, what it proves, and what stays when it fails."""
 
 import importlib.util
-import io
 import json
 import sys
 from typing import get_args
@@ -9,9 +8,9 @@ from typing import get_args
 import pytest
 import torch
 from hf import words
+from hf.runs import console, prepare, run
 from hf.words import gpt2, llama, model_folder, qwen2, rows, tokenizer, write_rows
 from peft import PeftModel
-from rich.console import Console
 from safetensors.torch import load_file
 
 from align_ext import unload
@@ -21,60 +20,17 @@ from align_ext.base_model import dtypes
 from align_ext.base_model.load import load_model
 from align_ext.data.encode import encode
 from align_ext.training import recipe, verify
-from align_ext.training.options import TrainOptions
-from align_ext.training.run_folder import open_run
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    model_folder(tmp_path / "model")
-    write_rows(tmp_path / "rows.jsonl")
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    return tmp_path
-
-
-def options(place, **changed):
-    values = {
-        "model": str(place / "model"),
-        "data": str(place / "rows.jsonl"),
-        "output": "out",
-        "steps": 12,
-        "lr": 2e-2,
-        "eval_examples": 4,
-        "log_steps": 3,
-        "dtype": "float32",
-        "device": "cpu",
-    }
-    return TrainOptions.from_mapping(values | changed)
 
 
 def verdicts(checks):
     return {name: check["passed"] for name, check in checks.items()}
 
 
-def console():
-    return Console(file=io.StringIO(), width=200)
-
-
-def run(place, **changed):
-    out = console()
-    with open_run(options(place, **changed)) as folder:
-        results = recipe.train(recipe.prepare(folder, out), out)
-    return results, out.file.getvalue()
-
-
-def prepare(place, said=None, **changed):
-    """A job whose claim on its folder is not kept."""
-    with open_run(options(place, **changed)) as folder:
-        return recipe.prepare(folder, said or console())
-
-
 def test_a_run_lowers_every_loss_and_writes_an_adapter_that_stock_peft_reads(place):
     results, said = run(place)
     out = place / "work/out"
     plot = ["losses.png"] if importlib.util.find_spec("matplotlib") else []
-    assert sorted(p.name for p in out.iterdir()) == ["adapter", *plot, "results.json"]
+    assert sorted(p.name for p in out.iterdir()) == ["adapter", *plot, "results.json", "rows.jsonl.gz"]
     assert list((place / "work").iterdir()) == [out], "nothing else is left behind"
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
     for task in ("threes", "next"):
@@ -115,7 +71,7 @@ def test_every_architecture_trains_with_every_alignment_and_saves_what_it_traine
     logged = {name for name in results["losses"][0] if name.endswith("_loss")}
     own = {"balance_loss", "spectral_loss"} if architecture == "mtlora" else set()
     assert logged == {"lm_loss", *own} | ({"align_loss"} if align != "none" else set())
-    assert (results["before"]["align"] is None) is (align == "none")
+    assert results["before"]["align"] > 0, "alignment is measured where it is not trained, too"
     for task in ("threes", "next"):
         assert results["after"]["tasks"][task]["loss"] != results["before"]["tasks"][task]["loss"]
     one = True if architecture in MERGED else None
@@ -210,7 +166,7 @@ def fails(*_, **__):
     raise Interrupt
 
 
-@pytest.mark.parametrize("where", ["evaluate", "_fit", "save_adapter"])
+@pytest.mark.parametrize("where", ["score_rows", "fit", "save_adapter"])
 def test_an_interrupt_before_the_adapter_is_saved_leaves_nothing(place, where, monkeypatch):
     monkeypatch.setattr(recipe, where, fails)
     with pytest.raises(Interrupt):
@@ -350,7 +306,7 @@ def test_the_mixing_decides_how_often_a_task_comes(place, mixing, monkeypatch):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(recipe, "AlignTrainer", Recording)
-    results, _ = run(place, steps=6, mixing=mixing, architecture="lora", eval_examples=2)
+    results, _ = run(place, steps=6, mixing=mixing, architecture="lora", per_task=1, eval_examples=2)
     share = {"proportional": 38 / 46, "temperature": 38**0.5 / (38**0.5 + 8**0.5)}.get(mixing, 0.5)
     assert seen.count(0) / len(seen) == pytest.approx(share, abs=0.06)
     assert results["options"]["mixing"] == mixing

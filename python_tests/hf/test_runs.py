@@ -40,14 +40,10 @@ def test_a_run_killed_at_a_file_event_goes_on_to_the_bit(tmp_path, overwriting):
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    model_folder(tmp_path / "model")
-    write_rows(tmp_path / "rows.jsonl")
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
+def place(place, monkeypatch):
     monkeypatch.setattr(recipe, "verify", lambda job, adapter: {})
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    return tmp_path
+    return place
 
 
 def train(place, **changed):
