@@ -8,10 +8,12 @@ import signal
 import time
 
 import pytest
+import torch
 from processes import python
 
 from align_ext.system import writing
 from align_ext.system.locks import LOCK, InUse, claimed
+from align_ext.system.tensors import read_tensors, write_tensors
 from align_ext.system.writing import atomic_file, atomic_folder, check_file, check_space, first_foreign_file, remove
 
 
@@ -250,3 +252,18 @@ def test_a_disk_that_is_too_small_is_known_before(tmp_path):
     check_space(tmp_path, 1)
     with pytest.raises(ValueError, match=r"has .* MB left, of 1000000000000.0 MB that will be written"):
         check_space(tmp_path, 10**18)
+
+
+def test_the_same_tensors_are_written_as_the_same_bytes(tmp_path):
+    """safetensors writes the metadata in a random order each time."""
+    tensors, record = (
+        {"b": torch.arange(3.0), "a": torch.ones(2, 2)},
+        {"base": "caf\N{LATIN SMALL LETTER E WITH ACUTE}"},
+    )
+    files = [tmp_path / f"{i}.safetensors" for i in range(12)]
+    for file in files:
+        write_tensors(file, tensors, record)
+    assert len({file.read_bytes() for file in files}) == 1
+    found, content = read_tensors(files[0])
+    assert found["b"].tolist() == [0.0, 1.0, 2.0]
+    assert content["base"] == record["base"]

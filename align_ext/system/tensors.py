@@ -53,6 +53,19 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], record: Mapping[str
         save_file(content, file, metadata={"format": "pt", _RECORD: json.dumps(metadata)})
     except SafetensorError as error:  # for example, the disk is full
         raise OSError(f"{shown_path(file)} cannot be written: {reason_of(error)}") from error
+    _sort_metadata(file)
+
+
+def _sort_metadata(file: Path) -> None:
+    """Sorts the metadata in the header, which save_file writes in a random order: equal contents are equal bytes."""
+    with open(file, "r+b") as stream:
+        length = struct.unpack("<Q", stream.read(8))[0]
+        header = json.loads(stream.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:  # the header is as long as before
+            stream.seek(8)
+            stream.write(text.ljust(length))
 
 
 def read_tensors(file: str | os.PathLike[str], *, empty: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
