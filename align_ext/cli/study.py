@@ -1,0 +1,123 @@
+"""`align-lora study`: from a question about architectures to a table with honest intervals."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from align_ext.cli.app import UserError, app, on_models
+from align_ext.system.terminal import continue_without_output, plain_console, print_line
+
+study_app = typer.Typer(
+    name="study",
+    help="Compares architectures: a design, one training run a cell, statistics and a report.\n\n"
+    "align-lora study new mine --like quick; align-lora study run mine; align-lora study report mine",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(study_app)
+Folder = Annotated[Path, typer.Argument(help="folder of the study, which holds study.yaml")]
+
+
+@study_app.command("new")
+def new(
+    folder: Folder, like: Annotated[str, typer.Option(help="preset; `study presets` lists them")] = "quick"
+) -> None:
+    """Writes study.yaml from a preset, to be edited."""
+    with on_models("a study"):
+        from align_ext.study.new import new_study
+
+        file = new_study(folder, like)
+    typer.echo(f"wrote {file}: edit it, then `align-lora study plan {folder}` and `align-lora study run {folder}`")
+
+
+@study_app.command("presets")
+def presets() -> None:
+    """Lists the presets with the question that each asks."""
+    with on_models("a study"):
+        import yaml
+
+        from align_ext.study.new import presets as texts
+
+        for name, text in texts().items():
+            typer.echo(f"{name:<16} {yaml.safe_load(text)['question']}")
+
+
+@study_app.command("plan")
+def plan(folder: Folder) -> None:
+    """Shows arms, ranks, parameters, rows and cost before anything runs, and what would spoil the comparison."""
+    with on_models("a study"):
+        from align_ext.study import show
+        from align_ext.study.design import read_study
+        from align_ext.study.plan import store_plan
+        from align_ext.study.run import statuses
+
+        study = read_study(folder)
+        made = store_plan(folder, study)
+        found = statuses(folder)
+        console = plain_console()
+        console.print(show.arms_table(made))
+        console.print(show.rows_table(made))
+        for text in show.remarks(folder, made, found):
+            print_line(console, text)
+
+
+@study_app.command("run")
+def run(
+    folder: Folder,
+    jobs: Annotated[int, typer.Option(min=1, help="processes, each with a GPU of its own or a share of the cores")] = 1,
+    shard: Annotated[str, typer.Option(help="i/n: every n-th cell from the i-th on, for a job array")] = "1/1",
+    arms: Annotated[str, typer.Option(help="only these arms, separated by commas")] = "",
+    retry: Annotated[bool, typer.Option("--retry", help="run failed cells again")] = False,
+) -> None:
+    """Runs every cell that is missing, then writes the report; interrupted at any moment, it goes on where it was.
+
+    Any number of processes and machines that share the folder may run it at once. Exit code 1: not all is done.
+    """
+    continue_without_output()
+    console = plain_console()
+    part, _, parts = shard.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise UserError(f"--shard {shard!r} must be i/n with 1 <= i <= n, as 3/16")
+    with on_models("a study"):
+        from align_ext.study.design import read_study
+        from align_ext.study.run import run as run_study
+
+        chosen = tuple(filter(None, (name.strip() for name in arms.split(","))))
+        which = int(part), int(parts)
+        found = run_study(folder, read_study(folder), console, jobs=jobs, shard=which, arms=chosen, retry=retry)
+    failed = [one for one in found if one.state == "failed"]
+    for one in failed:
+        print_line(console, f"{one.key} failed: {one.detail}")
+    if any(one.state == "done" for one in found):
+        report(folder)
+    if failed or any(one.state in ("missing", "interrupted") for one in found):
+        raise typer.Exit(1)
+
+
+@study_app.command("status")
+def status(folder: Folder) -> None:
+    """Shows which cells are done, running, failed or missing."""
+    with on_models("a study"):
+        from align_ext.study import show
+        from align_ext.study.run import statuses
+
+        plain_console().print(show.status_table(statuses(folder)))
+
+
+@study_app.command("published")
+def published() -> None:
+    """Shows the parameter counts that the papers print beside those of their configurations, without any weights."""
+    with on_models("a study"):
+        from align_ext.study.published import show as show_published
+
+        show_published(plain_console())
+
+
+@study_app.command("report")
+def report(folder: Folder) -> None:
+    """Writes report/: report.html, report.md, tables and figures, from the cells that are done."""
+    with on_models("a report"):
+        from align_ext.report.page import write_report
+
+        typer.echo(f"wrote {write_report(folder)}")

@@ -1,0 +1,201 @@
+"""Runs the missing cells of a study, in any number of processes and on any number of machines, and tells its status."""
+
+import gc
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+
+from align_ext.study.cell import run_base, run_cell, work_folder
+from align_ext.study.deeper import MECHANISM, look_deeper, wants_look
+from align_ext.study.design import BASE, Cell, Study
+from align_ext.study.plan import PLAN, check_data, store_plan
+from align_ext.system.bounds import unknown_name
+from align_ext.system.locks import InUse, claimed
+from align_ext.system.messages import reason_of, shown
+from align_ext.system.reading import read_json
+from align_ext.system.terminal import print_line
+from align_ext.system.writing import atomic_file
+from align_ext.training.options import TrainOptions
+from align_ext.training.whole_checkpoints import checkpoints
+
+CELLS = "cells"
+
+
+@dataclass(frozen=True)
+class CellStatus:
+    """The state of a cell.
+
+    Attributes:
+        key: the cell's name.
+        state: "done", "running", "failed", "interrupted" (it has a checkpoint) or "missing".
+        step: the step of its last checkpoint; steps in all.
+        detail: the first line of its error, or the host that works on it.
+        seconds_left: an estimate from its last checkpoint.
+    """
+
+    key: str
+    state: Literal["done", "running", "failed", "interrupted", "missing"]
+    step: int = 0
+    detail: str = ""
+    seconds_left: float | None = None
+
+
+def run(
+    folder: Path, study: Study, console: Console, *, jobs: int = 1, shard: tuple[int, int] = (1, 1),
+    arms: tuple[str, ...] = (), retry: bool = False,
+) -> list[CellStatus]:  # fmt: skip
+    """Runs all cells that are missing; a cell that fails says why in its folder, and the others go on.
+
+    Args:
+        folder: the study's folder.
+        study: its design.
+        console: gets progress.
+        jobs: the number of processes, each with a share of the processor's threads, or a GPU of its own.
+        arms: only the cells of these arms; empty: of all.
+        shard: (i, n): only every n-th cell from the i-th on, for a job array on several machines.
+        retry: run failed cells again.
+
+    Returns:
+        The status of every cell of the shard.
+
+    Raises:
+        ValueError: as in store_plan.
+    """
+    plan = store_plan(folder, study)
+    for arm in arms:
+        if arm not in plan["arms"]:
+            raise ValueError(unknown_name("arm", arm, plan["arms"]))
+    cells = [entry for entry in _cells(folder, plan) if not arms or entry[1].arm in (BASE, *arms)]
+    cells = cells[shard[0] - 1 :: shard[1]]
+    if not all(is_done(path) for path, _, _ in cells):
+        check_data(folder, study, plan)
+    if jobs > 1:
+        flags = ["--shard", f"{shard[0]}/{shard[1]}", "--arms", ",".join(arms), *(["--retry"] if retry else [])]
+        for code in _in_processes([str(folder), *flags], jobs):
+            if code not in (0, 1):  # 1: a cell failed, and says why
+                print_line(console, f"a process ended with exit code {code}; what it worked on is not finished")
+        return [status(path) for path, _, _ in cells]
+    for number, (path, cell, options) in enumerate(cells, 1):
+        error = path.parent / f"{path.name}.error.txt"
+        work = work_folder(path)
+        if is_done(path) and work.is_dir():  # what a process left that was killed right before its end
+            with suppress(InUse), claimed(work):
+                shutil.rmtree(work, ignore_errors=True)
+        look = is_done(path) and wants_look(study, cell.seed) and not (path / MECHANISM).is_file()
+        if (is_done(path) and not look) or (error.is_file() and not retry):
+            continue
+        print_line(console, f"cell {number} of {len(cells)}: {path.name}" + ", a deeper look" * look)
+        start = time.perf_counter()
+        try:
+            if cell.arm == BASE:
+                with claimed(work):
+                    run_base(study, options, path, console)
+            else:
+                if not look:
+                    run_cell(study, cell, options, path, console)
+                if wants_look(study, cell.seed) and is_done(path):
+                    with claimed(work):
+                        look_deeper(study, options, path)
+        except InUse:
+            print_line(console, "  another process works on it")
+            continue
+        except Exception as problem:  # any bug or lack of memory ends this cell alone
+            with atomic_file(error) as new:
+                new.write_text(f"{reason_of(problem)}\n\n{traceback.format_exc()}", encoding="utf-8")
+            print_line(console, f"  failed: {reason_of(problem)}")
+            continue
+        error.unlink(missing_ok=True)
+        print_line(console, f"  done in {time.perf_counter() - start:.0f} s")
+        gc.collect()  # a Trainer and its model refer to each other
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return [status(path) for path, _, _ in cells]
+
+
+def statuses(folder: Path) -> list[CellStatus]:
+    """Returns the status of every cell of a study whose plan has been made.
+
+    Raises:
+        ValueError: there is no plan.
+    """
+    file = folder / PLAN
+    if not file.is_file():
+        raise ValueError(f"{shown(str(folder))} holds no {PLAN}: `align-lora study plan {folder}` makes it")
+    return [status(path) for path, _, _ in _cells(folder, read_json(file))]
+
+
+def is_done(path: Path) -> bool:
+    """Whether a cell's folder is whole."""
+    return (path / "cell.json").is_file()
+
+
+def status(path: Path) -> CellStatus:
+    """Returns the status of the cell in a folder."""
+    work, error = work_folder(path), path.parent / f"{path.name}.error.txt"
+    if is_done(path) and not error.is_file():
+        return CellStatus(path.name, "done")
+    steps = [int(p.name.partition("-")[2]) for p in checkpoints(work / "run/checkpoints")]
+    step = max(steps, default=0)
+    if work.is_dir():
+        try:
+            with claimed(work):
+                pass
+        except InUse:
+            return CellStatus(path.name, "running", step, *_worker(work, step))
+    if error.is_file():
+        return CellStatus(path.name, "failed", step, error.read_text(encoding="utf-8").partition("\n")[0])
+    return CellStatus(path.name, "interrupted" if step else "missing", step)
+
+
+def _worker(work: Path, step: int) -> tuple[str, float | None]:
+    try:
+        worker = json.loads((work / "worker.json").read_text())
+        total = int(worker["steps"])
+    except (OSError, ValueError, LookupError):
+        return "", None
+    passed = time.time() - worker["started"]
+    done = step - worker["from_step"]
+    return worker["host"], passed / done * (total - step) if done > 0 else None
+
+
+def _cells(folder: Path, plan: dict[str, Any]) -> list[tuple[Path, Cell, TrainOptions]]:
+    """Returns the folder of each cell, the cell and its options."""
+    return [
+        (folder / CELLS / of["key"], Cell(of["arm"], of["seed"], of["vary"]), TrainOptions.from_mapping(of["options"]))
+        for of in plan["cells"]
+    ]
+
+
+def _in_processes(arguments: list[str], jobs: int) -> list[int]:
+    """Runs the command in several processes, which share the cells by claiming them; returns their exit codes."""
+    command = [sys.executable, "-m", "align_ext.cli", "study", "run", *arguments]
+    workers = [subprocess.Popen(command, env=environment) for environment in _environments(jobs)]
+    try:
+        return [worker.wait() for worker in workers]
+    except BaseException:
+        for worker in workers:
+            worker.terminate()
+        for worker in workers:
+            worker.wait()
+        raise
+
+
+def _environments(jobs: int) -> Iterator[dict[str, str]]:
+    """Yields the environment of each process: a GPU in turn, or a share of the processor's threads."""
+    gpus = torch.cuda.device_count()
+    threads = max(1, torch.get_num_threads() // jobs)
+    for job in range(jobs):
+        own = {"CUDA_VISIBLE_DEVICES": str(job % gpus)} if gpus else {"OMP_NUM_THREADS": str(threads)}
+        yield {**os.environ, **own}
