@@ -49,9 +49,9 @@ def simt_python(native_build, tmp_path_factory):
 
 
 @pytest.mark.parametrize("op", ["arguments", *OPS])
-def test_the_tests_of_the_operators_pass_on_the_cuda_kernels(simt_python, op):
-    tests = TESTS / f"ops/test_{op}.py"
-    options = ("-q", "-n0", "-p", "no:cacheprovider", "-p", "simt_extension", "--device=simt", "--fuzz=25")
+def test_the_tests_of_the_operators_pass_on_the_cuda_kernels(simt_python, op, request):
+    tests, fuzz = TESTS / f"ops/test_{op}.py", 25 if request.config.getoption("--slow") else 5
+    options = ("-q", "-n0", "-p", "no:cacheprovider", "-p", "simt_extension", "--device=simt", f"--fuzz={fuzz}")
     output = simt_python("-m", "pytest", *options, tests)
     passed, kernels = (int(re.search(text, output)[1]) for text in (r"(\d+) passed", r"SIMT engine: (\d+) kernels"))
     skipped = Counter()

@@ -99,7 +99,9 @@ def test_a_page_stops_at_the_first_command_that_fails(hub, work):
 def test_every_option_of_a_document_exists(document):
     known = typer.main.get_command(cli.app).commands
     for name, rest in re.findall(r"(?:^|`)align-lora ([a-z]+)([^`|#\n]*)", document.read_text(), re.MULTILINE):
-        flags = {flag for option in known[name].params for flag in option.opts} | {"--help"}
+        command = known[name]
+        command = command.commands[rest.split()[0]] if hasattr(command, "commands") and rest.split() else command
+        flags = {flag for option in command.params for flag in option.opts} | {"--help"}
         assert set(re.findall(r"--[a-z-]+", rest)) <= flags, f"align-lora {name}{rest}"
 
 
