@@ -36,7 +36,7 @@ def summary(arms: Arms, test: dict[str, list[Comparison]], unseen: dict[str, lis
         return [f"There is nothing to compare with {arms.results.baseline} yet."]
     found = test[headline]
     sentences = [_basis(arms, found), *_findings(arms, found, test.get("accuracy", []))]
-    for measure in ("accuracy", "exact"):
+    for measure in ("accuracy", "exact", "loss"):
         if measure != headline and test.get(measure):
             sentences.append(_second(arms, test[measure]))
     if unseen.get(headline):
@@ -162,10 +162,10 @@ def _cause(arms: Arms, one: Comparison, found: list[Comparison]) -> tuple[str, l
 
 
 def _second(arms: Arms, found: list[Comparison]) -> str:
-    name = _UNITS[found[0].measure][1].removeprefix("points of ")
+    name = "loss of free text" if found[0].measure == "loss" else _UNITS[found[0].measure][1].removeprefix("points of ")
     text = f"In {name}: {_lower(_short(arms, found))}"
     same = [one.variant.label for one in found if one.equivalent is not None and one.equivalent < LEVEL]
-    if 0 < len(same) <= _MOST_NAMED:
+    if 0 < len(same) <= _MOST_NAMED and found[0].measure != "loss":  # the margin is one of accuracy
         margin, verb = number(arms.results.plan["margin"], "points"), "is" if len(same) == 1 else "are"
         text += f" Within {margin} points, {_join(same)} {verb} as good as {arms.results.baseline}."
     return text
