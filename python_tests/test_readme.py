@@ -27,7 +27,7 @@ def test_every_command_and_flag_of_the_readme_exists_and_every_command_is_in_it(
     assert {name for name, _ in shown} == set(commands)
     for name, rest in shown:
         command = commands[name]
-        command = command.commands[rest.split()[0]] if hasattr(command, "commands") else command  # study new, study run
+        command = command.commands[rest.split()[0]] if hasattr(command, "commands") and rest.split() else command
         known = {flag for option in command.params for flag in option.opts}
         assert set(re.findall(r"--[a-z-]+", rest)) <= known, f"align-lora {name}{rest}"
 
