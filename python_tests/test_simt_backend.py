@@ -48,7 +48,10 @@ def simt_python(native_build, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("op", ["arguments", *OPS])
+# The C++ tests run mk_mmd's kernels on the same engine.
+@pytest.mark.parametrize(
+    "op", ["arguments", *(pytest.param(op, marks=[pytest.mark.slow] * (op == "mk_mmd")) for op in OPS)]
+)
 def test_the_tests_of_the_operators_pass_on_the_cuda_kernels(simt_python, op, request):
     tests, fuzz = TESTS / f"ops/test_{op}.py", 25 if request.config.getoption("--slow") else 5
     options = ("-q", "-n0", "-p", "no:cacheprovider", "-p", "simt_extension", "--device=simt", f"--fuzz={fuzz}")

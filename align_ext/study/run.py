@@ -180,7 +180,9 @@ def _cells(folder: Path, plan: dict[str, Any]) -> list[tuple[Path, Cell, TrainOp
 
 def _in_processes(arguments: list[str], jobs: int) -> list[int]:
     """Runs the command in several processes, which share the cells by claiming them; returns their exit codes."""
-    command = [sys.executable, "-m", "align_ext.cli", "study", "run", *arguments]
+    # The current folder stays off the path: it may hold sources of the package that are not the installed ones.
+    program = "import sys; sys.path = [p for p in sys.path if p]; from align_ext.cli import main; main()"
+    command = [sys.executable, "-c", program, "study", "run", *arguments]
     workers = [subprocess.Popen(command, env=environment) for environment in _environments(jobs)]
     try:
         return [worker.wait() for worker in workers]
