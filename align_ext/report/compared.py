@@ -145,7 +145,7 @@ def _comparison(
         difference,
         holm,
         statistics.equivalence(difference, arms.results.plan["margin"]) if points else None,
-        statistics.detectable(difference),
+        statistics.detectable(difference) if difference.error > 0 else None,
         statistics.rows_needed(difference, POINT) if points else None,
         _mcnemar(arms, variant, other, split) if measure == "accuracy" else (),
     )

@@ -128,14 +128,15 @@ def equivalence(difference: Difference, margin: float) -> float | None:
     """Returns the p of "the true difference is within (-margin, margin)", by two one-sided tests (Schuirmann 1987).
 
     The larger of both sides' p, from the closed form; at most alpha just where the closed form's interval of level
-    1 - 2 alpha lies within the margin. None with fewer than 3 seeds.
+    1 - 2 alpha lies within the margin. None with fewer than 3 seeds, and where no row differs in any seed, as when both
+    arms give one answer to all rows: nothing was seen that could tell how far they may differ.
 
     Raises:
         ValueError: margin is not positive.
     """
     if not margin > 0:
         raise ValueError(f"margin={margin} must be positive: give the largest difference that does not matter")
-    if difference.seeds < 3:
+    if difference.seeds < 3 or difference.error == 0:
         return None
     return _parts_behind(difference).tail(margin - abs(difference.estimate))
 
