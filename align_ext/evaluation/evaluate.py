@@ -24,7 +24,7 @@ from align_ext.data.collator import TaskCollator
 from align_ext.data.encode import answer_tokens, encode, features, prompt_tokens
 from align_ext.data.rows import Example
 from align_ext.data.tasks import row_ids
-from align_ext.evaluation.likelihood import Question, answer_nll
+from align_ext.evaluation.likelihood import Question, answer_nll, by_task
 from align_ext.evaluation.rows import RowScore, TaskScore, task_scores
 from align_ext.losses.statistics import STATISTICS
 from align_ext.losses.tokens import Latents, TokenTasks
@@ -216,21 +216,16 @@ def _plain_generation_config(model: Any, tokenizer: Any) -> Iterator[None]:
 def _task_ids(model: nn.Module, examples: Sequence[Example], ids: Mapping[str, int] | None) -> list[int]:
     """Returns the id of each example's task, or -1 if it is not given and not needed."""
     missing = sorted({example.task for example in examples} - set(ids or {}))
-    if missing and _by_task(model):
+    if missing and by_task(model):
         raise ValueError(f"a multi_adapter model is scored with the id of every task: ids lacks {', '.join(missing)}")
     return [(ids or {}).get(example.task, -1) for example in examples]
-
-
-def _by_task(model: nn.Module) -> bool:
-    state = find_state(model)
-    return state is not None and state.config.architecture == "multi_adapter"
 
 
 @contextmanager
 def _named_task(model: nn.Module, task: int) -> Iterator[None]:
     """Sets the task for generation in a model with one adapter per task."""
     state = find_state(model)
-    if state is None or not _by_task(model):
+    if state is None or not by_task(model):
         yield
         return
     before = state.task

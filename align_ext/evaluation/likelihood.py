@@ -173,7 +173,7 @@ def _whole(
         rows = [[*questions[i].prompt, *answer] for i, answer in batch]
         ids, mask = _padded(rows, pad, device)
         inputs = {"input_ids": ids, "attention_mask": mask}
-        if _by_task(state):
+        if by_task(model):
             inputs["task_ids"] = torch.tensor([questions[i].task for i, _ in batch], device=device)
         if state is not None and state.config.routing == "sequence":
             labels = torch.full_like(ids, -100)  # the router needs the end of the prompt
@@ -197,7 +197,7 @@ def _shared(
     model: Any, pad: int, questions: Sequence[Question], head: _Head, cache_argument: str
 ) -> list[tuple[float, ...]]:
     """Runs the common start of all prompts, then the rest of each prompt, then what differs between the answers."""
-    state, device = find_state(model), next(model.parameters()).device
+    device, tasks = next(model.parameters()).device, by_task(model)
     texts = [[[*question.prompt, *answer] for answer in question.answers] for question in questions]
     # Each text's last token is only predicted, so it never runs.
     common = [min(_common(of), min(map(len, of)) - 1) for of in texts]
@@ -209,13 +209,13 @@ def _shared(
         ids, mask = _padded(rows, pad, device)
         positions = torch.tensor(first, device=device)[:, None] + torch.arange(ids.shape[1], device=device)
         inputs: Any = {"input_ids": ids, "attention_mask": torch.cat([before, mask], 1), "position_ids": positions}
-        if _by_task(state):
+        if tasks:
             inputs["task_ids"] = torch.tensor([questions[i].task for i in owners], device=device)
         inputs |= {cache_argument: cache, "use_cache": True}
         return head.log_probs(model, inputs, *map(list, zip(*where, strict=True)))
 
     everyone, empty = list(range(len(questions))), torch.ones(1, 0, dtype=torch.int64, device=device)
-    if start and not _by_task(state):
+    if start and not tasks:
         run([texts[0][0][:start]], empty, [0], [0], [(0, 0)])
         cache.batch_repeat_interleave(len(questions))
     else:
@@ -255,5 +255,7 @@ def _common(rows: Sequence[Sequence[int]]) -> int:
     return next((k for k, tokens in places if len(set(tokens)) > 1), min(map(len, rows)))
 
 
-def _by_task(state: Any) -> bool:
+def by_task(model: nn.Module) -> bool:
+    """Whether a model has one adapter per task (multi_adapter), so that it needs the task of each row."""
+    state = find_state(model)
     return state is not None and state.config.architecture == "multi_adapter"

@@ -28,7 +28,7 @@ from align_ext.io.save_adapter import save_adapter
 from align_ext.model.merge import merge_and_unload
 from align_ext.study.design import BASE, Arm, Cell, Study
 from align_ext.study.plain_text import text_loss
-from align_ext.study.plan import StudyData, probe_rows, read_data
+from align_ext.study.plan import StudyData, probe_rows, read_data, read_unseen
 from align_ext.system.locks import claimed
 from align_ext.system.terminal import progress_bars
 from align_ext.system.writing import atomic_folder
@@ -75,13 +75,18 @@ def run_cell(study: Study, cell: Cell, options: TrainOptions, target: Path, cons
     """
     work = work_folder(target)
     with claimed(work):
-        if not (target / "cell.json").is_file():  # another process may have finished it meanwhile
+        if not is_done(target):  # another process may have finished it meanwhile
             resume = bool(checkpoints(work / "run/checkpoints"))
             output = str(work / "run")
             options = replace(options, output=output, resume=resume, save_steps=max(options.steps // 4, 1))
             with open_run(options) as folder:
                 _run(study, cell, folder, target, console)
         shutil.rmtree(work, ignore_errors=True)
+
+
+def is_done(target: Path) -> bool:
+    """Whether a cell's folder is whole."""
+    return (target / "cell.json").is_file()
 
 
 def work_folder(target: Path) -> Path:
@@ -97,9 +102,8 @@ def _run(study: Study, cell: Cell, folder: RunFolder, target: Path, console: Con
         "from_step": 0 if last is None else int(last.name.rpartition("-")[2]),
     }  # fmt: skip
     (work_folder(target) / "worker.json").write_text(json.dumps(worker))
-    data = read_data(study, folder.options, job.tokenizer)
-    _check_same_rows(job, data)
-    probe = probe_rows(study, data)
+    data = StudyData(job.data, read_unseen(study, folder.options, job.tokenizer, job.data.names))
+    probe = probe_rows(study, job.data)
     _apply_control(study, study.arm(cell.arm), job, probe)
     seconds, start = {}, time.perf_counter()
     with progress_bars(console) as bars:
@@ -139,12 +143,6 @@ def _content(
 
 def _mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
-
-
-def _check_same_rows(job: Job, data: StudyData) -> None:
-    """Raises ValueError if the run and the study chose different rows."""
-    if (job.data.train, job.data.dev) != (data.trained.train, data.trained.dev):
-        raise ValueError("the data has changed while the cell was prepared: run it again")
 
 
 def _apply_control(study: Study, arm: Arm, job: Job, probe: list[Example]) -> None:

@@ -15,7 +15,7 @@ from align_ext.model.load_adapter import load_adapter
 from align_ext.model.replace import replace_linear_with_align_lora
 from align_ext.study.design import Study
 from align_ext.study.mechanism import mechanism
-from align_ext.study.plan import probe_rows, read_data
+from align_ext.study.plan import probe_rows, read_trained
 from align_ext.system.writing import atomic_file
 from align_ext.training.options import TrainOptions
 
@@ -38,17 +38,17 @@ def look_deeper(study: Study, options: TrainOptions, cell: Path) -> None:
     """
     model, tokenizer = load_model(options.model, options.dtype)
     model = model.to(options.device)
-    data = read_data(study, options, tokenizer)
+    data = read_trained(study, options, tokenizer)
     transformers.set_seed(options.seed)
     replace_linear_with_align_lora(model, AdapterFolder.read(cell / "adapter").config)
     start = copy_heads(model)
     load_adapter(model, cell / "adapter")
-    rows = features(tokenizer, probe_rows(study, data), data.trained.ids())
+    rows = features(tokenizer, probe_rows(study, data), data.ids())
     collate, size = TaskCollator(tokenizer), study.score.batch_size
     batches: list[dict[str, Any]] = [
         {name: x.to(options.device) for name, x in collate(rows[i : i + size]).items()}
         for i in range(0, len(rows), size)
     ]
-    found = mechanism(model, batches, data.trained.names, start)
+    found = mechanism(model, batches, data.names, start)
     with atomic_file(cell / MECHANISM) as new:
         new.write_text(json.dumps(found) + "\n", encoding="utf-8")

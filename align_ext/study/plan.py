@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,36 +62,41 @@ def read_data(study: Study, options: TrainOptions, tokenizer: Any | None) -> Stu
     Raises:
         ValueError: as in read_tasks, select and scored_examples.
     """
-    fit = _fits(tokenizer, options)
-    pools = _pools(study, options.data, options.tasks, options)
-    trained = select(
-        pools, options.train_examples, study.score.test, fit, dev_per_task=study.score.dev, seed=options.order_seed
-    )
-    unseen = study.score.unseen
-    if unseen is None:
-        return _with_known_tasks(study, StudyData(trained, None))
-    others = _pools(study, unseen.data or options.data, unseen.tasks, options)
-    rest = {name: splits for name, splits in others.tasks.items() if name not in trained.names}
-    if not rest:
-        raise ValueError("score.unseen: all of its tasks are trained on: name others in score.unseen.tasks")
-    scored = scored_examples(Pools(rest, others.notes), unseen.examples, fit, undivided=True)
-    return _with_known_tasks(study, StudyData(trained, scored))
-
-
-def _with_known_tasks(study: Study, data: StudyData) -> StudyData:
-    """Returns the data; raises ValueError if answers are to be generated for a task that it does not have."""
-    known = [*data.trained.names, *(() if data.unseen is None else data.unseen.names)]
+    trained = read_trained(study, options, tokenizer)
+    data = StudyData(trained, read_unseen(study, options, tokenizer, trained.names))
+    known = [*trained.names, *(() if data.unseen is None else data.unseen.names)]
     for task in study.score.generate:
         if task not in known and "tasks" not in study.vary:
             raise ValueError(f"score.generate: {unknown_name('task', task, known)}")
     return data
 
 
-def probe_rows(study: Study, data: StudyData) -> list[Example]:
+def read_trained(study: Study, options: TrainOptions, tokenizer: Any | None) -> TaskData:
+    """Reads the tasks that are trained on, as recipe.prepare does; see read_data."""
+    pools, fit = _pools(study, options.data, options.tasks, options), _fits(tokenizer, options)
+    return select(
+        pools, options.train_examples, study.score.test, fit, dev_per_task=study.score.dev, seed=options.order_seed
+    )
+
+
+def read_unseen(
+    study: Study, options: TrainOptions, tokenizer: Any | None, trained: Collection[str]
+) -> TaskData | None:
+    """Reads the tasks that are only scored, without those that are trained on; None: there are none. See read_data."""
+    unseen = study.score.unseen
+    if unseen is None:
+        return None
+    others = _pools(study, unseen.data or options.data, unseen.tasks, options)
+    rest = {name: splits for name, splits in others.tasks.items() if name not in trained}
+    if not rest:
+        raise ValueError("score.unseen: all of its tasks are trained on: name others in score.unseen.tasks")
+    return scored_examples(Pools(rest, others.notes), unseen.examples, _fits(tokenizer, options), undivided=True)
+
+
+def probe_rows(study: Study, trained: TaskData) -> list[Example]:
     """Returns the first test rows of each task, on which alignment and mechanism are measured."""
-    tasks = data.trained.names
-    of_task = {task: [example for example in data.trained.test if example.task == task] for task in tasks}
-    return [example for task in tasks for example in of_task[task][: study.score.probe]]
+    of_task = {task: [example for example in trained.test if example.task == task] for task in trained.names}
+    return [example for examples in of_task.values() for example in examples[: study.score.probe]]
 
 
 def first_options(study: Study) -> TrainOptions:
@@ -131,14 +136,19 @@ def make_plan(study: Study, before: Mapping[str, Any] | None = None) -> dict[str
     if first.dtype != AUTO:
         dtype = first.dtype
     data = read_data(study, first, tokenizer)
-    rows = {split: row_ids(examples) for split, examples in data.scored().items()}
-    digest = _data_digest(data)
+    num_tasks, digest = len(data.trained.names), _data_digest(data)
+    budget = _budget(study, model, num_tasks)
     base: dict[str, Any] = {"key": base_cell(study, digest, dtype), "arm": BASE, "seed": None, "vary": {}}
     arms: dict[str, Any] = {}
     cells = []
     for cell in study.cells():
-        options = resolved(study, cell, model, len(data.trained.names), dtype=dtype, device=device)
-        arms.setdefault(cell.arm, _describe(study, cell, options, model, len(data.trained.names)))
+        options = study.options_of(cell, dtype=dtype, device=device)
+        if budget is not None and "r" not in {*study.arm(cell.arm).options, *cell.vary}:
+            rank = nearest_rank(_config(options, model, num_tasks), model, budget)
+            options = study.options_of(cell, dtype=dtype, device=device, r=rank)
+        if cell.arm not in arms:  # with an axis that changes it, the row of the axis's first value
+            config = _config(options, model, num_tasks)
+            arms[cell.arm] = _describe(study, cell, config, model, budget)
         given = _not_default(options)
         key = f"{cell.label}-{_digest([given, _control_of(study, cell.arm), _scoring(study)])[:8]}"
         cells.append({"key": key, "arm": cell.arm, "seed": cell.seed, "vary": dict(cell.vary), "options": given})
@@ -153,7 +163,7 @@ def make_plan(study: Study, before: Mapping[str, Any] | None = None) -> dict[str
         "data": data.trained.counts() | {
             "digest": digest,
             "unseen": {} if data.unseen is None else data.unseen.counts()["tasks"],
-            "rows": {split: len(ids) for split, ids in rows.items()},
+            "rows": {split: len(examples) for split, examples in data.scored().items()},
         },
         "arms": arms, "cells": [base | {"options": cells[0]["options"]}, *cells],
     }  # fmt: skip
@@ -204,43 +214,26 @@ def _data_digest(data: StudyData) -> str:
     return _digest([rows, sorted(row_ids(data.trained.train))])
 
 
-def resolved(
-    study: Study, cell: Cell, model: torch.nn.Module, num_tasks: int, *, dtype: str, device: str
-) -> TrainOptions:
-    """Returns the options of a cell with its matched rank, dtype and device.
-
-    Args:
-        study: the design.
-        cell: the cell.
-        model: the plain model; may be on the meta device.
-        num_tasks: the number of tasks in the data.
-        dtype: the study's.
-        device: the study's.
-    """
-    options = study.options_of(cell, dtype=dtype, device=device)
-    own = {*study.arm(cell.arm).options, *cell.vary}
-    if study.parameters is None or "r" in own:
-        return options
-    budget: Any = study.parameters
-    if not isinstance(budget, int):
-        budget = _config(TrainOptions.from_mapping(study.train, budget), model, num_tasks)
-    rank = nearest_rank(_config(options, model, num_tasks), model, budget)
-    return study.options_of(cell, dtype=dtype, device=device, r=rank)
+def _budget(study: Study, model: torch.nn.Module, num_tasks: int) -> int | None:
+    """Returns the number of trained parameters that all arms are matched to, or None."""
+    if not isinstance(study.parameters, Mapping):
+        return study.parameters
+    options = TrainOptions.from_mapping(study.train, study.parameters)
+    return trained_parameters(_config(options, model, num_tasks), model)
 
 
-def nearest_rank(config: AlignLoraConfig, model: torch.nn.Module, budget: int | AlignLoraConfig) -> int:
+def nearest_rank(config: AlignLoraConfig, model: torch.nn.Module, budget: int) -> int:
     """Returns the rank whose trained parameters are nearest to a budget: that of match_rank, or the next one.
 
     Args:
         config: the options of the architecture; r is ignored.
         model: a plain model, which may be on the meta device.
-        budget: a number of trained parameters, or a config whose number it is.
+        budget: a number of trained parameters.
     """
-    wanted = trained_parameters(budget, model) if isinstance(budget, AlignLoraConfig) else budget
     below = match_rank(config, model, budget)
     step = 2 if config.init_lora_weights == "orthogonal" else 1
     counts = {rank: trained_parameters(replace(config, r=rank), model) for rank in (below, below + step)}
-    return min(counts, key=lambda rank: abs(counts[rank] - wanted))
+    return min(counts, key=lambda rank: abs(counts[rank] - budget))
 
 
 def _config(options: TrainOptions, model: torch.nn.Module, num_tasks: int) -> AlignLoraConfig:
@@ -248,20 +241,17 @@ def _config(options: TrainOptions, model: torch.nn.Module, num_tasks: int) -> Al
 
 
 def _describe(
-    study: Study, cell: Cell, options: TrainOptions, model: torch.nn.Module, num_tasks: int
+    study: Study, cell: Cell, config: AlignLoraConfig, model: torch.nn.Module, budget: int | None
 ) -> dict[str, Any]:
-    """Returns an arm's row of the plan; with an axis that changes it, that of the axis's first value."""
-    config, arm = _config(options, model, num_tasks), study.arm(cell.arm)
-    adapters, budget = planned_adapters(config, model), None if "r" in arm.options else study.parameters
-    parameters = trained_parameters(config, model)
-    if isinstance(budget, Mapping):
-        budget = trained_parameters(_config(TrainOptions.from_mapping(study.train, budget), model, num_tasks), model)
+    """Returns an arm's row of the plan."""
+    arm, adapters = study.arm(cell.arm), planned_adapters(config, model)
+    parameters, base = trained_parameters(config, model), sum(p.numel() for p in model.parameters())
     linears = [2 * n * m for n, m in (features_of(layer) for layer in model.modules() if is_linear(layer))]
     return {
         "architecture": config.architecture, "control": arm.control, "align": config.align,
         "align_weight": config.align_weight, "rank": config.r, "scaling": config.scaling, "parameters": parameters,
-        "percent": 100 * parameters / (parameters + sum(p.numel() for p in model.parameters())),
-        "budget_off": None if budget is None else parameters / budget - 1,
+        "percent": 100 * parameters / (parameters + base),
+        "budget_off": None if budget is None or "r" in arm.options else parameters / budget - 1,
         "flops_per_token": {"base": sum(linears), "adapters": sum(adapter_flops(a, config) for a in adapters)},
         "merges": not config.target_blocks and adapters[0].unmergeable_reason() is None,
         "options": dict(arm.options),

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
-from align_ext.study.cell import run_base, run_cell, work_folder
+from align_ext.study.cell import is_done, run_base, run_cell, work_folder
 from align_ext.study.deeper import MECHANISM, look_deeper, wants_look
 from align_ext.study.design import BASE, Cell, Study
 from align_ext.study.plan import PLAN, check_data, store_plan
@@ -134,11 +134,6 @@ def statuses(folder: Path) -> list[CellStatus]:
     if not file.is_file():
         raise ValueError(f"{shown(str(folder))} holds no {PLAN}: `align-lora study plan {folder}` makes it")
     return [status(path) for path, _, _ in _cells(folder, read_json(file))]
-
-
-def is_done(path: Path) -> bool:
-    """Whether a cell's folder is whole."""
-    return (path / "cell.json").is_file()
 
 
 def status(path: Path) -> CellStatus:

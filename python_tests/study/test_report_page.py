@@ -11,6 +11,7 @@ from study.made_up import ARMS, make_study
 from align_ext.report.page import write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+# Slow, since .ci/run installs no browser; .ci/check-full installs one for these tests.
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="needs a browser: apt-get install chromium")]
 
 MEASURE = """<script>
