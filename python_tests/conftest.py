@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the tests run in several processes
@@ -31,6 +32,7 @@ LACKS = {"cpu": {}, "cuda": CUDA_LACKS, "simt": CUDA_LACKS | {"size": "too large
 def pytest_addoption(parser):
     parser.addoption("--device", choices=LACKS, default="cpu", help="where the operators' tests run")
     parser.addoption("--slow", action="store_true", help="also run what only make check-full has time for")
+    parser.addoption("--every", type=int, default=1, help="run only every n-th case of each test")
     parser.addoption("--fuzz", type=int, default=100, help="how many cases a test by hypothesis makes")
 
 
@@ -50,6 +52,12 @@ def pytest_collection_modifyitems(config, items):
     slow = [] if config.getoption("--slow") else [item for item in items if item.get_closest_marker("slow")]
     config.hook.pytest_deselected(items=slow)
     items[:] = [item for item in items if item not in slow]
+    seen, every = Counter(), config.getoption("--every")
+    for item in items[:]:
+        test = (item.path, getattr(item, "originalname", item.name))
+        if seen[test] % every:
+            items.remove(item)
+        seen[test] += 1
     lacks = LACKS[config.getoption("--device")]
     for item in items:
         for mark in list(item.iter_markers("needs")):

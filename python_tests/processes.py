@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 import align_ext
 
 # The package under test first: in a process's current folder, or beside the tests, there may be its bare sources.
@@ -16,3 +18,16 @@ def python(*arguments, cwd, env=(), **options):
     environment = os.environ | {"PYTHONPATH": PATH, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | dict(env)
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} | options
     return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=cwd, env=environment, **options)
+
+
+def spawn(run, *arguments, processes=2):
+    """Runs run(rank, *arguments) in several processes, and raises what one of them raises."""
+    torch.multiprocessing.spawn(_on_rank, (run, arguments), nprocs=processes)
+
+
+def _on_rank(rank, run, arguments):
+    run(rank, *arguments)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # threads that other libraries leave may abort the interpreter's end, which no test is about

@@ -58,7 +58,6 @@ def train_on_rank(rank, port):
             model.zero_grad()
             way(call, rank)().backward()
             assert error(gradients(model), expected) < EXACT, (options, wrap, mode, way)
-    dist.destroy_process_group()
 
 
 def uneven(rank):
@@ -90,7 +89,6 @@ def train_unevenly(rank, processes, port):
         call(**inputs, task_ids=tasks).loss.backward()
         assert error(gradients(model), expected) < EXACT, (options, wrap, batches)
     no_number_of_tasks_is_refused()
-    dist.destroy_process_group()
 
 
 def mean_gradients(oracle, processes):
@@ -115,7 +113,6 @@ def train_in_further_ways(rank, port):
         accumulate_exactly(rank, align)
         accumulate_with_a_queue(rank, align)
     whole_layers_are_needed()
-    dist.destroy_process_group()
 
 
 def whole_layers_are_needed():

@@ -7,6 +7,7 @@ from typing import get_args
 
 import pytest
 import torch
+from processes import spawn
 from tiny import TASKS, WEIGHT, Oracle, adapted, batch, error, gradients, literal_kl, llama
 from torch import nn
 
@@ -370,4 +371,4 @@ def test_layers_of_different_rank_share_a_step():
 def test_two_processes_give_the_gradient_of_the_union_batch(unused_port):
     from ranks import train_on_rank  # a module of its own, which the processes can import by name
 
-    torch.multiprocessing.spawn(train_on_rank, (unused_port,), nprocs=2)
+    spawn(train_on_rank, unused_port)

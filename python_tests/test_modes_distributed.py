@@ -1,17 +1,17 @@
 """Processes whose batches differ, in tasks, tokens and sizes: the gradient is that of one process on the union."""
 
 import pytest
-import torch
+from processes import spawn
 
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_uneven_processes_give_the_gradient_of_the_union_batch(processes, unused_port):
     from ranks import train_unevenly  # a module of its own, which the processes can import by name
 
-    torch.multiprocessing.spawn(train_unevenly, (processes, unused_port), nprocs=processes)
+    spawn(train_unevenly, processes, unused_port, processes=processes)
 
 
 def test_checkpointing_accumulation_and_what_is_refused_with_two_processes(unused_port):
     from ranks import train_in_further_ways
 
-    torch.multiprocessing.spawn(train_in_further_ways, (unused_port,), nprocs=2)
+    spawn(train_in_further_ways, unused_port)

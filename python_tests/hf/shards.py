@@ -117,7 +117,6 @@ def fsdp2(rank, port, folder):
     something_else(rank, model, Path(folder, "else"))
     nothing_to_write_to(rank, model, Path(folder))
     dist.barrier()
-    dist.destroy_process_group()
 
 
 def alone(rank, model, folder):
@@ -193,4 +192,3 @@ def zero3(rank, port, folder):
         assert all(torch.equal(tensor, expected[name]) for name, tensor in values(empty).items())
         save_adapter(empty, place / "again")
     dist.barrier()
-    dist.destroy_process_group()

@@ -7,6 +7,7 @@ import torch
 from hf.resumed import CASES, build, go_on, state
 from hf.trainers import NAMES, WEIGHT, adapted, features, logged, trainer
 from hf.words import llama
+from processes import spawn
 from safetensors.torch import load_file
 
 from align_ext import load_adapter
@@ -22,7 +23,7 @@ def test_a_run_that_goes_on_in_a_new_process_is_the_unbroken_run_to_the_bit(tmp_
         ran.train()
         unbroken[case] = state(ran.model)
         assert any(not torch.equal(tensor, start[name]) for name, tensor in unbroken[case].items())
-    torch.multiprocessing.spawn(go_on, (str(tmp_path),), nprocs=1)
+    spawn(go_on, str(tmp_path), processes=1)
     for case, expected in unbroken.items():
         resumed = load_file(tmp_path / f"{case}.safetensors")
         assert resumed.keys() == expected.keys()

@@ -15,7 +15,7 @@ import torch
 from hf.killed import OPTIONS, adapter_of
 from hf.trainers import adapted, diverges, features, on_rank, trainer
 from hf.words import llama, model_folder, write_rows
-from processes import python
+from processes import python, spawn
 from safetensors.torch import load_file
 
 from align_ext.system.locks import InUse, claimed
@@ -343,7 +343,7 @@ def test_a_script_goes_on_from_the_last_whole_checkpoint_and_not_from_another(tm
 
 
 def test_two_processes_stop_together_when_one_of_them_diverges_and_keep_one_whole_checkpoint(tmp_path, unused_port):
-    torch.multiprocessing.spawn(on_rank, (unused_port, tmp_path, diverges), nprocs=2)
+    spawn(on_rank, unused_port, tmp_path, diverges)
     said = {(tmp_path / f"said-{rank}").read_text() for rank in (0, 1)}
     assert len(said) == 1
     assert "the loss is not finite at step 3" in said.pop()

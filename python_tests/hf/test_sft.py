@@ -9,6 +9,7 @@ import trl
 from hf.sft_trainers import DIGITS, FORMATS, padded_and_padding_free, prompt_rows, text, text_rows, trainer
 from hf.trainers import NAMES, WEIGHT, Gradients, adapted, logged, on_rank, shared_gradients
 from hf.words import tokenizer
+from processes import spawn
 from safetensors.torch import load_file
 from tiny import error
 from transformers.trainer_pt_utils import LabelSmoother
@@ -140,7 +141,7 @@ def test_under_accumulation_the_alignment_gradient_is_the_mean_of_the_micro_batc
 
 
 def test_two_processes_get_the_gradient_and_the_losses_of_one(tmp_path, unused_port):
-    torch.multiprocessing.spawn(on_rank, (unused_port, tmp_path, padded_and_padding_free), nprocs=2)
+    spawn(on_rank, unused_port, tmp_path, padded_and_padding_free)
     expected, losses = padded_and_padding_free(tmp_path, 1)
     assert error(load_file(tmp_path / "gradients.safetensors"), expected) < ROUNDING
     assert len(losses) == 18

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hf import shards
 from hf.folders import assert_same_bits, files, logits, plain
+from processes import spawn
 from safetensors.torch import load_file
 from tiny import llama
 
@@ -40,7 +41,7 @@ def assert_knows_its_base(folder):
 
 
 def test_fsdp2_saves_and_loads_what_it_trained(tmp_path, unused_port):
-    torch.multiprocessing.spawn(shards.fsdp2, (unused_port, str(tmp_path)), nprocs=2)
+    spawn(shards.fsdp2, unused_port, str(tmp_path))
     for kind in shards.KINDS:
         loaded = assert_holds(tmp_path / kind, plain(), kind)
         if (tmp_path / kind / "peft").exists():
@@ -53,7 +54,7 @@ def test_fsdp2_saves_and_loads_what_it_trained(tmp_path, unused_port):
 
 
 def test_zero3_saves_what_it_trained(tmp_path, unused_port):
-    torch.multiprocessing.spawn(shards.zero3, (unused_port, str(tmp_path)), nprocs=2)
+    spawn(shards.zero3, unused_port, str(tmp_path))
     for kind in ("lora", "m_lora, rslora"):
         assert_holds(tmp_path / kind, plain(), kind)
         assert_knows_its_base(tmp_path / kind / "adapter")

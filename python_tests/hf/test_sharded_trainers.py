@@ -3,6 +3,7 @@
 import torch
 from hf import sharded_trainers as runs
 from hf.folders import plain
+from processes import spawn
 from safetensors.torch import load_file
 
 from align_ext import load_adapter
@@ -18,19 +19,15 @@ def assert_whole(folder, base="llama"):
         assert torch.equal(tensor, expected[name]), (folder, name)
 
 
-def spawn(run, folder, port):
-    torch.multiprocessing.spawn(run, (port, str(folder)), nprocs=2)
-
-
 def test_by_fsdp2_checkpoints_are_whole_and_a_run_goes_on_from_them_to_the_bit(tmp_path, unused_port):
-    spawn(runs.by_fsdp, tmp_path, unused_port)
+    spawn(runs.by_fsdp, unused_port, str(tmp_path))
     for name in runs.FSDP:
         for folder in ("checkpoint-1", "checkpoint-2", "final"):
             assert_whole(tmp_path / name / folder)
 
 
 def test_by_deepspeed_checkpoints_are_whole_or_nothing_is_lost(tmp_path, unused_port):
-    spawn(runs.by_deepspeed, tmp_path, unused_port)
+    spawn(runs.by_deepspeed, unused_port, str(tmp_path))
     for name in runs.DEEPSPEED:
         for folder in ("checkpoint-1", "checkpoint-2", "final"):
             assert_whole(tmp_path / name / folder)

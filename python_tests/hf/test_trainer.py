@@ -19,6 +19,7 @@ from hf.trainers import (
     trainer,
 )
 from hf.words import tokenizer
+from processes import spawn
 from safetensors.torch import load_file
 from tiny import error, gradients
 from transformers import TrainerCallback
@@ -177,7 +178,7 @@ def test_evaluation_logs_the_loss_of_each_task_per_token(tmp_path):
 
 
 def test_two_processes_get_the_gradient_and_the_losses_of_one(tmp_path, unused_port):
-    torch.multiprocessing.spawn(on_rank, (unused_port, tmp_path, step_and_evaluation), nprocs=2)
+    spawn(on_rank, unused_port, tmp_path, step_and_evaluation)
     expected, losses = step_and_evaluation(tmp_path, 1)
     assert error(load_file(tmp_path / "gradients.safetensors"), expected) < ROUNDING
     assert len(losses) == 9

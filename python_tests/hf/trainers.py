@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 
 import torch
 from hf.words import llama, tokenizer
@@ -119,9 +118,6 @@ def on_rank(rank, port, folder, run, *arguments):
     if rank == 0:
         save_file(found, folder / "gradients.safetensors")
         (folder / "losses.json").write_text(json.dumps(losses))
-    torch.distributed.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # threads that other libraries leave may abort the interpreter's end, which nobody asks about here
 
 
 def diverges(folder, world):
