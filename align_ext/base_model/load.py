@@ -25,7 +25,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def load_model(
-    name: str | None = None, dtype: str | torch.dtype = "auto", print_line: PrintLine = _LOG.info
+    name: str | None = None, dtype: str | torch.dtype = "auto", print_line: PrintLine = _LOG.info, **options: Any
 ) -> tuple[Any, Any]:
     """Loads a causal language model and its tokenizer from safetensors, without running code that comes with them.
 
@@ -33,9 +33,11 @@ def load_model(
         name: a local folder, a hub id, or None for SmolLM2-135M-Instruct (see `default_model`).
         dtype: "auto" (see `best_dtype`), "stored" (as in its files), "float32", "bfloat16", "float16", or torch's.
         print_line: gets one-line messages about downloads and conversions.
+        **options: further arguments of from_pretrained.
 
     Returns:
-        The model, on the CPU and in eval mode, and the tokenizer, with a padding token.
+        The model, on the CPU (if the options do not say otherwise) and in eval mode, and the tokenizer, with a padding
+        token.
 
     Raises:
         ValueError: there is no such model, it cannot be loaded, or some weights are missing, not loaded or not finite;
@@ -53,6 +55,7 @@ def load_model(
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # check_loaded reports them
+            **options,
         )
     except Exception as error:  # damaged files may raise any exception in transformers
         raise ValueError(f"cannot load the model {shown_path(source)}: {reason_of(error)}") from error

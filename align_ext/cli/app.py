@@ -1,5 +1,6 @@
 """The command line of all commands; a user's error becomes one line on stderr and exit code 2."""
 
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from align_ext.system import ending
+from align_ext.system import ending, processes
 from align_ext.system.messages import line
 from align_ext.system.terminal import run_guarded
 
@@ -91,16 +92,25 @@ def _run() -> int:
         code = app(standalone_mode=False, prog_name="align-lora")
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
+    except processes.FailedElsewhere:  # where it is reported
+        code = 2
     except Exception as error:
         # typer's errors (unknown flags, missing values) have no common public class in all its versions.
         if not isinstance(error, UserError) and not hasattr(error, "format_message"):
             raise
         text = error.format_message() if hasattr(error, "format_message") else str(error)
-        print("align-lora: error: " + line(text, 800), file=sys.stderr)
+        # A process that has joined others may be the only one with its error.
+        _report("error: " + line(text, 800), alone=processes.count() > 1)
         code = 2
     if code == _INTERRUPTED and (ended := ending.received()):
-        print(f"align-lora: ended by {ended.name}", file=sys.stderr)
+        _report(f"ended by {ended.name}")
         code = 128 + ended
     elif code == _INTERRUPTED:
-        print("align-lora: interrupted", file=sys.stderr)
+        _report("interrupted")
     return code if isinstance(code, int) else 0
+
+
+def _report(message: str, *, alone: bool = False) -> None:
+    """Prints a message, of several processes only in the first one, if the others do not have another."""
+    if alone or os.environ.get("RANK", "0") == "0":
+        print(f"align-lora: {message}", file=sys.stderr)

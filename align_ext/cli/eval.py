@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from align_ext.cli.app import Force, app, on_models
+from align_ext.system import processes
 from align_ext.system.terminal import continue_without_output, plain_console
 
 
@@ -47,6 +48,9 @@ def evaluate(
     if json is not None:
         continue_without_output()
     with on_models("scoring"):
+        from align_ext.base_model.dtypes import usable_device
         from align_ext.cli.score import EvalRequest, score
 
-        score(EvalRequest(**given), json, plain_console())
+        request = EvalRequest(**given)
+        with processes.joined(usable_device(device)):
+            score(request, json, plain_console(quiet=processes.number() > 0))

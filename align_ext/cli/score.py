@@ -12,10 +12,11 @@ from rich.table import Table
 from align_ext.base_model.checks import check_base
 from align_ext.data.encode import check_conversations, fits, token_rows
 from align_ext.data.tasks import TaskData, read_tasks, scored_examples
-from align_ext.evaluation.evaluate import score_rows
+from align_ext.evaluation.evaluate import score_together
 from align_ext.evaluation.rows import TaskScore, task_scores
 from align_ext.evaluation.scored_model import ModelRequest
 from align_ext.io.adapter_folder import AdapterFolder
+from align_ext.system import processes
 from align_ext.system.bounds import unknown_name
 from align_ext.system.memory import enough_memory
 from align_ext.system.messages import shown
@@ -76,12 +77,12 @@ def score(request: EvalRequest, file: str | None, console: Console) -> dict[str,
     for line in data.report():
         print_line(console, f"  {line}")
     with progress_bars(console) as bars:
-        rows = score_rows(
+        rows = score_together(
             model, tokenizer, data.test, request.batch_size, bars, ids, generate="all" if request.generate else "none"
         )
     scores = task_scores(rows)
     console.print(_table(scores, data))
-    if path is not None:
+    if path is not None and processes.number() == 0:
         tasks = {name: _results(name, result, data) for name, result in scores.items()}
         content = {
             "written_by": MARK, "options": asdict(request), "versions": versions(), "dtype": str(model.dtype),

@@ -9,6 +9,7 @@ import yaml
 
 from align_ext.cli.app import UserError, app, on_transformers
 from align_ext.data.rows import ROWS
+from align_ext.system import processes
 from align_ext.system.reading import read_yaml
 from align_ext.system.terminal import continue_without_output, plain_console
 from align_ext.training.options import TrainOptions, known_options
@@ -29,20 +30,25 @@ def train(config: str | None, print_config: bool, **flags: Any) -> None:
         typer.echo(yaml.safe_dump(options.to_dict(), sort_keys=False), nl=False)
         return
     continue_without_output()
-    console = plain_console()
     with on_transformers("training"):
         from align_ext.base_model.checks import CannotRun
+        from align_ext.base_model.dtypes import usable_device
         from align_ext.training import recipe
-        from align_ext.training.run_folder import open_run
+        from align_ext.training.run_folder import open_shared_run
 
     with ExitStack() as stack:
         try:
-            job = recipe.prepare(stack.enter_context(open_run(options)), console)
+            stack.enter_context(processes.joined(usable_device(options.device)))
+            console = plain_console(quiet=processes.number() > 0)
+            options = options.for_processes(processes.count())
+            job = recipe.prepare(stack.enter_context(open_shared_run(options)), console)
         except (ValueError, OSError) as error:
             raise UserError(str(error)) from error
         try:
             results = recipe.train(job, console)
-        except (FloatingPointError, OSError, CannotRun) as error:  # the training diverged, or the disk is full
+        except FloatingPointError as error:  # the training diverged, in all processes alike
+            raise (UserError if processes.number() == 0 else processes.FailedElsewhere)(str(error)) from error
+        except (OSError, CannotRun) as error:  # the disk is full, say
             raise UserError(str(error)) from error
     if any(check["passed"] is False for check in results["checks"].values()):
         raise typer.Exit(1)
@@ -51,8 +57,10 @@ def train(config: str | None, print_config: bool, **flags: Any) -> None:
 def _flags() -> list[inspect.Parameter]:
     """Returns the flags of `train`: two of its own, and one for each option in training/options.py."""
 
-    def flag(name: str, kind: Any, text: str, default: Any = None) -> inspect.Parameter:
-        annotation = Annotated[kind, typer.Option(help=text, show_default=False)]
+    def flag(name: str, kind: Any, text: str, default: Any = None, also: str | None = None) -> inspect.Parameter:
+        # The name of TrainingArguments beside our own.
+        names = [] if also in (None, name) else [f"--{word.replace('_', '-')}" for word in (name, also) if word]
+        annotation = Annotated[kind, typer.Option(*names, help=text, show_default=False)]
         return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
     flags = [
@@ -62,8 +70,8 @@ def _flags() -> list[inspect.Parameter]:
     for name, option in known_options().items():
         kind = option.kind if option.kind in (bool, int, float) else str  # for "none", "auto" and lists
         value = ",".join(option.default) if isinstance(option.default, tuple) else option.default
-        shown = "" if value in (None, "", False) else f" [{value}]"
-        flags.append(flag(name, kind | None, option.help.removesuffix(".") + shown))
+        shown = "" if value in (None, "", False, {}) else f" [{value}]"
+        flags.append(flag(name, kind | None, option.help.removesuffix(".") + shown, also=option.argument))
     return flags
 
 

@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ from align_ext.alignment.context import set_task
 from align_ext.alignment.model_state import find_state, require_state
 from align_ext.alignment.tokens import NO_TASK
 from align_ext.base_model.checks import learned_positions, model_errors
+from align_ext.base_model.sharded import shard_ranks
 from align_ext.config import Align
 from align_ext.data.collator import TaskCollator
 from align_ext.data.encode import answer_tokens, encode, features, prompt_tokens
@@ -28,6 +30,7 @@ from align_ext.evaluation.likelihood import Question, answer_nll, by_task
 from align_ext.evaluation.rows import RowScore, TaskScore, task_scores
 from align_ext.losses.statistics import STATISTICS
 from align_ext.losses.tokens import Latents, TokenTasks
+from align_ext.system import processes
 from align_ext.system.bounds import is_whole
 
 Generate = Literal["free", "all", "none"]
@@ -88,6 +91,19 @@ def score_rows(
         )
         for i, (name, x, nll, question) in enumerate(zip(row_ids(examples), examples, sums, questions, strict=True))
     ]  # fmt: skip
+
+
+def score_together(
+    model: Any, tokenizer: Any, examples: Sequence[Example], *args: Any, **options: Any
+) -> list[RowScore]:
+    """Scores each example by score_rows, with the same arguments; processes that have joined divide the examples.
+
+    Where they hold parts of the model's parameters, each forward needs all of them, and each scores all examples.
+    """
+    if processes.count() == 1 or shard_ranks(model.parameters()):
+        return score_rows(model, tokenizer, examples, *args, **options)
+    rows = processes.divided(examples, lambda own: score_rows(model, tokenizer, own, *args, **options))
+    return [replace(row, id=name) for row, name in zip(rows, row_ids(examples), strict=True)]
 
 
 def evaluate(

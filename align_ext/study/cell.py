@@ -33,6 +33,7 @@ from align_ext.system.locks import claimed
 from align_ext.system.terminal import progress_bars
 from align_ext.system.writing import atomic_folder
 from align_ext.training import recipe
+from align_ext.training.fit import fit, trained_tokens
 from align_ext.training.job import Job
 from align_ext.training.options import TrainOptions
 from align_ext.training.run_folder import RunFolder, open_run
@@ -107,12 +108,12 @@ def _run(study: Study, cell: Cell, folder: RunFolder, target: Path, console: Con
     _apply_control(study, study.arm(cell.arm), job, probe)
     seconds, start = {}, time.perf_counter()
     with progress_bars(console) as bars:
-        fitted = recipe.fit(job, bars, console)
+        fitted = fit(job, bars, console)
         seconds["train"] = round(time.perf_counter() - start, 1)
         rows = _score(study, job.model, job.tokenizer, data, job.data.ids(), bars)
     seconds["score"] = round(time.perf_counter() - start - seconds["train"], 1)
     losses = fitted["losses"]
-    tokens = recipe.trained_tokens(job)
+    tokens = trained_tokens(job)
     measured = _content(study, job.model, job.tokenizer, cell.label, cell.arm, cell.seed, cell.vary)
     config = require_state(job.model).config
     content = measured | {

@@ -74,9 +74,16 @@ def true_or_false(value: Any) -> str | None:
     return None if isinstance(value, bool) else "true or false"
 
 
-def option(default: Any, text: str, rule: Rule | None = None) -> Any:
-    """Returns a dataclass field for an option; without a rule, a Literal or bool is checked by its type."""
-    return field(default=default, metadata={"help": text, "rule": rule})
+def option(default: Any, text: str, rule: Rule | None = None, argument: str | None = None) -> Any:
+    """Returns a dataclass field for an option.
+
+    Args:
+        default: the default value.
+        text: the help text.
+        rule: the rule; without one, a Literal or bool is checked by its type.
+        argument: the field of transformers' TrainingArguments that gets the value.
+    """
+    return field(default=default, metadata={"help": text, "rule": rule, "argument": argument})
 
 
 def documented(kind: type[_Options]) -> type[_Options]:

@@ -90,9 +90,9 @@ def continue_without_output() -> None:
         sys.stdout.needed = False
 
 
-def plain_console() -> Console:
-    """Returns a console without markup and emoji codes; styled text must be a rich Text."""
-    return Console(markup=False, emoji=False)
+def plain_console(*, quiet: bool = False) -> Console:
+    """Returns a console without markup and emoji codes, or one that prints nothing; styled text must be a rich Text."""
+    return Console(markup=False, emoji=False, quiet=quiet)
 
 
 def print_line(console: Console, line: str) -> None:

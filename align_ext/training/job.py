@@ -18,7 +18,9 @@ class Job:
     model: Any
     tokenizer: Any
     device: str
+    arguments: Any  # TrainingArguments
     train_rows: list[dict[str, Any]]
     test_rows: list[dict[str, Any]]
+    dev_rows: list[dict[str, Any]]  # to evaluate on during the training, if the best adapter is chosen
     digest: str  # SHA-256 of the examples
     mixed_by: list[int] | None = None  # the task of each training example to mix by; None: its own

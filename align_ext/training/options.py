@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 import types
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import yaml
+
 from align_ext.config import AUTO, AlignLoraConfig, Mixing
-from align_ext.system.bounds import check_options, documented, integer_rule, option, positive, unknown_name
+from align_ext.system.bounds import (
+    check_options,
+    documented,
+    integer_rule,
+    not_negative,
+    option,
+    positive,
+    unknown_name,
+)
 from align_ext.system.messages import shown
 from align_ext.system.names import check_names
 from align_ext.training.schedule import AlignSchedule
@@ -19,6 +30,11 @@ from align_ext.training.schedule import AlignSchedule
 def _fraction(value: Any) -> str | None:
     """Checks for a fraction of the steps."""
     return None if 0 <= value < 1 else "in [0, 1)"
+
+
+def _steps_or_fraction(value: Any) -> str | None:
+    """Checks for a fraction of the steps or a number of steps."""
+    return None if 0 <= value < 1 or (value == int(value) and value <= 10**9) else "in [0, 1), or a number of steps"
 
 
 def _temperature(value: Any) -> str | None:
@@ -44,15 +60,45 @@ class TrainOptions:
     tasks: tuple[str, ...] = option(
         (), "names of the tasks to keep, separated by commas; none: all. Without data: generators of reasoning-gym"
     )
-    steps: int = option(40, "optimizer steps", integer_rule(maximum=10**9))
-    batch_size: int = option(8, "examples in a micro-batch", integer_rule(maximum=10**6))
-    accumulation: int = option(1, "micro-batches in a step", integer_rule(maximum=10**6))
+    steps: int = option(40, "optimizer steps", integer_rule(maximum=10**9), "max_steps")
+    epochs: float | None = option(
+        None, "passes over the training examples, in place of steps; none: steps", positive, "num_train_epochs"
+    )
+    batch_size: int = option(8, "examples in a micro-batch, of all processes together", integer_rule(maximum=10**6))
+    per_device_train_batch_size: int | None = option(
+        None,
+        "examples of each process in a micro-batch, in place of batch_size; none: batch_size",
+        integer_rule(maximum=10**6, none=True),
+    )
+    accumulation: int = option(1, "micro-batches in a step", integer_rule(maximum=10**6), "gradient_accumulation_steps")
     seq_len: int = option(
         256, "longest prompt and answer in tokens; longer examples are left out, never cut", integer_rule(maximum=10**8)
     )
-    lr: float = option(2e-4, "peak learning rate", positive)
+    lr: float = option(2e-4, "peak learning rate", positive, "learning_rate")
     warmup: float = option(
-        0.03, "share of the steps in which the learning rate rises, before it falls by a cosine", _fraction
+        0.03,
+        "share of the steps, or from 1 on their number, in which the learning rate rises",
+        _steps_or_fraction,
+        "warmup_steps",
+    )
+    lr_scheduler_type: str = option(
+        "cosine",
+        "how the learning rate falls after that: cosine, linear, constant_with_warmup, ...",
+        None,
+        "lr_scheduler_type",
+    )
+    optim: str = option(
+        "adamw_torch_fused",
+        "optimizer: adamw_torch_fused, adamw_8bit (bitsandbytes), adafactor, sgd, lion_8bit, ...",
+        None,
+        "optim",
+    )
+    weight_decay: float = option(0.0, "decoupled weight decay of the optimizer", not_negative, "weight_decay")
+    adam_beta1: float = option(0.9, "decay of Adam's mean of gradients", _fraction, "adam_beta1")
+    adam_beta2: float = option(0.999, "decay of Adam's mean of squared gradients", _fraction, "adam_beta2")
+    adam_epsilon: float = option(1e-8, "added to the root in Adam's denominator", positive, "adam_epsilon")
+    max_grad_norm: float = option(
+        1.0, "largest norm of the gradient, to which it is scaled down; 0: no limit", not_negative, "max_grad_norm"
     )
     mixing: Mixing = option(
         "equal", "shares of the tasks: proportional (to their examples), temperature, equal or round_robin"
@@ -71,19 +117,79 @@ class TrainOptions:
     align_warmup: float = option(0.0, "share of the steps in which the alignment weight rises before that", _fraction)
     train_examples: int = option(500, "at most so many examples of each task to train on", integer_rule(maximum=10**9))
     eval_examples: int = option(16, "at most so many held-out examples of each task to score", integer_rule(1, 10**9))
-    eval_batch_size: int = option(16, "rows in a forward of the evaluation", integer_rule(maximum=10**6))
+    eval_batch_size: int = option(
+        16, "rows in a forward of the evaluation", integer_rule(maximum=10**6), "per_device_eval_batch_size"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "auto (bfloat16 where it is faster), float32, bfloat16 or float16"
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto (a GPU if there is one), cpu or cuda")
+    load_in_4bit: bool = option(False, "store the base model's weights in 4 bits (nf4, by bitsandbytes)")
+    load_in_8bit: bool = option(False, "store the base model's weights in 8 bits (by bitsandbytes)")
+    bf16: bool = option(False, "compute in bfloat16 by autocast, beside weights in --dtype", None, "bf16")
+    fp16: bool = option(False, "compute in float16 by autocast with a scaled loss; GPU", None, "fp16")
+    tf32: bool | None = option(
+        None, "multiply float32 matrices in TF32 on GPUs that can; none: torch's setting", None, "tf32"
+    )
+    attn_implementation: str | None = option(
+        None, "attention of the base model: sdpa, eager, flash_attention_2, ...; none: its own choice"
+    )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
-    log_steps: int = option(5, "log the losses every so many steps", integer_rule(maximum=10**9))
+    torch_compile: bool = option(False, "compile the model's layers by torch.compile", None, "torch_compile")
+    use_liger_kernel: bool = option(
+        False,
+        "take Liger's kernels for the frozen part of the model, where liger-kernel is installed; GPU",
+        None,
+        "use_liger_kernel",
+    )
+    dataloader_num_workers: int = option(
+        0, "processes that prepare batches beside the training", integer_rule(0, 1000), "dataloader_num_workers"
+    )
+    adapter_from: str | None = option(
+        None, "adapter folder whose values the training starts from, of the same architecture; none: new ones"
+    )
+    fsdp: bool = option(
+        False, "divide parameters and optimizer among the processes by FSDP2; GPU (fsdp_config refines it)"
+    )
+    fsdp_config: str | None = option(None, "JSON file of fsdp_config of TrainingArguments", None, "fsdp_config")
+    deepspeed: str | None = option(None, "JSON file of DeepSpeed's configuration (ZeRO-2, ZeRO-3)", None, "deepspeed")
+    trainer: Mapping[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "further fields of transformers' TrainingArguments, as name=value separated by commas"},
+    )
+    log_steps: int = option(5, "log the losses every so many steps", integer_rule(maximum=10**9), "logging_steps")
+    report_to: tuple[str, ...] = option(
+        (),
+        "trackers that get the losses, separated by commas: tensorboard, wandb, trackio, mlflow, ...; none: none",
+        None,
+        "report_to",
+    )
+    run_name: str | None = option(None, "name of the run in the tracker; none: the output folder's", None, "run_name")
     eval_steps: int = option(
         0, "log the held-out examples' losses every so many steps; 0: before and after alone", integer_rule(0, 10**9)
     )
-    save_steps: int = option(
-        0, "write a checkpoint every so many steps, and keep the last two; 0: none", integer_rule(0, 10**9)
+    save_steps: int = option(0, "write a checkpoint every so many steps; 0: none", integer_rule(0, 10**9))
+    save_total_limit: int = option(
+        2, "how many checkpoints to keep, the last ones and the best", integer_rule(1, 10**6), "save_total_limit"
     )
+    load_best_model_at_end: bool = option(
+        False,
+        "keep the adapter of the checkpoint with the best metric; needs eval_steps and save_steps",
+        None,
+        "load_best_model_at_end",
+    )
+    metric_for_best_model: str | None = option(
+        None, "what is best: eval_loss, or eval_loss/TASK; none: eval_loss", None, "metric_for_best_model"
+    )
+    early_stopping_patience: int = option(
+        0, "end the training after so many evaluations without a better metric; 0: never", integer_rule(0, 10**6)
+    )
+    checks: Literal["none", "load", "all"] = option(
+        "all", "verify the saved adapter: none, load (read it back), or all (merged and by stock PEFT, too)"
+    )
+    push_to_hub: bool = option(False, "upload the adapter with its model card at the end")
+    hub_model_id: str | None = option(None, "repository for push_to_hub, owner/name; none: the output folder's name")
+    hub_private_repo: bool | None = option(None, "whether that repository is private; none: the hub's default")
     resume: bool = option(False, "go on from the output folder's last checkpoint as if nothing had happened")
     seed: int = option(0, "of the adapters and of dropout", integer_rule(0, 2**32 - 1, "in 0 .. 2**32-1"))
     data_seed: int | None = option(
@@ -107,11 +213,27 @@ class TrainOptions:
             object.__setattr__(self, name, value)
         check_names(self.tasks, "tasks")
         check_options(self, quoted=False)
+        self._check_together()
         if self.adapter_config(num_tasks=1).align is not None:
             minimum = 2 * self.per_task
             wanted = f"at least {minimum} to hold per_task={self.per_task} examples of two tasks (or --align none)"
             if self.batch_size < minimum:
                 raise ValueError(f"batch_size must be {wanted}, got {self.batch_size}")
+
+    def _check_together(self) -> None:
+        """Raises ValueError for options that exclude or need each other."""
+        for first, second in (("load_in_4bit", "load_in_8bit"), ("bf16", "fp16"), ("fsdp", "deepspeed")):
+            if getattr(self, first) and getattr(self, second):
+                raise ValueError(f"{first} and {second} exclude each other: keep one")
+        if self.load_best_model_at_end or self.early_stopping_patience:
+            option = "load_best_model_at_end" if self.load_best_model_at_end else "early_stopping_patience"
+            if not self.eval_steps or not self.save_steps or self.save_steps % self.eval_steps:
+                raise ValueError(
+                    f"{option} needs eval_steps, and save_steps that is a multiple of it, got eval_steps="
+                    f"{self.eval_steps} and save_steps={self.save_steps}"
+                )
+        if self.fsdp_config is not None and not self.fsdp:
+            raise ValueError("fsdp_config goes with fsdp: give --fsdp")
 
     def adapter_config(self, num_tasks: int, default_targets: tuple[str, ...] | str | None = None) -> AlignLoraConfig:
         """Returns the options of the adapters.
@@ -133,6 +255,27 @@ class TrainOptions:
             del options["target_modules"]
             options |= {} if default_targets is None else {"target_modules": default_targets}
         return AlignLoraConfig.from_dict(options)
+
+    def for_processes(self, count: int) -> TrainOptions:
+        """Returns the options with the batch size of all processes together.
+
+        Raises:
+            ValueError: it cannot be divided among them.
+        """
+        if self.per_device_train_batch_size is not None:
+            batch_size = self.per_device_train_batch_size * count
+            return replace(self, batch_size=batch_size, per_device_train_batch_size=None)
+        if self.batch_size % count:
+            raise ValueError(f"batch_size={self.batch_size} cannot be divided among {count} processes: give a multiple "
+                             f"of {count}, or --per-device-train-batch-size")  # fmt: skip
+        return self
+
+    def for_examples(self, count: int) -> TrainOptions:
+        """Returns the options with the number of steps that epochs over so many examples take."""
+        if self.epochs is None:
+            return self
+        steps = math.ceil(self.epochs * count / (self.batch_size * self.accumulation))
+        return replace(self, steps=max(1, steps), epochs=None)
 
     @property
     def order_seed(self) -> int:
@@ -160,25 +303,41 @@ class TrainOptions:
         known, given = known_options(), {}
         for source in sources:
             names = {key: key.replace("-", "_") if isinstance(key, str) else shown(key) for key in source}
+            names = {key: _ALIASES.get(name, name) for key, name in names.items()}
             for key, name in names.items():
                 if name not in known:
                     raise ValueError(unknown_name("option", name, known))
                 if list(names.values()).count(name) > 1:
-                    raise ValueError(f"the option {name} is given twice, with a dash and an underscore")
+                    keys = [str(key) for key in names if names[key] == name]
+                    raise ValueError(f"the option {name} is given twice, as {' and '.join(keys)}: keep one")
                 given[name] = source[key]
         given = _convert_options(given)
         adapter = {name: given.pop(name) for name in list(given) if known[name].of_adapter}
         return cls(**given, adapter=adapter)
 
 
+# Options by the names of their fields in TrainingArguments, where those are others.
+_ALIASES = {entry.metadata["argument"]: entry.name for entry in fields(TrainOptions) if entry.metadata.get("argument")}
+
+
+def arguments_of(options: TrainOptions) -> dict[str, Any]:
+    """Returns the fields of transformers' TrainingArguments that are options of the job."""
+    named = {entry.metadata.get("argument"): getattr(options, entry.name) for entry in fields(options)}
+    return {name: list(x) if isinstance(x, tuple) else x for name, x in named.items() if name is not None}
+
+
 @dataclass(frozen=True)
 class Option:
-    """One option of `align-lora train`: type, default, help text, and whether it is an option of AlignLoraConfig."""
+    """One option of `align-lora train`: type, default, help text, whether it is of AlignLoraConfig, and its other name.
+
+    `argument` is its name in transformers' TrainingArguments.
+    """
 
     kind: Any
     default: Any
     help: str
     of_adapter: bool
+    argument: str | None = None
 
 
 # Options of AlignLoraConfig whose default depends on the model or the data: their defaults and help texts here.
@@ -197,10 +356,17 @@ def known_options() -> Mapping[str, Option]:
     """Returns every option by name: first those of the job, then those of the adapters."""
     job_types, of_adapter = get_type_hints(TrainOptions), get_type_hints(AlignLoraConfig)
     options = {
-        entry.name: Option(job_types[entry.name], entry.default, entry.metadata["help"], of_adapter=False)
+        entry.name: Option(
+            job_types[entry.name],
+            entry.default,
+            entry.metadata["help"],
+            of_adapter=False,
+            argument=entry.metadata.get("argument"),
+        )
         for entry in fields(TrainOptions)
         if entry.name != "adapter"
     }
+    options["trainer"] = replace(options["trainer"], default={})
     for entry in fields(AlignLoraConfig):
         default, text = _JOB_DEFAULTS.get(entry.name, (entry.default, entry.metadata["help"]))
         kind = of_adapter[entry.name]
@@ -223,6 +389,8 @@ def _convert_option(name: str, value: Any, option: Option) -> Any:
     kinds = alternatives(option.kind)
     if option.default == AUTO and isinstance(value, str) and value == AUTO:
         return AUTO
+    if get_origin(option.kind) is Mapping:
+        return _convert_mapping(name, value)
     if value is None or (isinstance(value, str) and value == "none"):
         if type(None) in kinds:
             return None
@@ -239,6 +407,20 @@ def _convert_option(name: str, value: Any, option: Option) -> Any:
             continue
     wanted = " or ".join("none" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in kinds)
     raise ValueError(f"{name} must be of type {wanted}, got {shown(value)}")
+
+
+def _convert_mapping(name: str, value: Any) -> dict[str, Any]:
+    """Converts name=value pairs, separated by commas, whose values are read as YAML's."""
+    if value in (None, "", "none"):
+        return {}
+    if isinstance(value, str):
+        pairs = [pair.partition("=") for pair in value.split(",")]
+        if not all(key.strip() and equals for key, equals, _ in pairs):
+            raise ValueError(f"{name} must be name=value, separated by commas, got {shown(value)}")
+        value = {key.strip(): yaml.safe_load(text) for key, _, text in pairs}
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"{name} must hold values by name, got {shown(value)}")
+    return dict(value)
 
 
 def _convert(value: Any, kind: Any) -> Any:

@@ -4,54 +4,47 @@ import functools
 import hashlib
 import itertools
 import json
-import os
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from rich.console import Console
 from rich.progress import Progress
 
 from align_ext.adapters.adapted_block import adapted_layers
 from align_ext.base_model.checks import check_base, exclusions
-from align_ext.base_model.dtypes import best_dtype, usable_device
+from align_ext.base_model.dtypes import best_dtype, resolve_dtype, usable_device
 from align_ext.base_model.load import default_targets, load_model
+from align_ext.base_model.quantised import is_quantised, quantised_loading
 from align_ext.base_model.select_layers import all_linear, linear_layers, name_matches
+from align_ext.base_model.sharded import shard_ranks
 from align_ext.config import AUTO, AlignLoraConfig
-from align_ext.data.collator import TaskCollator
 from align_ext.data.encode import check_conversations, features, fits, token_rows
-from align_ext.data.task_sampler import TaskSampler
 from align_ext.data.tasks import read_tasks, select
-from align_ext.evaluation.evaluate import alignment, score_rows
+from align_ext.evaluation.evaluate import alignment, score_together
 from align_ext.evaluation.rows import RowScore, TaskScore, task_scores, write_rows
 from align_ext.io.adapter_folder import AdapterFolder, checked_task_names
 from align_ext.io.save_adapter import save_adapter
+from align_ext.model.load_adapter import load_adapter
 from align_ext.model.replace import adapter_report, replace_linear_with_align_lora
-from align_ext.system.ending import deferred
+from align_ext.system import processes
 from align_ext.system.memory import enough_memory
 from align_ext.system.messages import shown
 from align_ext.system.names import Matcher
 from align_ext.system.terminal import print_line, progress_bars
 from align_ext.system.versions import versions
 from align_ext.system.writing import atomic_file, check_space
-from align_ext.training.cost import StepClock, describe_adapters
+from align_ext.training.cost import describe_adapters
+from align_ext.training.fit import fit, training_arguments
 from align_ext.training.job import Job
 from align_ext.training.options import TrainOptions
-from align_ext.training.report import ShowProgress, plot_losses, summarise
+from align_ext.training.report import plot_losses, summarise
 from align_ext.training.run_folder import RunFolder
-from align_ext.training.trainer import AlignTrainer, align_training_arguments
 from align_ext.training.verify import verify
-
-# transformers renamed the argument within version 5 and warns about the old name.
-_CHECKPOINTING = next(
-    name
-    for name in ("activation_checkpointing", "gradient_checkpointing")
-    if hasattr(transformers.TrainingArguments, name)
-)
 
 
 @dataclass(frozen=True)
@@ -79,13 +72,17 @@ def prepare(folder: RunFolder, console: Console, dev_examples: int = 0) -> Job:
     Raises:
         ValueError: the options, the data or the model cannot be used; the message is one line, and no files are left.
     """
+    device, dtype = usable_device(folder.options.device), folder.options.dtype
+    # "auto" goes by a measurement, which may differ between processes.
+    chosen: Any = processes.by_first(lambda: best_dtype(device)) if dtype == "auto" else resolve_dtype(dtype)
+    with processes.all_or_none():
+        return _prepare(folder, device, chosen, console, dev_examples)
+
+
+def _prepare(folder: RunFolder, device: str, dtype: torch.dtype, console: Console, dev_examples: int) -> Job:
     options = folder.options
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            "this command is one process: for several, start a script with AlignTrainer "
-            "(docs/guide/several-processes.md)"
-        )
-    device = usable_device(options.device)
+    if options.load_best_model_at_end or options.early_stopping_patience:
+        dev_examples = max(dev_examples, options.eval_examples)  # never chosen on what is scored
     pools = read_tasks(
         options.data, options.tasks, train=options.train_examples, test=options.eval_examples, dev=dev_examples,
         seed=options.order_seed,
@@ -96,8 +93,11 @@ def prepare(folder: RunFolder, console: Console, dev_examples: int = 0) -> Job:
     checked_task_names(names, config)
     if config.align is not None and len(names) < 2:
         raise ValueError(f"alignment needs two tasks or more, found only {names[0]!r}: use --align none")
-    dtype = best_dtype(device) if options.dtype == "auto" else options.dtype
-    model, tokenizer = load_model(options.model, dtype, lambda line: print_line(console, line))
+    arguments = training_arguments(folder, options, device)  # before the model, which ZeRO-3 divides as it is loaded
+    loading = quantised_loading(options.load_in_4bit, options.load_in_8bit, dtype, device)
+    if options.attn_implementation is not None:
+        loading["attn_implementation"] = options.attn_implementation
+    model, tokenizer = load_model(options.model, dtype, lambda line: print_line(console, line), **loading)
     check_conversations(tokenizer, pools.examples())
     fit = functools.partial(fits, tokenizer, max_tokens=options.seq_len)
     data = select(
@@ -108,7 +108,9 @@ def prepare(folder: RunFolder, console: Console, dev_examples: int = 0) -> Job:
         config = options.adapter_config(len(names), targets)
         if note:
             print_line(console, note)
-    ids, model = data.ids(), model.to(device)
+    options = options.for_examples(len(data.train))
+    arguments.max_steps = options.steps
+    ids, model = data.ids(), model if is_quantised(model) else model.to(device)
     train_rows, test_rows = features(tokenizer, data.train, ids), features(tokenizer, data.test, ids)
     token_ids = itertools.chain((row["input_ids"] for row in train_rows), token_rows(tokenizer, data.test))
     ran = check_base(model, tokenizer, token_ids, training=True)
@@ -117,15 +119,21 @@ def prepare(folder: RunFolder, console: Console, dev_examples: int = 0) -> Job:
     transformers.set_seed(options.seed)
     replace_linear_with_align_lora(model, config)
     _check_idle_layers(model, ran)
+    if options.adapter_from is not None:
+        load_adapter(model, options.adapter_from)
     if folder.checkpoint is not None:
         stored = AdapterFolder.read(folder.checkpoint)
         if stored.base is not None:
             stored.base.check(model, "a run goes on with its own base only: put that back, or start another run")
-    check_space(folder.path, _bytes_to_write(model, options))
     rows = [(row.task, row.prompt, row.answer, row.choices) for row in (*data.train, *data.test)]
     digest = _digest(rows)
-    folder.begin(str(model.dtype).removeprefix("torch."), device, digest, _digest([train_rows, test_rows]))
-    return Job(options, folder, data, model, tokenizer, device, train_rows, test_rows, digest)
+    if processes.number() == 0:
+        check_space(folder.path, _bytes_to_write(model, options))
+        folder.begin(str(dtype).removeprefix("torch."), device, digest, _digest([train_rows, test_rows]))
+    dev_rows = features(tokenizer, data.dev, ids) if options.eval_steps else []
+    return Job(
+        options, folder, data, model, tokenizer, device, arguments, train_rows, test_rows, dev_rows, digest
+    )  # fmt: skip
 
 
 def _exclude_idle(
@@ -198,21 +206,25 @@ def train(job: Job, console: Console) -> dict[str, Any]:
             before = score(job, bars)
         with _timed(seconds, "train"):
             results |= fit(job, bars, console)
-        save_adapter(job.model, folder.path / "adapter", task_names=job.data.names)
+        if processes.number() == 0 or shard_ranks(job.model.parameters()):
+            save_adapter(job.model, folder.path / "adapter", task_names=job.data.names)
         folder.keep = True
         try:
             with _timed(seconds, "score after"):
                 after = score(job, bars)
             results["before"], results["after"] = before.to_dict(), after.to_dict()
-            write_rows(folder.path / "rows.jsonl.gz", {"before": before.rows, "after": after.rows}, "when")
             with _timed(seconds, "checks"):
-                checks = verify(job, folder.path / "adapter")
+                checks = processes.by_first(lambda: verify(job, folder.path / "adapter"))
             results["checks"] = {name: asdict(check) for name, check in checks.items()}
-            results["plot"] = plot_losses(results["losses"], folder.path / "losses.png")
+            if processes.number() == 0:
+                write_rows(folder.path / "rows.jsonl.gz", {"before": before.rows, "after": after.rows}, "when")
+                results["plot"] = plot_losses(results["losses"], folder.path / "losses.png")
         finally:
-            with atomic_file(folder.path / "results.json") as new:
-                new.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    summarise(results, folder.target, console)
+            if processes.number() == 0:
+                with atomic_file(folder.path / "results.json") as new:
+                    new.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    if processes.number() == 0:
+        summarise(results, folder.target, console)
     return results
 
 
@@ -228,103 +240,5 @@ def score(job: Job, bars: Progress | None = None) -> Scores:
     if bars is not None and bars.disable:
         print_line(bars.console, "scoring")
     size, ids = job.options.eval_batch_size, job.data.ids()
-    rows = score_rows(job.model, job.tokenizer, job.data.test, size, bars, ids)
+    rows = score_together(job.model, job.tokenizer, job.data.test, size, bars, ids)
     return Scores(rows, task_scores(rows), alignment(job.model, job.tokenizer, job.data.test, ids, size))
-
-
-def fit(job: Job, bars: Progress, console: Console) -> dict[str, Any]:
-    """Trains the adapters; returns the logged losses, those of the held-out examples (eval_steps), and the cost."""
-    options, checkpoint = job.options, job.folder.checkpoint
-    clock = StepClock(job.device)
-    trainer = AlignTrainer(
-        model=job.model,
-        args=_arguments(job, job.folder.checkpoints),
-        train_dataset=job.train_rows,
-        eval_dataset=job.test_rows,
-        data_collator=TaskCollator(job.tokenizer),
-        task_names=job.data.names,
-        mixing=mixing(job),
-        align_schedule=options.align_schedule,
-        align_warmup=options.align_warmup,
-        callbacks=[ShowProgress(bars, console, options.steps), clock],
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
-    if checkpoint is not None:
-        print_line(console, f"going on from {checkpoint}")
-    try:
-        with deferred() as signal:
-            trainer.add_callback(_EndAfterStep(signal))
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        if signal():
-            raise KeyboardInterrupt
-    except BaseException:  # any exception, also a bug of ours
-        if last := job.folder.last_checkpoint():
-            print_line(console, f"{last} is kept: --resume goes on from it")
-        raise
-    log = trainer.state.log_history
-    losses = [entry for entry in log if "loss" in entry]
-    return {
-        "losses": losses,
-        "evaluations": [entry for entry in log if "eval_loss" in entry],
-        "cost": clock.cost(losses, trained_tokens(job) / options.steps),
-    }
-
-
-def mixing(job: Job) -> dict[str, Any]:
-    """Returns the arguments of the TaskSampler: one order of the examples for all architectures, with alignment or not.
-
-    A batch that is too small for two tasks with per_task examples, which is possible without alignment only, holds
-    fewer of each.
-    """
-    options = job.options
-    return {
-        "mixing": options.mixing,
-        "temperature": options.mixing_temperature,
-        "per_task": min(options.per_task, max(1, options.batch_size // 2)),
-        "batches": options.steps * options.accumulation,  # one epoch, so that every step is complete
-        "tasks": job.mixed_by or [row["task_ids"] for row in job.train_rows],
-    }
-
-
-def trained_tokens(job: Job) -> int:
-    """Returns the number of tokens of all training examples that a run trains on, without padding."""
-    arguments = mixing(job)
-    sampler = TaskSampler(arguments.pop("tasks"), job.options.batch_size, seed=job.options.order_seed, **arguments)
-    return sum(len(job.train_rows[index]["input_ids"]) for index in sampler)
-
-
-class _EndAfterStep(transformers.TrainerCallback):
-    """Writes a checkpoint and ends the training after the step during which a signal was received."""
-
-    def __init__(self, signal: Callable[[], object]) -> None:
-        self.signal = signal
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Checks for the signal."""
-        if self.signal():
-            control.should_save = control.should_training_stop = True
-
-
-def _arguments(job: Job, folder: Path) -> transformers.TrainingArguments:
-    options = job.options
-    return align_training_arguments(
-        str(folder),
-        learning_rate=options.lr,
-        warmup_steps=options.warmup,
-        max_steps=options.steps,
-        per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=options.eval_batch_size,
-        gradient_accumulation_steps=options.accumulation,
-        **({_CHECKPOINTING: True} if options.gradient_checkpointing else {}),
-        logging_steps=options.log_steps,
-        logging_first_step=True,
-        eval_strategy="steps" if options.eval_steps else "no",
-        eval_steps=options.eval_steps or None,
-        save_strategy="steps" if options.save_steps else "no",
-        save_steps=options.save_steps or options.steps,
-        save_total_limit=2,
-        use_cpu=job.device == "cpu",
-        seed=options.seed,
-        data_seed=options.order_seed,
-        disable_tqdm=True,
-    )

@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 
 from align_ext.io.adapter_folder import ADAPTER_FILES, OUR_CONFIG
+from align_ext.system import processes
 from align_ext.system.locks import LOCK, InUse, claimed
 from align_ext.system.messages import shown
 from align_ext.system.reading import read_yaml
@@ -36,7 +37,11 @@ _DATA, _TOKENS = "data_digest", "tokens_digest"
 _MARK = ".overwrites"  # a file in the folder of a run that will replace another one
 _TEMP = rf"\.(results|losses|rows)\..*|{_CHECKPOINTS}/\.{_OPTIONS}-.*"  # temporary files that a killed run leaves
 # Options that may differ when a run is resumed, since they do not affect the adapters.
-_CHANGEABLE = {"output", "overwrite", "resume", "save_steps", "log_steps", "eval_batch_size"}
+_CHANGEABLE = {
+    "output", "overwrite", "resume", "save_steps", "save_total_limit", "log_steps", "eval_batch_size", "report_to",
+    "run_name", "dataloader_num_workers", "checks", "push_to_hub", "hub_model_id", "hub_private_repo", "fsdp",
+    "fsdp_config", "deepspeed",
+}  # fmt: skip
 _AUTOMATIC = {"dtype", "device"}  # options that "auto" chooses again in each run
 
 
@@ -94,6 +99,13 @@ class RunFolder:
         options = self.options.to_dict() | {"dtype": dtype, "device": device, _DATA: data, _TOKENS: tokens}
         with atomic_file(file) as new:
             new.write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
+
+
+@contextmanager
+def open_shared_run(options: TrainOptions) -> Iterator[RunFolder]:
+    """Opens the run's folder for all processes: the first one claims and writes it (see open_run)."""
+    with ExitStack() as stack:
+        yield processes.by_first(lambda: stack.enter_context(open_run(options)))
 
 
 @contextmanager
@@ -238,7 +250,7 @@ def _is_empty(folder: Path) -> bool:
 def _files_of_run(folder: Path) -> str:
     """Returns a regular expression for the paths of a run's files in its folder, including a killed run's."""
     run = rf"{_RESULTS}|losses\.png|rows\.jsonl\.gz"
-    run += rf"|{re.escape(_MARK)}|{_TEMP}|{_ADAPTER}/({ADAPTER_FILES})|\.{_ADAPTER}-[^/]*\.new/.*"
+    run += rf"|tensorboard/.*|{re.escape(_MARK)}|{_TEMP}|{_ADAPTER}/({ADAPTER_FILES})|\.{_ADAPTER}-[^/]*\.new/.*"
     return rf"{run}|{_CHECKPOINTS}/({_files_of_checkpoints(folder / _CHECKPOINTS)})"
 
 

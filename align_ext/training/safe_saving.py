@@ -1,5 +1,6 @@
 """A Trainer that writes checkpoints atomically, claims its folder, and stops when the training diverges."""
 
+import random
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,12 @@ _Base: Any = Trainer if TYPE_CHECKING else object  # tells mypy which methods th
 
 class Diverged(FloatingPointError):
     """Raised if a loss, a gradient or a parameter is not finite; the message is complete and needs no traceback."""
+
+
+def seed_process(args: Any, step: int) -> None:
+    """Seeds torch's generators for the steps after a step, in each process with another number, for other masks."""
+    if args.process_index or step:
+        torch.manual_seed(random.Random(f"{args.seed} {args.process_index} {step}").getrandbits(63))
 
 
 class SafeMixin(_Base):
@@ -59,6 +66,12 @@ class SafeMixin(_Base):
             result = super().train(resume_from_checkpoint, *args, **kwargs)
             self._check_parameters()
             return result
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        name = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
+        if checkpoint is not None and not Path(checkpoint, name).exists():  # it was another number of processes
+            seed_process(self.args, self.state.global_step)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Runs Trainer's method and records whether the loss is finite."""
@@ -144,10 +157,14 @@ class SafeMixin(_Base):
 
 
 class _BeforeStep(TrainerCallback):
-    """Checks the losses and gradients of a step before the optimizer makes it."""
+    """Gives each process its own dropout, and checks losses and gradients before the optimizer makes a step."""
 
     def __init__(self, trainer: SafeMixin) -> None:
         self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Seeds the process's generators, which a resumed run then restores."""
+        seed_process(args, 0)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Stops the training if they are not finite."""

@@ -142,9 +142,9 @@ class AlignMixin(SafeMixin):
     def _task_sampler(self, dataset: Any) -> TaskSampler:
         size = self.args.train_batch_size * (self.args.world_size if self.args.accelerator_config.split_batches else 1)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        options = {"seed": seed, **(self.mixing or {})}
+        options = {"seed": seed, "batch_size": size, **(self.mixing or {})}
         tasks = options.pop("tasks", None)
-        sampler = TaskSampler(example_tasks(dataset) if tasks is None else tasks, size, **options)
+        sampler = TaskSampler(example_tasks(dataset) if tasks is None else tasks, **options)
         self._epochs.sampler = sampler
         return sampler
 

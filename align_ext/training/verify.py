@@ -1,19 +1,22 @@
 """Verifies that a saved adapter computes the same as the trained model: loaded again, merged, and by stock PEFT."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+from torch import Tensor, nn
 
 from align_ext.adapters.adapted_block import adapted_layers
-from align_ext.base_model.load import load_model
+from align_ext.alignment.model_state import find_state
+from align_ext.base_model.sharded import shard_ranks
 from align_ext.data.encode import encode
-from align_ext.evaluation.same_logits import LARGEST_DIFFERENCE, relative_difference
+from align_ext.evaluation.same_logits import LARGEST_DIFFERENCE, largest_difference, relative_difference
 from align_ext.io.peft_format import PEFT_CONFIG
 from align_ext.model.load_adapter import load_adapter
-from align_ext.model.merge import merge_and_unload
+from align_ext.model.merge import unload
 from align_ext.training.job import Job
 
 
@@ -29,57 +32,86 @@ class Check:
     detail: str = ""
 
 
+@torch.no_grad()
 def verify(job: Job, adapter: Path) -> dict[str, Check]:
-    """Compares the trained model in float32 with the models that use the saved adapter.
+    """Compares the trained model, in the dtype of the training, with models that use the saved adapter.
 
     These are the base with the adapter from load_adapter, whose tensors must equal the trained ones bit for bit, and,
-    if the architecture allows it, the merged model and the folder loaded by stock PEFT. The base has the dtype of the
-    training. The job's model cannot be used afterwards. A check that raises has failed; detail holds the exception.
+    with checks="all" and where the architecture allows it, the merged model and the folder loaded by stock PEFT, whose
+    change of each weight must equal ours in float32 too, which logits of 16 bits could not tell. All of them share one
+    base model, which is the job's, so that none is copied; the job's model cannot be used afterwards. A check that
+    raises has failed; detail holds the exception.
     """
-    examples, ids = job.data.test[:: max(1, len(job.data.test) // 4)], job.data.ids()
-    by_task = job.options.adapter["architecture"] == "multi_adapter"
-    batches = []
-    for example in examples:
-        prompt, answer = encode(job.tokenizer, example.prompt, example.answer)
-        batches.append({"input_ids": torch.tensor([prompt + answer], device=job.device)})
-        if by_task:
-            batches[-1]["task_ids"] = torch.tensor([ids[example.task]], device=job.device)
+    if job.options.checks == "none":
+        return {}
+    if shard_ranks(job.model.parameters()):
+        return {"loaded again": Check(None, None, "the parameters are in parts: load the folder in one process")}
+    batches = _batches(job)
 
-    @torch.no_grad()
-    def logits(model: Any) -> torch.Tensor:
-        return torch.cat([model(**batch, use_cache=False).logits[0].cpu() for batch in batches])
+    def logits(model: Any) -> Tensor:
+        return torch.cat([model(**batch, use_cache=False).logits[0].float().cpu() for batch in batches])
 
-    dtype = job.model.dtype
+    model, layers = job.model.eval(), adapted_layers(job.model)
+    trained, limit = logits(model), largest_difference(job.model.dtype)
+    reasons = {"stock PEFT": _peft_unsupported_reason(model, adapter), "merged": _unmergeable_reason(model)}
+    base = unload(model)
 
-    def base() -> Any:
-        return load_model(job.options.model, dtype)[0].float().to(job.device)
+    def place(modules: Mapping[str, nn.Module]) -> Any:
+        for name, module in modules.items():
+            base.set_submodule(name, module)
+        return base
 
     def loaded() -> Any:
-        model = load_adapter(base(), adapter)
-        for name, layer in adapted_layers(job.model).items():
-            for part, tensor in adapted_layers(model)[name].adapter.state_dict().items():
-                if not torch.equal(tensor, layer.adapter.state_dict()[part]):
+        load_adapter(base, adapter)
+        for name, layer in adapted_layers(base).items():
+            expected = layers[name].adapter.state_dict()
+            for part, tensor in layer.adapter.state_dict().items():
+                if not torch.equal(tensor, expected[part]):
                     raise ValueError(f"{name}.{part} is not as it was trained")
-        return model.eval()
+        return base.eval()
 
-    trained = logits(job.model.float().eval())
-    models = {
-        "loaded again": loaded,
-        "merged": lambda: merge_and_unload(job.model),
-        "stock PEFT": lambda: peft.PeftModel.from_pretrained(base(), str(adapter)).eval(),
-    }
-    reasons = {"merged": _unmergeable_reason(job.model), "stock PEFT": _peft_unsupported_reason(job.model, adapter)}
+    def by_peft() -> Any:
+        model = peft.PeftModel.from_pretrained(base, str(adapter)).eval()
+        for name, layer in layers.items():
+            theirs: Any = base.get_submodule(name)
+            delta = layer.adapter.delta_weight()
+            if not relative_difference(theirs.get_delta_weight("default").to(delta.dtype), delta) <= LARGEST_DIFFERENCE:
+                raise ValueError(f"PEFT's change of {name} is another one")
+        return model
+
+    def merged() -> Any:
+        return place({name: layer.merged_base() for name, layer in layers.items()})
+
+    models: dict[str, Callable[[], Any]] = {"loaded again": loaded, "stock PEFT": by_peft, "merged": merged}
     checks = {}
     for name, make in models.items():
+        if name != "loaded again" and job.options.checks != "all":
+            continue
         if reason := reasons.get(name):
             checks[name] = Check(None, None, reason)
             continue
         try:
             difference = relative_difference(logits(make()), trained)
-            checks[name] = Check(difference <= LARGEST_DIFFERENCE, difference)
+            checks[name] = Check(difference <= limit, difference)
         except Exception as error:  # the adapter is saved, so a check only reports the exception
             checks[name] = Check(False, None, f"{type(error).__name__}: {error}")
+        if name != "merged":  # the last one
+            if find_state(base) is not None:
+                unload(base)
+            place({name: layer.base_layer for name, layer in layers.items()})
     return checks
+
+
+def _batches(job: Job) -> list[dict[str, Tensor]]:
+    """Returns a few held-out examples, each as the inputs of the model."""
+    examples, ids = job.data.test[:: max(1, len(job.data.test) // 4)], job.data.ids()
+    batches = []
+    for example in examples:
+        prompt, answer = encode(job.tokenizer, example.prompt, example.answer)
+        batches.append({"input_ids": torch.tensor([prompt + answer], device=job.model.device)})
+        if job.options.adapter["architecture"] == "multi_adapter":
+            batches[-1]["task_ids"] = torch.tensor([ids[example.task]], device=job.model.device)
+    return batches
 
 
 def _unmergeable_reason(model: Any) -> str | None:

@@ -1,0 +1,46 @@
+"""Loads base models with weights in 4 or 8 bits by bitsandbytes."""
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def quantised_loading(load_in_4bit: bool, load_in_8bit: bool, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Returns the arguments of from_pretrained for a quantised base model; none without either option.
+
+    4 bits are nf4 with double quantisation, as in QLoRA (2305.14314); products are computed in dtype.
+
+    Args:
+        load_in_4bit: whether to store the weights in 4 bits.
+        load_in_8bit: whether to store them in 8 bits.
+        dtype: the dtype of the computation and of what is not quantised.
+        device: "cpu" or "cuda": the weights are quantised where they will stay.
+
+    Raises:
+        ValueError: bitsandbytes is not installed.
+    """
+    if not (load_in_4bit or load_in_8bit):
+        return {}
+    if find_spec("bitsandbytes") is None:
+        option = "--load-in-4bit" if load_in_4bit else "--load-in-8bit"
+        raise ValueError(f"{option} needs bitsandbytes: pip install bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=load_in_4bit,
+        load_in_8bit=load_in_8bit,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=load_in_4bit,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {
+        "quantization_config": config,
+        "device_map": {"": torch.cuda.current_device() if device == "cuda" else "cpu"},
+    }
+
+
+def is_quantised(model: nn.Module) -> bool:
+    """Whether a model's weights are quantised, so that it stays on its device and in its dtype."""
+    return getattr(model, "quantization_method", None) is not None

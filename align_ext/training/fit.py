@@ -1,0 +1,151 @@
+"""Trains the adapters of a prepared job: its batches, its TrainingArguments, and AlignTrainer."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+import transformers
+from rich.console import Console
+from rich.progress import Progress
+
+from align_ext.data.collator import TaskCollator
+from align_ext.data.task_sampler import TaskSampler
+from align_ext.system import processes
+from align_ext.system.bounds import unknown_name
+from align_ext.system.ending import deferred
+from align_ext.system.messages import reason_of
+from align_ext.system.terminal import print_line
+from align_ext.training.cost import StepClock
+from align_ext.training.job import Job
+from align_ext.training.options import TrainOptions, arguments_of
+from align_ext.training.report import ShowProgress
+from align_ext.training.run_folder import RunFolder
+from align_ext.training.trainer import AlignTrainer, align_training_arguments
+
+# transformers renamed the argument within version 5 and warns about the old name.
+_CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if hasattr(transformers.TrainingArguments, name)
+)
+
+
+def training_arguments(folder: RunFolder, options: TrainOptions, device: str) -> transformers.TrainingArguments:
+    """Returns the arguments of the run's Trainer; they decide how a model that is loaded after them is divided.
+
+    Args:
+        folder: the run's folder.
+        options: its options.
+        device: "cpu" or "cuda".
+
+    Raises:
+        ValueError: `trainer` holds a field that TrainingArguments does not have, or that another option or the run
+            decides; or a value that they refuse.
+    """
+    own = {
+        "per_device_train_batch_size": options.batch_size // processes.count(),
+        "logging_first_step": True,
+        "eval_strategy": "steps" if options.eval_steps else "no",
+        "eval_steps": options.eval_steps or None,
+        "save_strategy": "steps" if options.save_steps else "no",
+        "save_steps": options.save_steps or options.steps,
+        "use_cpu": device == "cpu",
+        "seed": options.seed,
+        "data_seed": options.order_seed,
+        "disable_tqdm": True,
+        "ddp_find_unused_parameters": False,  # check_base has seen that each adapter runs
+        _CHECKPOINTING: options.gradient_checkpointing or None,
+        "fsdp": "full_shard" if options.fsdp else None,
+        "liger_kernel_config": {"fused_linear_cross_entropy": False} if options.use_liger_kernel else None,
+    } | arguments_of(options)  # fmt: skip
+    own = {name: value for name, value in own.items() if value is not None and value != ()}
+    known = {entry.name for entry in dataclasses.fields(transformers.TrainingArguments)}
+    for name in options.trainer:
+        if name not in known:
+            raise ValueError(unknown_name("field of TrainingArguments", name, sorted(known - own.keys())))
+        if name in own or name in ("output_dir", "push_to_hub", "remove_unused_columns", "resume_from_checkpoint"):
+            raise ValueError(f"trainer gives {name}, which another option or the run itself decides: leave it out")
+    if "tensorboard" in options.report_to:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder.path / "tensorboard")
+    try:
+        return align_training_arguments(str(folder.checkpoints), **(own | dict(options.trainer)))
+    except Exception as error:  # the libraries behind the options raise anything
+        raise ValueError(f"TrainingArguments refuses the options: {reason_of(error)}") from error
+
+
+def fit(job: Job, bars: Progress, console: Console) -> dict[str, Any]:
+    """Trains the adapters; returns the logged losses, those of the held-out examples (eval_steps), and the cost."""
+    options, checkpoint = job.options, job.folder.checkpoint
+    clock = StepClock(job.device)
+    trainer = AlignTrainer(
+        model=job.model,
+        args=job.arguments,
+        train_dataset=job.train_rows,
+        eval_dataset=job.dev_rows or job.test_rows,
+        data_collator=TaskCollator(job.tokenizer),
+        task_names=job.data.names,
+        mixing=mixing(job),
+        align_schedule=options.align_schedule,
+        align_warmup=options.align_warmup,
+        callbacks=[ShowProgress(bars, console, options.steps), clock],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    if options.early_stopping_patience:
+        trainer.add_callback(transformers.EarlyStoppingCallback(options.early_stopping_patience))
+    if checkpoint is not None:
+        print_line(console, f"going on from {checkpoint}")
+    try:
+        with deferred() as signal:
+            trainer.add_callback(_EndAfterStep(signal))
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if processes.any_of_all(signal()):
+            raise KeyboardInterrupt
+    except BaseException:  # any exception, also a bug of ours
+        if last := job.folder.last_checkpoint():
+            print_line(console, f"{last} is kept: --resume goes on from it")
+        raise
+    log = trainer.state.log_history
+    losses = [entry for entry in log if "loss" in entry]
+    return {
+        "losses": losses,
+        "evaluations": [entry for entry in log if "eval_loss" in entry],
+        "cost": clock.cost(losses, trained_tokens(job) / options.steps),
+        "steps": {"planned": options.steps, "done": trainer.state.global_step, "best": trainer.state.best_global_step},
+    }
+
+
+def mixing(job: Job) -> dict[str, Any]:
+    """Returns the arguments of the TaskSampler: one order of the examples for all architectures, with alignment or not.
+
+    It is also the same for any number of processes, each of which takes its part of every batch. A batch that is too
+    small for two tasks with per_task examples, which is possible without alignment only, holds fewer of each.
+    """
+    options = job.options
+    return {
+        "mixing": options.mixing,
+        "temperature": options.mixing_temperature,
+        "per_task": min(options.per_task, max(1, options.batch_size // 2)),
+        "batch_size": options.batch_size,
+        "batches": options.steps * options.accumulation,  # one epoch, so that every step is complete
+        "tasks": job.mixed_by or [row["task_ids"] for row in job.train_rows],
+    }
+
+
+def trained_tokens(job: Job) -> int:
+    """Returns the number of tokens of all training examples that a run trains on, without padding."""
+    arguments = mixing(job)
+    sampler = TaskSampler(arguments.pop("tasks"), seed=job.options.order_seed, **arguments)
+    return sum(len(job.train_rows[index]["input_ids"]) for index in sampler)
+
+
+class _EndAfterStep(transformers.TrainerCallback):
+    """Writes a checkpoint and ends the training after the step during which any process received a signal."""
+
+    def __init__(self, signal: Callable[[], object]) -> None:
+        self.signal = signal
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Checks for the signal."""
+        if processes.any_of_all(self.signal()):
+            control.should_save = control.should_training_stop = True
