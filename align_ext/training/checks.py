@@ -3,7 +3,8 @@
 import inspect
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -68,6 +69,19 @@ class LayersThatNeverRan(TrainerCallback):
                 "their weights past their forward; leave them out by exclude_modules",
                 stacklevel=2,
             )
+
+
+@contextmanager
+def declared_adapters(model: Any) -> Iterator[None]:
+    """Lets Trainer know, while it is made, that a model has adapters: it refuses a quantised one without PEFT's."""
+    if not isinstance(model, nn.Module) or find_state(model) is None or getattr(model, "_hf_peft_config_loaded", False):
+        yield
+        return
+    model._hf_peft_config_loaded = True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del model._hf_peft_config_loaded
 
 
 def check_trained(model: nn.Module, optimizer: Any) -> None:

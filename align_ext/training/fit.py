@@ -43,6 +43,8 @@ def training_arguments(folder: RunFolder, options: TrainOptions, device: str) ->
         ValueError: `trainer` holds a field that TrainingArguments does not have, or that another option or the run
             decides; or a value that they refuse.
     """
+    if options.fsdp and device == "cpu":
+        raise ValueError("--fsdp divides a model among GPUs, and this run is on the CPU: leave it out")
     own = {
         "per_device_train_batch_size": options.batch_size // processes.count(),
         "logging_first_step": True,

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
-import re
-import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
-
-import yaml
+from typing import Any, Literal, get_type_hints
 
 from align_ext.config import AUTO, AlignLoraConfig, Mixing
 from align_ext.system.bounds import (
     check_options,
     documented,
     integer_rule,
+    is_number,
     not_negative,
     option,
     positive,
@@ -24,6 +21,7 @@ from align_ext.system.bounds import (
 )
 from align_ext.system.messages import shown
 from align_ext.system.names import check_names
+from align_ext.training.option_values import convert_option
 from align_ext.training.schedule import AlignSchedule
 
 
@@ -34,7 +32,8 @@ def _fraction(value: Any) -> str | None:
 
 def _steps_or_fraction(value: Any) -> str | None:
     """Checks for a fraction of the steps or a number of steps."""
-    return None if 0 <= value < 1 or (value == int(value) and value <= 10**9) else "in [0, 1), or a number of steps"
+    steps = is_number(value) and 1 <= value <= 10**9 and value == int(value)
+    return None if steps or 0 <= value < 1 else "in [0, 1), or a number of steps"
 
 
 def _temperature(value: Any) -> str | None:
@@ -374,67 +373,6 @@ def known_options() -> Mapping[str, Option]:
     return options
 
 
-def alternatives(kind: Any) -> tuple[Any, ...]:
-    """Returns the members of a union, or a tuple of the type."""
-    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-
-
 def _convert_options(values: Mapping[str, Any]) -> dict[str, Any]:
     known = known_options()
-    return {name: _convert_option(name, value, known[name]) for name, value in values.items()}
-
-
-def _convert_option(name: str, value: Any, option: Option) -> Any:
-    """Converts a value from YAML or a command line to its option's type."""
-    kinds = alternatives(option.kind)
-    if option.default == AUTO and isinstance(value, str) and value == AUTO:
-        return AUTO
-    if get_origin(option.kind) is Mapping:
-        return _convert_mapping(name, value)
-    if value is None or (isinstance(value, str) and value == "none"):
-        if type(None) in kinds:
-            return None
-        value = () if any(get_origin(kind) is tuple for kind in kinds) else value
-    choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
-    if choices and type(None) in kinds and isinstance(value, str) and value not in choices:
-        raise ValueError(unknown_name(name, value, [*choices, "none"]))  # AlignLoraConfig would say None
-    if str in kinds and isinstance(value, str) and not re.fullmatch(r"[\w.,\s-]+", value):
-        return value  # a path, or a regular expression
-    for kind in kinds:
-        try:
-            return _convert(value, kind)
-        except (ValueError, OverflowError):  # float raises OverflowError for a huge integer
-            continue
-    wanted = " or ".join("none" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in kinds)
-    raise ValueError(f"{name} must be of type {wanted}, got {shown(value)}")
-
-
-def _convert_mapping(name: str, value: Any) -> dict[str, Any]:
-    """Converts name=value pairs, separated by commas, whose values are read as YAML's."""
-    if value in (None, "", "none"):
-        return {}
-    if isinstance(value, str):
-        pairs = [pair.partition("=") for pair in value.split(",")]
-        if not all(key.strip() and equals for key, equals, _ in pairs):
-            raise ValueError(f"{name} must be name=value, separated by commas, got {shown(value)}")
-        value = {key.strip(): yaml.safe_load(text) for key, _, text in pairs}
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise ValueError(f"{name} must hold values by name, got {shown(value)}")
-    return dict(value)
-
-
-def _convert(value: Any, kind: Any) -> Any:
-    """Converts a value to one type, or raises ValueError."""
-    if get_origin(kind) is Literal:
-        return value  # AlignLoraConfig checks it
-    if get_origin(kind) is tuple:
-        parts = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
-        if isinstance(parts, (list, tuple)):
-            return tuple(_convert(part, get_args(kind)[0]) for part in parts)
-    if type(value) is kind:
-        return value
-    if kind is float and type(value) in (int, str):
-        return float(value)  # YAML 1.1 reads 2e-4, without a dot, as a string
-    if kind is int and isinstance(value, str):
-        return int(value)
-    raise ValueError(f"{shown(value)} is no {kind}")
+    return {name: convert_option(name, value, known[name].kind, known[name].default) for name, value in values.items()}

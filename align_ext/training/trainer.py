@@ -24,7 +24,13 @@ from align_ext.io.adapter_folder import checked_task_names
 from align_ext.system.bounds import unknown_name
 from align_ext.system.messages import shown
 from align_ext.training.checkpoint import load_queue, load_trained, save_trained
-from align_ext.training.checks import ChecksBeforeTraining, LayersThatNeverRan, lower_is_better, refuse_peft_config
+from align_ext.training.checks import (
+    ChecksBeforeTraining,
+    LayersThatNeverRan,
+    declared_adapters,
+    lower_is_better,
+    refuse_peft_config,
+)
 from align_ext.training.safe_saving import SafeMixin
 from align_ext.training.schedule import AlignSchedule, schedule_factor
 from align_ext.training.task_losses import LossSums, TaskLosses
@@ -102,7 +108,8 @@ class AlignMixin(SafeMixin):
             kwargs["train_dataset"], names = join_tasks(kwargs["train_dataset"])
             task_names = task_names or names
             kwargs["eval_dataset"] = _add_task_ids(kwargs.get("eval_dataset"), names)
-        super().__init__(*args, **kwargs)
+        with declared_adapters(kwargs.get("model", args[0] if args else None)):
+            super().__init__(*args, **kwargs)
         refuse_processes_apart("on CPUs give the arguments use_cpu=True, so that they join by gloo")
         lower_is_better(self.args)
         config = self._config() or AlignLoraConfig()

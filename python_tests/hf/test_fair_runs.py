@@ -7,21 +7,21 @@ from hf.runs import prepare, run
 
 from align_ext import flops_per_token
 from align_ext.evaluation.rows import RowScore
-from align_ext.training import recipe
+from align_ext.training import fit
 
 
 def trained_rows(place, monkeypatch, **changed):
     """The tokens of every batch that a run trains on, in order."""
     seen = []
 
-    class Recording(recipe.AlignTrainer):
+    class Recording(fit.AlignTrainer):
         def compute_loss(self, model, inputs, *args, **kwargs):
             if model.training:
                 seen.append((inputs["input_ids"].tolist(), inputs["task_ids"].tolist()))
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(recipe, "AlignTrainer", Recording)
+        patch.setattr(fit, "AlignTrainer", Recording)
         results, _ = run(place, steps=5, eval_examples=2, **changed)
     return seen, results
 

@@ -39,7 +39,7 @@ def test_a_file_may_be_written_as_people_write_them(tmp_path):
         ({"lr": "fast"}, "lr must be of type float, got 'fast'"),
         ({"lr": float("nan")}, "lr must be a positive number"),
         ({"lr": -1}, "lr must be a positive number"),
-        ({"warmup": 1}, r"warmup must be in \[0, 1\)"),
+        ({"warmup": 1.5}, r"warmup must be in \[0, 1\), or a number of steps"),
         ({"overwrite": "yes"}, "overwrite must be of type bool"),
         ({"tasks": [1, 2]}, "tasks must be"),
         ({"align": "mmd2"}, "unknown align 'mmd2'; did you mean 'mmd'"),

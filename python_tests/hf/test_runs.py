@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from align_ext.system.locks import InUse, claimed
 from align_ext.system.memory import OutOfMemory, enough_memory
 from align_ext.system.terminal import plain_console
-from align_ext.training import recipe
+from align_ext.training import fit, recipe
 from align_ext.training import safe_saving as safely
 from align_ext.training.options import TrainOptions
 from align_ext.training.run_folder import open_run
@@ -353,12 +353,12 @@ def test_two_processes_stop_together_when_one_of_them_diverges_and_keep_one_whol
 
 @pytest.mark.parametrize("failure", ["memory", "bug"])
 def test_whatever_ends_a_training_says_what_is_kept_and_memory_has_a_cure(place, monkeypatch, capsys, failure):
-    class Fails(recipe.ShowProgress):
+    class Fails(fit.ShowProgress):
         def on_step_begin(self, args, state, control, **_):
             if state.global_step == 2:
                 torch.empty(1 << 55) if failure == "memory" else [].pop()
 
-    monkeypatch.setattr(recipe, "ShowProgress", Fails)
+    monkeypatch.setattr(fit, "ShowProgress", Fails)
     error, match = (OSError, "not enough memory: lower --batch-size") if failure == "memory" else (IndexError, "pop")
     with pytest.raises(error, match=match) as caught:
         train(place)

@@ -243,14 +243,14 @@ def test_no_model_outlives_its_cell(place, tmp_path, monkeypatch):
 
 def test_a_cell_that_fails_says_why_and_the_others_go_on(place, tmp_path, monkeypatch):
     folder = write(tmp_path / "s", design(place, arms={name: ARMS[name] for name in ("lora", "align")}))
-    fit = cell_module.recipe.fit
+    fit = cell_module.fit
 
     def failing(job, *args):
         if job.options.adapter["architecture"] == "lora":
             raise RuntimeError("the disk is on fire")
         return fit(job, *args)
 
-    monkeypatch.setattr(cell_module.recipe, "fit", failing)
+    monkeypatch.setattr(cell_module, "fit", failing)
     found, said = start(folder)
     assert [one.state for one in found] == ["done", "failed", "done"]
     assert found[1].detail == "the disk is on fire"

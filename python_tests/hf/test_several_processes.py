@@ -1,0 +1,124 @@
+"""`align-lora train` and `eval` under torchrun: the results of one process, resumed by any number of processes."""
+
+import json
+import signal
+import subprocess
+import time
+
+import pytest
+from hf.words import model_folder, write_rows
+from processes import python
+from safetensors.torch import load_file
+
+STEPS = ("--steps", 400, "--save-steps", 300)
+TINY = {"--device": "cpu", "--dtype": "float32", "--lora-dropout": 0, "--batch-size": 12, "--eval-examples": 4,
+        "--log-steps": 1, "--lr": 1e-3}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    model_folder(folder / "model")
+    write_rows(folder / "rows.jsonl")
+    return folder
+
+
+def start(place, count, *arguments):
+    """Starts the command in some processes, by torchrun if they are several."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count) if count > 1 else ()
+    return python(*launcher, "-m", "align_ext.cli", *arguments, cwd=place)
+
+
+def train(place, count, output, *more):
+    options = [word for pair in TINY.items() for word in pair]
+    return start(place, count, "train", "--model", "model", "--data", "rows.jsonl", "--output", output, *options, *more)
+
+
+def said(process, code=0):
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == code, text
+    return text
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def assert_equal_runs(first, second):
+    one, other = results(first), results(second)
+    assert len(one["losses"]) == len(other["losses"])
+    for mine, theirs in zip(one["losses"], other["losses"], strict=True):
+        names = {name for name in mine if "loss" in name or name in ("grad_norm", "aligned_pairs")}
+        assert {"lm_loss", "align_loss", "loss/next", "grad_norm"} <= names <= theirs.keys()
+        for name in names:
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
+    tensors, others = (load_file(folder / "adapter/adapter_model.safetensors") for folder in (first, second))
+    assert tensors.keys() == others.keys()
+    for name, tensor in tensors.items():
+        assert (tensor - others[name]).abs().max() < 1e-4 * tensor.abs().max(), name
+    for when in ("before", "after"):
+        for task, score in one[when]["tasks"].items():
+            assert score["loss"] == pytest.approx(other[when]["tasks"][task]["loss"], rel=1e-5)
+            assert score["score"] == other[when]["tasks"][task]["score"]
+        assert one[when]["align"] == pytest.approx(other[when]["align"], rel=1e-4)
+
+
+def test_three_processes_give_the_results_of_one_and_one_of_them_reports(place):
+    alone, text = train(place, 1, "alone", "--steps", 5), said(train(place, 3, "three", "--steps", 5))
+    said(alone)
+    assert_equal_runs(place / "alone", place / "three")
+    assert [text.count(f"step {n}/5") for n in range(1, 6)] == [1] * 5
+    assert text.count("loaded again: same logits") == text.count("wrote three") == 1
+    assert sorted(p.name for p in (place / "three").iterdir()) == sorted(p.name for p in (place / "alone").iterdir())
+
+
+def test_a_run_of_two_processes_that_is_ended_goes_on_in_one_and_is_the_unbroken_run(place):
+    two = train(place, 2, "ended", *STEPS)
+    while not (place / "ended/checkpoints/options.yaml").exists():
+        assert two.poll() is None, two.communicate()
+        time.sleep(0.1)
+    time.sleep(3)
+    two.send_signal(signal.SIGTERM)
+    text = said(two, 1)  # torchrun's own code
+    assert text.count("is kept: --resume goes on from it") == text.count("ended by SIGTERM") == 1
+    (checkpoint,) = (place / "ended/checkpoints").glob("checkpoint-*")
+    assert 0 < int(checkpoint.name.rpartition("-")[2]) < 400
+    assert "going on from" in said(train(place, 1, "ended", *STEPS, "--resume"))
+    said(train(place, 1, "unbroken", *STEPS))
+    assert_equal_runs(place / "unbroken", place / "ended")
+
+
+def test_eval_divides_the_rows_and_gives_the_same_ones(place):
+    found = []
+    for count in (1, 2):
+        file = place / f"scores-{count}.json"
+        text = said(start(place, count, "eval", "--model", "model", "--data", "rows.jsonl", "--device", "cpu",
+                          "--dtype", "float32", "--examples", 7, "--json", file))  # fmt: skip
+        assert text.count("test splits") == 1
+        found.append(json.loads(file.read_text())["rows"])
+    assert [row["id"] for row in found[0]] == [row["id"] for row in found[1]]
+    for one, other in zip(*found, strict=True):
+        assert one["nll"] == pytest.approx(other["nll"], rel=1e-5)
+        assert one["greedy"] == other["greedy"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--data", "none.jsonl"), "there is no data file or folder 'none.jsonl'"),
+        (("--batch-size", 7), "batch_size=7 cannot be divided among 2 processes"),
+        (("--fsdp",), "--fsdp divides a model among GPUs"),
+    ],
+)
+def test_a_mistake_is_one_line_of_one_process(place, options, message):
+    text = said(train(place, 2, "mistaken", *options), 1)
+    assert text.count("align-lora: error:") == 1
+    assert message in text
+    assert not (place / "mistaken").exists()
+
+
+def test_a_process_without_a_launcher_is_told_of_the_others(place):
+    environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "none"}
+    process = python("-m", "align_ext.cli", "eval", "--model", "model", "--data", "rows.jsonl", "--device", "cpu",
+                     cwd=place, env=environment, stdout=subprocess.PIPE)  # fmt: skip
+    assert "the 2 processes do not find one another" in said(process, 2)
