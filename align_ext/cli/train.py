@@ -12,6 +12,7 @@ from align_ext.data.rows import ROWS
 from align_ext.system import processes
 from align_ext.system.reading import read_yaml
 from align_ext.system.terminal import continue_without_output, plain_console
+from align_ext.training.option_values import alternatives
 from align_ext.training.options import TrainOptions, known_options
 
 
@@ -68,7 +69,8 @@ def _flags() -> list[inspect.Parameter]:
         flag("print_config", bool, "print the options as such a file, and stop", default=False),
     ]
     for name, option in known_options().items():
-        kind = option.kind if option.kind in (bool, int, float) else str  # for "none", "auto" and lists
+        kinds = alternatives(option.kind)
+        kind = bool if bool in kinds else option.kind if option.kind in (int, float) else str  # "none", "auto", lists
         value = ",".join(option.default) if isinstance(option.default, tuple) else option.default
         shown = "" if value in (None, "", False, {}) else f" [{value}]"
         flags.append(flag(name, kind | None, option.help.removesuffix(".") + shown, also=option.argument))

@@ -48,7 +48,8 @@ _DECISIVE = (
 )  # fmt: skip
 _ADAPTER_KEY = r"(.+?)(\.lora_router\.lora_[RH]|\.lora_\w+)"  # the name of a module, and of a tensor of its adapter
 # A regular expression for the paths of our files in an adapter's folder, which a new adapter replaces.
-ADAPTER_FILES = "|".join(map(re.escape, (WEIGHTS, PEFT_CONFIG, OUR_CONFIG, STATE, TRAINED)))
+CARD = "README.md"  # the model card
+ADAPTER_FILES = "|".join(map(re.escape, (WEIGHTS, PEFT_CONFIG, OUR_CONFIG, STATE, TRAINED, CARD)))
 ADAPTER_FILES += f"|{TASKS}/[^/]+/({ADAPTER_FILES})"
 
 

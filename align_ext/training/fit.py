@@ -3,11 +3,15 @@
 import dataclasses
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import transformers
 from rich.console import Console
 from rich.progress import Progress
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from align_ext.data.collator import TaskCollator
 from align_ext.data.task_sampler import TaskSampler
@@ -43,8 +47,7 @@ def training_arguments(folder: RunFolder, options: TrainOptions, device: str) ->
         ValueError: `trainer` holds a field that TrainingArguments does not have, or that another option or the run
             decides; or a value that they refuse.
     """
-    if options.fsdp and device == "cpu":
-        raise ValueError("--fsdp divides a model among GPUs, and this run is on the CPU: leave it out")
+    _check_names(options, device)
     own = {
         "per_device_train_batch_size": options.batch_size // processes.count(),
         "logging_first_step": True,
@@ -61,7 +64,7 @@ def training_arguments(folder: RunFolder, options: TrainOptions, device: str) ->
         "fsdp": "full_shard" if options.fsdp else None,
         "liger_kernel_config": {"fused_linear_cross_entropy": False} if options.use_liger_kernel else None,
     } | arguments_of(options)  # fmt: skip
-    own = {name: value for name, value in own.items() if value is not None and value != ()}
+    own = {name: value for name, value in own.items() if value is not None and value != []}
     known = {entry.name for entry in dataclasses.fields(transformers.TrainingArguments)}
     for name in options.trainer:
         if name not in known:
@@ -74,6 +77,24 @@ def training_arguments(folder: RunFolder, options: TrainOptions, device: str) ->
         return align_training_arguments(str(folder.checkpoints), **(own | dict(options.trainer)))
     except Exception as error:  # the libraries behind the options raise anything
         raise ValueError(f"TrainingArguments refuses the options: {reason_of(error)}") from error
+
+
+def _check_names(options: TrainOptions, device: str) -> None:
+    """Raises ValueError for the name of something that transformers does not know, or that is not here."""
+    for name, known in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
+        names = [kind.value for kind in known]
+        if getattr(options, name) not in names:
+            raise ValueError(unknown_name(name, getattr(options, name), names))
+    for tracker in options.report_to:
+        if tracker not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(unknown_name("tracker of report_to", tracker, INTEGRATION_TO_CALLBACK))
+        if tracker not in get_available_reporting_integrations():
+            raise ValueError(f"report_to={tracker} needs its package: pip install {tracker}")
+    if options.fsdp and device == "cpu":
+        raise ValueError("--fsdp divides a model among GPUs, and this run is on the CPU: leave it out")
+    if options.use_liger_kernel and (device == "cpu" or find_spec("liger_kernel") is None):
+        reason = "its kernels run on GPUs alone" if device == "cpu" else "pip install liger-kernel"
+        raise ValueError(f"--use-liger-kernel cannot be used here: {reason}")
 
 
 def fit(job: Job, bars: Progress, console: Console) -> dict[str, Any]:
@@ -101,6 +122,8 @@ def fit(job: Job, bars: Progress, console: Console) -> dict[str, Any]:
         with deferred() as signal:
             trainer.add_callback(_EndAfterStep(signal))
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        # What is scored before and after the training is computed alike: without the training's autocast or compiler.
+        trainer.accelerator.unwrap_model(job.model, keep_fp32_wrapper=False, keep_torch_compile=False)
         if processes.any_of_all(signal()):
             raise KeyboardInterrupt
     except BaseException:  # any exception, also a bug of ours

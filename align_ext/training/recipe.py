@@ -41,6 +41,7 @@ from align_ext.system.writing import atomic_file, check_space
 from align_ext.training.cost import describe_adapters
 from align_ext.training.fit import fit, training_arguments
 from align_ext.training.job import Job
+from align_ext.training.model_card import check_hub, push, write_card
 from align_ext.training.options import TrainOptions
 from align_ext.training.report import plot_losses, summarise
 from align_ext.training.run_folder import RunFolder
@@ -72,6 +73,7 @@ def prepare(folder: RunFolder, console: Console, dev_examples: int = 0) -> Job:
     Raises:
         ValueError: the options, the data or the model cannot be used; the message is one line, and no files are left.
     """
+    check_hub(folder.options)
     device, dtype = usable_device(folder.options.device), folder.options.dtype
     # "auto" goes by a measurement, which may differ between processes.
     chosen: Any = processes.by_first(lambda: best_dtype(device)) if dtype == "auto" else resolve_dtype(dtype)
@@ -219,12 +221,15 @@ def train(job: Job, console: Console) -> dict[str, Any]:
             if processes.number() == 0:
                 write_rows(folder.path / "rows.jsonl.gz", {"before": before.rows, "after": after.rows}, "when")
                 results["plot"] = plot_losses(results["losses"], folder.path / "losses.png")
+                write_card(folder.path / "adapter", results)
         finally:
             if processes.number() == 0:
                 with atomic_file(folder.path / "results.json") as new:
                     new.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     if processes.number() == 0:
         summarise(results, folder.target, console)
+        if options.push_to_hub:
+            print_line(console, f"uploaded to {push(folder.path / 'adapter', folder.target, options)}")
     return results
 
 
