@@ -43,11 +43,9 @@ def load_model(
         ValueError: there is no such model, it cannot be loaded, or some weights are missing, not loaded or not finite;
             the message is one line.
     """
-    known = name is None or name == DEFAULT_MODEL
-    source = default_model(print_line) if known or name is None else _checked_name(name)
+    known, source = name is None or name == DEFAULT_MODEL, _source(name, print_line)
+    tokenizer = _tokenizer(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        _check_length(tokenizer)
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
             dtype="auto" if dtype == "stored" else resolve_dtype(dtype),
@@ -63,9 +61,41 @@ def load_model(
     check_finite(model, f"the model {shown_path(source)}")
     if known:
         model.align_base = DEFAULT_MODEL  # the name for adapters, since name_or_path is a path in the cache
+    _make_ready(tokenizer, source)
+    return model.eval(), tokenizer
+
+
+def load_tokenizer(name: str | None = None, print_line: PrintLine = _LOG.info) -> Any:
+    """Loads the tokenizer of a model, with a padding token, without its weights; see `load_model`.
+
+    Raises:
+        ValueError: there is no such model, or its tokenizer fails.
+    """
+    source = _source(name, print_line)
+    tokenizer = _tokenizer(source)
+    _make_ready(tokenizer, source)
+    return tokenizer
+
+
+def _source(name: str | None, print_line: PrintLine) -> str:
+    """Returns the folder or hub id of a model."""
+    return str(default_model(print_line)) if name is None or name == DEFAULT_MODEL else _checked_name(name)
+
+
+def _tokenizer(source: str) -> Any:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        _check_length(tokenizer)
+    except Exception as error:  # damaged files may raise any exception in transformers
+        raise ValueError(f"cannot load the model {shown_path(source)}: {reason_of(error)}") from error
+    return tokenizer
+
+
+def _make_ready(tokenizer: Any, source: str) -> None:
+    """Gives a tokenizer a padding token, and checks that it runs."""
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise ValueError(f"the tokenizer of {str(source)!r} has neither a padding nor an end token")
+            raise ValueError(f"the tokenizer of {source!r} has neither a padding nor an end token")
         tokenizer.pad_token = tokenizer.eos_token
     try:
         tokenizer(["a", "a b"], return_tensors="pt", padding=True, return_attention_mask=True)
@@ -74,7 +104,6 @@ def load_model(
         raise ValueError(
             f"the tokenizer of {shown_path(source)} fails (see tokenizer_config.json): {reason_of(error)}"
         ) from error
-    return model.eval(), tokenizer
 
 
 def _check_length(tokenizer: Any) -> None:

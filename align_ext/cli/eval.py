@@ -18,7 +18,10 @@ def evaluate(
     adapter: Annotated[
         str | None, typer.Option(help="adapter folder of any architecture; none: the base alone")
     ] = None,
-    data: Annotated[str | None, typer.Option(help="as in `train`; none: the built-in tasks")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="as in `train`, several times if wanted; none: the built-in tasks")
+    ] = None,
+    columns: Annotated[str, typer.Option(help="names that columns have in the sources, as in `train`")] = "",
     ignore_columns: Annotated[str, typer.Option(help="columns of the rows to leave out, separated by commas")] = "",
     tasks: Annotated[str, typer.Option(help="names of the tasks to keep, separated by commas; none: all")] = "",
     examples: Annotated[int, typer.Option(help="at most so many of each task")] = 100,
@@ -34,7 +37,7 @@ def evaluate(
     force: Force = False,
     json: Annotated[str | None, typer.Option(help="file for the results")] = None,
 ) -> None:
-    """Scores a model, with an adapter or without, on the tasks' test splits; a data file is scored as it is.
+    """Scores a model, with an adapter or without, on the tasks' test splits; data files are scored as they are.
 
     For each task, with standard errors: the loss per token of the gold answer; where there are choices, how often the
     gold one has the least loss per token; and the score of greedy answers, by the task's own scorer or else exact
@@ -43,8 +46,9 @@ def evaluate(
     Example: align-lora eval --adapter run/adapter --tasks syllogism,chain_sum --json scores.json
     """
     given: dict[str, Any] = {name: value for name, value in locals().items() if name != "json"}
-    for name in ("tasks", "ignore_columns"):
+    for name in ("tasks", "columns", "ignore_columns"):
         given[name] = tuple(word.strip() for word in given[name].split(",") if word.strip())
+    given["data"] = data[0] if data and len(data) == 1 else data or None
     if json is not None:
         continue_without_output()
     with on_models("scoring"):

@@ -2,9 +2,7 @@
 
 import functools
 import json
-import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -31,7 +29,8 @@ MARK = "align-lora eval"  # identifies files of scores, which may be overwritten
 class EvalRequest(ModelRequest):
     """The options of `align-lora eval`: the model to score, and the rows to score on."""
 
-    data: str | None = None
+    data: str | list[str] | None = None
+    columns: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     examples: int = 100
     batch_size: int = 16
@@ -58,16 +57,16 @@ def score(request: EvalRequest, file: str | None, console: Console) -> dict[str,
     if path is not None:
         check_file("--json", path, f'"written_by": "{MARK}"')
     pools = read_tasks(
-        request.data, request.tasks, train=0, test=request.examples, ignore_columns=request.ignore_columns
-    )
+        request.data, request.tasks, train=0, test=request.examples, ignore_columns=request.ignore_columns,
+        columns=request.columns,
+    )  # fmt: skip
     stored = None if request.adapter is None else AdapterFolder.read(request.adapter)
     ids = None if stored is None else _task_ids(stored, tuple(pools.tasks), request)
     with show_status(console, "loading the model"):
         model, tokenizer = request.load_base()
     check_conversations(tokenizer, pools.examples())
     fit = functools.partial(fits, tokenizer, max_tokens=request.seq_len)
-    single_file = request.data is not None and Path(os.path.expanduser(request.data)).is_file()
-    data = scored_examples(pools, request.examples, fit, undivided=single_file)
+    data = scored_examples(pools, request.examples, fit, undivided=pools.files)
     check_base(model, tokenizer, token_rows(tokenizer, data.test))
     with show_status(console, "loading the adapter"):
         model = request.put_adapter(model)

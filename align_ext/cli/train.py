@@ -1,34 +1,37 @@
 """`align-lora train`: fine-tunes a language model on several tasks."""
 
 import inspect
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Annotated, Any
 
 import typer
 import yaml
 
-from align_ext.cli.app import UserError, app, on_transformers
+from align_ext.cli.app import UserError, app, on_models, on_transformers
 from align_ext.data.rows import ROWS
 from align_ext.system import processes
 from align_ext.system.reading import read_yaml
 from align_ext.system.terminal import continue_without_output, plain_console
-from align_ext.training.option_values import alternatives
+from align_ext.training.option_values import alternatives, is_repeated
 from align_ext.training.options import TrainOptions, known_options
 
 
-def train(config: str | None, print_config: bool, **flags: Any) -> None:
+def train(config: str | None, print_config: bool, dry_run: bool, **flags: Any) -> None:
     """Fine-tunes a language model on several tasks; with no options a small one on five built-in tasks.
 
     It scores the model on held-out examples before and after, saves the adapter as a PEFT folder, and checks that stock
     PEFT and the merged model compute the same. Without a GPU and without the hub the default run takes a few minutes.
     """
-    try:
-        given = read_yaml(config) if config is not None else {}
-        options = TrainOptions.from_mapping(given, {name: x for name, x in flags.items() if x is not None})
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    options = given_options(config, flags)
     if print_config:
         typer.echo(yaml.safe_dump(options.to_dict(), sort_keys=False), nl=False)
+        return
+    if dry_run:
+        with on_models("reading data"):
+            from align_ext.cli.show_data import show_data
+
+            show_data(options, None, plain_console())
         return
     continue_without_output()
     with on_transformers("training"):
@@ -55,30 +58,51 @@ def train(config: str | None, print_config: bool, **flags: Any) -> None:
         raise typer.Exit(1)
 
 
-def _flags() -> list[inspect.Parameter]:
-    """Returns the flags of `train`: two of its own, and one for each option in training/options.py."""
+def given_options(config: str | None, flags: Mapping[str, Any]) -> TrainOptions:
+    """Returns the options of a configuration file, which flags override.
 
-    def flag(name: str, kind: Any, text: str, default: Any = None, also: str | None = None) -> inspect.Parameter:
-        # The name of TrainingArguments beside our own.
-        names = [] if also in (None, name) else [f"--{word.replace('_', '-')}" for word in (name, also) if word]
-        annotation = Annotated[kind, typer.Option(*names, help=text, show_default=False)]
-        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+    Raises:
+        UserError: they cannot be used.
+    """
+    try:
+        given = read_yaml(config) if config is not None else {}
+        return TrainOptions.from_mapping(given, {name: x for name, x in flags.items() if x is not None})
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
-    flags = [
-        flag("config", str | None, "YAML file of these options; flags override it"),
-        flag("print_config", bool, "print the options as such a file, and stop", default=False),
-    ]
+
+def flag(name: str, kind: Any, text: str, default: Any = None, also: str | None = None) -> inspect.Parameter:
+    """Returns a parameter that typer reads as a flag; also: another name for it, that of TrainingArguments."""
+    names = [] if also in (None, name) else [f"--{word.replace('_', '-')}" for word in (name, also) if word]
+    annotation = Annotated[kind, typer.Option(*names, help=text, show_default=False)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def option_flags() -> list[inspect.Parameter]:
+    """Returns a flag for a configuration file, and one for each option in training/options.py."""
+    flags = [flag("config", str | None, "YAML file of these options; flags override it")]
     for name, option in known_options().items():
         kinds = alternatives(option.kind)
         kind = bool if bool in kinds else option.kind if option.kind in (int, float) else str  # "none", "auto", lists
+        kind = list[str] if is_repeated(option.kind) else kind
         value = ",".join(option.default) if isinstance(option.default, tuple) else option.default
         shown = "" if value in (None, "", False, {}) else f" [{value}]"
         flags.append(flag(name, kind | None, option.help.removesuffix(".") + shown, also=option.argument))
     return flags
 
 
-train.__signature__ = inspect.Signature(_flags())  # type: ignore[attr-defined]
-train.__annotations__ = {flag.name: flag.annotation for flag in _flags()}
+def take_flags(command: Any, flags: list[inspect.Parameter]) -> None:
+    """Makes typer see flags in place of the parameters of a command."""
+    command.__signature__ = inspect.Signature(flags)
+    command.__annotations__ = {flag.name: flag.annotation for flag in flags}
+
+
+_config, *_options = option_flags()
+_own = [
+    flag("print_config", bool, "print the options as such a file, and stop", default=False),
+    flag("dry_run", bool, "show the data as `align-lora data` does, and stop", default=False),
+]
+take_flags(train, [_config, *_own, *_options])
 _ROWS = "\n\n".join(f"{columns}: {meaning}" for columns, meaning in ROWS)
 _DATA = (
     "Columns of the rows of --data. A JSON integer counts as text; anything else that is no text is refused, and so is "

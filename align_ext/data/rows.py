@@ -1,13 +1,14 @@
 """Reads one row of data as one example: each column is used, is known to be irrelevant to the model, or is refused."""
 
 import functools
+import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from align_ext.data.choices import Choices, Form, text_of
-from align_ext.data.conversation import Turn, append_text, text_asked, turns_of
+from align_ext.data.conversation import Prompt, Turn, append_text, calls_score, text_asked, tools_turn, turns_of
 from align_ext.data.metadata import is_about, strings, text_lost
 from align_ext.system.messages import shown
 from align_ext.system.names import check_names
@@ -35,8 +36,11 @@ ROWS = (
      "the right choice: its index from 0, its text, or its letter; not needed where the answer ends in its text, its "
      "number from 1 on (answer3) or its letter"),
     ("messages or conversations",
-     "turns of {role, content} or {from, value}, the last of which is learnt; prompt and completion may be turns too"),
+     "turns of {role, content} or {from, value}, of which those of the assistant are learnt (--trained-turns) and the "
+     "last is scored; a turn may have tool_calls, or be a tool's; prompt and completion may be turns too"),
     ("system or system_prompt", "the turn before the prompt; like conversations, it needs a chat template"),
+    ("tools", "the tools that the assistant may call: a list of objects, or its JSON text"),
+    ("text", "where nothing else is asked or answered: a plain text, all of which is learnt, and scored by its loss"),
 )  # fmt: skip
 """The columns of a row and their meaning, for --help and the guide."""
 
@@ -47,23 +51,37 @@ class Example:
 
     Attributes:
         task: the task's name.
-        prompt: the text that the model is asked, or the turns of a conversation.
+        prompt: the text that the model is asked, or the turns of a conversation; no turns: the answer is a plain text.
         answer: the text that it learns to answer.
         choices: the answers to choose from, all in the form of `answer`; empty for free text.
         label: the index of `answer` in `choices`, -1 for free text.
         scorer: scores a generated text in [0, 1]; None: 1 if it equals `answer`, else 0.
         where: its file and line, for messages.
         also: the indices of other right choices.
+        calls: the tool calls of the answer, JSON; "" if it is a text.
+        ends: whether the end token follows the answer; False: it is a piece of a longer plain text.
     """
 
     task: str
-    prompt: str | tuple[Turn, ...]
+    prompt: Prompt
     answer: str
     choices: tuple[str, ...] = ()
     label: int = -1
     scorer: Callable[[str], float] | None = field(default=None, repr=False, compare=False)
     where: str = field(default="", repr=False, compare=False)
     also: tuple[int, ...] = ()
+    calls: str = ""
+    ends: bool = True
+
+    @property
+    def is_text(self) -> bool:
+        """Whether nothing is asked."""
+        return self.prompt == ()
+
+    @property
+    def asked(self) -> str:
+        """All text that is asked, or the plain text."""
+        return self.answer if self.is_text else text_asked(self.prompt)
 
     def score(self, text: str) -> float:
         """Scores a generated text; a text on which the scorer fails gets 0."""
@@ -195,9 +213,16 @@ def _build_example(columns: _Columns, task: str | None) -> Example:
     elif task is None:
         raise columns.missing(["task"])
     check_names([task], "the column task")
-    conversation, output = _read_conversation(columns)
+    asked = columns.values.keys() & {*_CONVERSATION, *_SYSTEM, *_PROMPTS, *_OUTPUTS, *_ANSWERS, *_CHOICES, *_LABELS}
+    if not asked and (text := columns.present(["text"])):
+        return Example(task, (), text_of("text", text["text"]))
+    conversation, output, calls = _read_conversation(columns)
     prompt = _read_prompt(columns, conversation)
     answers = columns.present(_ANSWERS)
+    if calls:
+        if answers or columns.values.keys() & {*_CHOICES, *_LABELS}:
+            raise ValueError("the conversation ends with a tool call, which has no answer, choices or label beside it")
+        return Example(task, prompt, output, scorer=functools.partial(calls_score, calls), calls=calls)
     finals = tuple(text for name, value in answers.items() for text in _answer_texts(name, value))
     offered = columns.one(_CHOICES)
     labels = columns.present(_LABELS)
@@ -211,41 +236,45 @@ def _build_example(columns: _Columns, task: str | None) -> Example:
     return Example(task, prompt, answer, scorer=functools.partial(final_answer_score, finals or (answer,)))
 
 
-def _read_conversation(columns: _Columns) -> tuple[tuple[Turn, ...], str]:
-    """Returns the turns of the prompt (empty if it is a text), and the answer ("" if only _FINAL columns have one)."""
+def _read_conversation(columns: _Columns) -> tuple[tuple[Turn, ...], str, str]:
+    """Returns the turns of the prompt (empty if it is a text), the answer ("": _ANSWERS alone may have one), its calls.
+
+    The answer of a turn with tool calls alone is their JSON.
+    """
     turns: tuple[Turn, ...] = ()
-    outputs = {}
+    outputs, calls = {}, ""
     if found := columns.one(_CONVERSATION):
         if isinstance(columns.values.get("prompt"), list):
             raise ValueError(f"the columns {found[0]} and prompt are both conversations: keep one")
-        *before, (role, text) = turns_of(*found)
+        *before, (role, text, *rest) = turns_of(*found)
         if role != "assistant":
             raise ValueError(f"the column {found[0]} must end with a turn of the assistant, the answer")
-        turns, outputs[found[0]] = tuple(before), text
+        calls = json.dumps(json.loads(rest[0])["tool_calls"], ensure_ascii=False) if rest else ""
+        turns, outputs[found[0]] = tuple(before), text if text.strip() else calls
     elif isinstance(columns.values.get("prompt"), list):
         turns = turns_of(*columns.present(["prompt"]).popitem())
-    if (found or turns) and (not turns or turns[-1][0] != "user"):
+    if (found or turns) and (not turns or turns[-1][0] not in ("user", "tool")):
         raise ValueError("a conversation must have a turn of the user before the answer")
     for name, value in columns.present(_OUTPUTS).items():
         answer = turns_of(name, value) if isinstance(value, list) else (("assistant", text_of(name, value)),)
-        if len(answer) > 1 or answer[0][0] != "assistant":
-            raise ValueError(f"the column {name} must be a text or one turn of the assistant")
+        if len(answer) > 1 or answer[0][0] != "assistant" or len(answer[0]) > 2:
+            raise ValueError(f"the column {name} must be a text or one turn of the assistant, a text")
         outputs[name] = answer[0][1]
     if len({text.strip() for text in outputs.values()}) > 1:
         raise ValueError(f"the columns {' and '.join(outputs)} say different things: keep one")
-    return turns, next(iter(outputs.values()), "")
+    return turns, next(iter(outputs.values()), ""), calls
 
 
-def _read_prompt(columns: _Columns, turns: tuple[Turn, ...]) -> str | tuple[Turn, ...]:
-    """Returns the prompt with the system turn: the text columns, or the conversation, which must hold all of them."""
-    system = columns.one(_SYSTEM)
+def _read_prompt(columns: _Columns, turns: tuple[Turn, ...]) -> Prompt:
+    """Returns the prompt with the turns of tools and system: the text columns, or a conversation that holds them."""
+    system, tools = columns.one(_SYSTEM), columns.present(["tools"])
     held = columns.present(_PROMPTS)
     if isinstance(held.get("prompt"), list):
         del held["prompt"]  # it is the conversation
     parts = {name: text_of(name, value) for name, value in held.items()}
     if turns:
         for name, text in parts.items():
-            if not any(_holds(turn, text) for _, turn in turns):
+            if not any(_holds(turn[1], text) for turn in turns):
                 raise ValueError(f"the column {name} stands beside a conversation that does not hold it: keep one")
     elif not parts:
         raise columns.missing([*_PROMPTS, "messages"])
@@ -255,14 +284,14 @@ def _read_prompt(columns: _Columns, turns: tuple[Turn, ...]) -> str | tuple[Turn
             if not any(_holds(other, text) for other in texts):
                 texts.append(text)
         turns = (("user", "\n\n".join(texts)),)
-        if system is None:
+        if system is None and not tools:
             return turns[0][1]
     if system is not None:
         turn = ("system", text_of(*system))
         if turns[0][0] == "system" and turns[0] != turn:
             raise ValueError(f"the column {system[0]} and the conversation's system turn say different things")
         turns = turns if turns[0][0] == "system" else (turn, *turns)
-    return turns
+    return (tools_turn("tools", tools["tools"]), *turns) if tools else turns
 
 
 def _holds(text: str, part: str) -> bool:

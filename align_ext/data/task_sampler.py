@@ -1,14 +1,15 @@
 """Mixes tasks into batches by given shares, with enough examples of each task in a batch, reproducibly."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import get_args
 
 from torch.utils.data import Sampler
 
 from align_ext.config import Mixing
 from align_ext.data.join_tasks import task_number
-from align_ext.system.bounds import unknown_name
+from align_ext.system.bounds import is_positive, unknown_name
+from align_ext.system.messages import shown
 
 
 class TaskSampler(Sampler[int]):
@@ -20,11 +21,11 @@ class TaskSampler(Sampler[int]):
 
         proportional  n_i / Σ n       temperature  n_i^(1/T) / Σ n^(1/T)       equal  1 / M
 
-    over time: each batch adds every task's share to its balance, and goes to the tasks with the largest balances. Since
-    a batch has at least two tasks (if there are two), very small tasks occur more often than their shares. round_robin
-    takes the tasks in turn instead. The examples of a task come in random order, each once before any is repeated;
-    every epoch has its own order, determined by (seed, epoch), so that a resumed run that skips the earlier examples
-    continues exactly.
+    times the task's weight, if there are weights, over time: each batch adds every task's share to its balance, and
+    goes to the tasks with the largest balances. Since a batch has at least two tasks (if there are two), very small
+    tasks occur more often than their shares. round_robin takes the tasks in turn instead. The examples of a task come
+    in random order, each once before any is repeated; every epoch has its own order, determined by (seed, epoch), so
+    that a resumed run that skips the earlier examples continues exactly.
 
     Args:
         tasks: the task of each example, as in a dataset's column task_ids; examples of task -1 are left out.
@@ -34,14 +35,16 @@ class TaskSampler(Sampler[int]):
         per_task: the least number of examples of a task in a batch.
         batches: the number of batches in an epoch; None: enough for all examples.
         seed: the seed of the order.
+        weights: task -> by what its share is multiplied before all shares are divided by their sum; 1 for others.
 
     Raises:
-        ValueError: an option is out of range, no example has a task, or a batch is too small for two tasks.
+        ValueError: an option is out of range, weights are given with round_robin, no example has a task, or a batch is
+            too small for two tasks.
     """
 
     def __init__(
         self, tasks: Sequence[int], batch_size: int, mixing: Mixing = "proportional", *, temperature: float = 2.0,
-        per_task: int = 2, batches: int | None = None, seed: int = 0,
+        per_task: int = 2, batches: int | None = None, seed: int = 0, weights: Mapping[int, float] | None = None,
     ) -> None:  # fmt: skip
         if mixing not in get_args(Mixing):
             raise ValueError(unknown_name("mixing", str(mixing), get_args(Mixing)))
@@ -62,8 +65,13 @@ class TaskSampler(Sampler[int]):
         self.batch_size, self.mixing, self.per_task, self.seed, self.epoch = batch_size, mixing, per_task, seed, 0
         sizes = {task: len(pool) for task, pool in sorted(self.pools.items())}
         power = {"proportional": 1.0, "temperature": 1 / temperature}.get(mixing, 0.0)
-        total = sum(size**power for size in sizes.values())
-        self.shares = {task: size**power / total for task, size in sizes.items()}
+        shares = {task: size**power for task, size in sizes.items()}
+        if weights:
+            if mixing == "round_robin" or not all(is_positive(weight) for weight in weights.values()):
+                raise ValueError(f"weights={shown(dict(weights))} must be positive numbers, and round_robin has none")
+            shares = {task: share * weights.get(task, 1.0) for task, share in shares.items()}
+        total = sum(shares.values())
+        self.shares = {task: share / total for task, share in shares.items()}
         self.batches = batches if batches is not None else -(-sum(sizes.values()) // batch_size)
 
     def set_epoch(self, epoch: int) -> None:

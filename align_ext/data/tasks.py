@@ -3,13 +3,14 @@
 import functools
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from align_ext.data.conversation import text_asked
+from align_ext.data.named_source import named_sources
+from align_ext.data.per_task import PerTask
 from align_ext.data.rows import Example
-from align_ext.data.sources import read_source
+from align_ext.data.sources import Source, read_source, split_named
 from align_ext.system.bounds import unknown_name
 from align_ext.system.messages import shown
 
@@ -40,10 +41,12 @@ class Pools:
         tasks: task -> split (train, test, validation, or "" if undivided) -> examples, in an order that depends on
             their contents alone: the first ones are scored in every run.
         notes: lines about files, splits and columns that are not used.
+        files: whether every source is a file, or one split of a dataset, named by itself.
     """
 
     tasks: Mapping[str, Mapping[str, list[Example]]]
     notes: tuple[str, ...] = ()
+    files: bool = False
 
     def examples(self) -> Iterator[Example]:
         """Yields all examples."""
@@ -111,35 +114,36 @@ class TaskData:
 
 
 def read_tasks(
-    data: str | None, tasks: Sequence[str] = (), *, train: int = 500, test: int = 500, dev: int = 0, seed: int = 0,
-    ignore_columns: Collection[str] = (),
+    data: Any, tasks: Sequence[str] = (), *, train: int | PerTask = 500, test: int = 500, dev: int = 0, seed: int = 0,
+    ignore_columns: Collection[str] = (), columns: Iterable[str] | Mapping[str, str] = (),
 ) -> Pools:  # fmt: skip
     """Reads the examples of several tasks.
 
     Args:
-        data: a .jsonl or .json file (.gz too), a folder of such files, or the id of a hub dataset ("owner/name", or
-            "owner/name:configuration"); None: the built-in tasks. The format of rows is in align_ext/data/rows.py.
-            A folder's files may be named after splits (x.train.jsonl, x.test.jsonl).
+        data: one source or a list of them; None: the built-in tasks. A source is a .jsonl, .json, .csv, .tsv, .txt
+            (.gz too) or .parquet file, a folder of such files, or the id of a hub dataset ("owner/name", or
+            "owner/name:configuration"), with "name=" before it to name it; or a mapping {path, name, split, columns}
+            (see data/named_source.py). The format of rows is in align_ext/data/rows.py. A folder's files, and files
+            of one task, may be named after splits (x.train.jsonl, x.test.jsonl).
         tasks: names of the tasks to keep, all if empty; without data, any generators of reasoning-gym.
         train: how many training examples of a built-in task to generate.
         test: how many test examples of a built-in task to generate.
         dev: how many examples of a built-in task to generate for choosing options.
         seed: the seed of the generated training examples; nothing else depends on it.
         ignore_columns: columns of the rows to leave out.
+        columns: texts "column=name" or a mapping, the name in the source of a column of a row, for sources without
+            columns of their own.
 
     Raises:
-        ValueError: no such data, a row that cannot be used (the message names file and line), or an unknown task.
+        ValueError: no such data, two sources of one task, a row that cannot be used (the message names file and line),
+            or an unknown task.
     """
     if data is None:
-        parts = {"train": (train, seed), "test": (test, _TEST_SEED), **({_DEV: (dev, _DEV_SEED)} if dev else {})}
         names = tuple(tasks) if tasks else tuple(BUILTIN_TASKS)
         _check_generators(names)
-        return Pools({name: {split: builtin_examples(name, *part) for split, part in parts.items()} for name in names})
-    source = read_source(data, ignore_columns)
-    found: dict[str, dict[str, list[Example]]] = {}
-    for split, examples in source.splits.items():
-        for example in examples:
-            found.setdefault(example.task, {}).setdefault(split, []).append(example)
+        return Pools({name: _generated(name, int(_of(train, name)), test, dev, seed) for name in names})
+    sources = [read_source(given, ignore_columns) for given in named_sources(data, columns)]
+    found = _join(sources)
     if len(found) > _MAX_TASKS:
         raise ValueError(f"the data has {len(found):,} tasks, and there may be {_MAX_TASKS:,}")
     chosen = {name: found[name] for name in _choose_names(sorted(found), tasks)}
@@ -150,17 +154,61 @@ def read_tasks(
                 f"the task {shown(name)} has rows in a split ({where[True]}) and rows in none ({where[False]}): name "
                 "all of its files after splits, as x.train.jsonl and x.test.jsonl, or none"
             )
-    notes = [_shorten(f"not read: {', '.join(source.skipped)}")] if source.skipped else []
-    if source.unused:
-        columns = (f"{shown(name)[1:-1]} ({count:,} rows)" for name, count in sorted(source.unused.items()))
-        notes.append(_shorten(f"columns that are not used: {', '.join(columns)}"))
+    skipped, unused = [name for source in sources for name in source.skipped], Counter[str]()
+    for source in sources:
+        unused.update(source.unused)
+    notes = [_shorten(f"not read: {', '.join(skipped)}")] if skipped else []
+    if unused:
+        lost = (f"{shown(name)[1:-1]} ({count:,} rows)" for name, count in sorted(unused.items()))
+        notes.append(_shorten(f"columns that are not used: {', '.join(lost)}"))
     ordered = {n: {s: _shuffle(part, 0) for s, part in splits.items()} for n, splits in chosen.items()}
-    return Pools(ordered, tuple(notes))
+    return Pools(ordered, tuple(notes), all(source.alone is not None for source in sources))
+
+
+def _join(sources: Sequence[Source]) -> dict[str, dict[str, list[Example]]]:
+    """Returns the examples of all sources by task and split.
+
+    Of several files, the names say the splits of a task; a file that is all there is of a task is undivided, and so is
+    one split of a dataset.
+    """
+    found: dict[str, dict[str, list[Example]]] = {}
+    origins: dict[str, list[tuple[str, Source]]] = {}
+    for source in sources:
+        own: dict[str, dict[str, list[Example]]] = {}
+        for split, examples in source.splits.items():
+            if source.alone is not None and len(sources) > 1:
+                split = split_named(source.alone)
+            for example in examples:
+                own.setdefault(example.task, {}).setdefault(split, []).append(example)
+        for task, splits in own.items():
+            for split, examples in splits.items():
+                for other, earlier in origins.setdefault(task, []):
+                    if other == split and earlier is not source:
+                        raise ValueError(
+                            f"the task {shown(task)} is in {shown(earlier.given.path)} and in "
+                            f"{shown(source.given.path)}: name one of them, as --data other={source.given.path}, or "
+                            "let their names say their splits (x.train.jsonl, x.test.jsonl)"
+                        )
+                origins[task].append((split, source))
+                found.setdefault(task, {})[split] = examples
+    for task, ((split, source), *others) in origins.items():
+        if split and source.alone is not None and not others:
+            found[task] = {"": found[task][split]}
+    return found
+
+
+def _of(number: int | PerTask, task: str) -> float:
+    return number.of(task) if isinstance(number, PerTask) else number
+
+
+def _generated(name: str, train: int, test: int, dev: int, seed: int) -> dict[str, list[Example]]:
+    parts = {"train": (train, seed), "test": (test, _TEST_SEED), **({_DEV: (dev, _DEV_SEED)} if dev else {})}
+    return {split: builtin_examples(name, *part) for split, part in parts.items()}
 
 
 def select(
-    pools: Pools, train_per_task: int, test_per_task: int, fits: Callable[[Example], bool] = lambda _: True, *,
-    dev_per_task: int = 0, seed: int = 0,
+    pools: Pools, train_per_task: int | PerTask, test_per_task: int,
+    fits: Callable[[Example], bool] = lambda _: True, *, dev_per_task: int = 0, seed: int = 0,
 ) -> TaskData:  # fmt: skip
     """Selects fitting examples of each task; prompts of test and dev examples are never trained on.
 
@@ -182,16 +230,16 @@ def select(
         split, pool = _test_split(splits) or ("test", splits.get("", []))
         tested, scored = _select(pool, test_per_task, fits, f"{shown(name)} has no examples to score", "eval_examples")
         train = splits.get("train")
-        prompts = {text_asked(example.prompt) for example in (tested if train is None else pool)}
+        prompts = {example.asked for example in (tested if train is None else pool)}
         if dev_per_task:
             task = f"{shown(name)} has no examples to choose on"
             dev, result.usage.setdefault(name, {})["dev"] = _select(
                 splits.get(_DEV) or train or pool, dev_per_task, fits, task, "dev", prompts
             )
-            prompts |= {text_asked(example.prompt) for example in dev}
+            prompts |= {example.asked for example in dev}
             result.dev.extend(dev)
-        order = _shuffle(train or pool, seed)
-        trained, learnt = _select(order, train_per_task, fits, f"{shown(name)} has no examples to train",
+        order, most = _shuffle(train or pool, seed), int(_of(train_per_task, name))
+        trained, learnt = _select(order, most, fits, f"{shown(name)} has no examples to train",
                                   "train_examples", prompts)  # fmt: skip
         result.usage.setdefault(name, {}).update({"train": learnt, split: scored})
         _add_unused(result.usage[name], splits)
@@ -209,7 +257,8 @@ def row_ids(examples: Sequence[Example]) -> list[str]:
     seen: Counter[str] = Counter()
     ids = []
     for x in examples:
-        content = repr((x.prompt, x.answer, x.choices, x.label, x.also)).encode("utf-8", "surrogatepass")
+        parts = (x.prompt, x.answer, x.choices, x.label, x.also, *([x.calls] if x.calls else []))
+        content = repr(parts).encode("utf-8", "surrogatepass")
         name = f"{x.task}/{hashlib.sha256(content).hexdigest()[:12]}"
         seen[name] += 1
         ids.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
@@ -260,7 +309,7 @@ def _select(
     tested: Collection[str] = (),
 ) -> tuple[list[Example], Usage]:  # fmt: skip
     """Selects the first fitting examples of a pool without tested prompts; also returns the usage of the pool."""
-    rest = [example for example in pool if text_asked(example.prompt) not in tested]
+    rest = [example for example in pool if example.asked not in tested]
     selected: list[Example] = []
     too_long = 0
     for example in rest:

@@ -23,7 +23,7 @@ from align_ext.base_model.checks import learned_positions, model_errors
 from align_ext.base_model.sharded import shard_ranks
 from align_ext.config import Align
 from align_ext.data.collator import TaskCollator
-from align_ext.data.encode import answer_tokens, encode, features, prompt_tokens
+from align_ext.data.encode import encode_example, features, gold_tokens
 from align_ext.data.rows import Example
 from align_ext.data.tasks import row_ids
 from align_ext.evaluation.likelihood import Question, answer_nll, by_task
@@ -67,7 +67,8 @@ def score_rows(
     """
     tasks = _task_ids(model, examples, ids)
     questions = [_question(tokenizer, example, task) for example, task in zip(examples, tasks, strict=True)]
-    free = [i for i, x in enumerate(examples) if generate == "all" or (generate == "free" and not x.choices)]
+    wanted = {"all": lambda _: True, "free": lambda x: not x.choices, "none": lambda _: False}[generate]
+    free = [i for i, x in enumerate(examples) if wanted(x) and not x.is_text]  # nothing is asked by a plain text
     answers = sum(len(question.answers) for question in questions)
     bar = None if progress is None else progress.add_task("evaluating", total=answers + len(free))
 
@@ -114,9 +115,8 @@ def evaluate(
 
 
 def _question(tokenizer: Any, example: Example, task: int) -> Question:
-    answers = example.choices or (example.answer,)
-    prompt = prompt_tokens(tokenizer, example.prompt)
-    return Question(prompt, tuple(answer_tokens(tokenizer, answer) for answer in answers), task)
+    prompt, answers = encode_example(tokenizer, example)
+    return Question(prompt, tuple(answers), task)
 
 
 @torch.no_grad()
@@ -257,7 +257,7 @@ def _generated_scores(
 ) -> dict[int, float]:
     """Returns the score of a greedy answer to each example."""
     scores = {}
-    encoded = {i: encode(tokenizer, examples[i].prompt, examples[i].answer) for i in free}
+    encoded = {i: gold_tokens(tokenizer, examples[i]) for i in free}
     longest = max(len(answer) for _, answer in encoded.values()) + 4
     free = sorted(free, key=lambda i: len(encoded[i][0]))
     for batch, max_new_tokens in _with_room(_batches(free, batch_size), encoded, longest, learned_positions(model)):

@@ -31,15 +31,19 @@ Control = Literal["shuffled_ids", "random_partition", "weight_zero", "l2"]
 _SHARED = (
     "model",
     "data",
+    "columns",
     "ignore_columns",
     "tasks",
     "steps",
     "batch_size",
     "accumulation",
     "seq_len",
+    "trained_turns",
     "mixing",
     "mixing_temperature",
     "per_task",
+    "mixing_weights",
+    "packing",
     "train_examples",
 )  # fmt: skip  options that make the batches of all arms
 _OWN = (

@@ -19,7 +19,7 @@ from align_ext.base_model.select_layers import is_linear
 from align_ext.config import AUTO, AlignLoraConfig
 from align_ext.data.encode import fits
 from align_ext.data.rows import Example
-from align_ext.data.tasks import Pools, TaskData, read_tasks, row_ids, scored_examples, select
+from align_ext.data.tasks import Pools, TaskData, read_tasks, row_ids, scored_examples
 from align_ext.model.cost import adapter_flops, match_rank, planned_adapters, trained_parameters
 from align_ext.study.design import BASE, Cell, Score, Study
 from align_ext.system.bounds import unknown_name
@@ -28,6 +28,7 @@ from align_ext.system.reading import read_json
 from align_ext.system.versions import versions
 from align_ext.system.writing import atomic_file
 from align_ext.training.options import TrainOptions, known_options
+from align_ext.training.rows import choose, read_pools
 
 PLAN = "plan.json"
 _FIXED = ("data", "dtype", "device", "base_parameters")  # what may not change while a study grows
@@ -73,10 +74,7 @@ def read_data(study: Study, options: TrainOptions, tokenizer: Any | None) -> Stu
 
 def read_trained(study: Study, options: TrainOptions, tokenizer: Any | None) -> TaskData:
     """Reads the tasks that are trained on, as recipe.prepare does; see read_data."""
-    pools, fit = _pools(study, options.data, options.tasks, options), _fits(tokenizer, options)
-    return select(
-        pools, options.train_examples, study.score.test, fit, dev_per_task=study.score.dev, seed=options.order_seed
-    )
+    return choose(options, read_pools(options, study.score.dev), tokenizer, study.score.dev)
 
 
 def read_unseen(
@@ -86,7 +84,11 @@ def read_unseen(
     unseen = study.score.unseen
     if unseen is None:
         return None
-    others = _pools(study, unseen.data or options.data, unseen.tasks, options)
+    others = read_tasks(
+        unseen.data or options.data, unseen.tasks, train=options.train_counts, test=study.score.test,
+        dev=study.score.dev, seed=options.order_seed, ignore_columns=options.ignore_columns,
+        columns=() if unseen.data else options.columns,
+    )  # fmt: skip
     rest = {name: splits for name, splits in others.tasks.items() if name not in trained}
     if not rest:
         raise ValueError("score.unseen: all of its tasks are trained on: name others in score.unseen.tasks")
@@ -107,14 +109,6 @@ def first_options(study: Study) -> TrainOptions:
 
 def _fits(tokenizer: Any | None, options: TrainOptions) -> Any:
     return (lambda _: True) if tokenizer is None else functools.partial(fits, tokenizer, max_tokens=options.seq_len)
-
-
-def _pools(study: Study, data: str | None, tasks: tuple[str, ...], options: TrainOptions) -> Pools:
-    return read_tasks(
-        data, tasks, train=options.train_examples, test=study.score.test, dev=study.score.dev,
-        seed=options.order_seed,
-        ignore_columns=options.ignore_columns,
-    )  # fmt: skip
 
 
 def make_plan(study: Study, before: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from align_ext.data.collator import TaskCollator
+from align_ext.data.packing import PackedCollator
 from align_ext.data.task_sampler import TaskSampler
 from align_ext.system import processes
 from align_ext.system.bounds import unknown_name
@@ -24,6 +24,7 @@ from align_ext.training.cost import StepClock
 from align_ext.training.job import Job
 from align_ext.training.options import TrainOptions, arguments_of
 from align_ext.training.report import ShowProgress
+from align_ext.training.rows import batches
 from align_ext.training.run_folder import RunFolder
 from align_ext.training.trainer import AlignTrainer, align_training_arguments
 
@@ -106,7 +107,7 @@ def fit(job: Job, bars: Progress, console: Console) -> dict[str, Any]:
         args=job.arguments,
         train_dataset=job.train_rows,
         eval_dataset=job.dev_rows or job.test_rows,
-        data_collator=TaskCollator(job.tokenizer),
+        data_collator=PackedCollator(job.tokenizer),
         task_names=job.data.names,
         mixing=mixing(job),
         align_schedule=options.align_schedule,
@@ -141,20 +142,8 @@ def fit(job: Job, bars: Progress, console: Console) -> dict[str, Any]:
 
 
 def mixing(job: Job) -> dict[str, Any]:
-    """Returns the arguments of the TaskSampler: one order of the examples for all architectures, with alignment or not.
-
-    It is also the same for any number of processes, each of which takes its part of every batch. A batch that is too
-    small for two tasks with per_task examples, which is possible without alignment only, holds fewer of each.
-    """
-    options = job.options
-    return {
-        "mixing": options.mixing,
-        "temperature": options.mixing_temperature,
-        "per_task": min(options.per_task, max(1, options.batch_size // 2)),
-        "batch_size": options.batch_size,
-        "batches": options.steps * options.accumulation,  # one epoch, so that every step is complete
-        "tasks": job.mixed_by or [row["task_ids"] for row in job.train_rows],
-    }
+    """Returns the arguments of the TaskSampler (see rows.batches)."""
+    return batches(job.options, job.data, job.mixed_by or [row["task_ids"] for row in job.train_rows])
 
 
 def trained_tokens(job: Job) -> int:

@@ -8,6 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 
 from align_ext.config import AUTO
+from align_ext.data.named_source import pairs_of
 from align_ext.system.bounds import unknown_name
 from align_ext.system.messages import shown
 
@@ -15,6 +16,11 @@ from align_ext.system.messages import shown
 def alternatives(kind: Any) -> tuple[Any, ...]:
     """Returns the members of a union, or a tuple of the type."""
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def is_repeated(kind: Any) -> bool:
+    """Whether an option of this type may be given several times, once for each of its values."""
+    return any(get_origin(member) is list for member in alternatives(kind))
 
 
 def convert_option(name: str, value: Any, kind: Any, default: Any) -> Any:
@@ -30,6 +36,13 @@ def convert_option(name: str, value: Any, kind: Any, default: Any) -> Any:
         ValueError: the value is of another type.
     """
     kinds = alternatives(kind)
+    if is_repeated(kind):
+        value = list(value) if isinstance(value, (list, tuple)) else [value]
+        value = value[0] if len(value) == 1 and isinstance(value[0], (str, type(None))) else value or None
+        if isinstance(value, list):
+            return value
+    if isinstance(value, Mapping) and tuple[str, ...] in kinds:
+        value = [f"{key}={part}" for key, part in pairs_of(value, name, "name=value").items()]
     if default == AUTO and isinstance(value, str) and value == AUTO:
         return AUTO
     if get_origin(kind) is Mapping:

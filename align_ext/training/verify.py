@@ -14,7 +14,7 @@ from align_ext.adapters.linear_layer import is_conv1d
 from align_ext.alignment.model_state import find_state
 from align_ext.base_model.quantised import is_quantised
 from align_ext.base_model.sharded import shard_ranks
-from align_ext.data.encode import encode
+from align_ext.data.encode import gold_tokens
 from align_ext.evaluation.same_logits import LARGEST_DIFFERENCE, largest_difference, relative_difference
 from align_ext.io.peft_format import PEFT_CONFIG
 from align_ext.model.load_adapter import load_adapter
@@ -114,7 +114,7 @@ def _batches(job: Job) -> list[dict[str, Tensor]]:
     examples, ids = job.data.test[:: max(1, len(job.data.test) // 4)], job.data.ids()
     batches = []
     for example in examples:
-        prompt, answer = encode(job.tokenizer, example.prompt, example.answer)
+        prompt, answer = gold_tokens(job.tokenizer, example)
         batches.append({"input_ids": torch.tensor([prompt + answer], device=job.model.device)})
         if job.options.adapter["architecture"] == "multi_adapter":
             batches[-1]["task_ids"] = torch.tensor([ids[example.task]], device=job.model.device)

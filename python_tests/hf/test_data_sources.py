@@ -36,7 +36,7 @@ def prompts(source):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"task": "t", "text": "p"}\n', "line 1: no column prompt or instruction"),
+        (b'{"task": "t", "texts": "p"}\n', "line 1: no column prompt or instruction"),
         (GOOD.encode() * 2 + b"{broken\n", "line 3: cannot be read ("),
         (b"[1, 2]\n", "row 1: 1 is no JSON object"),
         (b"[]", "holds no rows"),
@@ -158,9 +158,9 @@ def test_the_files_of_a_folder_are_read_or_refused_by_name_and_those_that_are_no
     source = read_source(str(tmp_path))
     assert prompts(source) == {"": ["a", "c", "a", "c"]}
     assert source.skipped == [".gitignore", ".x.jsonl", "LICENSE.txt", "MANIFEST", "README.md", "notes.md"]
-    for name in ("z.csv", "z.parquet", "z.txt", "z.jsonl.bz2", "z"):
+    for name in ("z.xlsx", "z.arrow", "z.parquet.gz", "z.jsonl.bz2", "z"):
         (tmp_path / name).write_text("a,b")
-        assert f"holds '{name}', and rows are read from .jsonl files" in refusal(tmp_path)
+        assert f"holds '{name}', and rows are read from .jsonl files, a JSON" in refusal(tmp_path)
         (tmp_path / name).unlink()
     (tmp_path / "more").mkdir()
     assert "holds 'more'" in refusal(tmp_path)
@@ -199,8 +199,8 @@ def test_data_that_is_not_there_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    (tmp_path / "x.csv").write_text("a,b")
-    for data in ("absent.jsonl", "some/absent.jsonl", "empty", "x.csv", "owner/name", "/no/such/folder", "x.csv/y"):
+    (tmp_path / "x.xlsx").write_text("a,b")
+    for data in ("absent.jsonl", "some/absent.jsonl", "empty", "x.xlsx", "owner/name", "/no/such/folder", "x.xlsx/y"):
         assert data in refusal(data)
 
 

@@ -126,6 +126,7 @@ MISTAKES = [
     ("own-data", [*TRAIN, "--tasks", "addition"], "alignment needs two tasks or more"),
     ("own-data", [*TRAIN, "--batch-size", 2], "batch_size must be at least 4 to hold per_task=2 examples of two tasks"),
     ("own-data", ["train", "--data", "notes.jsonl"], "the column note would be lost"),
+    ("own-data", ["train", "--data", "a/x.jsonl", "--data", "b/x.jsonl"], "is in 'a/x.jsonl' and in 'b/x.jsonl'"),
     ("own-data", [*TRAIN, "--seq-len", 20], "has no examples to score on: all 12 are too long"),
     ("own-data", [*TRAIN, "--lr", 1e30], "training has diverged"),
     ("own-data", [*TRAIN, "--output", "run"], "the output folder 'run' is not empty"),
@@ -147,8 +148,10 @@ def test_what_goes_wrong_says_what_the_page_quotes(run, tmp_path, monkeypatch, p
     command, work = arguments[0], tmp_path / "work"
     base = model_folder(work / "base")
     write_rows(work / "notes.jsonl", [{"prompt": "a", "completion": "b", "note": "hear, hear"}])
-    for folder in ("run", "only"):
+    for folder in ("run", "only", "a", "b"):
         (work / folder).mkdir()
+    for folder in ("a", "b"):
+        write_rows(work / folder / "x.jsonl", [{"prompt": "p", "answer": "q"}])
     write_rows(work / "only" / "x.train.jsonl")
     (work / "run" / "other.txt").write_text("mine")
     model_folder(work / "other", model=lambda: llama(seed=1))

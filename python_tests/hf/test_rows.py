@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from align_ext.data.named_source import COLUMNS
 from align_ext.data.rows import ROWS, example_of, final_answer_score
 
 GOOD = {"prompt": "p", "completion": "c"}
@@ -123,7 +124,8 @@ def test_choices_that_a_prompt_shows_are_not_listed_again():
     ("columns", "said"),
     [
         ({"hint": "think"}, "the column hint would be lost, with 'think'"),
-        ({"tools": [{"name": "f"}]}, "the column tools would be lost"),
+        ({"tools": [{"nme": "f"}]}, "the column tools holds [{'nme': 'f'}]: it must be a list of tools"),
+        ({"tools": "f(x)"}, "the column tools holds 'f(x)', which is no JSON"),
         ({"history": [["a", "b"]]}, "the column history would be lost"),
         ({"chosen": "x", "rejected": "y"}, "the column chosen would be lost"),
         ({"text": "something else"}, "the column text would be lost"),
@@ -167,7 +169,7 @@ def test_choices_that_a_prompt_shows_are_not_listed_again():
         ({"messages": "hi"}, "the column messages holds 'hi': it must be a list"),
         ({"messages": [5]}, "the column messages, turn 1, holds 5: a turn is a role and a text"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages, turn 1, holds [{'type'"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "the column messages, turn 1, is of 'tool'"),
+        ({"messages": [{"role": "tol", "content": "x"}]}, "the column messages, turn 1, is of 'tol'"),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]}, "and no more"),
         ({"messages": [{"role": "user", "content": " "}]}, "the column messages, turn 1, is empty"),
         ({"messages": [{"role": "user", "content": "p"}]}, "must end with a turn of the assistant"),
@@ -282,9 +284,10 @@ def test_each_column_of_the_table_is_one_that_is_read():
         {"prompt": "a", "choices": ["b", "c"], "label": 0},
         {"prompt": "a", "options": ["b", "c"], "answerKey": "A", "system_prompt": "s"},
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
-        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "tools": [{"name": "f"}]},
+        {"text": "a"},
     ]
-    assert {column for row in rows for column in row} == {name.strip() for name in named}
+    assert {column for row in rows for column in row} == {name.strip() for name in named} == set(COLUMNS)
     assert [example_of(row, "", "t")[1] for row in rows] == [set()] * len(rows)
 
 

@@ -116,7 +116,9 @@ def test_data_without_a_test_split_is_refused_and_a_file_of_its_own_is_scored(ru
     code, _, err = run("eval", *common(place))
     assert code == 2
     assert "the task 'next' has no test split" in err
-    found, _ = scored(run, place, "--data", place / "data/x.train.jsonl", "--examples", 99)
+    flags = ["--model", place / "model", "--data", place / "data/x.train.jsonl", "--examples", 99]
+    assert run("eval", *flags, "--json", "scores.json")[0] == 0
+    found = json.loads((place / "work/scores.json").read_text())
     assert found["tasks"]["next"]["examples"] == 18
 
 

@@ -1,0 +1,152 @@
+"""The work of `align-lora data`: what a run would train and score on, counted and shown without the model's weights."""
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from align_ext.base_model.load import load_tokenizer
+from align_ext.data.encode import check_conversations, encode_example
+from align_ext.data.overview import learnt_parts, lengths, overlaps, padding
+from align_ext.data.packing import pack
+from align_ext.data.rows import Example
+from align_ext.data.task_sampler import TaskSampler
+from align_ext.data.tasks import TaskData
+from align_ext.system.messages import shown
+from align_ext.system.terminal import print_line, show_status
+from align_ext.system.writing import atomic_file, check_file, user_path
+from align_ext.training.options import TrainOptions
+from align_ext.training.rows import batches, choose, encoded_rows, read_pools, train_rows
+
+MARK = "align-lora data"  # identifies files of counts, which may be overwritten
+_LETTERS = 1200  # the most letters of an example that are shown
+_PAIRS = 3  # the most pairs of examples that ask the same that are shown
+_LENGTHS = ("min", "median", "p95", "max")
+_MARKS = ("[[", "]]")  # around what is learnt
+
+
+def show_data(options: TrainOptions, file: str | None, console: Console) -> dict[str, Any]:
+    """Prints what a run with these options would train and score on, and writes it as JSON if a file is given.
+
+    Returns:
+        The content of the file.
+
+    Raises:
+        ValueError: an option or the data cannot be used; nothing is written.
+    """
+    path = None if file is None else user_path(file, "--json")
+    if path is not None:
+        check_file("--json", path, f'"written_by": "{MARK}"')
+    pools = read_pools(options)
+    with show_status(console, "loading the tokenizer"):
+        tokenizer = load_tokenizer(options.model, lambda line: print_line(console, line))
+    check_conversations(tokenizer, pools.examples())
+    too_long: list[Example] = []
+    with show_status(console, "counting tokens"):
+        data = choose(options, pools, tokenizer, too_long=too_long)
+        content = _content(options, data, tokenizer, too_long)
+    console.print(_table(content))
+    for line in _remarks(options, content):
+        print_line(console, line)
+    for task, parts in content["examples"].items():
+        print_line(console, "")
+        print_line(console, f"the first example of {shown(task)}, what is learnt in {' '.join(_MARKS)}:")
+        console.print(_shown_parts(parts), soft_wrap=True)
+    if path is not None:
+        with atomic_file(path) as new:
+            new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return content
+
+
+def _content(options: TrainOptions, data: TaskData, tokenizer: Any, too_long: list[Example]) -> dict[str, Any]:
+    plain = train_rows(options, tokenizer, data, packing=False)
+    of_split = {"train": (data.train, plain), "test": (data.test, encoded_rows(tokenizer, data, data.test))}
+    counts = data.counts()
+    for name, splits in counts["tasks"].items():
+        for split, usage in splits.items():
+            examples, rows = of_split["train" if split == "train" else "test"] if usage["used"] else ([], [])
+            pairs = zip(examples, rows, strict=True)
+            usage["tokens"] = lengths(row for example, row in pairs if example.task == name)
+    longest = max((_tokens(tokenizer, example) for example in too_long), default=0)
+    found = overlaps(data.train, data.test)
+    return {
+        "written_by": MARK, "options": options.to_dict(), **counts,
+        "too_long": {"rows": len(too_long), "longest": longest},
+        "padding": _padding(options, data, plain),
+        "overlap": {
+            "exact": sum(exact for *_, exact in found), "near": sum(not exact for *_, exact in found),
+            "pairs": [[one.where or one.task, other.where or other.task] for one, other, _ in found[:_PAIRS]],
+        },
+        "examples": {name: learnt_parts(tokenizer, _first(name, data, plain)) for name in data.names},
+    }  # fmt: skip
+
+
+def _tokens(tokenizer: Any, example: Example) -> int:
+    prompt, answers = encode_example(tokenizer, example)
+    return len(prompt) + max(map(len, answers))
+
+
+def _first(task: str, data: TaskData, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return next(row for example, row in zip(data.train, rows, strict=True) if example.task == task)
+
+
+def _padding(options: TrainOptions, data: TaskData, plain: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the padding of rows by themselves, and how full packed rows are."""
+    arguments = batches(options, data, [row["task_ids"] for row in plain])
+    sampler = TaskSampler(arguments.pop("tasks"), seed=options.order_seed, **arguments)
+    packed = pack(plain, options.seq_len)
+    filled = sum(len(row["input_ids"]) for row in packed) / (len(packed) * options.seq_len)
+    return padding(plain, options.batch_size, sampler) | {"packed_rows": len(packed), "filled": filled}
+
+
+def _table(content: dict[str, Any]) -> Table:
+    table = Table("task", "split", title="rows, and tokens of those that are used")
+    for title in ("rows", "used", *_LENGTHS):
+        table.add_column(title, justify="right")
+    table.add_column("left out")
+    for name, splits in content["tasks"].items():
+        for number, (split, usage) in enumerate(splits.items()):
+            tokens = [
+                f"{usage['tokens'][key]:,}" if usage["tokens"] else "-" for key in ("min", "median", "p95", "max")
+            ]
+            reasons = [f"{count:,} {reason}" for reason, count in usage["left_out"].items()]
+            reasons += [f"({usage['repeated']:,} repeated)"] if usage["repeated"] else []
+            table.add_row(
+                Text("" if number else shown(name)[1:-1]), split, f"{usage['rows']:,}", f"{usage['used']:,}", *tokens,
+                Text(", ".join(reasons)),
+            )  # fmt: skip
+    return table
+
+
+def _remarks(options: TrainOptions, content: dict[str, Any]) -> list[str]:
+    lines, costs, overlap = list(content["notes"]), content["padding"], content["overlap"]
+    if content["too_long"]["rows"]:
+        longest = content["too_long"]["longest"]
+        lines.append(
+            f"{content['too_long']['rows']:,} rows that were looked at have more than {options.seq_len:,} tokens: "
+            f"--seq-len {longest} would keep all of them"
+        )
+    lines.append(
+        f"padding: {costs['padding']:.0%} of the tokens that the first {costs['batches']:,} micro-batches compute, "
+        + ("without packing" if options.packing else "as the run is")
+    )
+    lines.append(
+        f"{'packed' if options.packing else 'with --packing'}: no padding, {costs['packed_rows']:,} rows of at most "
+        f"{options.seq_len:,} tokens, {costs['filled']:.0%} full"
+    )
+    same = f"{overlap['exact']:,} prompts to train on are also scored, {overlap['near']:,} but for case and punctuation"
+    examples = "; ".join(f"{one} and {other}" for one, other in overlap["pairs"])
+    lines.append(same + (f" ({examples})" if examples else ""))
+    return lines
+
+
+def _shown_parts(parts: list[tuple[str, bool]]) -> Text:
+    """Returns a text with marks and colour around what is learnt; a long part is cut in the middle."""
+    text, most = Text(), _LETTERS // max(len(parts), 1)
+    for part, learnt in parts:
+        cut = len(part) - most
+        part = part if cut <= 0 else f"{part[: most // 2]} [... {cut:,} letters ...] {part[len(part) - most // 2 :]}"
+        text.append(part.join(_MARKS) if learnt else part, style="bold green" if learnt else "dim")
+    return text

@@ -1,0 +1,103 @@
+"""The rows of a training job: read, selected, cut, tokenised and packed as its options say."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from align_ext.data.encode import features, fits
+from align_ext.data.packing import cut_texts, pack
+from align_ext.data.rows import Example
+from align_ext.data.tasks import Pools, TaskData, read_tasks, select
+from align_ext.training.options import TrainOptions
+
+
+def read_pools(options: TrainOptions, dev: int = 0) -> Pools:
+    """Reads all examples of the tasks.
+
+    Args:
+        options: the options of the job.
+        dev: how many examples of a built-in task to generate for choosing options.
+
+    Raises:
+        ValueError: as in read_tasks; or an option names a task that is not there.
+    """
+    pools = read_tasks(
+        options.data, options.tasks, train=options.train_counts, test=options.eval_examples, dev=dev,
+        seed=options.order_seed, ignore_columns=options.ignore_columns, columns=options.columns,
+    )  # fmt: skip
+    options.train_counts.check(pools.tasks, "train_examples")
+    options.weights.check(pools.tasks, "mixing_weights")
+    return pools
+
+
+def choose(
+    options: TrainOptions, pools: Pools, tokenizer: Any | None, dev: int = 0, too_long: list[Example] | None = None
+) -> TaskData:
+    """Selects the examples to train and to score on; with packing, cuts plain texts that are too long, and notes it.
+
+    Args:
+        options: the options of the job.
+        pools: the result of read_pools.
+        tokenizer: the model's; None: lengths are not looked at.
+        dev: at most so many examples of each task to hold out of the training split, to choose options on.
+        too_long: gets the examples that are left out for their length, as far as they were looked at.
+
+    Raises:
+        ValueError: as in select, encode or cut_texts.
+    """
+
+    def fit(example: Example) -> bool:
+        fitting = tokenizer is None or fits(tokenizer, example, options.seq_len, cut=options.packing)
+        if not fitting and too_long is not None:
+            too_long.append(example)
+        return fitting
+
+    data = select(pools, options.train_counts, options.eval_examples, fit, dev_per_task=dev, seed=options.order_seed)
+    if tokenizer is None or not options.packing:
+        return data
+    parts: dict[str, Any] = {
+        name: cut_texts(tokenizer, getattr(data, name), options.seq_len) for name in ("train", "test", "dev")
+    }
+    notes = [
+        f"{split}: {len(getattr(data, split)):,} examples were cut into {len(part):,} pieces of at most "
+        f"{options.seq_len:,} tokens"
+        for split, part in parts.items()
+        if len(part) > len(getattr(data, split))
+    ]
+    return replace(data, **parts, notes=(*data.notes, *notes))
+
+
+def train_rows(
+    options: TrainOptions, tokenizer: Any, data: TaskData, *, packing: bool | None = None
+) -> list[dict[str, Any]]:
+    """Returns the rows to train on, packed or not as the options or `packing` say."""
+    rows = features(tokenizer, data.train, data.ids(), options.trained_turns)
+    return pack(rows, options.seq_len) if (options.packing if packing is None else packing) else rows
+
+
+def encoded_rows(tokenizer: Any, data: TaskData, examples: Sequence[Example]) -> list[dict[str, Any]]:
+    """Returns the rows of examples to score or to choose on, of which the answers alone count."""
+    return features(tokenizer, examples, data.ids())
+
+
+def batches(options: TrainOptions, data: TaskData, tasks: Sequence[int]) -> dict[str, Any]:
+    """Returns the arguments of the TaskSampler: one order of the rows for all architectures, with alignment or not.
+
+    It is also the same for any number of processes, each of which takes its part of every batch. A batch that is too
+    small for two tasks with per_task rows, which is possible without alignment only, holds fewer of each.
+
+    Args:
+        options: the options of the job.
+        data: the examples.
+        tasks: the task of each row to train on.
+    """
+    weights = {number: options.weights.of(name) for name, number in data.ids().items()}
+    return {
+        "mixing": options.mixing,
+        "temperature": options.mixing_temperature,
+        "per_task": min(options.per_task, max(1, options.batch_size // 2)),
+        "batch_size": options.batch_size,
+        "batches": options.steps * options.accumulation,  # one epoch, so that every step is complete
+        "tasks": list(tasks),
+        **({"weights": weights} if options.mixing_weights else {}),
+    }
