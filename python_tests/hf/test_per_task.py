@@ -7,7 +7,7 @@ from hf.runs import prepare, run
 from hf.words import write_rows
 
 from align_ext.data.task_sampler import TaskSampler
-from align_ext.training import recipe
+from align_ext.training import fit
 from align_ext.training.options import TrainOptions
 
 
@@ -79,9 +79,9 @@ def test_a_run_takes_the_caps_and_weights_of_its_tasks(place):
     write_rows(place / "rows.jsonl", [{"task": t, "prompt": f"{t}{i}", "answer": t} for t in "ab" for i in range(20)])
     job = prepare(place, train_examples="a=3,b=9", mixing_weights={"b": 3}, per_task=1, align="none")
     assert Counter(x.task for x in job.data.train) == {"a": 3, "b": 9}
-    assert recipe.mixing(job)["weights"] == {0: 1.0, 1: 3.0}
-    assert "weights" not in recipe.mixing(prepare(place, output="plain"))
-    arguments = recipe.mixing(job)
+    assert fit.mixing(job)["weights"] == {0: 1.0, 1: 3.0}
+    assert "weights" not in fit.mixing(prepare(place, output="plain"))
+    arguments = fit.mixing(job)
     sampler = TaskSampler(arguments.pop("tasks"), 8, **arguments)
     assert Counter(job.data.train[i].task for i in sampler) == {"a": 24, "b": 72}
     results, _ = run(place, train_examples="a=3", mixing_weights="b=3", output="ran", steps=1)

@@ -12,7 +12,7 @@ from align_ext.cli.show_data import show_data
 from align_ext.data.overview import learnt_parts, lengths, normalised, overlaps, padding
 from align_ext.data.rows import Example
 from align_ext.data.task_sampler import TaskSampler
-from align_ext.training import recipe
+from align_ext.training import fit
 
 
 def row(count, task=0):
@@ -78,7 +78,7 @@ def test_counts_and_rows_are_those_of_the_run(place):
     )
     first = next(x for x in job.data.train if x.task == "a")
     assert f"{first.prompt}\n[[a[END]]]" in said
-    assert recipe.trained_tokens(job) > 0
+    assert fit.trained_tokens(job) > 0
 
 
 def test_the_command_prints_and_writes_and_train_does_the_same_without_a_step(run, tmp_path, monkeypatch):

@@ -10,10 +10,10 @@ from hf.test_many_sources import table
 from hf.words import model_folder, write_rows
 from safetensors.torch import load_file
 
-from align_ext.training import recipe
+from align_ext.training import fit
 
 
-class Stopped(recipe.ShowProgress):
+class Stopped(fit.ShowProgress):
     def on_step_end(self, args, state, control, **_):
         if state.global_step == 3:
             os.kill(os.getpid(), signal.SIGINT)
@@ -43,7 +43,7 @@ def test_a_run_of_three_formats_stops_goes_on_to_the_bit_and_is_scored(run, tmp_
     flags = ("train", "--config", tmp_path / "x.yaml", "--output")
     assert run(*flags, "whole")[0] == 0
     with monkeypatch.context() as patch:
-        patch.setattr(recipe, "ShowProgress", Stopped)
+        patch.setattr(fit, "ShowProgress", Stopped)
         assert run(*flags, "out")[0] == 130
     code, _, said = run(*flags, "out", "--resume")
     assert code == 0, said
