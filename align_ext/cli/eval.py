@@ -41,7 +41,8 @@ def evaluate(
 
     For each task, with standard errors: the loss per token of the gold answer; where there are choices, how often the
     gold one has the least loss per token; and the score of greedy answers, by the task's own scorer or else exact
-    match. A multi_adapter scores each task with its adapter. The file also holds each row's result by its id.
+    match. A multi_adapter scores each task with its adapter. The file also holds each row's result by its id, and its
+    greedy answer.
 
     Example: align-lora eval --adapter run/adapter --tasks syllogism,chain_sum --json scores.json
     """

@@ -7,12 +7,14 @@ from typing import Annotated, Any
 
 import typer
 import yaml
+from rich.console import Console
 
 from align_ext.cli.app import UserError, app, on_models, on_transformers
 from align_ext.data.rows import ROWS
 from align_ext.system import processes
+from align_ext.system.messages import reason_of
 from align_ext.system.reading import read_yaml
-from align_ext.system.terminal import continue_without_output, plain_console
+from align_ext.system.terminal import continue_without_output, plain_console, print_line
 from align_ext.training.option_values import alternatives, is_repeated
 from align_ext.training.options import TrainOptions, known_options
 
@@ -20,8 +22,9 @@ from align_ext.training.options import TrainOptions, known_options
 def train(config: str | None, print_config: bool, dry_run: bool, **flags: Any) -> None:
     """Fine-tunes a language model on several tasks; with no options a small one on five built-in tasks.
 
-    It scores the model on held-out examples before and after, saves the adapter as a PEFT folder, and checks that stock
-    PEFT and the merged model compute the same. Without a GPU and without the hub the default run takes a few minutes.
+    It scores the model on held-out examples before and after, saves the adapter as a PEFT folder, checks that stock
+    PEFT and the merged model compute the same, and shows what happened on one page, report.html. Without a GPU and
+    without the hub the default run takes a few minutes.
     """
     options = given_options(config, flags)
     if print_config:
@@ -50,12 +53,27 @@ def train(config: str | None, print_config: bool, dry_run: bool, **flags: Any) -
             raise UserError(str(error)) from error
         try:
             results = recipe.train(job, console)
+            if processes.number() == 0:
+                _write_report(job.folder, console)
         except FloatingPointError as error:  # the training diverged, in all processes alike
             raise (UserError if processes.number() == 0 else processes.FailedElsewhere)(str(error)) from error
         except (OSError, CannotRun) as error:  # the disk is full, say
             raise UserError(str(error)) from error
     if any(check["passed"] is False for check in results["checks"].values()):
         raise typer.Exit(1)
+
+
+def _write_report(folder: Any, console: Console) -> None:
+    """Writes the report of a finished run; if that fails, the run is as good without."""
+    try:
+        from align_ext.report.run_page import REPORT, write_run_report
+
+        write_run_report(folder.path)
+        print_line(console, f"report: {folder.target / REPORT}")
+    except ModuleNotFoundError as error:
+        print_line(console, f"no report: it needs {error.name}: pip install 'align_ext[train]', then align-lora report")
+    except Exception as error:  # also a bug of ours
+        print_line(console, f"no report: {reason_of(error)} (align-lora report {folder.target} tries again)")
 
 
 def given_options(config: str | None, flags: Mapping[str, Any]) -> TrainOptions:

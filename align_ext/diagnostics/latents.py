@@ -67,13 +67,31 @@ def task_divergence(recording: Recording) -> Tensor:
     Raises:
         ValueError: a task has less than two tokens.
     """
+    return torch.stack(list(layer_divergences(recording).values())).mean(0)
+
+
+def layer_divergences(recording: Recording) -> dict[str, Tensor]:
+    """Computes the divergence of every pair of tasks in each layer; their mean is task_divergence.
+
+    Args:
+        recording: what record_adapters returned for a model of any architecture.
+
+    Returns:
+        Module name -> [M, M], as in task_divergence.
+
+    Raises:
+        ValueError: a task has less than two tokens.
+    """
     counts = torch.bincount(recording.tasks, minlength=recording.num_tasks)
     if int(counts.min()) < 2:
         task = int(counts.argmin())
         raise ValueError(f"the task {task} has {int(counts.min())} tokens, and a variance takes two: add rows of it")
-    heads = [head.contiguous() for z in recording.latents.values() for head in heads_of(z)]
-    moments = task_moments(heads, recording.tasks, recording.num_tasks)
-    return task_divergences(moments, AlignLoraConfig(), len(heads) // len(recording.latents)).fill_diagonal_(0)
+    found = {}
+    for name, z in recording.latents.items():
+        heads = [head.contiguous() for head in heads_of(z)]
+        moments = task_moments(heads, recording.tasks, recording.num_tasks)
+        found[name] = task_divergences(moments, AlignLoraConfig(), len(heads)).fill_diagonal_(0)
+    return found
 
 
 def example_latents(recording: Recording, layer: str | None = None) -> ExampleLatents:

@@ -78,17 +78,17 @@ def score_rows(
 
     with eval_mode(model), _plain_generation_config(model, tokenizer):
         sums = answer_nll(model, tokenizer.pad_token_id, questions, batch_size, advance)
-        generated: dict[int, float] = {}
+        generated: dict[int, tuple[float, str]] = {}
         # Task by task, since the longest answer differs between tasks, and a multi_adapter needs the task.
         for _, same in itertools.groupby(sorted(free, key=lambda i: examples[i].task), lambda i: examples[i].task):
             group = list(same)
             with _named_task(model, tasks[group[0]]):
-                generated |= _generated_scores(model, tokenizer, examples, group, batch_size, advance)
+                generated |= _generated(model, tokenizer, examples, group, batch_size, advance)
     if progress is not None and bar is not None:
         progress.remove_task(bar)
     return [
         RowScore(
-            name, x.task, x.label, x.also, nll, tuple(map(len, question.answers)), generated.get(i)
+            name, x.task, x.label, x.also, nll, tuple(map(len, question.answers)), *generated.get(i, (None, None))
         )
         for i, (name, x, nll, question) in enumerate(zip(row_ids(examples), examples, sums, questions, strict=True))
     ]  # fmt: skip
@@ -252,11 +252,11 @@ def _named_task(model: nn.Module, task: int) -> Iterator[None]:
         state.task = before
 
 
-def _generated_scores(
+def _generated(
     model: Any, tokenizer: Any, examples: Sequence[Example], free: list[int], batch_size: int, advance: Any
-) -> dict[int, float]:
-    """Returns the score of a greedy answer to each example."""
-    scores = {}
+) -> dict[int, tuple[float, str]]:
+    """Returns the score and the text of a greedy answer to each example."""
+    answers = {}
     encoded = {i: gold_tokens(tokenizer, examples[i]) for i in free}
     longest = max(len(answer) for _, answer in encoded.values()) + 4
     free = sorted(free, key=lambda i: len(encoded[i][0]))
@@ -274,9 +274,9 @@ def _generated_scores(
         with model_errors(model, "generate answers"):
             output = model.generate(**inputs, generation_config=generation_config).cpu()
         for i, text in zip(batch, tokenizer.batch_decode(output[:, length:], skip_special_tokens=True), strict=True):
-            scores[i] = examples[i].score(text)
+            answers[i] = examples[i].score(text), text
         advance(len(batch))
-    return scores
+    return answers
 
 
 def _with_room(

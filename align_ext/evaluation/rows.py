@@ -6,7 +6,7 @@ import gzip
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from align_ext.system.writing import atomic_file
@@ -24,6 +24,7 @@ class RowScore:
         nll: the negative log-likelihood of each choice, or of the gold answer, summed over its tokens; nats.
         tokens: the number of tokens of each of them, with the end token.
         greedy: the score of the generated answer in [0, 1]; None: none was generated.
+        text: the generated answer, which write_rows leaves out.
     """
 
     id: str
@@ -33,6 +34,7 @@ class RowScore:
     nll: tuple[float, ...]
     tokens: tuple[int, ...]
     greedy: float | None = None
+    text: str | None = field(default=None, compare=False)
 
     @property
     def gold(self) -> tuple[float, int]:
@@ -40,12 +42,22 @@ class RowScore:
         return self.nll[max(self.label, 0)], self.tokens[max(self.label, 0)]
 
     @property
-    def right(self) -> float | None:
-        """Whether the choice with the smallest negative log-likelihood per token is right; None for free text."""
+    def choice(self) -> int | None:
+        """The index of the choice with the smallest negative log-likelihood per token; None for free text."""
         if self.label < 0:
             return None
         per_token = [nll / count for nll, count in zip(self.nll, self.tokens, strict=True)]
-        return float(per_token.index(min(per_token)) in (self.label, *self.also))
+        return per_token.index(min(per_token))
+
+    @property
+    def right(self) -> float | None:
+        """Whether that choice is right; None for free text."""
+        return None if self.choice is None else float(self.choice in (self.label, *self.also))
+
+    @property
+    def score(self) -> float | None:
+        """Whether the choice is right, or else the score of the generated answer."""
+        return self.greedy if self.right is None else self.right
 
 
 @dataclass(frozen=True)
@@ -77,7 +89,7 @@ class TaskScore:
         tokens = sum(count for _, count in gold)
         loss = sum(nll for nll, _ in gold) / tokens
         residuals = sum((nll - loss * count) ** 2 for nll, count in gold)
-        scores = [row.greedy if row.right is None else row.right for row in rows]
+        scores = [row.score for row in rows]
         chosen = any(row.right is not None for row in rows)
         return cls(
             loss, *_mean(scores)[:1], n, math.sqrt(residuals * n / (n - 1)) / tokens if n > 1 else None,
@@ -111,6 +123,10 @@ def write_rows(file: Path, rows: Mapping[str, Sequence[RowScore]], key: str) -> 
         rows: groups of rows.
         key: the column that gets the name of a row's group.
     """
-    lines = [json.dumps({key: group, **asdict(row)}) + "\n" for group, members in rows.items() for row in members]
+    lines = [
+        json.dumps({key: group} | {name: value for name, value in asdict(row).items() if name != "text"}) + "\n"
+        for group, members in rows.items()
+        for row in members
+    ]
     with atomic_file(file) as new:
         new.write_bytes(gzip.compress("".join(lines).encode(), mtime=0))

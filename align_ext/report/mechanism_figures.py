@@ -166,7 +166,7 @@ def divergence(arms: Arms) -> Picture | None:
         "KL divergence of the latents of each pair of tasks on the probe, by dimension, so that ranks compare; mean "
         "over seeds, one scale for all arms."
     )
-    return _heat(panels[:_MOST_PANELS], "divergence", "Divergence of tasks", caption)
+    return heat_maps(panels[:_MOST_PANELS], "divergence", "Divergence of tasks", caption)
 
 
 def load(arms: Arms) -> Picture | None:
@@ -177,19 +177,32 @@ def load(arms: Arms) -> Picture | None:
         if parts:
             panels.append((variant.label, list(parts[0]), np.mean([list(part.values()) for part in parts], axis=0)))
     caption = "Mean weight of each head by type of module; equal weights: the router does not choose."
-    return _heat(panels[:_MOST_PANELS], "routing_load", "Load of heads", caption)
+    return heat_maps(panels[:_MOST_PANELS], "routing_load", "Load of heads", caption, square=False)
 
 
-def _heat(panels: Sequence[tuple[str, list[str], Any]], name: str, title: str, caption: str) -> Picture | None:
+def heat_maps(
+    panels: Sequence[tuple[str, list[str], Any]], name: str, title: str, caption: str, *, square: bool = True,
+    width: float = 2.5, height: float = 2.4,
+) -> Picture | None:  # fmt: skip
+    """Draws matrices as heat maps on one scale.
+
+    Args:
+        panels: a title, the names of the rows, and the values [rows, columns].
+        name: of the figure.
+        title: of the figure.
+        caption: of the figure.
+        square: whether the columns have the names of the rows; otherwise they are numbered.
+        width: of a panel in inches.
+        height: of a panel in inches.
+    """
     if not panels:
         return None
     low, high = min(values.min() for *_, values in panels), max(values.max() for *_, values in panels)
     colours = matplotlib.colormaps["viridis"].resampled(16)
     with style(name):
-        figure, axes = _grid(len(panels), 2.4)
+        figure, axes = _grid(len(panels), height, width)
         for panel, (label, rows, values) in zip(axes, panels, strict=True):
             drawn = panel.pcolormesh(values, cmap=colours, vmin=low, vmax=high, edgecolors="face", linewidth=0.2)
-            square = values.shape[0] == values.shape[1]
             panel.set_title(_short(label), fontsize=8.5)
             first = panel in axes[:: _columns(len(panels))]
             panel.set_yticks(np.arange(len(rows)) + 0.5, rows if first else [""] * len(rows))
@@ -216,11 +229,11 @@ def _columns(panels: int) -> int:
     return min(panels, 3)
 
 
-def _grid(panels: int, height: float) -> tuple[Any, list[Any]]:
-    """Returns a figure with so many panels in rows of three, each of a height in inches."""
+def _grid(panels: int, height: float, width: float = 2.5) -> tuple[Any, list[Any]]:
+    """Returns a figure with so many panels in rows of three, each of a height and width in inches."""
     columns = _columns(panels)
     rows = math.ceil(panels / columns)
-    figure = sheet(max(2.5 * columns, 4.0), height * rows + 0.5)
+    figure = sheet(max(width * columns, 4.0), height * rows + 0.5)
     axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
     for unused in axes[panels:]:
         unused.remove()

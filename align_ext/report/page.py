@@ -9,16 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from align_ext.report import figures, run_tables, tables
 from align_ext.report.chosen import Arms
 from align_ext.report.compared import Comparison, with_baseline
 from align_ext.report.conditions import Caution, cautions, data_table, facts
-from align_ext.report.formats import Column, Table, cell, markdown, to_csv, to_markdown, to_tex
+from align_ext.report.formats import Table, to_csv, to_tex
 from align_ext.report.mechanism_figures import mechanism_pictures
 from align_ext.report.results import read_results
 from align_ext.report.svg import Picture
+from align_ext.report.templates import templates
 from align_ext.report.words import glossary, summary
 from align_ext.system.writing import atomic_folder
 
@@ -64,12 +63,7 @@ def write_report(study: Path) -> Path:
     """
     study = Path(study)
     report = make_report(Arms(read_results(study)))
-    pages = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, keep_trailing_newline=True, autoescape=jinja2.select_autoescape(["html.jinja"]),
-    )  # fmt: skip
-    pages.filters |= {"markdown": markdown, "to_markdown": to_markdown}
-    pages.globals |= {"text_of": cell, "sort_value": _sort_value}
+    pages = templates()
     with atomic_folder(study / "report", _OURS) as folder:
         for name in ("report.html", "report.md"):
             (folder / name).write_bytes(pages.get_template(f"{name}.jinja").render(report=report).encode())
@@ -128,13 +122,3 @@ def _section(name: str, title: str, *parts: Picture | Table | None) -> Section:
 
 def _parts(report: Report, kind: type) -> Iterator[Any]:
     yield from (part for section in report.sections for part in section.parts if isinstance(part, kind))
-
-
-def _sort_value(row: dict[str, Any], column: Column) -> str:
-    """Returns what a column is sorted by: a number, or the text in lower case."""
-    value = row.get(column.key)
-    if value is None:
-        return ""
-    if isinstance(value, (int, float)):
-        return f"{float(value):.10g}"
-    return str(value).lower()

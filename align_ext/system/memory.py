@@ -1,7 +1,9 @@
-"""Out-of-memory errors of any library become one line that says how to need less memory."""
+"""How much memory there is; out-of-memory errors of any library become one line that says how to need less."""
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 
@@ -28,3 +30,30 @@ def enough_memory(cure: str) -> Iterator[None]:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that there is too little memory."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(marker in str(error) for marker in _MARKERS)
+
+
+def available_memory(device: str) -> int | None:
+    """Returns the bytes that this process has and can still get: of a GPU ("cuda"), or else of main memory.
+
+    Main memory is limited by a control group too, as in a container. None: the system does not say.
+    """
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    try:
+        fields = dict(row.split(":") for row in Path("/proc/meminfo").read_text().splitlines())
+        own = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        found = int(fields["MemAvailable"].split()[0]) * 2**10 + own
+    except (OSError, LookupError, ValueError):
+        return None
+    with suppress(OSError, ValueError):  # "max", or no such file
+        found = min(found, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return found
+
+
+def shown_bytes(count: float) -> str:
+    """Returns a number of bytes as text: 512 KiB, 20 MiB, 2.4 GiB."""
+    for unit in ("KiB", "MiB"):
+        count /= 2**10
+        if count < 2**10:
+            return f"{count:.0f} {unit}"
+    return f"{count / 2**10:.1f} GiB"

@@ -8,11 +8,11 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.status import Status
 from rich.text import Text
@@ -105,7 +105,19 @@ def show_status(console: Console, what: str) -> Status:
     return console.status(Text(what))  # rich would interpret a string as markup
 
 
-def progress_bars(console: Console) -> Progress:
+class Bars(Progress):
+    """Progress bars, below which stand the lines of a text."""
+
+    note = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Returns the bars and the text."""
+        yield from super().get_renderables()
+        if self.note:
+            yield Text(self.note, style="dim")
+
+
+def progress_bars(console: Console) -> Bars:
     """Returns progress bars, which are shown only on a terminal."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    return Bars(*columns, console=console, transient=True, disable=not console.is_terminal)

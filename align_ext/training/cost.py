@@ -1,4 +1,4 @@
-"""What a run costs: parameters and operations of the adapters, times of the steps, memory."""
+"""What a run costs: parameters and operations of the adapters, memory before and while it runs, times of the steps."""
 
 import resource
 import statistics
@@ -13,16 +13,48 @@ from torch import nn
 
 from align_ext.alignment.model_state import require_state
 from align_ext.model.cost import count_parameters, flops_per_token
+from align_ext.model.memory import training_memory
+from align_ext.system.memory import available_memory, shown_bytes
+
+_USABLE = 0.9  # of the memory that is there; the rest is for what an estimate leaves out
 
 
 def describe_adapters(model: nn.Module) -> dict[str, Any]:
-    """Returns what a table of runs needs of the adapters: trained parameters, rank, scaling, operations per token."""
+    """Returns what a table of runs needs of the adapters: alignment, trained parameters, rank, scaling, operations."""
     config, counts = require_state(model).config, count_parameters(model)
     return {
-        "architecture": config.architecture, "rank": config.r, "scaling": config.scaling,
+        "architecture": config.architecture, "align": config.align, "align_weight": config.align_weight,
+        "rank": config.r, "scaling": config.scaling,
         "trained_parameters": counts.trainable, "percent": counts.percent, "router_parameters": counts.router,
         "flops_per_token": asdict(flops_per_token(model)),
     }  # fmt: skip
+
+
+def memory_advice(model: nn.Module, rows: int, tokens: int, device: str, *, checkpointing: bool) -> list[str]:
+    """Returns what training is about to take, part by part, and the largest micro-batch that would fit: two lines.
+
+    Args:
+        model: the model with its adapters.
+        rows: the rows of a micro-batch.
+        tokens: the tokens of the longest row.
+        device: "cpu" or "cuda".
+        checkpointing: whether gradient checkpointing is on.
+    """
+    try:
+        needed = training_memory(model, rows, tokens, checkpointing=checkpointing)
+    except ValueError as error:
+        return [str(error)[:200]]
+    available = available_memory(device)
+    if available is None:
+        return [str(needed)]
+    most, there = needed.most_rows(_USABLE * available), f"{shown_bytes(available)} are there"
+    if most >= rows:
+        return [str(needed), f"{there}: --batch-size up to about {most} would fit"]
+    cures = [f"--batch-size {most} with --accumulation"] if most else []
+    if not checkpointing:
+        less = training_memory(model, rows, tokens, checkpointing=True)
+        cures.append(f"--gradient-checkpointing ({shown_bytes(less.total)})")
+    return [str(needed), f"{there}, which may be too little: try {' or '.join(cures or ['a shorter --seq-len'])}"]
 
 
 class StepClock(transformers.TrainerCallback):
@@ -63,13 +95,16 @@ class StepClock(transformers.TrainerCallback):
             tokens: the trained tokens of a step. The peak is the process's on a CPU, the device's on a GPU.
         """
         times = [entry["step_seconds"] for entry in losses if "step_seconds" in entry]
-        if self.device == "cuda":
-            peak = torch.cuda.max_memory_allocated() / 2**20
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
         quartiles = statistics.quantiles(times if len(times) > 1 else times * 2, n=4, method="inclusive")
         return {
             "step_seconds": [round(q, 6) for q in quartiles],
             "tokens_per_second": round(tokens / quartiles[1], 1),
-            "peak_memory_mib": round(peak, 1),
+            "peak_memory_mib": round(peak_memory(self.device) / 2**20, 1),
         }
+
+
+def peak_memory(device: str) -> int:
+    """Returns the most memory in bytes that was in use at once: of the process on a CPU, of its tensors on a GPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return 2**10 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -8,7 +8,6 @@ from typing import Any
 
 import transformers
 from rich.console import Console
-from rich.progress import Progress
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
@@ -19,7 +18,7 @@ from align_ext.system import processes
 from align_ext.system.bounds import unknown_name
 from align_ext.system.ending import deferred
 from align_ext.system.messages import reason_of
-from align_ext.system.terminal import print_line
+from align_ext.system.terminal import Bars, print_line
 from align_ext.training.cost import StepClock
 from align_ext.training.job import Job
 from align_ext.training.options import TrainOptions, arguments_of
@@ -98,10 +97,10 @@ def _check_names(options: TrainOptions, device: str) -> None:
         raise ValueError(f"--use-liger-kernel cannot be used here: {reason}")
 
 
-def fit(job: Job, bars: Progress, console: Console) -> dict[str, Any]:
+def fit(job: Job, bars: Bars, console: Console) -> dict[str, Any]:
     """Trains the adapters; returns the logged losses, those of the held-out examples (eval_steps), and the cost."""
     options, checkpoint = job.options, job.folder.checkpoint
-    clock = StepClock(job.device)
+    clock, tokens = StepClock(job.device), trained_tokens(job) / options.steps
     trainer = AlignTrainer(
         model=job.model,
         args=job.arguments,
@@ -112,7 +111,7 @@ def fit(job: Job, bars: Progress, console: Console) -> dict[str, Any]:
         mixing=mixing(job),
         align_schedule=options.align_schedule,
         align_warmup=options.align_warmup,
-        callbacks=[ShowProgress(bars, console, options.steps), clock],
+        callbacks=[clock, ShowProgress(bars, console, options.steps, job.device, tokens)],
     )
     trainer.remove_callback(transformers.PrinterCallback)
     if options.early_stopping_patience:
@@ -136,7 +135,7 @@ def fit(job: Job, bars: Progress, console: Console) -> dict[str, Any]:
     return {
         "losses": losses,
         "evaluations": [entry for entry in log if "eval_loss" in entry],
-        "cost": clock.cost(losses, trained_tokens(job) / options.steps),
+        "cost": clock.cost(losses, tokens),
         "steps": {"planned": options.steps, "done": trainer.state.global_step, "best": trainer.state.best_global_step},
     }
 

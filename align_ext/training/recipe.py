@@ -37,12 +37,13 @@ from align_ext.system.names import Matcher
 from align_ext.system.terminal import print_line, progress_bars
 from align_ext.system.versions import versions
 from align_ext.system.writing import atomic_file, check_space
-from align_ext.training.cost import describe_adapters
+from align_ext.training.cost import describe_adapters, memory_advice
 from align_ext.training.fit import fit, training_arguments
 from align_ext.training.job import Job
 from align_ext.training.model_card import check_hub, push, write_card
 from align_ext.training.options import TrainOptions
-from align_ext.training.report import plot_losses, summarise
+from align_ext.training.record import measure_adapters, shown_answers
+from align_ext.training.report import summarise
 from align_ext.training.rows import choose, encoded_rows, read_pools, train_rows
 from align_ext.training.run_folder import RunFolder
 from align_ext.training.verify import verify
@@ -50,15 +51,17 @@ from align_ext.training.verify import verify
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of the model: of each row, of each task, and the alignment loss of all tasks (see `alignment`)."""
+    """Scores of the model: of each row, of each task, the alignment loss (see `alignment`), and its adapters' probe."""
 
     rows: list[RowScore]
     tasks: dict[str, TaskScore]
     align: float | None
+    adapters: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the scores of the tasks and the alignment, JSON-ready."""
-        return {"tasks": {task: asdict(score) for task, score in self.tasks.items()}, "align": self.align}
+        """Returns all but the rows, JSON-ready."""
+        tasks = {task: asdict(score) for task, score in self.tasks.items()}
+        return {"tasks": tasks, "align": self.align, "adapters": self.adapters}
 
 
 @enough_memory("take a smaller model or a narrower --dtype")
@@ -175,7 +178,7 @@ def _bytes_to_write(model: Any, options: TrainOptions) -> int:
 @enough_memory("lower --batch-size (--accumulation makes up for it), --eval-batch-size or --seq-len, or give "
                "--gradient-checkpointing")  # fmt: skip
 def train(job: Job, console: Console) -> dict[str, Any]:
-    """Runs a prepared job and writes its folder: adapter/, losses.png (with matplotlib), and finally results.json.
+    """Runs a prepared job and writes its folder: adapter/, rows.jsonl.gz, and finally results.json.
 
     Each file appears when it is complete, and after training they are kept even if something fails. checkpoints/ is for
     resuming an interrupted run; it is written with save_steps, or when a signal ends the run.
@@ -193,6 +196,16 @@ def train(job: Job, console: Console) -> dict[str, Any]:
     for line in job.data.report():
         print_line(console, f"  {line}")
     print_line(console, f"{str(adapter_report(job.model)).splitlines()[0]}, {job.model.dtype} on {job.device}")
+    longest = max(len(row["input_ids"]) for row in job.train_rows)
+    advice = memory_advice(
+        job.model,
+        options.batch_size // processes.count(),
+        longest,
+        job.device,
+        checkpointing=options.gradient_checkpointing,
+    )
+    for line in advice:
+        print_line(console, line)
     seconds: dict[str, float] = results.setdefault("seconds", {})
     folder = job.folder
     with progress_bars(console) as bars:
@@ -207,12 +220,12 @@ def train(job: Job, console: Console) -> dict[str, Any]:
             with _timed(seconds, "score after"):
                 after = score(job, bars)
             results["before"], results["after"] = before.to_dict(), after.to_dict()
+            results["answers"] = shown_answers(job, before.rows, after.rows)
             with _timed(seconds, "checks"):
                 checks = processes.by_first(lambda: verify(job, folder.path / "adapter"))
             results["checks"] = {name: asdict(check) for name, check in checks.items()}
             if processes.number() == 0:
                 write_rows(folder.path / "rows.jsonl.gz", {"before": before.rows, "after": after.rows}, "when")
-                results["plot"] = plot_losses(results["losses"], folder.path / "losses.png")
                 write_card(folder.path / "adapter", results)
         finally:
             if processes.number() == 0:
@@ -238,4 +251,5 @@ def score(job: Job, bars: Progress | None = None) -> Scores:
         print_line(bars.console, "scoring")
     size, ids = job.options.eval_batch_size, job.data.ids()
     rows = score_together(job.model, job.tokenizer, job.data.test, size, bars, ids)
-    return Scores(rows, task_scores(rows), alignment(job.model, job.tokenizer, job.data.test, ids, size))
+    align = alignment(job.model, job.tokenizer, job.data.test, ids, size)
+    return Scores(rows, task_scores(rows), align, measure_adapters(job))

@@ -1,27 +1,43 @@
-"""Shows a run: its progress, the tables of its results, and the plot of its losses."""
+"""Shows a run in the terminal: its progress, and the table of its results."""
 
+import time
+from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import transformers
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from align_ext.evaluation.same_logits import verdict
-from align_ext.system.terminal import print_line
-from align_ext.system.writing import atomic_file
+from align_ext.system.memory import shown_bytes
+from align_ext.system.terminal import Bars, print_line
+from align_ext.training.cost import peak_memory
+
+_MOST_TASKS = 6  # whose losses stand in a line
 
 
 class ShowProgress(transformers.TrainerCallback):
-    """Shows the optimizer steps by a progress bar, or by lines if there is no terminal."""
+    """Shows the optimizer steps by a progress bar, or by lines if there is no terminal.
 
-    def __init__(self, bars: Progress, console: Console, steps: int) -> None:
-        self.bars, self.console = bars, console
+    Args:
+        bars: the running display.
+        console: gets the lines.
+        steps: the number of steps of the whole run.
+        device: "cpu" or "cuda", whose memory is shown.
+        tokens: the mean number of trained tokens in a step.
+    """
+
+    def __init__(self, bars: Bars, console: Console, steps: int, device: str, tokens: float) -> None:
+        self.bars, self.console, self.device, self.tokens = bars, console, device, tokens
         self.task = bars.add_task("training", total=steps)
+        self._tasks: dict[str, float] = {}
+        self._begun, self._first = 0.0, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Sets the bar to the steps that are already done."""
+        self._begun, self._first = time.perf_counter(), state.global_step
         self.bars.update(self.task, completed=state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -29,24 +45,49 @@ class ShowProgress(transformers.TrainerCallback):
         self.bars.advance(self.task)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-        """Shows the losses."""
-        if "eval_loss" in logs and self.bars.disable:
-            print_line(
-                self.console, f"step {state.global_step}/{state.max_steps}  held-out loss {logs['eval_loss']:.3f}"
-            )
+        """Shows the losses, and what the training costs."""
+        if "eval_loss" in logs:
+            by_task = _by_task(logs, "eval_loss/")
+            self._print(state, f"held-out loss {logs['eval_loss']:.3f}{by_task and f' ({by_task})'}")
         if "lm_loss" not in logs:
             return
         text = f"loss {logs['lm_loss']:.3f}"
         for name in ("align", "balance", "spectral"):
             if f"{name}_loss" in logs:
                 text += f", {name} {logs[f'{name}_loss']:.3g}"
+        self._tasks |= {name: value for name, value in logs.items() if name.startswith("loss/")}
+        cost = self._cost(state.log_history[-1].get("step_seconds"))
         self.bars.update(self.task, description=f"training  {text}")
+        self.bars.note = "\n".join(filter(None, (_by_task(self._tasks, "loss/"), cost)))
+        by_task = _by_task(logs, "loss/")
+        costs = ", ".join(filter(None, (cost, self._time_left(state))))
+        self._print(state, f"{text}  {costs}{by_task and f'  ({by_task})'}")
+
+    def _print(self, state: Any, text: str) -> None:
         if self.bars.disable:
             print_line(self.console, f"step {state.global_step}/{state.max_steps}  {text}")
 
+    def _cost(self, step_seconds: float | None) -> str:
+        speed = f"{self.tokens / step_seconds:,.0f} tokens/s, " if step_seconds else ""
+        return f"{speed}{shown_bytes(peak_memory(self.device))}"
+
+    def _time_left(self, state: Any) -> str:
+        done = state.global_step - self._first
+        if not done or state.global_step == state.max_steps:
+            return ""
+        left = (time.perf_counter() - self._begun) / done * (state.max_steps - state.global_step)
+        return f"{timedelta(seconds=round(left))} left"
+
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Removes the bar."""
+        self.bars.note = ""
         self.bars.remove_task(self.task)
+
+
+def _by_task(logs: Mapping[str, float], prefix: str) -> str:
+    """Returns the losses of the tasks; empty for one task, which says the same as all, and for many."""
+    losses = {name.removeprefix(prefix): loss for name, loss in sorted(logs.items()) if name.startswith(prefix)}
+    return ", ".join(f"{name} {loss:.2f}" for name, loss in losses.items()) if 2 <= len(losses) <= _MOST_TASKS else ""
 
 
 def summarise(results: dict[str, Any], target: Path, console: Console) -> None:
@@ -69,28 +110,5 @@ def summarise(results: dict[str, Any], target: Path, console: Console) -> None:
     for name, check in results["checks"].items():
         result = check["detail"] or verdict(check["difference"], passed=check["passed"])
         print_line(console, f"{name}: " + ("does not apply: " if check["passed"] is None else "") + result)
-    if results["plot"] is None:
-        print_line(console, "no loss plot: matplotlib is not installed")
     times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in results["seconds"].items())
     print_line(console, f"wrote {target} ({times})")
-
-
-def plot_losses(losses: list[dict[str, float]], file: Path) -> str | None:
-    """Draws the logged losses over the steps; returns the file's name, or None without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    steps = [entry["step"] for entry in losses]
-    for name in sorted({key for entry in losses for key in entry if key.startswith("loss/")} | {"lm_loss"}):
-        style = {"color": "black", "linewidth": 2} if name == "lm_loss" else {"alpha": 0.7}
-        left.plot(steps, [entry.get(name, float("nan")) for entry in losses], label=name.removeprefix("loss/"), **style)
-    left.set(xlabel="step", ylabel="loss per answer token")
-    left.legend(fontsize="small")
-    right.plot(steps, [entry.get("align_loss", float("nan")) for entry in losses], color="black")
-    right.set(xlabel="step", ylabel="alignment loss")
-    with atomic_file(file) as new:
-        figure.savefig(new, dpi=120)
-    return file.name

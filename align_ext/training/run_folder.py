@@ -1,8 +1,8 @@
 """Manages a run's output folder, which at any moment holds a finished run or one that can be resumed.
 
 A run works in its output folder, where each of these appears when it is complete: checkpoints/, adapter/,
-rows.jsonl.gz, losses.png, and finally results.json. A run that overwrites another one works in a hidden folder next to
-it, and replaces it in one step at the end.
+rows.jsonl.gz, results.json, and report.html, which is made of them. A run that overwrites another one works in a
+hidden folder next to it, and replaces it in one step at the end.
 """
 
 import os
@@ -35,7 +35,7 @@ from align_ext.training.whole_checkpoints import OLD, WRITING, checkpoints, clea
 _CHECKPOINTS, _OPTIONS, _RESULTS, _ADAPTER = "checkpoints", "options.yaml", "results.json", "adapter"
 _DATA, _TOKENS = "data_digest", "tokens_digest"
 _MARK = ".overwrites"  # a file in the folder of a run that will replace another one
-_TEMP = rf"\.(results|losses|rows)\..*|{_CHECKPOINTS}/\.{_OPTIONS}-.*"  # temporary files that a killed run leaves
+_TEMP = rf"\.(results|report|losses|rows)\..*|{_CHECKPOINTS}/\.{_OPTIONS}-.*"  # what a killed run leaves
 # Options that may differ when a run is resumed, since they do not affect the adapters.
 _CHANGEABLE = {
     "output", "overwrite", "resume", "save_steps", "save_total_limit", "log_steps", "eval_batch_size", "report_to",
@@ -249,7 +249,7 @@ def _is_empty(folder: Path) -> bool:
 
 def _files_of_run(folder: Path) -> str:
     """Returns a regular expression for the paths of a run's files in its folder, including a killed run's."""
-    run = rf"{_RESULTS}|losses\.png|rows\.jsonl\.gz"
+    run = rf"{_RESULTS}|report\.html|rows\.jsonl\.gz|losses\.png"  # a plot of older runs
     run += rf"|tensorboard/.*|{re.escape(_MARK)}|{_TEMP}|{_ADAPTER}/({ADAPTER_FILES})|\.{_ADAPTER}-[^/]*\.new/.*"
     return rf"{run}|{_CHECKPOINTS}/({_files_of_checkpoints(folder / _CHECKPOINTS)})"
 

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -43,7 +42,6 @@ def test_a_run_killed_at_a_file_event_goes_on_to_the_bit(tmp_path, overwriting):
 @pytest.fixture
 def place(place, monkeypatch):
     monkeypatch.setattr(recipe, "verify", lambda job, adapter: {})
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     return place
 
 

@@ -1,0 +1,101 @@
+"""What a run records of its adapters and of its answers, before and after training, for its report."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from align_ext.data.collator import TaskCollator
+from align_ext.data.conversation import text_asked
+from align_ext.data.encode import features
+from align_ext.diagnostics.cosines import pairs
+from align_ext.diagnostics.latents import layer_divergences, task_divergence
+from align_ext.diagnostics.record import record_adapters
+from align_ext.diagnostics.routing import routing
+from align_ext.evaluation.rows import RowScore
+from align_ext.training.job import Job
+
+_PROBE_TOKENS = 1 << 15  # of all tasks together, so that their latents fit into memory whatever the model's size
+_SHOWN_ROWS, _ROWS_OF_A_TASK, _LETTERS = 48, 3, 600  # of the answers that are kept
+
+
+def measure_adapters(job: Job) -> dict[str, Any]:
+    """Measures the adapters on a probe of held-out rows, without dropout; the model is left as it was.
+
+    Keys, JSON-ready, of numbers with 6 significant digits; those that do not apply are left out:
+        rows: how many rows the probe has, the first ones of each task.
+        tasks: the names of the tasks, and
+        divergence: [M][M], task_divergence of their latents, and
+        layers: module name -> the mean of layer_divergences over the pairs of tasks; all three with two tasks or more.
+        routing: module name -> entropy, and load of each head; with routers.
+        failed: why nothing could be measured.
+    """
+    rows = _probe(job)
+    collate, size = TaskCollator(job.tokenizer), job.options.eval_batch_size
+    batches = (collate(rows[start : start + size]) for start in range(0, len(rows), size))
+    found: dict[str, Any] = {"rows": len(rows)}
+    try:
+        recording = record_adapters(job.model, batches)
+        if len(job.data.names) > 1:
+            found["tasks"] = list(job.data.names)
+            found["divergence"] = [[_rounded(x) for x in row] for row in task_divergence(recording).tolist()]
+            layers = layer_divergences(recording)
+            found["layers"] = {name: _rounded(float(pairs(of).mean())) for name, of in layers.items()}
+        if recording.weights:
+            found["routing"] = {
+                name: {"entropy": _rounded(one.entropy), "load": [_rounded(x) for x in one.load.tolist()]}
+                for name, one in routing(recording).items()
+            }
+    except ValueError as error:  # a model whose layers do not see the batch's tokens trains all the same
+        return {"rows": len(rows), "failed": str(error)}
+    return found
+
+
+def _probe(job: Job) -> list[dict[str, Any]]:
+    """Returns the first held-out rows of each task, shortest first: one at least, more within a number of tokens."""
+    ids, room = job.data.ids(), _PROBE_TOKENS // len(job.data.names)
+    chosen: list[dict[str, Any]] = []
+    used = dict.fromkeys(ids.values(), 0)
+    for row in features(job.tokenizer, job.data.test, ids):
+        task, count = row["task_ids"], len(row["input_ids"])
+        if used[task] == 0 or used[task] + count <= room:
+            chosen.append(row)
+            used[task] += count
+    return sorted(chosen, key=lambda row: len(row["input_ids"]))
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def shown_answers(job: Job, before: Sequence[RowScore], after: Sequence[RowScore]) -> list[dict[str, Any]]:
+    """Returns what the model answered to the first held-out rows of each task, as text of bounded length.
+
+    Args:
+        job: its held-out rows.
+        before: their scores before training, in the rows' order.
+        after: those after training.
+
+    Returns:
+        task, prompt, gold, before, after, and the scores of both answers, JSON-ready. The answer to a row with choices
+        is its likeliest choice.
+    """
+    of_a_task = min(_ROWS_OF_A_TASK, max(1, _SHOWN_ROWS // len(job.data.names)))
+    shown: list[dict[str, Any]] = []
+    counts: dict[str, int] = {}
+    for example, *scores in zip(job.data.test, before, after, strict=True):
+        counts[example.task] = counts.get(example.task, 0) + 1
+        if counts[example.task] > of_a_task or len(shown) == _SHOWN_ROWS:
+            continue
+        texts = [one.text if one.choice is None else example.choices[one.choice] for one in scores]
+        entry: dict[str, Any] = {"task": example.task, "prompt": _cut(text_asked(example.prompt))}
+        entry |= {"gold": _cut(example.answer)}
+        for when, text, score in zip(("before", "after"), texts, scores, strict=True):
+            entry |= {when: None if text is None else _cut(text), f"{when}_score": score.score}
+        shown.append(entry)
+    return shown
+
+
+def _cut(text: str) -> str:
+    """Returns a text of bounded length: of a longer one the start and the end, where what is asked often stands."""
+    if len(text) <= _LETTERS:
+        return text
+    return f"{text[: _LETTERS // 3]} [...] {text[-2 * _LETTERS // 3 :]}"

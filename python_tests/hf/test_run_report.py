@@ -1,0 +1,277 @@
+"""The report of a run: its statistics by hand, its words from numbers, what it shows of each kind of run, failures."""
+
+import gzip
+import json
+import re
+import shlex
+import shutil
+
+import numpy as np
+import pytest
+import yaml
+from hf.runs import options
+from hf.runs import run as run_recipe
+from hf.words import model_folder, rows, write_rows
+
+from align_ext.cli.train import _write_report
+from align_ext.evaluation.rows import RowScore, TaskScore
+from align_ext.report import run_figures, run_page, run_results
+from align_ext.report.formats import MINUS
+from align_ext.report.run_page import changed_options, command, write_run_report
+from align_ext.report.run_results import is_beyond_noise, read_run
+from align_ext.report.run_words import cautions, findings
+from align_ext.system.terminal import plain_console
+from align_ext.training import recipe
+from align_ext.training.options import TrainOptions
+from align_ext.training.run_folder import open_run
+
+NETWORK = r"""(?:src|href)=["'](?!#|data:)|url\((?!#)|@import|https?://(?!www\.w3\.org/)"""
+
+
+def row(when, number, task, nll, tokens, greedy=None):
+    return {
+        "when": when, "id": f"{task}-{number}", "task": task, "label": -1, "also": [], "nll": [nll],
+        "tokens": [tokens], "greedy": greedy,
+    }  # fmt: skip
+
+
+def made_up(folder, tasks, **changed):
+    """The files of a run nobody ran: tasks of [(nll before, nll after, tokens, score before, score after), ...]."""
+    folder.mkdir()
+    lines, results = [], {"before": {"tasks": {}, "align": None}, "after": {"tasks": {}, "align": None}}
+    for place, when in enumerate(("before", "after")):
+        for task, content in tasks.items():
+            of_task = [row(when, i, task, one[place], one[2], one[3 + place]) for i, one in enumerate(content)]
+            lines += of_task
+            scored = TaskScore.of(
+                [RowScore("", task, -1, (), tuple(x["nll"]), tuple(x["tokens"]), x["greedy"]) for x in of_task]
+            )
+            results[when]["tasks"][task] = vars(scored)
+    results |= {
+        "options": TrainOptions().to_dict(), "versions": {"torch": "2"}, "losses": [{"step": 1, "lm_loss": 2.0}],
+        "model": {"name": "m", "dtype": "torch.float32", "device": "cpu"},
+        "data": {"tasks": {task: {} for task in tasks}},
+        "adapters": {"architecture": "lora", "align": None, "rank": 8, "trained_parameters": 10, "percent": 1.0},
+    }  # fmt: skip
+    (folder / "results.json").write_text(json.dumps(results | changed))
+    (folder / "rows.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(one) + "\n" for one in lines).encode()))
+    return folder
+
+
+def test_the_change_of_a_ratio_and_its_error_by_hand(tmp_path):
+    found = read_run(made_up(tmp_path / "run", {"a": [(4, 2, 2, 0, 1), (9, 3, 3, 0, 0)]}))
+    change = found.changes[0]
+    assert change.loss.estimate == pytest.approx(-8 / 5)  # (-2 - 6) / (2 + 3)
+    assert change.loss.estimate == pytest.approx(change.after["loss"] - change.before["loss"])
+    assert change.loss.error == pytest.approx(0.48)  # sqrt(2 / 1 (1.2^2 + 1.2^2)) / 5
+    assert change.score.estimate == pytest.approx(0.5)
+    assert change.score.error == pytest.approx(0.5)
+    assert (found.loss.estimate, found.loss.error) == pytest.approx((change.loss.estimate, change.loss.error))
+
+
+def test_the_error_is_that_of_the_score_of_a_task():
+    rng = np.random.default_rng(0)
+    d, tokens = rng.normal(-1, 1, 50), rng.integers(1, 20, 50)
+    before = [row("before", i, "a", 0.0, int(t)) for i, t in enumerate(tokens)]
+    after = [row("after", i, "a", float(x), int(t)) for i, (x, t) in enumerate(zip(d, tokens, strict=True))]
+    values = run_results._losses(before, after)
+    expected = TaskScore.of([RowScore("", "a", -1, (), (float(x),), (int(t),)) for x, t in zip(d, tokens, strict=True)])
+    assert values.mean() == pytest.approx(expected.loss)
+    assert values.std(ddof=1) / 50**0.5 == pytest.approx(expected.loss_error)
+
+
+def many(before, after, spread=0.05, count=40):
+    rng = np.random.default_rng(1)
+    return [(before + e, after + f, 1, None, None) for e, f in rng.normal(0, spread, (count, 2))]
+
+
+def test_words_say_what_is_beyond_noise_and_what_is_not(tmp_path):
+    tasks = {"better": many(3, 1), "worse": many(1, 2), "noise": many(2, 2, spread=1)}
+    run = read_run(made_up(tmp_path / "run", tasks))
+    said = " ".join(findings(run))
+    assert "The loss is better in better; worse in worse; within noise in noise." in said
+    assert [is_beyond_noise(one.loss) for one in run.changes] == [True, True, False]
+    assert f"The loss of held-out answers fell from 1.991 to 1.623 nats a token ({MINUS}0.368 [" in said
+    assert "score" not in said
+    assert [one.about for one in cautions(run) if one.kind == "worse"] == [["worse"]]
+
+
+def test_words_of_one_task_within_noise_and_of_nothing_that_changed(tmp_path):
+    said = findings(read_run(made_up(tmp_path / "noise", {"a": many(2, 2, spread=1)})))
+    assert said[0].startswith("The loss of held-out answers did not change by more than noise (")
+    said = findings(read_run(made_up(tmp_path / "same", {"a": [(2, 2, 1, 1, 1)] * 5})))
+    assert said[:2] == ["The loss of held-out answers is 2.000 nats a token as before.", "The score is 1.00 as before."]
+    said = findings(read_run(made_up(tmp_path / "row", {"a": [(2, 1, 1, None, None)]})))
+    assert said[0] == "The loss of held-out answers has no interval: it takes two held-out rows of a task."
+
+
+def test_warnings_of_failed_checks_overfitting_and_long_rows(tmp_path):
+    changed = {
+        "checks": {"merged": {"passed": False, "difference": 0.3, "detail": ""}},
+        "evaluations": [{"step": 5, "eval_loss": 1.0}, {"step": 9, "eval_loss": 1.5}],
+        "data": {"tasks": {"a": {"train": {"used": 3, "left_out": {"too long (seq_len)": 7}}}}},
+    }
+    found = {one.kind: one for one in cautions(read_run(made_up(tmp_path / "run", {"a": many(3, 1)}, **changed)))}
+    assert found.keys() == {"checks", "overfitted", "too long"}
+    assert found["checks"].about == ["merged"]
+    assert "least at step 5 (1.000) and rose to 1.500" in found["overfitted"].text
+    assert found["too long"].about == ["a 7"]
+
+
+def test_the_options_are_those_that_differ_and_the_command_means_the_same(run):
+    given = TrainOptions(steps=7, tasks=("a b", "c"), gradient_checkpointing=True, output="x", adapter={"align": None})
+    changed = changed_options(given.to_dict())
+    assert changed == {"steps": 7, "tasks": ["a b", "c"], "gradient_checkpointing": True, "align": None}
+    words = shlex.split(command(changed))
+    assert words[:2] == ["align-lora", "train"]
+    code, out, err = run(*words[1:], "--print-config")
+    assert code == 0, err
+    assert TrainOptions.from_mapping(yaml.safe_load(out)).to_dict() == given.to_dict() | {"output": "again"}
+
+
+RUNS = {
+    "aligned": ({}, ("Alignment", "Answers"), ("Routing",)),
+    "one task": ({"architecture": "lora", "tasks": "threes"}, ("Answers",), ("Alignment", "Routing")),
+    "multi_adapter": ({"architecture": "multi_adapter"}, ("own adapter", "Alignment"), ("Routing",)),
+    "blocks": ({"architecture": "mtlora", "align": "none"}, ("Routing", "Load of heads"), ()),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    place = tmp_path_factory.mktemp("runs")
+    model_folder(place / "model")
+    content = [one | {"prompt": one["prompt"] + " <b>&"} if "prompt" in one else one for one in rows()]
+    write_rows(place / "rows.jsonl", content)
+    for name, (changed, _, _) in RUNS.items():
+        run_recipe(place, output=str(place / name), steps=3, log_steps=1, **changed)
+    return place
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_each_kind_of_run_has_its_sections_and_needs_no_network(runs, kind):
+    page = write_run_report(runs / kind).read_text()
+    _, there, missing = RUNS[kind]
+    for title in there:
+        assert title in page
+    for title in missing:
+        assert f"<h2>{title}</h2>" not in page
+    assert not re.search(NETWORK, page)
+    assert page.count("<svg") == page.count("<desc id=") == page.count('role="img"') >= 3
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    results = json.loads((runs / kind / "results.json").read_text())
+    shown = results["answers"][0]
+    assert shown.keys() == {"task", "prompt", "gold", "before", "after", "before_score", "after_score"}
+    assert (shown["after"] in ("the answer is yes", "the answer is no")) is (shown["task"] == "threes")
+    assert "after" not in json.loads(gzip.decompress((runs / kind / "rows.jsonl.gz").read_bytes()).splitlines()[0])
+
+
+def test_what_is_no_markup_is_escaped_and_the_same_files_give_the_same_bytes(runs):
+    first = write_run_report(runs / "aligned").read_bytes()
+    assert b"&lt;b&gt;&amp;" in first
+    assert b"<b>" not in first
+    assert write_run_report(runs / "aligned").read_bytes() == first
+
+
+def test_layers_pairs_and_their_mean_agree(runs):
+    probe = json.loads((runs / "aligned/results.json").read_text())["after"]["adapters"]
+    assert probe["rows"] == 8
+    assert probe["tasks"] == ["next", "threes"]
+    assert np.mean(list(probe["layers"].values())) == pytest.approx(probe["divergence"][0][1], rel=1e-5)
+    assert set(probe["layers"]) == {
+        f"model.layers.{i}.mlp.{kind}_proj" for i in (0, 1) for kind in ("gate", "up", "down")
+    }
+    routing = json.loads((runs / "blocks/results.json").read_text())["after"]["adapters"]["routing"]
+    assert all(sum(one["load"]) == pytest.approx(1, abs=1e-5) for one in routing.values())
+
+
+def test_long_runs_stay_small_and_keep_their_mean():
+    entries = [{"step": i, "lm_loss": float(i % 7)} for i in range(1, 10_001)]
+    steps, values = run_figures._line(entries, "lm_loss")
+    assert len(steps) == len(values) == 300
+    assert np.mean(values) == pytest.approx(np.mean([entry["lm_loss"] for entry in entries]), abs=0.01)
+
+
+def test_a_run_of_an_earlier_version_has_a_report(runs, tmp_path):
+    shutil.copytree(runs / "aligned", tmp_path / "old")
+    file = tmp_path / "old/results.json"
+    results = json.loads(file.read_text())
+    del results["answers"], results["before"]["adapters"], results["after"]["adapters"], results["adapters"]["align"]
+    file.write_text(json.dumps(results))
+    page = write_run_report(tmp_path / "old").read_text()
+    assert "<h2>Tasks</h2>" in page
+    assert "<h2>Answers</h2>" not in page
+
+
+def test_a_run_without_scores_shows_its_losses(runs, tmp_path):
+    shutil.copytree(runs / "aligned", tmp_path / "cut")
+    file = tmp_path / "cut/results.json"
+    results = json.loads(file.read_text())
+    for name in ("before", "after", "answers", "checks"):
+        results.pop(name, None)
+    file.write_text(json.dumps(results))
+    (tmp_path / "cut/rows.jsonl.gz").unlink()
+    page = write_run_report(tmp_path / "cut").read_text()
+    assert "ended before its held-out rows were scored again" in page
+    assert "Loss over the steps" in page
+
+
+@pytest.mark.parametrize("harm", ["missing", "no json", "no rows", "other rows", "no losses"])
+def test_a_folder_that_is_no_whole_run_is_one_line(run, runs, tmp_path, harm):
+    folder = tmp_path / "harmed"
+    shutil.copytree(runs / "aligned", folder)
+    content = gzip.decompress((folder / "rows.jsonl.gz").read_bytes()).splitlines(keepends=True)
+    if harm == "missing":
+        (folder / "results.json").unlink()
+    elif harm == "no json":
+        (folder / "results.json").write_text("{")
+    elif harm == "no losses":
+        (folder / "results.json").write_text(json.dumps(
+            json.loads((folder / "results.json").read_text()) | {"losses": None}))  # fmt: skip
+    else:
+        kept = content[:-1] if harm == "other rows" else [b"[]\n"]
+        (folder / "rows.jsonl.gz").write_bytes(gzip.compress(b"".join(kept)))
+    code, out, err = run("report", folder)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert ("no finished run" if harm == "missing" else "is damaged: ") in err
+
+
+def test_train_writes_the_report_and_overwriting_replaces_it(run, tmp_path):
+    model_folder(tmp_path / "model")
+    write_rows(tmp_path / "rows.jsonl")
+    flags = ["--model", tmp_path / "model", "--data", tmp_path / "rows.jsonl", "--steps", 1, "--eval-examples", 2]
+    flags += ["--dtype", "float32", "--device", "cpu", "--output", "out"]
+    code, out, err = run("train", *flags)
+    assert code == 0, err
+    assert out.splitlines()[-1] == "report: out/report.html"
+    file = tmp_path / "work/out/report.html"
+    first = file.read_bytes()
+    file.unlink()
+    assert run("report", "out") == (0, "wrote out/report.html\n", "")
+    assert file.read_bytes() == first
+    code, out, err = run("train", *flags, "--overwrite", "--seed", 1)
+    assert code == 0, err
+    assert file.read_bytes() != first
+    assert sorted(p.name for p in file.parent.iterdir()) == ["adapter", "report.html", "results.json", "rows.jsonl.gz"]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(ModuleNotFoundError("no", name="scipy"), "it needs scipy: pip"), (OSError(28, "No space left"), "No space left")],
+)
+def test_a_report_that_fails_loses_nothing_and_is_one_line(place, monkeypatch, capsys, error, said):
+    def fails(folder):
+        raise error
+
+    monkeypatch.setattr(run_page, "write_run_report", fails)
+    with open_run(options(place, steps=1)) as folder:
+        recipe.train(recipe.prepare(folder, plain_console()), plain_console())
+        capsys.readouterr()
+        _write_report(folder, plain_console())
+    out = capsys.readouterr().out
+    assert out.startswith("no report: ")
+    assert said in out
+    assert out.count("\n") == 1
+    assert (place / "work/out/results.json").is_file()
