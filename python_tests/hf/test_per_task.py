@@ -82,7 +82,7 @@ def test_a_run_takes_the_caps_and_weights_of_its_tasks(place):
     assert fit.mixing(job)["weights"] == {0: 1.0, 1: 3.0}
     assert "weights" not in fit.mixing(prepare(place, output="plain"))
     arguments = fit.mixing(job)
-    sampler = TaskSampler(arguments.pop("tasks"), 8, **arguments)
+    sampler = TaskSampler(arguments.pop("tasks"), **arguments)
     assert Counter(job.data.train[i].task for i in sampler) == {"a": 24, "b": 72}
     results, _ = run(place, train_examples="a=3", mixing_weights="b=3", output="ran", steps=1)
     assert results["data"]["tasks"]["a"]["train"]["left_out"]["beyond train_examples"] == 13
