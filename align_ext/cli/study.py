@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from align_ext.cli.app import UserError, app, on_models
+from align_ext.system import processes
 from align_ext.system.terminal import continue_without_output, plain_console, print_line
 
 study_app = typer.Typer(
@@ -65,7 +66,8 @@ def plan(folder: Folder) -> None:
 @study_app.command("run")
 def run(
     folder: Folder,
-    jobs: Annotated[int, typer.Option(min=1, help="processes, each with a GPU of its own or a share of the cores")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="cells at a time, each with GPUs of its own or cores")] = 1,
+    nproc: Annotated[int, typer.Option(min=1, help="processes that train and score a cell together")] = 1,
     shard: Annotated[str, typer.Option(help="i/n: every n-th cell from the i-th on, for a job array")] = "1/1",
     arms: Annotated[str, typer.Option(help="only these arms, separated by commas")] = "",
     retry: Annotated[bool, typer.Option("--retry", help="run failed cells again")] = False,
@@ -75,17 +77,22 @@ def run(
     Any number of processes and machines that share the folder may run it at once. Exit code 1: not all is done.
     """
     continue_without_output()
-    console = plain_console()
     part, _, parts = shard.partition("/")
     if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
         raise UserError(f"--shard {shard!r} must be i/n with 1 <= i <= n, as 3/16")
     with on_models("a study"):
+        from align_ext.base_model.dtypes import usable_device
         from align_ext.study.design import read_study
         from align_ext.study.run import run as run_study
 
         chosen = tuple(filter(None, (name.strip() for name in arms.split(","))))
-        which = int(part), int(parts)
-        found = run_study(folder, read_study(folder), console, jobs=jobs, shard=which, arms=chosen, retry=retry)
+        which, study = (int(part), int(parts)), read_study(folder)
+        with processes.joined(usable_device(study.train.get("device", "auto"))):
+            first = processes.number() == 0
+            console = plain_console(quiet=not first)
+            found = run_study(folder, study, console, jobs=jobs, nproc=nproc, shard=which, arms=chosen, retry=retry)
+    if not first:
+        return
     failed = [one for one in found if one.state == "failed"]
     for one in failed:
         print_line(console, f"{one.key} failed: {one.detail}")

@@ -7,7 +7,8 @@ import platform
 import random
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,24 +20,25 @@ from rich.progress import Progress
 from align_ext.adapters.adapted_block import adapted_layers
 from align_ext.alignment.context import set_task
 from align_ext.alignment.model_state import require_state
-from align_ext.base_model.load import load_model
 from align_ext.config import DEFAULT_WEIGHT, Align
 from align_ext.data.rows import Example
-from align_ext.evaluation.evaluate import alignment, alignment_pull, score_rows
+from align_ext.evaluation.evaluate import alignment, alignment_pull, score_together
 from align_ext.evaluation.rows import RowScore, write_rows
 from align_ext.io.save_adapter import save_adapter
 from align_ext.model.merge import merge_and_unload
 from align_ext.study.design import BASE, Arm, Cell, Study
 from align_ext.study.plain_text import text_loss
 from align_ext.study.plan import StudyData, probe_rows, read_data, read_unseen
+from align_ext.system import processes
 from align_ext.system.locks import claimed
 from align_ext.system.terminal import progress_bars
 from align_ext.system.writing import atomic_folder
 from align_ext.training import recipe
+from align_ext.training.base import load_job_base
 from align_ext.training.fit import fit, trained_tokens
 from align_ext.training.job import Job
 from align_ext.training.options import TrainOptions
-from align_ext.training.run_folder import RunFolder, open_run
+from align_ext.training.run_folder import RunFolder, open_shared_run
 from align_ext.training.whole_checkpoints import checkpoints
 
 _FILES = r"cell\.json|cost\.json|rows\.jsonl\.gz|losses\.csv|adapter/.*"
@@ -46,22 +48,25 @@ _LOSSES = ("lm_loss", "align_loss", "aligned_pairs", "balance_loss", "spectral_l
 def run_base(study: Study, options: TrainOptions, target: Path, console: Console) -> None:
     """Scores the model without adapters and writes its cell."""
     started = time.perf_counter()
-    model, tokenizer = load_model(options.model, options.dtype)
-    model = model.to(options.device)
+    model, tokenizer = load_job_base(options, options.dtype, options.device)
     data = read_data(study, options, tokenizer)
     with progress_bars(console) as bars:
         rows = _score(study, model, tokenizer, data, {}, bars)
     content = _content(study, model, tokenizer, "base", BASE, None, {}) | {"key": target.name, "finite": True}
     cost = {"host": platform.node(), "seconds": {"score": round(time.perf_counter() - started, 1)}}
-    with atomic_folder(target, _FILES) as new:
-        _write(new, content, cost, rows, [])
+
+    def finish() -> None:
+        with atomic_folder(target, _FILES) as new:
+            _write(new, content, cost, rows, [])
+
+    processes.by_first(finish)
 
 
 def run_cell(study: Study, cell: Cell, options: TrainOptions, target: Path, console: Console) -> None:
     """Trains and scores one cell; target appears when all of it is done.
 
     It works in a hidden folder beside the target, which holds the checkpoints of an interrupted cell and is claimed by
-    one process at a time.
+    one process, or by the first of those that have joined.
 
     Args:
         study: the design.
@@ -75,14 +80,28 @@ def run_cell(study: Study, cell: Cell, options: TrainOptions, target: Path, cons
         ValueError: as in recipe.prepare.
     """
     work = work_folder(target)
-    with claimed(work):
-        if not is_done(target):  # another process may have finished it meanwhile
-            resume = bool(checkpoints(work / "run/checkpoints"))
+    options = options.for_processes(processes.count())
+    with claimed_by_first(work):
+        # Another process may have finished it meanwhile.
+        done, resume = processes.by_first(lambda: (is_done(target), bool(checkpoints(work / "run/checkpoints"))))
+        if not done:
             output = str(work / "run")
             options = replace(options, output=output, resume=resume, save_steps=max(options.steps // 4, 1))
-            with open_run(options) as folder:
+            with open_shared_run(options) as folder:
                 _run(study, cell, folder, target, console)
-        shutil.rmtree(work, ignore_errors=True)
+        processes.by_first(lambda: shutil.rmtree(work, ignore_errors=True))
+
+
+@contextmanager
+def claimed_by_first(work: Path) -> Iterator[None]:
+    """Claims a folder for all processes that have joined: the first one claims it."""
+    with ExitStack() as stack:
+
+        def claim() -> None:
+            stack.enter_context(claimed(work))
+
+        processes.by_first(claim)
+        yield
 
 
 def is_done(target: Path) -> bool:
@@ -102,7 +121,8 @@ def _run(study: Study, cell: Cell, folder: RunFolder, target: Path, console: Con
         "host": platform.node(), "started": time.time(), "steps": folder.options.steps,
         "from_step": 0 if last is None else int(last.name.rpartition("-")[2]),
     }  # fmt: skip
-    (work_folder(target) / "worker.json").write_text(json.dumps(worker))
+    if processes.number() == 0:
+        (work_folder(target) / "worker.json").write_text(json.dumps(worker))
     data = StudyData(job.data, read_unseen(study, folder.options, job.tokenizer, job.data.names))
     probe = probe_rows(study, job.data)
     _apply_control(study, study.arm(cell.arm), job, probe)
@@ -127,10 +147,14 @@ def _run(study: Study, cell: Cell, folder: RunFolder, target: Path, console: Con
         "finite": all(abs(entry["lm_loss"]) < float("inf") for entry in losses),
     }  # fmt: skip
     cost = {"host": platform.node(), "threads": torch.get_num_threads(), **fitted["cost"], "seconds": seconds}
-    with atomic_folder(target, _FILES) as new:
-        save_adapter(job.model, new / "adapter", task_names=job.data.names)
-        cost["decode_ms"] = _decode_times(job, study.score.decode) if study.score.decode else None
-        _write(new, content, cost, rows, losses)
+
+    def finish() -> None:
+        with atomic_folder(target, _FILES) as new:
+            save_adapter(job.model, new / "adapter", task_names=job.data.names)
+            cost["decode_ms"] = _decode_times(job, study.score.decode) if study.score.decode else None
+            _write(new, content, cost, rows, losses)
+
+    processes.by_first(finish)
 
 
 def _content(
@@ -176,7 +200,7 @@ def _score(
             generate: Any = "all" if task in study.score.generate and split != "dev" else "none"
             of_task = [example for example in examples if example.task == task]
             known = {**ids, task: ids.get(task, 0)}  # a multi_adapter scores unseen tasks with its first adapter
-            rows += score_rows(model, tokenizer, of_task, study.score.batch_size, bars, known, generate=generate)
+            rows += score_together(model, tokenizer, of_task, study.score.batch_size, bars, known, generate=generate)
         result[split] = rows
     return result
 

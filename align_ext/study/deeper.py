@@ -6,7 +6,6 @@ from typing import Any
 
 import transformers
 
-from align_ext.base_model.load import load_model
 from align_ext.data.collator import TaskCollator
 from align_ext.data.encode import features
 from align_ext.diagnostics.heads import copy_heads
@@ -17,6 +16,7 @@ from align_ext.study.design import Study
 from align_ext.study.mechanism import mechanism
 from align_ext.study.plan import probe_rows, read_trained
 from align_ext.system.writing import atomic_file
+from align_ext.training.base import load_job_base
 from align_ext.training.options import TrainOptions
 
 MECHANISM = "mechanism.json"
@@ -36,8 +36,7 @@ def look_deeper(study: Study, options: TrainOptions, cell: Path) -> None:
         options: the cell's.
         cell: its folder.
     """
-    model, tokenizer = load_model(options.model, options.dtype)
-    model = model.to(options.device)
+    model, tokenizer = load_job_base(options, options.dtype, options.device)
     data = read_trained(study, options, tokenizer)
     transformers.set_seed(options.seed)
     replace_linear_with_align_lora(model, AdapterFolder.read(cell / "adapter").config)

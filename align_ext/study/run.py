@@ -1,5 +1,6 @@
 """Runs the missing cells of a study, in any number of processes and on any number of machines, and tells its status."""
 
+import functools
 import gc
 import json
 import os
@@ -17,10 +18,11 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
-from align_ext.study.cell import is_done, run_base, run_cell, work_folder
+from align_ext.study.cell import claimed_by_first, is_done, run_base, run_cell, work_folder
 from align_ext.study.deeper import MECHANISM, look_deeper, wants_look
 from align_ext.study.design import BASE, Cell, Study
 from align_ext.study.plan import PLAN, check_data, store_plan
+from align_ext.system import processes
 from align_ext.system.bounds import unknown_name
 from align_ext.system.locks import InUse, claimed
 from align_ext.system.messages import reason_of, shown
@@ -53,7 +55,7 @@ class CellStatus:
 
 
 def run(
-    folder: Path, study: Study, console: Console, *, jobs: int = 1, shard: tuple[int, int] = (1, 1),
+    folder: Path, study: Study, console: Console, *, jobs: int = 1, nproc: int = 1, shard: tuple[int, int] = (1, 1),
     arms: tuple[str, ...] = (), retry: bool = False,
 ) -> list[CellStatus]:  # fmt: skip
     """Runs all cells that are missing; a cell that fails says why in its folder, and the others go on.
@@ -62,7 +64,8 @@ def run(
         folder: the study's folder.
         study: its design.
         console: gets progress.
-        jobs: the number of processes, each with a share of the processor's threads, or a GPU of its own.
+        jobs: the number of cells at a time, each with a share of the processor's threads, or with GPUs of its own.
+        nproc: the number of processes that train and score a cell together.
         arms: only the cells of these arms; empty: of all.
         shard: (i, n): only every n-th cell from the i-th on, for a job array on several machines.
         retry: run failed cells again.
@@ -73,43 +76,42 @@ def run(
     Raises:
         ValueError: as in store_plan.
     """
-    plan = store_plan(folder, study)
+    plan = processes.by_first(lambda: store_plan(folder, study))
     for arm in arms:
         if arm not in plan["arms"]:
             raise ValueError(unknown_name("arm", arm, plan["arms"]))
     cells = [entry for entry in _cells(folder, plan) if not arms or entry[1].arm in (BASE, *arms)]
     cells = cells[shard[0] - 1 :: shard[1]]
-    if not all(is_done(path) for path, _, _ in cells):
-        check_data(folder, study, plan)
-    if jobs > 1:
+    processes.by_first(lambda: all(is_done(path) for path, _, _ in cells) or check_data(folder, study, plan))
+    if jobs > 1 or nproc > processes.count():
         flags = ["--shard", f"{shard[0]}/{shard[1]}", "--arms", ",".join(arms), *(["--retry"] if retry else [])]
-        for code in _in_processes([str(folder), *flags], jobs):
+        for code in _in_processes([str(folder), *flags], jobs, nproc):
             if code not in (0, 1):  # 1: a cell failed, and says why
                 print_line(console, f"a process ended with exit code {code}; what it worked on is not finished")
         return [status(path) for path, _, _ in cells]
     for number, (path, cell, options) in enumerate(cells, 1):
         error = path.parent / f"{path.name}.error.txt"
         work = work_folder(path)
-        if is_done(path) and work.is_dir():  # what a process left that was killed right before its end
-            with suppress(InUse), claimed(work):
-                shutil.rmtree(work, ignore_errors=True)
-        look = is_done(path) and wants_look(study, cell.seed) and not (path / MECHANISM).is_file()
-        if (is_done(path) and not look) or (error.is_file() and not retry):
+        todo = functools.partial(_to_do, study, path, cell.seed, retry=retry)
+        nothing, look = processes.by_first(todo)
+        if nothing:
             continue
         print_line(console, f"cell {number} of {len(cells)}: {path.name}" + ", a deeper look" * look)
         start = time.perf_counter()
         try:
             if cell.arm == BASE:
-                with claimed(work):
+                with claimed_by_first(work):
                     run_base(study, options, path, console)
             else:
                 if not look:
                     run_cell(study, cell, options, path, console)
-                if wants_look(study, cell.seed) and is_done(path):
+                if wants_look(study, cell.seed) and processes.number() == 0 and is_done(path):
                     with claimed(work):
                         look_deeper(study, options, path)
         except InUse:
             print_line(console, "  another process works on it")
+            continue
+        except processes.FailedElsewhere:  # where it is said
             continue
         except Exception as problem:  # any bug or lack of memory ends this cell alone
             with atomic_file(error) as new:
@@ -122,6 +124,16 @@ def run(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return [status(path) for path, _, _ in cells]
+
+
+def _to_do(study: Study, path: Path, seed: int | None, *, retry: bool) -> tuple[bool, bool]:
+    """Returns whether there is nothing to do at a cell, and whether a deeper look is all that there is to do."""
+    done, work, failed = is_done(path), work_folder(path), path.parent / f"{path.name}.error.txt"
+    if done and work.is_dir():  # what a process left that was killed right before its end
+        with suppress(InUse), claimed(work):
+            shutil.rmtree(work, ignore_errors=True)
+    look = done and wants_look(study, seed) and not (path / MECHANISM).is_file()
+    return (done and not look) or (failed.is_file() and not retry), look
 
 
 def statuses(folder: Path) -> list[CellStatus]:
@@ -173,12 +185,15 @@ def _cells(folder: Path, plan: dict[str, Any]) -> list[tuple[Path, Cell, TrainOp
     ]
 
 
-def _in_processes(arguments: list[str], jobs: int) -> list[int]:
-    """Runs the command in several processes, which share the cells by claiming them; returns their exit codes."""
+def _in_processes(arguments: list[str], jobs: int, nproc: int) -> list[int]:
+    """Runs the command for several cells at a time, which are shared by claiming them; returns the exit codes."""
     # The current folder stays off the path: it may hold sources of the package that are not the installed ones.
     program = "import sys; sys.path = [p for p in sys.path if p]; from align_ext.cli import main; main()"
     command = [sys.executable, "-c", program, "study", "run", *arguments]
-    workers = [subprocess.Popen(command, env=environment) for environment in _environments(jobs)]
+    if nproc > 1:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)]
+        command = [*torchrun, "--no-python", "--", *command]
+    workers = [subprocess.Popen(command, env=environment) for environment in _environments(jobs, nproc)]
     try:
         return [worker.wait() for worker in workers]
     except BaseException:
@@ -189,10 +204,12 @@ def _in_processes(arguments: list[str], jobs: int) -> list[int]:
         raise
 
 
-def _environments(jobs: int) -> Iterator[dict[str, str]]:
-    """Yields the environment of each process: a GPU in turn, or a share of the processor's threads."""
+def _environments(jobs: int, nproc: int) -> Iterator[dict[str, str]]:
+    """Yields the environment of each job: a GPU a process in turn, or a share of the processor's threads."""
     gpus = torch.cuda.device_count()
-    threads = max(1, torch.get_num_threads() // jobs)
+    threads = max(1, torch.get_num_threads() // (jobs * nproc))
     for job in range(jobs):
-        own = {"CUDA_VISIBLE_DEVICES": str(job % gpus)} if gpus else {"OMP_NUM_THREADS": str(threads)}
+        own = {"OMP_NUM_THREADS": str(threads)}
+        if gpus:
+            own = {"CUDA_VISIBLE_DEVICES": ",".join(str((job * nproc + i) % gpus) for i in range(nproc))}
         yield {**os.environ, **own}

@@ -17,8 +17,7 @@ from rich.progress import Progress
 from align_ext.adapters.adapted_block import adapted_layers
 from align_ext.base_model.checks import check_base, exclusions
 from align_ext.base_model.dtypes import best_dtype, resolve_dtype, usable_device
-from align_ext.base_model.load import default_targets, load_model
-from align_ext.base_model.quantised import is_quantised, quantised_loading
+from align_ext.base_model.load import default_targets
 from align_ext.base_model.select_layers import all_linear, linear_layers, name_matches
 from align_ext.base_model.sharded import shard_ranks
 from align_ext.config import AUTO, AlignLoraConfig
@@ -37,6 +36,7 @@ from align_ext.system.names import Matcher
 from align_ext.system.terminal import print_line, progress_bars
 from align_ext.system.versions import versions
 from align_ext.system.writing import atomic_file, check_space
+from align_ext.training.base import load_job_base
 from align_ext.training.cost import describe_adapters, memory_advice
 from align_ext.training.fit import fit, training_arguments
 from align_ext.training.job import Job
@@ -95,10 +95,7 @@ def _prepare(folder: RunFolder, device: str, dtype: torch.dtype, console: Consol
     if config.align is not None and len(names) < 2:
         raise ValueError(f"alignment needs two tasks or more, found only {names[0]!r}: use --align none")
     arguments = training_arguments(folder, options, device)  # before the model, which ZeRO-3 divides as it is loaded
-    loading = quantised_loading(options.load_in_4bit, options.load_in_8bit, dtype, device)
-    if options.attn_implementation is not None:
-        loading["attn_implementation"] = options.attn_implementation
-    model, tokenizer = load_model(options.model, dtype, lambda line: print_line(console, line), **loading)
+    model, tokenizer = load_job_base(options, dtype, device, lambda line: print_line(console, line))
     check_conversations(tokenizer, pools.examples())
     data = choose(options, pools, tokenizer, dev_examples)
     if by_default := options.adapter["target_modules"] == AUTO and not config.target_blocks:
@@ -106,7 +103,6 @@ def _prepare(folder: RunFolder, device: str, dtype: torch.dtype, console: Consol
         config = options.adapter_config(len(names), targets)
         if note:
             print_line(console, note)
-    model = model if is_quantised(model) else model.to(device)
     rows, scored = train_rows(options, tokenizer, data), encoded_rows(tokenizer, data, data.test)
     options = options.for_examples(len(rows))
     arguments.max_steps = options.steps

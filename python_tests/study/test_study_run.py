@@ -345,3 +345,18 @@ def test_the_commands_of_a_study(place, tmp_path, capsys, monkeypatch):
     assert "wrote s/report/report.html" in said("run", "s")
     assert "3 cells (3 done)" in said("plan", "s")
     assert (tmp_path / "s/report/report.html").is_file()
+
+
+def test_a_cell_of_two_processes_is_that_of_one(place):
+    arms = {name: ARMS[name] for name in ("align", "by_task")}
+    folders = [write(place / f"by{nproc}", design(place, arms=arms)) for nproc in (1, 2)]
+    for nproc, folder in enumerate(folders, 1):
+        found, _ = start(folder, nproc=nproc)
+        assert [one.state for one in found] == ["done"] * 3
+        assert [path.name for path in (folder / "cells").iterdir() if path.name.startswith(".")] == []
+    for path in (folders[0] / "cells").iterdir():
+        texts = [gzip.decompress((folder / "cells" / path.name / "rows.jsonl.gz").read_bytes()) for folder in folders]
+        one, two = ([json.loads(line) for line in text.decode().splitlines()] for text in texts)
+        assert [row["id"] for row in one] == [row["id"] for row in two]
+        for row, other in zip(one, two, strict=True):
+            assert row["nll"] == pytest.approx(other["nll"], rel=1e-4)
