@@ -42,9 +42,9 @@ _SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "n
 _SPEECH = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None, "initializer_range": 0.2}
 
 
-def llama(dtype=torch.float32, seed=0):
+def llama(dtype=torch.float32, seed=0, **sizes):
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**_SIZES, **_SPEECH, vocab_size=len(tokenizer()))).to(dtype).eval()
+    return LlamaForCausalLM(LlamaConfig(**_SIZES | sizes, **_SPEECH, vocab_size=len(tokenizer()))).to(dtype).eval()
 
 
 def qwen2():
