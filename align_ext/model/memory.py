@@ -113,7 +113,7 @@ def training_memory(model: nn.Module, rows: int, tokens: int, *, checkpointing: 
 def _scales(parameter: Any) -> int:
     """Returns the bytes of the scales of a quantised weight of bitsandbytes."""
     state = getattr(parameter, "quant_state", None)
-    parts = [] if state is None else [state, state.state2]
+    parts = [] if state is None else [state, getattr(state, "state2", None)]
     return sum(part.absmax.nbytes for part in parts if part is not None and part.absmax is not None)
 
 

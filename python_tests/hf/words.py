@@ -13,6 +13,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 TEMPLATE = (
@@ -51,6 +53,13 @@ def qwen2():
     torch.manual_seed(0)
     config = Qwen2Config(**_SIZES, **_SPEECH, num_key_value_heads=2, vocab_size=len(tokenizer()))
     return Qwen2ForCausalLM(config).eval()
+
+
+def qwen3():
+    """Wide enough for bitsandbytes, whose blocks hold 64 weights."""
+    torch.manual_seed(0)
+    sizes = _SIZES | {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_key_value_heads": 2}
+    return Qwen3ForCausalLM(Qwen3Config(**sizes, **_SPEECH, vocab_size=len(tokenizer()))).eval()
 
 
 def gpt2():
