@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from align_ext.io.adapter_folder import ADAPTER_FILES, OUR_CONFIG
+from align_ext.io.adapter_folder import ADAPTER_FILES, CARD, OUR_CONFIG
 from align_ext.system import processes
 from align_ext.system.locks import LOCK, InUse, claimed
 from align_ext.system.messages import shown
@@ -35,7 +35,8 @@ from align_ext.training.whole_checkpoints import OLD, WRITING, checkpoints, clea
 _CHECKPOINTS, _OPTIONS, _RESULTS, _ADAPTER = "checkpoints", "options.yaml", "results.json", "adapter"
 _DATA, _TOKENS = "data_digest", "tokens_digest"
 _MARK = ".overwrites"  # a file in the folder of a run that will replace another one
-_TEMP = rf"\.(results|report|losses|rows)\..*|{_CHECKPOINTS}/\.{_OPTIONS}-.*"  # what a killed run leaves
+# What a killed run leaves.
+_TEMP = rf"\.(results|report|losses|rows)\..*|{_ADAPTER}/\.{CARD}-.*|{_CHECKPOINTS}/\.{_OPTIONS}-.*"
 # Options that may differ when a run is resumed, since they do not affect the adapters.
 _CHANGEABLE = {
     "output", "overwrite", "resume", "save_steps", "save_total_limit", "log_steps", "eval_batch_size", "report_to",

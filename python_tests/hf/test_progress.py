@@ -83,4 +83,4 @@ def test_a_run_shows_them(place):
 
 
 def test_bytes_as_text():
-    assert [shown_bytes(x) for x in (0, 3 << 19, 1 << 30, 5 << 29)] == ["0 MiB", "2 MiB", "1.0 GiB", "2.5 GiB"]
+    assert [shown_bytes(x) for x in (0, 3 << 19, 1 << 30, 5 << 29)] == ["0 KiB", "2 MiB", "1.0 GiB", "2.5 GiB"]
