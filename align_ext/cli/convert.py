@@ -60,7 +60,7 @@ def merge(request: Request, approximate: Any, prompts: str | None, dtype: str, c
     """
     with _claimed_output(request.output) as target:
         stored = AdapterFolder.read(request.adapter)
-        texts = PROMPTS if prompts is None else _read_prompts(prompts)
+        texts = PROMPTS if prompts is None else read_prompts(prompts)
         task = task_number(stored, request.task)
         if stored.config.architecture == "multi_adapter":
             if task is None:
@@ -151,7 +151,12 @@ def _rows(batch: Mapping[str, Tensor]) -> list[list[int]]:
     return [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
 
 
-def _read_prompts(file: str) -> Sequence[str]:
+def read_prompts(file: str) -> Sequence[str]:
+    """Reads a file of one prompt a line; empty lines are none.
+
+    Raises:
+        ValueError: it cannot be read, is too large, or holds no prompt.
+    """
     lines = [line for line in read_text(file, _MAX_PROMPT_BYTES).splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"the file of prompts {shown_path(file)} is empty: write one a line")
