@@ -171,7 +171,7 @@ class Terminal:
 
     def read(self):
         """Reads more of what it shows; False: it has ended."""
-        if not select.select([self.file], [], [], 90)[0]:
+        if not select.select([self.file], [], [], 60)[0]:
             self.process.kill()
             raise TimeoutError(self.shown.decode())
         try:
@@ -205,7 +205,7 @@ class Terminal:
     ],
     ids=["end of file", "/quit", "Ctrl-C", "SIGTERM"],
 )
-def test_a_conversation_on_a_terminal_ends_cleanly(runs, last, code):
+def test_a_conversation_on_a_terminal_ends_cleanly(run, runs, last, code):  # run: SIGINT is heard
     terminal = Terminal("generate", runs / "chat", *FLAGS, cwd=runs)
     terminal.write(b"after 3 comes\n", prompts=1)
     if isinstance(last, bytes):
