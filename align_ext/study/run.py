@@ -82,7 +82,12 @@ def run(
             raise ValueError(unknown_name("arm", arm, plan["arms"]))
     cells = [entry for entry in _cells(folder, plan) if not arms or entry[1].arm in (BASE, *arms)]
     cells = cells[shard[0] - 1 :: shard[1]]
-    processes.by_first(lambda: all(is_done(path) for path, _, _ in cells) or check_data(folder, study, plan))
+
+    def check() -> None:
+        if not all(is_done(path) for path, _, _ in cells):
+            check_data(folder, study, plan)
+
+    processes.by_first(check)
     if jobs > 1 or nproc > processes.count():
         flags = ["--shard", f"{shard[0]}/{shard[1]}", "--arms", ",".join(arms), *(["--retry"] if retry else [])]
         for code in _in_processes([str(folder), *flags], jobs, nproc):
