@@ -94,8 +94,9 @@ def _prepare(folder: RunFolder, device: str, dtype: torch.dtype, console: Consol
     checked_task_names(names, config)
     if config.align is not None and len(names) < 2:
         raise ValueError(f"alignment needs two tasks or more, found only {names[0]!r}: use --align none")
-    arguments = training_arguments(folder, options, device)  # before the model, which ZeRO-3 divides as it is loaded
     model, tokenizer = load_job_base(options, dtype, device, lambda line: print_line(console, line))
+    # After the model, which each process holds whole until the training begins: ZeRO-3 would load it in parts.
+    arguments = training_arguments(folder, options, device)
     check_conversations(tokenizer, pools.examples())
     data = choose(options, pools, tokenizer, dev_examples)
     if by_default := options.adapter["target_modules"] == AUTO and not config.target_blocks:
@@ -192,14 +193,11 @@ def train(job: Job, console: Console) -> dict[str, Any]:
     for line in job.data.report():
         print_line(console, f"  {line}")
     print_line(console, f"{str(adapter_report(job.model)).splitlines()[0]}, {job.model.dtype} on {job.device}")
-    longest = max(len(row["input_ids"]) for row in job.train_rows)
-    advice = memory_advice(
-        job.model,
-        options.batch_size // processes.count(),
-        longest,
-        job.device,
-        checkpointing=options.gradient_checkpointing,
-    )
+    sharded = options.fsdp or options.deepspeed is not None  # where a process holds parts of what is estimated
+    advice = () if sharded else memory_advice(
+        job.model, options.batch_size // processes.count(), max(len(row["input_ids"]) for row in job.train_rows),
+        job.device, checkpointing=options.gradient_checkpointing,
+    )  # fmt: skip
     for line in advice:
         print_line(console, line)
     seconds: dict[str, float] = results.setdefault("seconds", {})
