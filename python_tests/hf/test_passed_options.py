@@ -1,0 +1,177 @@
+"""Options that go to TrainingArguments, by both names, and those of the job around it."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+from hf.words import model_folder, qwen3, write_rows
+from safetensors.torch import load_file
+from transformers import TrainingArguments
+
+from align_ext.training import fit
+from align_ext.training.options import TrainOptions, known_options
+from align_ext.training.run_folder import RunFolder
+
+# Of each option that has a field of TrainingArguments: a value that is not the default, and what arrives.
+PASSED = {
+    "steps": 7, "accumulation": 3, "lr": 1e-3, "warmup": 5.0, "lr_scheduler_type": "linear", "optim": "sgd",
+    "weight_decay": 0.1, "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-6, "max_grad_norm": 0.5,
+    "eval_batch_size": 3, "bf16": True, "fp16": True, "torch_compile": True, "dataloader_num_workers": 2,
+    "log_steps": 2, "report_to": ["tensorboard"], "run_name": "mine", "save_total_limit": 4,
+    "metric_for_best_model": "eval_loss/a", "load_best_model_at_end": True,
+}  # fmt: skip
+NEEDED = {"load_best_model_at_end": {"eval_steps": 2, "save_steps": 4}}
+NOT_HERE = {"tf32", "use_liger_kernel", "fsdp_config", "deepspeed"}  # which need a GPU, or a test of their own
+RESOLVED = {"epochs"}  # which becomes steps
+
+
+def arguments(tmp_path, **options):
+    return fit.training_arguments(
+        RunFolder(tmp_path, tmp_path, made := TrainOptions.from_mapping(options)), made, "cpu"
+    )
+
+
+def test_every_option_of_trainingarguments_is_tried_here():
+    named = {name for name, option in known_options().items() if option.argument is not None}
+    assert named == PASSED.keys() | NOT_HERE | RESOLVED
+
+
+@pytest.mark.parametrize("name", PASSED)
+def test_an_option_arrives_under_both_of_its_names(tmp_path, name):
+    argument, more = known_options()[name].argument, NEEDED.get(name, {})
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    assert argument in defaults
+    for given in (name, argument, argument.replace("_", "-")):
+        found = getattr(arguments(tmp_path, **{given: PASSED[name]}, **more), argument)
+        assert found == PASSED[name]
+    assert getattr(TrainOptions(), name) != PASSED[name]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": 1, "learning_rate": 2}, "the option lr is given twice, as lr and learning_rate"),
+        ({"optim": "adamm"}, "unknown optim 'adamm'"),
+        ({"optim": "sdg"}, "did you mean 'sgd'"),
+        ({"lr_scheduler_type": "cosin"}, "did you mean 'cosine'"),
+        ({"report_to": "wandbb"}, "unknown tracker of report_to 'wandbb'; did you mean 'wandb'"),
+        ({"report_to": "clearml"}, "report_to=clearml needs its package: pip install clearml"),
+        ({"use_liger_kernel": True}, "--use-liger-kernel cannot be used here: its kernels run on GPUs alone"),
+        ({"tf32": True}, "TrainingArguments refuses the options: --tf32 requires"),
+        ({"trainer": "adam_beta3=1"}, "unknown field of TrainingArguments 'adam_beta3'"),
+        ({"trainer": {"adam_beta1": 1}}, "trainer gives adam_beta1, which another option or the run itself decides"),
+        ({"trainer": {"output_dir": "x"}}, "trainer gives output_dir, which another option"),
+        ({"trainer": "x"}, "trainer must be name=value"),
+        ({"trainer": 3}, "trainer must hold values by name, got 3"),
+        ({"fp16": True, "bf16": True}, "bf16 and fp16 exclude each other"),
+        ({"load_in_4bit": True, "load_in_8bit": True}, "load_in_4bit and load_in_8bit exclude each other"),
+        ({"fsdp": True, "deepspeed": "x.json"}, "fsdp and deepspeed exclude each other"),
+        ({"fsdp_config": "x.json"}, "fsdp_config goes with fsdp"),
+        ({"early_stopping_patience": 2}, "early_stopping_patience needs eval_steps, and save_steps"),
+        ({"load_best_model_at_end": True, "eval_steps": 2, "save_steps": 3}, "got eval_steps=2 and save_steps=3"),
+        ({"epochs": 0}, "epochs must be a positive number"),
+        ({"deepspeed": "/absent.json"}, "TrainingArguments refuses the options"),
+    ],
+)
+def test_a_wrong_one_is_named_with_the_cure(tmp_path, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
+        arguments(tmp_path, **options)
+    assert "\n" not in str(raised.value)
+
+
+def test_further_fields_arrive_as_they_are(tmp_path):
+    made = arguments(tmp_path, trainer="torch_empty_cache_steps=3,adam_beta2=0.5".partition(",")[0])
+    assert made.torch_empty_cache_steps == 3
+    assert arguments(tmp_path, trainer={"neftune_noise_alpha": 5.0}).neftune_noise_alpha == 5.0
+
+
+@pytest.mark.parametrize(
+    ("options", "processes", "batch_size"),
+    [({"batch_size": 12}, 3, 12), ({"per_device_train_batch_size": 4}, 3, 12), ({}, 2, 8)],
+)
+def test_the_batch_of_all_processes(options, processes, batch_size):
+    made = TrainOptions.from_mapping(options).for_processes(processes)
+    assert (made.batch_size, made.per_device_train_batch_size) == (batch_size, None)
+
+
+def test_epochs_are_as_many_steps_as_they_take():
+    options = TrainOptions(epochs=1.5, batch_size=4, accumulation=2)
+    assert options.for_examples(40).steps == 8  # 60 examples, 8 a step, none of them left out
+    assert options.for_examples(1).steps == 1
+    assert TrainOptions(steps=3).for_examples(40).steps == 3
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("options")
+    model_folder(folder / "model", model=qwen3)
+    write_rows(folder / "rows.jsonl")
+    return folder
+
+
+def train(run, place, *flags, code=0):
+    base = ["train", "--model", place / "model", "--data", place / "rows.jsonl", "--device", "cpu", "--dtype",
+            "float32", "--eval-examples", 2, "--steps", 2, "--output", "out"]  # fmt: skip
+    found, out, error = run(*base, *flags)
+    assert found == code, error
+    return out + error
+
+
+def results(tmp_path, name="out"):
+    return json.loads((tmp_path / "work" / name / "results.json").read_text())
+
+
+def test_the_best_adapter_on_examples_that_are_not_scored_is_kept(run, place, tmp_path):
+    flags = ["--steps", 12, "--lr", 15.0, "--eval-steps", 1, "--save-steps", 1, "--early-stopping-patience", 2]
+    train(run, place, *flags, "--load-best-model-at-end", "--warmup", 0, "--lr-scheduler-type", "constant")
+    found = results(tmp_path)
+    losses = [entry["eval_loss"] for entry in found["evaluations"]]
+    best = losses.index(min(losses))
+    assert found["steps"] == {"planned": 12, "done": best + 3, "best": best + 1}
+    assert len(losses) == best + 3 < 12
+    assert found["data"]["tasks"]["next"]["dev"]["used"] == 2
+    kept = load_file(tmp_path / f"work/out/checkpoints/checkpoint-{best + 1}/adapter_model.safetensors")
+    saved = load_file(tmp_path / "work/out/adapter/adapter_model.safetensors")
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in saved.items())
+
+
+@pytest.mark.parametrize("bits", ["--load-in-4bit", "--load-in-8bit"])
+def test_a_quantised_base_is_trained_checked_and_its_cost_is_known(run, place, tmp_path, bits):
+    said = train(
+        run, place, bits, "--optim", "adamw_8bit", "--architecture", "m_lora", "--align", "kl", "--num-heads", 2
+    )
+    assert "loaded again: same logits (relative difference 0.0e+00)" in said
+    assert "stock PEFT: same logits" in said
+    assert "merged: does not apply: the base weight is quantised" in said
+    assert (tmp_path / "work/out/adapter/adapter_config.json").is_file()
+
+
+def test_checks_are_made_as_far_as_they_are_wanted(run, place, tmp_path):
+    said = train(run, place, "--checks", "none", "--attn-implementation", "eager", "--bf16")
+    assert "same logits" not in said
+    assert results(tmp_path)["checks"] == {}
+    said = train(run, place, "--checks", "load", "--overwrite")
+    assert results(tmp_path)["checks"].keys() == {"loaded again"}
+
+
+def test_an_adapter_to_go_on_from_is_where_the_training_starts(run, place, tmp_path):
+    train(run, place, "--lr", 0.05, "--checks", "none")
+    first = results(tmp_path)
+    train(run, place, "--adapter-from", "out/adapter", "--output", "more", "--checks", "none")
+    assert results(tmp_path, "more")["before"]["tasks"] == first["after"]["tasks"] != first["before"]["tasks"]
+    assert "r=8, the model's adapters r=4" in train(run, place, "--adapter-from", "out/adapter", "--r", 4,
+                                                    "--output", "other", code=2)  # fmt: skip
+
+
+def test_the_model_card_is_in_the_folder_and_an_upload_needs_the_hub(run, place, tmp_path):
+    train(run, place, "--lora-alpha", 4)
+    card = (tmp_path / "work/out/adapter/README.md").read_text()
+    assert card.startswith("---\nlibrary_name: peft\n")
+    assert "lora_alpha: 4.0" in card
+    assert "| next | 22 | 2 | " in card
+    assert str(tmp_path) not in card.partition("## Options")[0].replace(str(place), "")
+    said = train(run, place, "--push-to-hub", "--output", "other", code=2)
+    assert "--push-to-hub needs the hub, but HF_HUB_OFFLINE is set" in said
+    assert not (tmp_path / "work/other").exists()
