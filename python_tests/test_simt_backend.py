@@ -53,7 +53,7 @@ def simt_python(native_build, tmp_path_factory):
     "op", ["arguments", *(pytest.param(op, marks=[pytest.mark.slow] * (op == "mk_mmd")) for op in OPS)]
 )
 def test_the_tests_of_the_operators_pass_on_the_cuda_kernels(simt_python, op, request):
-    share = ("--fuzz=25", "--every=1") if request.config.getoption("--slow") else ("--fuzz=5", "--every=3")
+    share = ("--fuzz=25", "--every=1") if request.config.getoption("--slow") else ("--fuzz=5", "--every=4")
     options = ("-q", "-n0", "-p", "no:cacheprovider", "-p", "simt_extension", "--device=simt", *share)
     output = simt_python("-m", "pytest", *options, TESTS / f"ops/test_{op}.py")
     passed, kernels = (int(re.search(text, output)[1]) for text in (r"(\d+) passed", r"SIMT engine: (\d+) kernels"))

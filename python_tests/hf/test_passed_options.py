@@ -69,6 +69,7 @@ def test_an_option_arrives_under_both_of_its_names(tmp_path, name):
         ({"load_in_4bit": True, "load_in_8bit": True}, "load_in_4bit and load_in_8bit exclude each other"),
         ({"fsdp": True, "deepspeed": "x.json"}, "fsdp and deepspeed exclude each other"),
         ({"fsdp_config": "x.json"}, "fsdp_config goes with fsdp"),
+        ({"fsdp": True}, "--fsdp divides a model among GPUs, and this run is on the CPU"),
         ({"early_stopping_patience": 2}, "early_stopping_patience needs eval_steps, and save_steps"),
         ({"load_best_model_at_end": True, "eval_steps": 2, "save_steps": 3}, "got eval_steps=2 and save_steps=3"),
         ({"epochs": 0}, "epochs must be a positive number"),
@@ -94,6 +95,11 @@ def test_further_fields_arrive_as_they_are(tmp_path):
 def test_the_batch_of_all_processes(options, processes, batch_size):
     made = TrainOptions.from_mapping(options).for_processes(processes)
     assert (made.batch_size, made.per_device_train_batch_size) == (batch_size, None)
+
+
+def test_a_batch_that_cannot_be_divided_is_refused():
+    with pytest.raises(ValueError, match="batch_size=7 cannot be divided among 2 processes: give a multiple of 2"):
+        TrainOptions(batch_size=7).for_processes(2)
 
 
 def test_epochs_are_as_many_steps_as_they_take():

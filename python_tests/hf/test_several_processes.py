@@ -2,7 +2,6 @@
 
 import json
 import signal
-import subprocess
 import time
 
 import pytest
@@ -10,7 +9,9 @@ from hf.words import model_folder, write_rows
 from processes import python
 from safetensors.torch import load_file
 
-STEPS = ("--steps", 400, "--save-steps", 300)
+from align_ext.system.processes import joined
+
+STEPS = ("--steps", 200, "--save-steps", 150)
 TINY = {"--device": "cpu", "--dtype": "float32", "--lora-dropout": 0, "--batch-size": 12, "--eval-examples": 4,
         "--log-steps": 1, "--lr": 1e-3}  # fmt: skip
 
@@ -77,12 +78,12 @@ def test_a_run_of_two_processes_that_is_ended_goes_on_in_one_and_is_the_unbroken
     while not (place / "ended/checkpoints/options.yaml").exists():
         assert two.poll() is None, two.communicate()
         time.sleep(0.1)
-    time.sleep(3)
+    time.sleep(1)
     two.send_signal(signal.SIGTERM)
     text = said(two, 1)  # torchrun's own code
     assert text.count("is kept: --resume goes on from it") == text.count("ended by SIGTERM") == 1
     (checkpoint,) = (place / "ended/checkpoints").glob("checkpoint-*")
-    assert 0 < int(checkpoint.name.rpartition("-")[2]) < 400
+    assert 0 < int(checkpoint.name.rpartition("-")[2]) < 200
     assert "going on from" in said(train(place, 1, "ended", *STEPS, "--resume"))
     said(train(place, 1, "unbroken", *STEPS))
     assert_equal_runs(place / "unbroken", place / "ended")
@@ -102,23 +103,14 @@ def test_eval_divides_the_rows_and_gives_the_same_ones(place):
         assert one["greedy"] == other["greedy"]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--data", "none.jsonl"), "there is no data file or folder 'none.jsonl'"),
-        (("--batch-size", 7), "batch_size=7 cannot be divided among 2 processes"),
-        (("--fsdp",), "--fsdp divides a model among GPUs"),
-    ],
-)
-def test_a_mistake_is_one_line_of_one_process(place, options, message):
-    text = said(train(place, 2, "mistaken", *options), 1)
-    assert text.count("align-lora: error:") == 1
-    assert message in text
+def test_a_mistake_is_one_line_of_one_process(place):
+    text = said(train(place, 2, "mistaken", "--data", "none.jsonl"), 1)
+    assert text.count("align-lora: error:") == text.count("there is no data file or folder 'none.jsonl'") == 1
     assert not (place / "mistaken").exists()
 
 
-def test_a_process_without_a_launcher_is_told_of_the_others(place):
-    environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "none"}
-    process = python("-m", "align_ext.cli", "eval", "--model", "model", "--data", "rows.jsonl", "--device", "cpu",
-                     cwd=place, env=environment, stdout=subprocess.PIPE)  # fmt: skip
-    assert "the 2 processes do not find one another" in said(process, 2)
+def test_a_process_whose_launcher_has_started_no_others_says_so(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "none"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="the 2 processes do not find one another"), joined("cpu"):
+        pass

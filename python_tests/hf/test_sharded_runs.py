@@ -8,6 +8,7 @@ from hf.test_several_processes import assert_equal_runs, said, train
 from hf.words import model_folder, write_rows
 from processes import spawn
 
+pytestmark = pytest.mark.slow  # test_sharded_trainers has most of it
 STEPS = ("--steps", 4)
 ZERO3 = {
     "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 100},

@@ -347,6 +347,7 @@ def test_the_commands_of_a_study(place, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "s/report/report.html").is_file()
 
 
+@pytest.mark.slow
 def test_a_cell_of_two_processes_is_that_of_one(place):
     arms = {name: ARMS[name] for name in ("align", "by_task")}
     folders = [write(place / f"by{nproc}", design(place, arms=arms)) for nproc in (1, 2)]
