@@ -118,7 +118,7 @@ def _run(study: Study, cell: Cell, folder: RunFolder, target: Path, console: Con
     job = recipe.prepare(folder, console, study.score.dev)
     last = folder.last_checkpoint()
     worker = {
-        "host": platform.node(), "started": time.time(), "steps": folder.options.steps,
+        "host": platform.node(), "started": time.time(), "steps": job.options.steps,
         "from_step": 0 if last is None else int(last.name.rpartition("-")[2]),
     }  # fmt: skip
     if processes.number() == 0:
@@ -137,7 +137,7 @@ def _run(study: Study, cell: Cell, folder: RunFolder, target: Path, console: Con
     measured = _content(study, job.model, job.tokenizer, cell.label, cell.arm, cell.seed, cell.vary)
     config = require_state(job.model).config
     content = measured | {
-        "key": target.name, "steps": folder.options.steps, "train_tokens": tokens, "align_weight": config.align_weight,
+        "key": target.name, "steps": job.options.steps, "train_tokens": tokens, "align_weight": config.align_weight,
         "pairs_per_batch": _mean([entry["aligned_pairs"] for entry in losses if "aligned_pairs" in entry]),
         "losses": {"first": losses[0]["lm_loss"], "last": losses[-1]["lm_loss"]},
         "alignment": {

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -35,17 +35,16 @@ _CHECKPOINTING = next(
 )
 
 
-def training_arguments(folder: RunFolder, options: TrainOptions, device: str) -> transformers.TrainingArguments:
-    """Returns the arguments of the run's Trainer; they decide how a model that is loaded after them is divided.
+def argument_fields(options: TrainOptions, device: str) -> dict[str, Any]:
+    """Returns the fields of the run's TrainingArguments.
 
     Args:
-        folder: the run's folder.
-        options: its options.
+        options: the run's options.
         device: "cpu" or "cuda".
 
     Raises:
-        ValueError: `trainer` holds a field that TrainingArguments does not have, or that another option or the run
-            decides; or a value that they refuse.
+        ValueError: an option names what transformers does not know or what is not here; or `trainer` holds a field that
+            TrainingArguments does not have, or that another option or the run decides.
     """
     _check_names(options, device)
     own = {
@@ -71,10 +70,23 @@ def training_arguments(folder: RunFolder, options: TrainOptions, device: str) ->
             raise ValueError(unknown_name("field of TrainingArguments", name, sorted(known - own.keys())))
         if name in own or name in ("output_dir", "push_to_hub", "remove_unused_columns", "resume_from_checkpoint"):
             raise ValueError(f"trainer gives {name}, which another option or the run itself decides: leave it out")
-    if "tensorboard" in options.report_to:
+    return own | dict(options.trainer)
+
+
+def training_arguments(folder: RunFolder, fields: Mapping[str, Any]) -> transformers.TrainingArguments:
+    """Returns the arguments of the run's Trainer; they decide how a model that is loaded after them is divided.
+
+    Args:
+        folder: the run's folder.
+        fields: the result of argument_fields.
+
+    Raises:
+        ValueError: TrainingArguments refuses a value.
+    """
+    if "tensorboard" in fields.get("report_to", ()):
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder.path / "tensorboard")
     try:
-        return align_training_arguments(str(folder.checkpoints), **(own | dict(options.trainer)))
+        return align_training_arguments(str(folder.checkpoints), **fields)
     except Exception as error:  # the libraries behind the options raise anything
         raise ValueError(f"TrainingArguments refuses the options: {reason_of(error)}") from error
 

@@ -38,7 +38,7 @@ from align_ext.system.versions import versions
 from align_ext.system.writing import atomic_file, check_space
 from align_ext.training.base import load_job_base
 from align_ext.training.cost import describe_adapters, memory_advice
-from align_ext.training.fit import fit, training_arguments
+from align_ext.training.fit import argument_fields, fit, training_arguments
 from align_ext.training.job import Job
 from align_ext.training.model_card import check_hub, push, write_card
 from align_ext.training.options import TrainOptions
@@ -88,6 +88,7 @@ def _prepare(folder: RunFolder, device: str, dtype: torch.dtype, console: Consol
     options = folder.options
     if options.load_best_model_at_end or options.early_stopping_patience:
         dev_examples = max(dev_examples, options.eval_examples)  # never chosen on what is scored
+    fields = argument_fields(options, device)
     pools = read_pools(options, dev_examples)
     names = tuple(pools.tasks)
     config = options.adapter_config(num_tasks=len(names))
@@ -96,7 +97,7 @@ def _prepare(folder: RunFolder, device: str, dtype: torch.dtype, console: Consol
         raise ValueError(f"alignment needs two tasks or more, found only {names[0]!r}: use --align none")
     model, tokenizer = load_job_base(options, dtype, device, lambda line: print_line(console, line))
     # After the model, which each process holds whole until the training begins: ZeRO-3 would load it in parts.
-    arguments = training_arguments(folder, options, device)
+    arguments = training_arguments(folder, fields)
     check_conversations(tokenizer, pools.examples())
     data = choose(options, pools, tokenizer, dev_examples)
     if by_default := options.adapter["target_modules"] == AUTO and not config.target_blocks:
