@@ -28,9 +28,8 @@ RESOLVED = {"epochs"}  # which becomes steps
 
 
 def arguments(tmp_path, **options):
-    return fit.training_arguments(
-        RunFolder(tmp_path, tmp_path, made := TrainOptions.from_mapping(options)), made, "cpu"
-    )
+    made = TrainOptions.from_mapping(options)
+    return fit.training_arguments(RunFolder(tmp_path, tmp_path, made), fit.argument_fields(made, "cpu"))
 
 
 def test_every_option_of_trainingarguments_is_tried_here():
