@@ -4,6 +4,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -17,7 +18,8 @@ from align_ext.data.task_sampler import TaskSampler
 from align_ext.system import processes
 from align_ext.system.bounds import unknown_name
 from align_ext.system.ending import deferred
-from align_ext.system.messages import reason_of
+from align_ext.system.messages import reason_of, shown
+from align_ext.system.reading import read_json
 from align_ext.system.terminal import Bars, print_line
 from align_ext.training.cost import StepClock
 from align_ext.training.job import Job
@@ -102,6 +104,11 @@ def _check_names(options: TrainOptions, device: str) -> None:
             raise ValueError(unknown_name("tracker of report_to", tracker, INTEGRATION_TO_CALLBACK))
         if tracker not in get_available_reporting_integrations():
             raise ValueError(f"report_to={tracker} needs its package: pip install {tracker}")
+    for name in ("deepspeed", "fsdp_config"):
+        if (file := getattr(options, name)) is not None:
+            if not Path(file).is_file():
+                raise ValueError(f"{name}: there is no file {shown(file)}")
+            read_json(Path(file))
     if options.fsdp and device == "cpu":
         raise ValueError("--fsdp divides a model among GPUs, and this run is on the CPU: leave it out")
     if options.use_liger_kernel and (device == "cpu" or find_spec("liger_kernel") is None):

@@ -72,7 +72,7 @@ def test_an_option_arrives_under_both_of_its_names(tmp_path, name):
         ({"early_stopping_patience": 2}, "early_stopping_patience needs eval_steps, and save_steps"),
         ({"load_best_model_at_end": True, "eval_steps": 2, "save_steps": 3}, "got eval_steps=2 and save_steps=3"),
         ({"epochs": 0}, "epochs must be a positive number"),
-        ({"deepspeed": "/absent.json"}, "TrainingArguments refuses the options"),
+        ({"deepspeed": "/absent.json"}, "deepspeed: there is no file '/absent.json'"),
     ],
 )
 def test_a_wrong_one_is_named_with_the_cure(tmp_path, options, message):
