@@ -11,6 +11,7 @@ from align_ext.io.adapter_folder import AdapterFolder, task_number
 from align_ext.model.load_adapter import load_adapter
 from align_ext.model.load_base import load_base
 from align_ext.model.merge import merge_and_unload
+from align_ext.system import processes
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class ModelRequest:
     def load_base(self) -> tuple[Any, Any]:
         """Loads the base model on its device, and the tokenizer."""
         device = usable_device(self.device)
-        dtype = best_dtype(device) if self.dtype == "auto" else self.dtype
+        # "auto" goes by a measurement, which may differ between processes.
+        dtype = processes.by_first(lambda: best_dtype(device)) if self.dtype == "auto" else self.dtype
         if self.adapter is None:
             model, tokenizer = load_model(self.model, dtype)
         else:
