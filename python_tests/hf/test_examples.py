@@ -77,7 +77,10 @@ def values(alone, model, tmp_path):
     return values
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    "script",  # those of two processes, each of four starts, run with --slow
+    [pytest.param(s, marks=[pytest.mark.slow] * (s in ("fsdp2", "accelerate_two_processes"))) for s in SCRIPTS],
+)
 def test_the_alignment_falls_faster_with_a_weight_than_without_and_the_adapter_is_saved(values, script, tmp_path):
     without, with_it = values(script, 0), values(script, 0.1)
     assert len(without) == len(with_it) == STEPS.get(script, 30)  # of several processes one speaks

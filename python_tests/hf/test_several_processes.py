@@ -73,6 +73,7 @@ def test_three_processes_give_the_results_of_one_and_one_of_them_reports(place):
     assert sorted(p.name for p in (place / "three").iterdir()) == sorted(p.name for p in (place / "alone").iterdir())
 
 
+@pytest.mark.slow  # test_whole_job has one that is killed
 def test_a_run_of_two_processes_that_is_ended_goes_on_in_one_and_is_the_unbroken_run(place):
     two = train(place, 2, "ended", *STEPS)
     while not (place / "ended/checkpoints/options.yaml").exists():

@@ -85,6 +85,7 @@ def test_the_folder_holds_what_was_learnt_of_whom_and_where_the_trackers_find_it
     assert "load_in_4bit: true" in card
 
 
+@pytest.mark.slow
 def test_it_is_scored_exported_and_goes_on_as_the_start_of_another_run(place):
     data = ("--data", "chat.jsonl", "--data", "prose=essays.txt", "--seq-len", 300, "--device", "cpu")
     text = said(start(place, 1, "eval", "--adapter", "two/adapter", "--model", "model", *data))
