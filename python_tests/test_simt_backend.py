@@ -50,7 +50,11 @@ def simt_python(native_build, tmp_path_factory):
 
 # The C++ tests run the kernels of all of them on the same engine.
 @pytest.mark.parametrize(
-    "op", ["arguments", *(pytest.param(op, marks=[pytest.mark.slow] * (op in ("mk_mmd", "routed_lora"))) for op in OPS)]
+    "op",
+    [
+        "arguments",
+        *(pytest.param(op, marks=[pytest.mark.slow] * (op in ("dropout_sum", "mk_mmd", "routed_lora"))) for op in OPS),
+    ],
 )
 def test_the_tests_of_the_operators_pass_on_the_cuda_kernels(simt_python, op, request):
     share = ("--fuzz=25", "--every=1") if request.config.getoption("--slow") else ("--fuzz=5", "--every=4")

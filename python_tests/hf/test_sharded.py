@@ -53,6 +53,7 @@ def test_fsdp2_saves_and_loads_what_it_trained(tmp_path, unused_port):
     assert not [name for name in files(tmp_path) if ".tmp" in name]
 
 
+@pytest.mark.slow  # test_sharded_trainers saves by ZeRO-3, too
 def test_zero3_saves_what_it_trained(tmp_path, unused_port):
     spawn(shards.zero3, unused_port, str(tmp_path))
     for kind in ("lora", "m_lora, rslora"):

@@ -300,6 +300,7 @@ def test_a_deeper_look_is_taken_at_the_first_seed_and_can_be_taken_later(place, 
     assert start(folder)[1] == ""
 
 
+@pytest.mark.slow
 def test_shards_divide_the_cells_and_two_workers_share_them(place, tmp_path):
     content = design(place, arms={name: ARMS[name] for name in ("lora", "align", "zero")})
     folder = write(tmp_path / "s", content)
