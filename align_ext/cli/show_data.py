@@ -1,8 +1,10 @@
 """The work of `align-lora data`: what a run would train and score on, counted and shown without the model's weights."""
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
+from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -43,9 +45,9 @@ def show_data(options: TrainOptions, file: str | None, console: Console) -> dict
     with show_status(console, "loading the tokenizer"):
         tokenizer = load_tokenizer(options.model, lambda line: print_line(console, line))
     check_conversations(tokenizer, pools.examples())
-    too_long: list[Example] = []
+    too_long: list[int] = []  # tokens
     with show_status(console, "counting tokens"):
-        data = choose(options, pools, tokenizer, too_long=too_long)
+        data = choose(options, pools, tokenizer, too_long=lambda x: too_long.append(_tokens(tokenizer, x)))
         content = _content(options, data, tokenizer, too_long)
     console.print(_table(content))
     for line in _remarks(options, content):
@@ -60,26 +62,24 @@ def show_data(options: TrainOptions, file: str | None, console: Console) -> dict
     return content
 
 
-def _content(options: TrainOptions, data: TaskData, tokenizer: Any, too_long: list[Example]) -> dict[str, Any]:
+def _content(options: TrainOptions, data: TaskData, tokenizer: Any, too_long: list[int]) -> dict[str, Any]:
     plain = train_rows(options, tokenizer, data, packing=False)
-    of_split = {"train": (data.train, plain), "test": (data.test, encoded_rows(tokenizer, data, data.test))}
+    trained, scored = (_sizes(rows) for rows in (plain, encoded_rows(tokenizer, data, data.test)))
     counts = data.counts()
-    for name, splits in counts["tasks"].items():
+    for number, splits in enumerate(counts["tasks"].values()):
         for split, usage in splits.items():
-            examples, rows = of_split["train" if split == "train" else "test"] if usage["used"] else ([], [])
-            pairs = zip(examples, rows, strict=True)
-            usage["tokens"] = lengths(row for example, row in pairs if example.task == name)
-    longest = max((_tokens(tokenizer, example) for example in too_long), default=0)
+            sizes = trained if split == "train" else scored
+            usage["tokens"] = lengths(sizes[number] if usage["used"] else [])
     found = overlaps(data.train, data.test)
     return {
         "written_by": MARK, "options": options.to_dict(), **counts,
-        "too_long": {"rows": len(too_long), "longest": longest},
+        "too_long": {"rows": len(too_long), "longest": max(too_long, default=0)},
         "padding": _padding(options, data, plain),
         "overlap": {
             "exact": sum(exact for *_, exact in found), "near": sum(not exact for *_, exact in found),
             "pairs": [[one.where or one.task, other.where or other.task] for one, other, _ in found[:_PAIRS]],
         },
-        "examples": {name: learnt_parts(tokenizer, _first(name, data, plain)) for name in data.names},
+        "examples": {name: learnt_parts(tokenizer, _first(number, plain)) for number, name in enumerate(data.names)},
     }  # fmt: skip
 
 
@@ -88,16 +88,24 @@ def _tokens(tokenizer: Any, example: Example) -> int:
     return len(prompt) + max(map(len, answers))
 
 
-def _first(task: str, data: TaskData, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return next(row for example, row in zip(data.train, rows, strict=True) if example.task == task)
+def _sizes(rows: Iterable[dict[str, Any]]) -> dict[int, list[int]]:
+    """Returns the numbers of tokens of each task's rows."""
+    sizes: dict[int, list[int]] = {}
+    for row in rows:
+        sizes.setdefault(row["task_ids"], []).append(len(row["input_ids"]))
+    return sizes
 
 
-def _padding(options: TrainOptions, data: TaskData, plain: list[dict[str, Any]]) -> dict[str, Any]:
+def _first(task: int, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    return next(row for row in rows if row["task_ids"] == task)
+
+
+def _padding(options: TrainOptions, data: TaskData, plain: Dataset) -> dict[str, Any]:
     """Returns the padding of rows by themselves, and how full packed rows are."""
-    arguments = batches(options, data, [row["task_ids"] for row in plain])
+    arguments = batches(options, data, plain["task_ids"])
     sampler = TaskSampler(arguments.pop("tasks"), seed=options.order_seed, **arguments)
-    packed = pack(plain, options.seq_len)
-    filled = sum(len(row["input_ids"]) for row in packed) / (len(packed) * options.seq_len)
+    packed = [len(row["input_ids"]) for row in pack(plain, options.seq_len)]
+    filled = sum(packed) / (len(packed) * options.seq_len)
     return padding(plain, options.batch_size, sampler) | {"packed_rows": len(packed), "filled": filled}
 
 

@@ -123,8 +123,8 @@ def check_conversations(tokenizer: Any, examples: Iterable[Example]) -> None:
 
 def features(
     tokenizer: Any, examples: Iterable[Example], ids: dict[str, int], turns: TrainedTurns = "last"
-) -> list[dict[str, Any]]:
-    """Returns features for TaskCollator: tokens, labels on what is learnt (-100 elsewhere), and the task's id.
+) -> Iterator[dict[str, Any]]:
+    """Yields features for TaskCollator: tokens, labels on what is learnt (-100 elsewhere), and the task's id.
 
     Args:
         tokenizer: the tokenizer.
@@ -136,20 +136,16 @@ def features(
     Raises:
         ValueError: as in `encode`, or a turn cannot be found; the message names the example's file and line.
     """
-    rows = []
     for example in examples:
         with _at(example):
             prompt, answer = gold_tokens(tokenizer, example)
             labels = _turn_labels(tokenizer, example, prompt) if turns == "all" else [-100] * len(prompt)
-        rows.append(
-            {
-                "input_ids": prompt + answer,
-                "attention_mask": [1] * len(prompt + answer),
-                "labels": labels + answer,
-                "task_ids": ids[example.task],
-            }
-        )
-    return rows
+        yield {
+            "input_ids": prompt + answer,
+            "attention_mask": [1] * len(prompt + answer),
+            "labels": labels + answer,
+            "task_ids": ids[example.task],
+        }
 
 
 def _turn_labels(tokenizer: Any, example: Example, tokens: list[int]) -> list[int]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from align_ext.system.bounds import unknown_name
+from align_ext.system.bounds import is_whole, unknown_name
 from align_ext.system.messages import shown
 from align_ext.system.names import check_names
 
@@ -19,7 +19,7 @@ COLUMNS = (
     "system_prompt", "text",
 )  # fmt: skip
 """The columns that a row may have (see align_ext/data/rows.py)."""
-_KEYS = ("path", "name", "split", "columns")
+_KEYS = ("path", "name", "split", "columns", "rows")
 _NAMED = re.compile(r"([^=/\\]+)=(.+)", re.DOTALL)
 
 
@@ -34,17 +34,22 @@ class NamedSource:
         split: of a file, the split of its rows (train, validation or test; None: the one that its name says); of a
             dataset, the name of the only one of its splits to read.
         columns: column of a row -> its name in the source.
+        rows: the most rows of each of its splits that are read, the first ones; a hub dataset is then streamed, not
+            downloaded. None: all.
     """
 
     path: str
     name: str | None = None
     split: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
+    rows: int | None = None
 
     def __post_init__(self) -> None:
         for what in ("path", "name", "split"):
             if not isinstance(getattr(self, what), str) and (what == "path" or getattr(self, what) is not None):
                 raise ValueError(f"data: {what}={shown(getattr(self, what))} must be text")
+        if self.rows is not None and not is_whole(self.rows, 1, 10**9):
+            raise ValueError(f"data: rows={shown(self.rows)} must be a positive integer")
         if self.name is not None:
             check_names([self.name], "data: name")
 
@@ -53,8 +58,8 @@ def named_sources(data: Any, columns: Iterable[str] | Mapping[str, str] = ()) ->
     """Reads the value of the option data.
 
     Args:
-        data: a source or a list of them, each a text, "path" or "name=path", or a mapping {path, name, split, columns};
-            None: no source.
+        data: a source or a list of them, each a text, "path" or "name=path", or a mapping {path, name, split, columns,
+            rows}; None: no source.
         columns: the columns of all sources that name none of their own (see `column_names`).
 
     Raises:
@@ -124,5 +129,6 @@ def _named_source(given: Any, columns: Mapping[str, str]) -> NamedSource:
         raise ValueError(f"data: the source {shown(dict(given))} has no path")
     own = given.get("columns")
     return NamedSource(
-        given["path"], given.get("name"), given.get("split"), columns if own is None else column_names(own)
-    )
+        given["path"], given.get("name"), given.get("split"), columns if own is None else column_names(own),
+        given.get("rows"),
+    )  # fmt: skip

@@ -13,9 +13,9 @@ _PUNCTUATION = re.compile("[.,;:!?'\"\u2018\u2019\u201c\u201d\u00ab\u00bb\u2026\
 _BATCHES = 2000  # the most batches whose padding is counted
 
 
-def lengths(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+def lengths(tokens: Iterable[int]) -> dict[str, int]:
     """Returns the least, the median, the 95th percentile and the largest number of tokens of rows, and their sum."""
-    counts = sorted(len(row["input_ids"]) for row in rows)
+    counts = sorted(tokens)
     if not counts:
         return {}
     named = {"min": 0, "median": (len(counts) - 1) // 2, "p95": -(-95 * len(counts) // 100) - 1, "max": -1}

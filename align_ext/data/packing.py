@@ -15,6 +15,7 @@ from align_ext.data.collator import TaskCollator
 from align_ext.data.encode import encode_example
 from align_ext.data.rows import Example
 
+_PORTION = 4 << 20  # tokens
 _CHECKED = 24  # the tokens of each of two examples with which a model is checked
 # Relative to the largest logit. Rounding differs between a row alone and behind another one (bfloat16: 0.024 in
 # SmolLM2-135M, where examples that see each other differ by 0.7), but not with what stands before it.
@@ -22,24 +23,38 @@ _CLOSE = {torch.float32: 1e-4, torch.float64: 1e-6}
 _CLOSE_16_BIT, _SAME = 0.1, 1e-4
 
 
-def pack(rows: Sequence[dict[str, Any]], tokens: int) -> list[dict[str, Any]]:
+def pack(rows: Sequence[Mapping[str, Any]], tokens: int) -> Iterator[dict[str, Any]]:
     """Packs rows by TRL's best-fit-decreasing; a packed row has examples of one task.
+
+    Of a task with more than 4 million tokens, rows are packed in portions of so many.
 
     Args:
         rows: rows of `features`, each of at most so many tokens.
         tokens: the most tokens of a packed row.
 
-    Returns:
+    Yields:
         Rows with input_ids, labels (-100 at the first token of each example), task_ids, and position_ids, which begin
         at 0 with each example. The tasks have the order of their first rows.
 
     Raises:
         ValueError: a row is longer.
     """
-    if (longest := max((len(row["input_ids"]) for row in rows), default=0)) > tokens:
-        raise ValueError(f"a row of {longest} tokens does not fit into packed rows of {tokens}")
-    tasks = dict.fromkeys(row["task_ids"] for row in rows)
-    return [row for task in tasks for row in _packed([row for row in rows if row["task_ids"] == task], task, tokens)]
+    of_task: dict[int, list[int]] = {}
+    for index, row in enumerate(rows):
+        of_task.setdefault(row["task_ids"], []).append(index)
+        if (length := len(row["input_ids"])) > tokens:
+            raise ValueError(f"a row of {length} tokens does not fit into packed rows of {tokens}")
+    for task, indices in of_task.items():
+        portion: list[Mapping[str, Any]] = []
+        size = 0
+        for index in indices:
+            portion.append(rows[index])
+            size += len(portion[-1]["input_ids"])
+            if size >= _PORTION:
+                yield from _packed(portion, task, tokens)
+                portion, size = [], 0
+        if portion:
+            yield from _packed(portion, task, tokens)
 
 
 def _packed(rows: Sequence[Mapping[str, Any]], task: int, tokens: int) -> Iterator[dict[str, Any]]:
@@ -84,13 +99,14 @@ def _flatten(features: list[dict[str, Any]]) -> dict[str, Tensor]:
     return {name: torch.tensor([list(chain.from_iterable(row[name] for row in features))]) for name in names}
 
 
-def cut_texts(tokenizer: Any, examples: Iterable[Example], tokens: int) -> list[Example]:
+def cut_texts(tokenizer: Any, examples: Iterable[Example], tokens: int) -> Iterator[Example]:
     """Cuts plain texts of more tokens into pieces of at most so many; the end token follows the last piece alone.
 
     Raises:
         ValueError: a text must be cut, and the tokenizer does not tell where its tokens are (a slow tokenizer).
     """
-    return [piece for example in examples for piece in _pieces(tokenizer, example, tokens)]
+    for example in examples:
+        yield from _pieces(tokenizer, example, tokens)
 
 
 def _pieces(tokenizer: Any, example: Example, tokens: int) -> Iterator[Example]:

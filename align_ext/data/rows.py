@@ -1,6 +1,5 @@
 """Reads one row of data as one example: each column is used, is known to be irrelevant to the model, or is refused."""
 
-import functools
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -55,11 +54,13 @@ class Example:
         answer: the text that it learns to answer.
         choices: the answers to choose from, all in the form of `answer`; empty for free text.
         label: the index of `answer` in `choices`, -1 for free text.
-        scorer: scores a generated text in [0, 1]; None: 1 if it equals `answer`, else 0.
+        scorer: scores a generated text in [0, 1]; None: the score is 1 if it holds `calls`, ends in one of `golds`, or
+            without these equals `answer`, else 0.
         where: its file and line, for messages.
         also: the indices of other right choices.
         calls: the tool calls of the answer, JSON; "" if it is a text.
         ends: whether the end token follows the answer; False: it is a piece of a longer plain text.
+        golds: the answers that a free text is judged by.
     """
 
     task: str
@@ -72,6 +73,7 @@ class Example:
     also: tuple[int, ...] = ()
     calls: str = ""
     ends: bool = True
+    golds: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def is_text(self) -> bool:
@@ -85,10 +87,15 @@ class Example:
 
     def score(self, text: str) -> float:
         """Scores a generated text; a text on which the scorer fails gets 0."""
-        if self.scorer is None:
-            return float(text.strip() in (self.answer.strip(), *(self.choices[i].strip() for i in self.also)))
+        text = text.strip()
         try:
-            return float(self.scorer(text.strip()))
+            if self.scorer is not None:
+                return float(self.scorer(text))
+            if self.calls:
+                return calls_score(self.calls, text)
+            if self.golds:
+                return final_answer_score(self.golds, text)
+            return float(text in (self.answer.strip(), *(self.choices[i].strip() for i in self.also)))
         except Exception:  # generated text is arbitrary, and may raise anything in a scorer of another package
             return 0.0
 
@@ -222,7 +229,7 @@ def _build_example(columns: _Columns, task: str | None) -> Example:
     if calls:
         if answers or columns.values.keys() & {*_CHOICES, *_LABELS}:
             raise ValueError("the conversation ends with a tool call, which has no answer, choices or label beside it")
-        return Example(task, prompt, output, scorer=functools.partial(calls_score, calls), calls=calls)
+        return Example(task, prompt, output, calls=calls)
     finals = tuple(text for name, value in answers.items() for text in _answer_texts(name, value))
     offered = columns.one(_CHOICES)
     labels = columns.present(_LABELS)
@@ -233,7 +240,7 @@ def _build_example(columns: _Columns, task: str | None) -> Example:
     if not output and not finals:
         raise columns.missing([*_OUTPUTS, "answer"])
     answer = output or finals[0]
-    return Example(task, prompt, answer, scorer=functools.partial(final_answer_score, finals or (answer,)))
+    return Example(task, prompt, answer, golds=finals or (answer,))
 
 
 def _read_conversation(columns: _Columns) -> tuple[tuple[Turn, ...], str, str]:

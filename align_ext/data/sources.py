@@ -1,5 +1,6 @@
 """Reads the rows of a file, a folder of files or a hub dataset as examples in splits."""
 
+import itertools
 import os
 import re
 import stat
@@ -14,7 +15,8 @@ from align_ext.data.conversation import text_asked
 from align_ext.data.files import READ, is_rows, is_table_of_texts, rows_of, stem, values_of_texts, without_nulls
 from align_ext.data.metadata import Texts, text_lost
 from align_ext.data.named_source import SPLITS, NamedSource
-from align_ext.data.rows import Example, example_of
+from align_ext.data.on_disk import Examples, ExampleStore
+from align_ext.data.rows import example_of
 from align_ext.system.bounds import unknown_name
 from align_ext.system.messages import reason_of, shown
 
@@ -37,14 +39,18 @@ class Source:
         unused: the number of rows for each column that the examples do not use.
         skipped: the files and splits that were not read.
         given: what the user named.
+        store: holds the examples.
+        cut: notes on splits of which the first rows alone were read.
         alone: of one file or one split of a dataset, whose rows have the split "", the name that says their split.
     """
 
-    splits: dict[str, list[Example]] = field(default_factory=dict)
+    splits: dict[str, Examples] = field(default_factory=dict)
     unused: dict[str, int] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     given: NamedSource = field(default_factory=lambda: NamedSource(""))
     alone: str | None = None
+    store: ExampleStore = field(default_factory=ExampleStore)
+    cut: list[str] = field(default_factory=list)
     _texts: dict[str, Texts] = field(default_factory=dict)
     _columns: dict[str, None] = field(default_factory=dict)  # all names of columns, in their order
 
@@ -60,10 +66,14 @@ class Source:
             ignore: columns to leave out.
             texts: whether the rows are those of a table whose columns have no types.
         """
-        examples, prefix = self.splits.setdefault(split, []), self.given.name
+        examples, prefix = self.splits.setdefault(split, Examples(self.store)), self.given.name
         task = prefix or task
         named: bool | None = None
         for where, row in rows:
+            if len(examples) == self.given.rows:
+                part = f" of {split}" * bool(split)
+                self.cut.append(f"{shown(self.given.path)}: only the first {self.given.rows:,} rows{part} are read")
+                break
             if not isinstance(row, dict):
                 raise ValueError(f"{where}: {shown(row)} is no JSON object")
             row = self._renamed(where, row)
@@ -78,7 +88,7 @@ class Source:
             named = has_task
             if named and prefix:
                 example = replace(example, task=f"{prefix}.{example.task}")
-            examples.append(example)
+            examples.add([example])
             for name in unused:
                 self.unused[name] = self.unused.get(name, 0) + 1
                 if name not in ignore and (text := text_lost(row[name], text_asked(example.prompt))):
@@ -114,12 +124,13 @@ class Source:
                 )
 
 
-def read_source(given: str | NamedSource, ignore: Collection[str] = ()) -> Source:
+def read_source(given: str | NamedSource, ignore: Collection[str] = (), store: ExampleStore | None = None) -> Source:
     """Reads every row of a file, a folder or a hub dataset.
 
     Args:
         given: its path, or its id on the hub, "owner/name" or "owner/name:configuration".
         ignore: columns to leave out.
+        store: gets the examples; None: another one.
 
     Raises:
         ValueError: there are no such data, a file or a row cannot be used, or a named column is in no row.
@@ -127,6 +138,7 @@ def read_source(given: str | NamedSource, ignore: Collection[str] = ()) -> Sourc
     given = NamedSource(given) if isinstance(given, str) else given
     data = given.path
     source, path = Source(given=given), Path(os.path.expanduser(data))
+    source.store = source.store if store is None else store
     try:
         mode = path.stat().st_mode if data else None
     except (FileNotFoundError, NotADirectoryError):
@@ -146,7 +158,7 @@ def read_source(given: str | NamedSource, ignore: Collection[str] = ()) -> Sourc
         for file in _files(path, source):
             _add_file(source, split_named(stem(file)), file, ignore)
     elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", data) and not is_rows(data):
-        _add_dataset(source, data, _from_hub(data), ignore)
+        _add_dataset(source, data, _from_hub(data, streaming=given.rows is not None), ignore)
     else:
         raise ValueError(f"there is no data file or folder {shown(data)}")
     source.check_columns()
@@ -194,8 +206,8 @@ def _task_of(file: Path) -> str:
     return name or file.resolve().parent.name or "data"
 
 
-def _from_hub(name: str) -> Any:
-    """Loads a hub dataset, or its copy in the local cache, with the datasets package."""
+def _from_hub(name: str, *, streaming: bool) -> Any:
+    """Loads a hub dataset, or its copy in the local cache, with the datasets package; or streams it."""
     import datasets
 
     from align_ext.base_model.hub import ask_hub
@@ -206,7 +218,7 @@ def _from_hub(name: str) -> Any:
     error = None if cached else ask_hub(repository, "README.md", "dataset")
     if error is None or isinstance(error, EntryNotFoundError):
         try:
-            return datasets.load_dataset(repository, configuration or None)
+            return datasets.load_dataset(repository, configuration or None, streaming=streaming)
         except Exception as failure:  # connection, configuration, format: datasets has no common class for them
             error = failure
     raise ValueError(f"there is no data file or folder {name!r}, and the hub gives no such dataset: {reason_of(error)}")
@@ -233,15 +245,18 @@ def _add_dataset(source: Source, name: str, loaded: Any, ignore: Collection[str]
             rows = _table(name, split, loaded[split])
             source.add(known[split] if held_out else "", rows, task, ignore)
         else:
-            source.skipped.append(f"split {split} ({len(loaded[split]):,} rows)")
+            size = f" ({len(loaded[split]):,} rows)" if hasattr(loaded[split], "__len__") else ""
+            source.skipped.append(f"split {split}{size}")
 
 
 def _table(name: str, split: str, table: Any) -> Iterator[tuple[str, Any]]:
     rows = iter(table)
-    for number in range(len(table)):
+    for number in itertools.count():
         where = f"{name}, {split}, row {number}"
         try:
             row = next(rows)
+        except StopIteration:
+            return
         except Exception as error:  # for example, a column of images in an unknown format
             raise ValueError(f"{where}: cannot be read ({reason_of(error)})") from error
         yield where, without_nulls(row)

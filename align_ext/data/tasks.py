@@ -4,10 +4,11 @@ import functools
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from align_ext.data.named_source import named_sources
+from align_ext.data.on_disk import Examples, ExampleStore
 from align_ext.data.per_task import PerTask
 from align_ext.data.rows import Example
 from align_ext.data.sources import Source, read_source, split_named
@@ -31,6 +32,7 @@ _DEV = (
 _MAX_TASKS = 10_000
 _MAX_LINES = 20  # the most tasks that a report lists
 _MAX_NOTE = 300  # the most characters of a note
+_NONE = Examples(ExampleStore())
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Pools:
         files: whether every source is a file, or one split of a dataset, named by itself.
     """
 
-    tasks: Mapping[str, Mapping[str, list[Example]]]
+    tasks: Mapping[str, Mapping[str, Examples]]
     notes: tuple[str, ...] = ()
     files: bool = False
 
@@ -89,7 +91,7 @@ class TaskData:
     """
 
     names: tuple[str, ...]
-    train: list[Example] = field(default_factory=list)
+    train: Sequence[Example] = field(default_factory=list)
     test: list[Example] = field(default_factory=list)
     dev: list[Example] = field(default_factory=list)
     usage: dict[str, dict[str, Usage]] = field(default_factory=dict)
@@ -122,9 +124,9 @@ def read_tasks(
     Args:
         data: one source or a list of them; None: the built-in tasks. A source is a .jsonl, .json, .csv, .tsv, .txt
             (.gz too) or .parquet file, a folder of such files, or the id of a hub dataset ("owner/name", or
-            "owner/name:configuration"), with "name=" before it to name it; or a mapping {path, name, split, columns}
-            (see data/named_source.py). The format of rows is in align_ext/data/rows.py. A folder's files, and files
-            of one task, may be named after splits (x.train.jsonl, x.test.jsonl).
+            "owner/name:configuration"), with "name=" before it to name it; or a mapping {path, name, split, columns,
+            rows} (see data/named_source.py). The format of rows is in align_ext/data/rows.py. A folder's files, and
+            files of one task, may be named after splits (x.train.jsonl, x.test.jsonl).
         tasks: names of the tasks to keep, all if empty; without data, any generators of reasoning-gym.
         train: how many training examples of a built-in task to generate.
         test: how many test examples of a built-in task to generate.
@@ -141,8 +143,10 @@ def read_tasks(
     if data is None:
         names = tuple(tasks) if tasks else tuple(BUILTIN_TASKS)
         _check_generators(names)
-        return Pools({name: _generated(name, int(_of(train, name)), test, dev, seed) for name in names})
-    sources = [read_source(given, ignore_columns) for given in named_sources(data, columns)]
+        store = ExampleStore()
+        return Pools({name: _generated(name, int(_of(train, name)), test, dev, seed, store) for name in names})
+    store = ExampleStore()
+    sources = [read_source(given, ignore_columns, store) for given in named_sources(data, columns)]
     found = _join(sources)
     if len(found) > _MAX_TASKS:
         raise ValueError(f"the data has {len(found):,} tasks, and there may be {_MAX_TASKS:,}")
@@ -155,31 +159,32 @@ def read_tasks(
                 "all of its files after splits, as x.train.jsonl and x.test.jsonl, or none"
             )
     skipped, unused = [name for source in sources for name in source.skipped], Counter[str]()
+    cut = [note for source in sources for note in source.cut]
     for source in sources:
         unused.update(source.unused)
-    notes = [_shorten(f"not read: {', '.join(skipped)}")] if skipped else []
+    notes = [*cut, *([_shorten(f"not read: {', '.join(skipped)}")] if skipped else [])]
     if unused:
         lost = (f"{shown(name)[1:-1]} ({count:,} rows)" for name, count in sorted(unused.items()))
         notes.append(_shorten(f"columns that are not used: {', '.join(lost)}"))
-    ordered = {n: {s: _shuffle(part, 0) for s, part in splits.items()} for n, splits in chosen.items()}
+    ordered = {n: {s: part.ordered(0) for s, part in splits.items()} for n, splits in chosen.items()}
     return Pools(ordered, tuple(notes), all(source.alone is not None for source in sources))
 
 
-def _join(sources: Sequence[Source]) -> dict[str, dict[str, list[Example]]]:
+def _join(sources: Sequence[Source]) -> dict[str, dict[str, Examples]]:
     """Returns the examples of all sources by task and split.
 
     Of several files, the names say the splits of a task; a file that is all there is of a task is undivided, and so is
     one split of a dataset.
     """
-    found: dict[str, dict[str, list[Example]]] = {}
+    found: dict[str, dict[str, Examples]] = {}
     origins: dict[str, list[tuple[str, Source]]] = {}
     for source in sources:
-        own: dict[str, dict[str, list[Example]]] = {}
+        own: dict[str, dict[str, Examples]] = {}
         for split, examples in source.splits.items():
             if source.alone is not None and len(sources) > 1:
                 split = split_named(source.alone)
-            for example in examples:
-                own.setdefault(example.task, {}).setdefault(split, []).append(example)
+            for task, part in examples.by_task().items():
+                own.setdefault(task, {})[split] = part
         for task, splits in own.items():
             for split, examples in splits.items():
                 for other, earlier in origins.setdefault(task, []):
@@ -201,9 +206,9 @@ def _of(number: int | PerTask, task: str) -> float:
     return number.of(task) if isinstance(number, PerTask) else number
 
 
-def _generated(name: str, train: int, test: int, dev: int, seed: int) -> dict[str, list[Example]]:
+def _generated(name: str, train: int, test: int, dev: int, seed: int, store: ExampleStore) -> dict[str, Examples]:
     parts = {"train": (train, seed), "test": (test, _TEST_SEED), **({_DEV: (dev, _DEV_SEED)} if dev else {})}
-    return {split: builtin_examples(name, *part) for split, part in parts.items()}
+    return {split: Examples(store).add(builtin_examples(name, *part)) for split, part in parts.items()}
 
 
 def select(
@@ -226,26 +231,28 @@ def select(
         ValueError: a task has nothing to train or to score on.
     """
     result = TaskData(tuple(pools.tasks), notes=pools.notes)
+    train_parts: list[Examples] = []
     for name, splits in pools.tasks.items():
-        split, pool = _test_split(splits) or ("test", splits.get("", []))
+        split, pool = _test_split(splits) or ("test", splits.get("", _NONE))
         tested, scored = _select(pool, test_per_task, fits, f"{shown(name)} has no examples to score", "eval_examples")
         train = splits.get("train")
-        prompts = {example.asked for example in (tested if train is None else pool)}
+        prompts = {_asked_id(example) for example in (tested if train is None else pool)}
         if dev_per_task:
             task = f"{shown(name)} has no examples to choose on"
             dev, result.usage.setdefault(name, {})["dev"] = _select(
                 splits.get(_DEV) or train or pool, dev_per_task, fits, task, "dev", prompts
             )
-            prompts |= {example.asked for example in dev}
+            prompts |= {_asked_id(example) for example in dev}
             result.dev.extend(dev)
-        order, most = _shuffle(train or pool, seed), int(_of(train_per_task, name))
+        order, most = (train or pool).ordered(seed), int(_of(train_per_task, name))
         trained, learnt = _select(order, most, fits, f"{shown(name)} has no examples to train",
                                   "train_examples", prompts)  # fmt: skip
         result.usage.setdefault(name, {}).update({"train": learnt, split: scored})
         _add_unused(result.usage[name], splits)
-        result.train.extend(trained)
+        train_parts.append(trained)
         result.test.extend(tested)
-    return result
+    first, *others = train_parts
+    return replace(result, train=first.joined(others))
 
 
 def row_ids(examples: Sequence[Example]) -> list[str]:
@@ -279,7 +286,7 @@ def scored_examples(pools: Pools, most: int, fits: Callable[[Example], bool], *,
     """
     result = TaskData(tuple(pools.tasks), notes=pools.notes)
     for name, splits in pools.tasks.items():
-        split, pool = _test_split(splits) or ("test", splits.get("", []) if undivided else [])
+        split, pool = _test_split(splits) or ("test", splits.get("", _NONE) if undivided else _NONE)
         if not pool:
             raise ValueError(
                 f"the task {shown(name)} has no test split: name a file of examples to score on with --data"
@@ -291,12 +298,12 @@ def scored_examples(pools: Pools, most: int, fits: Callable[[Example], bool], *,
     return result
 
 
-def _test_split(splits: Mapping[str, list[Example]]) -> tuple[str, list[Example]] | None:
+def _test_split(splits: Mapping[str, Examples]) -> tuple[str, Examples] | None:
     """Returns the name and the examples of the split to score on, or None."""
     return next(((split, splits[split]) for split in ("test", "validation") if split in splits), None)
 
 
-def _add_unused(usage: dict[str, Usage], splits: Mapping[str, list[Example]]) -> None:
+def _add_unused(usage: dict[str, Usage], splits: Mapping[str, Examples]) -> None:
     """Adds the usage of splits that are not used at all."""
     for split in splits:
         if split and split not in usage:
@@ -305,18 +312,23 @@ def _add_unused(usage: dict[str, Usage], splits: Mapping[str, list[Example]]) ->
 
 
 def _select(
-    pool: Sequence[Example], most: int, fits: Callable[[Example], bool], task: str, option: str,
-    tested: Collection[str] = (),
-) -> tuple[list[Example], Usage]:  # fmt: skip
-    """Selects the first fitting examples of a pool without tested prompts; also returns the usage of the pool."""
-    rest = [example for example in pool if example.asked not in tested]
-    selected: list[Example] = []
-    too_long = 0
-    for example in rest:
+    pool: Examples, most: int, fits: Callable[[Example], bool], task: str, option: str,
+    tested: Collection[bytes] = (),
+) -> tuple[Examples, Usage]:  # fmt: skip
+    """Selects the first fitting examples of a pool without tested prompts (the ids of their texts).
+
+    Also returns the usage of the pool.
+    """
+    selected: list[int] = []
+    too_long = rest = 0
+    for position, example in enumerate(pool):
+        if tested and _asked_id(example) in tested:
+            continue
+        rest += 1
         if len(selected) == most:
-            break
+            continue
         if fits(example):
-            selected.append(example)
+            selected.append(position)
         else:
             too_long += 1
     if not selected:
@@ -327,12 +339,16 @@ def _select(
         )
         raise ValueError(f"the task {task} on{why}")
     counts = {
-        f"beyond {option}": len(rest) - len(selected) - too_long,
+        f"beyond {option}": rest - len(selected) - too_long,
         "too long (seq_len)": too_long,
-        "with a prompt that is tested": len(pool) - len(rest),
+        "with a prompt that is tested": len(pool) - rest,
     }
     left_out = {reason: count for reason, count in counts.items() if count}
-    return selected, Usage(len(pool), len(selected), left_out, len(pool) - len(set(pool)))
+    return pool.at(selected), Usage(len(pool), len(selected), left_out, pool.repeated())
+
+
+def _asked_id(example: Example) -> bytes:
+    return hashlib.blake2b(example.asked.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def _check_generators(names: Sequence[str]) -> None:
@@ -366,11 +382,6 @@ def _choose_names(found: Sequence[str], wanted: Sequence[str]) -> tuple[str, ...
         if name not in found:
             raise ValueError(unknown_name("task", name, found))
     return tuple(name for name in found if not wanted or name in wanted)
-
-
-def _shuffle(examples: list[Example], seed: int) -> list[Example]:
-    """Shuffles by the examples and the seed only, whatever the order of files and rows."""
-    return sorted(examples, key=lambda x: hashlib.sha256(f"{seed}\0{x.prompt}\0{x.answer}".encode()).digest())
 
 
 def _shorten(line: str) -> str:

@@ -177,8 +177,7 @@ def _apply_control(study: Study, arm: Arm, job: Job, probe: list[Example]) -> No
     rng = random.Random(f"control {job.options.order_seed}")
     if control in ("shuffled_ids", "random_partition"):
         ids = rng.sample(own, len(own)) if control == "shuffled_ids" else rng.choices(sorted(set(own)), k=len(own))
-        for row, task in zip(job.train_rows, ids, strict=True):
-            row["task_ids"] = task
+        job.train_rows = job.train_rows.remove_columns("task_ids").add_column("task_ids", ids)
         job.mixed_by = own
     elif control == "l2":
         state = require_state(job.model)

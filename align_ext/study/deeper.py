@@ -42,7 +42,7 @@ def look_deeper(study: Study, options: TrainOptions, cell: Path) -> None:
     replace_linear_with_align_lora(model, AdapterFolder.read(cell / "adapter").config)
     start = copy_heads(model)
     load_adapter(model, cell / "adapter")
-    rows = features(tokenizer, probe_rows(study, data), data.ids())
+    rows = list(features(tokenizer, probe_rows(study, data), data.ids()))
     collate, size = TaskCollator(tokenizer), study.score.batch_size
     batches: list[dict[str, Any]] = [
         {name: x.to(options.device) for name, x in collate(rows[i : i + size]).items()}

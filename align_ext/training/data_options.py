@@ -52,7 +52,7 @@ class DataOptions:
     columns: tuple[str, ...] = option(
         (),
         "names that columns have in the sources, as prompt=question,completion=solution; in a file, a source may be "
-        "a mapping of path, name, split and columns of its own",
+        "a mapping of path, name, split, columns of its own, and rows, the most that are read",
     )
     ignore_columns: tuple[str, ...] = option((), "columns of the rows to leave out, separated by commas")
     tasks: tuple[str, ...] = option(

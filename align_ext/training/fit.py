@@ -161,7 +161,7 @@ def fit(job: Job, bars: Bars, console: Console) -> dict[str, Any]:
 
 def mixing(job: Job) -> dict[str, Any]:
     """Returns the arguments of the TaskSampler (see rows.batches)."""
-    return batches(job.options, job.data, job.mixed_by or [row["task_ids"] for row in job.train_rows])
+    return batches(job.options, job.data, job.mixed_by or job.train_rows["task_ids"])
 
 
 def trained_tokens(job: Job) -> int:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from datasets import Dataset
+
 from align_ext.data.tasks import TaskData
 from align_ext.training.options import TrainOptions
 from align_ext.training.run_folder import RunFolder
@@ -19,7 +21,7 @@ class Job:
     tokenizer: Any
     device: str
     arguments: Any  # TrainingArguments
-    train_rows: list[dict[str, Any]]
+    train_rows: Dataset
     test_rows: list[dict[str, Any]]
     dev_rows: list[dict[str, Any]]  # to evaluate on during the training, if the best adapter is chosen
     digest: str  # SHA-256 of the examples

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -33,7 +33,7 @@ from align_ext.system import processes
 from align_ext.system.memory import enough_memory
 from align_ext.system.messages import shown
 from align_ext.system.names import Matcher
-from align_ext.system.terminal import print_line, progress_bars
+from align_ext.system.terminal import print_line, progress_bars, show_status
 from align_ext.system.versions import versions
 from align_ext.system.writing import atomic_file, check_space
 from align_ext.training.base import load_job_base
@@ -89,7 +89,8 @@ def _prepare(folder: RunFolder, device: str, dtype: torch.dtype, console: Consol
     if options.load_best_model_at_end or options.early_stopping_patience:
         dev_examples = max(dev_examples, options.eval_examples)  # never chosen on what is scored
     fields = argument_fields(options, device)
-    pools = read_pools(options, dev_examples)
+    with show_status(console, "reading the data"):
+        pools = read_pools(options, dev_examples)
     names = tuple(pools.tasks)
     config = options.adapter_config(num_tasks=len(names))
     checked_task_names(names, config)
@@ -99,13 +100,15 @@ def _prepare(folder: RunFolder, device: str, dtype: torch.dtype, console: Consol
     # After the model, which each process holds whole until the training begins: ZeRO-3 would load it in parts.
     arguments = training_arguments(folder, fields)
     check_conversations(tokenizer, pools.examples())
-    data = choose(options, pools, tokenizer, dev_examples)
+    with show_status(console, "choosing examples"):
+        data = choose(options, pools, tokenizer, dev_examples)
     if by_default := options.adapter["target_modules"] == AUTO and not config.target_blocks:
         targets, note = default_targets(model)
         config = options.adapter_config(len(names), targets)
         if note:
             print_line(console, note)
-    rows, scored = train_rows(options, tokenizer, data), encoded_rows(tokenizer, data, data.test)
+    with show_status(console, "tokenising"):
+        rows, scored = train_rows(options, tokenizer, data), encoded_rows(tokenizer, data, data.test)
     options = options.for_examples(len(rows))
     arguments.max_steps = options.steps
     token_ids = itertools.chain((row["input_ids"] for row in rows), token_rows(tokenizer, data.test))
@@ -123,10 +126,12 @@ def _prepare(folder: RunFolder, device: str, dtype: torch.dtype, console: Consol
         stored = AdapterFolder.read(folder.checkpoint)
         if stored.base is not None:
             stored.base.check(model, "a run goes on with its own base only: put that back, or start another run")
-    digest = _digest([(row.task, row.prompt, row.answer, row.choices) for row in (*data.train, *data.test)])
+    examples = itertools.chain(data.train, data.test)
+    digest = _digest(_shown_list(map(repr, ((x.task, x.prompt, x.answer, x.choices) for x in examples))))
     if processes.number() == 0:
         check_space(folder.path, _bytes_to_write(model, options))
-        folder.begin(str(dtype).removeprefix("torch."), device, digest, _digest([rows, scored]))
+        encoded = _digest(_shown_list([_shown_list(map(repr, rows)), [repr(scored)]]))
+        folder.begin(str(dtype).removeprefix("torch."), device, digest, encoded)
     dev_rows = encoded_rows(tokenizer, data, data.dev) if options.eval_steps else []
     return Job(options, folder, data, model, tokenizer, device, arguments, rows, scored, dev_rows, digest)
 
@@ -162,9 +167,21 @@ def _check_idle_layers(model: Any, ran: frozenset[str]) -> None:
         )
 
 
-def _digest(content: object) -> str:
-    """Returns the SHA-256 of the repr of plain data."""
-    return hashlib.sha256(repr(content).encode("utf-8", "surrogatepass")).hexdigest()
+def _digest(texts: Iterable[str]) -> str:
+    """Returns the SHA-256 of a text in parts."""
+    found = hashlib.sha256()
+    for text in texts:
+        found.update(text.encode("utf-8", "surrogatepass"))
+    return found.hexdigest()
+
+
+def _shown_list(parts: Iterable[str | Iterable[str]]) -> Iterator[str]:
+    """Yields the repr of a list, in parts, from those of its entries."""
+    yield "["
+    for number, part in enumerate(parts):
+        yield ", " * bool(number)
+        yield from [part] if isinstance(part, str) else part
+    yield "]"
 
 
 def _bytes_to_write(model: Any, options: TrainOptions) -> int:
@@ -196,7 +213,7 @@ def train(job: Job, console: Console) -> dict[str, Any]:
     print_line(console, f"{str(adapter_report(job.model)).splitlines()[0]}, {job.model.dtype} on {job.device}")
     sharded = options.fsdp or options.deepspeed is not None  # where a process holds parts of what is estimated
     advice = () if sharded else memory_advice(
-        job.model, options.batch_size // processes.count(), max(len(row["input_ids"]) for row in job.train_rows),
+        job.model, options.batch_size // processes.count(), max(map(len, job.train_rows["input_ids"])),
         job.device, checkpointing=options.gradient_checkpointing,
     )  # fmt: skip
     for line in advice:

@@ -1,10 +1,13 @@
 """The rows of a training job: read, selected, cut, tokenised and packed as its options say."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from datasets import Dataset
+
 from align_ext.data.encode import features, fits
+from align_ext.data.on_disk import Examples, ExampleStore, rows_on_disk
 from align_ext.data.packing import cut_texts, pack
 from align_ext.data.rows import Example
 from align_ext.data.tasks import Pools, TaskData, read_tasks, select
@@ -31,8 +34,9 @@ def read_pools(options: TrainOptions, dev: int = 0) -> Pools:
 
 
 def choose(
-    options: TrainOptions, pools: Pools, tokenizer: Any | None, dev: int = 0, too_long: list[Example] | None = None
-) -> TaskData:
+    options: TrainOptions, pools: Pools, tokenizer: Any | None, dev: int = 0,
+    too_long: Callable[[Example], None] | None = None,
+) -> TaskData:  # fmt: skip
     """Selects the examples to train and to score on; with packing, cuts plain texts that are too long, and notes it.
 
     Args:
@@ -40,7 +44,7 @@ def choose(
         pools: the result of read_pools.
         tokenizer: the model's; None: lengths are not looked at.
         dev: at most so many examples of each task to hold out of the training split, to choose options on.
-        too_long: gets the examples that are left out for their length, as far as they were looked at.
+        too_long: is called with the examples that are left out for their length, as far as they were looked at.
 
     Raises:
         ValueError: as in select, encode or cut_texts.
@@ -49,14 +53,15 @@ def choose(
     def fit(example: Example) -> bool:
         fitting = tokenizer is None or fits(tokenizer, example, options.seq_len, cut=options.packing)
         if not fitting and too_long is not None:
-            too_long.append(example)
+            too_long(example)
         return fitting
 
     data = select(pools, options.train_counts, options.eval_examples, fit, dev_per_task=dev, seed=options.order_seed)
     if tokenizer is None or not options.packing:
         return data
-    parts: dict[str, Any] = {
-        name: cut_texts(tokenizer, getattr(data, name), options.seq_len) for name in ("train", "test", "dev")
+    parts = {
+        name: Examples(ExampleStore()).add(cut_texts(tokenizer, getattr(data, name), options.seq_len))
+        for name in ("train", "test", "dev")
     }
     notes = [
         f"{split}: {len(getattr(data, split)):,} examples were cut into {len(part):,} pieces of at most "
@@ -64,20 +69,21 @@ def choose(
         for split, part in parts.items()
         if len(part) > len(getattr(data, split))
     ]
-    return replace(data, **parts, notes=(*data.notes, *notes))
+    return replace(
+        data, train=parts["train"], test=list(parts["test"]), dev=list(parts["dev"]), notes=(*data.notes, *notes)
+    )
 
 
-def train_rows(
-    options: TrainOptions, tokenizer: Any, data: TaskData, *, packing: bool | None = None
-) -> list[dict[str, Any]]:
+def train_rows(options: TrainOptions, tokenizer: Any, data: TaskData, *, packing: bool | None = None) -> Dataset:
     """Returns the rows to train on, packed or not as the options or `packing` say."""
-    rows = features(tokenizer, data.train, data.ids(), options.trained_turns)
-    return pack(rows, options.seq_len) if (options.packing if packing is None else packing) else rows
+    rows = rows_on_disk(features(tokenizer, data.train, data.ids(), options.trained_turns))
+    packed = options.packing if packing is None else packing
+    return rows_on_disk(pack(rows, options.seq_len)) if packed else rows
 
 
 def encoded_rows(tokenizer: Any, data: TaskData, examples: Sequence[Example]) -> list[dict[str, Any]]:
     """Returns the rows of examples to score or to choose on, of which the answers alone count."""
-    return features(tokenizer, examples, data.ids())
+    return list(features(tokenizer, examples, data.ids()))
 
 
 def batches(options: TrainOptions, data: TaskData, tasks: Sequence[int]) -> dict[str, Any]:

@@ -208,7 +208,7 @@ def test_a_dataset_goes_through_the_same_reader(tmp_path, monkeypatch):
     write_rows(tmp_path / "train.jsonl")
     write_rows(tmp_path / "validation.jsonl", list(rows())[:6])
     loaded = datasets.load_dataset(str(tmp_path), cache_dir=str(tmp_path / "cache"))
-    monkeypatch.setattr(sources, "_from_hub", lambda name: loaded)
+    monkeypatch.setattr(sources, "_from_hub", lambda name, streaming: loaded)
     source = read_source("owner/name")
     assert {split: len(examples) for split, examples in source.splits.items()} == {"train": 48, "validation": 6}
     assert source.splits["train"][0].choices == ("the answer is yes", "the answer is no")

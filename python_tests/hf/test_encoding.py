@@ -148,7 +148,7 @@ def test_scoring_and_generation_see_the_prompt_that_is_trained(template, choices
     monkeypatch.setattr(model, "generate", watched)
     monkeypatch.setattr(model, "forward", watched_forward)
     evaluate(model, words, examples, generate="all")
-    trained = features(words, examples, {"t": 0})
+    trained = list(features(words, examples, {"t": 0}))
     prompts = [
         [x for x, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100] for row in trained
     ]

@@ -310,7 +310,7 @@ def test_the_pull_at_the_latents_is_the_norm_of_their_gradient(model):
     """A penalty of n r elements, L = Σ z² / (n r) in each of L layers: the pull is 2 |z| / (n r L)."""
     adapted(model, num_tasks=2, target_modules=["q_proj"])
     ids = {"colour": 0, "copy": 1}
-    batch = TaskCollator(tokenizer())(features(tokenizer(), examples(), ids))
+    batch = TaskCollator(tokenizer())(list(features(tokenizer(), examples(), ids)))
     counts = batch["attention_mask"].bool().flatten()
     with torch.no_grad(), capture_latents(model.eval()) as captured:
         model(**batch)

@@ -98,7 +98,7 @@ def strings(value):
 
 def check_whole(row, found, unused):
     """Nothing of a row is lost, and nothing is in the example that the row does not hold."""
-    golds = found.scorer.args[0] if found.scorer else ()
+    golds = found.golds
     held = [found.task, text_asked(found.prompt), found.answer, *found.choices, *golds]
     offered = next((Choices.read(name, row[name]) for name in ("choices", "options") if row.get(name)), None)
     names = {*offered.texts, *offered.names, *map(str, range(len(offered.texts)))} if offered else set()

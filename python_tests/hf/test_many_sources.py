@@ -74,7 +74,7 @@ def test_files_of_one_task_are_its_splits_and_a_lone_file_is_what_it_is(tmp_path
 
 def test_one_split_of_a_dataset_may_be_named(monkeypatch):
     parts = {name: datasets.Dataset.from_list(qa(start=n)) for name, n in (("train_sft", 0), ("test_sft", 10))}
-    monkeypatch.setattr(sources, "_from_hub", lambda name: datasets.DatasetDict(parts))
+    monkeypatch.setattr(sources, "_from_hub", lambda name, streaming: datasets.DatasetDict(parts))
     assert "split: train_sft" in refusal(read_tasks, "owner/chat")
     train, test = ({"path": "owner/chat", "split": f"{split}_sft"} for split in ("train", "test"))
     pools = read_tasks([train, test])

@@ -8,8 +8,9 @@ from hf.runs import options, prepare, run
 from hf.words import gpt2, llama, model_folder, qwen2, tokenizer, write_rows
 from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
 
+from align_ext.data import packing
 from align_ext.data.encode import features
-from align_ext.data.packing import PackedCollator, check_packing, cut_texts, pack
+from align_ext.data.packing import PackedCollator, check_packing, cut_texts
 from align_ext.data.rows import Example
 from align_ext.training.options import TrainOptions
 
@@ -24,7 +25,11 @@ EXAMPLES = [example(i) for i in range(14)]
 
 
 def rows():
-    return features(tokenizer(), EXAMPLES, IDS)
+    return list(features(tokenizer(), EXAMPLES, IDS))
+
+
+def pack(*given):
+    return list(packing.pack(*given))
 
 
 def test_by_hand():
@@ -92,15 +97,15 @@ def test_models_in_which_examples_would_see_each_other_are_refused():
 def test_a_text_is_cut_into_pieces_that_hold_all_of_it(text):
     made = tokenizer()
     whole = Example("t", (), text)
-    pieces = cut_texts(made, [whole, example(0)], 12)
+    pieces = list(cut_texts(made, [whole, example(0)], 12))
     assert pieces.pop() == example(0)
     assert "".join(piece.answer for piece in pieces) == text
     assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
-    of_pieces = features(made, pieces, {"t": 0})
+    of_pieces = list(features(made, pieces, {"t": 0}))
     assert {len(row["input_ids"]) for row in of_pieces[:-1]} == {12}
     joined = [token for row in of_pieces for token in row["input_ids"]]
-    assert joined == features(made, [whole], {"t": 0})[0]["input_ids"]
-    assert cut_texts(made, [whole], 500) == [whole]
+    assert joined == next(features(made, [whole], {"t": 0}))["input_ids"]
+    assert list(cut_texts(made, [whole], 500)) == [whole]
 
 
 @pytest.mark.parametrize("architecture", ["align_lora", "multi_adapter"])

@@ -188,7 +188,7 @@ def test_a_merge_that_changes_the_model_fails_its_check(place, monkeypatch):
 
 def test_examples_that_do_not_fit_are_left_out_and_counted(place):
     job = prepare(place, seq_len=34)
-    lengths = [sum(map(len, encode(job.tokenizer, x.prompt, x.answer))) for x in job.data.train + job.data.test]
+    lengths = [sum(map(len, encode(job.tokenizer, x.prompt, x.answer))) for x in (*job.data.train, *job.data.test)]
     assert max(lengths) <= 34
     assert len(job.data.test) == 8
     assert job.data.usage["threes"]["train"].left_out["too long (seq_len)"] > 0

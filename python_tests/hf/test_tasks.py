@@ -33,7 +33,7 @@ def builtin():
 
 def test_five_built_in_tasks_each_answer_in_a_form_of_their_own(builtin):
     assert set(builtin.names) == set(FORMS)
-    for example in builtin.train + builtin.test:
+    for example in (*builtin.train, *builtin.test):
         others = [name for name, form in FORMS.items() if re.fullmatch(form, example.answer) and name != example.task]
         assert re.fullmatch(FORMS[example.task], example.answer), example
         assert others == [] or example.answer.lstrip("-").isdigit(), "a prime is its own factorization"
@@ -146,7 +146,7 @@ def test_examples_that_do_not_fit_make_room_for_others(tmp_path):
     data = load_tasks(file, test_per_task=4, train_per_task=5, fits=lambda x: "1" not in x.prompt)
     assert Counter(x.task for x in data.test) == {"next": 4, "threes": 4}
     assert Counter(x.task for x in data.train) == {"next": 5, "threes": 5}
-    assert not any("1" in x.prompt for x in data.train + data.test)
+    assert not any("1" in x.prompt for x in (*data.train, *data.test))
     assert data.usage["next"]["test"].left_out["too long (seq_len)"] > 0
     with pytest.raises(ValueError, match="'next' has no examples to score on: all 24 are too long"):
         load_tasks(file, fits=lambda x: x.task != "next")
