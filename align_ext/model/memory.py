@@ -3,7 +3,7 @@
     total = weights + adapters + gradients + optimizer + activations
 
 - weights: the base as it is stored, 4-bit weights with their scales.
-- adapters: all that is trained; gradients: as much; optimizer: two moments, as much each (AdamW).
+- adapters: all that is trained; gradients: as much; optimizer: what it keeps (AdamW two moments, as much each).
 - activations = kept + max(8 L, 4/3 block - 4 L), of one micro-batch with L logits:
   kept: what autograd keeps of a forward with its loss. A twin of the model, of fake tensors that have shapes and no
   values, runs the forward, and every tensor that autograd saves is counted once. With gradient checkpointing that is
@@ -29,7 +29,6 @@ from align_ext.alignment.model_state import require_state
 from align_ext.model.replace import replace_linear_with_align_lora
 from align_ext.system.memory import shown_bytes
 
-_MOMENTS = 2  # of AdamW
 _SAVED, _GRADIENTS = 4, 8  # bytes of a logit: its log-likelihood, and the gradients of that and of itself, in float32
 
 
@@ -41,7 +40,7 @@ class TrainingMemory:
         weights: of the base.
         adapters: of all that is trained.
         gradients: of all that is trained.
-        optimizer: the moments.
+        optimizer: what it keeps of the gradients before.
         activations: of one micro-batch.
         rows: the rows of a micro-batch.
         tokens: the tokens of each row.
@@ -78,7 +77,9 @@ class TrainingMemory:
         )
 
 
-def training_memory(model: nn.Module, rows: int, tokens: int, *, checkpointing: bool = False) -> TrainingMemory:
+def training_memory(
+    model: nn.Module, rows: int, tokens: int, *, checkpointing: bool = False, state: float = 2.0
+) -> TrainingMemory:
     """Estimates the memory of a training step.
 
     Args:
@@ -86,6 +87,7 @@ def training_memory(model: nn.Module, rows: int, tokens: int, *, checkpointing: 
         rows: the rows of a micro-batch.
         tokens: the tokens of its longest row.
         checkpointing: whether gradient checkpointing is on.
+        state: bytes that the optimizer keeps for each byte that is trained: 2 for AdamW.
 
     Raises:
         ValueError: the model cannot run without values, as one whose forward looks at them, so that nothing is known.
@@ -107,7 +109,7 @@ def training_memory(model: nn.Module, rows: int, tokens: int, *, checkpointing: 
     except Exception as error:  # any, since the forward is the model's own
         raise ValueError(f"the memory of this model cannot be estimated: {type(error).__name__}: {error}") from error
     activations = kept + max(_GRADIENTS * logits, block * 4 // 3 - _SAVED * logits)
-    return TrainingMemory(weights, trained, trained, _MOMENTS * trained, activations, rows, tokens)
+    return TrainingMemory(weights, trained, trained, round(state * trained), activations, rows, tokens)
 
 
 def _scales(parameter: Any) -> int:

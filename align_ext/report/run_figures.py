@@ -166,6 +166,63 @@ def entropy(run: Run) -> Picture | None:
     return _by_depth(found, lambda one: one["entropy"], "entropy", "Entropy of routing by layer", "entropy", caption)
 
 
+def over_time(run: Run) -> Picture | None:
+    """Draws the divergence of the tasks over the steps: a line a type of module, and all layers as a heat map."""
+    found = [(step, of["layers"]) for step, of in run.measures() if of.get("layers")]
+    caption = (
+        "Divergence of the tasks' latents while training went on: the mean of each type of module, and each depth, "
+        "the mean over its modules."
+    )
+    return _by_step(found, "over_time", "Divergence of tasks over the steps", "divergence, nats", caption)
+
+
+def entropy_over_time(run: Run) -> Picture | None:
+    """Draws the entropy of the routers over the steps."""
+    found = [
+        (step, {name: one["entropy"] for name, one in of["routing"].items()})
+        for step, of in run.measures()
+        if of.get("routing")
+    ]
+    caption = "Entropy of the routers' weights while training went on, by type of module and by depth."
+    return _by_step(found, "entropy_over_time", "Entropy of routing over the steps", "entropy", caption)
+
+
+def _by_step(
+    found: Sequence[tuple[int, Mapping[str, float]]], name: str, title: str, unit: str, caption: str
+) -> Picture | None:
+    if len(found) < 3:  # before and after alone, which are figures of their own
+        return None
+    steps, depths = [step for step, _ in found], [_depths(one) for _, one in found]
+    means: list[dict[int, float]] = []
+    for one in depths:
+        of_depth: dict[int, list[float]] = {}
+        for depth, value in (point for points in one.values() for point in points):
+            of_depth.setdefault(depth, []).append(value)
+        means.append({depth: float(np.mean(values)) for depth, values in sorted(of_depth.items())})
+    with style(name):
+        figure = sheet(7.6, 3.1)
+        left, right = figure.subplots(1, 2)
+        for index, kind in enumerate(depths[0]):
+            left.plot(
+                steps, [np.mean([value for _, value in one[kind]]) for one in depths],
+                LINES[index // len(COLOURS) % len(LINES)], marker=marker(index), markersize=4, color=colour(index),
+                linewidth=1.2, label=short(kind),
+            )  # fmt: skip
+        _steps(left)
+        left.set_ylabel(unit)
+        values = np.array([list(one.values()) for one in means]).T
+        drawn = right.pcolormesh(values, cmap="viridis", edgecolors="face", linewidth=0.2)
+        right.set_xticks(np.arange(len(steps)) + 0.5, list(map(str, steps)))
+        every = max(1, len(values) // 8)
+        right.set_yticks(np.arange(0, len(values), every) + 0.5, list(means[0])[::every])
+        right.invert_yaxis()
+        right.set_xlabel("step")
+        right.set_ylabel("layer")
+        figure.colorbar(drawn, ax=right, label=unit)
+        legend_below(figure, left)
+        return picture(name, title, caption, figure)
+
+
 def _by_depth(
     found: list[dict[str, Any]], value: Callable[[Any], float], name: str, title: str, unit: str, caption: str
 ) -> Picture | None:

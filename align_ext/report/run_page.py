@@ -83,8 +83,8 @@ def make_run_report(run: Run) -> RunReport:
 def _sections(run: Run) -> Iterator[Section]:
     yield _section("tasks", "Tasks", figures.changes(run), _task_table(run))
     yield _section("training", "Training", figures.terms(run))
-    yield _section("alignment", "Alignment", figures.layers(run), figures.divergence(run))
-    yield _section("routing", "Routing", figures.entropy(run), figures.load(run))
+    yield _section("alignment", "Alignment", figures.layers(run), figures.over_time(run), figures.divergence(run))
+    yield _section("routing", "Routing", figures.entropy(run), figures.entropy_over_time(run), figures.load(run))
     yield _section("data", "Data", _data_table(run))
     yield _section("checks", "Checks and cost", _check_table(run), _cost_table(run))
 

@@ -69,6 +69,12 @@ class Run:
         """All options of the run."""
         return dict(self.results["options"])
 
+    def measures(self) -> list[tuple[int, dict[str, Any]]]:
+        """Returns what was measured of the adapters before, during and after training, each with its step."""
+        during = [(int(one["step"]), dict(one["adapters"])) for one in self.results.get("measures", [])]
+        end = int((self.results.get("steps") or {}).get("done", self.options.get("steps", 0)))
+        return [(0, self.probe("before")), *during, (end, self.probe("after"))]
+
     def probe(self, when: str) -> dict[str, Any]:
         """Returns what was measured of the adapters "before" or "after" training; empty if nothing was."""
         return dict(self.results.get(when, {}).get("adapters") or {})

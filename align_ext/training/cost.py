@@ -16,6 +16,7 @@ from align_ext.model.cost import count_parameters, flops_per_token
 from align_ext.model.memory import training_memory
 from align_ext.system.memory import available_memory, shown_bytes
 
+_SEEN = (256, 256)  # shape of a weight whose optimizer is seen
 _USABLE = 0.9  # of the memory that is there; the rest is for what an estimate leaves out
 
 
@@ -30,7 +31,31 @@ def describe_adapters(model: nn.Module) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def memory_advice(model: nn.Module, rows: int, tokens: int, device: str, *, checkpointing: bool) -> list[str]:
+def optimizer_state(arguments: transformers.TrainingArguments) -> float:
+    """Returns how many bytes the optimizer of a run keeps for each byte that is trained, seen from one step of it.
+
+    2 for AdamW; also for what cannot make a step here.
+    """
+    parameter = nn.Parameter(torch.ones(*_SEEN))
+    parameter.grad = torch.ones_like(parameter)
+    try:
+        kind, options = transformers.Trainer.get_optimizer_cls_and_kwargs(arguments)
+        optimizer = kind([parameter], **options)
+        optimizer.step()
+    except Exception:  # of any package
+        return 2.0
+    return sum(map(_bytes, optimizer.state[parameter].values())) / parameter.nbytes
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, Mapping):
+        return sum(map(_bytes, value.values()))
+    return value.nbytes if isinstance(value, torch.Tensor) else 0
+
+
+def memory_advice(
+    model: nn.Module, rows: int, tokens: int, device: str, *, checkpointing: bool, state: float = 2.0
+) -> list[str]:
     """Returns what training is about to take, part by part, and the largest micro-batch that would fit: two lines.
 
     Args:
@@ -39,9 +64,10 @@ def memory_advice(model: nn.Module, rows: int, tokens: int, device: str, *, chec
         tokens: the tokens of the longest row.
         device: "cpu" or "cuda".
         checkpointing: whether gradient checkpointing is on.
+        state: see optimizer_state.
     """
     try:
-        needed = training_memory(model, rows, tokens, checkpointing=checkpointing)
+        needed = training_memory(model, rows, tokens, checkpointing=checkpointing, state=state)
     except ValueError as error:
         return [str(error)[:200]]
     available = available_memory(device)
@@ -52,7 +78,7 @@ def memory_advice(model: nn.Module, rows: int, tokens: int, device: str, *, chec
         return [str(needed), f"{there}: --batch-size up to about {most} would fit"]
     cures = [f"--batch-size {most} with --accumulation"] if most else []
     if not checkpointing:
-        less = training_memory(model, rows, tokens, checkpointing=True)
+        less = training_memory(model, rows, tokens, checkpointing=True, state=state)
         cures.append(f"--gradient-checkpointing ({shown_bytes(less.total)})")
     return [str(needed), f"{there}, which may be too little: try {' or '.join(cures or ['a shorter --seq-len'])}"]
 

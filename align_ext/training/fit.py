@@ -24,6 +24,7 @@ from align_ext.system.terminal import Bars, print_line
 from align_ext.training.cost import StepClock
 from align_ext.training.job import Job
 from align_ext.training.options import TrainOptions, arguments_of
+from align_ext.training.record import MeasureAdapters
 from align_ext.training.report import ShowProgress
 from align_ext.training.rows import batches
 from align_ext.training.run_folder import RunFolder
@@ -117,7 +118,7 @@ def _check_names(options: TrainOptions, device: str) -> None:
 
 
 def fit(job: Job, bars: Bars, console: Console) -> dict[str, Any]:
-    """Trains the adapters; returns the logged losses, those of the held-out examples (eval_steps), and the cost."""
+    """Trains the adapters; returns the logged losses, measures, held-out losses (eval_steps), and the cost."""
     options, checkpoint = job.options, job.folder.checkpoint
     clock, tokens = StepClock(job.device), trained_tokens(job) / options.steps
     trainer = AlignTrainer(
@@ -130,7 +131,11 @@ def fit(job: Job, bars: Bars, console: Console) -> dict[str, Any]:
         mixing=mixing(job),
         align_schedule=options.align_schedule,
         align_warmup=options.align_warmup,
-        callbacks=[clock, ShowProgress(bars, console, options.steps, job.device, tokens)],
+        callbacks=[
+            clock,
+            ShowProgress(bars, console, options.steps, job.device, tokens),
+            MeasureAdapters(job, console),
+        ],
     )
     trainer.remove_callback(transformers.PrinterCallback)
     if options.early_stopping_patience:
@@ -153,6 +158,7 @@ def fit(job: Job, bars: Bars, console: Console) -> dict[str, Any]:
     losses = [entry for entry in log if "loss" in entry]
     return {
         "losses": losses,
+        "measures": [entry for entry in log if "adapters" in entry],
         "evaluations": [entry for entry in log if "eval_loss" in entry],
         "cost": clock.cost(losses, tokens),
         "steps": {"planned": options.steps, "done": trainer.state.global_step, "best": trainer.state.best_global_step},

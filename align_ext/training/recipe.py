@@ -37,7 +37,7 @@ from align_ext.system.terminal import print_line, progress_bars, show_status
 from align_ext.system.versions import versions
 from align_ext.system.writing import atomic_file, check_space
 from align_ext.training.base import load_job_base
-from align_ext.training.cost import describe_adapters, memory_advice
+from align_ext.training.cost import describe_adapters, memory_advice, optimizer_state
 from align_ext.training.fit import argument_fields, fit, training_arguments
 from align_ext.training.job import Job
 from align_ext.training.model_card import check_hub, push, write_card
@@ -214,7 +214,7 @@ def train(job: Job, console: Console) -> dict[str, Any]:
     sharded = options.fsdp or options.deepspeed is not None  # where a process holds parts of what is estimated
     advice = () if sharded else memory_advice(
         job.model, options.batch_size // processes.count(), max(map(len, job.train_rows["input_ids"])),
-        job.device, checkpointing=options.gradient_checkpointing,
+        job.device, checkpointing=options.gradient_checkpointing, state=optimizer_state(job.arguments),
     )  # fmt: skip
     for line in advice:
         print_line(console, line)

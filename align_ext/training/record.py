@@ -1,7 +1,10 @@
-"""What a run records of its adapters and of its answers, before and after training, for its report."""
+"""What a run records of its adapters and of its answers, before, during and after training, for its report."""
 
 from collections.abc import Sequence
 from typing import Any
+
+import transformers
+from rich.console import Console
 
 from align_ext.data.collator import TaskCollator
 from align_ext.data.conversation import text_asked
@@ -11,9 +14,11 @@ from align_ext.diagnostics.latents import layer_divergences, task_divergence
 from align_ext.diagnostics.record import record_adapters
 from align_ext.diagnostics.routing import routing
 from align_ext.evaluation.rows import RowScore
+from align_ext.system.terminal import print_line
 from align_ext.training.job import Job
 
 _PROBE_TOKENS = 1 << 15  # of all tasks together, so that their latents fit into memory whatever the model's size
+_PARTS = 4  # of a run, between which the adapters are measured
 _SHOWN_ROWS, _ROWS_OF_A_TASK, _LETTERS = 48, 3, 600  # of the answers that are kept
 
 
@@ -47,6 +52,40 @@ def measure_adapters(job: Job) -> dict[str, Any]:
     except ValueError as error:  # a model whose layers do not see the batch's tokens trains all the same
         return {"rows": len(rows), "failed": str(error)}
     return found
+
+
+class MeasureAdapters(transformers.TrainerCallback):
+    """Measures the adapters after each quarter of a run but the last, and adds it to the log and to a console's lines.
+
+    A checkpoint holds the log, so that a resumed run has all measures.
+    """
+
+    def __init__(self, job: Job, console: Console) -> None:
+        self.job, self.console = job, console
+        self.steps = {job.options.steps * part // _PARTS for part in range(1, _PARTS)} - {0}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Measures after the step, if it is one of those."""
+        if state.global_step not in self.steps or args.torch_compile:
+            return
+        found = measure_adapters(self.job)
+        state.log_history.append({"step": state.global_step, "adapters": found})
+        if text := _in_words(found):
+            print_line(self.console, f"step {state.global_step}/{state.max_steps}  {text}")
+
+
+def _in_words(found: dict[str, Any]) -> str:
+    """Returns a line on what measure_adapters found: where the tasks differ most, and the heads' load."""
+    parts = []
+    if layers := found.get("layers"):
+        most = max(layers, key=lambda name: layers[name])
+        mean = sum(layers.values()) / len(layers)
+        parts.append(f"divergence of tasks {mean:.3g} nats a layer, most in {most} ({layers[most]:.3g})")
+    if routers := found.get("routing"):
+        loads = [load for one in routers.values() for load in one["load"]]
+        entropy = sum(one["entropy"] for one in routers.values()) / len(routers)
+        parts.append(f"load of heads {min(loads):.2f} to {max(loads):.2f}, entropy {entropy:.2f}")
+    return "; ".join(parts)
 
 
 def _probe(job: Job) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from transformers import (
     LlamaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    TrainingArguments,
 )
 
 from align_ext import AlignLoraConfig, replace_linear_with_align_lora
@@ -44,6 +45,25 @@ BASES = {
     ),
     "routed": (LlamaForCausalLM, LLAMA, {"architecture": "hydra"}),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "ratio"),
+    [
+        ("adamw_torch_fused", 2),
+        ("adamw_8bit", 0.5),
+        ("lion_8bit", 0.25),
+        ("lion_32bit", 1),
+        ("adafactor", 0),
+        ("sgd", 0),
+    ],
+)
+def test_what_an_optimizer_keeps(tmp_path, name, ratio):
+    state = cost.optimizer_state(TrainingArguments(str(tmp_path), optim=name, use_cpu=True))
+    assert state == pytest.approx(ratio, rel=0.1, abs=0.01)
+    model = model_of("routed", torch.bfloat16)
+    needed = training_memory(model, ROWS, TOKENS, state=state)
+    assert needed.optimizer == round(state * needed.adapters)
 
 
 def model_of(name, dtype):
@@ -186,7 +206,7 @@ NEEDED = TrainingMemory(2 << 30, 1 << 20, 1 << 20, 2 << 20, 8 << 30, rows=8, tok
 )  # fmt: skip
 def test_advice_by_hand(monkeypatch, available, checkpointing, said):
     less = replace(NEEDED, activations=1 << 30)
-    monkeypatch.setattr(cost, "training_memory", lambda *_, checkpointing: less if checkpointing else NEEDED)
+    monkeypatch.setattr(cost, "training_memory", lambda *_, checkpointing, state: less if checkpointing else NEEDED)
     monkeypatch.setattr(cost, "available_memory", lambda device: available)
     first, *rest = cost.memory_advice(None, 8, 256, "cpu", checkpointing=checkpointing)
     assert first.startswith("about 3.0 GiB" if checkpointing else "about 10.0 GiB")

@@ -28,6 +28,18 @@ from align_ext.training.run_folder import open_run
 NETWORK = r"""(?:src|href)=["'](?!#|data:)|url\((?!#)|@import|https?://(?!www\.w3\.org/)"""
 
 
+def test_means_over_the_steps_by_hand(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(run_figures, "picture", lambda name, title, caption, figure: drawn.append(figure))
+    found = [(step, {"m.0.a": step + 1.0, "m.0.b": 3.0, "m.1.a": step + 5.0}) for step in (0, 2, 4)]
+    run_figures._by_step(found, "n", "t", "u", "c")
+    (figure,) = drawn
+    left, right, _ = figure.axes
+    assert [line.get_ydata().tolist() for line in left.lines] == [[3.0, 5.0, 7.0], [3.0, 3.0, 3.0]]
+    assert right.collections[0].get_array().reshape(2, 3).tolist() == [[2.0, 3.0, 4.0], [5.0, 7.0, 9.0]]
+    assert run_figures._by_step(found[:2], "n", "t", "u", "c") is None
+
+
 def row(when, number, task, nll, tokens, greedy=None):
     return {
         "when": when, "id": f"{task}-{number}", "task": task, "label": -1, "also": [], "nll": [nll],
@@ -184,6 +196,16 @@ def test_layers_pairs_and_their_mean_agree(runs):
     }
     routing = json.loads((runs / "blocks/results.json").read_text())["after"]["adapters"]["routing"]
     assert all(sum(one["load"]) == pytest.approx(1, abs=1e-5) for one in routing.values())
+
+
+def test_the_adapters_are_measured_after_each_quarter(runs):
+    for kind, name in (("aligned", "layers"), ("blocks", "routing")):
+        run = read_run(runs / kind)
+        steps = run.options["steps"]
+        assert [step for step, _ in run.measures()] == [0, *sorted({steps * i // 4 for i in (1, 2, 3)} - {0}), steps]
+        first, *_, last = (of[name] for _, of in run.measures())
+        assert first.keys() == last.keys()
+        assert first != last
 
 
 def test_long_runs_stay_small_and_keep_their_mean():
