@@ -9,6 +9,12 @@ from align_ext.adapters.base import Adapter
 from align_ext.adapters.linear_layer import features_of, has_float_weight, has_hooks, is_conv1d
 
 
+def _casts(x: Tensor) -> bool:
+    """Whether autocast would compute a product of x in another dtype."""
+    kind = x.device.type
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype
+
+
 class AdaptedModule(nn.Module):
     """A frozen module with an adapter beside it."""
 
@@ -71,7 +77,7 @@ class AdaptedLinear(AdaptedModule):
             and weight.device == x.device
             and not weight.requires_grad
             and (bias is None or not bias.requires_grad)
-            and not torch.is_autocast_enabled(x.device.type)
+            and not _casts(x)
             and "forward" not in base.__dict__  # accelerate's hooks replace it
             and not has_hooks(base)
         )

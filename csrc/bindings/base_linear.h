@@ -6,7 +6,9 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
+#include "bindings/base_order.h"
 #include "bindings/tensors.h"
+#include "bindings/torch_cuda.h"
 
 namespace align {
 
@@ -18,21 +20,57 @@ inline void mm_out(const Tensor& a, const Tensor& b, const Tensor& out) {
   call_operator<3>("aten::mm", "out", {from(a), from(b), from(out)});  // returns out
 }
 
+// out += a b, in place.
+inline void mm_add(const Tensor& a, const Tensor& b, const Tensor& out) {
+  using AddProduct = decltype(&aoti_torch_cpu_addmm_out);
+  static const auto on_cuda = reinterpret_cast<AddProduct>(find_in_torch_cuda(kAddProduct));
+  const AddProduct add = out.is_cpu() ? &aoti_torch_cpu_addmm_out : on_cuda;
+  ALIGN_CHECK(add != nullptr, "this torch has no ", kAddProduct);
+  check_call(add(out.get(), out.get(), a.get(), b.get(), 1, 1), "the base layer's product");
+}
+
 // A contiguous x [..., columns] as [rows, columns].
 inline Tensor rows_of(const Tensor& x, int64_t rows) {
   const int64_t columns = x.size(x.dim() - 1);
   return view_of<2>(x, {rows, columns}, {columns, 1});
 }
 
-// out = x Wᵀ for x [..., in_dim] with `rows` rows and weight [out_dim, in_dim]. The kernels add the bias.
-inline void base_forward(const Tensor& x, int64_t rows, const Tensor& weight, const Tensor& out) {
-  const Tensor transposed = view_of<2>(weight, {weight.size(1), weight.size(0)}, {weight.stride(1), weight.stride(0)});
-  mm_out(rows_of(x, rows), transposed, rows_of(out, rows));
+inline Tensor transposed(const Tensor& weight) {
+  return view_of<2>(weight, {weight.size(1), weight.size(0)}, {weight.stride(1), weight.stride(0)});
 }
 
-// dx = dy W for dy [..., out_dim].
-inline void base_backward(const Tensor& dy, int64_t rows, const Tensor& weight, const Tensor& dx) {
-  mm_out(rows_of(dy, rows), weight, rows_of(dx, rows));
-}
+// A new tensor of a projection, y or dx, and the product of the frozen layer in it: y = x Wᵀ for x [..., in_dim] with
+// `rows` rows and weight [out_dim, in_dim], or dx = dy W. The kernels add the bias.
+//
+//   BaseProduct y(x, transposed(weight), rows, out, low_rank_first<Device>());
+//   kernels(.in = data<T>(y.in), .out = mutable_data<T>(y.out));
+//   y.finish();
+class BaseProduct {
+ public:
+  Tensor out;
+  OptionalTensor in;  // what the kernels add to; none: they write the term alone
+
+  BaseProduct(const Tensor& x, const Tensor& weight, int64_t rows, const Tensor& to, bool later)
+      : out(to), x_(rows_of(x, rows)), rows_(rows) {
+    if (later) {
+      weight_ = weight;
+    } else {
+      mm_out(x_, weight, rows_of(out, rows));
+      in = out;
+    }
+  }
+  // Without a product: the kernels add to `given`, or to nothing.
+  BaseProduct(const OptionalTensor& given, const Tensor& to) : out(to), in(given), x_(to), rows_(0) {}
+
+  // After the kernels.
+  void finish() const {
+    if (weight_) mm_add(x_, *weight_, rows_of(out, rows_));
+  }
+
+ private:
+  Tensor x_;
+  OptionalTensor weight_;  // of a product that is still to come
+  int64_t rows_;
+};
 
 }  // namespace align

@@ -1,6 +1,7 @@
 // The Python module align_ext._C: build information only. The operators register themselves when it is loaded.
 #include <pybind11/pybind11.h>
 
+#include "bindings/base_order.h"
 #include "bindings/torch_cuda.h"
 #include "cpu/amx/amx.h"
 #include "cpu/simd.h"
@@ -21,6 +22,12 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "finds_cuda_stream", [] { return align::find_in_torch_cuda(align::kCurrentStream) != nullptr; },
       "Whether the CUDA kernels would find torch's current stream.");
+  m.def(
+      "low_rank_first", [](bool first) { return align::low_rank_first_on_cuda.exchange(first); },
+      pybind11::arg("first"),
+      "On CUDA: whether the low-rank terms are written before the frozen products, which are added to them. Returns "
+      "what "
+      "held before.");
 #ifdef ALIGN_SIMT
   m.def("launches", [] { return simt::reports().size(); }, "Kernels that the SIMT engine has run in this process.");
 #endif

@@ -15,7 +15,7 @@ std::tuple<Tensor, Tensor> dropout_sum(const Tensor& x, const Tensor& A, const T
   const Device device(x);
   const ScalarType dtype = adapter_type(x, {A, B});
   const HeadsTensors in(shape, x, adapters, dtype, scaling, offset_scaling, p, rng);
-  HeadsOutputs out(in, weight, bias, base_out);
+  HeadsOutputs out(in, weight, bias, base_out, low_rank_first<Device>());
   dispatch_types<Device>(x, dtype, [&]<typename T, typename TA>(T, TA) {
     if constexpr (Device::kCuda) {
       Tensor workspace = empty_bytes(x, cuda::dropout_sum_forward_workspace(in.inputs<T, TA>()));
@@ -25,7 +25,8 @@ std::tuple<Tensor, Tensor> dropout_sum(const Tensor& x, const Tensor& A, const T
       cpu::dropout_sum_forward<T, TA>(out.args<T, TA>(in, workspace.get()));
     }
   });
-  return {out.y, out.z};
+  out.y.finish();
+  return {out.y.out, out.z};
 }
 
 template <class Device>
@@ -40,7 +41,7 @@ std::tuple<Tensor, Tensor, Tensor> dropout_sum_backward(const Tensor& dy, const 
   const Device device(x);
   const ScalarType dtype = adapter_type(x, {A, B});
   const HeadsTensors in(shape, x, adapters, dtype, scaling, offset_scaling, p, rng);
-  HeadsGradients out(in, adapters, dy, dz, z, weight, need_dx);
+  HeadsGradients out(in, adapters, dy, dz, z, weight, need_dx, low_rank_first<Device>());
   dispatch_types<Device>(x, dtype, [&]<typename T, typename TA>(T, TA) {
     if constexpr (Device::kCuda) {
       Tensor workspace = empty_bytes(x, cuda::dropout_sum_backward_workspace(in.inputs<T, TA>()));
@@ -50,7 +51,8 @@ std::tuple<Tensor, Tensor, Tensor> dropout_sum_backward(const Tensor& dy, const 
       cpu::dropout_sum_backward<T, TA>(out.args<T, TA>(in, workspace.get()));
     }
   });
-  return {out.dx, out.dA, out.dB};
+  out.dx.finish();
+  return {out.dx.out, out.dA, out.dB};
 }
 
 template <class Device>

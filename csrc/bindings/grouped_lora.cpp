@@ -111,9 +111,8 @@ std::tuple<Tensor, Tensor> grouped_lora(const Tensor& x, const Tensor& A, const 
   const Tensor Ac = contiguous_as(A, adapters), Bc = contiguous_as(B, adapters);
   const Dropout dropout(p, rng, x);
   const GroupedRows<Device> rows(device, shape, x, offsets, group);
-  const Tensor base = base_of(xc, shape, weight, bias, base_out);
+  BaseProduct y = output_of(xc, shape, weight, bias, base_out, low_rank_first<Device>());
   const OptionalTensor biasc = contiguous_as(bias, dtype);
-  Tensor y = weight ? base : make_empty(base, sizes_of(base));
   Tensor z = make_empty(x, {shape.tokens, shape.rank}, acc_type(x));
   dispatch_types<Device>(x, adapters, [&]<typename T, typename TA>(T, TA) {
     GroupedLoraForwardArgs<T, TA> args{.shape = shape,
@@ -123,10 +122,10 @@ std::tuple<Tensor, Tensor> grouped_lora(const Tensor& x, const Tensor& A, const 
                                        .x = data<T>(xc),
                                        .A = data<TA>(Ac),
                                        .B = data<TA>(Bc),
-                                       .y_in = data<T>(base),
+                                       .y_in = data<T>(y.in),
                                        .bias = data<T>(biasc),
                                        .z = mutable_data<Acc<T>>(z),
-                                       .y = mutable_data<T>(y)};
+                                       .y = mutable_data<T>(y.out)};
     if constexpr (Device::kCuda) {
       Tensor workspace = empty_bytes(x, cuda::grouped_lora_forward_workspace(shape, sizeof(T)));
       args.workspace = mutable_data<void>(workspace);
@@ -137,7 +136,8 @@ std::tuple<Tensor, Tensor> grouped_lora(const Tensor& x, const Tensor& A, const 
       cpu::grouped_lora_forward<T, TA>(args);
     }
   });
-  return {y, z};
+  y.finish();
+  return {y.out, z};
 }
 
 template <class Device>
@@ -156,7 +156,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_lora_backward(const Tensor& dy, const
   const OptionalTensor dzc = contiguous_as(dz, acc);
   const Dropout dropout(p, rng, x);
   const GroupedRows<Device> rows(device, shape, x, offsets, group);
-  Tensor dx = dx_of(shape, xc, dyc, weight, need_dx);
+  BaseProduct dx = dx_of(shape, xc, dyc, weight, need_dx, low_rank_first<Device>());
   Tensor dA = like_adapter(A, x), dB = like_adapter(B, x);
   dispatch_types<Device>(x, adapters, [&]<typename T, typename TA>(T, TA) {
     GroupedLoraBackwardArgs<T, TA> args{.shape = shape,
@@ -167,10 +167,10 @@ std::tuple<Tensor, Tensor, Tensor> grouped_lora_backward(const Tensor& dy, const
                                         .z = data<Acc<T>>(zc),
                                         .A = data<TA>(Ac),
                                         .B = data<TA>(Bc),
-                                        .dx_in = need_dx && weight ? data<T>(dx) : nullptr,
+                                        .dx_in = data<T>(dx.in),
                                         .dy = data<T>(dyc),
                                         .dz_in = data<Acc<T>>(dzc),
-                                        .dx = need_dx ? mutable_data<T>(dx) : nullptr,
+                                        .dx = need_dx ? mutable_data<T>(dx.out) : nullptr,
                                         .dA = mutable_data<Acc<T>>(dA),
                                         .dB = mutable_data<Acc<T>>(dB)};
     if constexpr (Device::kCuda) {
@@ -183,7 +183,8 @@ std::tuple<Tensor, Tensor, Tensor> grouped_lora_backward(const Tensor& dy, const
       cpu::grouped_lora_backward<T, TA>(args);
     }
   });
-  return {dx, dA, dB};
+  dx.finish();
+  return {dx.out, dA, dB};
 }
 
 template <class Device>

@@ -105,15 +105,15 @@ struct HeadsTensors {
   }
 };
 
-// The outputs y and z, and the base output and the bias, which are added to y.
+// The outputs y, with the base's output and the bias, and z.
 struct HeadsOutputs {
-  Tensor base, y, z;
+  BaseProduct y;
+  Tensor z;
   OptionalTensor bias;
 
   HeadsOutputs(const HeadsTensors& in, const OptionalTensor& weight, const OptionalTensor& given_bias,
-               const OptionalTensor& base_out)
-      : base(base_of(in.x, in.shape, weight, given_bias, base_out)),
-        y(weight ? base : make_empty(base, sizes_of(base))),
+               const OptionalTensor& base_out, bool product_last)
+      : y(output_of(in.x, in.shape, weight, given_bias, base_out, product_last)),
         z(make_empty(in.x, latent_sizes(in.shape), acc_type(in.x))) {
     if (given_bias) bias = as_contiguous(*given_bias);
   }
@@ -121,43 +121,52 @@ struct HeadsOutputs {
   template <typename T, typename TA = T>
   HeadsForwardArgs<T, TA> args(const HeadsTensors& in, void* workspace) {
     return {.inputs = in.inputs<T, TA>(),
-            .y_in = data<T>(base),
+            .y_in = data<T>(y.in),
             .bias = data<T>(bias),
             .z = mutable_data<Acc<T>>(z),
-            .y = mutable_data<T>(y),
+            .y = mutable_data<T>(y.out),
             .workspace = workspace};
   }
 };
 
 // The gradients, and the tensors from which they are computed.
 struct HeadsGradients {
-  bool need_dx, has_base;
-  Tensor dy, z, dx, dA, dB;
+  bool need_dx;
+  Tensor dy, z;
+  BaseProduct dx;
+  Tensor dA, dB;
   OptionalTensor dz;
 
   HeadsGradients(const HeadsTensors& in, const HeadsAdapters& adapters, const Tensor& given_dy,
-                 const OptionalTensor& given_dz, const Tensor& given_z, const OptionalTensor& weight, bool want_dx)
-      : need_dx(want_dx), has_base(want_dx && weight.has_value()) {
-    check_gradients(in.shape, in.x, given_dy, given_dz, given_z, weight);
-    dy = contiguous_as(given_dy, in.x.scalar_type());
-    z = contiguous_as(given_z, acc_type(in.x));
-    dz = contiguous_as(given_dz, acc_type(in.x));
-    dx = dx_of(in.shape, in.x, dy, weight, need_dx);
-    dA = like_adapter(adapters.A, in.x);
-    dB = like_adapter(adapters.B, in.x);
-  }
+                 const OptionalTensor& given_dz, const Tensor& given_z, const OptionalTensor& weight, bool want_dx,
+                 bool product_last)
+      : need_dx(want_dx),
+        dy(checked(in, given_dy, given_dz, given_z, weight)),
+        z(contiguous_as(given_z, acc_type(in.x))),
+        dx(dx_of(in.shape, in.x, dy, weight, want_dx, product_last)),
+        dA(like_adapter(adapters.A, in.x)),
+        dB(like_adapter(adapters.B, in.x)),
+        dz(contiguous_as(given_dz, acc_type(in.x))) {}
 
   template <typename T, typename TA = T>
   HeadsBackwardArgs<T, TA> args(const HeadsTensors& in, void* workspace) {
     return {.inputs = in.inputs<T, TA>(),
             .z = data<Acc<T>>(z),
-            .dx_in = has_base ? data<T>(dx) : nullptr,
+            .dx_in = data<T>(dx.in),
             .dy = data<T>(dy),
             .dz_in = data<Acc<T>>(dz),
-            .dx = need_dx ? mutable_data<T>(dx) : nullptr,
+            .dx = need_dx ? mutable_data<T>(dx.out) : nullptr,
             .dA = mutable_data<Acc<T>>(dA),
             .dB = mutable_data<Acc<T>>(dB),
             .workspace = workspace};
+  }
+
+ private:
+  // Returns dy in the dtype of x, contiguous.
+  static Tensor checked(const HeadsTensors& in, const Tensor& given_dy, const OptionalTensor& given_dz,
+                        const Tensor& given_z, const OptionalTensor& weight) {
+    check_gradients(in.shape, in.x, given_dy, given_dz, given_z, weight);
+    return contiguous_as(given_dy, in.x.scalar_type());
   }
 };
 

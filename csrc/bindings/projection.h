@@ -48,10 +48,10 @@ inline std::vector<int64_t> with_last_dim(const Tensor& x, int64_t last) {
   return sizes;
 }
 
-// Returns the base output [..., out_dim], to which the low-rank term is added: base(x) in a new tensor, or base_out.
+// Returns a new output [..., out_dim] of x, to which base(x) or base_out and the low-rank term are added.
 template <typename Shape>
-Tensor base_of(const Tensor& x, const Shape& shape, const OptionalTensor& weight, const OptionalTensor& bias,
-               const OptionalTensor& base_out) {
+BaseProduct output_of(const Tensor& x, const Shape& shape, const OptionalTensor& weight, const OptionalTensor& bias,
+                      const OptionalTensor& base_out, bool product_last) {
   ALIGN_CHECK(weight.has_value() != base_out.has_value(), "give exactly one of weight and base_out");
   const ScalarType dtype = x.scalar_type();
   check_device(weight, x, "weight");
@@ -61,7 +61,8 @@ Tensor base_of(const Tensor& x, const Shape& shape, const OptionalTensor& weight
     ALIGN_CHECK(!bias, "bias goes with weight; base_out already holds it");
     check_shape(*base_out, with_last_dim(x, shape.out_dim), "base_out");
     check_dtype(*base_out, dtype, "base_out", "of the dtype of x");
-    return as_contiguous(*base_out);
+    const Tensor given = as_contiguous(*base_out);
+    return {given, make_empty(given, sizes_of(given))};
   }
   check_shape(*weight, {shape.out_dim, shape.in_dim}, "weight");
   check_dtype(*weight, dtype, "weight", "of the dtype of x");
@@ -70,8 +71,7 @@ Tensor base_of(const Tensor& x, const Shape& shape, const OptionalTensor& weight
     check_dtype(*bias, dtype, "bias", "of the dtype of x");
   }
   const Tensor out = make_empty(x, with_last_dim(x, shape.out_dim));
-  base_forward(x, shape.tokens, *weight, out);
-  return out;
+  return {x, transposed(*weight), shape.tokens, out, product_last};
 }
 
 template <typename Shape>
@@ -93,13 +93,13 @@ void check_gradients(const Shape& shape, const Tensor& x, const Tensor& dy, cons
   }
 }
 
-// Returns a new dx. With a base weight it holds the result of base_backward, to which the kernels add.
+// Returns a new dx, to which the frozen layer's, if there is a weight, and the low-rank term are added.
 template <typename Shape>
-Tensor dx_of(const Shape& shape, const Tensor& x, const Tensor& dy, const OptionalTensor& weight, bool need_dx) {
-  if (!need_dx) return make_empty(x, {0});
-  const Tensor dx = make_empty(x, sizes_of(x));
-  if (weight) base_backward(dy, shape.tokens, *weight, dx);
-  return dx;
+BaseProduct dx_of(const Shape& shape, const Tensor& x, const Tensor& dy, const OptionalTensor& weight, bool need_dx,
+                  bool product_last) {
+  const Tensor dx = need_dx ? make_empty(x, sizes_of(x)) : make_empty(x, {0});
+  if (!need_dx || !weight) return {std::nullopt, dx};
+  return {dy, *weight, shape.tokens, dx, product_last};
 }
 
 // The gradient of an adapter, in the accumulation type.

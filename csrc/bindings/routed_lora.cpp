@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor, Tensor> routed_lora(const Tensor& x, const Tensor& A,
   const ScalarType dtype = adapter_type(x, {A, B, R});
   const HeadsTensors in(shape, x, adapters, dtype, scaling, offset_scaling, p, rng);
   const Tensor Rc = contiguous_as(R, dtype);
-  HeadsOutputs out(in, weight, bias, base_out);
+  HeadsOutputs out(in, weight, bias, base_out, low_rank_first<Device>());
   Tensor w = make_empty(x, factor_sizes(shape, routing), acc_type(x));
   dispatch_types<Device>(x, dtype, [&]<typename T, typename TA>(T, TA) {
     RoutedLoraForwardArgs<T, TA> args{.routing = routing, .R = data<TA>(Rc), .w = mutable_data<Acc<T>>(w)};
@@ -63,7 +63,8 @@ std::tuple<Tensor, Tensor, Tensor> routed_lora(const Tensor& x, const Tensor& A,
       cpu::routed_lora_forward<T, TA>(args);
     }
   });
-  return {out.y, out.z, w};
+  out.y.finish();
+  return {out.y.out, out.z, w};
 }
 
 template <class Device>
@@ -81,7 +82,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> routed_lora_backward(
   check_factors(factor_sizes(shape, routing), x, w, dw);
   const Tensor Rc = contiguous_as(R, dtype), wc = contiguous_as(w, acc_type(x));
   const OptionalTensor dwc = contiguous_as(dw, acc_type(x));
-  HeadsGradients out(in, adapters, dy, dz, z, weight, need_dx);
+  HeadsGradients out(in, adapters, dy, dz, z, weight, need_dx, low_rank_first<Device>());
   Tensor dR = like_adapter(R, x);
   dispatch_types<Device>(x, dtype, [&]<typename T, typename TA>(T, TA) {
     RoutedLoraBackwardArgs<T, TA> args{.routing = routing,
@@ -100,7 +101,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> routed_lora_backward(
       cpu::routed_lora_backward<T, TA>(args);
     }
   });
-  return {out.dx, out.dA, out.dB, dR};
+  out.dx.finish();
+  return {out.dx.out, out.dA, out.dB, dR};
 }
 
 template <class Device>

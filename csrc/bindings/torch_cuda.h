@@ -7,6 +7,7 @@
 namespace align {
 
 constexpr const char* kCurrentStream = "aoti_torch_get_current_cuda_stream";
+constexpr const char* kAddProduct = "aoti_torch_cuda_addmm_out";
 
 inline void* find_in_torch_cuda(const char* name) {
   void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);

@@ -1,10 +1,10 @@
-// expand computes out[t, c] = in[t, c] + bias[c] + scale * sum_j mask_j[t, c] g[t, j] m[j, c] with one rounding. A
-// block computes a row tile and a split of the columns. g[t, j] is source(row, rank, output group). The forward pass
+// expand computes out[t, c] = in[t, c] (or 0) + bias[c] + scale * sum_j mask_j[t, c] g[t, j] m[j, c] with one rounding.
+// A block computes a row tile and a split of the columns. g[t, j] is source(row, rank, output group). The forward pass
 // computes y from z and B, the backward pass dx from dz and A.
 //
-// Bytes: in is read once and out written once. Every row tile reads the adapter matrix, every split the latent rows,
-// and again for every output group. More than kRank ranks are taken in chunks: every tile of columns then reads the
-// adapter matrix and the latent rows for each chunk.
+// Bytes: in is read once, if there is one, and out written once. Every row tile reads the adapter matrix, every split
+// the latent rows, and again for every output group. More than kRank ranks are taken in chunks: every tile of columns
+// then reads the adapter matrix and the latent rows for each chunk.
 #pragma once
 
 #include "cuda/adapter_matrix.cuh"
@@ -15,8 +15,8 @@ template <typename T>
 struct ExpandJob {
   GroupedLoraShape shape;  // tokens, rank and groups count
   RowGroups groups = {};
-  TokenMatrix<T> in;
-  T* out;  // [tokens, cols], assigned; may be in itself
+  TokenMatrix<T> in;  // its data may be null: zeros, of which nothing is read
+  T* out;             // [tokens, cols], assigned; may be in itself
   bool out_aligned;
   const T* bias = nullptr;  // [cols], or null: zero
   AdapterMatrix<T> m;
@@ -58,7 +58,8 @@ __device__ __forceinline__ void expand_tiles(const ExpandJob<typename Math::Elem
   Units<T> units(lane, kWarp, first_row);
   units.enter(tile);
 
-  units.copy(stages, job.in, begin, at.group_end());
+  const bool reads = job.in.data != nullptr;
+  if (reads) units.copy(stages, job.in, begin, at.group_end());
   cp_async_commit();
   if (split == 0) source.save(tile, first_row, kWarpRows, lane, kWarp);
   if (one_chunk) fill_latent<T, kRank>(g, source, tile, first_row, kWarpRows, 0, begin / job.group_cols, lane, kWarp);
@@ -70,7 +71,7 @@ __device__ __forceinline__ void expand_tiles(const ExpandJob<typename Math::Elem
     cp_async_wait<0>();
     __syncwarp();  // the warp's rows of this tile are complete, those of the last are written
     at.next();
-    if (!at.done()) units.copy(stages + (1 - stage) * kTileSize<T>, job.in, at.col, at.group_end());
+    if (reads && !at.done()) units.copy(stages + (1 - stage) * kTileSize<T>, job.in, at.col, at.group_end());
     cp_async_commit();
     typename Math::Add acc = {};
     const bool new_piece = in_piece == piece_tiles;
@@ -94,7 +95,7 @@ __device__ __forceinline__ void expand_tiles(const ExpandJob<typename Math::Elem
         Math::add(acc, rows, m, first, last, mask, job.masks.scale);
       });
     }
-    Math::apply(acc, y + first_row * kTileStride<T>, bias + in_piece * kTileCols<T>, job.scale);
+    Math::apply(acc, y + first_row * kTileStride<T>, bias + in_piece * kTileCols<T>, job.scale, reads);
     __syncwarp();  // the sums of the warp's rows are complete
     units.write(y, job.out, job.out_aligned, job.in.cols, col, end);
     stage = 1 - stage;

@@ -177,15 +177,15 @@ struct Ffma {
     }
   }
 
-  static __device__ __forceinline__ void apply(const Add& acc, T* y, const float* bias, float scale) {
+  static __device__ __forceinline__ void apply(const Add& acc, T* y, const float* bias, float scale, bool adds) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       T* row = y + (lane() / 8 + 4 * i) * kStride;
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
         const int col = lane() % 8 * 4 + 32 * group;
-        float four[4];
-        load4(four, row + col);
+        float four[4] = {};
+        if (adds) load4(four, row + col);
 #pragma unroll
         for (int c = 0; c < 4; ++c) four[c] += bias[col + c] + scale * acc.v[i][group][c];
         store4(row + col, four);

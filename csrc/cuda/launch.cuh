@@ -5,6 +5,7 @@
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
 #include <stdexcept>
+#include <vector>
 #else
 #define ALIGN_ON_SIMT
 #include "simt.h"
@@ -39,15 +40,25 @@ __device__ inline void* dynamic_shared() {
   return bytes;
 }
 
-// The device that the calling thread has chosen.
+inline std::vector<Device> all_devices() {
+  int count = 0;
+  check(cudaGetDeviceCount(&count));
+  std::vector<Device> devices(count);
+  for (int index = 0; index < count; ++index) {
+    Device& device = devices[index];
+    check(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index));
+    check(cudaDeviceGetAttribute(&device.major, cudaDevAttrComputeCapabilityMajor, index));
+    check(cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
+  }
+  return devices;
+}
+
+// The device that the calling thread has chosen. Devices are asked for their properties once.
 inline Device current_device() {
+  static const std::vector<Device> devices = all_devices();
   int index = 0;
-  Device device = {};
   check(cudaGetDevice(&index));
-  check(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index));
-  check(cudaDeviceGetAttribute(&device.major, cudaDevAttrComputeCapabilityMajor, index));
-  check(cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
-  return device;
+  return devices.at(index);
 }
 
 // Stops the program unless the condition holds, for example if an index from a tensor is out of range.

@@ -139,8 +139,8 @@ struct Mma {
     }
   }
 
-  // Adds bias + scale * acc to the warp's rows of a tile; one rounding.
-  static __device__ __forceinline__ void apply(const Add& acc, T* y, const float* bias, float scale) {
+  // Adds bias + scale * acc to the warp's rows of a tile, or to zeros; one rounding.
+  static __device__ __forceinline__ void apply(const Add& acc, T* y, const float* bias, float scale, bool adds) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = lane() / 4 + 8 * half;
@@ -148,7 +148,7 @@ struct Mma {
       for (int i = 0; i < kColumnTiles; ++i) {
         const int col = 8 * i + lane() % 4 * 2;
         uint32_t* pair = reinterpret_cast<uint32_t*>(y + row * kStride + col);
-        const uint32_t old = *pair;
+        const uint32_t old = adds ? *pair : 0;
         *pair = pack<T>(low_half(old, T{}) + bias[col] + scale * acc.v[i][2 * half],
                         high_half(old, T{}) + bias[col + 1] + scale * acc.v[i][2 * half + 1]);
       }
@@ -172,7 +172,7 @@ struct Mma {
   static __device__ void outer(Outer&, const T*, const T*) {}
   template <typename Scale, typename Row>
   static __device__ void store(const Dot&, const Scale&, int64_t, const Row&) {}
-  static __device__ void apply(const Add&, T*, const float*, float) {}
+  static __device__ void apply(const Add&, T*, const float*, float, bool) {}
   template <typename Out>
   static __device__ void finish(const Outer&, const Out&) {}
 #endif
