@@ -19,7 +19,9 @@ def export(
     ] = False,
     force: Force = False,
 ) -> None:
-    """Writes an adapter as a folder of stock PEFT, which also vLLM and others read, with nothing of ours in it.
+    """Writes an adapter as a folder of stock PEFT, with nothing of ours in it, for vLLM, llama.cpp and others too.
+
+    The scaling is alpha / r in every layer; ranks that differ are filled with zeros up to the largest.
 
     m_lora and hydra without a router become one LoRA, the sum of their heads; a frozen offset doubles its rank;
     multi_adapter becomes one folder a task below the output, or one with --task. Routed adapters and those beside

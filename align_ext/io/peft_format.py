@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from align_ext.adapters.base import Adapter
 from align_ext.alignment.model_state import AlignState
@@ -39,7 +40,7 @@ class PeftForm:
     """An adapter in PEFT's format.
 
     Attributes:
-        tensors: the tensors by PEFT's keys, which vLLM reads too.
+        tensors: the tensors by PEFT's keys, which vLLM and llama.cpp's converter read too.
         options: r, lora_alpha, use_rslora and, if layers differ, rank_pattern and alpha_pattern.
     """
 
@@ -94,7 +95,7 @@ def peft_form(
     """Returns the adapters in PEFT's format: terms s Σ_k B_k A_k become s [B_1 B_2] [A_1; A_2] of the total rank.
 
     PEFT divides alpha by that rank (its square root with rslora), so alpha grows with it. If layers differ in rank or
-    scaling, B is multiplied by s and alpha is the rank, since vLLM does not read alpha_pattern.
+    scaling, B is multiplied by s and alpha is the rank.
     """
     uniform, tensors, ranks, count = _is_uniform(adapters, config), {}, {}, 1
     for name, adapter in adapters.items():
@@ -111,6 +112,23 @@ def peft_form(
     r = max(ranks.values())
     one = {"r": r, "lora_alpha": r, "use_rslora": False}
     return PeftForm(tensors, one | {"rank_pattern": ranks, "alpha_pattern": dict(ranks)})
+
+
+def portable(form: PeftForm) -> PeftForm:
+    """Returns the same adapter with one rank, one alpha and s = alpha / r, the only scaling that llama.cpp knows.
+
+    Smaller ranks are filled with zeros. Under rslora, s = alpha / sqrt(r), so alpha is multiplied by sqrt(r).
+    """
+    r, alpha, tensors = form.options["r"], form.options["lora_alpha"], dict(form.tensors)
+    if form.options.get("rank_pattern"):
+        for key, tensor in tensors.items():
+            if key.endswith(".lora_A.weight"):
+                tensors[key] = functional.pad(tensor, (0, 0, 0, r - tensor.shape[0]))
+            elif key.endswith(".lora_B.weight"):
+                tensors[key] = functional.pad(tensor, (0, r - tensor.shape[1]))
+    if form.options["use_rslora"]:
+        alpha *= math.sqrt(r)
+    return PeftForm(tensors, {"r": r, "lora_alpha": alpha, "use_rslora": False})
 
 
 @contextmanager

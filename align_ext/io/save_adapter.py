@@ -64,6 +64,7 @@ from align_ext.io.peft_format import (
     is_plain,
     peft_form,
     peft_forms,
+    portable,
     selected_task,
     unexportable_reason,
 )
@@ -185,7 +186,7 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str], task: int | No
     with nullcontext() if task is None else selected_task(full.adapters, task):
         if reason := unexportable_reason(full.adapters, config) or full.peft_load_problem():
             raise ValueError(f"PEFT has no form of this adapter: {reason}")
-        form = peft_form(full.adapters, config, full.extra.tensors)
+        form = portable(peft_form(full.adapters, config, full.extra.tensors))
     with one_writer(full.ranks) as writes, atomic_folder(folder, ADAPTER_FILES) if writes else nullcontext() as path:
         if path is not None:
             _write_peft(path, form, full)

@@ -114,7 +114,7 @@ def test_the_peft_form_of_two_heads_and_their_offset_by_hand(tmp_path):
 
 
 def test_alpha_grows_by_the_root_of_two_with_rslora(tmp_path):
-    export_peft(trained("m_lora, rslora"), tmp_path)
+    save_adapter(trained("m_lora, rslora"), tmp_path)
     config = json.loads((tmp_path / PEFT_CONFIG).read_text())
     assert config["use_rslora"]
     assert math.isclose(config["lora_alpha"] / math.sqrt(config["r"]), 5 / math.sqrt(3))
