@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import time
 
 import pytest
@@ -24,15 +25,19 @@ def place(tmp_path_factory):
     return folder
 
 
-def start(place, count, *arguments):
-    """Starts the command in some processes, by torchrun if they are several."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count) if count > 1 else ()
+def start(place, launcher, *arguments):
+    """Starts the command by a launcher, or in so many processes, by torchrun if they are several."""
+    if isinstance(launcher, int):
+        several = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", launcher)
+        launcher = several if launcher > 1 else ()
     return python(*launcher, "-m", "align_ext.cli", *arguments, cwd=place)
 
 
-def train(place, count, output, *more):
-    options = [word for pair in TINY.items() for word in pair]
-    return start(place, count, "train", "--model", "model", "--data", "rows.jsonl", "--output", output, *options, *more)
+def train(place, launcher, output, *more):
+    given = [word for pair in TINY.items() for word in pair]
+    return start(
+        place, launcher, "train", "--model", "model", "--data", "rows.jsonl", "--output", output, *given, *more
+    )
 
 
 def said(process, code=0):
@@ -71,6 +76,41 @@ def test_three_processes_give_the_results_of_one_and_one_of_them_reports(place):
     assert [text.count(f"step {n}/5") for n in range(1, 6)] == [1] * 5
     assert text.count("loaded again: same logits") == text.count("wrote three") == 1
     assert sorted(p.name for p in (place / "three").iterdir()) == sorted(p.name for p in (place / "alone").iterdir())
+
+
+TORCHRUN = "torch.distributed.run --nnodes 2 --nproc_per_node 1"
+ACCELERATE = "accelerate.commands.launch --multi_gpu --num_processes 2"
+MACHINES = {
+    "torchrun, by rank": TORCHRUN + " --node_rank {rank} --master_addr 127.0.0.1 --master_port {port}",
+    "torchrun, by rendezvous": TORCHRUN + " --rdzv_backend c10d --rdzv_endpoint 127.0.0.1:{port} --rdzv_id 1",
+    "accelerate": ACCELERATE + " --num_machines 2 --machine_rank {rank} --main_process_ip 127.0.0.1"
+    " --main_process_port {port}",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", MACHINES)
+def test_two_launchers_as_on_two_machines_give_the_results_of_one_process(place, way):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    output = way.replace(", ", "-").replace(" ", "-")
+    launchers = [("-m", *MACHINES[way].format(rank=rank, port=port).split()) for rank in (0, 1)]
+    machines = [train(place, launcher, output, "--steps", 5) for launcher in launchers]
+    said(train(place, 1, f"alone-{output}", "--steps", 5))
+    texts = [said(machine) for machine in machines]
+    assert sum(text.count(f"wrote {output}") for text in texts) == 1
+    assert_equal_runs(place / f"alone-{output}", place / output)
+
+
+@pytest.mark.slow
+def test_accelerate_starts_the_processes_of_one_machine(place):
+    text = said(train(place, ("-m", *ACCELERATE.split()), "accelerated", "--steps", 5))
+    said(train(place, 2, "torchrun", "--steps", 5))
+    assert text.count("wrote accelerated") == 1
+    found = [results(place / folder)["losses"] for folder in ("accelerated", "torchrun")]
+    for one, other in zip(*found, strict=True):
+        assert one | {"step_seconds": 0} == other | {"step_seconds": 0}  # to the bit, as one process's are not
 
 
 @pytest.mark.slow  # test_whole_job has one that is killed
