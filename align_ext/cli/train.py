@@ -41,6 +41,7 @@ def train(config: str | None, print_config: bool, dry_run: bool, **flags: Any) -
         from align_ext.base_model.checks import CannotRun
         from align_ext.base_model.dtypes import usable_device
         from align_ext.training import recipe
+        from align_ext.training.model_card import push
         from align_ext.training.run_folder import open_shared_run
 
     with ExitStack() as stack:
@@ -55,6 +56,8 @@ def train(config: str | None, print_config: bool, dry_run: bool, **flags: Any) -
             results = recipe.train(job, console)
             if processes.number() == 0:
                 _write_report(job.folder, console)
+                if options.push_to_hub:  # after all else, since it may fail
+                    print_line(console, f"uploaded to {push(job.folder.path / 'adapter', job.folder.target, options)}")
         except FloatingPointError as error:  # the training diverged, in all processes alike
             raise (UserError if processes.number() == 0 else processes.FailedElsewhere)(str(error)) from error
         except (OSError, CannotRun) as error:  # the disk is full, say

@@ -49,9 +49,9 @@ def push(folder: Path, target: Path, options: TrainOptions) -> str:
         repo = huggingface_hub.create_repo(name, private=options.hub_private_repo, exist_ok=True)
         huggingface_hub.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message="Adapter of align-lora")
     except Exception as error:  # without a connection the library raises anything
+        again = f"hf upload {name} {target / 'adapter'}" + " --private" * bool(options.hub_private_repo)
         raise OSError(
-            f"the adapter was not uploaded to {shown(name)}: {reason_of(error)}; the run is whole: hf upload {name} "
-            f"{target / 'adapter'}"
+            f"the adapter was not uploaded to {shown(name)}: {reason_of(error)}; the run is whole: {again}"
         ) from error
     return str(repo)
 

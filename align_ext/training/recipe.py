@@ -40,7 +40,7 @@ from align_ext.training.base import load_job_base
 from align_ext.training.cost import describe_adapters, memory_advice, optimizer_state
 from align_ext.training.fit import argument_fields, fit, training_arguments
 from align_ext.training.job import Job
-from align_ext.training.model_card import check_hub, push, write_card
+from align_ext.training.model_card import check_hub, write_card
 from align_ext.training.options import TrainOptions
 from align_ext.training.record import measure_adapters, shown_answers
 from align_ext.training.report import summarise
@@ -245,8 +245,6 @@ def train(job: Job, console: Console) -> dict[str, Any]:
                     new.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     if processes.number() == 0:
         summarise(results, folder.target, console)
-        if options.push_to_hub:
-            print_line(console, f"uploaded to {push(folder.path / 'adapter', folder.target, options)}")
     return results
 
 
