@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -79,6 +80,12 @@ def test_a_wrong_one_is_named_with_the_cure(tmp_path, options, message):
     with pytest.raises(ValueError, match=re.escape(message)) as raised:
         arguments(tmp_path, **options)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.skipif(find_spec("liger_kernel") is not None, reason="liger-kernel is installed")
+def test_ligers_kernels_need_its_package():
+    with pytest.raises(ValueError, match="--use-liger-kernel cannot be used here: pip install liger-kernel"):
+        fit.argument_fields(TrainOptions(use_liger_kernel=True), "cuda")
 
 
 def test_further_fields_arrive_as_they_are(tmp_path):
