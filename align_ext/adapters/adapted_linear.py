@@ -84,6 +84,11 @@ class AdaptedLinear(AdaptedModule):
         if plain:
             return x, weight, bias, None
         base_out = base(x)
+        if torch.is_grad_enabled() and x.requires_grad and not base_out.requires_grad:
+            raise RuntimeError(
+                f"the base layer ({type(base).__name__}) loses the gradient of its input, computing without autograd, "
+                "so that no adapter before it could be trained; load the base in another format"
+            )
         return x.to(base_out.dtype), None, None, base_out
 
     def delta_weight(self) -> Tensor:

@@ -41,6 +41,22 @@ def quantised_loading(load_in_4bit: bool, load_in_8bit: bool, dtype: torch.dtype
     }
 
 
+def keep_differentiable(model: nn.Module) -> None:
+    """Keeps 4-bit layers of bitsandbytes in the format whose products have a backward.
+
+    On CPUs with AVX512_BF16 such a layer repacks its weight for good when it first runs in eval mode, and its product
+    then has no backward: the gradients of all adapters before it would be wrong.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+        weight: Any = getattr(module, "weight", None)
+        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpack
+
+            weight.data, weight.quant_state = unpack(weight.data, weight.quant_state)
+
+
 def is_quantised(model: nn.Module) -> bool:
     """Whether a model's weights are quantised, so that it stays on its device and in its dtype."""
     return getattr(model, "quantization_method", None) is not None

@@ -31,6 +31,7 @@ from align_ext.base_model.find_blocks import find_blocks
 from align_ext.base_model.fingerprint import BaseModel
 from align_ext.base_model.modalities import refuse_other_modalities
 from align_ext.base_model.modules_to_save import buffers_of, is_inside, modules_to_train, start_training, tensors_of
+from align_ext.base_model.quantised import keep_differentiable
 from align_ext.base_model.select_layers import (
     excessive_rank_reason,
     find_targets,
@@ -162,6 +163,7 @@ def insert_adapters(
     if fill is not None:
         fill({name: layer.adapter for name, layer in layers.items()})
     register_hooks(model, state)  # the last call that may raise
+    keep_differentiable(model)
     model.requires_grad_(False)
     for name, layer in layers.items():
         layer.adapter.requires_grad_(True)

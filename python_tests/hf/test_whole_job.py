@@ -8,7 +8,7 @@ import pytest
 import yaml
 from hf.test_many_sources import table
 from hf.test_several_processes import said, start
-from hf.words import model_folder, qwen3, write_rows
+from hf.words import model_folder, wide_qwen2, write_rows
 from safetensors.torch import load_file
 
 STEPS = 40
@@ -22,7 +22,7 @@ def turns(number):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("job")
-    model_folder(place / "model", chat=True, model=qwen3)
+    model_folder(place / "model", chat=True, model=wide_qwen2)
     write_rows(place / "chat.jsonl", [{"messages": turns(i)} for i in range(20)])
     table(place / "news.csv", [{"headline": f"news, {i}", "section": f"00{i % 2}"} for i in range(20)])
     (place / "essays.txt").write_text("".join(f"essay {i} " + "of words " * i + "\n" for i in range(20)))

@@ -49,9 +49,9 @@ def llama(dtype=torch.float32, seed=0, **sizes):
     return LlamaForCausalLM(LlamaConfig(**_SIZES | sizes, **_SPEECH, vocab_size=len(tokenizer()))).to(dtype).eval()
 
 
-def qwen2():
+def qwen2(**sizes):
     torch.manual_seed(0)
-    config = Qwen2Config(**_SIZES, **_SPEECH, num_key_value_heads=2, vocab_size=len(tokenizer()))
+    config = Qwen2Config(**_SIZES | sizes, **_SPEECH, num_key_value_heads=2, vocab_size=len(tokenizer()))
     return Qwen2ForCausalLM(config).eval()
 
 
@@ -60,6 +60,11 @@ def qwen3():
     torch.manual_seed(0)
     sizes = _SIZES | {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_key_value_heads": 2}
     return Qwen3ForCausalLM(Qwen3Config(**sizes, **_SPEECH, vocab_size=len(tokenizer()))).eval()
+
+
+def wide_qwen2():
+    """With biases, and wide enough for bitsandbytes."""
+    return qwen2(hidden_size=64, intermediate_size=128)
 
 
 def gpt2():
