@@ -86,7 +86,7 @@ class TaskLosses:
             items: the number of items in all micro-batches of the step; None: not known.
 
         Returns:
-            [B, M, 2, 2]: for each sample, task and part, the sum and the number of terms.
+            [B, 1 + M, 2, 2]: for each sample, task (the first one: none) and part, the sum and the number of terms.
             The difference between the terms and the loss; rounding explains at most 1.
         """
         try:
@@ -188,12 +188,11 @@ def _span_terms(outputs: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[T
 
 
 def _sums_by_task(terms: Terms, ids: Tensor) -> Tensor:
-    """Returns [B, M, 2]: for each sample and task, the sum and the number of terms."""
-    tasks, values = terms.tasks(ids), terms.values
-    valid = tasks >= 0
-    sums = torch.zeros(len(ids), number_of_tasks(ids), 2, device=values.device)
+    """Returns [B, 1 + M, 2]: for each sample and task, the first one none, the sum and the number of terms."""
+    tasks, values = terms.tasks(ids) + 1, terms.values
+    sums = torch.zeros(len(ids), 1 + number_of_tasks(ids), 2, device=values.device)
     entries = torch.stack([values, torch.ones_like(values)], dim=1)
-    return sums.index_put_((terms.rows[valid], tasks[valid]), entries[valid], accumulate=True)  # deterministic on GPUs
+    return sums.index_put_((terms.rows, tasks), entries, accumulate=True)  # deterministic on GPUs
 
 
 def _miss(parts: Sequence[Terms], loss: Tensor, items: Tensor | int | None, low_precision: bool = False) -> Tensor:
@@ -217,7 +216,7 @@ class LossSums:
     def __init__(self) -> None:
         self.steps = 0.0  # optimizer steps; each micro-batch adds a fraction
         self.sums: dict[str, Tensor] = {}
-        self.tasks: list[Tensor] = []  # [M, 2, 2] each, M the number of tasks in a batch
+        self.tasks: list[Tensor] = []  # [1 + M, 2, 2] each, M the number of tasks in a batch
         self.misses: list[Tensor] = []
 
     def add(self, name: str, value: Tensor) -> None:
@@ -225,7 +224,7 @@ class LossSums:
         self.sums[name] = self.sums.get(name, 0.0) + value.detach().float()
 
     def add_tasks(self, losses: Tensor, miss: Tensor) -> None:
-        """Adds a batch's terms by task, [M, 2, 2], and their difference to its loss."""
+        """Adds a batch's terms by task, [1 + M, 2, 2], and their difference to its loss."""
         self.tasks.append(losses)
         self.misses.append(miss)
 
@@ -248,12 +247,26 @@ class LossSums:
     def means(self, names: Sequence[str], splitter: TaskLosses) -> dict[str, float]:
         """Returns the sums per optimizer step, and `loss/<task>`, the mean of a task's terms, if the terms add up."""
         result = {name: float(value) / self.steps for name, value in self.sums.items()}
-        if self.tasks and float(torch.stack(self.misses).max()) > 1:
+        if self.tasks and not self._add_up():
             splitter.print_line()
         elif self.tasks:
-            totals = torch.nn.utils.rnn.pad_sequence([t.double() for t in self.tasks], batch_first=True).sum(0)
-            for task, parts in enumerate(totals.tolist()):
-                means = [total / count for total, count in parts if count > 0]
-                if means:
-                    result[f"loss/{names[task] if task < len(names) else task}"] = sum(means) / len(means)
+            for task, parts in enumerate(self._totals()[1:]):
+                if (mean := _mean(parts)) is not None:
+                    result[f"loss/{names[task] if task < len(names) else task}"] = mean
         return result
+
+    def mean(self) -> float | None:
+        """Returns the mean of all terms; None if there are none, or they do not add up."""
+        return _mean(self._totals().sum(0)) if self.tasks and self._add_up() else None
+
+    def _add_up(self) -> bool:
+        return float(torch.stack(self.misses).max()) <= 1
+
+    def _totals(self) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence([t.double() for t in self.tasks], batch_first=True).sum(0)
+
+
+def _mean(parts: Tensor) -> float | None:
+    """Returns the mean of the means of parts [2, 2], sums and numbers of terms; None if there are no terms."""
+    means = [total / count for total, count in parts.tolist() if count > 0]
+    return sum(means) / len(means) if means else None

@@ -321,12 +321,18 @@ class AlignMixin(SafeMixin):
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """Runs Trainer's loop and adds `<prefix>_loss/<task>`, the mean loss per token or sample, to its metrics."""
+        """Runs Trainer's loop and adds `<prefix>_loss/<task>`, the mean loss per token or sample, to its metrics.
+
+        With these `<prefix>_loss` is the mean of all of them, whatever the batches and processes: Trainer's own is a
+        mean of batches by their rows, which have unequal numbers of tokens.
+        """
         self._eval_sums = LossSums()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         self._eval_sums.misses = self._eval_sums.all_misses(self.accelerator)
         means = self._eval_sums.means(self.task_names, self._by_task)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        if (loss := self._eval_sums.mean()) is not None:
+            output.metrics[f"{metric_key_prefix}_loss"] = loss
         return output
 
     def _is_sharded(self) -> bool:

@@ -15,7 +15,7 @@ from align_ext.alignment.model_state import find_state
 from align_ext.base_model.quantised import is_quantised
 from align_ext.base_model.sharded import shard_ranks
 from align_ext.data.encode import gold_tokens
-from align_ext.evaluation.same_logits import LARGEST_DIFFERENCE, largest_difference, relative_difference
+from align_ext.evaluation.same_logits import LARGEST_DIFFERENCE, relative_difference, rounding_difference
 from align_ext.io.peft_format import PEFT_CONFIG
 from align_ext.model.load_adapter import load_adapter
 from align_ext.model.merge import unload
@@ -54,8 +54,10 @@ def verify(job: Job, adapter: Path) -> dict[str, Check]:
         return torch.cat([model(**batch, use_cache=False).logits[0].float().cpu() for batch in batches])
 
     model, layers = job.model.eval(), adapted_layers(job.model)
+    trained = logits(model)
     # bitsandbytes computes in 16 bits on a CPU, whatever the dtype.
-    trained, limit = logits(model), largest_difference(torch.bfloat16 if is_quantised(model) else model.dtype)
+    rounded = [] if is_quantised(model) else [p for layer in layers.values() for p in layer.base_layer.parameters()]
+    limit = rounding_difference(lambda: logits(model), rounded)
     reasons = {"stock PEFT": _peft_unsupported_reason(model, adapter), "merged": _unmergeable_reason(model)}
     base = unload(model)
 

@@ -147,7 +147,7 @@ def test_a_failed_check_is_exit_code_1(run, tmp_path, monkeypatch):
 
     model_folder(tmp_path / "model")
     write_rows(tmp_path / "rows.jsonl")
-    monkeypatch.setattr(verify, "largest_difference", lambda dtype: -1.0)
+    monkeypatch.setattr(verify, "rounding_difference", lambda *_: -1.0)
     flags = ["--steps", 1, "--eval-examples", 2, "--output", "out", "--device", "cpu"]
     code, out, _ = run("train", "--model", tmp_path / "model", "--data", tmp_path / "rows.jsonl", *flags)
     assert code == 1

@@ -181,7 +181,7 @@ def test_two_processes_get_the_gradient_and_the_losses_of_one(tmp_path, unused_p
     spawn(on_rank, unused_port, tmp_path, step_and_evaluation)
     expected, losses = step_and_evaluation(tmp_path, 1)
     assert error(load_file(tmp_path / "gradients.safetensors"), expected) < ROUNDING
-    assert len(losses) == 9
+    assert len(losses) == 10
     assert json.loads((tmp_path / "losses.json").read_text()) == pytest.approx(losses, rel=1e-5)
 
 

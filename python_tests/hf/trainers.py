@@ -105,7 +105,6 @@ def step_and_evaluation(folder, world):
     ran = trainer(folder, adapted(), rows, [kept], eval_rows=rows[:21], **options)
     ran.train()
     losses = {name: value for name, value in (ran.evaluate() | logged(ran)[0]).items() if "loss" in name}
-    del losses["eval_loss"]  # transformers averages it over batches, whose sizes differ
     return kept.steps[0], losses
 
 
