@@ -173,8 +173,8 @@ def read_tasks(
 def _join(sources: Sequence[Source]) -> dict[str, dict[str, Examples]]:
     """Returns the examples of all sources by task and split.
 
-    Of several files, the names say the splits of a task; a file that is all there is of a task is undivided, and so is
-    one split of a dataset.
+    Of several files, the names say the splits of a task; a training file that is all there is of a task is undivided,
+    and so is one split of a dataset.
     """
     found: dict[str, dict[str, Examples]] = {}
     origins: dict[str, list[tuple[str, Source]]] = {}
@@ -197,7 +197,7 @@ def _join(sources: Sequence[Source]) -> dict[str, dict[str, Examples]]:
                 origins[task].append((split, source))
                 found.setdefault(task, {})[split] = examples
     for task, ((split, source), *others) in origins.items():
-        if split and source.alone is not None and not others:
+        if split == "train" and source.alone is not None and not others:
             found[task] = {"": found[task][split]}
     return found
 
@@ -232,10 +232,21 @@ def select(
     """
     result = TaskData(tuple(pools.tasks), notes=pools.notes)
     train_parts: list[Examples] = []
+    few: list[str] = []
     for name, splits in pools.tasks.items():
         split, pool = _test_split(splits) or ("test", splits.get("", _NONE))
         tested, scored = _select(pool, test_per_task, fits, f"{shown(name)} has no examples to score", "eval_examples")
         train = splits.get("train")
+        if train is None and split in splits:
+            raise ValueError(
+                f"the task {shown(name)} has rows of the split {split} alone ({pool[0].where}): add a file to train "
+                "on, as x.train.jsonl, or let its name say no split: some rows are then kept apart to score on"
+            )
+        if train is None and len(pool) <= len(tested):
+            raise ValueError(
+                f"the task {shown(name)} has no examples to train on: all of its {len(pool)} are kept apart to score "
+                "on: lower eval_examples, or add rows"
+            )
         prompts = {_asked_id(example) for example in (tested if train is None else pool)}
         if dev_per_task:
             task = f"{shown(name)} has no examples to choose on"
@@ -249,10 +260,14 @@ def select(
                                   "train_examples", prompts)  # fmt: skip
         result.usage.setdefault(name, {}).update({"train": learnt, split: scored})
         _add_unused(result.usage[name], splits)
+        if train is None and len(trained) < len(tested):
+            few.append(f"{shown(name)[1:-1]} {len(trained)} and {len(tested)}")
         train_parts.append(trained)
         result.test.extend(tested)
     first, *others = train_parts
-    return replace(result, train=first.joined(others))
+    note = "tasks with fewer rows to train on than are kept apart to score on (lower eval_examples)"
+    notes = [_shorten(f"{note}: {', '.join(few)}")] if few else []
+    return replace(result, train=first.joined(others), notes=(*result.notes, *notes))
 
 
 def row_ids(examples: Sequence[Example]) -> list[str]:

@@ -86,6 +86,8 @@ def prepare(folder: RunFolder, console: Console, dev_examples: int = 0) -> Job:
 
 def _prepare(folder: RunFolder, device: str, dtype: torch.dtype, console: Console, dev_examples: int) -> Job:
     options = folder.options
+    if options.resume and folder.checkpoint is None:
+        print_line(console, f"{folder.target} holds no checkpoint yet: the run begins")
     if options.load_best_model_at_end or options.early_stopping_patience:
         dev_examples = max(dev_examples, options.eval_examples)  # never chosen on what is scored
     fields = argument_fields(options, device)

@@ -156,7 +156,7 @@ def _named_folder(options: TrainOptions, stack: ExitStack) -> Path:
     path = user_path(output, "--output")
     if not output.strip():
         raise ValueError(f"output={shown(output)} is empty: name a folder")
-    if options.resume and not path.is_dir():
+    if options.resume and not options.save_steps and not path.is_dir():
         raise ValueError(f"{shown(output)} holds no checkpoint to resume from: --save-steps writes them")
     stack.enter_context(claimed(path))
     return Path(os.path.realpath(path)) if path.is_symlink() or path.name in ("", "..") else path
@@ -189,14 +189,18 @@ def _new_run(options: TrainOptions, target: Path, hidden: Path, stack: ExitStack
 
 
 def _resumed_run(options: TrainOptions, target: Path, hidden: Path) -> RunFolder:
-    """Returns the folder of a resumed run."""
+    """Returns the folder of a resumed run; of one that begins, if it writes checkpoints and none is there yet."""
     if options.output is None:
         raise ValueError("--resume goes on with the run in a folder: name it with --output")
     path = hidden if last_checkpoint(hidden / _CHECKPOINTS) else target
     if (path / _RESULTS).is_file():
-        raise ValueError(f"the run in {shown(options.output)} is complete: there is nothing to resume")
+        raise ValueError(f"the run in {shown(options.output)} is complete: there is nothing to resume; "
+                         f"--adapter-from {path / _ADAPTER} starts another run from its adapter")  # fmt: skip
     last = last_checkpoint(path / _CHECKPOINTS)
     if last is None:
+        if options.save_steps and _is_empty(target) and _is_empty(hidden):
+            remove(target, _files_of_run(target))
+            return RunFolder(target, target, options)
         broken = [f"{c.name} is not whole: {damage(c)}" for c in checkpoints(path / _CHECKPOINTS)[-1:]]
         reason = broken[0] if broken else "--save-steps writes them"
         raise ValueError(f"{shown(options.output)} holds no checkpoint to resume from: {reason}")
@@ -208,7 +212,7 @@ def _resumed_run(options: TrainOptions, target: Path, hidden: Path) -> RunFolder
         if name not in _CHANGEABLE and given[name] != value and not automatic:
             raise ValueError(
                 f"the run in {shown(options.output)} had {name}={value!r}, not {shown(given[name])}: give the same "
-                "options to resume it"
+                f"options to resume it, or start another run, with --adapter-from {path / _ADAPTER} if it has ended"
             )
     remove(path, _TEMP)
     return RunFolder(target, path, replace(options, dtype=before.dtype, device=before.device), last)
