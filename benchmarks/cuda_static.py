@@ -165,7 +165,7 @@ def compile_file(source: Path, arch: int, include: Path = ROOT / "csrc") -> list
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "out.cubin"
         log = run(nvcc, "-cubin", f"-arch=sm_{arch}", *FLAGS, "-I", include, "-Xptxas", "-v", source, "-o", cubin)
-        return parse(source.stem, arch, log, run(nvdisasm, cubin))
+        return parse(source.stem, arch, log, run(nvdisasm, "-hex", cubin))
 
 
 def dynamic_shared(names: Iterable[str]) -> dict[str, int]:

@@ -1,30 +1,24 @@
 """What the kernels of an adapted layer move and compute: ours, and those that eager PyTorch launches.
 
 Bytes are those that cpp_tests/simt counts (check_ledger in test_grouped_lora_cuda.cpp), the work is cut as in
-csrc/cuda/plan.h, and the loops are those of align_ext/bench/baselines.py. benchmarks/roofline.py makes tables of it.
+csrc/cuda/plan.h, what a warp does for a tile is read from the machine code (tile_work.py), and the loops are those of
+align_ext/bench/baselines.py. gpus.py has the hardware, roofline.py makes tables.
 """
 
+import heapq
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import NamedTuple
+
+import tile_work
+from gpus import Gpu
+from tile_work import TileWork
 
 ELEMENT = 2  # bytes of bfloat16; our latents are float
 TILE_ROWS, TILE_COLS, OUTER_COLS = 128, 64, 128  # of a tile, and columns of an outer product's block (plan.h)
+TILE_BYTES, WARPS, LANES = TILE_ROWS * TILE_COLS * ELEMENT, 8, 32
 PHILOX, KEEP = 60, 3  # instructions: ten rounds of two products, two three-way xors and two keys; from bits to a mask
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """An H100 SXM: its datasheet, then assumptions."""
-
-    multiprocessors: int = 132
-    memory: float = 3.35e12  # bytes/s
-    tensor: float = 989e12  # dense bfloat16 FLOP/s
-    ffma: float = 67e12  # float32 FLOP/s; an FFMA is two, and integers have half of its lanes
-    hbm: float = 0.9  # of the memory's bytes/s that a stream gets
-    gemm: float = 0.65  # of the tensor cores' peak that the base layer's products get
-    block: float = 40e9  # bytes/s that one block streams, with 32 KiB under way (plan.h)
-    launch: float = 3e-6  # s from one kernel's end to the next one's full speed; the CPU is ahead
 
 
 @dataclass(frozen=True)
@@ -75,6 +69,32 @@ class Access(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """Blocks that do the same, side by side in a launch."""
+
+    count: int
+    tiles: int  # that each of them runs through, one after the other
+    tile: TileWork  # what each of its warps does for one
+    ahead: int = 2  # tiles that are under way while one is computed (kStages of the kernels)
+
+    def alone(self, gpu: Gpu) -> float:
+        """Seconds of one, with a multiprocessor to itself: its warps' own time, and the way of the bytes."""
+        return self.tiles * max(self.tile.alone / gpu.clock, gpu.latency / self.ahead, *self.seconds(gpu).values())
+
+    def seconds(self, gpu: Gpu) -> dict[str, float]:
+        """Of one tile, by each unit of a multiprocessor."""
+        of_scheduler = {
+            "issue slots": self.tile.issue / gpu.issue,
+            "integers": self.tile.integer,
+            "products": self.tile.product,
+            "conversions": self.tile.convert,
+        }
+        cycles = {unit: WARPS / gpu.schedulers * value for unit, value in of_scheduler.items()}
+        cycles["shared memory"] = WARPS * self.tile.shared
+        return {unit: value / gpu.clock for unit, value in cycles.items()}
+
+
+@dataclass(frozen=True)
 class Work:
     """What a kernel moves and computes."""
 
@@ -82,15 +102,15 @@ class Work:
     accesses: list[Access] = field(default_factory=list)
     tensor: int = 0  # FLOPs of tensor cores, ranks padded
     ffma: int = 0  # FLOPs in float32
-    integer: int = 0  # instructions, for masks
-    longest: float = 0  # seconds of the longest block, where too few share the work
+    integer: int = 0  # instructions of threads, for masks, in kernels that have no tiles
+    blocks: list[Blocks] = field(default_factory=list)  # in the launch's order
     floor: int = 0  # bytes with every big operand once
 
     def __add__(self, other: "Work") -> "Work":
         """Both in one launch, whose blocks run side by side."""
         return Work(
             self.name, self.accesses + other.accesses, self.tensor + other.tensor, self.ffma + other.ffma,
-            self.integer + other.integer, max(self.longest, other.longest), self.floor + other.floor,
+            self.integer + other.integer, self.blocks + other.blocks, self.floor + other.floor,
         )  # fmt: skip
 
     @property
@@ -104,18 +124,38 @@ class Work:
         return sum(access.size * (access.times - 1) for access in self.accesses)
 
     def limits(self, gpu: Gpu) -> dict[str, float]:
-        """Seconds by each of them."""
-        return {
+        """Seconds by each of them; a unit of a multiprocessor is the limit where most blocks are."""
+        limits = {
             "memory": self.bytes / (gpu.hbm * gpu.memory),
-            "tensor cores": self.tensor / gpu.tensor,
+            "tensor cores": self.tensor / (gpu.mma * gpu.tensor),
             "FFMA": self.ffma / gpu.ffma,
-            "masks": self.integer / (gpu.ffma / 4),
-            "one block": self.longest,
+            "integers": self.integer / (gpu.multiprocessors * gpu.schedulers * LANES / 2 * gpu.clock),
         }
+        if not self.blocks:
+            return limits
+        for unit, seconds in busiest(self.blocks, gpu).items():
+            limits[unit] = limits.get(unit, 0) + seconds
+        alone = [(blocks.count, blocks.alone(gpu)) for blocks in self.blocks]
+        in_turn = sum(count * seconds for count, seconds in alone) / (gpu.multiprocessors * gpu.resident)
+        limits["one block"] = max(in_turn, *(seconds for _, seconds in alone))
+        return limits
 
     def seconds(self, gpu: Gpu) -> float:
         """The modelled time, with the launch."""
         return max(self.limits(gpu).values()) + gpu.launch
+
+
+def busiest(groups: list[Blocks], gpu: Gpu) -> dict[str, float]:
+    """Seconds of each unit of the multiprocessor that has most to do; each block goes to the one with least so far."""
+    units: dict[str, float] = {}
+    for unit in groups[0].seconds(gpu):
+        loads = [0.0] * gpu.multiprocessors
+        for blocks in groups:
+            cost = blocks.tiles * blocks.seconds(gpu)[unit]
+            for _ in range(blocks.count):
+                heapq.heapreplace(loads, loads[0] + cost)
+        units[unit] = max(loads)
+    return units
 
 
 Kernels = Callable[[Layer, Gpu], list[Work]]
@@ -146,6 +186,22 @@ def padded(rank: int) -> int:
     return 16 if rank <= 16 else 32 if rank <= 32 else ceil_div(rank, 64) * 64
 
 
+def tile(gpu: Gpu, loop: str, ranks: int, masks: int = 0, weighted: bool = False) -> TileWork:
+    """What a warp does for a tile in a loop of tile_work.csv; beyond 64 ranks once for each 64 of them."""
+    rank = min(padded(ranks), 64)
+    parts = tile_work_of(gpu.arch, loop, rank)
+    work = parts["tile"].plus(parts.get("piece", TileWork()))
+    work = work.plus(parts["mask"], masks) if masks else work
+    work = work.plus(parts["router"]) if weighted else work
+    return TileWork().plus(work, padded(ranks) // rank)
+
+
+@cache
+def tile_work_of(arch: int, loop: str, rank: int) -> dict[str, TileWork]:
+    """The parts of a row of tile_work.csv."""
+    return {part: work for (*key, part), work in tile_work.read()[1].items() if key == [arch, loop, rank]}
+
+
 def one_pass(layer: Layer, gpu: Gpu) -> bool:
     """Whether grouped_lora's backward reads dy once."""
     return layer.rank <= 16 and 2 * ceil_div(layer.out_dim, OUTER_COLS) >= gpu.multiprocessors
@@ -154,35 +210,46 @@ def one_pass(layer: Layer, gpu: Gpu) -> bool:
 # ---- Kernels, named by what they stream
 
 
+def streams(layer: Layer, gpu: Gpu, cols: int, count: int, loop: str, ranks: int, masks: int, ahead: int) -> Blocks:
+    """The blocks of shrink and expand: a row tile and a split of the columns."""
+    tiles = ceil_div(ceil_div(cols, TILE_COLS), count)
+    return Blocks(layer.tiles * count, tiles, tile(gpu, loop, ranks, masks), ahead)
+
+
 def shrink(layer: Layer, gpu: Gpu, tall: str, ranks: int) -> Work:
     """The splits' partials of x Aᵀ, or of dy B."""
     cols, size = layer.sizes[tall]
     count = splits(cols, layer.tiles, gpu, most=8 if tall == "x" else 1 << 15)
     small = Access("A" if tall == "x" else "B", ELEMENT * ranks * cols, layer.tiles)
     accesses = [Access(tall, size), small, Access("partials", count * layer.latent(ranks))]
-    masks = mask_instructions(layer.tokens * cols * layer.masks) if tall == "x" else 0
-    return Work(f"shrink {tall}", accesses, 2 * layer.tokens * cols * padded(ranks), integer=masks, floor=size)
+    blocks = streams(layer, gpu, cols, count, "shrink", ranks, layer.masks if tall == "x" else 0, ahead=2)
+    return Work(f"shrink {tall}", accesses, 2 * layer.tokens * cols * padded(ranks), blocks=[blocks], floor=size)
 
 
-def expand(layer: Layer, gpu: Gpu, tall: str, ranks: int, latents: Access) -> Work:
-    """Base + z Bᵀ, or base + dz A; latents are read by every split."""
+def expand(layer: Layer, gpu: Gpu, tall: str, ranks: int, latents: Access, chunk: int = 0) -> Work:
+    """Base + z Bᵀ, or base + dz A; latents are read by every split. chunk: the launch's ranks, where there are more."""
     cols, size = layer.sizes[tall]
     count = splits(cols, layer.tiles, gpu)
     small = Access("A" if tall == "dx" else "B", ELEMENT * ranks * cols, layer.tiles)
     read = latents._replace(times=latents.times - 1 + count)
     accesses = [Access(f"{tall}_in", size), Access(tall, size), small, read]
-    masks = mask_instructions(layer.tokens * cols * layer.masks) if tall == "dx" else 0
-    return Work(f"expand {tall}", accesses, 2 * layer.tokens * cols * padded(ranks), integer=masks, floor=size)
+    computed = max(ranks, chunk)
+    blocks = streams(layer, gpu, cols, count, tall, computed, layer.masks if tall == "dx" else 0, ahead=1)
+    return Work(f"expand {tall}", accesses, 2 * layer.tokens * cols * padded(computed), blocks=[blocks], floor=size)
 
 
-def outer(layer: Layer, gpu: Gpu, tall: str, latents: str, ranks: int, masks: int = 0) -> Work:
-    """The gradient latentsᵀ x, or latentsᵀ dy: a block has 128 columns and all rows, once for each mask."""
+def outer(layer: Layer, gpu: Gpu, tall: str, latents: str, ranks: int, masks: int = 0, chunk: int = 0) -> Work:
+    """The gradient latentsᵀ x, or latentsᵀ dy: a block has 128 columns and all rows, once for each mask.
+
+    chunk: the launch's ranks, where there are more. A router's weights multiply u.
+    """
     cols, size = layer.sizes[tall]
-    blocks, turns = ceil_div(cols, OUTER_COLS), max(masks, 1)
-    rows, gradient = Access(latents, layer.latent(ranks), blocks), Access("gradients", 4 * ranks * cols)
-    tensor, integer = 2 * layer.tokens * cols * padded(ranks) * turns, mask_instructions(layer.tokens * cols * masks)
-    alone = max(size / gpu.block, integer / (gpu.ffma / 4) * gpu.multiprocessors) / blocks
-    return Work(f"outer {tall}", [Access(tall, size, turns), rows, gradient], tensor, integer=integer, longest=alone)
+    count, turns, computed = ceil_div(cols, OUTER_COLS), max(masks, 1), max(ranks, chunk)
+    rows, gradient = Access(latents, layer.latent(ranks), count), Access("gradients", 4 * ranks * cols)
+    tiles = OUTER_COLS // TILE_COLS * layer.tiles * turns
+    blocks = Blocks(count, tiles, tile(gpu, "outer", computed, min(masks, 1), layer.router and latents == "u"))
+    tensor = 2 * layer.tokens * cols * padded(computed) * turns
+    return Work(f"outer {tall}", [Access(tall, size, turns), rows, gradient], tensor, blocks=[blocks])
 
 
 def small(layer: Layer, name: str, ranks: dict[str, int], masks: int = 0) -> Work:
@@ -204,6 +271,7 @@ def grouped_lora(layer: Layer, gpu: Gpu) -> list[Work]:
         count = ceil_div(layer.out_dim, OUTER_COLS)
         both = [Access("B", ELEMENT * r * layer.out_dim), Access("partials", count * z.bytes)]
         dot = Work("", both, d_b.tensor, floor=layer.sizes["dy"][1])
+        d_b = replace(d_b, blocks=[replace(blocks, tile=tile(gpu, "sweep", r)) for blocks in d_b.blocks])
         of_dy, d_b = replace(d_b + dot, name="sweep dy"), Work("")
     else:
         count, of_dy = splits(layer.out_dim, layer.tiles, gpu), shrink(layer, gpu, "dy", r)
@@ -227,9 +295,10 @@ def heads(layer: Layer, gpu: Gpu) -> list[Work]:
     of_x, of_dy = splits(layer.in_dim, layer.tiles, gpu, most=8), splits(layer.out_dim, layer.tiles, gpu)
     masks = u if layer.site == "latent" else 0
     weights = small(layer, "weights", {"w": logits, "u": u * layer.router, "segments": of_dy * logits})
-    d_a = outer(layer, gpu, "x", "dz", width, layer.masks)
+    last = max(width, du)  # the last launch computes all of its products at the ranks of the largest
+    d_a = outer(layer, gpu, "x", "dz", width, layer.masks, last)
     # With dropout on x the router's gradient stands on another x.
-    d_r = [outer(layer, gpu, "x", "dz", logits)] if layer.router and layer.masks else []
+    d_r = [outer(layer, gpu, "x", "dz", logits, chunk=last)] if layer.router and layer.masks else []
     combined = {"partials": of_dy * du, "z": z, "u": u, "dz": width, "w": logits, "segments": of_dy * logits}
     return [
         shrink(layer, gpu, "x", width),
@@ -238,14 +307,14 @@ def heads(layer: Layer, gpu: Gpu) -> list[Work]:
         *([small(layer, "combine heads again", {"z": z, "u": u}, masks)] if layer.router else []),
         shrink(layer, gpu, "dy", du) + weights,
         small(layer, "combine heads, backward", combined, masks),
-        *backward(layer, gpu, width, [d_a, *d_r, outer(layer, gpu, "dy", "u", du)]),
+        *backward(layer, gpu, width, [d_a, *d_r, outer(layer, gpu, "dy", "u", u, chunk=last)], last),
     ]
 
 
-def backward(layer: Layer, gpu: Gpu, ranks: int, outers: Iterable[Work]) -> list[Work]:
+def backward(layer: Layer, gpu: Gpu, ranks: int, outers: Iterable[Work], chunk: int = 0) -> list[Work]:
     """The last launch: gradients of the adapters, and dx."""
     launch = Work("backward: dA, dB, dx", floor=layer.sizes["x"][1])  # dA waits for dz: x once more is no waste
-    for work in [*outers, expand(layer, gpu, "dx", ranks, Access("dz", layer.latent(ranks)))]:
+    for work in [*outers, expand(layer, gpu, "dx", ranks, Access("dz", layer.latent(ranks)), chunk)]:
         launch += work
     return [launch]
 

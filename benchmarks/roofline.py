@@ -1,8 +1,8 @@
-"""What each CUDA kernel of an adapted layer would take on an H100 if only the hardware's limits held it up.
+"""What each CUDA kernel of an adapted layer would take on a GPU if only the hardware's limits held it up.
 
-    time = max(bytes / memory, operations / their unit, the longest block) + launch
+    time = max(bytes / memory, work of each unit of the busiest multiprocessor, blocks one after the other) + launch
 
-A paper model: nothing is measured. kernel_work.py has the bytes and operations.
+A paper model: nothing is measured. kernel_work.py has the bytes and the work, gpus.py the hardware.
 
 Usage: python benchmarks/roofline.py [--gemm 0.65] [--hbm 0.9] [--write docs/performance.md]
 
@@ -10,13 +10,16 @@ Prints the tables, or rewrites those between the markers of a file.
 """
 
 import argparse
+import math
 import textwrap
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from kernel_work import Gpu, Kernels, Layer, Work, grouped_lora, heads, loop
+import tile_work
+from gpus import GPUS, Gpu
+from kernel_work import Kernels, Layer, Work, grouped_lora, heads, loop
 from page import show
 
 BEGIN, END = "<!-- roofline: begin -->", "<!-- roofline: end -->"
@@ -28,6 +31,12 @@ OURS: dict[str, tuple[Kernels, dict[str, Any]]] = {
     "hydra": (heads, {"heads": 5, "router": True}),
     "hydra, input_per_head": (heads, {"heads": 5, "router": True, "site": "input_per_head"}),
 }
+SIDE_BY_SIDE: list[tuple[str, tuple[int, int]]] = [
+    ("lora, align_lora", (3072, 8192)),
+    ("lora, align_lora", (8192, 3072)),
+    ("lora, align_lora", (4096, 4096)),
+    ("hydra, input_per_head", (3072, 8192)),
+]
 OTHERS: dict[str, tuple[Kernels, dict[str, Any]]] = {
     "PEFT's LoRA": (loop, {}),
     "M-LoRA, loop": (loop, {"heads": 5, "site": "latent"}),
@@ -42,17 +51,51 @@ def markdown(*rows: Iterable[str]) -> str:
     return "\n".join([first, "|---" * (first.count("|") - 1) + "|", *others])
 
 
+def digits(value: float) -> str:
+    """Two of them, which is what the model is good for."""
+    return f"{round(value, 1 - math.floor(math.log10(value))) if value >= 1 else round(value):.0f}"
+
+
+def microseconds(seconds: float) -> str:
+    """With two digits."""
+    return digits(1e6 * seconds)
+
+
 def kernel_table(works: list[Work], gpu: Gpu) -> str:
-    """A row a kernel."""
+    """A row a kernel: what each limit alone would take."""
+    names = ["memory", "issue slots", "integers", "products", "shared memory", "one block"]
     rows = []
     for work in works:
         limits = work.limits(gpu)
-        rows.append([
-            work.name, f"{work.bytes / 1e6:.0f}", f"{work.bytes_again / 1e6:.0f}", f"{work.tensor / 1e9:.1f}",
-            f"{work.tensor / work.bytes:.0f}", max(limits, key=limits.__getitem__), f"{1e6 * work.seconds(gpu):.0f}",
-            f"{1e6 * work.floor / (gpu.hbm * gpu.memory):.0f}",
-        ])  # fmt: skip
-    return markdown(["lora", "MB", "MB again", "GFLOP", "FLOP / B", "limit", "µs", "floor, µs"], *rows)
+        floor = work.floor / (gpu.hbm * gpu.memory)
+        terms = [*(limits.get(name, 0) for name in names), work.seconds(gpu), floor]
+        rows.append([work.name, digits(work.bytes / 1e6), *map(microseconds, terms)])
+    return markdown(["lora, µs", "MB", *names, "all", "floor"], *rows)
+
+
+def tile_table(arch: int) -> str:
+    """A row a loop, a column a rank and part."""
+    version, table = tile_work.read()
+    ranks = [16, 32, 64]
+    rows = []
+    for name, part in dict.fromkeys((name, part) for _, name, _, part in table):
+        cells = [table.get((arch, name, rank, part)) for rank in ranks]
+        rows.append([f"{name}, {part}", *(digits(cell.issue) if cell else "" for cell in cells)])
+    return markdown([f"nvcc {version}, sm_{arch}", *map(str, ranks)], *rows)
+
+
+def side_by_side() -> str:
+    """A row a layer, a column a GPU: microseconds and tax."""
+    rows = []
+    for name, sizes in SIDE_BY_SIDE:
+        kernels, options = OURS[name]
+        layer = Layer(*sizes, **options)
+        row = [f"{name}, {sizes[0]} -> {sizes[1]}"]
+        for gpu in GPUS:
+            seconds = sum(work.seconds(gpu) for work in kernels(layer, gpu))
+            row.append(f"{microseconds(seconds)} ({digits(100 * seconds / layer.base_seconds(gpu))}%)")
+        rows.append(row)
+    return markdown(["µs (tax)", *(gpu.name for gpu in GPUS)], *rows)
 
 
 def gap(layer: Layer, works: list[Work], gpu: Gpu) -> dict[str, float]:
@@ -82,7 +125,7 @@ def gap_table(gpu: Gpu) -> str:
         layer = Layer(*LAYERS[0], **options)
         causes = gap(layer, kernels(layer, gpu), gpu)
         causes["all"] = sum(causes.values())
-        rows.append([name, *(f"{1e6 * value:.0f}" for value in causes.values())])
+        rows.append([name, *map(microseconds, causes.values())])
     return markdown(["µs", *causes], *rows)
 
 
@@ -92,7 +135,7 @@ def tax_table(gpu: Gpu) -> str:
     for sizes in LAYERS:
         layer = Layer(*sizes)
         seconds = gap(layer, grouped_lora(layer, gpu), gpu)["floor"]
-        floor += [f"{1e6 * seconds:.0f}", f"{seconds / layer.base_seconds(gpu):.0%}"]
+        floor += [microseconds(seconds), f"{digits(100 * seconds / layer.base_seconds(gpu))}%"]
     rows = [floor]
     for name, (kernels, options) in {**OURS, **OTHERS}.items():
         row = [name]
@@ -102,7 +145,7 @@ def tax_table(gpu: Gpu) -> str:
             if sizes == LAYERS[0]:
                 row += [str(len(works)), f"{sum(work.bytes for work in works) / 1e9:.2f}"]
             seconds = sum(work.seconds(gpu) for work in works)
-            row += [f"{1e6 * seconds:.0f}", f"{seconds / layer.base_seconds(gpu):.0%}"]
+            row += [microseconds(seconds), f"{digits(100 * seconds / layer.base_seconds(gpu))}%"]
         rows.append(row)
     layers = [text for n, m in LAYERS for text in (f"{n} -> {m}: µs", "tax")]
     return markdown(["", "kernels", "GB", *layers], *rows)
@@ -111,26 +154,31 @@ def tax_table(gpu: Gpu) -> str:
 def tables(gpu: Gpu) -> str:
     """All of them, with what they rest on."""
     layer = Layer(*LAYERS[0])
-    products = " and ".join(f"{1e6 * Layer(n, m).base_seconds(gpu):.0f}" for n, m in LAYERS)
+    products = " and ".join(microseconds(Layer(n, m).base_seconds(gpu)) for n, m in LAYERS)
     datasheet = (
-        f"Datasheet (H100 SXM): {gpu.memory / 1e12:g} TB/s, {gpu.tensor / 1e12:g} TFLOP/s of dense bfloat16, "
-        f"{gpu.ffma / 1e12:g} of float32 (integers: a quarter in instructions), "
-        f"{gpu.multiprocessors} multiprocessors; 50 MiB of second-level cache, which serves what is read again."
+        f"Datasheet ({gpu.name} SXM): {gpu.memory / 1e12:g} TB/s, {gpu.tensor / 1e12:g} TFLOP/s of dense bfloat16, "
+        f"{gpu.multiprocessors} multiprocessors of {gpu.schedulers} schedulers at {gpu.clock / 1e9:g} GHz; 50 MiB of "
+        "second-level cache, which serves what is read again at no cost."
     )
     assumed = (
-        f"Assumed: a stream gets {gpu.hbm:g} of the memory, the frozen layer's products {gpu.gemm:g} of the tensor "
-        f"cores ({products} µs for y and dx), a block {gpu.block / 1e9:g} GB/s, a launch {1e6 * gpu.launch:g} µs; "
-        "units overlap."
+        f"Assumed: a stream gets {gpu.hbm:g} of the memory, a scheduler issues in {gpu.issue:g} of the cycles, "
+        f"mma.sync gets {gpu.mma:g} and the frozen layer's products {gpu.gemm:g} of the tensor cores ({products} µs "
+        f"for y and dx), a load takes {1e6 * gpu.latency:g} µs, a launch {1e6 * gpu.launch:g} µs; units overlap."
     )
-    sizes = f"T = {layer.tokens}, bfloat16, r = {layer.rank}, N = 5, with dropout."
+    sizes = f"T = {layer.tokens}, bfloat16, r = {layer.rank}, N = 5, with dropout (p = 0.1)."
     return "\n\n".join([
         "\n".join(textwrap.fill(text, 118) for text in (datasheet, assumed, sizes)),
-        f"{LAYERS[0][0]} -> {LAYERS[0][1]}, kernel by kernel:",
+        "Instructions of a warp for a tile of 16 KiB, by padded rank. mask: what one adds. piece: a tile's share of\n"
+        "loading the adapter matrix into shared memory. router: what weights on latent rows add.",
+        tile_table(gpu.arch),
+        f"{LAYERS[0][0]} -> {LAYERS[0][1]}, kernel by kernel, each limit by itself:",
         kernel_table(grouped_lora(layer, gpu), gpu),
         "The same layer, where the time of each architecture goes:",
         gap_table(gpu),
         "The adapter tax, what an adapter adds to the frozen layer's products, forward and backward:",
         tax_table(gpu),
+        "GPUs side by side (A100 and RTX 4090 with sm_80's machine code, the others with sm_90's):",
+        side_by_side(),
     ])  # fmt: skip
 
 

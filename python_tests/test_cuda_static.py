@@ -1,11 +1,13 @@
 """Proofs about the compiled CUDA kernels, without a GPU: what the compiler says of them and what their code holds."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import cuda_static
 import pytest
 import sass
+import tile_work
 from cuda_static import MATH, Kernel
 
 ARCHS = [80, 90]
@@ -145,6 +147,63 @@ def test_the_table_in_the_documentation_is_of_these_kernels(kernels):
     assert written == cuda_static.cells(kernels), "python benchmarks/cuda_static.py --write docs/performance.md"
 
 
+# ---- What a tile takes (tile_work.py)
+
+BUDGET = 1.1  # of what tile_work.csv says
+
+
+@pytest.fixture(scope="session")
+def tile_loops(kernels):
+    """The loops of all 16-bit kernels over tiles, with what each takes."""
+    mma = [k for k in kernels if "Mma<" in k.name and not k.empty]
+    return [(k, loop, loop.parts()) for k in mma for loop in tile_work.tile_loops(k)]
+
+
+def test_every_16_bit_kernel_has_its_loops_over_tiles(tile_loops):
+    found = {(k.arch, k.name, loop.name) for k, loop, _ in tile_loops}
+    names = {"shrink_kernel": ["shrink"], "sweep_kernel": ["sweep"], "expand_kernel": ["y"]}
+    names["backward_kernel"] = ["dx", "outer"]
+    wanted = {(k.arch, k.name, loop) for k, _, _ in tile_loops for loop in names[k.name.split("<")[0]]}
+    assert found == wanted
+    assert len(found) == len(tile_loops) == 2 * 2 * (3 + 1 + 2 * 3 + 2 * 3)  # architectures, types, kernels
+
+
+def test_no_loop_takes_more_instructions_for_a_tile_than_its_budget(tile_loops):
+    _, table = tile_work.read()
+
+    def wrong(loop, parts):
+        over = []
+        for part, work in parts.items():
+            budget = BUDGET * table[loop.arch, loop.name, loop.rank, part].issue
+            if work.issue > budget:
+                over.append(f"{loop.name}, {part}: {work.issue:.0f} instructions for {budget:.0f}")
+        return "; ".join(over)
+
+    assert_none((k, wrong(loop, parts)) for k, loop, parts in tile_loops)
+
+
+def test_what_a_tile_needs_is_executed_as_often_as_it_needs_it(tile_loops):
+    for kernel, loop, parts in tile_loops:
+        of = {"without": loop.executed(), "masked": loop.executed(mask=True) if "mask" in parts else {}}
+        for case, times in of.items():
+            count = Counter()
+            for i, turns in times.items():
+                count["draw" if loop.draws([i]) else loop.code[i].base] += turns / loop.tiles
+            if times:
+                sums = 2 if loop.name == "sweep" else 1
+                what = kernel.name, loop.name, case
+                assert (count["LDGSTS"], count["HMMA"]) == (4, loop.rank / 2 * sums), what
+                assert count["draw"] == (80 if case == "masked" else 0), what
+                assert count["STG"] >= (4 if loop.name in {"y", "dx"} else 0), what
+
+
+def test_the_table_of_tiles_is_of_these_kernels(kernels):
+    version, written = tile_work.read()
+    if version != cuda_static.nvcc_version():
+        pytest.skip(f"the table is nvcc {version}'s")
+    assert written == tile_work.table(kernels), "python benchmarks/tile_work.py --write"
+
+
 # ---- The analysis itself
 
 HOT = """
@@ -192,7 +251,7 @@ def test_copies_before_a_loop_do_not_count():
 
 def test_a_jump_backwards_is_not_always_a_loop():
     listing = "BRA `(.L_b) ;\n.L_a:\nHMMA R0 ;\nEXIT ;\n.L_b:\nLDGSTS [R0] ;\n@P0 BRA `(.L_a) ;\nEXIT ;"
-    assert sass.loops(sass.parse(listing)) == []
+    assert sass.Flow(sass.parse(listing)).loops == {}
 
 
 def test_a_block_that_was_moved_out_of_line_belongs_to_its_loop():

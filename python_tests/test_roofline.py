@@ -2,13 +2,16 @@
 
 import subprocess
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import kernel_work
 import pytest
 import roofline
 import torch
-from kernel_work import Access, Gpu, Layer, Work, grouped_lora, heads, loop
+from gpus import GPUS, Gpu
+from kernel_work import Access, Blocks, Layer, Work, grouped_lora, heads, loop
+from tile_work import TileWork
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -35,14 +38,65 @@ def test_the_tables_in_the_documentation_are_of_this_model():
 
 
 def test_a_kernel_takes_the_longest_of_its_limits_and_a_launch():
-    gpu = Gpu(memory=1e9, hbm=0.5, tensor=1e9, ffma=4e9, launch=0.25)
-    work = Work(
-        "w", [Access("x", 10**9), Access("A", 10**9, 7)], tensor=10**9, ffma=10**9, integer=2 * 10**9, longest=3
-    )
-    limits = {"memory": 4, "tensor cores": 1, "FFMA": 0.25, "masks": 2, "one block": 3}
-    assert work.limits(gpu) == limits
+    gpu = Gpu(memory=1e9, hbm=0.5, tensor=2e9, mma=0.5, multiprocessors=2, clock=1e9, launch=0.25)
+    work = Work("w", [Access("x", 10**9), Access("A", 10**9, 7)], tensor=10**9, ffma=512 * 10**9, integer=64 * 10**9)
+    assert work.limits(gpu) == {"memory": 4, "tensor cores": 1, "FFMA": 1, "integers": 0.5}
     assert work.seconds(gpu) == 4.25
     assert work.bytes_again == 6 * 10**9
+
+
+SMALL = Gpu(multiprocessors=2, resident=1, clock=1, issue=0.5, latency=100)
+
+
+def test_a_tile_takes_each_unit_as_long_as_its_eight_warps_do():
+    blocks = Blocks(1, tiles=3, tile=TileWork(issue=10, integer=14, product=6, convert=8, shared=2, alone=30))
+    assert blocks.seconds(SMALL) == {
+        "issue slots": 8 / 4 * 10 / 0.5,
+        "integers": 8 / 4 * 14,
+        "products": 8 / 4 * 6,
+        "conversions": 8 / 4 * 8,
+        "shared memory": 8 * 2,
+    }
+    assert blocks.alone(SMALL) == 3 * 100 / 2  # two tiles are under way for 100 seconds
+    assert blocks.alone(replace(SMALL, latency=10)) == 3 * 40  # its issue slots
+    assert blocks.alone(replace(SMALL, latency=10, issue=1)) == 3 * 30  # its warps' stalls
+
+
+def test_the_busiest_multiprocessor_has_the_blocks_that_are_left_over():
+    tile = TileWork(issue=1)  # four seconds a tile
+    assert kernel_work.busiest([Blocks(4, 10, tile)], SMALL)["issue slots"] == 2 * 40
+    assert kernel_work.busiest([Blocks(5, 10, tile)], SMALL)["issue slots"] == 3 * 40
+    # A long one, and small ones that go to the other multiprocessor until it has as much.
+    assert kernel_work.busiest([Blocks(1, 50, tile), Blocks(3, 10, tile)], SMALL)["issue slots"] == 200
+    assert kernel_work.busiest([Blocks(1, 50, tile), Blocks(8, 10, tile)], SMALL)["issue slots"] == 280
+
+
+def test_blocks_that_a_multiprocessor_has_no_room_for_wait():
+    blocks = Blocks(6, tiles=1, tile=TileWork())
+    work = Work("w", blocks=[blocks, Blocks(1, tiles=2, tile=TileWork())])
+    assert work.limits(SMALL)["one block"] == (6 + 2) * 50 / 2
+    assert work.limits(replace(SMALL, resident=4))["one block"] == 2 * 50
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
+def test_every_gpu_of_the_page_can_be_asked(gpu):
+    for kernels, options in roofline.OURS.values():
+        works = kernels(Layer(3072, 8192, **options), gpu)
+        floor = sum(work.floor for work in works) / (gpu.hbm * gpu.memory)
+        assert floor < sum(work.seconds(gpu) for work in works) < 100 * floor
+
+
+def test_the_clock_is_that_of_the_datasheet_s_tensor_cores():
+    flops = {"A100": 2048, "RTX 4090": 512, "H100": 4096, "H200": 4096, "B200": 8192}  # a cycle and multiprocessor
+    for gpu in GPUS:
+        assert gpu.multiprocessors * gpu.clock * flops[gpu.name] == pytest.approx(gpu.tensor, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0"), (0.4, "0"), (0.6, "1"), (4.4, "4"), (44.6, "45"), (1283, "1300")]
+)
+def test_numbers_have_two_digits(value, text):
+    assert roofline.digits(value) == text
 
 
 def test_the_bytes_of_one_pass_over_dy_are_those_of_the_ledger():
@@ -165,9 +219,19 @@ def test_the_loops_are_the_operations_of_the_baselines(count, site, router):
     assert Counter(size for size in counted.bytes if size >= big) == Counter(wanted + products)
 
 
-def test_masks_of_each_head_cost_as_many_philox_blocks():
-    one, five = (heads(Layer(1024, 512, heads=5, site=site), Gpu()) for site in ("input", "input_per_head"))
-    masks = 8192 * 1024 * 84 // 8  # ten rounds of six instructions and three for each of eight masks
-    assert [work.integer for work in one if work.integer] == [masks, 2 * masks]
-    assert [work.integer for work in five if work.integer] == [5 * masks, 10 * masks]
-    assert five[-1].longest == pytest.approx(8192 * 128 * 5 * 84 / 8 / (67e12 / 4 / 132))
+def test_masks_of_each_head_cost_as_many_masks():
+    def tiles(site, heads_count):
+        works = heads(Layer(1024, 512, heads=heads_count, site=site), Gpu())
+        return works[0].blocks[0].tile, works[-1].blocks[0], works[-1].blocks[-1].tile
+
+    shrink, d_a, dx = tiles("input", 5)
+    without, _, dx_without = tiles("none", 5)
+    mask, dx_mask = shrink.plus(without, -1), dx.plus(dx_without, -1)
+    # One rank or forty of x, padded to 16 and 64.
+    each, d_a_each, dx_each = tiles("input_per_head", 5)
+    rows = kernel_work.tile_work_of(90, "shrink", 64)
+    assert each == rows["tile"].plus(rows["piece"]).plus(rows["mask"], 5)
+    assert mask == kernel_work.tile_work_of(90, "shrink", 16)["mask"]
+    assert dx_each == pytest.approx(dx_without.plus(dx_mask, 5))
+    assert (d_a.tiles, d_a_each.tiles) == (2 * 64, 5 * 2 * 64)
+    assert d_a.tile == d_a_each.tile

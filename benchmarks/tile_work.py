@@ -1,0 +1,275 @@
+"""What one warp does for one tile of a token matrix (plan.h: 128 rows of 128 bytes), read from the machine code.
+
+Each loop over tiles is found as in sass.py, and of its paths the one with most instructions is taken. Never taken are
+those that an adapted layer in 16 bits with widths of multiples of 8 does not run for each tile: copies of single
+elements, row numbers (groups), a router's weights, adapters in float.
+
+How often an inner loop runs follows from what a tile needs: each thread copies 4 units of 16 bytes and draws 4 Philox
+blocks of 20 products for a mask, each warp multiplies rank / 2 pairs of fragments, and all threads together load a
+piece of the adapter matrix for 2 to 7 tiles.
+
+Usage: python benchmarks/tile_work.py [--write]
+
+Prints the table, or writes it to tile_work.csv, where kernel_work.py reads it. Needs nvcc and nvdisasm.
+"""
+
+import argparse
+import csv
+import re
+import sys
+from bisect import bisect
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+import cuda_static
+import sass
+
+TABLE = Path(__file__).with_suffix(".csv")
+ARCHS = [80, 90]
+SOURCES = ["projection.cu", "grouped_lora.cu"]
+PIECE_TILES = {16: 7, 32: 4, 64: 2}  # kPieceTiles of row_tile.cuh
+THREADS, TILE_COLS, UNIT = 256, 64, 8  # of a block; columns of a tile, and of 16 bytes of it
+COPIES, DRAWS, PRODUCTS = 4, 4, 20  # of a thread and tile: units, Philox blocks; and products of a block
+CONFLICT = 4  # single elements of a piece go to one bank 4 at a time, where A lies along its columns; 2 to 8 of B
+PHILOX = re.compile(r"-0x2daee0ad|-0x326172a9|0xd2511f53|0xcd9e8d57")
+INTEGER = re.compile(
+    r"(IADD3|LOP3|ISETP|SHF|LEA|SEL|PRMT|V?IMNMX|VIADD|VIADDMNMX|IABS|PLOP3|P2R|R2P|MOV|FSETP|FSEL|F2FP)$"
+)
+CONVERT = re.compile(r"(I2F|F2I|F2F|MUFU|POPC|FLO)$")
+FLOAT = re.compile(r"(FADD|FMUL|FFMA|HADD2|HMUL2|HFMA2)$")
+
+
+class TileWork(NamedTuple):
+    """Of one warp for one tile, in cycles.
+
+    Integers, logic and packing have 16 lanes a scheduler; so have products of integers, those of 64 bits at half of
+    that rate (and floats on sm_80); conversions and reciprocals have 4.
+    """
+
+    issue: float = 0.0  # one for each instruction, also of a predicated one that does nothing
+    integer: float = 0.0
+    product: float = 0.0
+    convert: float = 0.0
+    shared: float = 0.0  # of shared memory and L1, 128 bytes each: all warps of a multiprocessor take turns
+    alone: float = 0.0  # that the warp takes with nothing beside it, by the compiler's stall counts; waits come on top
+
+    def plus(self, other: "TileWork", times: float = 1) -> "TileWork":
+        """This and so many times the other."""
+        return TileWork(*(mine + times * more for mine, more in zip(self, other, strict=True)))
+
+
+def is_work(instruction: sass.Instruction) -> bool:
+    """Whether it is what every tile needs: copies, products and their operands, latent rows."""
+    return instruction.base in {"LDGSTS", "HMMA", "LDSM", "BAR", "LDGDEPBAR"} or instruction.matches("STS.U16")
+
+
+def of_instruction(instruction: sass.Instruction, arch: int) -> TileWork:
+    """One issue of an instruction."""
+    base, modifiers = instruction.base, instruction.opcode.split(".")[1:]
+    product = 0
+    if base == "IMAD":
+        product = 4 if "WIDE" in modifiers or "HI" in modifiers else 2
+    elif FLOAT.match(base):
+        product = 2 if arch == 80 else 1
+    shared = 0
+    if base == "LDSM":
+        shared = int(modifiers[-1])
+    elif base == "SHFL":
+        shared = 1
+    elif base in {"LDS", "STS", "LDGSTS", "LDG", "STG"} and instruction.predicate != "!PT":
+        shared = next((int(bits) // 32 for bits in ("128", "64") if bits in modifiers), 1)
+        shared *= CONFLICT if base == "STS" and "U16" in modifiers else 1
+    return TileWork(
+        1, 2 * bool(INTEGER.match(base)), product, 8 * bool(CONVERT.match(base)), shared, instruction.stall
+    )  # fmt: skip
+
+
+class Loop:
+    """A loop of a kernel over the tiles of a token matrix."""
+
+    def __init__(self, kernel: cuda_static.Kernel, flow: sass.Flow, head: int) -> None:
+        """flow: of the kernel's code; head: where the loop begins."""
+        self.code, self.arch, self.flow, self.head = kernel.code, kernel.arch, flow, head
+        self.body = flow.loops[head]
+        match = re.match(r"(\w+)_kernel<Mma<\w+, (\d+)>", kernel.name)
+        assert match
+        family, self.rank = match[1], int(match[2])
+        stores = self.count(self.body, lambda i: i.matches("STG.128"))
+        self.name = {"backward": "dx" if stores else "outer", "expand": "y"}.get(family, family)
+        self.tiles = self.count(self.body, lambda i: i.matches("LDGSTS.128")) // COPIES
+        self.inner = [loop for loop in flow.loops.values() if loop < self.body]
+
+    def count(self, loop: Iterable[int], wanted: Callable[[sass.Instruction], object]) -> int:
+        """The instructions that are wanted."""
+        return sum(bool(wanted(self.code[i])) for i in loop)
+
+    def draws(self, loop: Iterable[int]) -> int:
+        """Products of Philox."""
+        return self.count(loop, lambda i: i.base == "IMAD" and PHILOX.search(i.operands))
+
+    def fragments(self, loop: Iterable[int]) -> int:
+        """Products of tensor cores."""
+        return self.count(loop, lambda i: i.base == "HMMA")
+
+    def single_stores(self, loop: Iterable[int]) -> int:
+        """Elements of 16 bits that are stored to shared memory: pieces and latent rows."""
+        return self.count(loop, lambda i: i.matches("STS.U16"))
+
+    def trips(self, loop: frozenset[int]) -> float:
+        """How often an inner loop runs in one turn of this one."""
+        if self.fragments(loop):
+            return self.product_trips(loop)
+        if self.draws(loop):
+            drawing = [other for other in self.inner if self.draws(other) and not self.fragments(other)]
+            rounds = [
+                other for other in drawing if self.draws(other) < PRODUCTS and not any(o < other for o in drawing)
+            ]
+            if loop in rounds:
+                return PRODUCTS / self.draws(loop)
+            return DRAWS * self.tiles / (len(drawing) - len(rounds))
+        if self.is_piece(loop):
+            units = self.rank * TILE_COLS * PIECE_TILES[self.rank] / UNIT / THREADS
+            return units / (self.single_stores(loop) // UNIT)
+        if self.single_stores(loop):
+            return 0  # latent rows of another group of outputs
+        if self.count(loop, lambda i: i.base == "STS"):
+            return 1  # the bias of a piece
+        raise ValueError(f"{self.name}, rank {self.rank}: what is the loop of {len(loop)} instructions at {min(loop)}?")
+
+    def product_trips(self, loop: frozenset[int]) -> float:
+        """Of a loop with products: those around others run once, the innermost share what is not outside of them."""
+        loops = [other for other in self.inner if self.fragments(other)]
+        innermost = [other for other in loops if not any(o < other for o in loops)]
+        inside = sum(map(self.fragments, innermost))
+        needed = self.tiles * self.rank // 2 * (2 if self.name == "sweep" else 1)
+        return (needed - (self.fragments(self.body) - inside)) / inside if loop in innermost else 1
+
+    def is_piece(self, loop: frozenset[int]) -> bool:
+        """Whether it loads a piece of the adapter matrix, a unit at a time."""
+        return self.single_stores(loop) >= UNIT
+
+    def part(self, by: int) -> frozenset[int]:
+        """What an instruction dominates of the loop."""
+        return self.flow.dominated(by) & self.body
+
+    @cached_property
+    def masking(self) -> set[int]:
+        """What is only run to draw a mask: the widest dominated parts with Philox and without work of another kind."""
+        found: set[int] = set()
+        for draw in sorted(self.body):
+            if self.draws([draw]) and draw not in found:
+                # What a later dominator dominates is a part of what an earlier one does.
+                chain = self.flow.dominators(draw)
+                first = bisect(
+                    chain, False, key=lambda by: not self.count(self.flow.dominated(by) & self.body, is_work)
+                )
+                found |= self.flow.dominated(chain[first]) & self.body
+        return found
+
+    def executed(self, *, mask: bool = False, piece: bool = False, router: bool = False) -> Counter[int]:
+        """Instructions of one turn, without or with masks, a new piece, latent rows that a router weighs."""
+        pieces = {i for loop in self.inner if self.is_piece(loop) for i in loop}
+        streams = self.name in {"shrink", "y", "dx"}  # a warp its own rows: it meets the others only for a piece
+
+        def cold(i: int) -> bool:
+            instruction = self.code[i]
+            if instruction.predicate:
+                return False
+            modifiers = instruction.opcode.split(".")
+            if instruction.base in {"LDG", "STG"} and {"U16", "64"} & set(modifiers):
+                return True  # single elements, row numbers
+            if instruction.base == "SHFL":
+                return not mask or "BFLY" in modifiers  # BFLY: sums of a router's weights
+            if instruction.base == "F2FP" and i in pieces:
+                return True  # adapters in float
+            if instruction.base == "I2F":
+                return not (piece or router)  # divisions: the lines of a piece, a router's heads
+            return (not mask and i in self.masking) or (streams and not piece and instruction.base == "BAR")
+
+        return self.flow.executed(self.head, self.trips, cold)
+
+    def work(self, times: Counter[int]) -> TileWork:
+        """Of one tile."""
+        total = TileWork()
+        for i, turns in times.items():
+            total = total.plus(of_instruction(self.code[i], self.arch), turns / self.tiles)
+        return total
+
+    def parts(self) -> dict[str, TileWork]:
+        """A tile without masks; what a mask, its share of a piece and a router's weights on latent rows add."""
+        plain = self.work(self.executed())
+        parts = {"tile": plain}
+        if self.name in {"shrink", "dx", "outer"}:
+            parts["mask"] = self.work(self.executed(mask=True)).plus(plain, -1)
+        if self.name == "outer":
+            parts["router"] = self.work(self.executed(router=True)).plus(plain, -1)
+        if any(map(self.is_piece, self.inner)):
+            piece = self.work(self.executed(piece=True)).plus(plain, -1)
+            parts["piece"] = TileWork().plus(piece, 1 / PIECE_TILES[self.rank])
+        return parts
+
+
+def tile_loops(kernel: cuda_static.Kernel) -> Iterator[Loop]:
+    """The loops of a kernel over tiles: the innermost with copies and products."""
+    flow = sass.Flow(kernel.code)
+
+    def has(loop: frozenset[int], opcode: str) -> bool:
+        return any(kernel.code[i].matches(opcode) for i in loop)
+
+    found = {head: loop for head, loop in flow.loops.items() if has(loop, "HMMA") and has(loop, "LDGSTS.128")}
+    for head, loop in found.items():
+        if not any(other < loop for other in found.values()):
+            yield Loop(kernel, flow, head)
+
+
+Table = dict[tuple[int, str, int, str], TileWork]  # by architecture, loop, rank and part
+
+
+def table(kernels: Iterable[cuda_static.Kernel]) -> Table:
+    """Of the loops in bfloat16, without those that add partials when they fill the latent rows."""
+    rows: Table = {}
+    for kernel in kernels:
+        if "Mma<bfloat16" in kernel.name and "SumOfPartials" not in kernel.name and not kernel.empty:
+            for loop in tile_loops(kernel):
+                for part, work in loop.parts().items():
+                    rows[kernel.arch, loop.name, loop.rank, part] = TileWork(*map(round, work))
+    return dict(sorted(rows.items()))
+
+
+def write(rows: Table, file: TextIO) -> None:
+    """As comma-separated values, with the compiler's version in the first line."""
+    file.write(f"# nvcc {cuda_static.nvcc_version()}\n")
+    lines = csv.writer(file, lineterminator="\n")
+    lines.writerow(["arch", "loop", "rank", "part", *TileWork._fields])
+    lines.writerows([*key, *work] for key, work in rows.items())
+
+
+def read(path: Path = TABLE) -> tuple[str, Table]:
+    """The version of nvcc, and the table."""
+    first, *lines = path.read_text().splitlines()
+    rows = {}
+    for line in csv.DictReader(lines):
+        key = int(line["arch"]), line["loop"], int(line["rank"]), line["part"]
+        rows[key] = TileWork(*(float(line[field]) for field in TileWork._fields))
+    return first.split()[-1], rows
+
+
+def main() -> None:
+    """Prints the table, or writes the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    folder = cuda_static.ROOT / "csrc/cuda"
+    rows = table(k for name in SOURCES for arch in ARCHS for k in cuda_static.compile_file(folder / name, arch))
+    if options.write:
+        with TABLE.open("w") as file:
+            write(rows, file)
+    else:
+        write(rows, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
