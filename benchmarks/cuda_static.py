@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,6 +73,11 @@ class Kernel:
     shared: int  # bytes; compile_all adds the dynamic ones
     threads: int  # of a block, at most
     code: list[sass.Instruction] = field(repr=False)
+
+    @cached_property
+    def flow(self) -> sass.Flow:
+        """The graph of its branches."""
+        return sass.Flow(self.code)
 
     @property
     def empty(self) -> bool:

@@ -201,14 +201,14 @@ def _longest(work: dict[int, Counter[int]], after: dict[int, set[int]], head: in
     return total
 
 
-def hot_loops(code: list[Instruction], *wanted: str) -> list[list[Instruction]]:
+def hot_loops(flow: Flow, *wanted: str) -> list[list[Instruction]]:
     """The innermost loops that hold all these opcodes at once: products, copies and stores of one stream.
 
     Wanted without products they would be any loop; without copies, maybe a walk over a tile in shared memory.
     """
 
     def holds(loop: frozenset[int]) -> bool:
-        return all(any(code[i].matches(opcode) for i in loop) for opcode in wanted)
+        return all(any(flow.code[i].matches(opcode) for i in loop) for opcode in wanted)
 
-    found = [loop for loop in Flow(code).loops.values() if holds(loop)]
-    return [[code[i] for i in sorted(loop)] for loop in found if not any(other < loop for other in found)]
+    found = [loop for loop in flow.loops.values() if holds(loop)]
+    return [[flow.code[i] for i in sorted(loop)] for loop in found if not any(other < loop for other in found)]

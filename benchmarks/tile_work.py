@@ -90,17 +90,17 @@ def of_instruction(instruction: sass.Instruction, arch: int) -> TileWork:
 class Loop:
     """A loop of a kernel over the tiles of a token matrix."""
 
-    def __init__(self, kernel: cuda_static.Kernel, flow: sass.Flow, head: int) -> None:
-        """flow: of the kernel's code; head: where the loop begins."""
-        self.code, self.arch, self.flow, self.head = kernel.code, kernel.arch, flow, head
-        self.body = flow.loops[head]
+    def __init__(self, kernel: cuda_static.Kernel, head: int) -> None:
+        """head: where the loop begins."""
+        self.code, self.arch, self.flow, self.head = kernel.code, kernel.arch, kernel.flow, head
+        self.body = self.flow.loops[head]
         match = re.match(r"(\w+)_kernel<Mma<\w+, (\d+)>", kernel.name)
         assert match
         family, self.rank = match[1], int(match[2])
         stores = self.count(self.body, lambda i: i.matches("STG.128"))
         self.name = {"backward": "dx" if stores else "outer", "expand": "y"}.get(family, family)
-        self.tiles = self.count(self.body, lambda i: i.matches("LDGSTS.128")) // COPIES
-        self.inner = [loop for loop in flow.loops.values() if loop < self.body]
+        self.tiles = (self.count(self.body, lambda i: i.matches("LDGSTS.128")) or stores) // COPIES
+        self.inner = [loop for loop in self.flow.loops.values() if loop < self.body]
 
     def count(self, loop: Iterable[int], wanted: Callable[[sass.Instruction], object]) -> int:
         """The instructions that are wanted."""
@@ -124,17 +124,16 @@ class Loop:
             return self.product_trips(loop)
         if self.draws(loop):
             drawing = [other for other in self.inner if self.draws(other) and not self.fragments(other)]
-            rounds = [
-                other for other in drawing if self.draws(other) < PRODUCTS and not any(o < other for o in drawing)
-            ]
-            if loop in rounds:
-                return PRODUCTS / self.draws(loop)
-            return DRAWS * self.tiles / (len(drawing) - len(rounds))
+            if self.draws(loop) < PRODUCTS and not any(other < loop for other in drawing):
+                return PRODUCTS / self.draws(loop)  # rounds of one block
+            around = [other for other in drawing if self.draws(other) >= PRODUCTS or any(o < other for o in drawing)]
+            return DRAWS * self.tiles / len(around)
         if self.is_piece(loop):
             units = self.rank * TILE_COLS * PIECE_TILES[self.rank] / UNIT / THREADS
             return units / (self.single_stores(loop) // UNIT)
-        if self.single_stores(loop):
-            return 0  # latent rows of another group of outputs
+        around = [other for other in self.inner if loop <= other and not self.fragments(other)]
+        if any(map(self.single_stores, around)) or self.count(loop, lambda i: i.base == "FADD"):
+            return 0  # latent rows of another group of outputs, and sums of partials for them
         if self.count(loop, lambda i: i.base == "STS"):
             return 1  # the bias of a piece
         raise ValueError(f"{self.name}, rank {self.rank}: what is the loop of {len(loop)} instructions at {min(loop)}?")
@@ -161,12 +160,8 @@ class Loop:
         found: set[int] = set()
         for draw in sorted(self.body):
             if self.draws([draw]) and draw not in found:
-                # What a later dominator dominates is a part of what an earlier one does.
-                chain = self.flow.dominators(draw)
-                first = bisect(
-                    chain, False, key=lambda by: not self.count(self.flow.dominated(by) & self.body, is_work)
-                )
-                found |= self.flow.dominated(chain[first]) & self.body
+                chain = self.flow.dominators(draw)  # each dominates what the next one does, and more
+                found |= self.part(chain[bisect(chain, False, key=lambda by: not self.count(self.part(by), is_work))])
         return found
 
     def executed(self, *, mask: bool = False, piece: bool = False, router: bool = False) -> Counter[int]:
@@ -213,16 +208,16 @@ class Loop:
 
 
 def tile_loops(kernel: cuda_static.Kernel) -> Iterator[Loop]:
-    """The loops of a kernel over tiles: the innermost with copies and products."""
-    flow = sass.Flow(kernel.code)
+    """The loops of a kernel over tiles: the innermost with products and with copies or stores."""
 
-    def has(loop: frozenset[int], opcode: str) -> bool:
-        return any(kernel.code[i].matches(opcode) for i in loop)
+    def has(loop: frozenset[int], *opcodes: str) -> bool:
+        return any(kernel.code[i].matches(opcode) for i in loop for opcode in opcodes)
 
-    found = {head: loop for head, loop in flow.loops.items() if has(loop, "HMMA") and has(loop, "LDGSTS.128")}
+    loops = kernel.flow.loops.items()
+    found = {head: loop for head, loop in loops if has(loop, "HMMA") and has(loop, "LDGSTS.128", "STG.128")}
     for head, loop in found.items():
         if not any(other < loop for other in found.values()):
-            yield Loop(kernel, flow, head)
+            yield Loop(kernel, head)
 
 
 Table = dict[tuple[int, str, int, str], TileWork]  # by architecture, loop, rank and part

@@ -52,7 +52,7 @@ def streams(kernels):
 
 def hot_loops(kernel, family, products):
     """For each kind of loop that the family has: those that hold products, copies and stores."""
-    return [(beside, sass.hot_loops(kernel.code, *products, *beside)) for beside in LOOPS[family]]
+    return [(beside, sass.hot_loops(kernel.flow, *products, *beside)) for beside in LOOPS[family]]
 
 
 def assert_none(complaints):
@@ -149,7 +149,7 @@ def test_the_table_in_the_documentation_is_of_these_kernels(kernels):
 
 # ---- What a tile takes (tile_work.py)
 
-BUDGET = 1.1  # of what tile_work.csv says
+BUDGET = 1.05  # of what tile_work.csv says
 
 
 @pytest.fixture(scope="session")
@@ -228,7 +228,7 @@ def opcodes(loops):
 
 
 def found(listing, *wanted):
-    return opcodes(sass.hot_loops(sass.parse(listing), *wanted))
+    return opcodes(sass.hot_loops(sass.Flow(sass.parse(listing)), *wanted))
 
 
 def test_a_hot_loop_is_what_jumps_back():
@@ -365,7 +365,7 @@ ptxas info    : Used 128 registers, used 1 barriers, 48 bytes cumulative stack s
     (read,) = cuda_static.parse("op", 80, log, listing)
     assert read.name == "shrink_kernel<float>"
     assert (read.registers, read.spills, read.stack, read.shared, read.threads) == (128, 84, 48, 256, 256)
-    assert found(HOT, "HMMA") == opcodes(sass.hot_loops(read.code, "HMMA"))
+    assert found(HOT, "HMMA") == opcodes(sass.hot_loops(read.flow, "HMMA"))
 
 
 def test_the_table_can_be_read_again(monkeypatch):
