@@ -62,15 +62,20 @@ def microseconds(seconds: float) -> str:
 
 
 def kernel_table(works: list[Work], gpu: Gpu) -> str:
-    """A row a kernel: what each limit alone would take."""
+    """A row a kernel: what each limit alone would take; the longest; memory and the longest other in turn."""
     names = ["memory", "issue slots", "integers", "products", "shared memory", "one block"]
-    rows = []
+    columns = []
     for work in works:
         limits = work.limits(gpu)
+        memory = limits["memory"]
+        in_turn = memory + max(seconds for name, seconds in limits.items() if name != "memory") + gpu.launch
         floor = work.floor / (gpu.hbm * gpu.memory)
-        terms = [*(limits.get(name, 0) for name in names), work.seconds(gpu), floor]
-        rows.append([work.name, digits(work.bytes / 1e6), *map(microseconds, terms)])
-    return markdown(["lora, µs", "MB", *names, "all", "floor"], *rows)
+        columns.append([work.bytes / 1e12, *(limits.get(name, 0) for name in names), work.seconds(gpu), in_turn, floor])
+    columns.append([sum(values) for values in zip(*columns, strict=True)])
+    rows = [
+        [name, *map(microseconds, row)] for name, row in zip([*(w.name for w in works), "all"], columns, strict=True)
+    ]
+    return markdown(["lora, µs", "MB", *names, "overlapping", "in turn", "floor"], *rows)
 
 
 def tile_table(arch: int) -> str:
