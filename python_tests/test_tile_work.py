@@ -160,6 +160,29 @@ def test_unrolled_blocks_count_the_same():
     assert parts_of(rest.replace(block, "".join(copies)))["mask"].issue == 1 + 4 * (1 + 5 * 5 + 1)
 
 
+def test_what_leads_to_a_mask_is_not_run_without_one():
+    # Four instructions, after which the blocks may be jumped over, as for rows beyond the last.
+    setup = 4 * "        MOV R9, R9 ;\n" + "        @P5 BRA `(.L_products) ;\n.L_block:"
+    parts = parts_of(MASKED.replace(".L_block:", setup))
+    assert parts["tile"].issue == 4 + 1 + 1 + 8 + 1
+    assert parts["mask"].issue == 1 + 4 + 1 + 4 * (1 + 5 * 5 + 2)
+
+
+def test_units_that_draw_one_after_the_other_share_the_blocks_of_a_tile():
+    block = MASKED.split("        IADD3 R9, R9, 0x1, RZ ;\n")[1].split(".L_products:")[0]
+    again = block.replace(".L_block", ".L_more").replace(".L_round", ".L_others")
+    assert parts_of(MASKED.replace(block, block + again))["mask"].issue == 1 + 2 * 2 * (1 + 5 * 5 + 2)
+
+
+def test_a_loop_over_masks_runs_once_whatever_loops_it_holds():
+    products = 8 * "        HMMA.16816.F32.BF16 R16, R12, R20, R16 ;\n"
+    rolled = f".L_k:\n{products[: len(products) // 4]}        @P4 BRA `(.L_k) ;\n"
+    listing = MASKED.replace("        @P0 BRA `(.L_products) ;\n", ".L_mask:\n        @P0 BRA `(.L_products) ;\n")
+    parts = parts_of(listing.replace(products, rolled + "        @P6 BRA `(.L_mask) ;\n"))
+    assert parts["tile"].issue == 4 + 1 + 1 + 8 + 4 + 1 + 1
+    assert parts["mask"].issue == 1 + 4 * (1 + 5 * 5 + 2)
+
+
 def test_a_loop_of_products_runs_as_often_as_the_rank_needs():
     products = 8 * "        HMMA.16816.F32.BF16 R16, R12, R20, R16 ;\n"
     assert products in MASKED
