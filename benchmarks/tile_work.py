@@ -1,8 +1,9 @@
 """What one warp does for one tile of a token matrix (plan.h: 128 rows of 128 bytes), read from the machine code.
 
 Each loop over tiles is found as in sass.py, and of its paths the one with most instructions is taken. Never taken are
-those that an adapted layer in 16 bits with widths of multiples of 8 does not run for each tile: copies of single
-elements, row numbers (groups), a router's weights, adapters in float.
+those that a layer in 16 bits does not run for each tile where its widths are multiples of 8 and its adapters have its
+dtype: copies of single elements, row numbers of groups, conversions. What a mask, a piece of the adapter matrix and a
+router's weights on latent rows add is counted apart.
 
 How often an inner loop runs follows from what a tile needs: each thread copies 4 units of 16 bytes and draws 4 Philox
 blocks of 20 products for a mask, each warp multiplies rank / 2 pairs of fragments, and all threads together load a
@@ -81,7 +82,6 @@ def of_instruction(instruction: sass.Instruction, arch: int) -> TileWork:
         shared = 1
     elif base in {"LDS", "STS", "LDGSTS", "LDG", "STG"} and instruction.predicate != "!PT":
         shared = next((int(bits) // 32 for bits in ("128", "64") if bits in modifiers), 1)
-        shared *= CONFLICT if base == "STS" and "U16" in modifiers else 1
     return TileWork(
         1, 2 * bool(INTEGER.match(base)), product, 8 * bool(CONVERT.match(base)), shared, instruction.stall
     )  # fmt: skip
@@ -150,6 +150,11 @@ class Loop:
         """Whether it loads a piece of the adapter matrix, a unit at a time."""
         return self.single_stores(loop) >= UNIT
 
+    @cached_property
+    def pieces(self) -> set[int]:
+        """What loads them."""
+        return {i for loop in self.inner if self.is_piece(loop) for i in loop}
+
     def part(self, by: int) -> frozenset[int]:
         """What an instruction dominates of the loop."""
         return self.flow.dominated(by) & self.body
@@ -166,7 +171,6 @@ class Loop:
 
     def executed(self, *, mask: bool = False, piece: bool = False, router: bool = False) -> Counter[int]:
         """Instructions of one turn, without or with masks, a new piece, latent rows that a router weighs."""
-        pieces = {i for loop in self.inner if self.is_piece(loop) for i in loop}
         streams = self.name in {"shrink", "y", "dx"}  # a warp its own rows: it meets the others only for a piece
 
         def cold(i: int) -> bool:
@@ -178,7 +182,7 @@ class Loop:
                 return True  # single elements, row numbers
             if instruction.base == "SHFL":
                 return not mask or "BFLY" in modifiers  # BFLY: sums of a router's weights
-            if instruction.base == "F2FP" and i in pieces:
+            if instruction.base == "F2FP" and i in self.pieces:
                 return True  # adapters in float
             if instruction.base == "I2F":
                 return not (piece or router)  # divisions: the lines of a piece, a router's heads
@@ -190,7 +194,10 @@ class Loop:
         """Of one tile."""
         total = TileWork()
         for i, turns in times.items():
-            total = total.plus(of_instruction(self.code[i], self.arch), turns / self.tiles)
+            once = of_instruction(self.code[i], self.arch)
+            if i in self.pieces and self.single_stores([i]):
+                once = once._replace(shared=CONFLICT * once.shared)
+            total = total.plus(once, turns / self.tiles)
         return total
 
     def parts(self) -> dict[str, TileWork]:
@@ -201,7 +208,7 @@ class Loop:
             parts["mask"] = self.work(self.executed(mask=True)).plus(plain, -1)
         if self.name == "outer":
             parts["router"] = self.work(self.executed(router=True)).plus(plain, -1)
-        if any(map(self.is_piece, self.inner)):
+        if self.pieces:
             piece = self.work(self.executed(piece=True)).plus(plain, -1)
             parts["piece"] = TileWork().plus(piece, 1 / PIECE_TILES[self.rank])
         return parts

@@ -191,6 +191,19 @@ def test_a_loop_of_products_runs_as_often_as_the_rank_needs():
     assert parts_of(rolled, "shrink_kernel<Mma<bfloat16, 32>>")["tile"].issue == 4 + 1 + 1 + 16 + 8 + 1
 
 
+def test_a_piece_is_shared_by_its_tiles():
+    stores = 8 * "        STS.U16 [R0], R1 ;\n"
+    piece = f"        @P5 BRA `(.L_old) ;\n        BAR.SYNC 0x0 ;\n.L_piece:\n{stores}        @P6 BRA `(.L_piece) ;\n"
+    listing = MASKED.replace(
+        "        @P0 BRA `(.L_products) ;\n", piece + ".L_old:\n        @P0 BRA `(.L_products) ;\n"
+    )
+    parts = parts_of(listing)
+    assert parts["tile"].issue == 4 + 1 + 1 + 1 + 8 + 1
+    # 16 ranks of 7 tiles of 8 units are 3.5 for each of 256 threads.
+    assert parts["piece"].issue == pytest.approx((1 + 3.5 * (8 + 1)) / 7)
+    assert parts["piece"].shared == pytest.approx(3.5 * 8 * 4 / 7)  # four elements to a bank
+
+
 def test_a_loop_of_another_kind_is_refused():
     walk = "        @P0 BRA `(.L_products) ;\n.L_walk:\n        LDG.E R0, [R2.64] ;\n        @P5 BRA `(.L_walk) ;\n"
     with pytest.raises(ValueError, match="shrink, rank 16: what is the loop of 2 instructions at 5"):
@@ -209,7 +222,7 @@ def test_a_loop_of_another_kind_is_refused():
         ("LDS.128 R0, [R1]", "shared", 4),
         ("@!PT LDS RZ, [RZ]", "shared", 0),
         ("STS [R0], R1", "shared", 1),
-        ("STS.U16 [R0], R1", "shared", 4),
+        ("STS.U16 [R0], R1", "shared", 1),
         ("LDGSTS.E.BYPASS.LTC128B.128 [R0], [R2.64]", "shared", 4),
         ("STG.E.64 [R2.64], R4", "shared", 2),
         ("SHFL.IDX PT, R0, R1, R2, 0x1f", "shared", 1),
