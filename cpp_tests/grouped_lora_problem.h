@@ -19,6 +19,7 @@ struct Problem {
   bool in_place = false;     // y_in == y and dx_in == dx
   bool dx_wanted = true;
   double scaling = 1.5;
+  std::vector<int64_t> group_rows = {};  // the rows of each group; empty: at random
 };
 
 // Everything of one problem in type T.
@@ -43,6 +44,11 @@ Data<T> make_data(const Problem& problem) {
     const int64_t id = generator() % std::max<int64_t>(groups - 1, 1);
     data.group.push_back(groups > 3 && id == 1 ? 0 : id);
   }
+  int64_t next = 0;
+  for (size_t k = 0; k < problem.group_rows.size(); ++k) {
+    for (int64_t i = 0; i < problem.group_rows[k]; ++i) data.group[next++] = int64_t(k);
+  }
+  if (next > 0 && problem.permuted) std::shuffle(data.group.begin(), data.group.end(), generator);
   if (!problem.permuted) std::sort(data.group.begin(), data.group.end());
   data.rows.resize(tokens);
   data.offsets.resize(groups + 1);

@@ -51,6 +51,12 @@ TEST(kernels_agree_with_naive_loops_where_columns_are_split) {
   check_cuda<Op, float>({{140, 300, 152, 20, 2, 0, false, DropoutSite::kInputPerHead}, 0.1});
 }
 
+TEST(kernels_agree_with_naive_loops_where_rows_are_cut_into_chunks) {
+  for (DropoutSite site : kSites) check_cuda<Op, bfloat16>({{520, 24, 40, 8, 2, 3, false, site}, 0.3});
+  check_cuda<Op, float>({{1030, 24, 16, 8, 3, 2, false, DropoutSite::kInputPerHead}, 0.3});
+  check_cuda<Op, bfloat16>({{2050, 16, 16, 9, 8, 0, false, DropoutSite::kLatent}, 0.3});  // two chunks of 64 ranks
+}
+
 TEST(adapters_may_be_float_on_16_bit_inputs) {
   check_cuda<Op, bfloat16, float>({{40, 72, 56, 8, 3, 8, false, DropoutSite::kLatent}, 0.2});
   check_cuda<Op, float16, float>({{40, 71, 57, 5, 3, 2, false, DropoutSite::kInput}, 0.2});

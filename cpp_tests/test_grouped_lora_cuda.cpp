@@ -1,6 +1,9 @@
 // The CUDA kernels of grouped_lora, unmodified, under the SIMT engine: no error in any thread order, the numbers of
 // naive loops in double, the same bits in every order, and the bytes of the data sheets.
+#include <random>
+
 #include "cuda/plan.h"
+#include "cuda/row_tile.cuh"
 #include "grouped_lora_problem.h"
 #include "simt_support.h"
 
@@ -168,6 +171,105 @@ TEST(every_size_may_be_zero) {
   }
 }
 
+// ---- Chunks of rows
+
+// Chunks of all groups have numbers of their own, below outer_chunks.
+TEST(chunks_of_rows_are_numbered_for_any_groups) {
+  std::mt19937 generator(5);
+  for (int trial = 0; trial < 2000; ++trial) {
+    const int64_t rank = 8, rows = cuda::outer_rows(rank), groups = 1 + generator() % 6;
+    int64_t begin = 0, next = 0;
+    for (int64_t k = 0; k < groups; ++k) {
+      const int64_t whole = int64_t(generator() % 4) * rows, tail = int64_t(generator() % 3) - 1;
+      const int64_t count = std::max<int64_t>(whole + tail, 0);
+      const int64_t first = cuda::first_chunk(int(begin), int(k), int(rows));
+      const int64_t chunks = cuda::count_chunks(int(count), int(rows));
+      CHECK(first >= next && chunks == std::max<int64_t>((count + rows - 1) / rows, 1));
+      begin += count, next = first + chunks;
+    }
+    CHECK(next <= cuda::outer_chunks(begin, groups, rank));
+  }
+}
+
+TEST(kernels_agree_with_naive_loops_where_rows_are_cut_into_chunks) {
+  for (int64_t tokens : {511, 512, 513, 1023, 1024, 1025}) check_problem<bfloat16>({{tokens, 24, 40, 8, 1}, 0.2});
+  check_problem<float>({{513, 20, 36, 5, 1}, 0.2});
+  check_problem<float16>({{1024, 136, 9, 16, 1}, 0.2});
+  check_problem<bfloat16>({{1025, 24, 40, 20, 1}, 0.2});              // two passes over dy
+  check_problem<bfloat16, float>({{2049, 24, 16, 70, 1}, 0.2});       // chunks of ranks
+  check_problem<bfloat16>({{600, 24, 40, 20, 1}, 0.2}, /*major=*/7);  // and of 16
+}
+
+// Groups of no, one and many rows, whose chunks begin anywhere in group order.
+TEST(chunks_of_rows_stay_within_a_group) {
+  const std::vector<std::vector<int64_t>> partitions = {
+      {0, 513}, {512, 0, 1}, {513, 0}, {1, 512, 512, 0}, {0, 0, 700}, {511, 2, 600, 1}, {1024, 513, 0, 3, 0}};
+  for (const std::vector<int64_t>& rows : partitions) {
+    int64_t tokens = 0;
+    for (int64_t count : rows) tokens += count;
+    for (bool permuted : {false, true}) {
+      Problem problem{{tokens, 24, 40, 8, int64_t(rows.size())}, 0.2, permuted};
+      problem.group_rows = rows;
+      check_problem<bfloat16>(problem);
+    }
+  }
+  Problem problem{{1500, 24, 20, 20, 4}, 0.2};
+  problem.group_rows = {1, 1025, 0, 474};
+  check_problem<float>(problem);
+}
+
+namespace {
+
+template <typename T>
+Data<T> run_on(int multiprocessors, const Problem& problem) {
+  Data<T> data = make_data<T>(problem);
+  simt::options() = {};
+  simt::options().multiprocessors = multiprocessors;
+  simt::reports().clear();
+  run_cuda(problem, data);
+  CHECK(clean());
+  return data;
+}
+
+}  // namespace
+
+// Where columns are too few to be split, which depends on the device.
+TEST(every_device_computes_the_same_bits) {
+  for (int64_t rank : {8, 24}) {
+    Problem problem{{1100, 72, 136, rank, 3}, 0.1};
+    problem.group_rows = {5, 1095, 0};
+    const Data<bfloat16> one = run_on<bfloat16>(1, problem);
+    for (int multiprocessors : {4, 132}) {
+      const Data<bfloat16> more = run_on<bfloat16>(multiprocessors, problem);
+      CHECK(check::same_bits(more.dA, one.dA) && check::same_bits(more.dB, one.dB));
+      CHECK(check::same_bits(more.z, one.z) && check::same_bits(more.dx, one.dx) && check::same_bits(more.y, one.y));
+    }
+  }
+}
+
+// The gradient of many rows is the sum of those of its chunks, to the bit, if they are added from the first on.
+TEST(chunks_are_added_in_order) {
+  const int64_t rows = cuda::outer_rows(8), in_dim = 24, out_dim = 40;
+  const Problem whole{{2 * rows + 70, in_dim, out_dim, 8, 1}};
+  const Data<float> data = run_on<float>(4, whole);
+  std::vector<float> dA(data.dA.size()), dB(data.dB.size());
+  for (int64_t first = 0; first < whole.shape.tokens; first += rows) {
+    const int64_t count = std::min(rows, whole.shape.tokens - first);
+    Data<float> part = data;
+    const auto cut = [&](std::vector<float>& v, int64_t cols) {
+      v = {v.begin() + first * cols, v.begin() + (first + count) * cols};
+    };
+    cut(part.x, in_dim), cut(part.dx_in, in_dim), cut(part.dy, out_dim), cut(part.y_in, out_dim), cut(part.dz_in, 8);
+    part.rows.resize(count), part.offsets = {0, count};
+    Problem problem = whole;
+    problem.shape.tokens = count;
+    run_cuda(problem, part);
+    for (size_t e = 0; e < dA.size(); ++e) dA[e] += part.dA[e];
+    for (size_t e = 0; e < dB.size(); ++e) dB[e] += part.dB[e];
+  }
+  CHECK(check::same_bits(data.dA, dA) && check::same_bits(data.dB, dB));
+}
+
 namespace {
 
 template <typename T>
@@ -196,6 +298,9 @@ TEST(no_order_of_threads_makes_an_error_or_changes_a_bit) {
     check_every_order<float>(problem);
   }
   check_every_order<float16>({{20, 72, 264, 70, 1}, 0.1});
+  Problem chunks{{530, 24, 40, 8, 3}, 0.1};
+  chunks.group_rows = {513, 0, 17};
+  check_every_order<bfloat16>(chunks);
 }
 
 TEST(group_rows_sorts_stably) {
@@ -272,23 +377,27 @@ void check_ledger(const Problem& problem) {
   CHECK(within(moved(Op::kLoad, "dy"), (plan.one_pass ? 1 : 2) * sectors<T>(tokens * out_dim)));
   CHECK(within(moved(Op::kLoad, "dx_in"), sectors<T>(tokens * in_dim)));
   CHECK(within(moved(Op::kStore, "dx"), sectors<T>(tokens * in_dim)));
-  // z, and its partials and those of dz: written once.
+  // z, its partials, those of dz, and the sums of chunks of rows of dA and dB: written once.
   const int64_t latent = sectors<float>(tokens * rank), splits = plan.shrink.splits;
   const int64_t dz_partials = plan.one_pass ? cuda::outer_blocks(out_dim, sizeof(T)) : plan.shrink_dy.splits;
   CHECK(within(moved(Op::kStore, "z"), latent));
-  CHECK(within(moved(Op::kStore, "partials"), ((splits > 1 ? splits : 0) + dz_partials + 1) * latent));
-  // Resident: A by the row tiles of shrink and of dx, B by those of expand and of shrink_dy (the sweep's blocks share
-  // it).
+  const int64_t chunks = cuda::outer_chunks(tokens, groups, rank), sums = cuda::outer_sums(tokens, groups, rank);
+  const int64_t of_dA = sums * sectors<float>(rank * in_dim), of_dB = sums * sectors<float>(rank * out_dim);
+  const int64_t of_latents = (splits > 1 ? splits : 0) + dz_partials + 1;
+  CHECK(within(moved(Op::kStore, "partials"), of_latents * latent + 2 * of_dA + of_dB));  // dA: two stores a sector
+  // Resident: A by the row tiles of shrink and of dx, B by those of expand and of shrink_dy or by the sweep's chunks of
+  // rows.
   const int64_t tiles = cuda::row_tiles(tokens, groups);
   CHECK(within(moved(Op::kLoad, "A"), 2 * tiles * sectors<T>(rank * in_dim)));
-  CHECK(within(moved(Op::kLoad, "B"), (tiles + (plan.one_pass ? 1 : tiles)) * sectors<T>(rank * out_dim)));
+  CHECK(within(moved(Op::kLoad, "B"), (tiles + (plan.one_pass ? chunks : tiles)) * sectors<T>(rank * out_dim)));
   // Latent rows: z by the blocks of columns of dy, dz by those of x and by the splits of dx; partials by whoever adds
   // them.
   const int64_t of_x = cuda::outer_blocks(in_dim, sizeof(T)), of_dy = cuda::outer_blocks(out_dim, sizeof(T));
   const int64_t z_reads = of_dy + (splits > 1 ? 0 : plan.expand.splits),
                 z_partials = splits > 1 ? splits * (plan.expand.splits + 1) : 0;
   CHECK(within(moved(Op::kLoad, "z"), z_reads * latent));
-  CHECK(within(moved(Op::kLoad, "partials"), (z_partials + dz_partials + of_x + plan.expand_dx.splits) * latent));
+  CHECK(within(moved(Op::kLoad, "partials"),
+               (z_partials + dz_partials + of_x + plan.expand_dx.splits) * latent + of_dA + of_dB));
   for (const simt::Report& report : simt::reports()) CHECK(report.global(Op::kAtomic).requests == 0);
 }
 
@@ -299,6 +408,7 @@ TEST(streamed_operands_move_as_often_as_they_must) {
     check_ledger<bfloat16>({{256, 1024, 512, rank, 1}, 0.1, false});
     check_ledger<float>({{256, 512, 256, rank, 1}, 0, false});
   }
+  check_ledger<bfloat16>({{1152, 256, 384, 8, 1}, 0.1, false});  // three chunks of rows
 }
 
 int main() { return check::run_tests(); }

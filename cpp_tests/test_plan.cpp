@@ -100,6 +100,20 @@ TEST(row_tiles_are_enough_for_any_groups) {
   }
 }
 
+// Partial sums, written and read, are to be few bytes beside a token matrix of 16 bits.
+TEST(rows_are_cut_into_chunks_by_sizes_alone) {
+  CHECK(outer_rows(1) == 512 && outer_rows(16) == 512 && outer_rows(17) == 1024 && outer_rows(32) == 1024);
+  CHECK(outer_rows(33) == 2048 && outer_rows(1000) == 2048);
+  for (int64_t rank : {8, 16, 32, 64}) CHECK(4 * rank * 16 <= 2 * outer_rows(rank));
+  for (int64_t rank : {8, 20, 64}) {
+    const int64_t rows = outer_rows(rank);
+    CHECK(outer_chunks(0, 1, rank) == 1 && outer_chunks(1, 1, rank) == 1 && outer_chunks(rows, 1, rank) == 1);
+    CHECK(outer_chunks(rows + 1, 1, rank) == 2 && outer_chunks(8 * rows, 1, rank) == 8);
+    CHECK(outer_chunks(0, 0, rank) == 0 && outer_chunks(0, 5, rank) == 5 && outer_chunks(rows + 1, 5, rank) == 6);
+    CHECK(outer_sums(0, 5, rank) == 0 && outer_sums(rows, 5, rank) == 0 && outer_sums(rows + 1, 5, rank) == 6);
+  }
+}
+
 TEST(outer_blocks_own_256_bytes_of_columns) {
   CHECK(outer_blocks(0, kHalf) == 0 && outer_blocks(1, kHalf) == 1 && outer_blocks(128, kHalf) == 1);
   CHECK(outer_blocks(129, kHalf) == 2 && outer_blocks(65, kFloat) == 2);

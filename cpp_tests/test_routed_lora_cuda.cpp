@@ -77,6 +77,18 @@ TEST(kernels_agree_with_naive_loops_where_groups_and_slabs_cross) {
   check_cuda<Op, bfloat16, float>({{20, 72, 4 * 60, 9, 3, 3, false, DropoutSite::kInput}, 0.1, routing(2, 4)}, 7);
 }
 
+// The chunks of dA, dR and dB need not have the same rows.
+TEST(kernels_agree_with_naive_loops_where_rows_are_cut_into_chunks) {
+  for (DropoutSite site : kSites) {
+    for (bool A_per_head : {false, true}) {
+      check_cuda<Op, bfloat16>({{520, 24, 16, 8, 2, 3, A_per_head, site}, 0.3, routing(2)});
+    }
+    check_cuda<Op, float>({{520, 24, 2 * 12, 7, 2, 0, false, site}, 0.3, routing(1, 2)});
+  }
+  check_cuda<Op, bfloat16>({{1030, 24, 16, 8, 3, 2, false, DropoutSite::kInputPerHead}, 0.3, routing(3)});
+  check_cuda<Op, float16>({{1030, 24, 8, 3, 3, 0, false, DropoutSite::kInput}, 0, routing(3)});
+}
+
 TEST(adapters_and_router_may_be_float_on_16_bit_inputs) {
   check_cuda<Op, bfloat16, float>({{40, 72, 56, 8, 3, 8, false, DropoutSite::kLatent}, 0.2, routing(3)});
   check_cuda<Op, float16, float>({{40, 71, 57, 5, 3, 2, false, DropoutSite::kInput}, 0.2, routing(3)});
@@ -95,6 +107,7 @@ TEST(no_order_of_threads_makes_an_error_or_changes_a_bit) {
   check_every_order<Op, bfloat16>({{140, 72, 136, 8, 5, 8, false, DropoutSite::kInput}, 0.1, routing(5)});
   check_every_order<Op, float>({{40, 72, 40, 8, 2, 8, true, DropoutSite::kLatent}, 0.1, routing(1)});
   check_every_order<Op, bfloat16>({{140, 72, 3 * 72, 8, 3, 8, false, DropoutSite::kInput}, 0.1, routing(3, 3)});
+  check_every_order<Op, bfloat16>({{515, 24, 16, 8, 2, 0, false, DropoutSite::kInput}, 0.1, routing(2)});
   check_every_order<Op, float>({{40, 40, 5 * 24, 8, 2, 0, true, DropoutSite::kInputPerHead}, 0.1, routing(2, 5)});
 }
 

@@ -30,8 +30,8 @@ struct Adapter {
   bool is_float;     // whether its type is float; otherwise it is T
   int ranks;
   Layout layout;
-  int64_t group_stride = 0;
-  int start = 0;  // its first rank in the adapter matrix
+  int64_t group_stride = 0;  // elements of a group
+  int start = 0;             // its first rank in the adapter matrix
 
   __device__ bool has(int rank) const { return rank - start < ranks && (rank - start) % layout.inner < layout.stored; }
 };

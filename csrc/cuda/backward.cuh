@@ -17,14 +17,14 @@ struct BackwardJob {
     OuterJob<T> job;
     LatentSource latents;
     int blocks;   // 0: there is no such job
-    int repeats;  // blocks for the same columns: one for each group of rows and chunk of ranks
+    int repeats;  // blocks for the same columns: one for each chunk of rows and chunk of ranks
     int chunks;   // chunks of ranks
 
     Outer() : blocks(0) {}
     Outer(const OuterJob<T>& outer, const LatentSource& source)
         : job(outer),
           latents(source),
-          repeats(int(job.shape.groups) * job.chunks(Math::kRank)),
+          repeats(int(Grid(job.row_chunks() * job.chunks(Math::kRank)).x)),
           chunks(job.chunks(Math::kRank)) {
       blocks = int(Grid(int64_t(job.blocks()) * repeats).x);
     }

@@ -1,7 +1,8 @@
 // Grouped LoRA has one head: the latent rows of expand are z or dz as shrink has computed them.
 //
 //   forward   base, shrink (z), expand (y)
-//   backward  base, sweep (dB, partials of dz) or shrink (partials of dz), sum of the partials, backward (dA, dx, dB)
+//   backward  base, sweep (dB, partials of dz) or shrink (partials of dz), sum of the partials, backward (dA, dx, dB),
+//             sum_chunks (dA and dB of groups of many rows)
 //
 // A row tile belongs to one group, and uses its A and B.
 #include "ops/grouped_lora.h"
@@ -93,6 +94,11 @@ int64_t dz_partials(const Plan& plan, const GroupedLoraShape& shape, int64_t ele
   return plan.one_pass ? outer_blocks(shape.out_dim, element_bytes) : plan.shrink_dy.splits;
 }
 
+// The floats of the sums of chunks of rows, of dA and of dB.
+int64_t chunk_floats(const GroupedLoraShape& shape) {
+  return outer_sums(shape.tokens, shape.groups, shape.rank) * shape.rank * (shape.in_dim + shape.out_dim);
+}
+
 int64_t latent_bytes(const GroupedLoraShape& shape) { return shape.tokens * shape.rank * int64_t(sizeof(float)); }
 
 }  // namespace
@@ -103,7 +109,8 @@ int64_t grouped_lora_forward_workspace(const GroupedLoraShape& shape, int64_t el
 }
 
 int64_t grouped_lora_backward_workspace(const GroupedLoraShape& shape, int64_t element_bytes) {
-  return (dz_partials(plan_for(shape, element_bytes), shape, element_bytes) + 1) * latent_bytes(shape);
+  return (dz_partials(plan_for(shape, element_bytes), shape, element_bytes) + 1) * latent_bytes(shape) +
+         chunk_floats(shape) * int64_t(sizeof(float));
 }
 
 template <typename T, typename TA>
@@ -159,15 +166,24 @@ void grouped_lora_backward(const GroupedLoraBackwardArgs<T, TA>& args, Stream st
     using Math = decltype(math);
     const TokenMatrix<T> x = token_matrix(args.x, shape.in_dim, args.z),
                          dy = token_matrix(args.dy, shape.out_dim, args.z);
-    const OuterJob<T> d_b{.shape = shape,
-                          .groups = args.row_groups,
-                          .x = dy,
-                          .masks = scaled,
-                          .summed_masks = 1,
-                          .m = b,
-                          .out = {args.dB},
-                          .partials = partials,
-                          .group_cols = y_group_cols};
+    OuterJob<T> d_b{.shape = shape,
+                    .groups = args.row_groups,
+                    .x = dy,
+                    .masks = scaled,
+                    .summed_masks = 1,
+                    .m = b,
+                    .out = {args.dB},
+                    .partials = partials,
+                    .group_cols = y_group_cols};
+    OuterJob<T> d_a{.shape = shape,
+                    .groups = args.row_groups,
+                    .x = x,
+                    .masks = masks,
+                    .summed_masks = 1,
+                    .m = a,
+                    .out = {args.dA},
+                    .group_cols = x_group_cols};
+    place_sums(d_b, place_sums(d_a, partials + (count + 1) * elements));
     if constexpr (Math::kRank == 16 && (Math::kTensorCores || std::is_same_v<T, float>)) {
       if (plan.one_pass) sweep<Math>(d_b, latent_z, stream);
     }
@@ -186,14 +202,6 @@ void grouped_lora_backward(const GroupedLoraBackwardArgs<T, TA>& args, Stream st
       launch(sum_kernel, ceil_div(elements, kThreads), dim3(kThreads), 0, stream,
              SumOfPartials{partials, count, shape.tokens, shape.rank, dz}, args.dz_in);
     }
-    const OuterJob<T> d_a{.shape = shape,
-                          .groups = args.row_groups,
-                          .x = x,
-                          .masks = masks,
-                          .summed_masks = 1,
-                          .m = a,
-                          .out = {args.dA},
-                          .group_cols = x_group_cols};
     const ExpandJob<T> dx{.shape = shape,
                           .groups = args.row_groups,
                           .in = token_matrix(args.dx_in, shape.in_dim, args.dx),
@@ -211,6 +219,7 @@ void grouped_lora_backward(const GroupedLoraBackwardArgs<T, TA>& args, Stream st
                                       .dz = latent_dz,
                                       .row_tiles = args.dx ? int(row_tiles(shape.tokens, shape.groups)) : 0},
         stream);
+    sum_chunks({d_a, d_b}, stream);
   });
 }
 

@@ -5,7 +5,7 @@
 // clang-format off
 //   forward   base, shrink ([A; A0] xd and R x), combine_heads (z, w, u), expand ([B | B0])
 //   backward  base, combine_heads (u, only with a router), shrink ([B | B0]^T dy),
-//             combine_heads_backward (dz, the gradient of the logits, u), backward
+//             combine_heads_backward (dz, the gradient of the logits, u), backward, sum_chunks (with many rows)
 // clang-format on
 //
 // All heads together take one pass over x and one over y, and their latents are padded together to a rank of 16, 32 or
@@ -97,15 +97,20 @@ struct HeadsLaunch {
     const int a_ranks = int(s.latents()) * stride, b_ranks = int(s.heads * s.rank);
     const int more = int(s.offset_rank), groups = int(router.routing.groups);
     const int r_ranks = groups * int(s.heads);
-    const Adapter R{.data = router.R, .is_float = kFloat, .ranks = r_ranks, .layout = layout_of_a(r_ranks, s.in_dim)};
+    const Adapter R{.data = router.R,
+                    .is_float = kFloat,
+                    .ranks = r_ranks,
+                    .layout = layout_of_a(r_ranks, s.in_dim),
+                    .group_stride = r_ranks * s.in_dim};
     const Layout of_a{.inner = std::max(stride, 1),
                       .stored = int(s.rank),
                       .rank_stride = s.in_dim,
                       .head_stride = s.A_per_head ? s.rank * s.in_dim : 0,
                       .col_stride = 1};
-    a = stack<T>(s.in_dim, {in.A, kFloat, a_ranks, of_a}, {in.A0, kFloat, more, layout_of_a(more, s.in_dim)}, R,
-                 kMaskedRanks);
-    b = stack<T>(s.out_dim, {in.B, kFloat, b_ranks, layout_of_b(s.rank, s.out_dim)},
+    const int64_t a_elements = (s.A_per_head ? s.heads : 1) * s.rank * s.in_dim, b_elements = b_ranks * s.out_dim;
+    a = stack<T>(s.in_dim, {in.A, kFloat, a_ranks, of_a, a_elements},
+                 {in.A0, kFloat, more, layout_of_a(more, s.in_dim)}, R, kMaskedRanks);
+    b = stack<T>(s.out_dim, {in.B, kFloat, b_ranks, layout_of_b(s.rank, s.out_dim), b_elements},
                  {in.B0, kFloat, more, layout_of_b(more, s.out_dim)});
     r = stack<T>(s.in_dim, R);
     a_shape = b_shape = {s.tokens, s.in_dim, s.out_dim, 0, 1};
@@ -148,10 +153,20 @@ struct HeadsLaunch {
     return b_plan.rank_chunks * router_weights().segments_of_chunk(b_plan.shrink_dy.splits) * params.tokens *
            params.heads;
   }
-  int64_t backward_floats() const {
+  // Whether dR takes a pass of its own over x: it sees x without the masks that dA sees.
+  bool separate_router() const { return params.groups > 0 && on_x.ranks_each < kAllRanks; }
+  // The sums of chunks of rows, of dA, dR and dB.
+  int64_t chunk_floats() const {
+    const int64_t of_r =
+        separate_router() ? floats_of_sums(a_shape, kNoMasks, r, 0) : floats_of_sums(a_shape, on_x, a, 2);
+    return floats_of_sums(a_shape, on_x, a, 0) + of_r + floats_of_sums(b_shape, kNoMasks, b, 0);
+  }
+  // What backward needs before these sums.
+  int64_t latent_floats() const {
     return params.tokens * (b_plan.shrink_dy.splits * params.du_width() + params.width() + params.u_width()) +
            segment_floats();
   }
+  int64_t backward_floats() const { return latent_floats() + chunk_floats(); }
   RouterWeights router_weights(const float* w = nullptr, const float* u = nullptr, float* segments = nullptr) const {
     return {params.groups, params.heads, params.rank, w, u, segments};
   }
@@ -245,23 +260,25 @@ void heads_backward(const HeadsBackwardArgs<T, TA>& args, const Router<TA>& rout
   with_math<T>(l.both, [&](auto math) {
     using Math = decltype(math);
     const int width = l.params.width();
-    const bool separate_router = router && l.on_x.ranks_each < kAllRanks;  // dA sees masked x, dR does not
-    const OuterJob<T> d_a{.shape = l.a_shape,
-                          .x = x,
-                          .masks = l.on_x,
-                          .summed_masks = s.A_per_head ? 1 : l.on_x.count,
-                          .m = l.a,
-                          .out = {args.dA, nullptr, separate_router ? nullptr : gradient.dR},
-                          .group_cols = l.x_group_cols()};
+    const bool separate_router = l.separate_router();
+    OuterJob<T> d_a{.shape = l.a_shape,
+                    .x = x,
+                    .masks = l.on_x,
+                    .summed_masks = s.A_per_head ? 1 : l.on_x.count,
+                    .m = l.a,
+                    .out = {args.dA, nullptr, separate_router ? nullptr : gradient.dR},
+                    .group_cols = l.x_group_cols()};
     OuterJob<T> d_r = d_a;
-    d_r.masks = kNoMasks, d_r.summed_masks = 1, d_r.m = l.r, d_r.out[0] = gradient.dR, d_r.out[2] = nullptr;
-    const OuterJob<T> d_b{.shape = l.b_shape,
-                          .x = dy,
-                          .masks = kNoMasks,
-                          .summed_masks = 1,
-                          .m = l.b,
-                          .out = {args.dB},
-                          .group_cols = l.y_group_cols()};
+    d_r.masks = kNoMasks, d_r.summed_masks = 1, d_r.m = l.r, d_r.out[0] = separate_router ? gradient.dR : nullptr,
+    d_r.out[2] = nullptr;
+    OuterJob<T> d_b{.shape = l.b_shape,
+                    .x = dy,
+                    .masks = kNoMasks,
+                    .summed_masks = 1,
+                    .m = l.b,
+                    .out = {args.dB},
+                    .group_cols = l.y_group_cols()};
+    place_sums(d_b, place_sums(d_r, place_sums(d_a, partials + l.latent_floats())));
     const ExpandJob<T> dx{.shape = l.a_shape,
                           .in = token_matrix(args.dx_in, s.in_dim, args.dx),
                           .out = args.dx,
@@ -281,6 +298,7 @@ void heads_backward(const HeadsBackwardArgs<T, TA>& args, const Router<TA>& rout
             .dz = dz_rows,
             .row_tiles = args.dx ? int(row_tiles(s.tokens, 1)) : 0},
         stream);
+    sum_chunks({d_a, d_r, d_b}, stream);
   });
 }
 

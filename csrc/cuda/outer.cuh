@@ -1,13 +1,14 @@
 // outer computes out[j, c] = scale * sum over the rows of a group of g[t, j] xd[t, c]. g[t, j] is
-// source(row, rank, output group). A block owns kOuterTiles tiles of columns of one output group and runs through all
-// rows, so that its sums stay in registers and nothing is added up later. The backward pass computes dB from z and dy,
-// and dA from dz and x.
+// source(row, rank, output group). A block owns kOuterTiles tiles of columns of one output group and runs through a
+// chunk of a group's rows with its sums in registers. The sums of a group of several chunks are added in order by
+// sum_chunks; a single chunk writes the gradient itself. The backward pass computes dB from z and dy, and dA from dz
+// and x.
 //
 // With kDot a block also computes what its columns contribute to dz = scaling B^T dy, in the same pass over dy. This is
 // called the sweep.
 //
-// Bytes: x is read once for each chunk of ranks, the partials are written once. Every block of columns reads the latent
-// rows.
+// Bytes: x is read once for each chunk of ranks, the partials are written once; the sums of chunks of rows are written
+// and read once. Every block of columns reads the latent rows.
 #pragma once
 
 #include "cuda/adapter_matrix.cuh"
@@ -28,6 +29,9 @@ struct OuterJob {
   float* out[kAdapters];      // [groups] gradients in the layout of the adapters, assigned; null: not wanted
   float* partials = nullptr;  // sweep: [blocks of columns, tokens, rank], assigned
   int group_cols;             // columns of an output group
+  // Set by place_sums.
+  int chunk_rows = 0;
+  float* sums[kAdapters] = {};  // [outer_sums] gradients of chunks, assigned for groups of several chunks
 
   __host__ __device__ int blocks_of_group() const { return (group_cols + kOuterCols<T> - 1) / kOuterCols<T>; }
   int blocks() const { return int(x.cols / group_cols) * blocks_of_group(); }
@@ -35,7 +39,27 @@ struct OuterJob {
   __host__ __device__ int ranks_of_mask() const { return masks.ranks_each < m.ranks ? masks.ranks_each : m.ranks; }
   __host__ __device__ int chunks_of_mask(int rank) const { return (ranks_of_mask() + rank - 1) / rank; }
   __host__ __device__ int chunks(int rank) const { return chunks_of_mask(rank) * (masks.count / summed_masks); }
+  int64_t row_chunks() const { return outer_chunks(shape.tokens, shape.groups, ranks_of_mask()); }
 };
+
+// The floats of the sums of all chunks of rows, for the gradient of one adapter.
+template <typename T>
+int64_t floats_of_sums(const GroupedLoraShape& shape, const RankMasks& masks, const AdapterMatrix<T>& m, int adapter) {
+  const int64_t ranks = std::min(masks.ranks_each, m.ranks);
+  return outer_sums(shape.tokens, shape.groups, ranks) * m.adapters[adapter].group_stride;
+}
+
+// Cuts the rows into chunks, whose sums begin at `floats`. Returns where they end.
+template <typename T>
+float* place_sums(OuterJob<T>& job, float* floats) {
+  job.chunk_rows = int(outer_rows(job.ranks_of_mask()));
+  for (int i = 0; i < kAdapters; ++i) {
+    if (job.out[i] == nullptr) continue;
+    job.sums[i] = floats;
+    floats += floats_of_sums(job.shape, job.masks, job.m, i);
+  }
+  return floats;
+}
 
 template <class Math, bool kDot>
 constexpr size_t kOuterShared =
@@ -73,12 +97,14 @@ struct LatentValues {
 
 template <class Math, bool kDot, class LatentSource>
 __device__ __forceinline__ void outer_columns(const OuterJob<typename Math::Element>& job, const LatentSource& source,
-                                              int block, int group, int chunk) {
+                                              int block, int row_chunk, int rank_chunk) {
   using T = typename Math::Element;
   constexpr int kRank = Math::kRank, kStages = Math::kStages;
-  int begin, end;
-  group_bounds(job.groups, job.shape.tokens, group, &begin, &end);
-  const int mask = chunk / job.chunks_of_mask(kRank), rank_in_mask = chunk % job.chunks_of_mask(kRank) * kRank;
+  RowChunk chunk;
+  if (!find_chunk(job.groups, job.shape, row_chunk, job.chunk_rows, &chunk)) return;
+  const int group = chunk.group, begin = chunk.begin, end = chunk.end;
+  const int mask = rank_chunk / job.chunks_of_mask(kRank),
+            rank_in_mask = rank_chunk % job.chunks_of_mask(kRank) * kRank;
   const int first_rank = mask * job.ranks_of_mask() + rank_in_mask;
   const int output_group = block / job.blocks_of_group(), end_col = (output_group + 1) * job.group_cols;
   const int first_col = output_group * job.group_cols + block % job.blocks_of_group() * kOuterCols<T>;
@@ -168,36 +194,73 @@ __device__ __forceinline__ void outer_columns(const OuterJob<typename Math::Elem
     }
   }
 
+  // A group's only chunk writes its gradient, others their sums.
+  const auto& outs = chunk.only ? job.out : job.sums;
+  const int64_t place = chunk.only ? group : row_chunk;
 #pragma unroll
   for (int side = 0; side < kOuterTiles; ++side) {
     Math::finish(acc[side], [&](int j, int c, float value) {
       const int rank = first_rank + j;
       const int64_t col = first_col + side * kTileCols<T> + c;
       const Adapter& adapter = job.m.adapter_of(rank);
-      float* out = job.out[&adapter - job.m.adapters];
+      float* out = outs[&adapter - job.m.adapters];
       if (rank_in_mask + j < job.ranks_of_mask() && adapter.has(rank) && col < end_col && out != nullptr) {
-        const int64_t at = group * adapter.group_stride + adapter.layout.offset(rank - adapter.start, col);
+        const int64_t at = place * adapter.group_stride + adapter.layout.offset(rank - adapter.start, col);
         out[at] = job.masks.scale * value;
       }
     });
   }
 }
 
-// Grid: blocks of columns, groups.
+// Grid: blocks of columns for each chunk of rows.
 template <class Math, class LatentSource>
-__global__ void __launch_bounds__(kThreads, 2) sweep_kernel(OuterJob<typename Math::Element> job, LatentSource source) {
+__global__ void __launch_bounds__(kThreads, 2)
+    sweep_kernel(OuterJob<typename Math::Element> job, LatentSource source, int blocks) {
   require(compiled_here<Math>());
-  if (compiled_here<Math>()) outer_columns<Math, true>(job, source, int(blockIdx.x), int(blockIdx.y), 0);
+  if (!compiled_here<Math>()) return;
+  outer_columns<Math, true>(job, source, int(blockIdx.x) % blocks, int(blockIdx.x) / blocks, 0);
 }
 
 // The sweep: one pass over the token matrix for the outer products and for the partials of its product with the adapter
 // matrix.
 template <class Math, class LatentSource>
 void sweep(const OuterJob<typename Math::Element>& job, const LatentSource& source, Stream stream) {
-  const int64_t blocks = job.blocks();
-  if (blocks == 0 || job.shape.groups == 0 || job.shape.rank == 0) return;
-  launch(sweep_kernel<Math, LatentSource>, Grid(blocks, job.shape.groups), dim3(kThreads), kOuterShared<Math, true>,
-         stream, job, source);
+  const int64_t blocks = job.blocks() * job.row_chunks();
+  if (blocks == 0 || job.shape.rank == 0) return;
+  launch(sweep_kernel<Math, LatentSource>, blocks, dim3(kThreads), kOuterShared<Math, true>, stream, job, source,
+         job.blocks());
+}
+
+// The gradients whose sums of chunks of rows are added.
+struct ChunkSums {
+  struct Gradient {
+    float* out;         // [groups, elements], assigned for groups of several chunks
+    const float* sums;  // [chunks, elements]
+    int64_t elements;
+    int chunk_rows;
+    int blocks;  // 0: there is no such gradient
+  };
+  GroupedLoraShape shape;
+  RowGroups groups;
+  Gradient gradients[kAdapters];
+};
+
+void sum_chunks(const ChunkSums& job, Stream stream);  // defined in projection.cu
+
+// Adds the sums of chunks that outer and sweep have left, of up to kAdapters gradients, in one launch.
+template <typename T>
+void sum_chunks(std::initializer_list<OuterJob<T>> jobs, Stream stream) {
+  ChunkSums all = {jobs.begin()->shape, jobs.begin()->groups, {}};
+  int count = 0;
+  for (const OuterJob<T>& job : jobs) {
+    for (int i = 0; i < kAdapters; ++i) {
+      const int64_t elements = job.m.adapters[i].group_stride;
+      if (job.out[i] == nullptr || floats_of_sums(job.shape, job.masks, job.m, i) == 0) continue;
+      const int blocks = int(Grid(ceil_div(elements, kThreads) * job.shape.groups).x);
+      all.gradients[count++] = {job.out[i], job.sums[i], elements, job.chunk_rows, blocks};
+    }
+  }
+  if (count > 0) sum_chunks(all, stream);
 }
 
 }  // namespace align::cuda

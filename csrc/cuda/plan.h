@@ -68,7 +68,23 @@ inline Cut cut_columns(int64_t cols, int64_t element_bytes, int64_t row_tiles, i
   return {std::max<int64_t>(ceil_div(tiles, split_tiles), 1), split_tiles};
 }
 
-// The number of blocks of columns; one thread block sums the outer products of each.
+// The rows whose outer products one block sums, for a gradient of so many ranks. The sums of a chunk take 4 rank bytes
+// a column, a 16th of the token matrix at 16 bits or less. They are added in order, so that the bits of a gradient
+// depend on these numbers; no device changes them.
+constexpr int64_t outer_rows(int64_t rank) { return rank <= 16 ? 512 : rank <= 32 ? 1024 : 2048; }
+
+// An upper bound of the chunks of rows, of which every group has one at least; first_chunk in row_tile.cuh numbers
+// them.
+constexpr int64_t outer_chunks(int64_t tokens, int64_t groups, int64_t rank) {
+  return groups == 0 ? 0 : std::max<int64_t>(ceil_div(tokens, outer_rows(rank)), 1) + groups - 1;
+}
+
+// The chunks whose sums are kept to be added: none if no group can have two.
+constexpr int64_t outer_sums(int64_t tokens, int64_t groups, int64_t rank) {
+  return tokens <= outer_rows(rank) ? 0 : outer_chunks(tokens, groups, rank);
+}
+
+// The number of blocks of columns; one thread block sums the outer products of each, for a chunk of rows.
 inline int64_t outer_blocks(int64_t cols, int64_t element_bytes) {
   return ceil_div(cols * element_bytes, kTileBytes * kOuterTiles);
 }
@@ -83,9 +99,7 @@ struct Plan {
   Cut expand_dx;        // split of dx
   // Whether one pass over dy computes dz and dB. A block then keeps dB of kOuterTiles tiles in registers and writes its
   // partials of dz. These cost 8 rank bytes for each row, to write and to read, instead of a second read of 2 * 128
-  // bytes. At ranks from 17 to 31 this would save less than half of that read, so there are no such kernels. It also
-  // needs enough blocks: a block runs through all rows with 32 KiB in flight, at about 40 GB/s, and the 3.35 TB/s of an
-  // H100 need half as many blocks as there are multiprocessors.
+  // bytes. At ranks from 17 to 31 this would save less than half of that read, so there are no such kernels.
   bool one_pass;
 };
 
@@ -103,9 +117,7 @@ inline Plan plan(int64_t tokens, int64_t in_dim, int64_t out_dim, int64_t rank, 
   p.expand = cut_columns(out_dim, element_bytes, rows, any, device);
   p.shrink_dy = cut_columns(out_dim, element_bytes, rows, any, device);
   p.expand_dx = cut_columns(in_dim, element_bytes, rows, any, device);
-  const int64_t sweep_blocks = outer_blocks(out_dim, element_bytes) * groups;
-  p.one_pass = rank <= 16 && sweep_blocks > 0 && 2 * sweep_blocks >= device.multiprocessors && groups < 1 << 16 &&
-               device.major >= 8;
+  p.one_pass = rank <= 16 && out_dim > 0 && device.major >= 8;
   return p;
 }
 

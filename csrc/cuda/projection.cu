@@ -44,6 +44,21 @@ __device__ void softmax(const HeadsParams& params, float* w) {
   for (int i = 0; i < params.heads; ++i) w[i] /= total;
 }
 
+// Grid: blocks of elements for each group, of one gradient after the other.
+__global__ void __launch_bounds__(kThreads) sum_chunks_kernel(ChunkSums job) {
+  int index = int(blockIdx.x), kind = 0;
+  while (index >= job.gradients[kind].blocks) index -= job.gradients[kind++].blocks;
+  const ChunkSums::Gradient& gradient = job.gradients[kind];
+  const int groups = int(job.shape.groups), group = index % groups;
+  int begin, end;
+  group_bounds(job.groups, job.shape.tokens, group, &begin, &end);
+  const int chunks = count_chunks(end - begin, gradient.chunk_rows);
+  const int64_t e = int64_t(index / groups) * kThreads + threadIdx.x, elements = gradient.elements;
+  if (chunks == 1 || e >= elements) return;
+  const float* sums = gradient.sums + first_chunk(begin, group, gradient.chunk_rows) * elements;
+  gradient.out[group * elements + e] = sum_of_partials(sums, chunks, elements, e);
+}
+
 constexpr int kRowsOfBlock = 8;
 
 // Calls body(row, column) for all columns of the rows of this block, which its threads share.
@@ -150,6 +165,12 @@ void for_each_row(void (*kernel)(Job...), int64_t tokens, Stream stream, Job... 
 }
 
 }  // namespace
+
+void sum_chunks(const ChunkSums& job, Stream stream) {
+  int64_t blocks = 0;
+  for (const ChunkSums::Gradient& gradient : job.gradients) blocks += gradient.blocks;
+  launch(sum_chunks_kernel, blocks, dim3(kThreads), 0, stream, job);
+}
 
 void combine_heads(const CombineHeadsJob& job, Stream stream) {
   for_each_row(combine_heads_kernel, job.params.tokens, stream, job);

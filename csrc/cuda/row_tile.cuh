@@ -88,4 +88,43 @@ __device__ inline bool find_tile(const RowGroups& groups, const GroupedLoraShape
   return false;
 }
 
+// ---- Chunks of rows, for outer products
+
+// The number of the first chunk of a group that begins at row `begin` in group order. A group's chunks have consecutive
+// numbers; some numbers may belong to no chunk.
+__host__ __device__ inline int first_chunk(int begin, int group, int chunk_rows) {
+  return (begin - 1) / chunk_rows + group;
+}
+// The chunks of a group of so many rows. An empty group has an empty one, whose sums are zero.
+__host__ __device__ inline int count_chunks(int rows, int chunk_rows) {
+  return rows <= chunk_rows ? 1 : (rows - 1) / chunk_rows + 1;
+}
+
+struct RowChunk {
+  int group;
+  int begin, end;  // rows in group order
+  bool only;       // whether the group has no other
+};
+
+// Finds chunk number index. Returns false if there is none.
+__device__ inline bool find_chunk(const RowGroups& groups, const GroupedLoraShape& shape, int index, int chunk_rows,
+                                  RowChunk* chunk) {
+  int group = 0, last = int(shape.groups) - 1, begin, end;
+  while (group < last) {  // the last group whose first chunk is not beyond index
+    const int middle = group + (last - group + 1) / 2;
+    group_bounds(groups, shape.tokens, middle, &begin, &end);
+    if (first_chunk(begin, middle, chunk_rows) <= index) {
+      group = middle;
+    } else {
+      last = middle - 1;
+    }
+  }
+  group_bounds(groups, shape.tokens, group, &begin, &end);
+  const int in_group = index - first_chunk(begin, group, chunk_rows), count = count_chunks(end - begin, chunk_rows);
+  if (in_group >= count) return false;
+  begin += in_group * chunk_rows;
+  *chunk = {group, begin, end - begin < chunk_rows ? end : begin + chunk_rows, count == 1};
+  return true;
+}
+
 }  // namespace align::cuda
