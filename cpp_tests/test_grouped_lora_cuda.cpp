@@ -379,7 +379,7 @@ void check_ledger(const Problem& problem) {
   CHECK(within(moved(Op::kStore, "dx"), sectors<T>(tokens * in_dim)));
   // z, its partials, those of dz, and the sums of chunks of rows of dA and dB: written once.
   const int64_t latent = sectors<float>(tokens * rank), splits = plan.shrink.splits;
-  const int64_t dz_partials = plan.one_pass ? cuda::outer_blocks(out_dim, sizeof(T)) : plan.shrink_dy.splits;
+  const int64_t dz_partials = plan.one_pass ? cuda::sweep_blocks(out_dim, sizeof(T)) : plan.shrink_dy.splits;
   CHECK(within(moved(Op::kStore, "z"), latent));
   const int64_t chunks = cuda::outer_chunks(tokens, groups, rank), sums = cuda::outer_sums(tokens, groups, rank);
   const int64_t of_dA = sums * sectors<float>(rank * in_dim), of_dB = sums * sectors<float>(rank * out_dim);
@@ -392,7 +392,8 @@ void check_ledger(const Problem& problem) {
   CHECK(within(moved(Op::kLoad, "B"), (tiles + (plan.one_pass ? chunks : tiles)) * sectors<T>(rank * out_dim)));
   // Latent rows: z by the blocks of columns of dy, dz by those of x and by the splits of dx; partials by whoever adds
   // them.
-  const int64_t of_x = cuda::outer_blocks(in_dim, sizeof(T)), of_dy = cuda::outer_blocks(out_dim, sizeof(T));
+  const int64_t of_x = cuda::outer_blocks(in_dim, sizeof(T)),
+                of_dy = plan.one_pass ? cuda::sweep_blocks(out_dim, sizeof(T)) : cuda::outer_blocks(out_dim, sizeof(T));
   const int64_t z_reads = of_dy + (splits > 1 ? 0 : plan.expand.splits),
                 z_partials = splits > 1 ? splits * (plan.expand.splits + 1) : 0;
   CHECK(within(moved(Op::kLoad, "z"), z_reads * latent));

@@ -55,6 +55,7 @@ TEST(ranks_are_padded_as_little_as_the_kernels_allow) {
 TEST(dy_is_read_once_where_its_parts_are_smaller_than_a_second_read) {
   for (const Device& device : {kH100, kA100, kRtx4090}) {
     CHECK(wide(8, kHalf, device).one_pass && wide(16, kFloat, device).one_pass);
+    CHECK(plan(1, 8, 1, 8, 1 << 16, kHalf, device).one_pass);  // a single block of columns, any groups
     CHECK(!wide(32, kHalf, device).one_pass && !wide(64, kFloat, device).one_pass);
   }
   CHECK(!wide(8, kHalf, kT4).one_pass);
@@ -114,9 +115,11 @@ TEST(rows_are_cut_into_chunks_by_sizes_alone) {
   }
 }
 
-TEST(outer_blocks_own_256_bytes_of_columns) {
+TEST(outer_blocks_own_256_bytes_of_columns_and_those_of_the_sweep_512_of_16_bits) {
   CHECK(outer_blocks(0, kHalf) == 0 && outer_blocks(1, kHalf) == 1 && outer_blocks(128, kHalf) == 1);
   CHECK(outer_blocks(129, kHalf) == 2 && outer_blocks(65, kFloat) == 2);
+  CHECK(sweep_blocks(0, kHalf) == 0 && sweep_blocks(256, kHalf) == 1 && sweep_blocks(257, kHalf) == 2);
+  CHECK(sweep_blocks(64, kFloat) == 1 && sweep_blocks(65, kFloat) == 2);
 }
 
 int main() { return check::run_tests(); }

@@ -26,7 +26,7 @@ struct BackwardJob {
           latents(source),
           repeats(int(Grid(job.row_chunks() * job.chunks(Math::kRank)).x)),
           chunks(job.chunks(Math::kRank)) {
-      blocks = int(Grid(int64_t(job.blocks()) * repeats).x);
+      blocks = int(Grid(int64_t(job.template blocks<false>()) * repeats).x);
     }
   };
   Outer outer[kOuterJobs];

@@ -91,7 +91,7 @@ Plan plan_for(const GroupedLoraShape& shape, int64_t element_bytes) {
 
 // How many partials dz has: one for each block of columns of the sweep, or for each split of shrink.
 int64_t dz_partials(const Plan& plan, const GroupedLoraShape& shape, int64_t element_bytes) {
-  return plan.one_pass ? outer_blocks(shape.out_dim, element_bytes) : plan.shrink_dy.splits;
+  return plan.one_pass ? sweep_blocks(shape.out_dim, element_bytes) : plan.shrink_dy.splits;
 }
 
 // The floats of the sums of chunks of rows, of dA and of dB.

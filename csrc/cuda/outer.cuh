@@ -1,5 +1,5 @@
 // outer computes out[j, c] = scale * sum over the rows of a group of g[t, j] xd[t, c]. g[t, j] is
-// source(row, rank, output group). A block owns kOuterTiles tiles of columns of one output group and runs through a
+// source(row, rank, output group). A block owns a few tiles of columns of one output group and runs through a
 // chunk of a group's rows with its sums in registers. The sums of a group of several chunks are added in order by
 // sum_chunks; a single chunk writes the gradient itself. The backward pass computes dB from z and dy, and dA from dz
 // and x.
@@ -15,8 +15,11 @@
 
 namespace align::cuda {
 
-template <typename T>
-constexpr int kOuterCols = kOuterTiles * kTileCols<T>;  // columns of a block
+// The tiles side by side, and the columns, of a block.
+template <typename T, bool kDot>
+constexpr int kSides = kDot && sizeof(T) == 2 ? kSweepTiles : kOuterTiles;
+template <typename T, bool kDot>
+constexpr int kOuterCols = kSides<T, kDot> * kTileCols<T>;
 
 template <typename T>
 struct OuterJob {
@@ -33,8 +36,15 @@ struct OuterJob {
   int chunk_rows = 0;
   float* sums[kAdapters] = {};  // [outer_sums] gradients of chunks, assigned for groups of several chunks
 
-  __host__ __device__ int blocks_of_group() const { return (group_cols + kOuterCols<T> - 1) / kOuterCols<T>; }
-  int blocks() const { return int(x.cols / group_cols) * blocks_of_group(); }
+  // The blocks of columns.
+  template <bool kDot>
+  __host__ __device__ int blocks_of_group() const {
+    return (group_cols + kOuterCols<T, kDot> - 1) / kOuterCols<T, kDot>;
+  }
+  template <bool kDot>
+  int blocks() const {
+    return int(x.cols / group_cols) * blocks_of_group<kDot>();
+  }
   // The ranks that see one mask, the chunks of these ranks, and the chunks of all masks that are not added up.
   __host__ __device__ int ranks_of_mask() const { return masks.ranks_each < m.ranks ? masks.ranks_each : m.ranks; }
   __host__ __device__ int chunks_of_mask(int rank) const { return (ranks_of_mask() + rank - 1) / rank; }
@@ -67,15 +77,12 @@ constexpr size_t kOuterShared =
                                       2 * kTileRows * Math::kLatentRow + (kDot ? Math::kRank * Math::kPieceRow : 0));
 
 // The latent rows of a tile are loaded in slices, two for each tile of x that is summed meanwhile, because registers
-// are scarce.
-constexpr int kLatentSlices = 2 * kOuterTiles;
-
-// The values of a slice that one thread carries from global to shared memory.
-template <class Math>
+// are scarce. This is a slice's values that one thread carries from global to shared memory.
+template <class Math, int kSlices>
 struct LatentValues {
   using T = typename Math::Element;
-  static constexpr int kRank = Math::kRank, kRows = kTileRows / kLatentSlices, kCount = kRows * kRank / kThreads;
-  float v[kCount];
+  static constexpr int kRank = Math::kRank, kRows = kTileRows / kSlices, kCount = kRows * kRank / kThreads;
+  float v[kCount] = {};
 
   template <class LatentSource>
   __device__ __forceinline__ void load(const LatentSource& source, const RowTile& tile, int slice, int first_rank,
@@ -99,15 +106,16 @@ template <class Math, bool kDot, class LatentSource>
 __device__ __forceinline__ void outer_columns(const OuterJob<typename Math::Element>& job, const LatentSource& source,
                                               int block, int row_chunk, int rank_chunk) {
   using T = typename Math::Element;
-  constexpr int kRank = Math::kRank, kStages = Math::kStages;
+  constexpr int kRank = Math::kRank, kStages = Math::kStages, kTiles = kSides<T, kDot>, kSlices = 2 * kTiles;
   RowChunk chunk;
   if (!find_chunk(job.groups, job.shape, row_chunk, job.chunk_rows, &chunk)) return;
   const int group = chunk.group, begin = chunk.begin, end = chunk.end;
   const int mask = rank_chunk / job.chunks_of_mask(kRank),
             rank_in_mask = rank_chunk % job.chunks_of_mask(kRank) * kRank;
   const int first_rank = mask * job.ranks_of_mask() + rank_in_mask;
-  const int output_group = block / job.blocks_of_group(), end_col = (output_group + 1) * job.group_cols;
-  const int first_col = output_group * job.group_cols + block % job.blocks_of_group() * kOuterCols<T>;
+  const int blocks_of_group = job.template blocks_of_group<kDot>();
+  const int output_group = block / blocks_of_group, end_col = (output_group + 1) * job.group_cols;
+  const int first_col = output_group * job.group_cols + block % blocks_of_group * kOuterCols<T, kDot>;
   // Masks whose products are added up use a tile one after the other, so that it is in the second-level cache.
   struct Turn {
     int row, mask;
@@ -116,7 +124,7 @@ __device__ __forceinline__ void outer_columns(const OuterJob<typename Math::Elem
     return turn.mask + 1 < job.summed_masks ? Turn{turn.row, turn.mask + 1} : Turn{turn.row + kTileRows, 0};
   };
   const auto tile_at = [&](const Turn& turn) { return tile_of(job.groups, group, turn.row, end); };
-  const auto col_at = [&](int step) { return first_col + step % kOuterTiles * kTileCols<T>; };
+  const auto col_at = [&](int step) { return first_col + step % kTiles * kTileCols<T>; };
 
   const int first_row = int(threadIdx.x) / kWarp * kWarpRows;
   SharedArena arena;
@@ -125,7 +133,7 @@ __device__ __forceinline__ void outer_columns(const OuterJob<typename Math::Elem
   T* piece = nullptr;
   if constexpr (kDot) {
     piece = arena.allocate<T>(kRank * kPieceStride<T, kRank>);
-    load_piece<T, kRank>(piece, job.m, group, first_rank, first_col, kOuterCols<T>, end_col);
+    load_piece<T, kRank>(piece, job.m, group, first_rank, first_col, kOuterCols<T, kDot>, end_col);
   }
   const Dropout dropout(job.masks.dropout);
   Units<T> units(int(threadIdx.x), kThreads, 0);
@@ -134,47 +142,47 @@ __device__ __forceinline__ void outer_columns(const OuterJob<typename Math::Elem
     if (ahead.row < end) {
       units.enter(tile_at(ahead));
       units.copy(stages + step % kStages * kTileSize<T>, job.x, col_at(step), end_col);
-      if (step % kOuterTiles == kOuterTiles - 1) ahead = after(ahead);
+      if (step % kTiles == kTiles - 1) ahead = after(ahead);
     }
     cp_async_commit();
   };
 
   // A slice is loaded, and stored when the next one is loaded, while the tile before is summed.
-  LatentValues<Math> values;
-  const auto latent_at = [&](int step) {
-    return latent + step / kOuterTiles % 2 * kTileRows * kLatentStride<T, kRank>;
-  };
+  LatentValues<Math, kSlices> values;
+  const auto latent_at = [&](int step) { return latent + step / kTiles % 2 * kTileRows * kLatentStride<T, kRank>; };
   if (begin < end) {
-    for (int slice = 0; slice < kLatentSlices; ++slice) {
+    for (int slice = 0; slice < kSlices; ++slice) {
       if (slice > 0) values.store(latent, slice - 1);
       values.load(source, tile_at({begin, 0}), slice, first_rank, output_group);
     }
   }
   for (int s = 0; s < kStages - 1; ++s) copy(s);
-  typename Math::Outer acc[kOuterTiles] = {};
+  typename Math::Outer acc[kTiles] = {};
   Turn next;
   int step = 0;
-  for (Turn turn{begin, 0}; turn.row < end; turn = next, step += kOuterTiles) {
+  for (Turn turn{begin, 0}; turn.row < end; turn = next, step += kTiles) {
     next = after(turn);
     const RowTile tile = tile_at(turn);
     const T* g = latent_at(step);
     typename Math::Dot dot = {};
 #pragma unroll
-    for (int side = 0; side < kOuterTiles; ++side) {
+    for (int side = 0; side < kTiles; ++side) {
       T* x = stages + (step + side) % kStages * kTileSize<T>;
       cp_async_wait<kStages - 2>();
-      if (dropout.threshold > 0) {
-        units.enter(tile);
-        units.mask(x, dropout, job.masks.count, mask + turn.mask, job.x.cols, col_at(step + side));
+      if constexpr (!kDot) {  // dy has no masks
+        if (dropout.threshold > 0) {
+          units.enter(tile);
+          units.mask(x, dropout, job.masks.count, mask + turn.mask, job.x.cols, col_at(step + side));
+        }
       }
-      if (side == 0) values.store(latent_at(step), kLatentSlices - 1);
+      if (side == 0) values.store(latent_at(step), kSlices - 1);
       __syncthreads();  // tile and latent rows are complete; all warps are done with the last tile
       copy(step + side + kStages - 1);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int slice = 2 * side + half, first = half * kTileRows / 2;
         if (next.row < end) {
-          if (slice > 0) values.store(latent_at(step + kOuterTiles), slice - 1);
+          if (slice > 0) values.store(latent_at(step + kTiles), slice - 1);
           values.load(source, tile_at(next), slice, first_rank + next.mask * job.ranks_of_mask(), output_group);
         }
         Math::outer(acc[side], g + first * kLatentStride<T, kRank>, x + first * kTileStride<T>);
@@ -198,7 +206,7 @@ __device__ __forceinline__ void outer_columns(const OuterJob<typename Math::Elem
   const auto& outs = chunk.only ? job.out : job.sums;
   const int64_t place = chunk.only ? group : row_chunk;
 #pragma unroll
-  for (int side = 0; side < kOuterTiles; ++side) {
+  for (int side = 0; side < kTiles; ++side) {
     Math::finish(acc[side], [&](int j, int c, float value) {
       const int rank = first_rank + j;
       const int64_t col = first_col + side * kTileCols<T> + c;
@@ -225,10 +233,10 @@ __global__ void __launch_bounds__(kThreads, 2)
 // matrix.
 template <class Math, class LatentSource>
 void sweep(const OuterJob<typename Math::Element>& job, const LatentSource& source, Stream stream) {
-  const int64_t blocks = job.blocks() * job.row_chunks();
+  const int64_t blocks = job.template blocks<true>() * job.row_chunks();
   if (blocks == 0 || job.shape.rank == 0) return;
   launch(sweep_kernel<Math, LatentSource>, blocks, dim3(kThreads), kOuterShared<Math, true>, stream, job, source,
-         job.blocks());
+         job.template blocks<true>());
 }
 
 // The gradients whose sums of chunks of rows are added.

@@ -24,6 +24,7 @@ struct Device {
 constexpr int kTileRows = 128;
 constexpr int kTileBytes = 128;          // bytes of a row of a tile
 constexpr int kOuterTiles = 2;           // tiles side by side whose outer products a block keeps in registers
+constexpr int kSweepTiles = 4;           // the same for the sweep (outer.cuh) with 16 bits; the FFMA of float have 2
 constexpr int64_t kMinSplitTiles = 4;    // with fewer tiles the prologue of a block would cost too much
 constexpr int64_t kMaxShrinkSplits = 8;  // each block of expand reads the partials of all of them
 constexpr int64_t kBlocksPerMultiprocessor = 2;
@@ -88,6 +89,10 @@ constexpr int64_t outer_sums(int64_t tokens, int64_t groups, int64_t rank) {
 inline int64_t outer_blocks(int64_t cols, int64_t element_bytes) {
   return ceil_div(cols * element_bytes, kTileBytes * kOuterTiles);
 }
+// The same for the sweep. Each block of columns has its partials of dz.
+inline int64_t sweep_blocks(int64_t cols, int64_t element_bytes) {
+  return ceil_div(cols * element_bytes, kTileBytes * (element_bytes == 2 ? kSweepTiles : kOuterTiles));
+}
 
 struct Plan {
   bool tensor_cores;    // mma.sync, for 16-bit types from sm_80 on; otherwise FFMA
@@ -97,9 +102,10 @@ struct Plan {
   Cut expand;           // split of y
   Cut shrink_dy;        // split of dy, if the backward pass takes two passes over dy
   Cut expand_dx;        // split of dx
-  // Whether one pass over dy computes dz and dB. A block then keeps dB of kOuterTiles tiles in registers and writes its
-  // partials of dz. These cost 8 rank bytes for each row, to write and to read, instead of a second read of 2 * 128
-  // bytes. At ranks from 17 to 31 this would save less than half of that read, so there are no such kernels.
+  // Whether one pass over dy computes dz and dB. A block then keeps dB of kSweepTiles tiles in registers and writes its
+  // partials of dz. These cost 8 rank bytes for each row, to write and to read, instead of a second read of 4 * 128
+  // bytes. Above rank 16 the registers would hold half as many tiles, and the partials would save less than half of
+  // that read, so there are no such kernels.
   bool one_pass;
 };
 
