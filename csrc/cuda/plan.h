@@ -69,13 +69,12 @@ inline Cut cut_columns(int64_t cols, int64_t element_bytes, int64_t row_tiles, i
   return {std::max<int64_t>(ceil_div(tiles, split_tiles), 1), split_tiles};
 }
 
-// The rows whose outer products one block sums, for a gradient of so many ranks. The sums of a chunk take 4 rank bytes
-// a column, a 16th of the token matrix at 16 bits or less. They are added in order, so that the bits of a gradient
-// depend on these numbers; no device changes them.
+// The rows of a chunk, whose outer products one block sums, for a gradient of so many ranks. The sums take 4 rank bytes
+// a column: up to rank 64 a 16th of what the rows have of it in 16 bits, or less. How rows are cut decides the bits of
+// a gradient, so that nothing of the device may.
 constexpr int64_t outer_rows(int64_t rank) { return rank <= 16 ? 512 : rank <= 32 ? 1024 : 2048; }
 
-// An upper bound of the chunks of rows, of which every group has one at least; first_chunk in row_tile.cuh numbers
-// them.
+// An upper bound of the chunks of all groups, of which each has one at least; row_tile.cuh numbers them.
 constexpr int64_t outer_chunks(int64_t tokens, int64_t groups, int64_t rank) {
   return groups == 0 ? 0 : std::max<int64_t>(ceil_div(tokens, outer_rows(rank)), 1) + groups - 1;
 }
