@@ -15,8 +15,8 @@ from align_ext.alignment.model_state import require_state
 from align_ext.model.cost import count_parameters, flops_per_token
 from align_ext.model.memory import training_memory
 from align_ext.system.memory import available_memory, shown_bytes
+from align_ext.training.trial import stepped_optimizer
 
-_SEEN = (256, 256)  # shape of a weight whose optimizer is seen
 _USABLE = 0.9  # of the memory that is there; the rest is for what an estimate leaves out
 
 
@@ -36,12 +36,8 @@ def optimizer_state(arguments: transformers.TrainingArguments) -> float:
 
     2 for AdamW; also for what cannot make a step here.
     """
-    parameter = nn.Parameter(torch.ones(*_SEEN))
-    parameter.grad = torch.ones_like(parameter)
     try:
-        kind, options = transformers.Trainer.get_optimizer_cls_and_kwargs(arguments)
-        optimizer = kind([parameter], **options)
-        optimizer.step()
+        optimizer, parameter = stepped_optimizer(arguments)
     except Exception:  # of any package
         return 2.0
     return sum(map(_bytes, optimizer.state[parameter].values())) / parameter.nbytes

@@ -18,7 +18,7 @@ from align_ext.data.task_sampler import TaskSampler
 from align_ext.system import processes
 from align_ext.system.bounds import unknown_name
 from align_ext.system.ending import deferred
-from align_ext.system.messages import reason_of, shown
+from align_ext.system.messages import shown
 from align_ext.system.reading import read_json
 from align_ext.system.terminal import Bars, print_line
 from align_ext.training.cost import StepClock
@@ -28,7 +28,8 @@ from align_ext.training.record import MeasureAdapters
 from align_ext.training.report import ShowProgress
 from align_ext.training.rows import batches
 from align_ext.training.run_folder import RunFolder
-from align_ext.training.trainer import AlignTrainer, align_training_arguments
+from align_ext.training.trainer import AlignTrainer
+from align_ext.training.trial import made_arguments
 
 # transformers renamed the argument within version 5 and warns about the old name.
 _CHECKPOINTING = next(
@@ -88,10 +89,7 @@ def training_arguments(folder: RunFolder, fields: Mapping[str, Any]) -> transfor
     """
     if "tensorboard" in fields.get("report_to", ()):
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder.path / "tensorboard")
-    try:
-        return align_training_arguments(str(folder.checkpoints), **fields)
-    except Exception as error:  # the libraries behind the options raise anything
-        raise ValueError(f"TrainingArguments refuses the options: {reason_of(error)}") from error
+    return made_arguments(str(folder.checkpoints), fields)
 
 
 def _check_names(options: TrainOptions, device: str) -> None:
@@ -110,6 +108,8 @@ def _check_names(options: TrainOptions, device: str) -> None:
             if not Path(file).is_file():
                 raise ValueError(f"{name}: there is no file {shown(file)}")
             read_json(Path(file))
+    if options.fp16 and device == "cpu":
+        raise ValueError("--fp16 is for GPUs, and this run is on the CPU: take --bf16, or leave it out")
     if options.fsdp and device == "cpu":
         raise ValueError("--fsdp divides a model among GPUs, and this run is on the CPU: leave it out")
     if options.use_liger_kernel and (device == "cpu" or find_spec("liger_kernel") is None):

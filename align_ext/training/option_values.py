@@ -66,17 +66,40 @@ def convert_option(name: str, value: Any, kind: Any, default: Any) -> Any:
 
 
 def _convert_mapping(name: str, value: Any) -> dict[str, Any]:
-    """Converts name=value pairs, separated by commas, whose values are read as YAML's."""
+    """Converts name=value pairs, separated by commas outside of brackets, whose values are read as YAML's."""
     if value in (None, "", "none"):
         return {}
     if isinstance(value, str):
-        pairs = [pair.partition("=") for pair in value.split(",")]
+        pairs = [pair.partition("=") for pair in _split(value)]
         if not all(key.strip() and equals for key, equals, _ in pairs):
             raise ValueError(f"{name} must be name=value, separated by commas, got {shown(value)}")
-        value = {key.strip(): yaml.safe_load(text) for key, _, text in pairs}
+        try:
+            value = {key.strip(): yaml.safe_load(text) for key, _, text in pairs}
+        except yaml.YAMLError as error:
+            raise ValueError(f"{name} holds {shown(value)}, of which a value is no YAML") from error
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise ValueError(f"{name} must hold values by name, got {shown(value)}")
-    return dict(value)
+    return {key: _with_numbers(part) for key, part in value.items()}
+
+
+def _split(text: str) -> list[str]:
+    """Returns the parts of a text between commas that stand in no brackets."""
+    parts: list[str] = []
+    for piece in text.split(","):
+        if parts and len(re.findall(r"[\[{]", parts[-1])) > len(re.findall(r"[\]}]", parts[-1])):
+            parts[-1] += f",{piece}"
+        else:
+            parts.append(piece)
+    return parts
+
+
+def _with_numbers(value: Any) -> Any:
+    """Returns a value of YAML with numbers for texts such as 1e-5, which YAML 1.1 reads as a number with a dot only."""
+    if isinstance(value, Mapping):
+        return {key: _with_numbers(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(part) for part in value]
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value, re.I) else value
 
 
 def _convert(value: Any, kind: Any) -> Any:

@@ -132,9 +132,15 @@ class TrainOptions(TrainerOptions, DataOptions):
         return self.seed if self.data_seed is None else self.data_seed
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns a flat YAML- and JSON-ready dictionary of all options; from_mapping(to_dict()) is equal."""
+        """Returns a flat YAML- and JSON-ready dictionary of all options; from_mapping(to_dict()) is equal.
+
+        An option in whose place another one is given is left out.
+        """
         values = {option.name: getattr(self, option.name) for option in fields(self) if option.name != "adapter"}
         values |= self.adapter
+        for name, other in _IN_PLACE_OF.items():
+            if values[name] is not None:
+                del values[other]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
@@ -146,27 +152,60 @@ class TrainOptions(TrainerOptions, DataOptions):
                 be a text separated by commas, and "none" is None (or an empty list).
 
         Raises:
-            ValueError: an option is unknown (the message suggests one) or given twice, or a value has a wrong type or
-                is out of range.
+            ValueError: an option is unknown (the message suggests one) or given twice, by one source in place of
+                another that it gives too, or without one that it needs; or a value has a wrong type or is out of range.
         """
-        known, given = known_options(), {}
+        known, given = known_options(), dict[str, Any]()
         for source in sources:
             names = {key: key.replace("-", "_") if isinstance(key, str) else shown(key) for key in source}
             names = {key: _ALIASES.get(name, name) for key, name in names.items()}
             for key, name in names.items():
+                if name in _FLAGS:
+                    raise ValueError(f"{name} is a flag of the command and no option of a file: leave it out")
                 if name not in known:
-                    raise ValueError(unknown_name("option", name, known))
+                    raise ValueError(unknown_name("option", name, [*known, *_ALIASES]))
                 if list(names.values()).count(name) > 1:
                     keys = [str(key) for key in names if names[key] == name]
                     raise ValueError(f"the option {name} is given twice, as {' and '.join(keys)}: keep one")
-                given[name] = source[key]
-        given = _convert_options(given)
-        adapter = {name: given.pop(name) for name in list(given) if known[name].of_adapter}
-        return cls(**given, adapter=adapter)
+            own = _convert_options({name: source[key] for key, name in names.items()})
+            for name, other in _IN_PLACE_OF.items():
+                if own.get(name) is None and other not in own:
+                    continue
+                if own.get(name) is not None and other in own:
+                    raise ValueError(
+                        f"{other}={own[other]} and {name}={own[name]} are both given, and {name} takes the place of "
+                        f"{other}: keep one"
+                    )
+                given = {option: value for option, value in given.items() if option not in (name, other)}
+            given |= own
+        adapter = {name: value for name, value in given.items() if known[name].of_adapter}
+        options = cls(**{name: value for name, value in given.items() if name not in adapter}, adapter=adapter)
+        for name, needed in _NEEDED.items():
+            if given.get(name) not in (None, (), False) and not given.keys() & set(needed):
+                raise ValueError(f"{name} does nothing without {' or '.join(needed)}: give that too, or leave it out")
+        return options
 
 
 # Options by the names of their fields in TrainingArguments, where those are others.
 _ALIASES = {entry.metadata["argument"]: entry.name for entry in fields(TrainOptions) if entry.metadata.get("argument")}
+
+# The flags of the command that stand beside the options.
+_FLAGS = ("config", "print_config", "dry_run")
+# Options that, if they are not None, stand in place of another one.
+_IN_PLACE_OF = {"epochs": "steps", "per_device_train_batch_size": "batch_size"}
+# Options that do nothing if none of the others, whose defaults do nothing either, is given.
+_NEEDED = {
+    "hub_model_id": ("push_to_hub",),
+    "hub_private_repo": ("push_to_hub",),
+    "run_name": ("report_to",),
+    "save_total_limit": ("save_steps",),
+    "metric_for_best_model": ("load_best_model_at_end", "early_stopping_patience"),
+    "mixing_temperature": ("mixing",),
+    "columns": ("data",),
+    "ignore_columns": ("data",),
+    "trained_turns": ("data",),
+    "overwrite": ("output",),
+}
 
 
 def arguments_of(options: TrainOptions) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -30,6 +30,7 @@ from align_ext.io.save_adapter import save_adapter
 from align_ext.model.load_adapter import load_adapter
 from align_ext.model.replace import adapter_report, replace_linear_with_align_lora
 from align_ext.system import processes
+from align_ext.system.bounds import unknown_name
 from align_ext.system.memory import enough_memory
 from align_ext.system.messages import shown
 from align_ext.system.names import Matcher
@@ -46,7 +47,10 @@ from align_ext.training.record import measure_adapters, shown_answers
 from align_ext.training.report import summarise
 from align_ext.training.rows import choose, encoded_rows, read_pools, train_rows
 from align_ext.training.run_folder import RunFolder
+from align_ext.training.trial import try_arguments
 from align_ext.training.verify import verify
+
+_WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")  # schedules that begin at the peak
 
 
 @dataclass(frozen=True)
@@ -91,9 +95,11 @@ def _prepare(folder: RunFolder, device: str, dtype: torch.dtype, console: Consol
     if options.load_best_model_at_end or options.early_stopping_patience:
         dev_examples = max(dev_examples, options.eval_examples)  # never chosen on what is scored
     fields = argument_fields(options, device)
+    try_arguments(options, fields)
     with show_status(console, "reading the data"):
         pools = read_pools(options, dev_examples)
     names = tuple(pools.tasks)
+    _check_metric(options.metric_for_best_model, names)
     config = options.adapter_config(num_tasks=len(names))
     checked_task_names(names, config)
     if config.align is not None and len(names) < 2:
@@ -113,6 +119,8 @@ def _prepare(folder: RunFolder, device: str, dtype: torch.dtype, console: Consol
         rows, scored = train_rows(options, tokenizer, data), encoded_rows(tokenizer, data, data.test)
     options = options.for_examples(len(rows))
     arguments.max_steps = options.steps
+    if note := _warmup_note(options, arguments):
+        print_line(console, note)
     token_ids = itertools.chain((row["input_ids"] for row in rows), token_rows(tokenizer, data.test))
     ran = check_base(model, tokenizer, token_ids, training=True)
     if options.packing:
@@ -136,6 +144,24 @@ def _prepare(folder: RunFolder, device: str, dtype: torch.dtype, console: Consol
         folder.begin(str(dtype).removeprefix("torch."), device, digest, encoded)
     dev_rows = encoded_rows(tokenizer, data, data.dev) if options.eval_steps else []
     return Job(options, folder, data, model, tokenizer, device, arguments, rows, scored, dev_rows, digest)
+
+
+def _check_metric(metric: str | None, tasks: Sequence[str]) -> None:
+    """Raises ValueError for a metric of the best adapter that no evaluation gives."""
+    known = ["eval_loss", *(f"eval_loss/{task}" for task in tasks)]
+    if metric is not None and f"eval_{metric.removeprefix('eval_')}" not in known:
+        raise ValueError(unknown_name("metric_for_best_model", metric, known))
+
+
+def _warmup_note(options: TrainOptions, arguments: transformers.TrainingArguments) -> str:
+    """Returns a line on a warm-up that is as long as the training, or ""."""
+    rise = arguments.get_warmup_steps(options.steps)
+    if rise < options.steps or options.lr_scheduler_type in _WITHOUT_WARMUP:
+        return ""
+    return (
+        f"the learning rate rises over {rise} of {options.steps} steps, so that it never reaches lr={options.lr:g}: "
+        "lower --warmup, or train longer"
+    )
 
 
 def _exclude_idle(

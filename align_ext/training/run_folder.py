@@ -209,9 +209,9 @@ def _resumed_run(options: TrainOptions, target: Path, hidden: Path) -> RunFolder
     given = options.to_dict()
     for name, value in before.to_dict().items():
         automatic = name in _AUTOMATIC and given[name] == "auto"
-        if name not in _CHANGEABLE and given[name] != value and not automatic:
+        if name not in _CHANGEABLE and given.get(name) != value and not automatic:
             raise ValueError(
-                f"the run in {shown(options.output)} had {name}={value!r}, not {shown(given[name])}: give the same "
+                f"the run in {shown(options.output)} had {name}={value!r}, not {shown(given.get(name))}: give the same "
                 f"options to resume it, or start another run, with --adapter-from {path / _ADAPTER} if it has ended"
             )
     remove(path, _TEMP)

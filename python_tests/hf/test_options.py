@@ -11,6 +11,8 @@ from align_ext.config import AUTO, AlignLoraConfig
 from align_ext.system.reading import read_yaml
 from align_ext.training.options import TrainOptions, known_options
 
+NOT_BY_DEVICE = {"per_device_train_batch_size": None}
+
 
 def test_options_survive_a_yaml_file(tmp_path):
     adapter = {"align": None, "target_modules": r".*(up|down)_proj", "mmd_bandwidths": (1.0, 2.0), "num_tasks": 3}
@@ -43,6 +45,17 @@ def test_a_file_may_be_written_as_people_write_them(tmp_path):
         ({"overwrite": "yes"}, "overwrite must be of type bool"),
         ({"tasks": [1, 2]}, "tasks must be"),
         ({"align": "mmd2"}, "unknown align 'mmd2'; did you mean 'mmd'"),
+        ({"learning_rat": 1}, "unknown option 'learning_rat'; did you mean 'learning_rate'"),
+        ({"config": "x.yaml"}, "config is a flag of the command and no option of a file: leave it out"),
+        ({"dry-run": True}, "dry_run is a flag of the command"),
+        ({"max_steps": 3, "num_train_epochs": 1}, "steps=3 and epochs=1.0 are both given, and epochs takes the place"),
+        ({"batch_size": 8, "per-device-train-batch-size": 2}, "batch_size=8 and per_device_train_batch_size=2 are"),
+        ({"hub_model_id": "a/b"}, "hub_model_id does nothing without push_to_hub: give that too, or leave it out"),
+        ({"run_name": "x"}, "run_name does nothing without report_to"),
+        ({"save_total_limit": 3}, "save_total_limit does nothing without save_steps"),
+        ({"metric_for_best_model": "eval_loss"}, "does nothing without load_best_model_at_end or early_stopping_patie"),
+        ({"mixing_temperature": 3}, "mixing_temperature does nothing without mixing"),
+        ({"columns": "prompt=q"}, "columns does nothing without data"),
         ({"lora_aplha": 2}, "unknown option 'lora_aplha'; did you mean 'lora_alpha'"),
         ({"num_heads": 2.5}, "num_heads must be of type int or none, got 2.5"),
         ({"r": "auto"}, "r must be of type int, got 'auto'"),
@@ -68,6 +81,28 @@ def test_a_wrong_option_is_named_with_what_is_allowed(values, message):
     with pytest.raises(ValueError, match=message) as caught:
         TrainOptions.from_mapping(values)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sources", "found"),
+    [
+        (({"epochs": 1}, {"steps": 2}), {"steps": 2, "epochs": None}),
+        (({"steps": 2}, {"num_train_epochs": 1}), {"steps": 40, "epochs": 1.0}),
+        (({"steps": 2}, {"epochs": "none"}), {"steps": 2, "epochs": None}),
+        (({"epochs": None, "steps": 2},), {"steps": 2, "epochs": None}),
+        (
+            ({"per_device_train_batch_size": 4}, {"batch_size": 6}),
+            {"batch_size": 6, "per_device_train_batch_size": None},
+        ),
+        (({"batch_size": 6}, {"per_device_train_batch_size": 4}), {"batch_size": 8, "per_device_train_batch_size": 4}),
+        (({"hub_model_id": "a/b", "push_to_hub": True}, {"push_to_hub": False}), {"push_to_hub": False}),
+        (({"run_name": "x"}, {"report_to": "none"}), {"run_name": "x", "report_to": ()}),
+    ],
+)
+def test_what_is_given_later_wins_and_the_whole_survives_a_file(sources, found):
+    options = TrainOptions.from_mapping(*sources)
+    assert {name: getattr(options, name) for name in found} == found
+    assert TrainOptions.from_mapping(yaml.safe_load(yaml.safe_dump(options.to_dict()))) == options
 
 
 @pytest.mark.parametrize("content", [": [", "- a\n- b\n", "words"])

@@ -11,7 +11,7 @@ from hf.words import model_folder, qwen3, write_rows
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
-from align_ext.training import fit
+from align_ext.training import fit, trial
 from align_ext.training.options import TrainOptions, known_options
 from align_ext.training.run_folder import RunFolder
 
@@ -19,18 +19,26 @@ from align_ext.training.run_folder import RunFolder
 PASSED = {
     "steps": 7, "accumulation": 3, "lr": 1e-3, "warmup": 5.0, "lr_scheduler_type": "linear", "optim": "sgd",
     "weight_decay": 0.1, "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-6, "max_grad_norm": 0.5,
-    "eval_batch_size": 3, "bf16": True, "fp16": True, "torch_compile": True, "dataloader_num_workers": 2,
+    "eval_batch_size": 3, "bf16": True, "torch_compile": True, "dataloader_num_workers": 2,
     "log_steps": 2, "report_to": ["tensorboard"], "run_name": "mine", "save_total_limit": 4,
     "metric_for_best_model": "eval_loss/a", "load_best_model_at_end": True,
 }  # fmt: skip
-NEEDED = {"load_best_model_at_end": {"eval_steps": 2, "save_steps": 4}}
-NOT_HERE = {"tf32", "use_liger_kernel", "fsdp_config", "deepspeed"}  # which need a GPU, or a test of their own
+BEST = {"eval_steps": 2, "save_steps": 4}
+NEEDED = {"load_best_model_at_end": BEST, "metric_for_best_model": {"load_best_model_at_end": True, **BEST},
+          "run_name": {"report_to": "tensorboard"},
+          "save_total_limit": {"save_steps": 4}}  # fmt: skip
+NOT_HERE = {"fp16", "tf32", "use_liger_kernel", "fsdp_config", "deepspeed"}  # which need a GPU, or a test of their own
 RESOLVED = {"epochs"}  # which becomes steps
 
 
 def arguments(tmp_path, **options):
     made = TrainOptions.from_mapping(options)
     return fit.training_arguments(RunFolder(tmp_path, tmp_path, made), fit.argument_fields(made, "cpu"))
+
+
+def tried(**options):
+    made = TrainOptions.from_mapping(options)
+    trial.try_arguments(made, fit.argument_fields(made, "cpu"))
 
 
 def test_every_option_of_trainingarguments_is_tried_here():
@@ -44,7 +52,7 @@ def test_an_option_arrives_under_both_of_its_names(tmp_path, name):
     defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
     assert argument in defaults
     for given in (name, argument, argument.replace("_", "-")):
-        found = getattr(arguments(tmp_path, **{given: PASSED[name]}, **more), argument)
+        found = getattr(arguments(tmp_path, **{**more, given: PASSED[name]}), argument)
         assert found == PASSED[name]
     assert getattr(TrainOptions(), name) != PASSED[name]
 
@@ -59,11 +67,12 @@ def test_an_option_arrives_under_both_of_its_names(tmp_path, name):
         ({"report_to": "wandbb"}, "unknown tracker of report_to 'wandbb'; did you mean 'wandb'"),
         ({"report_to": "clearml"}, "report_to=clearml needs its package: pip install clearml"),
         ({"use_liger_kernel": True}, "--use-liger-kernel cannot be used here: its kernels run on GPUs alone"),
-        ({"tf32": True}, "TrainingArguments refuses the options: --tf32 requires"),
         ({"trainer": "adam_beta3=1"}, "unknown field of TrainingArguments 'adam_beta3'"),
         ({"trainer": {"adam_beta1": 1}}, "trainer gives adam_beta1, which another option or the run itself decides"),
         ({"trainer": {"output_dir": "x"}}, "trainer gives output_dir, which another option"),
         ({"trainer": "x"}, "trainer must be name=value"),
+        ({"trainer": "neftune_noise_alpha=["}, "trainer holds 'neftune_noise_alpha=[', of which a value is no YAML"),
+        ({"fp16": True}, "--fp16 is for GPUs, and this run is on the CPU: take --bf16, or leave it out"),
         ({"trainer": 3}, "trainer must hold values by name, got 3"),
         ({"fp16": True, "bf16": True}, "bf16 and fp16 exclude each other"),
         ({"load_in_4bit": True, "load_in_8bit": True}, "load_in_4bit and load_in_8bit exclude each other"),
@@ -92,6 +101,52 @@ def test_further_fields_arrive_as_they_are(tmp_path):
     made = arguments(tmp_path, trainer="torch_empty_cache_steps=3,adam_beta2=0.5".partition(",")[0])
     assert made.torch_empty_cache_steps == 3
     assert arguments(tmp_path, trainer={"neftune_noise_alpha": 5.0}).neftune_noise_alpha == 5.0
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "lr_scheduler_kwargs={num_decay_steps: 3, min_lr_ratio: 1e-1},label_smoothing_factor=0.1",
+        'lr_scheduler_kwargs={"num_decay_steps": 3, "min_lr_ratio": 0.1}',
+        {"lr_scheduler_kwargs": {"num_decay_steps": 3, "min_lr_ratio": "1e-1"}},
+    ],
+)
+def test_a_schedule_gets_its_arguments(tmp_path, given):
+    options = {"lr_scheduler_type": "warmup_stable_decay", "trainer": given}
+    assert arguments(tmp_path, **options).lr_scheduler_kwargs == {"num_decay_steps": 3, "min_lr_ratio": 0.1}
+    tried(**options)
+
+
+def test_commas_in_brackets_divide_nothing():
+    given = "a=[1,[2,3]],b={c: {d: 1, e: 2e-3}, f: [4,5]},g=6"
+    assert TrainOptions.from_mapping({"trainer": given}).trainer == {
+        "a": [1, [2, 3]], "b": {"c": {"d": 1, "e": 0.002}, "f": [4, 5]}, "g": 6,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "warmup_stable_decay cannot be used: get_wsd_sched"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "cosine_with_min_lr cannot be used: One of min_lr"),
+        (
+            {"lr_scheduler_type": "linear", "trainer": "lr_scheduler_kwargs={end: 1}"},
+            "--lr-scheduler-type linear cannot be used: get_linear_schedule_with_warmup() got an unexpected keyword",
+        ),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "TrainingArguments refuses the options: lr_scheduler_type"),
+        ({"optim": "adamw_torch_npu_fused"}, "--optim adamw_torch_npu_fused cannot be used here: Trainer failed to"),
+        ({"tf32": True}, "TrainingArguments refuses the options: --tf32 requires"),
+    ],
+)
+def test_what_cannot_make_a_step_is_refused_before_there_is_a_model(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
+        tried(**options)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adafactor", "adamw_8bit", "lion_32bit", "paged_adamw_8bit"])
+def test_what_makes_a_step_is_taken(name):
+    tried(optim=name, bf16=True, torch_compile=True, load_best_model_at_end=True, eval_steps=1, save_steps=1)
 
 
 @pytest.mark.parametrize(
