@@ -28,8 +28,8 @@ _THINKING = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)
 def turns_of(column: str, value: Any) -> tuple[Turn, ...]:
     """Reads a list of turns, {"role": ..., "content": text} or {"from": ..., "value": text} each.
 
-    A turn of the assistant may have tool_calls beside its text or in its place, a turn of a tool a name and a
-    tool_call_id.
+    The text may be a list of parts, {"type": "text", "text": text} each. A turn of the assistant may
+    have tool_calls beside its text or in its place, a turn of a tool a name and a tool_call_id.
 
     Raises:
         ValueError: it is no such list, or a turn has other content than text, or an unknown role.
@@ -52,7 +52,7 @@ def _turn(position: str, turn: Any) -> Turn:
                          '{"role": "user", "content": ...}, with tool_calls of the assistant, and no more')  # fmt: skip
     if who is None:
         raise ValueError(f"the column {position} is of {shown(entries[role])}: it must be of {', '.join(_ROLES)}")
-    text = text_of(position, entries.get(content, ""))
+    text = text_of(position, _joined(position, entries.get(content, "")))
     if not text.strip() and "tool_calls" not in rest:
         raise ValueError(f"the column {position} is empty")
     if "tool_calls" in rest:
@@ -61,6 +61,20 @@ def _turn(position: str, turn: Any) -> Turn:
         if key in rest:
             text_of(f"{position} {key},", rest[key])
     return (who, text, _json(rest)) if rest else (who, text)
+
+
+def _joined(position: str, content: Any) -> Any:
+    """Returns a list of parts {"type": "text", "text": ...} as one text, as chat templates join them."""
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        if not isinstance(part, dict) or "type" not in part:
+            raise ValueError(f"the column {position} holds {shown(part)}: a part is an object with a type and a text")
+        held = {key for key, value in part.items() if value is not None}
+        if part["type"] != "text" or held != {"type", "text"}:
+            kind = shown(part["type"]) if part["type"] != "text" else "'text' that is no text alone"
+            raise ValueError(f"the column {position} holds a part of type {kind}: a model of texts learns texts alone")
+    return "".join(text_of(position, part["text"]) for part in content)
 
 
 def _calls(position: str, calls: Any) -> list[Any]:

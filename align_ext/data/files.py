@@ -189,8 +189,12 @@ def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
         raise ValueError(f"{name}, row {number + 1}: cannot be read ({reason_of(error)})") from error
 
 
-def without_nulls(value: Any) -> Any:
-    """Returns a value of a typed table without nulls in its objects, where names stand that only other rows have."""
+def without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a row of a typed table without nulls in its objects, where names stand that only other rows have."""
+    return {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: without_nulls(part) for name, part in value.items() if part is not None}
-    return [without_nulls(part) for part in value] if isinstance(value, list) else value
+        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value

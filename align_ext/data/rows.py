@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,7 +36,8 @@ ROWS = (
      "number from 1 on (answer3) or its letter"),
     ("messages or conversations",
      "turns of {role, content} or {from, value}, of which those of the assistant are learnt (--trained-turns) and the "
-     "last is scored; a turn may have tool_calls, or be a tool's; prompt and completion may be turns too"),
+     "last is scored; content may be a list of parts of type text; a turn may have tool_calls, or be a tool's; prompt "
+     "and completion may be turns too"),
     ("system or system_prompt", "the turn before the prompt; like conversations, it needs a chat template"),
     ("tools", "the tools that the assistant may call: a list of objects, or its JSON text"),
     ("text", "where nothing else is asked or answered: a plain text, all of which is learnt, and scored by its loss"),
@@ -118,10 +119,13 @@ def example_of(
         ValueError: a column is missing, has invalid content, or would be lost.
     """
     try:
-        if len(row) > _MAX_COLUMNS:
-            raise ValueError(f"it has {len(row)} columns: a row has at most {_MAX_COLUMNS}")
-        held = {name: value for name, value in row.items() if not _is_empty(name, value)}
-        columns = _Columns({name: value for name, value in held.items() if name not in ignore})
+        held = {name: value for name, value in row.items() if not is_empty(name, value)}
+        if len(held) > _MAX_COLUMNS:
+            raise ValueError(f"it has {len(held)} columns: a row has at most {_MAX_COLUMNS}")
+        columns = _Columns(
+            {name: value for name, value in held.items() if name not in ignore},
+            [name for name in row if name not in held and name not in ignore],
+        )
         example = replace(_build_example(columns, task), where=where)
         columns.check_asked(example)
         columns.check_unused(example)
@@ -147,17 +151,22 @@ def _equal_answers(text: str, gold: str) -> float:
         return float(text.casefold() == gold.casefold())
 
 
-def _is_empty(column: Any, value: Any) -> bool:
+def is_empty(column: Any, value: Any) -> bool:
+    """Whether the value of a column counts as absent."""
     if isinstance(value, str):
         return not value.strip()
     return value is None or value == [] or value == {} or (column == "label" and type(value) is int and value == -1)
 
 
-class _Columns:
-    """The columns of a row; keeps track of those that were used."""
+def _is_or_are(names: Sequence[str]) -> str:
+    return "is" if len(names) == 1 else "are"
 
-    def __init__(self, values: dict[str, Any]) -> None:
-        self.values = values
+
+class _Columns:
+    """The columns of a row, and the names of those that are empty; keeps track of those that were used."""
+
+    def __init__(self, values: dict[str, Any], empty: Sequence[str]) -> None:
+        self.values, self.empty = values, empty
         self.used: set[str] = set()
 
     def present(self, names: Iterable[str]) -> dict[str, Any]:
@@ -174,9 +183,14 @@ class _Columns:
         return next(iter(found.items()), None)
 
     def missing(self, names: Iterable[str]) -> ValueError:
-        """Returns the error for a row with none of these columns."""
+        """Returns the error for a row with none of these columns, or with nothing in those that there are."""
+        names = list(names)
+        if empty := [name for name in names if name in self.empty]:
+            return ValueError(f"the column{'s' * (len(empty) > 1)} {' and '.join(empty)} {_is_or_are(empty)} empty")
         found = ", ".join(shown(name, 40)[1:-1] for name in list(self.values)[:20]) or "none"
-        return ValueError(f"no column {' or '.join(names)}; found {found}")
+        empty = [shown(name, 40)[1:-1] for name in self.empty[:20]]
+        also = f"; {', '.join(empty)} {_is_or_are(empty)} empty" if empty else ""
+        return ValueError(f"no column {' or '.join(names)}; found {found}{also}")
 
     def check_unused(self, example: Example) -> None:
         """Refuses an unused column that a model might have to read; numbers and texts of the example are allowed."""
@@ -236,7 +250,8 @@ def _build_example(columns: _Columns, task: str | None) -> Example:
     if offered is not None:
         return _add_choices(Example(task, prompt, output), offered, labels | answers, finals)
     if labels:
-        raise ValueError(f"the column {next(iter(labels))} says which choice is right, but there is no column choices")
+        reason = str(columns.missing(_CHOICES)) if set(columns.empty) & set(_CHOICES) else "there is no column choices"
+        raise ValueError(f"the column {next(iter(labels))} says which choice is right, but {reason}")
     if not output and not finals:
         raise columns.missing([*_OUTPUTS, "answer"])
     answer = output or finals[0]

@@ -16,7 +16,7 @@ from align_ext.data.files import READ, is_rows, is_table_of_texts, rows_of, stem
 from align_ext.data.metadata import Texts, text_lost
 from align_ext.data.named_source import SPLITS, NamedSource
 from align_ext.data.on_disk import Examples, ExampleStore
-from align_ext.data.rows import example_of
+from align_ext.data.rows import example_of, is_empty
 from align_ext.system.bounds import unknown_name
 from align_ext.system.messages import reason_of, shown
 
@@ -80,7 +80,7 @@ class Source:
             if texts:
                 row = values_of_texts(where, row)
             example, unused = example_of(row, where, None if named else task, ignore)
-            has_task = "task" in row and "task" not in ignore
+            has_task = not is_empty("task", row.get("task")) and "task" not in ignore
             if named is not None and named != has_task:
                 raise ValueError(
                     f"{where}: it has a column task, which rows before it lack: give one to all or to none"
@@ -160,7 +160,8 @@ def read_source(given: str | NamedSource, ignore: Collection[str] = (), store: E
     elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", data) and not is_rows(data):
         _add_dataset(source, data, _from_hub(data, streaming=given.rows is not None), ignore)
     else:
-        raise ValueError(f"there is no data file or folder {shown(data)}")
+        cure = ": patterns are not expanded, so name the folder, or each file" if re.search(r"[*?\[]", data) else ""
+        raise ValueError(f"there is no data file or folder {shown(data)}{cure}")
     source.check_columns()
     source.check_unused()
     return source

@@ -195,6 +195,27 @@ def test_the_name_of_a_file_says_its_split_and_the_task_of_rows_that_name_none(n
     assert "says test and train: let it name one split" in refusal(folder)
 
 
+def test_what_is_empty_in_a_typed_table_is_said_to_be(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    table = [{"prompt": "a", "completion": "b", "task": None}, {"prompt": "c", "completion": None, "task": None}]
+    parquet.write_table(pyarrow.Table.from_pylist(table[:1] * 2), tmp_path / "x.parquet")
+    assert {x.task for x in read_source(str(tmp_path / "x.parquet")).splits[""]} == {"x"}
+    parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / "x.parquet")
+    assert "row 2: the column completion is empty" in refusal(tmp_path / "x.parquet")
+    (tmp_path / "x.csv").write_text("prompt,completion\na,b\nc,\n")
+    assert "line 3: the column completion is empty" in refusal(tmp_path / "x.csv")
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(TWO[0] | {"task": None}) + "\n" for _ in range(2)))
+    assert {x.task for x in read_source(str(tmp_path / "x.jsonl")).splits[""]} == {"x"}
+
+
+@pytest.mark.parametrize("pattern", ["*.jsonl", "x?.csv", "[ab].jsonl"])
+def test_a_pattern_is_not_expanded(pattern, tmp_path):
+    write_rows(tmp_path / "a.jsonl")
+    assert "patterns are not expanded, so name the folder, or each file" in refusal(tmp_path / pattern)
+
+
 def test_data_that_is_not_there_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)

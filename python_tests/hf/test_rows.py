@@ -135,7 +135,11 @@ def test_choices_that_a_prompt_shows_are_not_listed_again():
         ({"author": "Ann Smith, " * 20}, "the column author would be lost"),
         ({"tags": {f"a name that is a text {i}": 1 for i in range(9)}}, "the column tags would be lost"),
         ({"[/bold]\n\x1b": "x"}, r"the column [/bold]\n\x1b would be lost"),
-        ({"completion": None}, "no column completion or output or response or answer; found prompt"),
+        ({"completion": None}, ": the column completion is empty"),
+        ({"completion": " ", "output": None, "answers": []}, ": the columns completion and output are empty"),
+        ({"completion": None, "prompt": ""}, ": the column prompt is empty"),
+        ({"completion": None, "prompt": None, "messages": []}, ": the columns prompt and messages are empty"),
+        ({"completion": None, "text": "", "label": 0, "choices": []}, "right, but the column choices is empty"),
         ({"completion": True}, "the column completion holds True, a bool, not text: write it as text"),
         ({"completion": 1.5}, "the column completion holds 1.5, a float, not text: write it as text"),
         ({"completion": {"a": 1}}, "the column completion holds {'a': 1}, a dict, not text"),
@@ -168,7 +172,6 @@ def test_choices_that_a_prompt_shows_are_not_listed_again():
         ({"answer": {"value": "c"}}, "the column answer holds {'value': 'c'}, a dict, not text"),
         ({"messages": "hi"}, "the column messages holds 'hi': it must be a list"),
         ({"messages": [5]}, "the column messages, turn 1, holds 5: a turn is a role and a text"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages, turn 1, holds [{'type'"),
         ({"messages": [{"role": "tol", "content": "x"}]}, "the column messages, turn 1, is of 'tol'"),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]}, "and no more"),
         ({"messages": [{"role": "user", "content": " "}]}, "the column messages, turn 1, is empty"),
@@ -240,6 +243,39 @@ def test_a_column_is_left_out_on_request_and_named():
     example, unused = example_of(row, "", "t", ["hint", "context"])
     assert example.prompt == "p"
     assert unused == {"hint", "n", "source", "context"}
+
+
+def test_a_missing_column_is_told_from_an_empty_one():
+    nothing = "no column completion or output or response or answer; found prompt"
+    assert refusal({"prompt": "p"}).endswith(nothing)
+    assert refusal({"prompt": "p", "context": " ", "label": -1}).endswith(f"{nothing}; context, label are empty")
+    assert refusal({"text": ""}).endswith("found none; text is empty")
+    assert refusal({**GOOD, "task": ""}, task=None).endswith("the column task is empty")
+
+
+def test_a_list_of_parts_of_text_is_one_text():
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two", "image": None}]
+    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": parts[:1]}]
+    for row in ({"messages": turns}, {"prompt": turns[:1], "completion": turns[1:]}):
+        assert (read(row).prompt, read(row).answer) == ((("user", "one two"),), "one ")
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ({"type": "image", "url": "x"}, "turn 1, holds a part of type 'image': a model of texts"),
+        ({"type": "image_url", "image_url": {"url": "x"}}, "a part of type 'image_url'"),
+        ({"type": "text", "text": "a", "image": "x"}, "a part of type 'text' that is no text alone"),
+        ({"type": "text"}, "a part of type 'text' that is no text alone"),
+        ({"type": "text", "text": 1.5}, "turn 1, holds 1.5, a float, not text"),
+        ({"text": "a"}, "turn 1, holds {'text': 'a'}: a part is an object with a type and a text"),
+        ("a", "turn 1, holds 'a': a part is an object"),
+        ({"type": "text", "text": " "}, "turn 1, is empty"),
+    ],
+)
+def test_another_part_is_refused_by_its_type(part, said):
+    answer = {"role": "assistant", "content": "a"}
+    assert said in refusal({"messages": [{"role": "user", "content": [part]}, answer]})
 
 
 def test_a_task_is_a_column_or_given_and_never_both_ways():
