@@ -2,12 +2,16 @@
 
 import functools
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from align_ext.base_model.checks import check_base
+from align_ext.base_model.dtypes import usable_device
+from align_ext.cli.scored_run import held_out, read_finished, trained_note, with_run
 from align_ext.data.encode import check_conversations, fits, token_rows
 from align_ext.data.tasks import TaskData, read_tasks, scored_examples
 from align_ext.evaluation.evaluate import score_together
@@ -21,6 +25,9 @@ from align_ext.system.messages import shown
 from align_ext.system.terminal import print_line, progress_bars, show_status
 from align_ext.system.versions import versions
 from align_ext.system.writing import atomic_file, check_file, user_path
+from align_ext.training.base import load_job_base
+from align_ext.training.options import TrainOptions
+from align_ext.training.rows import read_pools
 
 MARK = "align-lora eval"  # identifies files of scores, which may be overwritten
 
@@ -38,12 +45,22 @@ class EvalRequest(ModelRequest):
     ignore_columns: tuple[str, ...] = ()
     task: str | None = None
     generate: bool = True
+    run: str | None = None  # a run's folder, whose held-out rows are scored; the fields above are then the run's
 
     def __post_init__(self) -> None:
         for name in ("examples", "batch_size", "seq_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)}")
         super().__post_init__()
+
+
+def request_of(given: Mapping[str, Any]) -> EvalRequest:
+    """Returns the request of the options that are given, and of a run if one is among them.
+
+    Raises:
+        ValueError: an option cannot be used.
+    """
+    return EvalRequest(**(with_run(given, *read_finished(given["run"])) if "run" in given else given))
 
 
 @enough_memory("lower --batch-size or --seq-len, or take a narrower --dtype")
@@ -56,17 +73,21 @@ def score(request: EvalRequest, file: str | None, console: Console) -> dict[str,
     path = None if file is None else user_path(file, "--json")
     if path is not None:
         check_file("--json", path, f'"written_by": "{MARK}"')
-    pools = read_tasks(
+    run = None if request.run is None else read_finished(request.run)
+    pools = read_pools(run[1]) if run else read_tasks(
         request.data, request.tasks, train=0, test=request.examples, ignore_columns=request.ignore_columns,
         columns=request.columns,
     )  # fmt: skip
     stored = None if request.adapter is None else AdapterFolder.read(request.adapter)
     ids = None if stored is None else _task_ids(stored, tuple(pools.tasks), request)
     with show_status(console, "loading the model"):
-        model, tokenizer = request.load_base()
+        model, tokenizer = _base(request, run[1]) if run else request.load_base()
     check_conversations(tokenizer, pools.examples())
     fit = functools.partial(fits, tokenizer, max_tokens=request.seq_len)
-    data = scored_examples(pools, request.examples, fit, undivided=pools.files)
+    if run:
+        data = held_out(*run, pools, tokenizer)
+    else:
+        data = scored_examples(pools, request.examples, fit, undivided=pools.files)
     check_base(model, tokenizer, token_rows(tokenizer, data.test))
     with show_status(console, "loading the adapter"):
         model = request.put_adapter(model)
@@ -75,6 +96,8 @@ def score(request: EvalRequest, file: str | None, console: Console) -> dict[str,
     )
     for line in data.report():
         print_line(console, f"  {line}")
+    if not run and request.adapter is not None and (warning := trained_note(request.adapter, request.data)):
+        print_line(console, warning)
     with progress_bars(console) as bars:
         rows = score_together(
             model, tokenizer, data.test, request.batch_size, bars, ids, generate="all" if request.generate else "none"
@@ -90,6 +113,11 @@ def score(request: EvalRequest, file: str | None, console: Console) -> dict[str,
         with atomic_file(path) as new:
             new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return scores
+
+
+def _base(request: EvalRequest, options: TrainOptions) -> tuple[Any, Any]:
+    """Loads the base model as the run did, quantised if it was."""
+    return load_job_base(replace(options, model=request.model), request.dtype, usable_device(request.device))
 
 
 def _task_ids(stored: AdapterFolder, tasks: tuple[str, ...], request: EvalRequest) -> dict[str, int] | None:

@@ -5,7 +5,7 @@ of the rows alone, of one run with one seed.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class Run:
         changes: those of each task; empty if the run ended before its scores.
         loss: the mean over the tasks of the changes of the loss; None without such.
         score: the same of the scores.
+        ids: the ids of the held-out rows, in the order in which they were scored.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Run:
     changes: list[TaskChange]
     loss: Difference | None
     score: Difference | None
+    ids: list[str] = field(default_factory=list)
 
     @property
     def losses(self) -> list[dict[str, float]]:
@@ -105,7 +107,8 @@ def read_run(folder: Path) -> Run:
         changes = [_change(task, results, rows) for task in results.get("after", {}).get("tasks", {})]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"the run in {shown_path(folder)} is damaged: {reason_of(error)}") from error
-    return Run(folder.resolve().name, results, changes, _overall(rows, _losses), _overall(rows, _scores))
+    ids = [row["id"] for row in rows["after"]]
+    return Run(folder.resolve().name, results, changes, _overall(rows, _losses), _overall(rows, _scores), ids)
 
 
 def _rows(file: Path) -> dict[str, list[Row]]:

@@ -29,7 +29,7 @@ def made_arguments(folder: str, fields: Mapping[str, Any]) -> transformers.Train
 
 
 def try_arguments(options: TrainOptions, fields: Mapping[str, Any]) -> None:
-    """Makes TrainingArguments, optimizer and schedule of a run, and one step of both.
+    """Makes TrainingArguments, optimizer and schedule of a run, and one step of the optimizer.
 
     Args:
         options: the run's options.
@@ -51,7 +51,7 @@ def try_arguments(options: TrainOptions, fields: Mapping[str, Any]) -> None:
             transformers.get_scheduler(
                 options.lr_scheduler_type, optimizer, arguments.get_warmup_steps(options.steps), options.steps,
                 arguments.lr_scheduler_kwargs,
-            ).step()  # fmt: skip
+            )  # fmt: skip
         except Exception as error:  # TypeErrors, for example, where an argument is missing
             raise ValueError(
                 f"--lr-scheduler-type {options.lr_scheduler_type} cannot be used: {reason_of(error)}; what it takes is "

@@ -88,9 +88,48 @@ def test_the_scores_are_those_of_the_run_that_trained_the_adapter(run, place, ar
         }
 
 
+def test_a_run_says_which_rows_it_held_out_and_how_it_read_them(run, place):
+    mine = [{"question": row["prompt"], "said": row["completion"]} for row in rows() if row["task"] == "next"]
+    write_rows(place / "mine.jsonl", mine)
+    choices = [{k: v for k, v in row.items() if k != "task"} for row in rows() if row["task"] == "threes"]
+    write_rows(place / "threes.jsonl", choices)
+    (place / "run.yaml").write_text(
+        f"model: {place / 'model'}\nsteps: 3\nlr: 2.0e-2\neval_examples: 5\noutput: out\ndtype: bfloat16\nseq_len: 90\n"
+        f"data:\n- {{path: {place / 'mine.jsonl'}, name: mine, columns: {{prompt: question, completion: said}}}}\n"
+        f"- {place / 'threes.jsonl'}\ndevice: cpu\nchecks: none\n"
+    )
+    code, _, err = run("train", "--config", place / "run.yaml")
+    assert code == 0, err
+    results = json.loads((place / "work/out/results.json").read_text())
+    code, out, err = run("eval", "--run", "out", "--json", "scores.json")
+    assert code == 0, err
+    assert "2 tasks: 10 examples to score on, torch.bfloat16 on cpu" in out
+    assert "mine: test 5 of 24 (19 beyond eval_examples)" in out
+    assert "trained on rows" not in out
+    found = json.loads((place / "work/scores.json").read_text())
+    for task in ("mine", "threes"):
+        assert found["tasks"][task]["loss"] == pytest.approx(results["after"]["tasks"][task]["loss"], rel=1e-5)
+    assert (found["options"]["seq_len"], found["options"]["adapter"]) == (90, "out/adapter")
+    base, _ = run("eval", "--run", "out", "--adapter", "none", "--json", "base.json")[:2]
+    assert base == 0
+    assert json.loads((place / "work/base.json").read_text())["tasks"]["mine"]["loss"] == pytest.approx(
+        results["before"]["tasks"]["mine"]["loss"], rel=1e-5
+    )
+    code, _, err = run("eval", "--run", "out", "--seq-len", 30)
+    assert (code, err) == (2, "align-lora: error: --run scores the rows that the run held out: leave --seq-len out\n")
+    code, out, _ = run("eval", "--adapter", "out/adapter", "--data", place / "threes.jsonl", "--no-generate")
+    assert code == 0
+    assert "warning: the run of this adapter trained on rows of" in " ".join(out.split())
+    write_rows(place / "mine.jsonl", mine[::2])
+    code, _, err = run("eval", "--run", "out")
+    assert code == 2
+    assert "the rows that the run 'out' held out are no longer those of its data" in err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--run", "absent"], "absent holds no finished run of `align-lora train`"),
         (["--merge"], "--merge goes with --adapter"),
         (["--adapter", "absent"], "absent"),
         (["--data", "absent.jsonl"], "no data file or folder 'absent.jsonl'"),

@@ -1,0 +1,91 @@
+"""What `align-lora eval` takes from the folder of a finished run: its held-out rows, model and adapter."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from align_ext.data.named_source import NamedSource, named_sources
+from align_ext.data.sources import split_named
+from align_ext.data.tasks import Pools, TaskData, row_ids
+from align_ext.report.run_results import Run, read_run
+from align_ext.system.messages import shown
+from align_ext.system.reading import exists
+from align_ext.system.writing import user_path
+from align_ext.training.options import TrainOptions
+from align_ext.training.rows import choose
+
+OF_THE_RUN = ("data", "columns", "ignore_columns", "tasks", "examples", "seq_len")
+"""The options of `align-lora eval` that a run decides."""
+
+
+def read_finished(folder: str) -> tuple[Run, TrainOptions]:
+    """Reads a finished run and its options.
+
+    Raises:
+        ValueError: the folder holds no finished run, or its options are not those of this version.
+    """
+    run = read_run(user_path(folder, "--run"))
+    return run, TrainOptions.from_mapping(run.options)
+
+
+def with_run(given: Mapping[str, Any], run: Run, options: TrainOptions) -> dict[str, Any]:
+    """Returns the options of `align-lora eval` with those that the run decides, and its model, adapter and dtype.
+
+    Raises:
+        ValueError: an option is given that the run decides.
+    """
+    for name in OF_THE_RUN:
+        if name in given:
+            raise ValueError(f"--run scores the rows that the run held out: leave --{name.replace('_', '-')} out")
+    dtype = str(run.results["model"]["dtype"]).removeprefix("torch.")
+    filled: dict[str, Any] = {"model": options.model, "adapter": str(Path(given["run"], "adapter"))}
+    filled |= {
+        "data": options.data, "columns": options.columns, "ignore_columns": options.ignore_columns,
+        "tasks": options.tasks, "examples": options.eval_examples, "seq_len": options.seq_len,
+    }  # fmt: skip
+    found = {**filled, **given, "dtype": dtype if given.get("dtype", "auto") == "auto" else given["dtype"]}
+    return {**found, "adapter": None if found["adapter"] == "none" else found["adapter"]}
+
+
+def held_out(run: Run, options: TrainOptions, pools: Pools, tokenizer: Any) -> TaskData:
+    """Returns the data of a run, whose test examples are those that it scored.
+
+    Raises:
+        ValueError: they are others than those of the run.
+    """
+    data = replace(choose(options, pools, tokenizer), train=[])
+    if run.ids and row_ids(data.test) != run.ids:
+        raise ValueError(
+            f"the rows that the run {shown(run.name)} held out are no longer those of its data: the files, or the "
+            "model's tokenizer, have changed since then"
+        )
+    usage = {
+        task: {split: of for split, of in splits.items() if split != "train"} for task, splits in data.usage.items()
+    }
+    return replace(data, usage=usage)
+
+
+def trained_note(adapter: str, data: Any) -> str:
+    """Returns a warning if the run of an adapter also trained on rows of the data that are scored, or ""."""
+    folder = Path(adapter).resolve().parent
+    if not exists(folder / "results.json"):
+        return ""
+    try:
+        options = read_run(folder).options
+        trained = [Path(one.path).expanduser().resolve() for one in named_sources(options["data"]) if _is_trained(one)]
+    except (ValueError, KeyError):  # of another version, or of another program
+        return ""
+    for source in named_sources(data):
+        path = Path(source.path).expanduser().resolve()
+        if _is_trained(source) and path.exists() and not {path, path.parent}.isdisjoint(trained):
+            return (
+                f"warning: the run of this adapter trained on rows of {shown(source.path)}: --run {folder} scores "
+                "those that it held out"
+            )
+    return ""
+
+
+def _is_trained(source: NamedSource) -> bool:
+    """Whether a run may have trained on rows of a source: it is no file of another split."""
+    return (source.split or split_named(Path(source.path).name)) in ("", "train")
