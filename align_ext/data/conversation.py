@@ -191,6 +191,13 @@ def text_asked(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(turn[1] for turn in prompt)
 
 
+def text_with_roles(prompt: Prompt) -> str:
+    """Returns a prompt for people: of a conversation each turn as "role: text", with what a turn has more as JSON."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{role}: {' '.join(part for part in parts if part)}" for role, *parts in prompt)
+
+
 def append_text(prompt: Prompt, text: str) -> Prompt:
     """Returns a prompt with a text appended, in the last turn of a conversation."""
     if isinstance(prompt, str):

@@ -49,7 +49,8 @@ def norm_of_update(terms: list[Factors], scaling: float) -> float:
 def _table(adapters: dict[str, Adapter], config: AlignLoraConfig) -> Table:
     routed = config.router is not None
     update = "update, equal weights" if routed else "update"
-    table = Table("layer", caption="norms are Frobenius norms; the update is that of the layer's weight")
+    table = Table(caption="norms are Frobenius norms; the update is that of the layer's weight")
+    table.add_column("layer", overflow="fold")  # whose ends tell names apart
     titles = ["in", "out", "r", "scaling", "parameters", "A", "B", *(["router"] if routed else []), update]
     for title in titles:
         table.add_column(title, justify="right", no_wrap=True)

@@ -3,6 +3,7 @@
 The same files give the same bytes.
 """
 
+import json
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 import yaml
 
 from align_ext.base_model.default_model import DEFAULT_MODEL
+from align_ext.data.named_source import named_sources
 from align_ext.evaluation.same_logits import verdict
 from align_ext.report import run_figures as figures
 from align_ext.report.conditions import Caution
@@ -106,10 +108,16 @@ def changed_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def command(changed: Mapping[str, Any]) -> str:
-    """Returns the command that runs a training with these options again."""
-    words = ["align-lora", "train"]
+    """Returns the command that runs a training with these options again, from a file where flags cannot say them."""
+    sources = changed.get("data")
+    sources = sources if isinstance(sources, list) else []
+    if not all(isinstance(source, str) for source in sources):
+        return "align-lora train --config run.yaml --output again"
+    words = ["align-lora", "train", *(word for source in sources for word in ("--data", source))]
     for name, value in changed.items():
         flag = name.replace("_", "-")
+        if name == "data" and sources:
+            continue
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
             continue
@@ -135,7 +143,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     batch = f"{options['batch_size']} \N{MULTIPLICATION SIGN} {options['accumulation']}"
     facts = [
         ("Model", f"{_model(run)}, {model['dtype'].removeprefix('torch.')} on {model['device']}"),
-        ("Data", f"{_text(options.get('data')) or 'built-in tasks'}: {number(rows[0], 'count')} rows of {tasks} to "
+        ("Data", f"{_sources(options.get('data'))}: {number(rows[0], 'count')} rows of {tasks} to "
                  f"train on, {number(rows[1], 'count')} held out"),
         ("Adapters", f"{adapters['architecture']}, rank {adapters['rank']}, {parameters} trained parameters "
                      f"({adapters['percent']:.3g}% of all)"),
@@ -158,7 +166,15 @@ def _model(run: Run) -> str:
     return str(run.options.get("model") or DEFAULT_MODEL)
 
 
+def _sources(data: Any) -> str:
+    """Returns the sources of data in words: a path, or name=path."""
+    sources = ((one.name, one.path) for one in named_sources(data))
+    return ", ".join(path if name is None else f"{name}={path}" for name, path in sources) or "built-in tasks"
+
+
 def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ",".join(f"{name}={json.dumps(part)}" for name, part in value.items())
     return ",".join(map(str, value)) if isinstance(value, list) else str("" if value is None else value)
 
 

@@ -6,6 +6,7 @@ around the figure. The colours of the data have a contrast of 3 and more with wh
 
 import io
 import re
+import warnings
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -70,7 +71,9 @@ def style(name: str) -> Any:
 def picture(name: str, title: str, caption: str, figure: Figure) -> Picture:
     """Returns a drawn figure as an SVG element with a title and a description, whose ids no other figure has."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    with warnings.catch_warnings():  # the reader's fonts have what ours lacks: text stays text
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)

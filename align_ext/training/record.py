@@ -7,7 +7,7 @@ import transformers
 from rich.console import Console
 
 from align_ext.data.collator import TaskCollator
-from align_ext.data.conversation import text_asked
+from align_ext.data.conversation import text_with_roles
 from align_ext.data.encode import features
 from align_ext.diagnostics.cosines import pairs
 from align_ext.diagnostics.latents import layer_divergences, task_divergence
@@ -115,17 +115,17 @@ def shown_answers(job: Job, before: Sequence[RowScore], after: Sequence[RowScore
 
     Returns:
         task, prompt, gold, before, after, and the scores of both answers, JSON-ready. The answer to a row with choices
-        is its likeliest choice.
+        is its likeliest choice. Plain texts, which ask nothing, are left out.
     """
     of_a_task = min(_ROWS_OF_A_TASK, max(1, _SHOWN_ROWS // len(job.data.names)))
     shown: list[dict[str, Any]] = []
     counts: dict[str, int] = {}
     for example, *scores in zip(job.data.test, before, after, strict=True):
-        counts[example.task] = counts.get(example.task, 0) + 1
-        if counts[example.task] > of_a_task or len(shown) == _SHOWN_ROWS:
+        counts[example.task] = counts.get(example.task, 0) + (not example.is_text)
+        if example.is_text or counts[example.task] > of_a_task or len(shown) == _SHOWN_ROWS:
             continue
         texts = [one.text if one.choice is None else example.choices[one.choice] for one in scores]
-        entry: dict[str, Any] = {"task": example.task, "prompt": _cut(text_asked(example.prompt))}
+        entry: dict[str, Any] = {"task": example.task, "prompt": _cut(text_with_roles(example.prompt))}
         entry |= {"gold": _cut(example.answer)}
         for when, text, score in zip(("before", "after"), texts, scores, strict=True):
             entry |= {when: None if text is None else _cut(text), f"{when}_score": score.score}

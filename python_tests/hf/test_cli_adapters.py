@@ -152,6 +152,13 @@ def test_inspect_needs_no_model(kind, run, tmp_path):
 NO_PEFT = ("hydra", "lora_moe", "r_lora", "mtlora", "sequence router", "mtlora beside blocks", "lora beside blocks")
 
 
+def test_a_narrow_terminal_shows_whole_names(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    model = adapter_folder(tmp_path / "adapter", "m_lora")
+    lines = [line for line in run("inspect", tmp_path / "adapter")[1].splitlines() if line.startswith("│")]
+    assert "".join(line.split("│")[1].strip() for line in lines) == "".join(adapted_layers(model))
+
+
 def test_the_norms_of_inspect_are_those_of_the_layer(run, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     model = adapter_folder(tmp_path / "adapter", "m_lora")

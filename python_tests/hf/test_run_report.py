@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -14,15 +15,20 @@ from hf.runs import run as run_recipe
 from hf.words import model_folder, rows, write_rows
 
 from align_ext.cli.train import _write_report
+from align_ext.data.rows import Example
+from align_ext.data.tasks import TaskData
 from align_ext.evaluation.rows import RowScore, TaskScore
 from align_ext.report import run_figures, run_page, run_results
 from align_ext.report.formats import MINUS
 from align_ext.report.run_page import changed_options, command, write_run_report
 from align_ext.report.run_results import is_beyond_noise, read_run
 from align_ext.report.run_words import cautions, findings
+from align_ext.report.svg import picture, sheet, style
 from align_ext.system.terminal import plain_console
 from align_ext.training import recipe
+from align_ext.training.job import Job
 from align_ext.training.options import TrainOptions
+from align_ext.training.record import shown_answers
 from align_ext.training.run_folder import open_run
 
 NETWORK = r"""(?:src|href)=["'](?!#|data:)|url\((?!#)|@import|https?://(?!www\.w3\.org/)"""
@@ -131,14 +137,50 @@ def test_warnings_of_failed_checks_overfitting_and_long_rows(tmp_path):
 
 
 def test_the_options_are_those_that_differ_and_the_command_means_the_same(run):
-    given = TrainOptions(steps=7, tasks=("a b", "c"), gradient_checkpointing=True, output="x", adapter={"align": None})
+    more = {
+        "trainer": {"neftune_noise_alpha": 5.0, "lr_scheduler_kwargs": {"a": 1, "b": [2, 3]}},
+        "data": ["x,y", "n=z"],
+    }
+    given = TrainOptions(
+        steps=7, tasks=("a b", "c"), gradient_checkpointing=True, output="x", adapter={"align": None}, **more
+    )
     changed = changed_options(given.to_dict())
-    assert changed == {"steps": 7, "tasks": ["a b", "c"], "gradient_checkpointing": True, "align": None}
+    assert changed == {"steps": 7, "tasks": ["a b", "c"], "gradient_checkpointing": True, "align": None, **more}
     words = shlex.split(command(changed))
     assert words[:2] == ["align-lora", "train"]
     code, out, err = run(*words[1:], "--print-config")
     assert code == 0, err
     assert TrainOptions.from_mapping(yaml.safe_load(out)).to_dict() == given.to_dict() | {"output": "again"}
+
+
+def test_sources_with_columns_of_their_own_are_named_and_go_on_from_the_file(tmp_path):
+    sources = ["a.jsonl", {"path": "b.csv", "name": "bees", "columns": {"prompt": "q"}}, {"path": "c"}, "d=e.txt"]
+    file = made_up(tmp_path / "run", {"a": many(3, 1)})
+    results = json.loads((file / "results.json").read_text())
+    (file / "results.json").write_text(json.dumps(results | {"options": results["options"] | {"data": sources}}))
+    page = write_run_report(file).read_text()
+    assert "<dd>a.jsonl, bees=b.csv, c, d=e.txt: " in page
+    assert "{&#39;path&#39;" not in page
+    assert "<pre>align-lora train --config run.yaml --output again</pre>" in page
+
+
+def test_answers_are_shown_to_what_is_asked_and_turns_keep_their_roles():
+    turns = (("system", "Be kind."), ("user", "hi"), ("assistant", "", '{"tool_calls": [1]}'), ("tool", "5"))
+    test = [Example("t", (), "a plain text")] * 3 + [Example("t", turns, "six"), Example("t", "asked", "seven")]
+    scores = [RowScore(str(i), "t", -1, (), (1.0,), (1,), 0.0, "said") for i in range(len(test))]
+    data = TaskData(("t",), test=test)
+    found = shown_answers(Job(TrainOptions(), None, data, None, None, "cpu", None, None, [], [], ""), scores, scores)
+    said = 'system: Be kind.\nuser: hi\nassistant: {"tool_calls": [1]}\ntool: 5'
+    assert [(one["prompt"], one["gold"]) for one in found] == [(said, "six"), ("asked", "seven")]
+
+
+def test_names_in_other_scripts_are_drawn_as_text_without_a_warning():
+    with style("x"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = sheet(3, 2)
+        figure.add_subplot().set_title("日本語 🙂 тест")
+        made = picture("x", "title", "caption", figure)
+    assert "日本語 🙂 тест" in made.svg
 
 
 RUNS = {
