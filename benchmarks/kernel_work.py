@@ -16,7 +16,8 @@ from gpus import Gpu
 from tile_work import TileWork
 
 ELEMENT = 2  # bytes of bfloat16; our latents are float
-TILE_ROWS, TILE_COLS, OUTER_COLS = 128, 64, 128  # of a tile, and columns of an outer product's block (plan.h)
+TILE_ROWS, TILE_COLS = 128, 64
+OUTER_COLS, SWEEP_COLS = 128, 256  # of a block of outer products, and of the sweep (plan.h)
 TILE_BYTES, WARPS, LANES = TILE_ROWS * TILE_COLS * ELEMENT, 8, 32
 PHILOX, KEEP = 60, 3  # instructions: ten rounds of two products, two three-way xors and two keys; from bits to a mask
 
@@ -202,9 +203,14 @@ def tile_work_of(arch: int, loop: str, rank: int) -> dict[str, TileWork]:
     return {part: work for (*key, part), work in tile_work.read()[1].items() if key == [arch, loop, rank]}
 
 
-def one_pass(layer: Layer, gpu: Gpu) -> bool:
+def outer_rows(rank: int) -> int:
+    """Rows of a chunk, whose outer products a block sums for a gradient of so many ranks."""
+    return 512 if rank <= 16 else 1024 if rank <= 32 else 2048
+
+
+def one_pass(layer: Layer) -> bool:
     """Whether grouped_lora's backward reads dy once."""
-    return layer.rank <= 16 and 2 * ceil_div(layer.out_dim, OUTER_COLS) >= gpu.multiprocessors
+    return layer.rank <= 16
 
 
 # ---- Kernels, named by what they stream
@@ -227,29 +233,50 @@ def shrink(layer: Layer, gpu: Gpu, tall: str, ranks: int) -> Work:
 
 
 def expand(layer: Layer, gpu: Gpu, tall: str, ranks: int, latents: Access, chunk: int = 0) -> Work:
-    """Base + z Bᵀ, or base + dz A; latents are read by every split. chunk: the launch's ranks, where there are more."""
+    """The term z Bᵀ, or dz A, to which the frozen product is added; latents are read by every split.
+
+    chunk: the launch's ranks, where there are more.
+    """
     cols, size = layer.sizes[tall]
     count = splits(cols, layer.tiles, gpu)
     small = Access("A" if tall == "dx" else "B", ELEMENT * ranks * cols, layer.tiles)
     read = latents._replace(times=latents.times - 1 + count)
-    accesses = [Access(f"{tall}_in", size), Access(tall, size), small, read]
+    accesses = [Access(tall, size), small, read]
     computed = max(ranks, chunk)
     blocks = streams(layer, gpu, cols, count, tall, computed, layer.masks if tall == "dx" else 0, ahead=1)
     return Work(f"expand {tall}", accesses, 2 * layer.tokens * cols * padded(computed), blocks=[blocks], floor=size)
 
 
-def outer(layer: Layer, gpu: Gpu, tall: str, latents: str, ranks: int, masks: int = 0, chunk: int = 0) -> Work:
-    """The gradient latentsᵀ x, or latentsᵀ dy: a block has 128 columns and all rows, once for each mask.
+def outer(
+    layer: Layer,
+    gpu: Gpu,
+    tall: str,
+    latents: str,
+    ranks: int,
+    masks: int = 0,
+    chunk: int = 0,
+    cols_each: int = OUTER_COLS,
+) -> Work:
+    """The gradient latentsᵀ x, or latentsᵀ dy: a block has some columns and a chunk of rows, once for each mask.
 
     chunk: the launch's ranks, where there are more. A router's weights multiply u.
     """
     cols, size = layer.sizes[tall]
-    count, turns, computed = ceil_div(cols, OUTER_COLS), max(masks, 1), max(ranks, chunk)
+    count, turns, computed = ceil_div(cols, cols_each), max(masks, 1), max(ranks, chunk)
+    rows_each = outer_rows(ceil_div(ranks, turns))
+    chunks = ceil_div(layer.tokens, rows_each)
     rows, gradient = Access(latents, layer.latent(ranks), count), Access("gradients", 4 * ranks * cols)
-    tiles = OUTER_COLS // TILE_COLS * layer.tiles * turns
-    blocks = Blocks(count, tiles, tile(gpu, "outer", computed, min(masks, 1), layer.router and latents == "u"))
+    sums = [Access("sums", chunks * gradient.size)] if chunks > 1 else []
+    tiles = cols_each // TILE_COLS * ceil_div(min(rows_each, layer.tokens), TILE_ROWS) * turns
+    blocks = Blocks(count * chunks, tiles, tile(gpu, "outer", computed, min(masks, 1), layer.router and latents == "u"))
     tensor = 2 * layer.tokens * cols * padded(computed) * turns
-    return Work(f"outer {tall}", [Access(tall, size, turns), rows, gradient], tensor, blocks=[blocks])
+    return Work(f"outer {tall}", [Access(tall, size, turns), rows, gradient, *sums], tensor, blocks=[blocks])
+
+
+def sum_chunks(outers: Iterable[Work]) -> list[Work]:
+    """The launch that adds the sums of chunks of rows, if there are any."""
+    sums = [access for work in outers for access in work.accesses if access.name == "sums"]
+    return [Work("sum of the chunks", sums)] if sums else []
 
 
 def small(layer: Layer, name: str, ranks: dict[str, int], masks: int = 0) -> Work:
@@ -266,21 +293,27 @@ def grouped_lora(layer: Layer, gpu: Gpu) -> list[Work]:
     # Every split of expand adds the partials; the first one also for z, where there are several.
     partials = Access("partials", count * z.bytes, 1 + (count > 1))
     y = expand(layer, gpu, "y", r, partials)
-    d_b = outer(layer, gpu, "dy", "z", r)
-    if one_pass(layer, gpu):
-        count = ceil_div(layer.out_dim, OUTER_COLS)
-        both = [Access("B", ELEMENT * r * layer.out_dim), Access("partials", count * z.bytes)]
+    y = y + z if count > 1 else y
+    d_a, d_b = outer(layer, gpu, "x", "dz", r, layer.masks), outer(layer, gpu, "dy", "z", r)
+    if one_pass(layer):
+        count = ceil_div(layer.out_dim, SWEEP_COLS)
+        both = [
+            Access("B", ELEMENT * r * layer.out_dim, ceil_div(layer.tokens, outer_rows(r))),
+            Access("partials", count * z.bytes),
+        ]
+        d_b = outer(layer, gpu, "dy", "z", r, cols_each=SWEEP_COLS)
         dot = Work("", both, d_b.tensor, floor=layer.sizes["dy"][1])
         d_b = replace(d_b, blocks=[replace(blocks, tile=tile(gpu, "sweep", r)) for blocks in d_b.blocks])
-        of_dy, d_b = replace(d_b + dot, name="sweep dy"), Work("")
+        of_dy, last = replace(d_b + dot, name="sweep dy"), [d_a]
     else:
-        count, of_dy = splits(layer.out_dim, layer.tiles, gpu), shrink(layer, gpu, "dy", r)
+        count, of_dy, last = splits(layer.out_dim, layer.tiles, gpu), shrink(layer, gpu, "dy", r), [d_a, d_b]
     return [
         shrink(layer, gpu, "x", r),
-        (y + z) if count > 1 else y,
+        y,
         of_dy,
         small(layer, "sum of the partials", {"partials": count * r, "dz": r}),
-        *backward(layer, gpu, r, [outer(layer, gpu, "x", "dz", r, layer.masks), d_b]),
+        *backward(layer, gpu, r, last),
+        *sum_chunks([d_a, d_b]),
     ]
 
 
@@ -299,6 +332,7 @@ def heads(layer: Layer, gpu: Gpu) -> list[Work]:
     d_a = outer(layer, gpu, "x", "dz", width, layer.masks, last)
     # With dropout on x the router's gradient stands on another x.
     d_r = [outer(layer, gpu, "x", "dz", logits, chunk=last)] if layer.router and layer.masks else []
+    outers = [d_a, *d_r, outer(layer, gpu, "dy", "u", u, chunk=last)]
     combined = {"partials": of_dy * du, "z": z, "u": u, "dz": width, "w": logits, "segments": of_dy * logits}
     return [
         shrink(layer, gpu, "x", width),
@@ -307,7 +341,8 @@ def heads(layer: Layer, gpu: Gpu) -> list[Work]:
         *([small(layer, "combine heads again", {"z": z, "u": u}, masks)] if layer.router else []),
         shrink(layer, gpu, "dy", du) + weights,
         small(layer, "combine heads, backward", combined, masks),
-        *backward(layer, gpu, width, [d_a, *d_r, outer(layer, gpu, "dy", "u", u, chunk=last)], last),
+        *backward(layer, gpu, width, outers, last),
+        *sum_chunks(outers),
     ]
 
 

@@ -112,7 +112,6 @@ def gap(layer: Layer, works: list[Work], gpu: Gpu) -> dict[str, float]:
     x, y = layer.sizes["x"][1], layer.sizes["y"][1]
     causes = {
         "floor": 3 * x + 2 * y,  # forward x and y, backward dy, x and dx
-        "base's y and dx": moved["y_in"] + moved["dx_in"],
         "dy again": moved["dy"] - y,
         "x again": moved["x"] - 2 * x,
     }

@@ -8,7 +8,7 @@ import torch
 from closeness import assert_draws_are_as_close_as_torch
 from torch.library import opcheck
 
-from align_ext import ops, reference
+from align_ext import _C, ops, reference
 
 RNG = torch.tensor([123456789, 42])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -328,3 +328,20 @@ def test_transforms_of_torch_func_are_refused_in_words(transform):
     x, A, B, weight = torch.randn(3, 8), torch.randn(2, 8), torch.randn(4, 2), torch.randn(4, 8)
     with pytest.raises(RuntimeError, match="Function with functorch transforms"):
         transform(lambda A: ops.grouped_lora(x, A, B, weight=weight)[0].sum())(A)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_frozen_product_may_come_before_or_after_the_low_rank_term(device, dtype):
+    """CUDA's choice; a CPU always computes the product first."""
+    inputs, results = make(33, 40, 24, 5, 1, dtype), []
+    options = {"weight_form": True, "p": 0.25, "kind": "none", "groups": 1}
+    for first in (True, False):
+        before = _C.low_rank_first(first)
+        try:
+            results.append(run(ops.grouped_lora, inputs, None, device=device, **options))
+        finally:
+            assert _C.low_rank_first(before) == first
+    for name, found in results[0].items():
+        same = device == "cpu" or name not in ("y", "dx")
+        unit = 0 if same else torch.finfo(dtype).eps
+        torch.testing.assert_close(found, results[1][name], rtol=4 * unit, atol=4 * unit * float(found.abs().max()))
