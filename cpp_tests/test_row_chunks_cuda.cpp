@@ -27,29 +27,28 @@ TEST(chunks_of_rows_are_numbered_for_any_groups) {
 }
 
 TEST(kernels_agree_with_naive_loops_where_rows_are_cut_into_chunks) {
-  for (int64_t tokens : {511, 512, 513, 1023, 1024, 1025}) check_problem<bfloat16>({{tokens, 24, 40, 8, 1}, 0.2});
+  for (int64_t tokens : {511, 512, 513, 1025}) check_problem<bfloat16>({{tokens, 24, 40, 8, 1}, 0.2});
   check_problem<float>({{513, 20, 36, 5, 1}, 0.2});
   check_problem<float16>({{1024, 136, 9, 16, 1}, 0.2});
   check_problem<bfloat16>({{1025, 24, 40, 20, 1}, 0.2});              // two passes over dy
-  check_problem<bfloat16, float>({{2049, 24, 16, 70, 1}, 0.2});       // chunks of ranks
+  check_problem<bfloat16, float>({{2049, 16, 8, 70, 1}, 0.2});        // chunks of ranks
   check_problem<bfloat16>({{600, 24, 40, 20, 1}, 0.2}, /*major=*/7);  // and of 16
 }
 
 // Groups of no, one and many rows, whose chunks begin anywhere in group order.
 TEST(chunks_of_rows_stay_within_a_group) {
-  const std::vector<std::vector<int64_t>> partitions = {
-      {0, 513}, {512, 0, 1}, {513, 0}, {1, 512, 512, 0}, {0, 0, 700}, {511, 2, 600, 1}, {1024, 513, 0, 3, 0}};
-  for (const std::vector<int64_t>& rows : partitions) {
+  bool permuted = true;
+  for (const std::vector<int64_t>& rows :
+       std::vector<std::vector<int64_t>>{{0, 513}, {512, 0, 1}, {1, 512, 512, 0}, {511, 2, 600, 1}, {1024, 0, 3, 0}}) {
     int64_t tokens = 0;
     for (int64_t count : rows) tokens += count;
-    for (bool permuted : {false, true}) {
-      Problem problem{{tokens, 24, 40, 8, int64_t(rows.size())}, 0.2, permuted};
-      problem.group_rows = rows;
-      check_problem<bfloat16>(problem);
-    }
+    Problem problem{{tokens, 24, 40, 8, int64_t(rows.size())}, 0.2, permuted};
+    problem.group_rows = rows;
+    check_problem<bfloat16>(problem);
+    permuted = !permuted;
   }
-  Problem problem{{1500, 24, 20, 20, 4}, 0.2};
-  problem.group_rows = {1, 1025, 0, 474};
+  Problem problem{{1100, 24, 20, 20, 4}, 0.2};
+  problem.group_rows = {1, 1025, 0, 74};
   check_problem<float>(problem);
 }
 
@@ -70,15 +69,13 @@ Data<T> run_on(int multiprocessors, const Problem& problem) {
 
 // Where columns are too few to be split, which depends on the device.
 TEST(every_device_computes_the_same_bits) {
-  for (int64_t rank : {8, 24}) {
-    Problem problem{{1100, 72, 136, rank, 3}, 0.1};
-    problem.group_rows = {5, 1095, 0};
-    const Data<bfloat16> one = run_on<bfloat16>(1, problem);
-    for (int multiprocessors : {4, 132}) {
-      const Data<bfloat16> more = run_on<bfloat16>(multiprocessors, problem);
-      CHECK(check::same_bits(more.dA, one.dA) && check::same_bits(more.dB, one.dB));
-      CHECK(check::same_bits(more.z, one.z) && check::same_bits(more.dx, one.dx) && check::same_bits(more.y, one.y));
-    }
+  Problem problem{{570, 72, 136, 8, 3}, 0.1};
+  problem.group_rows = {5, 565, 0};
+  const Data<bfloat16> one = run_on<bfloat16>(1, problem);
+  for (int multiprocessors : {4, 132}) {
+    const Data<bfloat16> more = run_on<bfloat16>(multiprocessors, problem);
+    CHECK(check::same_bits(more.dA, one.dA) && check::same_bits(more.dB, one.dB));
+    CHECK(check::same_bits(more.z, one.z) && check::same_bits(more.dx, one.dx) && check::same_bits(more.y, one.y));
   }
 }
 
