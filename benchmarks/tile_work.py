@@ -130,7 +130,9 @@ class Loop:
             return DRAWS * self.tiles / len(around)
         if self.is_piece(loop):
             units = self.rank * TILE_COLS * PIECE_TILES[self.rank] / UNIT / THREADS
-            return units / (self.single_stores(loop) // UNIT)
+            inside = {i for other in self.inner if not self.fragments(other) for i in other}
+            before = self.single_stores(self.body - inside) // UNIT  # that do not fill a turn
+            return (units - before) / (self.single_stores(loop) // UNIT)
         around = [other for other in self.inner if loop <= other and not self.fragments(other)]
         if any(map(self.single_stores, around)) or self.count(loop, lambda i: i.base == "FADD"):
             return 0  # latent rows of another group of outputs, and sums of partials for them

@@ -191,17 +191,30 @@ def test_a_loop_of_products_runs_as_often_as_the_rank_needs():
     assert parts_of(rolled, "shrink_kernel<Mma<bfloat16, 32>>")["tile"].issue == 4 + 1 + 1 + 16 + 8 + 1
 
 
+STORES = 8 * "        STS.U16 [R0], R1 ;\n"
+PIECE = f"""
+        @P5 BRA `(.L_old) ;
+        BAR.SYNC 0x0 ;
+.L_piece:
+{STORES}{STORES}
+        @P6 BRA `(.L_piece) ;
+.L_old:
+        @P0 BRA `(.L_products) ;
+"""
+
+
 def test_a_piece_is_shared_by_its_tiles():
-    stores = 8 * "        STS.U16 [R0], R1 ;\n"
-    piece = f"        @P5 BRA `(.L_old) ;\n        BAR.SYNC 0x0 ;\n.L_piece:\n{stores}        @P6 BRA `(.L_piece) ;\n"
-    listing = MASKED.replace(
-        "        @P0 BRA `(.L_products) ;\n", piece + ".L_old:\n        @P0 BRA `(.L_products) ;\n"
-    )
-    parts = parts_of(listing)
+    parts = parts_of(MASKED.replace("        @P0 BRA `(.L_products) ;\n", PIECE))
     assert parts["tile"].issue == 4 + 1 + 1 + 1 + 8 + 1
-    # 16 ranks of 7 tiles of 8 units are 3.5 for each of 256 threads.
-    assert parts["piece"].issue == pytest.approx((1 + 3.5 * (8 + 1)) / 7)
+    # 16 ranks of 7 tiles of 8 units are 3.5 for each of 256 threads, two a turn.
+    assert parts["piece"].issue == pytest.approx((1 + 1.75 * 17) / 7)
     assert parts["piece"].shared == pytest.approx(3.5 * 8 * 4 / 7)  # four elements to a bank
+
+
+def test_the_units_before_a_loop_over_units_are_counted_once():
+    before = PIECE.replace(".L_piece:", f"{STORES}.L_piece:")
+    parts = parts_of(MASKED.replace("        @P0 BRA `(.L_products) ;\n", before))
+    assert parts["piece"].issue == pytest.approx((1 + 8 + 1.25 * 17) / 7)
 
 
 def test_a_loop_of_another_kind_is_refused():
