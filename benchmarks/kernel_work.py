@@ -119,11 +119,6 @@ class Work:
         """From and to memory."""
         return sum(access.size for access in self.accesses)
 
-    @property
-    def bytes_again(self) -> int:
-        """Read again, from the second-level cache."""
-        return sum(access.size * (access.times - 1) for access in self.accesses)
-
     def limits(self, gpu: Gpu) -> dict[str, float]:
         """Seconds by each of them; a unit of a multiprocessor is the limit where most blocks are."""
         limits = {

@@ -42,7 +42,6 @@ def test_a_kernel_takes_the_longest_of_its_limits_and_a_launch():
     work = Work("w", [Access("x", 10**9), Access("A", 10**9, 7)], tensor=10**9, ffma=512 * 10**9, integer=64 * 10**9)
     assert work.limits(gpu) == {"memory": 4, "tensor cores": 1, "FFMA": 1, "integers": 0.5}
     assert work.seconds(gpu) == 4.25
-    assert work.bytes_again == 6 * 10**9
 
 
 SMALL = Gpu(multiprocessors=2, resident=1, clock=1, issue=0.5, latency=100)
