@@ -1,7 +1,7 @@
 """Datasets of one task each, joined into one with the column task_ids."""
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -45,6 +45,16 @@ def with_task(dataset: Any, task: int) -> Any:
     if isinstance(dataset, datasets.IterableDataset):
         return dataset.map(_add_task, fn_kwargs={"task": task})
     return dataset.add_column("task_ids", [task] * len(dataset))
+
+
+def add_task_ids(eval_dataset: Any, names: Sequence[str]) -> Any:
+    """Adds the column task_ids to evaluation datasets by task name that lack it."""
+    if not isinstance(eval_dataset, Mapping) or not set(eval_dataset) <= set(names):
+        return eval_dataset
+    return {
+        name: part if "task_ids" in (part.column_names or ()) else with_task(part, names.index(name))
+        for name, part in eval_dataset.items()
+    }
 
 
 def example_tasks(dataset: Any) -> list[int]:

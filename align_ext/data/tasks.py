@@ -1,12 +1,12 @@
 """Reads the tasks, built-in ones or those of files and hub datasets, and selects examples to train and to score on."""
 
-import functools
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from align_ext.data.generated import BUILTIN_TASKS, DEV, check_generators, generated
 from align_ext.data.named_source import named_sources
 from align_ext.data.on_disk import Examples, ExampleStore
 from align_ext.data.per_task import PerTask
@@ -15,20 +15,6 @@ from align_ext.data.sources import Source, read_source, split_named
 from align_ext.system.bounds import unknown_name
 from align_ext.system.messages import shown
 
-# reasoning-gym's generators and options, chosen for short prompts and answers of different forms.
-BUILTIN_TASKS: dict[str, dict[str, Any]] = {
-    "chain_sum": {"max_terms": 2, "max_digits": 2},
-    "syllogism": {},
-    "calendar_arithmetic": {"tasks": ["weekday_of_date"]},
-    "time_intervals": {"task_types": ["time_seconds"]},
-    "prime_factorization": {"max_value": 300},
-}
-_CHOICES = {"syllogism": ("Yes", "No")}
-# Item i of a generator uses seed + i, so seeds with this distance share no item.
-_TEST_SEED, _DEV_SEED = 1_000_000_000, 2_000_000_000
-_DEV = (
-    "dev"  # the split of generated examples to choose options on; of other data they are taken off the training split
-)
 _MAX_TASKS = 10_000
 _MAX_LINES = 20  # the most tasks that a report lists
 _MAX_NOTE = 300  # the most characters of a note
@@ -142,9 +128,9 @@ def read_tasks(
     """
     if data is None:
         names = tuple(tasks) if tasks else tuple(BUILTIN_TASKS)
-        _check_generators(names)
+        check_generators(names)
         store = ExampleStore()
-        return Pools({name: _generated(name, int(_of(train, name)), test, dev, seed, store) for name in names})
+        return Pools({name: generated(name, int(_of(train, name)), test, dev, seed, store) for name in names})
     store = ExampleStore()
     sources = [read_source(given, ignore_columns, store) for given in named_sources(data, columns)]
     found = _join(sources)
@@ -206,11 +192,6 @@ def _of(number: int | PerTask, task: str) -> float:
     return number.of(task) if isinstance(number, PerTask) else number
 
 
-def _generated(name: str, train: int, test: int, dev: int, seed: int, store: ExampleStore) -> dict[str, Examples]:
-    parts = {"train": (train, seed), "test": (test, _TEST_SEED), **({_DEV: (dev, _DEV_SEED)} if dev else {})}
-    return {split: Examples(store).add(builtin_examples(name, *part)) for split, part in parts.items()}
-
-
 def select(
     pools: Pools, train_per_task: int | PerTask, test_per_task: int,
     fits: Callable[[Example], bool] = lambda _: True, *, dev_per_task: int = 0, seed: int = 0,
@@ -251,7 +232,7 @@ def select(
         if dev_per_task:
             task = f"{shown(name)} has no examples to choose on"
             dev, result.usage.setdefault(name, {})["dev"] = _select(
-                splits.get(_DEV) or train or pool, dev_per_task, fits, task, "dev", prompts
+                splits.get(DEV) or train or pool, dev_per_task, fits, task, "dev", prompts
             )
             prompts |= {_asked_id(example) for example in dev}
             result.dev.extend(dev)
@@ -364,32 +345,6 @@ def _select(
 
 def _asked_id(example: Example) -> bytes:
     return hashlib.blake2b(example.asked.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-
-
-def _check_generators(names: Sequence[str]) -> None:
-    """Raises ValueError for a task that is neither built in nor a generator of reasoning-gym."""
-    from reasoning_gym.factory import DATASETS
-
-    for name in names:
-        if name not in BUILTIN_TASKS and name not in DATASETS:
-            raise ValueError(unknown_name("task", name, [*BUILTIN_TASKS, *DATASETS]))
-
-
-def builtin_examples(name: str, count: int, seed: int) -> list[Example]:
-    """Generates examples of one of reasoning-gym's tasks, scored by it; others than BUILTIN_TASKS by their defaults."""
-    import reasoning_gym
-
-    dataset = reasoning_gym.create_dataset(name, size=max(count, 1), seed=seed, **BUILTIN_TASKS.get(name, {}))
-    choices, examples = _CHOICES.get(name, ()), []
-    for entry in (dataset[i] for i in range(count)):
-        label = choices.index(entry["answer"]) if choices else -1
-        scorer = functools.partial(_generated_score, dataset, entry)
-        examples.append(Example(name, entry["question"].strip(), entry["answer"], choices, label, scorer))
-    return examples
-
-
-def _generated_score(dataset: Any, entry: dict[str, Any], text: str) -> float:
-    return dataset.score_answer(answer=text, entry=entry)
 
 
 def _choose_names(found: Sequence[str], wanted: Sequence[str]) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from align_ext.alignment.model_state import find_state
 from align_ext.alignment.step import AlignStep
 from align_ext.base_model.sharded import shard_ranks
 from align_ext.config import AlignLoraConfig
-from align_ext.data.join_tasks import example_tasks, join_tasks, with_task
+from align_ext.data.join_tasks import add_task_ids, example_tasks, join_tasks
 from align_ext.data.task_sampler import Mixing, TaskSampler
 from align_ext.io.adapter_folder import checked_task_names
 from align_ext.system.bounds import unknown_name
@@ -107,7 +107,7 @@ class AlignMixin(SafeMixin):
         if isinstance(kwargs.get("train_dataset"), Mapping):
             kwargs["train_dataset"], names = join_tasks(kwargs["train_dataset"])
             task_names = task_names or names
-            kwargs["eval_dataset"] = _add_task_ids(kwargs.get("eval_dataset"), names)
+            kwargs["eval_dataset"] = add_task_ids(kwargs.get("eval_dataset"), names)
         with declared_adapters(kwargs.get("model", args[0] if args else None)):
             super().__init__(*args, **kwargs)
         refuse_processes_apart("on CPUs give the arguments use_cpu=True, so that they join by gloo")
@@ -393,13 +393,3 @@ class _NextEpoch(TrainerCallback):
         """Sets the epoch that begins or is resumed."""
         if self.sampler is not None:
             self.sampler.set_epoch(int(state.epoch))
-
-
-def _add_task_ids(eval_dataset: Any, names: Sequence[str]) -> Any:
-    """Adds the column task_ids to evaluation datasets by task name that lack it."""
-    if not isinstance(eval_dataset, Mapping) or not set(eval_dataset) <= set(names):
-        return eval_dataset
-    return {
-        name: part if "task_ids" in (part.column_names or ()) else with_task(part, names.index(name))
-        for name, part in eval_dataset.items()
-    }
