@@ -232,6 +232,7 @@ def test_a_command_whose_output_is_lost_ends_without_a_traceback(arguments, tmp_
     assert (code, err) == (2, "align-lora: standard output cannot be written: No space left on device\n")
 
 
+@pytest.mark.slow
 def test_a_run_outlives_its_log(tmp_path):
     model_folder(tmp_path / "model")
     write_rows(tmp_path / "rows.jsonl")

@@ -73,7 +73,7 @@ def test_three_processes_give_the_results_of_one_and_one_of_them_reports(place):
     alone, text = train(place, 1, "alone", "--steps", 5), said(train(place, 3, "three", "--steps", 5))
     said(alone)
     assert_equal_runs(place / "alone", place / "three")
-    assert [text.count(f"step {n}/5") for n in range(1, 6)] == [1] * 5
+    assert [text.count(f"step {n}/5  loss") for n in range(1, 6)] == [1] * 5
     assert text.count("loaded again: same logits") == text.count("wrote three") == 1
     assert sorted(p.name for p in (place / "three").iterdir()) == sorted(p.name for p in (place / "alone").iterdir())
 
