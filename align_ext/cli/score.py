@@ -18,6 +18,7 @@ from align_ext.evaluation.evaluate import score_together
 from align_ext.evaluation.rows import TaskScore, task_scores
 from align_ext.evaluation.scored_model import ModelRequest
 from align_ext.io.adapter_folder import AdapterFolder
+from align_ext.report.run_results import Run
 from align_ext.system import processes
 from align_ext.system.bounds import unknown_name
 from align_ext.system.memory import enough_memory
@@ -45,7 +46,7 @@ class EvalRequest(ModelRequest):
     ignore_columns: tuple[str, ...] = ()
     task: str | None = None
     generate: bool = True
-    run: str | None = None  # a run's folder, whose held-out rows are scored; the fields above are then the run's
+    run: tuple[Run, TrainOptions] | None = None  # whose held-out rows are scored; the fields above are then the run's
 
     def __post_init__(self) -> None:
         for name in ("examples", "batch_size", "seq_len"):
@@ -60,7 +61,10 @@ def request_of(given: Mapping[str, Any]) -> EvalRequest:
     Raises:
         ValueError: an option cannot be used.
     """
-    return EvalRequest(**(with_run(given, *read_finished(given["run"])) if "run" in given else given))
+    if "run" not in given:
+        return EvalRequest(**given)
+    run = read_finished(given["run"])
+    return EvalRequest(**with_run(given, *run) | {"run": run})
 
 
 @enough_memory("lower --batch-size or --seq-len, or take a narrower --dtype")
@@ -73,7 +77,7 @@ def score(request: EvalRequest, file: str | None, console: Console) -> dict[str,
     path = None if file is None else user_path(file, "--json")
     if path is not None:
         check_file("--json", path, f'"written_by": "{MARK}"')
-    run = None if request.run is None else read_finished(request.run)
+    run = request.run
     pools = read_pools(run[1]) if run else read_tasks(
         request.data, request.tasks, train=0, test=request.examples, ignore_columns=request.ignore_columns,
         columns=request.columns,

@@ -40,10 +40,7 @@ def with_run(given: Mapping[str, Any], run: Run, options: TrainOptions) -> dict[
             raise ValueError(f"--run scores the rows that the run held out: leave --{name.replace('_', '-')} out")
     dtype = str(run.results["model"]["dtype"]).removeprefix("torch.")
     filled: dict[str, Any] = {"model": options.model, "adapter": str(Path(given["run"], "adapter"))}
-    filled |= {
-        "data": options.data, "columns": options.columns, "ignore_columns": options.ignore_columns,
-        "tasks": options.tasks, "examples": options.eval_examples, "seq_len": options.seq_len,
-    }  # fmt: skip
+    filled |= {name: getattr(options, "eval_examples" if name == "examples" else name) for name in OF_THE_RUN}
     found = {**filled, **given, "dtype": dtype if given.get("dtype", "auto") == "auto" else given["dtype"]}
     return {**found, "adapter": None if found["adapter"] == "none" else found["adapter"]}
 

@@ -138,7 +138,8 @@ def read_source(given: str | NamedSource, ignore: Collection[str] = (), store: E
     given = NamedSource(given) if isinstance(given, str) else given
     data = given.path
     source, path = Source(given=given), Path(os.path.expanduser(data))
-    source.store = source.store if store is None else store
+    if store is not None:
+        source.store = store
     try:
         mode = path.stat().st_mode if data else None
     except (FileNotFoundError, NotADirectoryError):

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 LARGEST_DIFFERENCE = 1e-4  # what rounding explains in float32 logits, relative to the largest logit
-_OF_8_BITS = 0.05  # where the weights that are computed with are not at hand: each is rounded by up to 2**-9
+_WITHOUT_WEIGHTS = 0.05  # where the weights that are computed with are not at hand: each is rounded by up to 2**-9
 
 
 @torch.no_grad()
-def rounding_difference(logits: Callable[[], Tensor], weights: Iterable[Tensor]) -> float:
+def rounding_difference(logits: Callable[[], Tensor], expected: Tensor, weights: Iterable[Tensor]) -> float:
     """Returns the relative difference of a model's logits that rounding of its weights explains.
 
     In 16 bits it is seen from the model itself: twice the difference that flipping the last bit of half of the weights
@@ -18,13 +18,13 @@ def rounding_difference(logits: Callable[[], Tensor], weights: Iterable[Tensor])
 
     Args:
         logits: computes the logits of the model as it is.
+        expected: what it computes.
         weights: those that may be rounded otherwise.
     """
     weights = [weight.data for weight in weights if weight.is_floating_point()]
     narrow = [weight for weight in weights if weight.element_size() == 2]
     if not narrow:
-        return LARGEST_DIFFERENCE if weights else _OF_8_BITS
-    expected = logits()
+        return LARGEST_DIFFERENCE if weights else _WITHOUT_WEIGHTS
 
     def flip() -> None:
         for number, weight in enumerate(narrow):

@@ -1,6 +1,6 @@
 """The rows of a training job: read, selected, cut, tokenised and packed as its options say."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -59,19 +59,20 @@ def choose(
     data = select(pools, options.train_counts, options.eval_examples, fit, dev_per_task=dev, seed=options.order_seed)
     if tokenizer is None or not options.packing:
         return data
-    parts = {
-        name: Examples(ExampleStore()).add(cut_texts(tokenizer, getattr(data, name), options.seq_len))
-        for name in ("train", "test", "dev")
-    }
+
+    def cut(examples: Sequence[Example]) -> Iterator[Example]:
+        return cut_texts(tokenizer, examples, options.seq_len)
+
+    parts: dict[str, Any] = {
+        "train": Examples(ExampleStore()).add(cut(data.train)), "test": list(cut(data.test)), "dev": list(cut(data.dev))
+    }  # fmt: skip
     notes = [
         f"{split}: {len(getattr(data, split)):,} examples were cut into {len(part):,} pieces of at most "
         f"{options.seq_len:,} tokens"
         for split, part in parts.items()
         if len(part) > len(getattr(data, split))
     ]
-    return replace(
-        data, train=parts["train"], test=list(parts["test"]), dev=list(parts["dev"]), notes=(*data.notes, *notes)
-    )
+    return replace(data, **parts, notes=(*data.notes, *notes))
 
 
 def train_rows(options: TrainOptions, tokenizer: Any, data: TaskData, *, packing: bool | None = None) -> Dataset:

@@ -57,7 +57,7 @@ def verify(job: Job, adapter: Path) -> dict[str, Check]:
     trained = logits(model)
     # bitsandbytes computes in 16 bits on a CPU, whatever the dtype.
     rounded = [] if is_quantised(model) else [p for layer in layers.values() for p in layer.base_layer.parameters()]
-    limit = rounding_difference(lambda: logits(model), rounded)
+    limit = rounding_difference(lambda: logits(model), trained, rounded)
     reasons = {"stock PEFT": _peft_unsupported_reason(model, adapter), "merged": _unmergeable_reason(model)}
     base = unload(model)
 
