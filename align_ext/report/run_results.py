@@ -19,6 +19,7 @@ from align_ext.system.messages import reason_of, shown_path
 from align_ext.system.reading import MEBIBYTE, exists, parse_json, read_lines, read_text
 
 _LARGEST = 256 * MEBIBYTE  # of results.json, which holds the losses of every logged step
+_LEAST_ROWS = 6  # that can show a change at 95%: 2 / 2 ** 6 < 0.05
 Row = metrics.Row
 
 
@@ -83,8 +84,11 @@ class Run:
 
 
 def is_beyond_noise(change: Difference | None) -> bool:
-    """Whether a change is called one: both 95% intervals are without 0, as for the arms of a study with one seed."""
-    if change is None:
+    """Whether a change is called one: both 95% intervals are without 0, as for the arms of a study with one seed.
+
+    Five rows are never enough: if nothing had changed, all of them would go one way in 1 of 16 runs (sign test).
+    """
+    if change is None or change.rows < _LEAST_ROWS:
         return False
     return min(change.low, change.closed_low) > 0 or max(change.high, change.closed_high) < 0
 

@@ -114,6 +114,15 @@ def test_words_say_what_is_beyond_noise_and_what_is_not(tmp_path):
     assert [one.about for one in cautions(run) if one.kind == "worse"] == [["worse"]]
 
 
+def test_five_rows_show_nothing_however_alike_they_are(tmp_path):
+    changes = {}
+    for count in (5, 6):
+        run = read_run(made_up(tmp_path / str(count), {"a": many(3, 1, count=count)}))
+        changes[count] = (is_beyond_noise(run.loss), "fell" in findings(run)[0])
+        assert run.loss.closed_high < 0
+    assert changes == {5: (False, False), 6: (True, True)}
+
+
 def test_words_of_one_task_within_noise_and_of_nothing_that_changed(tmp_path):
     said = findings(read_run(made_up(tmp_path / "noise", {"a": many(2, 2, spread=1)})))
     assert said[0].startswith("The loss of held-out answers did not change by more than noise (")
