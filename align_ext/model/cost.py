@@ -24,7 +24,8 @@ class ParameterCount:
 
     Attributes:
         trainable: the parameters that require a gradient, including those of routers.
-        total: all parameters; a shared one counts once, and a quantised weight counts its stored elements.
+        total: all parameters; a shared one counts once, and a 4-bit weight of bitsandbytes counts the elements that it
+            stands for, two in a byte.
         router: the parameters of the adapters' routers.
     """
 
@@ -66,7 +67,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     named = list(model.named_parameters())
     return ParameterCount(
         trainable=sum(p.numel() for _, p in named if p.requires_grad),
-        total=sum(p.numel() for _, p in named),
+        total=_numel(p for _, p in named),
         router=sum(p.numel() for name, p in named if ".lora_router." in name),
     )
 
@@ -117,7 +118,7 @@ def planned_adapters(config: AlignLoraConfig, model: nn.Module) -> list[Adapter]
 
 
 def _numel(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(prod(p.shape) for p in parameters)
+    return sum(prod(getattr(getattr(p, "quant_state", None), "shape", p.shape)) for p in parameters)
 
 
 def flops_per_token(model: nn.Module) -> FlopsPerToken:

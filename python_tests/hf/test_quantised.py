@@ -9,7 +9,7 @@ from hf.words import model_folder, qwen3, tokenizer, wide_qwen2
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from align_ext import replace_linear_with_align_lora, unload
+from align_ext import count_parameters, replace_linear_with_align_lora, unload
 
 TASKS = torch.tensor([0, 0, 1, 1])
 FORMATS = {
@@ -105,3 +105,10 @@ def test_a_base_layer_that_loses_the_gradient_is_an_error_and_no_silent_zero():
         model(torch.randn(3, 8))
     with torch.no_grad():
         model(torch.randn(3, 8))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_quantised_weight_counts_the_elements_that_it_stands_for(tmp_path, form):
+    model_folder(tmp_path, model=qwen3)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert count_parameters(loaded(tmp_path, form)).total == count_parameters(plain).total
