@@ -4,7 +4,7 @@ import inspect
 from typing import Any
 
 from align_ext.cli.app import app, on_models
-from align_ext.cli.train import flag, given_options, option_flags, take_flags
+from align_ext.cli.train import GroupedCommand, flag, given_options, option_flags, take_flags
 from align_ext.system.terminal import continue_without_output, plain_console
 
 
@@ -27,4 +27,4 @@ def data(config: str | None, json: str | None, **flags: Any) -> None:
 
 
 take_flags(data, [*option_flags(), flag("json", str | None, "file for the results")])
-app.command(help=inspect.getdoc(data))(data)
+app.command(cls=GroupedCommand, help=inspect.getdoc(data))(data)

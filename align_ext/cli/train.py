@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 from rich.console import Console
+from typer.core import TyperCommand
 
 from align_ext.cli.app import UserError, app, on_models, on_transformers
 from align_ext.data.rows import ROWS
@@ -92,10 +93,12 @@ def given_options(config: str | None, flags: Mapping[str, Any]) -> TrainOptions:
         raise UserError(str(error)) from error
 
 
-def flag(name: str, kind: Any, text: str, default: Any = None, also: str | None = None) -> inspect.Parameter:
+def flag(
+    name: str, kind: Any, text: str, default: Any = None, also: str | None = None, group: str = "Options"
+) -> inspect.Parameter:
     """Returns a parameter that typer reads as a flag; also: another name for it, that of TrainingArguments."""
     names = [] if also in (None, name) else [f"--{word.replace('_', '-')}" for word in (name, also) if word]
-    annotation = Annotated[kind, typer.Option(*names, help=text, show_default=False)]
+    annotation = Annotated[kind, typer.Option(*names, help=text, show_default=False, rich_help_panel=group)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
@@ -108,8 +111,24 @@ def option_flags() -> list[inspect.Parameter]:
         kind = list[str] if is_repeated(option.kind) else kind
         value = ",".join(option.default) if isinstance(option.default, tuple) else option.default
         shown = "" if value in (None, "", False, {}) else f" [{value}]"
-        flags.append(flag(name, kind | None, option.help.removesuffix(".") + shown, also=option.argument))
+        flags.append(
+            flag(name, kind | None, option.help.removesuffix(".") + shown, also=option.argument, group=option.group)
+        )
     return flags
+
+
+class GroupedCommand(TyperCommand):
+    """A command whose --help shows its options under the names of their groups."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Writes a section for each group."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if record := parameter.get_help_record(ctx):
+                groups.setdefault(getattr(parameter, "rich_help_panel", None) or "Options", []).append(record)
+        for group, records in groups.items():
+            with formatter.section(group):
+                formatter.write_dl(records)
 
 
 def take_flags(command: Any, flags: list[inspect.Parameter]) -> None:
@@ -129,4 +148,4 @@ _DATA = (
     "Columns of the rows of --data. A JSON integer counts as text; anything else that is no text is refused, and so is "
     "every other column, unless it holds a number, is named like id, source or category, or --ignore-columns names it."
 )
-app.command(help=f"{inspect.getdoc(train)}\n\n{_DATA}\n\n{_ROWS}")(train)
+app.command(cls=GroupedCommand, help=f"{inspect.getdoc(train)}\n\n{_DATA}\n\n{_ROWS}")(train)

@@ -216,7 +216,7 @@ def arguments_of(options: TrainOptions) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Option:
-    """One option of `align-lora train`: type, default, help text, whether it is of AlignLoraConfig, and its other name.
+    """One option of `align-lora train`: type, default, help text, group, and its other name.
 
     `argument` is its name in transformers' TrainingArguments.
     """
@@ -224,8 +224,18 @@ class Option:
     kind: Any
     default: Any
     help: str
-    of_adapter: bool
+    group: str
     argument: str | None = None
+
+    @property
+    def of_adapter(self) -> bool:
+        """Whether it is an option of AlignLoraConfig."""
+        return self.group == ADAPTERS
+
+
+# The groups of options that have a class of their own, as --help shows them.
+GROUPS = {"Data": DataOptions, "Training": TrainerOptions, "Model and run": TrainOptions}
+ADAPTERS = "Adapters and their losses"
 
 
 # Options of AlignLoraConfig whose default depends on the model or the data: their defaults and help texts here.
@@ -243,22 +253,17 @@ _JOB_DEFAULTS = {
 def known_options() -> Mapping[str, Option]:
     """Returns every option by name: first those of the job, then those of the adapters."""
     job_types, of_adapter = get_type_hints(TrainOptions), get_type_hints(AlignLoraConfig)
-    options = {
-        entry.name: Option(
-            job_types[entry.name],
-            entry.default,
-            entry.metadata["help"],
-            of_adapter=False,
-            argument=entry.metadata.get("argument"),
-        )
-        for entry in fields(TrainOptions)
-        if entry.name != "adapter"
-    }
+    options = {}
+    for group, kind in GROUPS.items():
+        for entry in fields(kind):
+            if entry.name != "adapter" and entry.name not in options:
+                text, argument = entry.metadata["help"], entry.metadata.get("argument")
+                options[entry.name] = Option(job_types[entry.name], entry.default, text, group, argument)
     options["trainer"] = replace(options["trainer"], default={})
     for entry in fields(AlignLoraConfig):
         default, text = _JOB_DEFAULTS.get(entry.name, (entry.default, entry.metadata["help"]))
-        kind = of_adapter[entry.name]
-        options[entry.name] = Option(kind, float(default) if kind is float else default, text, of_adapter=True)
+        hint = of_adapter[entry.name]
+        options[entry.name] = Option(hint, float(default) if hint is float else default, text, ADAPTERS)
     return options
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from align_ext import __version__, cli
 from align_ext.diagnostics import doctor
-from align_ext.training.options import TrainOptions
+from align_ext.training.options import ADAPTERS, GROUPS, TrainOptions, known_options
 
 RUN = """
 steps: 4
@@ -98,6 +98,17 @@ def test_every_option_is_a_flag_with_its_default_in_the_help(run):
         assert re.search(rf"--{name.replace('_', '-')}[ ,]", text)
         if isinstance(value, int | float) and value:
             assert f"[{value}]" in text, name
+
+
+@pytest.mark.parametrize("command", ["train", "data"])
+def test_the_help_shows_each_option_in_its_group(run, command):
+    _, out, _ = run(command, "--help")
+    sections = dict(re.findall(r"^(\w[^\n]*):\n((?:  [^\n]*\n|\n)+)", out, re.MULTILINE))
+    assert list(sections) == ["Options", *GROUPS, ADAPTERS]
+    for name, option in known_options().items():
+        flag = re.compile(rf"^  --{name.replace('_', '-')}(?:[, /]|$)", re.MULTILINE)
+        found = [group for group, text in sections.items() if flag.search(text)]
+        assert found == [option.group], name
 
 
 def test_train_runs_a_local_model_on_local_rows(run, tmp_path):

@@ -1,6 +1,8 @@
 """Options of the training job: each mistake has its own line, and files and flags mean the same."""
 
+import re
 from dataclasses import fields
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -206,3 +208,9 @@ def test_adapter_options_reach_the_adapters_and_their_defaults_agree():
         TrainOptions(adapter=adapter).adapter_config(10)
     with pytest.raises(ValueError, match="unknown option of the adapters 'ranks'"):
         TrainOptions(adapter={"ranks": 3})
+
+
+def test_every_option_is_given_in_a_test():
+    texts = [path.read_text() for path in Path(__file__).parents[1].rglob("*.py")]
+    given = {word for text in texts for word in re.findall(r"\w+", text.replace("-", "_"))}
+    assert [name for name in known_options() if name not in given and f"__{name}" not in given] == []

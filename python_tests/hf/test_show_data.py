@@ -13,6 +13,7 @@ from align_ext.data.overview import learnt_parts, lengths, normalised, overlaps,
 from align_ext.data.rows import Example
 from align_ext.data.task_sampler import TaskSampler
 from align_ext.training import fit
+from align_ext.training.options import TrainOptions
 
 
 def row(count, task=0):
@@ -79,6 +80,19 @@ def test_counts_and_rows_are_those_of_the_run(place):
     first = next(x for x in job.data.train if x.task == "a")
     assert f"{first.prompt}\n[[a[END]]]" in said
     assert fit.trained_tokens(job) > 0
+
+
+def test_the_turns_that_are_learnt_are_those_that_the_option_names(tmp_path):
+    place = {"model": str(model_folder(tmp_path / "model", chat=True)), "eval_examples": 1, "steps": 1}
+    talk = [{"role": role, "content": text} for role, text in [("user", "a"), ("assistant", "b")]] * 2
+    rows = [{"task": t, "messages": [{"role": "user", "content": f"{i}"}, *talk[1:]]} for t in "ab" for i in range(9)]
+    write_rows(tmp_path / "talk.jsonl", rows)
+    learnt = {}
+    for given in ({}, {"trained_turns": "all"}, {"trained_turns": "last"}):
+        made = TrainOptions.from_mapping({**place, "data": str(tmp_path / "talk.jsonl"), **given})
+        parts = shown(made)[0]["examples"]["a"]
+        learnt[given.get("trained_turns")] = [text[:1] for text, is_learnt in parts if is_learnt]
+    assert learnt == {None: ["b", "b"], "all": ["b", "b"], "last": ["b"]}
 
 
 def test_the_command_prints_and_writes_and_train_does_the_same_without_a_step(run, tmp_path, monkeypatch):
