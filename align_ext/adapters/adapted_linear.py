@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from align_ext.adapters.base import Adapter
-from align_ext.adapters.linear_layer import features_of, has_float_weight, has_hooks, is_conv1d
+from align_ext.adapters.linear_layer import dequantised, features_of, has_float_weight, has_hooks, is_conv1d
+from align_ext.ops._projection import Weight
 
 
 def _casts(x: Tensor) -> bool:
@@ -38,7 +39,9 @@ class AdaptedLinear(AdaptedModule):
     """A frozen linear-like layer with an adapter beside it.
 
     The base layer keeps its own forward: it is called as it is (base_out), or, when it is a plain frozen nn.Linear,
-    its weight is handed to the op, which then composes it with the low-rank part (weight).
+    its weight is handed to the op, which then composes it with the low-rank part (weight). In training a quantised
+    weight is handed over as a function that dequantises it, once in each direction; in evaluation, where a row may be
+    one token, the layer's own product is taken.
     """
 
     def __init__(self, base_layer: nn.Module, adapter: Adapter) -> None:
@@ -62,7 +65,7 @@ class AdaptedLinear(AdaptedModule):
             return self.base_layer(x)
         return self.adapter(*self.base_arguments(x))
 
-    def base_arguments(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    def base_arguments(self, x: Tensor) -> tuple[Tensor, Weight, Tensor | None, Tensor | None]:
         """The base layer in the form that the ops take.
 
         Returns:
@@ -70,10 +73,8 @@ class AdaptedLinear(AdaptedModule):
         """
         base: Any = self.base_layer
         weight, bias = base._parameters.get("weight"), base._parameters.get("bias")  # None where they are computed
-        plain = (
-            type(base) is nn.Linear
-            and type(weight) is nn.Parameter
-            and weight.dtype == x.dtype
+        frozen = (
+            weight is not None
             and weight.device == x.device
             and not weight.requires_grad
             and (bias is None or not bias.requires_grad)
@@ -81,8 +82,12 @@ class AdaptedLinear(AdaptedModule):
             and "forward" not in base.__dict__  # accelerate's hooks replace it
             and not has_hooks(base)
         )
-        if plain:
+        if frozen and type(base) is nn.Linear and type(weight) is nn.Parameter and weight.dtype == x.dtype:
             return x, weight, bias, None
+        if frozen and self.training and not torch.compiler.is_compiling():
+            made = dequantised(base, x.dtype)
+            if made is not None:
+                return x, made, None if bias is None else bias.to(x.dtype), None
         base_out = base(x)
         if torch.is_grad_enabled() and x.requires_grad and not base_out.requires_grad:
             raise RuntimeError(

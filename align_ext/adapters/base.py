@@ -10,6 +10,7 @@ from align_ext.alignment.model_state import AlignState
 from align_ext.alignment.step import AlignStep
 from align_ext.alignment.tap import as_key
 from align_ext.config import AlignLoraConfig
+from align_ext.ops._projection import Weight
 
 LowRankOutput = tuple[Tensor, Tensor, Tensor | None]  # y, z, w
 Factors = tuple[Tensor, Tensor]  # A, B
@@ -66,7 +67,7 @@ class Adapter(nn.Module):
             self.layer_key = as_key(self.layer)
 
     def forward(
-        self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, base_out: Tensor | None = None
+        self, x: Tensor, weight: Weight = None, bias: Tensor | None = None, base_out: Tensor | None = None
     ) -> Tensor:
         """Computes base(x) + low rank for x [..., in_features]; the base is weight and bias, or what it returned."""
         dropout_p = self.dropout_p if self.training else 0.0

@@ -24,6 +24,11 @@ def below_autograd(operator: Any, inputs: tuple[Any, ...]) -> Any:
         return operator(*inputs)
 
 
+def made(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Returns the inputs of an operator, with the tensor that a function among them makes in the function's place."""
+    return tuple(given() if callable(given) else given for given in inputs)
+
+
 def apply_of(function: Any) -> Callable[..., Any]:
     """Returns an autograd.Function's apply without the 2 us of Python that only torch.func needs."""
     return super(torch.autograd.Function, function).apply
@@ -62,7 +67,7 @@ def differentiable(
     # Not split into forward and setup_context, because torch would inspect the signature at every call.
     def forward(ctx: Any, *trained_and_inputs: Any) -> Any:
         inputs = trained_and_inputs[-1]
-        output = below_autograd(operator, inputs)
+        output = below_autograd(operator, made(inputs))
         ctx.eager = True
         setup_context(ctx, inputs, output)
         return output
@@ -76,9 +81,9 @@ def differentiable(
 
     def call(*inputs: Any) -> Any:
         if torch.compiler.is_compiling():
-            return operator(*inputs)
+            return operator(*made(inputs))
         if not torch.is_grad_enabled():
-            return below_autograd(operator, inputs)
+            return below_autograd(operator, made(inputs))
         in_torch_func = torch._C._are_functorch_transforms_active()  # torch refuses them with its own message
         return (function.apply if in_torch_func else apply)(*select_trained(inputs), inputs)
 

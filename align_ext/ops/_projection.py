@@ -1,6 +1,7 @@
 """Shared code of the projection operators: common arguments, and the common part of their autograd formulas."""
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from align_ext.ops._checks import check_floating, check_like_x
 
+Weight = Tensor | Callable[[], Tensor] | None
 Site = Literal["none", "input", "latent", "input_per_head"]
 SITES = ("none", "input", "latent", "input_per_head")  # csrc/ops/heads.h: DropoutSite
 
@@ -21,12 +23,13 @@ def dropout_rng(device: torch.device) -> Tensor:
 
 
 def checked_rng(
-    x: Tensor, dropout_p: float, rng: Tensor | None, weight: Tensor | None, bias: Tensor | None, base_out: Tensor | None
+    x: Tensor, dropout_p: float, rng: Tensor | None, weight: Weight, bias: Tensor | None, base_out: Tensor | None
 ) -> Tensor | None:
     """Checks the arguments that every projection has, and draws the mask's seed and offset if dropout needs them."""
     if (weight is None) == (base_out is None):
         raise ValueError("give exactly one of weight (a frozen linear) and base_out (what the base returned)")
-    if weight is not None and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+    frozen = (part for part in (weight, bias) if isinstance(part, Tensor))
+    if base_out is None and any(part.requires_grad for part in frozen):
         raise ValueError("weight and bias must be frozen (requires_grad=False); for a trained base, give base_out")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
@@ -74,6 +77,17 @@ def empty_gradients(x: Tensor, need_dx: bool, *adapters: Tensor) -> tuple[Tensor
 def latent_shape(A: Tensor, B: Tensor, site: int) -> tuple[Any, ...]:
     """Returns the shape of one row of z with several heads: [r] or [N, r]."""
     return tuple(B.shape[::2]) if A.dim() == 3 or SITES[site] == "input_per_head" else (A.shape[-2],)
+
+
+def keep_weight(ctx: Any, weight: Weight) -> Tensor | None:
+    """Returns the weight that is saved for backward; of one that a function makes the function is kept instead."""
+    ctx.make_weight = weight if callable(weight) else None
+    return None if callable(weight) else weight
+
+
+def weight_again(ctx: Any, saved: Tensor | None) -> Tensor | None:
+    """Returns the weight in backward."""
+    return saved if ctx.make_weight is None else ctx.make_weight()
 
 
 def output_gradient(name: str, dy: Tensor | None, x: Tensor, B: Tensor) -> Tensor:

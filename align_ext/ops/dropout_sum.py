@@ -15,7 +15,7 @@ from align_ext.ops._autograd import differentiable
 def dropout_sum(
     x: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0, *, reduce: Literal["sum", "mean"] = "sum",
     site: projection.Site = "latent", dropout_p: float = 0.0, rng: Tensor | None = None, A0: Tensor | None = None,
-    B0: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None, base_out: Tensor | None = None,
+    B0: Tensor | None = None, weight: projection.Weight = None, bias: Tensor | None = None, base_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Computes y = base(x) + scaling c Σ_i u_i B_iᵀ over the N heads, and the latent z; c = 1, or 1/N for "mean".
 
@@ -79,12 +79,13 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, A, B, *scalings, A0, B0, site, p, rng, weight, _, _ = inputs
     ctx.options = (*scalings, site, p)
-    ctx.save_for_backward(x, output[1], A, B, A0, B0, rng, weight)
+    ctx.save_for_backward(x, output[1], A, B, A0, B0, rng, projection.keep_weight(ctx, weight))
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dy: Tensor | None, dz: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, z, A, B, A0, B0, rng, weight = ctx.saved_tensors
+    x, z, A, B, A0, B0, rng, saved = ctx.saved_tensors
+    weight = projection.weight_again(ctx, saved)
     dy = projection.output_gradient("dropout_sum", dy, x, B)
     scaling, offset_scaling, site, p = ctx.options
     grads = _gradients(

@@ -22,7 +22,7 @@ def grouped_lora(
     group: Tensor | None = None,
     dropout_p: float = 0.0,
     rng: Tensor | None = None,
-    weight: Tensor | None = None,
+    weight: projection.Weight = None,
     bias: Tensor | None = None,
     base_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -41,7 +41,8 @@ def grouped_lora(
         group: int64 [T], the group of each row, instead of offsets. Neither is needed with one group.
         dropout_p: probability of dropping an element of x, in [0, 1).
         rng: int64 [2] (seed, offset) of the mask; drawn from torch's generator if not given.
-        weight: [out_dim, in_dim], the frozen base weight, in x's dtype. Exactly one of weight and base_out.
+        weight: [out_dim, in_dim], the frozen base weight, in x's dtype, or a function that makes it, which is called
+            once in each direction, so that only a quantised form stays. Exactly one of weight and base_out.
         bias: [out_dim], frozen, with weight only.
         base_out: [..., out_dim], the base layer's output, in x's dtype; differentiable, not modified.
 
@@ -76,12 +77,13 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, A, B, ctx.scaling, offsets, group, ctx.p, rng, weight, _, _ = inputs
-    ctx.save_for_backward(x, output[1], A, B, offsets, group, rng, weight)
+    ctx.save_for_backward(x, output[1], A, B, offsets, group, rng, projection.keep_weight(ctx, weight))
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dy: Tensor | None, dz: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, z, A, B, offsets, group, rng, weight = ctx.saved_tensors
+    x, z, A, B, offsets, group, rng, saved = ctx.saved_tensors
+    weight = projection.weight_again(ctx, saved)
     dy = projection.output_gradient("grouped_lora", dy, x, B)
     grads = _gradients(dy, dz, x, z, A, B, ctx.scaling, offsets, group, ctx.p, rng, weight, ctx.needs_input_grad[0])
     return projection.gradients(ctx, grads, (A, B), dy if weight is None else None)

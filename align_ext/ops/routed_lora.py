@@ -15,7 +15,7 @@ from align_ext.ops._autograd import differentiable
 def routed_lora(
     x: Tensor, A: Tensor, B: Tensor, R: Tensor, scaling: float = 1.0, *, top_k: int | None = None, tau: float = 1.0,
     site: projection.Site = "input", dropout_p: float = 0.0, rng: Tensor | None = None, A0: Tensor | None = None,
-    B0: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None, base_out: Tensor | None = None,
+    B0: Tensor | None = None, weight: projection.Weight = None, bias: Tensor | None = None, base_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Computes y = base(x) + scaling Σ_i w[t, k, i] u_i B_iᵀ, k = floor(o G / out_dim), with a router's weights w.
 
@@ -81,12 +81,13 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, A, B, R, *scalings, A0, B0, _, tau, site, p, rng, weight, _, _ = inputs
     ctx.options = (*scalings, tau, site, p)
-    ctx.save_for_backward(x, *output[1:], A, B, R, A0, B0, rng, weight)
+    ctx.save_for_backward(x, *output[1:], A, B, R, A0, B0, rng, projection.keep_weight(ctx, weight))
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dy: Tensor | None, dz: Tensor | None, dw: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, z, w, A, B, R, A0, B0, rng, weight = ctx.saved_tensors
+    x, z, w, A, B, R, A0, B0, rng, saved = ctx.saved_tensors
+    weight = projection.weight_again(ctx, saved)
     dy = projection.output_gradient("routed_lora", dy, x, B)
     scaling, offset_scaling, tau, site, p = ctx.options
     grads = _gradients(
