@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from align_ext import align_step, replace_linear_with_align_lora
-from align_ext.adapters.linear_layer import dequantised
+from align_ext.base_model.quantised import dequantised
 from align_ext.ops import grouped_lora
 
 IN, OUT, T = 128, 96, 24

@@ -1,12 +1,13 @@
 """A frozen linear layer with an adapter beside it, and its merging."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from align_ext.adapters.base import Adapter
-from align_ext.adapters.linear_layer import dequantised, features_of, has_float_weight, has_hooks, is_conv1d
+from align_ext.adapters.linear_layer import features_of, has_float_weight, has_hooks, is_conv1d
 from align_ext.ops._projection import Weight
 
 
@@ -42,7 +43,13 @@ class AdaptedLinear(AdaptedModule):
     its weight is handed to the op, which then composes it with the low-rank part (weight). In training a quantised
     weight is handed over as a function that dequantises it, once in each direction; in evaluation, where a row may be
     one token, the layer's own product is taken.
+
+    Attributes:
+        dequantised: returns the function that makes a layer's weight in a dtype, or None where there is none; of a base
+            model it is base_model/quantised.py's.
     """
+
+    dequantised: Callable[[nn.Module, torch.dtype], Callable[[], Tensor] | None] | None = None
 
     def __init__(self, base_layer: nn.Module, adapter: Adapter) -> None:
         super().__init__(base_layer, adapter)
@@ -84,8 +91,8 @@ class AdaptedLinear(AdaptedModule):
         )
         if frozen and type(base) is nn.Linear and type(weight) is nn.Parameter and weight.dtype == x.dtype:
             return x, weight, bias, None
-        if frozen and self.training and not torch.compiler.is_compiling():
-            made = dequantised(base, x.dtype)
+        if frozen and self.training and self.dequantised is not None and not torch.compiler.is_compiling():
+            made = self.dequantised(base, x.dtype)
             if made is not None:
                 return x, made, None if bias is None else bias.to(x.dtype), None
         base_out = base(x)

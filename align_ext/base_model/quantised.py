@@ -1,10 +1,13 @@
-"""Loads base models with weights in 4 or 8 bits by bitsandbytes."""
+"""Base models with quantised weights: loads them by bitsandbytes, and dequantises those of several libraries."""
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from align_ext.adapters.linear_layer import features_of
 
 
 def quantised_loading(load_in_4bit: bool, load_in_8bit: bool, dtype: torch.dtype, device: str) -> dict[str, Any]:
@@ -55,6 +58,28 @@ def keep_differentiable(model: nn.Module) -> None:
             from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpack
 
             weight.data, weight.quant_state = unpack(weight.data, weight.quant_state)
+
+
+def dequantised(base: nn.Module, dtype: torch.dtype) -> Callable[[], Tensor] | None:
+    """A function that makes the weight [out, in] of a quantised layer in a dtype; None where that is not its product.
+
+    It is one where the layer computes x Wᵀ + b of a W that its library makes by name, without rounding x: 4 bits of
+    bitsandbytes, and tensors of torchao with quantised weights alone. LLM.int8 and quantised activations round x too.
+    """
+    weight: Any = base._parameters.get("weight")
+    state = getattr(weight, "quant_state", None)
+    if state is not None and not getattr(state, "packing_format_for_cpu", False):
+        computed = getattr(base, "compute_dtype", None) if getattr(base, "compute_type_is_set", False) else dtype
+        if computed not in (None, dtype) or tuple(state.shape) != features_of(base)[::-1]:
+            return None
+        from bitsandbytes.functional import dequantize_4bit
+
+        return lambda: dequantize_4bit(weight.data.view(-1, 1), state).to(dtype)
+    own = getattr(type(weight), "dequantize", Tensor.dequantize) is not Tensor.dequantize
+    rounds_x = any(getattr(weight, name, None) is not None for name in ("act_quant_kwargs", "act_pre_scale"))
+    if own and not rounds_x and isinstance(weight, Tensor) and type(base) is nn.Linear:
+        return lambda: weight.dequantize().to(dtype)
+    return None
 
 
 def is_quantised(model: nn.Module) -> bool:

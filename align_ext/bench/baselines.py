@@ -148,7 +148,9 @@ def peft_lora(base: nn.Linear, sizes: Sizes, dtype: torch.dtype) -> nn.Module:
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(r=sizes.rank, lora_alpha=ALPHA, lora_dropout=sizes.dropout_p, target_modules=["0"])
-    layer = inject_adapter_in_model(config, nn.Sequential(base))[0]
+    model: Any = nn.Sequential(base)
+    model.is_loaded_in_4bit = getattr(base.weight, "quant_state", None) is not None  # which PEFT asks for
+    layer = inject_adapter_in_model(config, model)[0]
     layer.lora_A.to(dtype)
     layer.lora_B.to(dtype)
     return layer

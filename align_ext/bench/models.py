@@ -13,6 +13,7 @@ from align_ext.model.replace import replace_linear_with_align_lora
 
 FROZEN = "frozen model"
 TARGETS = ("gate_proj", "up_proj", "down_proj")
+PEFT = "PEFT's LoRA"
 USUAL = ("align_lora", "hydra", "r_lora", "m_lora")
 _MODELS: dict[str, dict[str, int]] = {
     "random": {
@@ -20,7 +21,7 @@ _MODELS: dict[str, dict[str, int]] = {
         "num_attention_heads": 9, "num_key_value_heads": 3,
     },
     "tiny": {
-        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 1,
     },
 }  # fmt: skip
@@ -49,6 +50,21 @@ def frozen_model(name: str, dtype: torch.dtype, device: str) -> Any:
     return model.requires_grad_(False).to(device)
 
 
+def in_4_bits(model: Any) -> Any:
+    """Stores the weights of a model's linear layers but its head in nf4 of bitsandbytes, computing in their dtype."""
+    from bitsandbytes.nn import Linear4bit
+
+    head = model.get_output_embeddings()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and module is not head:
+            parent, _, child = name.rpartition(".")
+            weight, size = module.weight, (module.in_features, module.out_features)
+            made = Linear4bit(*size, module.bias is not None, weight.dtype, quant_type="nf4").requires_grad_(False)
+            made.load_state_dict(module.state_dict())
+            setattr(model.get_submodule(parent), child, made.to(weight.device))
+    return model
+
+
 def fetch(name: str) -> None:
     """Downloads a model before several processes load it.
 
@@ -60,15 +76,17 @@ def fetch(name: str) -> None:
 
 
 def variants(which: str) -> list[str]:
-    """Returns the variants of a model, the frozen one first: a "few", the "usual" ones or "every" one."""
+    """Returns variants, the frozen model first: a "few", the "usual" ones, "every" one, or of a "quantised" base."""
     if which == "few":
         return [FROZEN, "r_lora"]
-    rivals = ["PEFT's LoRA", "LoRA, restructured", "R-LoRA, loop", "R-LoRA, restructured"]
+    if which == "quantised":
+        return [FROZEN, *(name + FLOAT32 for name in (PEFT, "lora", *USUAL))]
+    rivals = [PEFT, "LoRA, restructured", "R-LoRA, loop", "R-LoRA, restructured"]
     if which == "usual":
         return [FROZEN, *rivals, *USUAL]
     rivals += ["HydraLoRA, loop", "HydraLoRA, restructured"]
     forms = [f"{name}, compiled" for name in rivals if not name.startswith("PEFT")]
-    return [FROZEN, *rivals, *forms, "PEFT's LoRA" + FLOAT32, *ARCHITECTURES, "align_lora" + FLOAT32]
+    return [FROZEN, *rivals, *forms, PEFT + FLOAT32, *ARCHITECTURES, "align_lora" + FLOAT32]
 
 
 def adapt(model: nn.Module, variant: str, sizes: Sizes) -> nn.Module:

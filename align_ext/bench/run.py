@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -24,6 +25,12 @@ def _step(setting: Setting) -> Iterator[Case]:
     return step.step(setting)
 
 
+def _quantised(setting: Setting) -> Iterator[Case]:
+    from align_ext.bench import step
+
+    return step.quantised(setting)
+
+
 def _decode(setting: Setting) -> Iterator[Case]:
     from align_ext.bench import decode
 
@@ -42,6 +49,7 @@ SUITES: dict[str, Callable[[Setting], Iterator[Case]]] = {
     "dispatch": layers.dispatch,
     "sweep": _sweep,
     "step": _step,
+    "quantised": _quantised,
     "decode": _decode,
 }
 _QUICK = Setting(
@@ -79,12 +87,13 @@ def setting(device: str = "auto", effort: str = "normal", model: str | None = No
 
 
 def chosen(only: str | None) -> list[str]:
-    """Returns the suites in a list separated by commas, or all suites.
+    """Returns the suites in a list separated by commas, or all suites whose packages are installed.
 
     Raises:
         ValueError: there is no such suite.
     """
-    names = list(SUITES) if only is None else [name.strip() for name in only.split(",") if name.strip()]
+    every = [name for name in SUITES if name != "quantised" or find_spec("bitsandbytes") is not None]
+    names = every if only is None else [name.strip() for name in only.split(",") if name.strip()]
     for name in names:
         if name not in SUITES:
             raise ValueError(unknown_name("suite", name, SUITES))

@@ -33,7 +33,8 @@ class Setting:
         seq_len: the number of tokens in a sample.
         step_dtypes: the dtypes of the models for training steps.
         step_rounds: the rounds of training steps.
-        steps: the variants for training steps: a "few", the "usual" ones, or "every" one (models.variants).
+        steps: the variants for training steps: a "few", the "usual" ones, "every" one, or those for a base that is
+            "quantised" (models.variants).
         goals: whether the goals are for these sizes.
     """
 
@@ -51,7 +52,7 @@ class Setting:
     seq_len: int = 128
     step_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
     step_rounds: int = 6
-    steps: Literal["few", "usual", "every"] = "usual"
+    steps: Literal["few", "usual", "every", "quantised"] = "usual"
     goals: bool = True
 
 

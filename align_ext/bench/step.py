@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -44,12 +44,14 @@ class Work:
     heads: int
     dropout_p: float
     threads: int
+    quantised: bool = False
 
 
 def make_step(work: Work) -> Callable[[], None]:
     """Returns a training step of a variant: forward, backward, AdamW."""
     sizes = Sizes(work.batch * work.seq_len, work.rank, work.heads, work.dropout_p)
     model: Any = models.frozen_model(work.model, getattr(torch, work.dtype), work.device).train()
+    model = models.in_4_bits(model) if work.quantised else model
     model = models.adapt(model, work.variant, sizes)
     # All variants compute dx down to the embeddings; the frozen model would compute no gradient otherwise.
     model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
@@ -144,6 +146,15 @@ def step(setting: Setting) -> Iterator[Case]:
         yield Case(f"{work}, {dtype}, r={sizes.rank}, N={sizes.heads}", partial(_whole_steps, setting, dtype))
 
 
+def quantised(setting: Setting) -> Iterator[Case]:
+    """Measures training steps of a model whose weights are stored in nf4, relative to the frozen model so stored."""
+    models.fetch(setting.model)
+    sizes, dtype = setting.sizes, name_of(setting.step_dtypes[0])
+    work = f"whole step, {setting.model} model in nf4, {setting.batch} x {setting.seq_len} tokens"
+    few = replace(setting, steps="quantised", step_rounds=min(setting.step_rounds, 3))
+    yield Case(f"{work}, {dtype}, r={sizes.rank}, N={sizes.heads}", partial(_whole_steps, few, dtype))
+
+
 def _whole_steps(setting: Setting, dtype: str, print_line: PrintLine) -> Iterator[Comparison]:
     first, *others = models.variants(setting.steps)
     tokens = setting.batch * setting.seq_len
@@ -179,7 +190,7 @@ def work(setting: Setting, variant: str, dtype: str) -> Work:
     sizes = setting.sizes
     return Work(
         variant, setting.model, dtype, setting.device, setting.batch, setting.seq_len, sizes.rank, sizes.heads,
-        sizes.dropout_p, torch.get_num_threads(),
+        sizes.dropout_p, torch.get_num_threads(), setting.steps == "quantised",
     )  # fmt: skip
 
 

@@ -46,6 +46,8 @@ def bench(
 
     step: whole training steps of a 135M model, each variant in a process of its own: tokens per second, peak memory.
 
+    quantised: the same with the model's weights in nf4 by bitsandbytes, if that is installed, beside PEFT.
+
     decode: one token at a time, adapters merged into the weights and beside them.
 
     Examples: align-lora bench --only layers,heads; align-lora bench --only step --model smollm2; align-lora bench

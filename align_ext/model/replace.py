@@ -31,7 +31,7 @@ from align_ext.base_model.find_blocks import find_blocks
 from align_ext.base_model.fingerprint import BaseModel
 from align_ext.base_model.modalities import refuse_other_modalities
 from align_ext.base_model.modules_to_save import buffers_of, is_inside, modules_to_train, start_training, tensors_of
-from align_ext.base_model.quantised import keep_differentiable
+from align_ext.base_model.quantised import dequantised, keep_differentiable
 from align_ext.base_model.select_layers import (
     excessive_rank_reason,
     find_targets,
@@ -171,6 +171,7 @@ def insert_adapters(
             layer.adapter.join(state, name)
         layer.training = layer.base_layer.training
         layer.adapter.train(layer.training)
+        layer.dequantised = dequantised
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
         report.replaced.append(name)

@@ -15,7 +15,8 @@ from align_ext.ops._autograd import differentiable
 def dropout_sum(
     x: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0, *, reduce: Literal["sum", "mean"] = "sum",
     site: projection.Site = "latent", dropout_p: float = 0.0, rng: Tensor | None = None, A0: Tensor | None = None,
-    B0: Tensor | None = None, weight: projection.Weight = None, bias: Tensor | None = None, base_out: Tensor | None = None,
+    B0: Tensor | None = None, weight: projection.Weight = None, bias: Tensor | None = None,
+    base_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Computes y = base(x) + scaling c Σ_i u_i B_iᵀ over the N heads, and the latent z; c = 1, or 1/N for "mean".
 

@@ -15,7 +15,8 @@ from align_ext.ops._autograd import differentiable
 def routed_lora(
     x: Tensor, A: Tensor, B: Tensor, R: Tensor, scaling: float = 1.0, *, top_k: int | None = None, tau: float = 1.0,
     site: projection.Site = "input", dropout_p: float = 0.0, rng: Tensor | None = None, A0: Tensor | None = None,
-    B0: Tensor | None = None, weight: projection.Weight = None, bias: Tensor | None = None, base_out: Tensor | None = None,
+    B0: Tensor | None = None, weight: projection.Weight = None, bias: Tensor | None = None,
+    base_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Computes y = base(x) + scaling Σ_i w[t, k, i] u_i B_iᵀ, k = floor(o G / out_dim), with a router's weights w.
 
