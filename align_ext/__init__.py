@@ -14,6 +14,7 @@ from align_ext.alignment.loss_report import LossReport
 from align_ext.config import AlignLoraConfig
 from align_ext.io.save_adapter import export_peft, save_adapter
 from align_ext.model.cost import FlopsPerToken, ParameterCount, count_parameters, flops_per_token, match_rank
+from align_ext.model.disable import disable_adapter
 from align_ext.model.load_adapter import load_adapter
 from align_ext.model.merge import merge_and_unload, unload
 from align_ext.model.replace import adapter_report, replace_linear_with_align_lora
@@ -37,6 +38,7 @@ __all__ = [
     "capture_latents",
     "copy_heads",
     "count_parameters",
+    "disable_adapter",
     "evaluate",
     "example_latents",
     "export_peft",

@@ -16,6 +16,8 @@ class AdaptedBlock(AdaptedModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Computes F(u) + Delta(u), in the form that F gives; u is hidden_states, or the first argument."""
+        if self.disabled:
+            return self.base_layer(*args, **kwargs)
         u: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         output = self.base_layer(*args, **kwargs)
         first = output[0] if isinstance(output, tuple) else output

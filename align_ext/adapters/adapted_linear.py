@@ -18,7 +18,13 @@ def _casts(x: Tensor) -> bool:
 
 
 class AdaptedModule(nn.Module):
-    """A frozen module with an adapter beside it."""
+    """A frozen module with an adapter beside it.
+
+    Attributes:
+        disabled: whether the module computes as its base alone (model/disable.py).
+    """
+
+    disabled = False
 
     def __init__(self, base_layer: nn.Module, adapter: Adapter) -> None:
         super().__init__()
@@ -67,8 +73,8 @@ class AdaptedLinear(AdaptedModule):
         return getattr(self.base_layer, "bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Computes base(x) + low rank for x [..., in_features]; base(x) alone while merged."""
-        if self.merged:
+        """Computes base(x) + low rank for x [..., in_features]; base(x) alone while merged or disabled."""
+        if self.merged or self.disabled:
             return self.base_layer(x)
         return self.adapter(*self.base_arguments(x))
 

@@ -61,8 +61,8 @@ def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     """Takes task_ids= out of the arguments and opens the step; or gives an open step the padding."""
     state: Any = module.align_state
     ids, step = kwargs.pop("task_ids", None), state.current
-    if step is not None and step.seen and not torch.is_grad_enabled():
-        state.current, state.suspended = None, step  # a second forward for metrics, as TRL makes one
+    if state.disabled or (step is not None and step.seen and not torch.is_grad_enabled()):
+        state.current, state.suspended = None, step  # no adapters, or a second forward for metrics, as TRL makes one
         return args, kwargs
     if ids is not None and step is not None:
         raise RuntimeError("task ids were given twice: by align_step and by task_ids=")
@@ -122,6 +122,8 @@ def _after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     state: Any = module.align_state
     if state.suspended is not None:
         state.current, state.suspended = state.suspended, None
+        return None
+    if state.disabled:
         return None
     if state.current is not None and state.current.by_keyword:
         return _close_by_keyword(state, output, _given(state, args, kwargs).get("labels") is not None)

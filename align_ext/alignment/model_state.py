@@ -36,6 +36,7 @@ class AlignState:
         self.task: int | Tensor | None = None  # the task that evaluation is about (set_task), or one a sample, [B]
         self.spectral: list[Callable[[], Tensor]] = []  # each layer's spectral loss
         self.queue: deque[Statistics] = deque(maxlen=config.align_queue)  # statistics of the last micro-batches
+        self.disabled = False  # whether the model runs without its adapters (model/disable.py)
         # The steps (AlignStep).
         self.current: Any = None  # between a step's opening and closing
         self.suspended: Any = None  # the current one, while the model runs once more for metrics

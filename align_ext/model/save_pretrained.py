@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 from align_ext.adapters.adapted_linear import AdaptedModule
+from align_ext.model.disable import disable_adapter
 from align_ext.system.messages import shown_path
 
 logger = logging.getLogger(__name__)
@@ -28,14 +29,14 @@ _NOT_GATHERED = (
 _CURE = "save_adapter(model, folder) of the model that was adapted, or merge_and_unload(model) first"
 _PEFT_METHODS = (
     "merge_and_unload", "unload", "merge_adapter", "unmerge_adapter", "add_adapter", "load_adapter", "delete_adapter",
-    "disable_adapter", "disable_adapter_layers", "enable_adapter_layers", "add_weighted_adapter",
+    "disable_adapter_layers", "enable_adapter_layers", "add_weighted_adapter",
 )  # fmt: skip
 
 
 def override_methods(model: nn.Module) -> None:
     """Makes save_pretrained (also for push_to_hub and Trainer) write the adapter's folder; submodules refuse it.
 
-    Methods of a PeftModel that would silently ignore the adapters raise an error.
+    Methods of a PeftModel that would silently ignore the adapters raise an error; its disable_adapter is ours.
     """
     for module in model.modules():
         if isinstance(module, AdaptedModule):
@@ -47,6 +48,8 @@ def override_methods(model: nn.Module) -> None:
                 module.save_pretrained = functools.partial(write, module)  # type: ignore[assignment]
             for name in _PEFT_METHODS if _is_peft(module) else ():
                 setattr(module, name, functools.partial(_refuse_peft, name))
+            if _is_peft(module):
+                module.disable_adapter = functools.partial(disable_adapter, module)  # type: ignore[assignment]
 
 
 def restore_methods(model: nn.Module) -> nn.Module:
@@ -56,7 +59,7 @@ def restore_methods(model: nn.Module) -> nn.Module:
         The plain model; for a PeftModel, the model inside it, as PEFT's own unload returns.
     """
     for module in model.modules():
-        for name in ("save_pretrained", *_PEFT_METHODS):
+        for name in ("save_pretrained", "disable_adapter", *_PEFT_METHODS):
             module.__dict__.pop(name, None)
         if not _is_peft(module):
             for name in ("peft_config", "_hf_peft_config_loaded"):  # with them, transformers would save only an adapter
