@@ -1,5 +1,6 @@
 """What a run costs: parameters and operations of the adapters, memory before and while it runs, times of the steps."""
 
+import os
 import resource
 import statistics
 import time
@@ -14,6 +15,7 @@ from torch import nn
 from align_ext.alignment.model_state import require_state
 from align_ext.model.cost import count_parameters, flops_per_token
 from align_ext.model.memory import training_memory
+from align_ext.system import processes
 from align_ext.system.memory import available_memory, shown_bytes
 from align_ext.training.trial import stepped_optimizer
 
@@ -56,7 +58,7 @@ def memory_advice(
 
     Args:
         model: the model with its adapters.
-        rows: the rows of a micro-batch.
+        rows: the rows of a micro-batch of this process; the advice is --batch-size, the rows of all processes.
         tokens: the tokens of the longest row.
         device: "cpu" or "cuda".
         checkpointing: whether gradient checkpointing is on.
@@ -69,10 +71,13 @@ def memory_advice(
     available = available_memory(device)
     if available is None:
         return [str(needed)]
-    most, there = needed.most_rows(_USABLE * available), f"{shown_bytes(available)} are there"
+    there, count = f"{shown_bytes(available)} are there", processes.count()
+    if device == "cpu":  # whose memory the machine's processes share
+        available //= int(os.environ.get("LOCAL_WORLD_SIZE", count))
+    most = needed.most_rows(_USABLE * available)
     if most >= rows:
-        return [str(needed), f"{there}: --batch-size up to about {most} would fit"]
-    cures = [f"--batch-size {most} with --accumulation"] if most else []
+        return [str(needed), f"{there}: --batch-size up to about {most * count} would fit"]
+    cures = [f"--batch-size {most * count} with --accumulation"] if most else []
     if not checkpointing:
         less = training_memory(model, rows, tokens, checkpointing=True, state=state)
         cures.append(f"--gradient-checkpointing ({shown_bytes(less.total)})")

@@ -213,6 +213,24 @@ def test_advice_by_hand(monkeypatch, available, checkpointing, said):
     assert rest == ([] if said is None else [said])
 
 
+@pytest.mark.parametrize(
+    ("device", "there", "said"),
+    [
+        ("cuda", 64, "64.0 GiB are there: --batch-size up to about 220 would fit"),  # 55 on each of four GPUs
+        ("cuda", 8, "8.0 GiB are there, which may be too little: try --batch-size 20 with --accumulation"),
+        ("cpu", 64, "64.0 GiB are there: --batch-size up to about 52 would fit"),  # 26 in each half of the memory
+    ],
+)
+def test_advice_is_of_all_processes_together(monkeypatch, device, there, said):
+    monkeypatch.setattr(cost, "training_memory", lambda *_, checkpointing, state: NEEDED)
+    monkeypatch.setattr(cost, "available_memory", lambda device: there << 30)
+    count = {"cuda": 4, "cpu": 2}[device]
+    monkeypatch.setattr(cost.processes, "count", lambda: count)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(count))
+    _, advice = cost.memory_advice(None, 8, 256, device, checkpointing=True)
+    assert advice == said
+
+
 def test_the_memory_that_is_there_holds_what_the_process_has(monkeypatch):
     found = memory.available_memory("cpu")
     assert 1 << 28 < found < 1 << 45
