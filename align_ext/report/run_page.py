@@ -24,6 +24,7 @@ from align_ext.report.run_words import cautions, findings, glossary
 from align_ext.report.svg import Picture
 from align_ext.report.templates import templates
 from align_ext.system.writing import atomic_file
+from align_ext.training.in_words import shown_steps, stored_bits
 from align_ext.training.options import known_options
 
 REPORT = "report.html"
@@ -142,13 +143,13 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     parameters = number(adapters["trained_parameters"], "count")
     batch = f"{options['batch_size']} \N{MULTIPLICATION SIGN} {options['accumulation']}"
     facts = [
-        ("Model", f"{_model(run)}, {model['dtype'].removeprefix('torch.')} on {model['device']}"),
+        ("Model", f"{_model(run)}{stored_bits(options)}, {model['dtype'].removeprefix('torch.')} on {model['device']}"),
         ("Data", f"{_sources(options.get('data'))}: {number(rows[0], 'count')} rows of {tasks} to "
                  f"train on, {number(rows[1], 'count')} held out"),
         ("Adapters", f"{adapters['architecture']}, rank {adapters['rank']}, {parameters} trained parameters "
                      f"({adapters['percent']:.3g}% of all)"),
         ("Alignment", f"{align}, weight {adapters['align_weight']:g}" if align else "none"),
-        ("Training", f"{_count(options['steps'], 'step')} of {batch} rows, learning rate {options['lr']:g}, "
+        ("Training", f"{shown_steps(results)}, {batch} rows each, learning rate {options['lr']:g}, "
                      f"seed {options['seed']}"),
     ]  # fmt: skip
     if cost:

@@ -17,6 +17,7 @@ from align_ext.report.crossed import Floats
 from align_ext.report.statistics import Difference
 from align_ext.system.messages import reason_of, shown_path
 from align_ext.system.reading import MEBIBYTE, exists, parse_json, read_lines, read_text
+from align_ext.training.in_words import adapter_step
 
 _LARGEST = 256 * MEBIBYTE  # of results.json, which holds the losses of every logged step
 _LEAST_ROWS = 6  # that can show a change at 95%: 2 / 2 ** 6 < 0.05
@@ -75,8 +76,9 @@ class Run:
     def measures(self) -> list[tuple[int, dict[str, Any]]]:
         """Returns what was measured of the adapters before, during and after training, each with its step."""
         during = [(int(one["step"]), dict(one["adapters"])) for one in self.results.get("measures", [])]
-        end = int((self.results.get("steps") or {}).get("done", self.options.get("steps", 0)))
-        return [(0, self.probe("before")), *during, (end, self.probe("after"))]
+        end = adapter_step(self.results)
+        found = [(0, self.probe("before")), *(one for one in during if one[0] != end), (end, self.probe("after"))]
+        return sorted(found, key=lambda one: one[0])
 
     def probe(self, when: str) -> dict[str, Any]:
         """Returns what was measured of the adapters "before" or "after" training; empty if nothing was."""

@@ -119,7 +119,7 @@ def _worse(run: Run) -> Caution | None:
 
 def _overfitted(run: Run) -> Caution | None:
     losses = [(entry["eval_loss"], entry["step"]) for entry in run.results.get("evaluations", [])]
-    if len(losses) < 2 or losses[-1][0] <= _OVERFIT * min(losses)[0]:
+    if len(losses) < 2 or losses[-1][0] <= _OVERFIT * min(losses)[0] or run.options.get("load_best_model_at_end"):
         return None
     least, step = min(losses)
     text = f"The held-out loss was least at step {step} ({least:.3f}) and rose to {losses[-1][0]:.3f}: fewer steps do."

@@ -67,6 +67,8 @@ def argument_fields(options: TrainOptions, device: str) -> dict[str, Any]:
         "fsdp": "full_shard" if options.fsdp else None,
         "liger_kernel_config": {"fused_linear_cross_entropy": False} if options.use_liger_kernel else None,
     } | arguments_of(options)  # fmt: skip
+    if options.early_stopping_patience and options.metric_for_best_model is None:
+        own["metric_for_best_model"] = "eval_loss"
     own = {name: value for name, value in own.items() if value is not None and value != []}
     known = {entry.name for entry in dataclasses.fields(transformers.TrainingArguments)}
     for name in options.trainer:

@@ -12,6 +12,7 @@ from align_ext.io.adapter_folder import CARD
 from align_ext.io.peft_format import PEFT_CONFIG
 from align_ext.system.messages import reason_of, shown
 from align_ext.system.writing import atomic_file
+from align_ext.training.in_words import shown_steps, stored_bits
 from align_ext.training.options import TrainOptions
 
 _OF_THIS_PLACE = {"output", "overwrite", "resume", "device", "push_to_hub", "hub_model_id", "hub_private_repo"}
@@ -98,7 +99,8 @@ def _text(base: str, results: Mapping[str, Any]) -> str:
     return f"""# Adapter of {base} for {len(rows)} tasks
 
 A {adapters["architecture"]} adapter of rank {adapters["rank"]} ({adapters["trained_parameters"]:,} parameters,
-{adapters["percent"]:.3g}% of the model), trained by `align-lora train` of align_ext {results["versions"]["align_ext"]}.
+{adapters["percent"]:.3g}% of the model), trained by `align-lora train` of align_ext {results["versions"]["align_ext"]}:
+{shown_steps(results)}, on the base model{stored_bits(given)}.
 
 | task | trained on | scored on | loss per answer token, before → after | score, before → after |
 |---|---|---|---|---|

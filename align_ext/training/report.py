@@ -14,6 +14,7 @@ from align_ext.evaluation.same_logits import verdict
 from align_ext.system.memory import shown_bytes
 from align_ext.system.terminal import Bars, print_line
 from align_ext.training.cost import peak_memory
+from align_ext.training.in_words import shown_steps
 
 _MOST_TASKS = 6  # whose losses stand in a line
 
@@ -96,6 +97,8 @@ def summarise(results: dict[str, Any], target: Path, console: Console) -> None:
     for title in ("examples", "loss", "score"):
         table.add_column(title, justify="right")
     before, after = results["before"], results["after"]
+    if (steps := shown_steps(results)) != shown_steps({"options": results["options"]}):
+        print_line(console, f"trained {steps}")
     for name, old in before["tasks"].items():
         new = after["tasks"][name]
         table.add_row(
