@@ -37,6 +37,12 @@ _CHECKPOINTING = next(
     for name in ("activation_checkpointing", "gradient_checkpointing")
     if hasattr(transformers.TrainingArguments, name)
 )
+# What the run decides: its folder, its upload (a token would stand in its files), its sampler, the lower loss as the
+# better one, and checkpoints that go on to the bit.
+_DECIDED = (
+    "output_dir", "push_to_hub", "remove_unused_columns", "resume_from_checkpoint", "train_sampling_strategy",
+    "auto_find_batch_size", "greater_is_better", "save_only_model", "ignore_data_skip",
+)  # fmt: skip
 
 
 def argument_fields(options: TrainOptions, device: str) -> dict[str, Any]:
@@ -71,10 +77,11 @@ def argument_fields(options: TrainOptions, device: str) -> dict[str, Any]:
         own["metric_for_best_model"] = "eval_loss"
     own = {name: value for name, value in own.items() if value is not None and value != []}
     known = {entry.name for entry in dataclasses.fields(transformers.TrainingArguments)}
+    decided = {*own, *arguments_of(options), *_DECIDED}
     for name in options.trainer:
         if name not in known:
-            raise ValueError(unknown_name("field of TrainingArguments", name, sorted(known - own.keys())))
-        if name in own or name in ("output_dir", "push_to_hub", "remove_unused_columns", "resume_from_checkpoint"):
+            raise ValueError(unknown_name("field of TrainingArguments", name, sorted(known - decided)))
+        if name in decided or name.startswith("hub_"):
             raise ValueError(f"trainer gives {name}, which another option or the run itself decides: leave it out")
     return own | dict(options.trainer)
 

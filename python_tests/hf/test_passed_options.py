@@ -91,6 +91,23 @@ def test_a_wrong_one_is_named_with_the_cure(tmp_path, options, message):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["num_train_epochs", "deepspeed", "tf32", "hub_token", "hub_model_id", "save_only_model", "ignore_data_skip",
+     "greater_is_better", "auto_find_batch_size", "train_sampling_strategy"],
+)  # fmt: skip
+def test_a_further_field_neither_undoes_the_run_nor_is_lost(tmp_path, name):
+    with pytest.raises(ValueError, match=f"trainer gives {name}, which another option or the run itself decides"):
+        arguments(tmp_path, trainer={name: True})
+
+
+def test_early_stopping_goes_by_the_held_out_loss(tmp_path):
+    made = arguments(tmp_path, early_stopping_patience=1, **BEST)
+    assert (made.metric_for_best_model, made.greater_is_better) == ("eval_loss", False)
+    named = arguments(tmp_path, early_stopping_patience=1, metric_for_best_model="eval_loss/a", **BEST)
+    assert named.metric_for_best_model == "eval_loss/a"
+
+
 @pytest.mark.skipif(find_spec("liger_kernel") is not None, reason="liger-kernel is installed")
 def test_ligers_kernels_need_its_package():
     with pytest.raises(ValueError, match="--use-liger-kernel cannot be used here: pip install liger-kernel"):
