@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from align_ext.architectures import ARCHITECTURES, HYDRA_WITHOUT_ROUTER, Architecture, Row
 from align_ext.system.bounds import (
     MAX_SIZE,
+    by_name,
     check_options,
     documented,
     integer_rule,
@@ -22,7 +23,7 @@ from align_ext.system.bounds import (
     unknown_name,
 )
 from align_ext.system.messages import shown
-from align_ext.system.names import check_names, check_pattern
+from align_ext.system.names import Matcher, check_names, check_pattern
 
 Align = Literal["kl", "mmd", "l2"]
 Mixing = Literal["proportional", "temperature", "equal", "round_robin"]  # of tasks into batches
@@ -31,6 +32,10 @@ Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "random_heads"]
 DEFAULT_WEIGHT: Mapping[str, float] = {"kl": 0.1, "mmd": 0.15, "l2": 0.1}
 AUTO: Any = "auto"  # an option's default that depends on the architecture
 MOST_TASKS = 10_000  # a limit, since reports have tables of all pairs of tasks
+
+
+def _listed(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else value
 
 
 def _probability_rule(value: Any) -> str | None:
@@ -49,6 +54,11 @@ def _targets_rule(value: Any) -> str | None:
 def _bandwidths_rule(value: Any) -> str | None:
     valid = isinstance(value, tuple) and 1 <= len(value) <= 32 and all(map(is_positive, value))
     return None if valid else "1 to 32 positive numbers, or None"
+
+
+def _layers_rule(value: Any) -> str | None:
+    valid = isinstance(value, tuple) and all(is_whole(number, 0, MAX_SIZE) for number in value)
+    return None if valid else "numbers of layers, from 0"
 
 
 def _blocks_rule(value: Any) -> str | None:
@@ -81,6 +91,17 @@ class AlignLoraConfig:
         _targets_rule,
     )
     exclude_modules: tuple[str, ...] | str = option((), "suffixes, or a regular expression, of modules to leave alone.")
+    rank_pattern: Mapping[str, int] = option(
+        {}, "ranks of layers that differ from r, by suffix or by a regular expression for the end of the name.",
+        by_name(integer_rule()),
+    )  # fmt: skip
+    alpha_pattern: Mapping[str, float] = option({}, "alphas of layers, likewise.", by_name(positive))
+    layers_to_transform: tuple[int, ...] = option(
+        (), "numbers of the layers to adapt, where target_modules are suffixes; empty: all.", _layers_rule
+    )
+    layers_pattern: tuple[str, ...] = option(
+        (), "names of the lists that these layers are in, as in layers.3; empty: the first number of a name counts."
+    )
     modules_to_save: tuple[str, ...] = option(
         AUTO,
         'names of modules to train whole, beside the adapters, and to save with them; "auto": the head of a model '
@@ -192,7 +213,14 @@ class AlignLoraConfig:
             self._normalise_names(name)
         if self.modules_to_save != AUTO:
             self._set("modules_to_save", check_names(self.modules_to_save, "modules_to_save"))
-        for name in ("mmd_bandwidths", "target_blocks"):
+        if is_whole(self.layers_to_transform, 0, MAX_SIZE):
+            self._set("layers_to_transform", (self.layers_to_transform,))
+        for name in ("layers_to_transform", "layers_pattern"):
+            self._set(name, () if getattr(self, name) is None else getattr(self, name))
+        for name in ("rank_pattern", "alpha_pattern"):
+            self._set(name, dict(getattr(self, name) or {}))
+        self._set("layers_pattern", check_names(_listed(self.layers_pattern), "layers_pattern"))
+        for name in ("mmd_bandwidths", "target_blocks", "layers_to_transform"):
             if isinstance(value := getattr(self, name), Iterable) and not isinstance(value, str):
                 self._set(name, tuple(value))
         if self.init_lora_weights is True:  # PEFT's name for its default
@@ -212,6 +240,19 @@ class AlignLoraConfig:
             self._set("align_pairs", "mean")
         self._check_ranges()
         self._check_combinations()
+
+    def of_layer(self, name: str, matcher: Matcher | None = None) -> AlignLoraConfig:
+        """Returns the options with the rank and the alpha of one layer.
+
+        Raises:
+            ValueError: a pattern is no regular expression, or the architecture cannot have this rank.
+        """
+        if not self.rank_pattern and not self.alpha_pattern:
+            return self
+        matcher = matcher or Matcher()
+        r = matcher.value_of(self.rank_pattern, name, self.r)
+        alpha = matcher.value_of(self.alpha_pattern, name, self.lora_alpha)
+        return replace(self, r=r, lora_alpha=alpha, rank_pattern={}, alpha_pattern={})
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -264,6 +305,14 @@ class AlignLoraConfig:
         def refuse(option: str, why: str) -> None:
             raise ValueError(f"{option}={shown(getattr(self, option))}: {why}")
 
+        for name in ("layers_to_transform", "rank_pattern", "alpha_pattern"):
+            if self.target_blocks and getattr(self, name):
+                refuse(name, "it is about linear layers, and whole blocks are adapted: leave it or target_blocks out")
+        whole = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        if self.layers_to_transform and whole:
+            refuse("layers_to_transform", "target_modules is a regular expression: say in it which layers are meant")
+        if self.layers_pattern and not self.layers_to_transform:
+            refuse("layers_pattern", "it does nothing without layers_to_transform: give that too, or leave it out")
         several = (self.num_heads or 1) > 1
         random = self.init_lora_weights in ("random_heads", "orthogonal")
         A_per_head = self.row.A_per_head

@@ -151,6 +151,10 @@ def adopted_config(config: AlignLoraConfig, targets: Mapping[str, Any]) -> Align
         lora_dropout=getattr(module.lora_dropout[adapter], "p", 0.0),
         target_modules=tuple(name.removeprefix(PEFT_PREFIX) for name in targets),
         target_blocks=(),
+        rank_pattern={},
+        alpha_pattern={},
+        layers_to_transform=(),
+        layers_pattern=(),
         init_lora_weights="kaiming",
     )
 

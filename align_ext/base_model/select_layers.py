@@ -11,7 +11,7 @@ from align_ext.base_model.bypassed_layers import bypass_reason
 from align_ext.base_model.modules_to_save import is_inside
 from align_ext.config import AlignLoraConfig
 from align_ext.system.messages import shown
-from align_ext.system.names import Matcher
+from align_ext.system.names import Matcher, layer_index
 
 ALL_LINEAR = "all-linear"
 
@@ -44,7 +44,7 @@ def find_targets(
         trained = is_inside(f"{name}.", fully_trained)
         reason = "it is trained whole (modules_to_save)" if trained else _skip_reason(name, module, model, names)
         if reason is None and by_name and all_linear(config) and name not in ranked:
-            reason = excessive_rank_reason(config.r, features_of(module))
+            reason = excessive_rank_reason(config.of_layer(name, matcher).r, features_of(module))
         if reason is None:
             targets[name] = module
         else:
@@ -95,6 +95,8 @@ def name_matches(matcher: Matcher, name: str, patterns: tuple[str, ...] | str) -
 
 def _matches(matcher: Matcher, name: str, config: AlignLoraConfig, module: nn.Module, model: nn.Module) -> bool:
     if name_matches(matcher, name, config.exclude_modules):
+        return False
+    if config.layers_to_transform and layer_index(name, config.layers_pattern) not in config.layers_to_transform:
         return False
     if all_linear(config):
         return module is not output_embeddings(model)

@@ -1,7 +1,6 @@
 """PEFT's format of an adapter: one A and one B per layer, and the options in adapter_config.json."""
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from align_ext.base_model.adopt_peft import BASE_UNTOUCHED, PEFT_PREFIX
 from align_ext.config import AlignLoraConfig
 from align_ext.system.bounds import is_number
 from align_ext.system.messages import line, reason_of, shown, shown_path
-from align_ext.system.names import Matcher
+from align_ext.system.names import Matcher, layer_index
 
 WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TASKS = "tasks"  # the folder that holds one folder per task
@@ -239,8 +238,9 @@ def _is_target(matcher: Matcher, peft: Mapping[str, Any], name: str) -> bool:
     only, targets = peft.get("layers_to_transform"), peft["target_modules"]
     if only in (None, []) or isinstance(targets, str) or name in targets:
         return True
-    index = re.search(r"\.(\d+)\.", name)  # the first number is the layer's index
-    return index is not None and int(index[1]) in (only if isinstance(only, list) else [only])
+    lists = peft.get("layers_pattern") or []
+    index = layer_index(name, [lists] if isinstance(lists, str) else lists)
+    return index is not None and index in (only if isinstance(only, list) else [only])
 
 
 def _by_pattern(matcher: Matcher, peft: Mapping[str, Any], option: str, name: str, default: Any) -> Any:
@@ -249,7 +249,7 @@ def _by_pattern(matcher: Matcher, peft: Mapping[str, Any], option: str, name: st
     if not isinstance(patterns, dict):
         raise ValueError(f"{option}={shown(patterns)} is none: it maps names to numbers")
     try:
-        return next((x for p, x in patterns.items() if p == name or matcher.matches(p, name, end=True)), default)
+        return matcher.value_of(patterns, name, default)
     except ValueError as error:
         raise ValueError(f"{option}: {error}") from error
 

@@ -15,7 +15,8 @@ from align_ext.alignment.guards import check_model
 from align_ext.alignment.model_state import find_state
 from align_ext.base_model.select_layers import is_linear
 from align_ext.config import AlignLoraConfig
-from align_ext.model.replace import sizes_to_adapt
+from align_ext.model.replace import layers_to_adapt
+from align_ext.system.names import Matcher
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def match_rank(config: AlignLoraConfig, model: nn.Module, budget: int | AlignLor
             f"budget={allowed:,} is below {minimum:,}, what {config.architecture!r} trains at r={step}: give it more, "
             "fewer heads, or fewer layers"
         )
-    max_rank = min(min(sizes) for sizes in sizes_to_adapt(model, config))
+    max_rank = min(min(sizes) for sizes in layers_to_adapt(model, config).values())
     return min(step * (1 + (allowed - minimum) // (second - minimum)), max_rank - max_rank % step)
 
 
@@ -111,10 +112,15 @@ def trained_parameters(config: AlignLoraConfig, model: nn.Module) -> int:
 
 def planned_adapters(config: AlignLoraConfig, model: nn.Module) -> list[Adapter]:
     """Returns an adapter on the meta device for each layer or block of a plain model that a config would adapt."""
-    sizes = sizes_to_adapt(model, config)
+    made, matcher, found = dict[tuple[int, ...], Adapter](), Matcher(), []
     with torch.device("meta"):
-        by_size = {size: adapter_class(config)(config, *size) for size in set(sizes)}
-    return [by_size[size] for size in sizes]
+        for name, size in layers_to_adapt(model, config).items():
+            options = config.of_layer(name, matcher)
+            key = (*size, options.r)
+            if key not in made:
+                made[key] = adapter_class(config)(options, *size)
+            found.append(made[key])
+    return found
 
 
 def _numel(parameters: Iterable[nn.Parameter]) -> int:

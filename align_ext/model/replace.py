@@ -152,8 +152,9 @@ def insert_adapters(
             full_names = [name.removeprefix(PEFT_PREFIX) for name in full_modules]
         else:
             report.unmatched = unmatched_hints(config, candidates, model)
+            matcher = Matcher()
             for name, module in targets.items():
-                options = replace(config, r=(ranks or {}).get(name, config.r))
+                options = config.of_layer(name, matcher) if ranks is None else replace(config, r=ranks[name])
                 adapter = _build(name, module, features_of(module), options, reset=ranks is None)
                 layers[name] = AdaptedLinear(module, adapter)
     keys = [f"{PEFT_PREFIX}{name}.lora_A.weight" for name in layers]
@@ -196,19 +197,19 @@ def layer_names(model: nn.Module) -> list[str]:
     return [name for name, module in linear_layers(model) if module is not head]
 
 
-def sizes_to_adapt(model: nn.Module, config: AlignLoraConfig) -> list[tuple[int, int]]:
-    """Returns (in, out) of each layer or block of a plain model that a config would adapt, without adapting it.
+def layers_to_adapt(model: nn.Module, config: AlignLoraConfig) -> dict[str, tuple[int, int]]:
+    """Returns (in, out) of each layer or block of a plain model that a config would adapt, by name.
 
     Raises:
         ValueError: the config would adapt no layer.
     """
     if config.target_blocks:
-        return [(hidden, hidden) for _, hidden in _target_blocks(model, config).values()]
+        return {name: (hidden, hidden) for name, (_, hidden) in _target_blocks(model, config).items()}
     candidates, skipped = dict(linear_layers(model)), dict[str, str]()
     targets = find_targets(model, config, candidates, skipped, modules_to_train(model, config), by_name=True)
     if not targets:
         raise ValueError(nothing_matched_message(model, candidates, config, skipped))
-    return [features_of(module) for module in targets.values()]
+    return {name: features_of(module) for name, module in targets.items()}
 
 
 def _target_blocks(model: nn.Module, config: AlignLoraConfig) -> dict[str, tuple[nn.Module, int]]:

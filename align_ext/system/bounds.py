@@ -4,7 +4,7 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import field, fields
+from dataclasses import MISSING, Field, field, fields
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from align_ext.system.messages import shown
@@ -74,6 +74,17 @@ def true_or_false(value: Any) -> str | None:
     return None if isinstance(value, bool) else "true or false"
 
 
+def by_name(rule: Rule) -> Rule:
+    """Returns the rule of an option that gives values, each by this rule, to names of layers."""
+
+    def wanted(value: Any) -> str | None:
+        valid = isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
+        wrong = None if not valid else next((what for x in value.values() if (what := rule(x))), None)
+        return wrong and f"{wrong} for each name" if valid else "values by the names of layers"
+
+    return wanted
+
+
 def option(default: Any, text: str, rule: Rule | None = None, argument: str | None = None) -> Any:
     """Returns a dataclass field for an option.
 
@@ -83,7 +94,14 @@ def option(default: Any, text: str, rule: Rule | None = None, argument: str | No
         rule: the rule; without one, a Literal or bool is checked by its type.
         argument: the field of transformers' TrainingArguments that gets the value.
     """
-    return field(default=default, metadata={"help": text, "rule": rule, "argument": argument})
+    metadata = {"help": text, "rule": rule, "argument": argument}
+    given: Any = {"default_factory": dict} if default == {} else {"default": default}
+    return field(**given, metadata=metadata)
+
+
+def default_of(entry: Field[Any]) -> Any:
+    """Returns the default of a field of options."""
+    return entry.default if entry.default_factory is MISSING else entry.default_factory()
 
 
 def documented(kind: type[_Options]) -> type[_Options]:

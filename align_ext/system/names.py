@@ -4,7 +4,7 @@ import functools
 import math
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import regex
@@ -54,6 +54,18 @@ class Matcher:
         finally:
             if (spent := time.perf_counter() - start) > 1e-3:  # shorter times cannot add up to much
                 self._seconds_left -= spent
+
+    def value_of(self, patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+        """The value of the first pattern that is a name, or matches all of it after one of its dots: PEFT's rule."""
+        return next((x for p, x in patterns.items() if p == name or self.matches(p, name, end=True)), default)
+
+
+def layer_index(name: str, lists: Sequence[str] = ()) -> int | None:
+    """Returns the number of the layer that a module is in: the first of its name, or the one after a list's name."""
+    for pattern in [rf"\.{re.escape(one)}\.(\d+)\." for one in lists] or [r"\.(\d+)\."]:
+        if found := re.search(pattern, f".{name}"):
+            return int(found[1])
+    return None
 
 
 def check_names(names: Any, what: str, *, maximum: int = 10_000, for_folders: bool = False) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_type_hints
 
 from align_ext.config import AUTO, AlignLoraConfig
-from align_ext.system.bounds import check_options, documented, integer_rule, option, unknown_name
+from align_ext.system.bounds import check_options, default_of, documented, integer_rule, option, unknown_name
 from align_ext.system.messages import shown
 from align_ext.training.data_options import DataOptions
 from align_ext.training.option_values import convert_option
@@ -258,10 +258,9 @@ def known_options() -> Mapping[str, Option]:
         for entry in fields(kind):
             if entry.name != "adapter" and entry.name not in options:
                 text, argument = entry.metadata["help"], entry.metadata.get("argument")
-                options[entry.name] = Option(job_types[entry.name], entry.default, text, group, argument)
-    options["trainer"] = replace(options["trainer"], default={})
+                options[entry.name] = Option(job_types[entry.name], default_of(entry), text, group, argument)
     for entry in fields(AlignLoraConfig):
-        default, text = _JOB_DEFAULTS.get(entry.name, (entry.default, entry.metadata["help"]))
+        default, text = _JOB_DEFAULTS.get(entry.name, (default_of(entry), entry.metadata["help"]))
         hint = of_adapter[entry.name]
         options[entry.name] = Option(hint, float(default) if hint is float else default, text, ADAPTERS)
     return options

@@ -10,6 +10,7 @@ import yaml
 
 from align_ext.architectures import Architecture
 from align_ext.config import AUTO, AlignLoraConfig
+from align_ext.system.bounds import default_of
 from align_ext.system.reading import read_yaml
 from align_ext.training.options import TrainOptions, known_options
 
@@ -133,7 +134,7 @@ def test_every_option_of_the_adapters_is_an_option_with_the_same_default_and_a_t
         assert known[option.name].of_adapter
         assert len(known[option.name].help) > 3, option.name
         if option.name != "target_modules":
-            assert known[option.name].default == option.default
+            assert known[option.name].default == default_of(option)
     assert known["r"].help == "rank of A and B."
     assert known["response_only"].help.endswith("all but padding).")
     assert not known["seed"].of_adapter
