@@ -14,6 +14,7 @@ from align_ext.adapters import adapter_class
 from align_ext.alignment.model_state import AlignState
 from align_ext.architectures import ARCHITECTURES
 from align_ext.config import AlignLoraConfig
+from align_ext.diagnostics.cuda_versions import installed_versions
 from align_ext.ops._backend import OPS, backend, has_kernel
 from align_ext.ops._native import build_info
 from align_ext.system.terminal import plain_console
@@ -31,9 +32,14 @@ def run(console: Console | None = None) -> bool:
     for title in ("versions", "built_with", "devices"):
         text = "  ".join(f"{k}={_format_value(v)}" for k, v in facts[title].items())
         console.print(Text.assemble((title, "bold"), "  ", text))
+    cuda = installed_versions()
+    console.print(Text.assemble(("CUDA", "bold"), f"  {cuda}"))
+    advice = cuda.advice()
+    if advice is not None:
+        console.print(Text(advice.text, "red" if advice.broken else "yellow"))
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     table = Table("operator", "device", "path", "self-test", title="operators")
-    healthy = True
+    healthy = advice is None or not advice.broken
     for device in devices:
         for op in OPS:
             if not has_kernel(op, device.split(":")[0]):

@@ -12,8 +12,10 @@
 PYBIND11_MODULE(_C, m) {
 #ifdef ALIGN_WITH_CUDA
   m.attr("cuda_archs") = ALIGN_CUDA_ARCHS;
+  m.attr("cuda_toolkit") = ALIGN_CUDA_TOOLKIT;
 #else
   m.attr("cuda_archs") = "";
+  m.attr("cuda_toolkit") = "";
 #endif
   m.attr("built_with_torch") = ALIGN_BUILT_WITH_TORCH;
   m.attr("compiler") = __VERSION__;
