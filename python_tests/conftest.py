@@ -16,7 +16,6 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the tests run in several processes
 
-import hypothesis
 import pytest
 import torch
 from filelock import FileLock
@@ -39,11 +38,15 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: runs with --slow alone, since faster tests see most of the same")
     config.addinivalue_line("markers", "needs(what): skipped on a --device that lacks it (conftest.LACKS)")
+    if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch sees no CUDA device here")
+    try:
+        import hypothesis
+    except ModuleNotFoundError:  # the operators' tests need nothing but pytest
+        return
     options = {"max_examples": config.getoption("--fuzz"), "derandomize": True, "deadline": None, "database": None}
     hypothesis.settings.register_profile("align", **options, suppress_health_check=list(hypothesis.HealthCheck))
     hypothesis.settings.load_profile("align")
-    if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
-        raise pytest.UsageError("--device cuda: torch sees no CUDA device here")
 
 
 def pytest_collection_modifyitems(config, items):
