@@ -26,8 +26,8 @@ test:  ## all Python tests; they build and run the C++ tests too
 check-full: check test  ## and what takes longer: torch versions, ways to install, mutations
 	.ci/check-full
 
-gpu-check:  ## on a machine with a GPU: tests, compute-sanitizer, benchmarks; writes benchmarks/results/gpu-*.md
-	PYTHON=$(PYTHON) .ci/gpu-check
+gpu-check:  ## on a machine with a GPU: what only a GPU can tell; writes benchmarks/results/gpu-*.md
+	$(PYTHON) .ci/gpu_check.py
 
 bench:  ## adapters and losses against plain PyTorch and PEFT: align-lora bench --help
 	$(PYTHON) -m align_ext.cli bench

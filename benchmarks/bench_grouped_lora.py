@@ -10,7 +10,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from align_ext import _C
 from align_ext.bench import layers
 from align_ext.bench.baselines import LORA, Sizes
 from align_ext.bench.timing import Comparison, main, measure
@@ -54,24 +53,6 @@ def low_rank(tokens: int, n: int, m: int, dtype: torch.dtype, device: str, round
     return results
 
 
-def orders(tokens: int, n: int, m: int, dtype: torch.dtype, device: str, rounds: int) -> dict[str, Comparison]:
-    """Both passes with the frozen product before or after the low-rank term, which is CUDA's choice (base_order.h)."""
-    sizes = [(tokens, n), (RANK, n), (m, RANK), (m, n), (tokens, m), (tokens, RANK)]
-    x, A, B, W, dy, dz = (torch.randn(size).to(device, dtype) for size in sizes)
-    dz, rng = dz.float(), torch.tensor([1, 2], device=device)
-    native = torch.ops.align_ext
-
-    def step(first: bool) -> None:
-        before = _C.low_rank_first(first)
-        _, z = native.grouped_lora(x, A, B, 4.0, None, None, P, rng, W, None, None)
-        native.grouped_lora_backward(dy, dz, x, z, A, B, 4.0, None, None, P, rng, W, True)
-        _C.low_rank_first(before)
-
-    variants = {"the frozen product first": lambda: step(False), "the low-rank term first": lambda: step(True)}
-    title = f"order of the frozen product and the low-rank term, {n} -> {m}, {dtype}, T={tokens}, r={RANK}, p={P}"
-    return {title: measure(variants, rounds, device)}
-
-
 def run(device: str, size: str) -> dict[str, Comparison]:
     """Comparisons by title."""
     tokens, rounds, shapes = SIZES[size]
@@ -83,8 +64,6 @@ def run(device: str, size: str) -> dict[str, Comparison]:
             title = f"layer, forward + backward, {n} -> {m}, {dtype}, {sizes}"
             results[title] = measure(layers.variants(makes, sizes, (n, m), dtype, device), rounds, device)
             results |= low_rank(tokens, n, m, dtype, device, rounds)
-            if device == "cuda" or size == "quick":
-                results |= orders(tokens, n, m, dtype, device, rounds)
     tiny = layers.variants(LAYERS, replace(sizes, tokens=4), (16, 16), torch.float32, device)
     results["calling a layer, forward + backward, 16 -> 16, T=4"] = measure(tiny, 20 * rounds, device, host=True)
     return results

@@ -279,3 +279,5 @@ def main(run: Callable[[str, str], dict[str, Comparison]]) -> None:
     print(machine(options.device))
     for title, comparison in results.items():
         report(title, comparison)
+        last = ", ".join(f"{name} {comparison.ratios(name)[1]:.2f}" for name in comparison.times_ms)
+    print(f"figure: {title}: {last}")  # the last table in a line

@@ -1,9 +1,7 @@
 """16-bit training: gradients of both losses as near to float64 as a literal PyTorch model's in the same precision."""
 
-import datasets
 import pytest
 import torch
-from hf import sft_trainers
 from hf.trainers import Gradients
 from hf.words import tokenizer
 from tiny import WEIGHT, Oracle, adapted, batch, gradients, literal_kl
@@ -39,10 +37,10 @@ def rows():
         yield tokens | {"attention_mask": [1] * int(mask.sum()), "task_ids": int(task)}
 
 
-def by_trainer(folder, kept):
+def by_trainer(folder, kept, use_cpu=True):
     """AlignTrainer with bf16=True."""
     own = {"max_steps": 1, "per_device_train_batch_size": 6, "max_grad_norm": 0.0, "learning_rate": 0.0}
-    arguments = align_training_arguments(str(folder), **own, save_strategy="no", use_cpu=True, bf16=True)
+    arguments = align_training_arguments(str(folder), **own, save_strategy="no", use_cpu=use_cpu, bf16=True)
     collator = TaskCollator(tokenizer())
     model = adapted(dtype=torch.float32)
     return AlignTrainer(
@@ -50,10 +48,14 @@ def by_trainer(folder, kept):
     )
 
 
-def by_sft(folder, kept):
+def by_sft(folder, kept, use_cpu=True):
     """AlignSFTTrainer with bf16=True."""
+    import datasets
+    from hf import sft_trainers
+
     data = datasets.Dataset.from_list(list(rows())).remove_columns("attention_mask")
-    return sft_trainers.trainer(folder, data, [kept], model=adapted(dtype=torch.float32), bf16=True)
+    model = adapted(dtype=torch.float32)
+    return sft_trainers.trainer(folder, data, [kept], model=model, bf16=True, use_cpu=use_cpu)
 
 
 @pytest.mark.parametrize("build", [by_trainer, by_sft])

@@ -1,0 +1,89 @@
+"""Training a tiny Llama: every architecture and loss in every mode of checkpointing, twice, and by CUDA graphs."""
+
+import functools
+
+import pytest
+import torch
+from losses.test_modes import CASES, options_of
+from test_batch import CHECKPOINTING, checkpointed
+from tiny import Oracle, adapted, batch, error, gradients, llama
+
+from align_ext import align_step
+
+# float32 (eps 6e-8): sqrt(1000) roundings of one sum, amplified by the division by small variances in the alignment.
+ROUNDING = 1e-4
+STEPS = 3
+
+
+def model_of(name, device, **options):
+    """In float32, on a device; eager attention, whose backward is the same twice."""
+    model = llama(attn_implementation="eager")
+    return adapted(model, dtype=torch.float32, **options_of(name) | options).to(device)
+
+
+@functools.cache
+def expected(name):
+    """Of the equations in float64, without dropout, whose masks are drawn from the device's generator."""
+    return Oracle(model_of(name, "cpu", lora_dropout=0.0).double()).gradients([1.0])
+
+
+def on_device(seed, device):
+    inputs, tasks = batch(seed)
+    return {key: t.to(device) for key, t in inputs.items()}, tasks.to(device)
+
+
+def step(model, device, seed=0):
+    """The gradients of one batch, on the CPU."""
+    torch.manual_seed(seed)  # the dropout masks'
+    inputs, tasks = on_device(seed, device)
+    model.zero_grad()
+    model(**inputs, task_ids=tasks).loss.backward()
+    return {name: g.cpu() for name, g in gradients(model).items()}
+
+
+@pytest.mark.parametrize("mode", CHECKPOINTING)
+@pytest.mark.parametrize("name", CASES)
+def test_gradients(device, name, mode):
+    assert error(step(checkpointed(model_of(name, device, lora_dropout=0.0), mode), device), expected(name)) < ROUNDING
+    if mode is not None:  # the masks are the same in recomputation
+        plain = step(model_of(name, device), device)
+        assert error(step(checkpointed(model_of(name, device), mode), device), plain) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["lora, mmd", "multi_adapter, kl", "r_lora, mmd, cv2", "m_lora, kl", "mtlora"])
+def test_same_training(device, name):
+    def train():
+        model = model_of(name, device)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        found = []
+        for seed in range(STEPS):
+            found.append(step(model, device, seed))
+            optimizer.step()
+        return found
+
+    for first, second in zip(train(), train(), strict=True):
+        for key, tensor in first.items():
+            assert torch.equal(tensor, second[key]), key
+
+
+@pytest.mark.parametrize("name", ["align_lora by position", "lora, mmd", "r_lora, mmd, cv2", "lora_moe, kl, switch"])
+def test_reduce_overhead(device, name):
+    """Recorded in CUDA graphs, it trains as it does without; the SIMT engine has none, there the graph runs eagerly."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    eager, model = (model_of(name, device, lora_dropout=0.0) for _ in range(2))
+    how = {"mode": "reduce-overhead"} if device.type == "cuda" else {"backend": "aot_eager"}
+    compiled = torch.compile(model, **how)
+    for seed in range(4):  # warm-up, recording, replays
+        inputs, tasks = on_device(seed, device)
+        torch.compiler.cudagraph_mark_step_begin()
+        model.zero_grad()
+        with align_step(model, tasks, inputs["attention_mask"], inputs["labels"]) as opened:
+            loss = compiled(**inputs).loss
+        opened.total(loss).backward()
+        found = {key: g.cpu() for key, g in gradients(model).items()}
+        assert error(found, step(eager, device, seed)) < ROUNDING
+    if device.type == "cuda":
+        skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+        print(f"figure: {name}: {skipped} graphs without CUDA graphs")
+        assert skipped == 0
