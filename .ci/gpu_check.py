@@ -283,11 +283,11 @@ def check(table: Table, words: list[str], seconds: float, file: Path | None) -> 
         else:
             result = run(line, machine, min(line.seconds, left))
         table.results[line] = result
-        if wanted:
-            print(table.row(line), flush=True)
         if file:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(table.markdown())
+        if wanted:
+            print(table.row(line), flush=True)
 
 
 def main() -> int:

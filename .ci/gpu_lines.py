@@ -43,13 +43,12 @@ def script(path: str) -> str:
     return f"import runpy, sys; sys.argv[0] = {path!r}; runpy.run_path({path!r}, run_name='__main__')"
 
 
-def operator(name: str) -> Line:
-    """All tests of an operator."""
-    needs = ("hypothesis",) if name == "arguments" else ()
-    checked = "every argument is checked" if name == "arguments" else "forward and every gradient, all sizes and dtypes"
+def operator(name: str, checked: str = "forward and every gradient, all sizes and dtypes", *needs: str) -> Line:
+    """All tests of a file of python_tests/ops."""
     return Line(
-        "operators", name, checked, "", (f"python_tests/ops/test_{name}.py",), dry=("--every", "40"), needs=needs
-    )
+        "operators", name, checked, "", (f"python_tests/ops/test_{name}.py",), dry=("--every", "40", "--fuzz", "3"),
+        needs=needs,
+    )  # fmt: skip
 
 
 def on_gpu(name: str, checked: str, test: str, *needs: str, seconds: int = 900) -> Line:
@@ -105,8 +104,8 @@ LINES = [
     Line("installation", "kernels", "the build has CUDA kernels of every operator", KERNELS),
     Line("installation", "doctor", "versions go together, the self-tests pass", DOCTOR, needs=OWN),
     *map(operator, OPERATORS),
-    operator("philox"),
-    operator("arguments"),
+    operator("philox", "the bits of dropout masks"),
+    operator("arguments", "wrong arguments are refused by name", "hypothesis"),
     on_gpu("the same bits twice", "every operator, both passes, beside other work", "test_streams.py::test_same_bits"),
     on_gpu("side stream", "every operator waits for its stream alone", "test_streams.py::test_side_stream"),
     on_gpu("second device", "tensors of a device that is not current", "test_streams.py::test_second_device", "2 GPUs"),

@@ -51,7 +51,7 @@ def gpu_check(tmp_path):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
 
-    def run(*options, tools=("compute-sanitizer", "ncu"), machine=None, **stand_ins):
+    def run(*options, tools=("compute-sanitizer", "ncu"), machine=None, ended_at=None, **stand_ins):
         for name in {"compute-sanitizer", "ncu"} - {*tools}:
             (tmp_path / name).unlink()
         never = dict.fromkeys(("BROKEN", "CANNOT", "SLOW"), "never given")
@@ -59,13 +59,18 @@ def gpu_check(tmp_path):
         env |= {"FACTS": json.dumps(machine or facts()), "TESTS": "3 passed", "FINDS": ""} | never | stand_ins
         written = tmp_path / "results.md"
         command = [sys.executable, GPU_CHECK, "--write", written, *options]
-        result = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
-        assert result.stderr == ""
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+        if ended_at:
+            while f"| {ended_at} |" not in process.stdout.readline():
+                pass
+            process.terminate()
+        output, errors = process.communicate()
+        assert errors == ""
         text = written.read_text()
         rows = [row.split(" | ") for row in text.splitlines() if row.count(" | ") == 5][1:]
         verdicts = {name: verdict for _, name, _, verdict, _, _ in rows}
         assert [*verdicts] == ["build", *(line.name for line in LINES)]
-        return result.returncode, result.stdout, verdicts, text
+        return process.returncode, output, verdicts, text
 
     return run
 
@@ -178,6 +183,16 @@ def test_when_the_time_is_up_the_rest_did_not_run(gpu_check):
     names = [*verdicts]
     for name in names[names.index("views") :]:
         assert verdicts[name] == "not run: the time was up"
+
+
+def test_a_run_that_is_ended_keeps_what_it_has(gpu_check):
+    status, output, verdicts, _ = gpu_check(SLOW="test_views", ended_at="second device")
+    assert status == 0
+    assert output.startswith("interrupted")
+    assert verdicts["second device"] == "passed"
+    names = [*verdicts]
+    for name in names[names.index("views") :]:
+        assert verdicts[name] == "not run: not reached"
 
 
 def test_a_dry_run_goes_through_every_line_and_says_that_nothing_ran_on_a_gpu(gpu_check, tmp_path):
