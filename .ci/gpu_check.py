@@ -2,7 +2,8 @@
 
 Builds the extension in place with its CUDA kernels, then runs the lines one after the other, whatever becomes of
 them, and writes benchmarks/results/gpu-<device>.md after each. A line that cannot run here says why. A WORD limits the
-run to lines in whose group and name it is.
+run to lines in whose group and name it is. Where there is neither cmake, ninja and pybind11 nor a package index, an
+extension that was built elsewhere is taken as it is: a wheel for this Python, unzipped here, brings it.
 
     [PYTHON=...] python .ci/gpu_check.py [--seconds N] [--write FILE] [WORD...]
     ALIGN_SIMT_EXTENSION=FILE python .ci/gpu_check.py --dry-run [WORD...]
@@ -36,7 +37,12 @@ CANNOT = 77  # the exit status of a script that cannot run here; its last line s
 BUILD = Line("installation", "build", "the extension builds, in place, with CUDA kernels", seconds=3600)
 ADDOPTS = "addopts=-ra --strict-markers --import-mode=importlib"  # pyproject's, without what needs pytest-xdist
 MODULES = sorted({need for line in LINES for need in line.needs if need.isidentifier() and need != "ncu"})
-BUILDERS = ("setuptools", "pybind11")  # modules; and the programs cmake and ninja
+BUILDERS, PROGRAMS = ("setuptools", "pybind11"), ("cmake", "ninja")
+AS_IT_IS = """
+from align_ext.ops._native import build_info
+print("figure: built elsewhere for", build_info.cuda_archs)
+raise SystemExit(not build_info.cuda_archs)
+"""
 PROBE = """
 import importlib.util, json, sys, sysconfig, torch
 found = {"torch": torch.__version__, "CUDA": torch.version.cuda, "gpus": torch.cuda.device_count()}
@@ -119,17 +125,26 @@ class Machine(NamedTuple):
         return [*command, *arguments]
 
     def build_command(self) -> list[str]:
-        """Builds where the tools are; otherwise pip fetches them."""
+        """Builds with the tools that are here; without them takes an extension as it is, or pip fetches them."""
         if self.dry:
             return [self.python, "-c", "import simt_extension; simt_extension.extension.launches()"]
-        here = {*BUILDERS} <= {*self.facts["modules"]} and shutil.which("cmake") and shutil.which("ninja")
+        path = self.environment(BUILD)["PATH"]
+        here = {*BUILDERS} <= {*self.facts["modules"]} and all(shutil.which(name, path=path) for name in PROGRAMS)
+        if not here and any((ROOT / "align_ext").glob("_C.*.so")):
+            return [self.python, "-c", AS_IT_IS]
         isolation = ["--no-build-isolation"] if here else []
         return [self.python, "-m", "pip", "install", "--no-deps", *isolation, "-e", str(ROOT)]
 
     def environment(self, line: Line) -> dict[str, str]:
         """A line's environment; under a sanitizer each tensor has bounds of its own, without torch's cache."""
         path = [str(ROOT / folder) for folder in (".", "python_tests", "benchmarks")]
-        more = {"PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        programs = os.pathsep.join([str(Path(self.python).parent), os.environ.get("PATH", os.defpath)])
+        more = {
+            "PATH": programs,
+            "PYTHONPATH": os.pathsep.join(path),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         more |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PYTHONUNBUFFERED": "1"}
         more |= {"ALIGN_CUDA": "ON"} if line is BUILD else {}
         if "2 GPUs" not in line.needs:  # transformers' Trainer would take all of them

@@ -105,7 +105,7 @@ LINES = [
     Line("installation", "doctor", "versions go together, the self-tests pass", DOCTOR, needs=OWN),
     *map(operator, OPERATORS),
     operator("philox", "the bits of dropout masks"),
-    operator("arguments", "wrong arguments are refused by name", "hypothesis"),
+    operator("arguments", "wrong arguments are refused by name", "hypothesis", *OWN),
     on_gpu("the same bits twice", "every operator, both passes, beside other work", "test_streams.py::test_same_bits"),
     on_gpu("side stream", "every operator waits for its stream alone", "test_streams.py::test_side_stream"),
     on_gpu("second device", "tensors of a device that is not current", "test_streams.py::test_second_device", "2 GPUs"),

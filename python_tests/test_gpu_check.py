@@ -37,7 +37,7 @@ while [ "${1#-}" != "$1" ]; do [ "$1" = --tool ] && tool=$2; shift 2; done
 """
 
 
-def facts(gpus=2, memory=80.0, modules=MODULES):
+def facts(gpus=2, memory=80.0, modules=(*MODULES, "pybind11", "setuptools")):
     said = {"torch": "2.13.0", "CUDA": "13.0", "GPU": "Paper GPU (1 GB)", "arch": "sm_90", "purelib": "/nowhere"}
     return said | {"gpus": gpus, "GiB": memory, "modules": modules}
 
@@ -47,7 +47,8 @@ def gpu_check(tmp_path):
     """Runs the script over the stand-ins: (exit status, output, verdicts by line, results)."""
     import json
 
-    for name, text in {"python": PYTHON, "compute-sanitizer": SANITIZER, "ncu": "#!/bin/sh\n"}.items():
+    programs = {"python": PYTHON, "compute-sanitizer": SANITIZER}
+    for name, text in (programs | dict.fromkeys(("ncu", "cmake", "ninja"), "#!/bin/sh\n")).items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
 
@@ -114,6 +115,14 @@ def test_without_an_extension_nothing_is_checked(gpu_check):
     assert status == 1
     assert verdicts.pop("build").startswith("FAILED")
     assert {*verdicts.values()} == {"not run: the extension was not built"}
+
+
+@pytest.mark.skipif(not [*(ROOT / "align_ext").glob("_C.*.so")], reason="no extension lies beside the sources here")
+def test_without_what_builds_it_an_extension_is_taken_as_it_is(gpu_check):
+    status, _, verdicts, _ = gpu_check("build", machine=facts(modules=[]), BROKEN="pip install")
+    assert (status, verdicts["build"]) == (0, "passed")
+    status, _, verdicts, _ = gpu_check("build", machine=facts(modules=[]), BROKEN="built elsewhere")
+    assert (status, verdicts["build"]) == (1, "FAILED: exit status 1")
 
 
 def test_with_torch_nvcc_and_pytest_alone_the_operators_are_checked_and_the_rest_says_what_it_needs(gpu_check):

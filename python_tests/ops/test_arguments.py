@@ -12,6 +12,7 @@ from hypothesis import given, reject
 from hypothesis import strategies as st
 from torch.testing import make_tensor
 
+import align_ext.alignment.tap  # noqa: F401  registers the operators of the step
 from align_ext import ops
 from align_ext.ops import _checks
 
