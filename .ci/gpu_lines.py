@@ -53,7 +53,8 @@ def operator(name: str, checked: str = "forward and every gradient, all sizes an
 
 def on_gpu(name: str, checked: str, test: str, *needs: str, seconds: int = 900) -> Line:
     """Tests of python_tests/gpu."""
-    return Line("streams and memory", name, checked, "", (f"python_tests/gpu/{test}",), needs=needs, seconds=seconds)
+    arguments = (f"python_tests/gpu/{test}",)
+    return Line("streams and memory", name, checked, "", arguments, dry=("--every", "3"), needs=needs, seconds=seconds)
 
 
 def models(name: str, checked: str, test: str, *needs: str) -> Line:
