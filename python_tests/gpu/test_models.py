@@ -11,20 +11,32 @@ from tiny import Oracle, adapted, batch, error, gradients, llama
 from align_ext import align_step
 
 # float32 (eps 6e-8): sqrt(1000) roundings of one sum, amplified by the division by small variances in the alignment.
-ROUNDING = 1e-4
+ROUNDING = 5e-5
+# By position a task has two samples, whose variance may be next to nothing.
+CONDITIONED = {"align_eps": 0.01}
 STEPS = 3
 
 
 def model_of(name, device, **options):
     """In float32, on a device; eager attention, whose backward is the same twice."""
-    model = llama(attn_implementation="eager")
-    return adapted(model, dtype=torch.float32, **options_of(name) | options).to(device)
+    model, own = llama(attn_implementation="eager"), options_of(name) | options
+    own |= CONDITIONED if own.get("align_statistics") == "position" else {}
+    return adapted(model, dtype=torch.float32, **own).to(device)
 
 
 @functools.cache
 def expected(name):
-    """Of the equations in float64, without dropout, whose masks are drawn from the device's generator."""
-    return Oracle(model_of(name, "cpu", lora_dropout=0.0).double()).gradients([1.0])
+    """Of the equations in float64."""
+    return Oracle(model_of(name, "cpu").double()).gradients([1.0])
+
+
+RANDINT = torch.randint
+
+
+def drawn_on_the_cpu(*args, device=None, **options):
+    """torch.randint from the CPU's generator, as the equations draw their masks' seeds."""
+    drawn = RANDINT(*args, **options)
+    return drawn if device is None else drawn.to(device)
 
 
 def on_device(seed, device):
@@ -43,9 +55,11 @@ def step(model, device, seed=0):
 
 @pytest.mark.parametrize("mode", CHECKPOINTING)
 @pytest.mark.parametrize("name", CASES)
-def test_gradients(device, name, mode):
-    assert error(step(checkpointed(model_of(name, device, lora_dropout=0.0), mode), device), expected(name)) < ROUNDING
-    if mode is not None:  # the masks are the same in recomputation
+def test_gradients(device, name, mode, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "randint", drawn_on_the_cpu)
+        assert error(step(checkpointed(model_of(name, device), mode), device), expected(name)) < ROUNDING
+    if mode is not None:  # the device's generator draws the same masks in recomputation
         plain = step(model_of(name, device), device)
         assert error(step(checkpointed(model_of(name, device), mode), device), plain) < 1e-6
 
