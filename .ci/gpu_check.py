@@ -9,8 +9,8 @@ extension that was built elsewhere is taken as it is: a wheel for this Python, u
     ALIGN_SIMT_EXTENSION=FILE python .ci/gpu_check.py --dry-run [WORD...]
 
 A dry run needs no GPU: the CUDA kernels run on the SIMT engine (an extension built with ALIGN_SIMT) and few cases of
-each line; stand-ins take the place of compute-sanitizer and Nsight Compute. It writes nothing unless told to, and says
-nothing about GPUs.
+each line; stand-ins take the place of compute-sanitizer, Nsight Compute and Unsloth. It writes nothing unless told to,
+and says nothing about GPUs.
 
 Exits with 1 if a line failed, with 2 if nothing could be checked, else with 0.
 """
@@ -137,7 +137,8 @@ class Machine(NamedTuple):
 
     def environment(self, line: Line) -> dict[str, str]:
         """A line's environment; under a sanitizer each tensor has bounds of its own, without torch's cache."""
-        path = [str(ROOT / folder) for folder in (".", "python_tests", "benchmarks")]
+        folders = [".", "python_tests", "benchmarks", *(["python_tests/gpu/stand_ins"] if self.dry else [])]
+        path = [str(ROOT / folder) for folder in folders]
         programs = os.pathsep.join([str(Path(self.python).parent), os.environ.get("PATH", os.defpath)])
         more = {
             "PATH": programs,
@@ -167,6 +168,7 @@ def find_machine(dry: bool) -> Machine | None:
     if not dry and not facts["gpus"]:
         return None
     if dry:
+        facts["modules"].append("unsloth")  # python_tests/gpu/stand_ins has a stand-in
         facts |= {"GPU": "DRY RUN: nothing ran on a GPU", "arch": "SIMT engine", "gpus": 2, "GiB": 1e3}
     return Machine(python, facts, dry)
 

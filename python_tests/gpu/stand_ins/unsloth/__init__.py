@@ -1,0 +1,1 @@
+"""Stands in for Unsloth in a dry run of gpu_check.py."""
