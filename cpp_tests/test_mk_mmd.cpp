@@ -161,6 +161,17 @@ TEST(fewer_than_two_tasks_give_zeros) {
   }
 }
 
+TEST(layers_of_one_call_have_the_bits_that_they_have_alone) {
+  MmdProblem problem{120, 16, 3, 40};
+  problem.ranks = {16, 3, 9, 16, 1};
+  const MmdData<float> data = test::make_mmd_data<float>(problem);
+  const MmdResults together = test::run_mmd_cpu(problem, data);
+  for (int64_t layer = 0; layer < problem.layers(); ++layer) {
+    const auto [one, of_layer] = test::alone(problem, data, layer);
+    CHECK(test::layer_of(problem, together, layer).same_bits(test::run_mmd_cpu(one, of_layer)));
+  }
+}
+
 TEST(a_constant_latent_gives_zeros) {
   const MmdProblem problem{80, 4, 3};
   MmdData<float> data = test::make_mmd_data<float>(problem);

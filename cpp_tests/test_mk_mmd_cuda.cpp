@@ -15,17 +15,18 @@ namespace {
 // Results start uninitialised: what a kernel fails to write it must not read, and comes back as NaN.
 template <typename T>
 MmdResults run_cuda(const MmdProblem& problem, const MmdData<T>& data) {
-  const Buffer<T> z("z", data.z), dz("dz", data.z.size());
+  const int64_t layers = problem.layers();
+  const Buffer<T> z("z", data.z), dz("dz", layers * problem.tokens * problem.rank);
   const Buffer<int64_t> task("task", data.task);
-  const Buffer<float> loss("loss", 1), gradient("gradient", problem.rows() * problem.rank);
+  const Buffer<float> loss("loss", layers), gradient("gradient", layers * problem.rows() * problem.rank);
   const Buffer<int32_t> slot("slot", problem.tokens);
-  const Buffer<float> d_loss("d_loss", std::vector<float>{test::kMmdLossGradient});
-  MkMmdArgs<T> args = test::mmd_args<T>(problem, z.data(), task.data(), loss.data(), gradient.data(), slot.data());
-  const Buffer<char> workspace("workspace", cuda::mk_mmd_workspace(args));
-  args.workspace = workspace.data();
-  cuda::mk_mmd(args, nullptr);
-  cuda::mk_mmd_backward<T>(
-      {problem.tokens, problem.rank, problem.rows(), gradient.data(), slot.data(), d_loss.data(), dz.data()}, nullptr);
+  const Buffer<float> d_loss("d_loss", std::vector<float>(layers, test::kMmdLossGradient));
+  test::MmdCall<T> call(problem, z.data(), task.data(), loss.data(), gradient.data(), slot.data());
+  const Buffer<char> workspace("workspace", cuda::mk_mmd_workspace(call.args));
+  call.args.workspace = workspace.data();
+  cuda::mk_mmd(call.args, nullptr);
+  cuda::mk_mmd_backward(test::mmd_backward_args<T>(problem, gradient.data(), slot.data(), d_loss.data(), dz.data()),
+                        nullptr);
   const auto slots = slot.host();
   return {test::to_double(loss.host()), test::to_double(gradient.host()),
           std::vector<double>(slots.begin(), slots.end()), test::to_double(dz.host())};
@@ -89,6 +90,30 @@ TEST(nobody_to_compare_gives_zeros) {
   }
 }
 
+TEST(layers_of_one_call_have_the_bits_that_they_have_alone) {
+  MmdProblem few{70, 20, 3}, many{16, 3, 5};
+  few.ranks = {20, 3, 20};
+  many.ranks.assign(241, 3);  // one block takes all splits of a tile, and the last layer is in a launch of its own
+  for (const MmdProblem& problem : {few, many}) {
+    simt::options() = {};
+    simt::reports().clear();
+    const MmdData<float> data = test::make_mmd_data<float>(problem);
+    const MmdResults together = run_cuda(problem, data);
+    CHECK(test::clean());
+    CHECK(simt::reports().size() == (problem.layers() > 240 ? 3 + 2 * 4 + 1 : 3 + 4 + 1));
+    for (int64_t layer : {int64_t(0), problem.layers() - 1}) {
+      const auto [one, of_layer] = test::alone(problem, data, layer);
+      CHECK(test::layer_of(problem, together, layer).same_bits(run_cuda(one, of_layer)));
+    }
+  }
+  // The bandwidth of a layer of smaller rank is added up by as many lanes as the largest has: other roundings.
+  const MmdData<float> data = test::make_mmd_data<float>(few);
+  const auto [one, of_layer] = test::alone(few, data, 1);
+  const MmdResults got = test::layer_of(few, run_cuda(few, data), 1), want = run_cuda(one, of_layer);
+  CHECK_CLOSE(got.loss, want.loss, 1e-6);
+  CHECK_CLOSE(got.dz, want.dz, 1e-6 * test::largest(want.dz));
+}
+
 // Forward reads task twice (count, choice), z once where it takes part, and writes slot once; backward reads slot and
 // writes dz once. All tokens take part here.
 TEST(bytes_move_as_often_as_they_must) {
@@ -99,7 +124,7 @@ TEST(bytes_move_as_often_as_they_must) {
   for (int64_t t = 0; t < problem.tokens; ++t) data.task[t] = t % problem.tasks;
   run_cuda(problem, data);
   CHECK(test::clean());
-  CHECK(simt::reports().size() == 7);  // six forward, one backward
+  CHECK(simt::reports().size() == 8);  // seven forward, one backward
   const auto sectors = [](Op op, const char* buffer) {
     int64_t sum = 0;
     for (const simt::Report& report : simt::reports()) sum += report.global(op, buffer).sectors;
@@ -112,7 +137,7 @@ TEST(bytes_move_as_often_as_they_must) {
   CHECK(sectors(Op::kStore, "gradient") == rows_sectors && sectors(Op::kLoad, "gradient") == rows_sectors);
   CHECK(sectors(Op::kStore, "dz") == rows_sectors);
   // Eight tiles of 32 rows, each by blocks of a split of one tile: two tiles a pair, and who is in them.
-  CHECK(simt::reports()[4].global(Op::kLoad, "workspace").sectors <= 1.2 * 2 * 8 * rows_sectors);
+  CHECK(simt::reports()[5].global(Op::kLoad, "workspace").sectors <= 1.2 * 2 * 8 * rows_sectors);
   for (const simt::Report& report : simt::reports()) CHECK(report.global(Op::kAtomic).requests == 0);
 }
 

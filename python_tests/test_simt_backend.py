@@ -53,6 +53,7 @@ def simt_python(native_build, tmp_path_factory):
     "op",
     [
         "arguments",
+        "mk_mmd_layers",
         *(pytest.param(op, marks=[pytest.mark.slow] * (op in ("dropout_sum", "mk_mmd", "routed_lora"))) for op in OPS),
     ],
 )
@@ -128,7 +129,7 @@ def test_training_on_the_cuda_kernels_is_training_on_the_cpu_kernels(simt_python
     assert errors[worst] < 1e-4, worst
 
 
-def count_launches(launches):
+def count_launches(launches, align="kl"):
     """The kernels that each operator launches in a step, call by call."""
 
     class Count(TorchDispatchMode):
@@ -141,7 +142,7 @@ def count_launches(launches):
 
     steps = []
     for dtype, rank in ((torch.float32, 4), (torch.bfloat16, 4), (torch.bfloat16, 24)):
-        model, (inputs, tasks) = adapted(dtype=dtype, r=rank, lora_dropout=0.1), batch()
+        model, (inputs, tasks) = adapted(dtype=dtype, r=rank, lora_dropout=0.1, align=align), batch()
         counts = {}
         with Count():
             model(**inputs, task_ids=tasks).loss.backward()
@@ -150,17 +151,18 @@ def count_launches(launches):
 
 
 COUNTING = """
-import json, simt_extension
+import json, simt_extension, sys
 from test_simt_backend import count_launches
-print(json.dumps(count_launches(simt_extension.launches)))
+print(json.dumps(count_launches(simt_extension.launches, sys.argv[1])))
 """
 
 
-def test_the_alignment_of_all_layers_takes_four_launches_and_an_adapted_layer_five(simt_python):
+@pytest.mark.parametrize(("align", "most"), [("kl", 4), ("mmd", 8)])
+def test_the_alignment_of_all_layers_takes_a_few_launches_and_an_adapted_layer_five(simt_python, align, most):
     """Two more of a layer are the vendor's: the base layer's product, forward and backward."""
-    for counts in json.loads(simt_python("-c", COUNTING).splitlines()[-1]):
+    for counts in json.loads(simt_python("-c", COUNTING, align).splitlines()[-1]):
         print(counts)
         forward, backward = counts.pop("align_ext::grouped_lora"), counts.pop("align_ext::grouped_lora_backward")
         assert len(forward) == len(backward) == 6  # layers
         assert max(forward) + max(backward) <= 5
-        assert sum(map(sum, counts.values())) == 4
+        assert sum(map(sum, counts.values())) == most

@@ -1,4 +1,8 @@
-"""The multi-kernel MMD alignment loss (Align-LoRA-M, 2508.05078) of all adapted layers: rows, value, gradients."""
+"""The multi-kernel MMD alignment loss (Align-LoRA-M, 2508.05078) of all adapted layers: rows, value, gradients.
+
+Value and gradients are one call each for all layers: 8 kernel launches on a GPU. If the layers of a model are on
+several devices, they are one call per device.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from torch import Tensor
 
 from align_ext.config import AlignLoraConfig
 from align_ext.losses.tokens import Latents, TokenTasks, gather, heads_of, layer_value, pair_factor
-from align_ext.ops import mk_mmd
+from align_ext.ops.mk_mmd import mk_mmd_backward, mk_mmd_rows
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,7 @@ class MmdStatistics:
     """The latents of all tokens, including those of other processes.
 
     Attributes:
-        rows: for each layer, [latents per layer, K, rank].
+        rows: for each layer, [latents per layer, K, rank]; views of the layers' latents as long as nothing is added.
         ids: int64 [K], the task of each of the K tokens.
         start: the index of this process's first token among them.
         tasks: the number of tasks.
@@ -40,7 +44,7 @@ class MmdStatistics:
         if len(counts) > 1:
             raise RuntimeError(f'align="mmd" needs layers that see the same tokens, got {sorted(counts)} of them')
         ids = tokens.expand(tokens.ids.device, next(iter(counts), 0))
-        return cls({layer: torch.stack(heads_of(latents[layer])) for layer in sorted(latents)}, ids, 0, sizes[1])
+        return cls({layer: _by_head(latents[layer]) for layer in sorted(latents)}, ids, 0, sizes[1])
 
     def merge(self, other: MmdStatistics) -> MmdStatistics:
         """Returns the statistics of both sets of tokens together, first the tokens of self."""
@@ -72,15 +76,34 @@ class MmdStatistics:
         return replace(self, rows=rows, ids=all_ids, start=sum(sizes[: dist.get_rank()]))
 
     def evaluate(self, config: AlignLoraConfig) -> MmdAlignment:
-        """Computes the loss of every layer and its gradient in every row."""
-        losses, gradients = [], {}
+        """Computes the loss of every layer and its gradient in the rows that take part."""
         _, factor = pair_factor(config.align_pairs, self.tasks)
-        for layer, heads in self.rows.items():
-            results = [_value_and_gradient(z, self.ids.to(z.device), self.tasks, config) for z in heads]
-            losses += [loss.to(self.ids.device) * factor for loss, _ in results]
-            gradients[layer] = torch.stack([gradient for _, gradient in results], 1)
-        value, per_layer, latent_weight = layer_value(torch.stack(losses), config.latents, config.align_layers)
+        groups = [(layers, *self._evaluate(layers, self.ids, config)) for layers in self._group_layers()]
+        losses = self._in_order([(layers, loss) for layers, loss, *_ in groups]) * factor
+        value, per_layer, latent_weight = layer_value(losses, config.latents, config.align_layers)
+        gradients = [(layers, gradient, slot) for layers, _, gradient, slot in groups]
         return MmdAlignment(value, per_layer, latent_weight * factor, gradients, self)
+
+    def _group_layers(self) -> list[list[int]]:
+        """Groups the layers that one call can process (usually all)."""
+        groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for layer, z in self.rows.items():
+            groups.setdefault((z.device, z.dtype), []).append(layer)
+        return list(groups.values())
+
+    def _evaluate(self, layers: list[int], ids: Tensor, config: AlignLoraConfig) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns what mk_mmd_rows does for the latents of layers on one device."""
+        latents = [z for layer in layers for z in self.rows[layer].unbind(0)]
+        return mk_mmd_rows(latents, ids.to(latents[0].device), self.tasks, **_options(config))
+
+    def _in_order(self, losses: list[tuple[list[int], Tensor]]) -> Tensor:
+        """Returns the losses of all latents, [layers * latents per layer], of those of groups of layers."""
+        if len(losses) == 1:
+            return losses[0][1].to(self.ids.device)
+        by_layer: dict[int, Tensor] = {}
+        for layers, loss in losses:
+            by_layer |= zip(layers, loss.to(self.ids.device).unflatten(0, (len(layers), -1)), strict=True)
+        return torch.cat([by_layer[layer] for layer in self.rows])
 
     def pairs(self, config: AlignLoraConfig) -> Tensor:
         """Returns the number of pairs of tasks with enough tokens; scalar."""
@@ -90,7 +113,7 @@ class MmdStatistics:
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Returns all contents as tensors, to be stored."""
-        rows = {f"rows.{layer}": z for layer, z in self.rows.items()}
+        rows = {f"rows.{layer}": z.contiguous() for layer, z in self.rows.items()}
         return rows | {"ids": self.ids, "sizes": torch.tensor([self.start, self.tasks])}
 
     @classmethod
@@ -107,12 +130,10 @@ class MmdStatistics:
         weight = factor / max(float(self.pairs(config)), 1.0) if how == "mean" else 1.0
         for i, j in itertools.combinations(range(self.tasks), 2):
             pair = torch.where((self.ids == i) | (self.ids == j), self.ids, -1)
-            losses = [
-                mk_mmd(z, pair.to(z.device), self.tasks, **_options(config)).to(pair.device)
-                for heads in self.rows.values()
-                for z in heads
-            ]
-            value = weight * float(layer_value(torch.stack(losses), config.latents, config.align_layers)[0])
+            losses = self._in_order(
+                [(layers, self._evaluate(layers, pair, config)[0]) for layers in self._group_layers()]
+            )
+            value = weight * float(layer_value(losses, config.latents, config.align_layers)[0])
             per_task[i] += value
             per_task[j] += value
         return per_task
@@ -126,23 +147,35 @@ class MmdAlignment:
         value: scalar, the mean (or sum) over the layers.
         per_layer: [layers], the loss of each layer.
         latent_weight: the weight of one latent's loss in the value.
-        rows: for each layer, [K, latents per layer, rank], the gradient of one latent's loss.
+        of_rows: for layers of one device, gradient and slot of mk_mmd_rows, of the loss of one latent.
         statistics: the statistics that were evaluated.
     """
 
     value: Tensor
     per_layer: Tensor
     latent_weight: float
-    rows: dict[int, Tensor]
+    of_rows: list[tuple[list[int], Tensor, Tensor]]
     statistics: MmdStatistics
 
     def gradients(self, latents: Latents, tokens: TokenTasks, d_align: Tensor, scale: float) -> Latents:
         """Computes scale * d_align * d value / d z for latents of this process."""
+        gradients: Latents = {}
         start, weight = self.statistics.start, scale * self.latent_weight
-        return {
-            layer: self.rows[layer][start : start + len(z)].reshape(z.shape) * (d_align.to(z) * weight)
-            for layer, z in latents.items()
-        }
+        for layers, gradient, slot in self.of_rows:
+            heads = {layer: heads_of(latents[layer]) for layer in layers}
+            like = [z for layer in layers for z in heads[layer]]
+            d_loss = (d_align.to(like[0]) * weight).expand(len(like))
+            ranks = [z.shape[1] for z in like]
+            dz = iter(mk_mmd_backward(d_loss, gradient, slot[start : start + len(like[0])], ranks, like[0].dtype))
+            for layer in layers:
+                of_heads = [next(dz) for _ in heads[layer]]
+                gradients[layer] = torch.stack(of_heads, 1) if latents[layer].dim() == 3 else of_heads[0]
+        return gradients
+
+
+def _by_head(z: Tensor) -> Tensor:
+    """A view [latents per layer, T, rank] of a layer's latents."""
+    return z.movedim(1, 0) if z.dim() == 3 else z[None]
 
 
 def _options(config: AlignLoraConfig) -> dict[str, Any]:
@@ -153,13 +186,6 @@ def _options(config: AlignLoraConfig) -> dict[str, Any]:
         "n_max": config.mmd_n_max,
         "pairs": pair_factor(config.align_pairs, 0)[0],
     }
-
-
-@torch.enable_grad()
-def _value_and_gradient(z: Tensor, ids: Tensor, tasks: int, config: AlignLoraConfig) -> tuple[Tensor, Tensor]:
-    leaf = z.detach().requires_grad_()
-    loss = mk_mmd(leaf, ids, tasks, **_options(config))
-    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
 
 def _pad_rows(rows: Tensor, length: int) -> Tensor:

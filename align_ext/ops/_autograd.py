@@ -15,7 +15,7 @@ from torch import Tensor
 from align_ext.ops import _native  # noqa: F401
 
 SetupContext = Callable[[Any, tuple[Any, ...], Any], None]
-Backward = Callable[..., tuple[Tensor | None, ...]]
+Backward = Callable[..., Sequence[Tensor | None]]
 
 
 def below_autograd(operator: Any, inputs: tuple[Any, ...]) -> Any:
@@ -44,7 +44,8 @@ def differentiable(
         backward: (ctx, *gradients of the outputs) -> gradients of the arguments in `trained`.
         setup_context: (ctx, inputs, outputs): saves what backward needs. ctx.eager tells which way is used.
         trained: the arguments that have a gradient, in order, so that ctx.needs_input_grad[0] is the first one's in
-            both ways; all arguments if not given.
+            both ways; all arguments if not given. Or one argument that is a list of tensors, whose gradients backward
+            returns one by one.
 
     Returns:
         A function that calls the operator with positional arguments.
@@ -52,15 +53,23 @@ def differentiable(
     operator = getattr(torch.ops.align_ext, name).default
     arguments = [argument.name for argument in operator._schema.arguments]
     positions = [arguments.index(argument) for argument in trained or arguments]
-    select_trained: Any = itemgetter(*positions) if len(positions) > 1 else lambda inputs: (inputs[positions[0]],)
+    of_list = isinstance(operator._schema.arguments[positions[0]].type, torch.ListType)
+    one_by_one = len(positions) > 1 or of_list
+    select_trained: Any = itemgetter(*positions) if one_by_one else lambda inputs: (inputs[positions[0]],)
 
     def setup_registered(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.eager = False
+        if (
+            of_list
+        ):  # torch takes an empty list, of numbers too, for one of tensors, and wants a list of their gradients
+            ctx.no_gradients = [[] if isinstance(value, (list, tuple)) and not value else None for value in inputs]
         setup_context(ctx, inputs, output)
 
     def backward_registered(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        gradients = dict(zip(positions, backward(ctx, *d_outputs), strict=True))
-        return tuple(gradients.get(position) for position in range(len(arguments)))
+        of_trained = backward(ctx, *d_outputs)
+        gradients = dict(zip(positions, (list(of_trained),) if of_list else of_trained, strict=True))
+        others = ctx.no_gradients if of_list else [None] * len(arguments)
+        return tuple(gradients.get(position, other) for position, other in enumerate(others))
 
     torch.library.register_autograd(f"align_ext::{name}", backward_registered, setup_context=setup_registered)
 

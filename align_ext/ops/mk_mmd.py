@@ -3,6 +3,7 @@
 Native side: csrc/ops/mk_mmd.h. Oracle: align_ext/reference/mk_mmd.py.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -11,14 +12,14 @@ import torch
 from torch import Tensor
 
 from align_ext.ops import _native  # noqa: F401
-from align_ext.ops._autograd import differentiable
+from align_ext.ops._autograd import below_autograd, differentiable
 from align_ext.ops._checks import check_floating, check_integers, checked_integer
 
 _MAX_KERNELS = 32  # kMaxMmdKernels
 
 
 def mk_mmd(
-    z: Tensor,
+    z: Tensor | Sequence[Tensor],
     task: Tensor,
     num_tasks: int,
     *,
@@ -37,7 +38,8 @@ def mk_mmd(
     used. With fewer than two tasks, or bw < 1e-12, loss and gradient are 0.
 
     Args:
-        z: [T, rank], float32, bfloat16 or float16 (float64 on the CPU). Arithmetic in float32 (float64).
+        z: [T, rank], or a list of the [T, rank] of several layers, whose ranks may differ; float32, bfloat16 or
+            float16 (float64 on the CPU). Arithmetic in float32 (float64).
         task: int64 [T], in 0 .. num_tasks-1; any other value means that the token does not count.
         num_tasks: the number of tasks, up to 2^16.
         bandwidths: "heuristic": bw 2^(k - num_kernels // 2), k = 0 .. num_kernels-1, bw the mean squared distance of
@@ -50,12 +52,63 @@ def mk_mmd(
         pairs: "sum" over the pairs of tasks, or "mean".
 
     Returns:
-        The loss, a scalar of float32 (float64 for float64).
+        The loss, a scalar of float32 (float64 for float64). For a list [layers].
 
     Raises:
         ValueError: an option outside its range.
         RuntimeError: shapes or dtypes that do not match; the message names the argument. Double backward.
     """
+    layers = [z] if isinstance(z, Tensor) else list(z)
+    options = _checked(num_tasks, bandwidths, num_kernels, statistic, n_max, pairs)
+    losses: Tensor = _mk_mmd(layers, task, *options)[0]
+    return losses[0] if isinstance(z, Tensor) else losses
+
+
+def mk_mmd_rows(
+    z: Sequence[Tensor],
+    task: Tensor,
+    num_tasks: int,
+    *,
+    bandwidths: Literal["heuristic"] | Sequence[float] = "heuristic",
+    num_kernels: int = 5,
+    statistic: Literal["v", "u"] = "v",
+    n_max: int = 256,
+    pairs: Literal["sum", "mean"] = "sum",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes the loss of every layer, and its gradient in the tokens that take part; arguments as in mk_mmd.
+
+    Returns:
+        loss: [layers].
+        gradient: [layers, rows, rank], rank the largest of a layer; rows of the tokens that take part, then zeros.
+        slot: int32 [T], the row of a token in gradient, or -1.
+    """
+    options = _checked(num_tasks, bandwidths, num_kernels, statistic, n_max, pairs)
+    return below_autograd(torch.ops.align_ext.mk_mmd.default, (list(z), task, *options))
+
+
+def mk_mmd_backward(
+    d_loss: Tensor, gradient: Tensor, slot: Tensor, ranks: Sequence[int], dtype: torch.dtype
+) -> list[Tensor]:
+    """Computes dz_t = d_loss * gradient[slot[t]], zero where slot is -1, for all layers.
+
+    Args:
+        d_loss: [layers], the gradient of each layer's loss.
+        gradient: [layers, rows, rank] from mk_mmd_rows.
+        slot: int32 [T], likewise, or a part of it.
+        ranks: the rank of each layer.
+        dtype: of dz.
+
+    Returns:
+        dz of each layer, [T, rank of the layer]; views of one tensor that do not overlap.
+    """
+    dz = below_autograd(torch.ops.align_ext.mk_mmd_backward.default, (d_loss, gradient, slot, dtype))
+    return [of_layer[:, :rank] for of_layer, rank in zip(dz.unbind(0), ranks, strict=True)]
+
+
+def _checked(
+    num_tasks: int, bandwidths: str | Sequence[float], num_kernels: int, statistic: str, n_max: int, pairs: str
+) -> tuple[int, list[float], int, bool, int, bool]:
+    """Returns the operator's arguments."""
     if pairs not in ("sum", "mean"):
         raise ValueError(f'pairs must be "sum" or "mean", got {pairs!r}')
     if statistic not in ("v", "u"):
@@ -63,8 +116,7 @@ def mk_mmd(
     num_tasks = checked_integer("num_tasks", num_tasks)
     n_max = checked_integer("n_max", n_max, minimum=2, maximum=2**63 - 1)
     num_kernels = checked_integer("num_kernels", num_kernels, maximum=_MAX_KERNELS)
-    numbers = _parse_bandwidths(bandwidths)
-    return _mk_mmd(z, task, num_tasks, numbers, num_kernels, statistic == "u", n_max, pairs == "mean")[0]
+    return num_tasks, _parse_bandwidths(bandwidths), num_kernels, statistic == "u", n_max, pairs == "mean"
 
 
 def _parse_bandwidths(bandwidths: str | Sequence[float]) -> list[float]:
@@ -85,7 +137,7 @@ def _acc(dtype: torch.dtype) -> torch.dtype:
 
 @torch.library.register_fake("align_ext::mk_mmd")
 def _(
-    z: Tensor,
+    z: Sequence[Tensor],
     task: Tensor,
     num_tasks: int,
     bandwidths: Sequence[float],
@@ -94,17 +146,18 @@ def _(
     n_max: int,
     mean_pairs: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_floating(z=z)
+    check_floating(z=z[0])
     check_integers(task=task)
-    tokens, rank = z.shape
+    first, tokens = z[0], z[0].shape[0]
     rows = torch.sym_min(tokens, num_tasks * torch.sym_min(n_max, tokens))
-    loss, gradient = (z.new_empty(shape, dtype=_acc(z.dtype)) for shape in ((), (rows, rank)))
-    return loss, gradient, z.new_empty((tokens,), dtype=torch.int32)
+    rank = functools.reduce(torch.sym_max, (layer.shape[1] for layer in z))
+    loss, gradient = (first.new_empty(s, dtype=_acc(first.dtype)) for s in ((len(z),), (len(z), rows, rank)))
+    return loss, gradient, first.new_empty((tokens,), dtype=torch.int32)
 
 
 @torch.library.register_fake("align_ext::mk_mmd_backward")
 def _(d_loss: Tensor, gradient: Tensor, slot: Tensor, dtype: torch.dtype) -> Tensor:
-    return gradient.new_empty((slot.shape[0], gradient.shape[1]), dtype=dtype)
+    return gradient.new_empty((gradient.shape[0], slot.shape[0], gradient.shape[2]), dtype=dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -112,16 +165,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(gradient, slot)
     ctx.mark_non_differentiable(gradient, slot)
     ctx.set_materialize_grads(False)  # autograd makes no zeros for these two
-    ctx.dtype = inputs[0].dtype
+    ctx.ranks, ctx.dtype = [z.shape[1] for z in inputs[0]], inputs[0][0].dtype
 
 
-def _backward(ctx: Any, d_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, d_loss: Tensor | None, *_: Tensor | None) -> Sequence[Tensor | None]:
     if d_loss is None:
-        return (None,)
+        return [None] * len(ctx.ranks)
     if torch.is_grad_enabled():
         raise RuntimeError("mk_mmd cannot be differentiated twice: call backward without create_graph=True")
     gradient, slot = ctx.saved_tensors
-    return (torch.ops.align_ext.mk_mmd_backward(d_loss, gradient, slot, ctx.dtype),)
+    return mk_mmd_backward(d_loss, gradient, slot, ctx.ranks, ctx.dtype)
 
 
 _mk_mmd = differentiable("mk_mmd", _backward, _setup_context, ["z"])

@@ -2,13 +2,14 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
 def mk_mmd(
-    z: Tensor,
+    z: Tensor | Sequence[Tensor],
     task: Tensor,
     num_tasks: int,
     *,
@@ -19,6 +20,10 @@ def mk_mmd(
     pairs: str = "sum",
 ) -> Tensor:
     """Computes Σ_{i<j} [mean k(i, i) + mean k(j, j) - 2 mean k(i, j)] over the tasks with at least two tokens."""
+    if not isinstance(z, Tensor):
+        options: dict[str, Any] = {"bandwidths": bandwidths, "num_kernels": num_kernels}
+        options |= {"statistic": statistic, "n_max": n_max, "pairs": pairs}
+        return torch.stack([mk_mmd(layer, task, num_tasks, **options) for layer in z])
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     groups = [_chosen(z[task == i], n_max) for i in range(num_tasks)]
     groups = [g for g in groups if len(g) >= 2]

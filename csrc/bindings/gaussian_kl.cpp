@@ -3,52 +3,18 @@
 #include <tuple>
 #include <vector>
 
-#include "bindings/device.h"
+#include "bindings/latents.h"
 
 namespace align {
 namespace {
 
-// The latents of all layers, checked and contiguous. rank is that of moments and tables, at least the largest rank of a
-// layer.
-struct LatentTensors {
-  std::vector<Tensor> z;
-  Tensor task;
-  std::vector<int64_t> ranks;
-  int64_t tokens = 0, rank;
-
-  LatentTensors(const std::vector<Tensor>& layers, const Tensor& ids, int64_t room) : rank(room) {
-    ALIGN_CHECK(!layers.empty(), "z must hold the latent of one layer at least");
-    ALIGN_CHECK(rank >= 0 && rank <= kMaxColumns, "rank must be in 0 .. ", kMaxColumns, ", got ", rank);
-    for (const Tensor& layer : layers) check_layer(layer, layers[0]);
-    tokens = layers[0].size(0);
-    check_size(tokens, kMaxRows, "the rows of z");
-    check_shape(ids, {tokens}, "task");
-    check_device(ids, layers[0], "task");
-    check_dtype(ids, ScalarType::Long, "task", "int64");
-    for (const Tensor& layer : layers) z.push_back(as_contiguous(layer));
-    task = as_contiguous(ids);
-  }
-
-  void check_layer(const Tensor& layer, const Tensor& first) {
-    ALIGN_CHECK(layer.dim() == 2, "z must be [tokens, rank], got ", shape_of(layer));
-    check_floating(layer, "z");
-    check_shape(layer, {first.size(0), layer.size(1)}, "z of every layer");
-    check_device(layer, first, "z of every layer");
-    ALIGN_CHECK(layer.scalar_type() == first.scalar_type(), "z of every layer must have the same dtype");
-    ranks.push_back(layer.size(1));
-    ALIGN_CHECK(ranks.back() <= rank, "z has rank ", ranks.back(), ", but there is room for rank ", rank);
-  }
-
-  int64_t layers() const { return int64_t(z.size()); }
-
-  // Calls body(latents) with pointers of the kernel type T.
-  template <typename T, typename Body>
-  void with(const Body& body) const {
-    std::vector<const T*> pointers;
-    for (const Tensor& layer : z) pointers.push_back(data<T>(layer));
-    body(Latents<T>{layers(), tokens, rank, pointers.data(), ranks.data(), data<int64_t>(task)});
-  }
-};
+// Calls body(latents) with pointers of the kernel type T.
+template <typename T, typename Body>
+void with_latents(const LatentTensors& latents, const Body& body) {
+  const std::vector<const T*> pointers = latents.pointers<T>();
+  body(Latents<T>{latents.layers(), latents.tokens, latents.rank, pointers.data(), latents.ranks.data(),
+                  data<int64_t>(latents.task)});
+}
 
 void check_ddof(int64_t ddof) { ALIGN_CHECK(ddof == 0 || ddof == 1, "ddof must be 0 or 1, got ", ddof); }
 
@@ -103,7 +69,7 @@ Tensor task_moments(const std::vector<Tensor>& z, const Tensor& task, int64_t nu
   const Device device(z[0]);
   Tensor moments = empty_moments(latents, num_tasks);
   dispatch_dtype<Device>(z[0], "z", [&]<typename T>(T) {
-    latents.with<T>([&](const Latents<T>& all) {
+    with_latents<T>(latents, [&](const Latents<T>& all) {
       TaskMomentsArgs<T> args{.latents = all, .tasks = num_tasks, .moments = mutable_data<Acc<T>>(moments)};
       if constexpr (Device::kCuda) {
         Tensor workspace = empty_bytes(z[0], cuda::task_moments_workspace(all, num_tasks));
@@ -165,7 +131,7 @@ Tensor gaussian_kl_backward(const Tensor& d_loss, double scale, const std::vecto
   const Tensor tc = contiguous_as(tables, acc_type(z[0])), gc = contiguous_as(d_loss, acc_type(z[0]));
   Tensor dz = empty_gradients(latents);
   dispatch_dtype<Device>(z[0], "z", [&]<typename T>(T) {
-    latents.with<T>([&](const Latents<T>& all) {
+    with_latents<T>(latents, [&](const Latents<T>& all) {
       const GaussianKlBackwardArgs<T> args{.latents = all,
                                            .tasks = tables.size(1),
                                            .tables = data<Acc<T>>(tc),

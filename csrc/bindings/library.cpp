@@ -29,7 +29,7 @@ STABLE_TORCH_LIBRARY(align_ext, m) {
         "-> (Tensor loss, Tensor tables)");
   m.def("gaussian_kl_backward(Tensor d_loss, float scale, Tensor[] z, Tensor task, Tensor tables) -> Tensor dz");
 
-  m.def("mk_mmd(Tensor z, Tensor task, int num_tasks, float[] bandwidths, int num_kernels, bool u_statistic, "
+  m.def("mk_mmd(Tensor[] z, Tensor task, int num_tasks, float[] bandwidths, int num_kernels, bool u_statistic, "
         "int n_max, bool mean_pairs) -> (Tensor loss, Tensor gradient, Tensor slot)");
   m.def("mk_mmd_backward(Tensor d_loss, Tensor gradient, Tensor slot, ScalarType dtype) -> Tensor dz");
 }

@@ -26,12 +26,13 @@ struct Tile {
   int64_t rows;
 };
 
-// A call of the operator and its workspace.
+// A call of the operator, the layer under way, and the workspace, which serves one layer after the other.
 template <typename T>
 struct Job {
   using A = Acc<T>;
   const MkMmdArgs<T>& args;
   Arena arena;
+  int64_t layer = 0;
   // For each task: its tokens, the tokens seen so far, the tokens that take part, and the first row of these.
   int64_t *count, *seen, *chosen, *first;
   int64_t* token;  // [rows]
@@ -52,20 +53,22 @@ struct Job {
     token = arena.allocate<int64_t>(most_rows);
     tile = arena.allocate<Tile>(most_tiles);
     value = arena.allocate<double>(blocks_of(groups_of(most_tiles)));
-    z = arena.allocate<A>(most_tiles * tile_size());
-    centered = arena.allocate<A>(most_tiles * tile_size());
+    z = arena.allocate<A>(most_tiles * args.rank * kMmdTileRows);
+    centered = arena.allocate<A>(most_tiles * args.rank * kMmdTileRows);
     center = arena.allocate<A>(most_tiles * args.rank);
-    dz = arena.allocate<A>(most_tiles * tile_size());
+    dz = arena.allocate<A>(most_tiles * args.rank * kMmdTileRows);
   }
 
-  int64_t tile_size() const { return args.rank * kMmdTileRows; }
+  int64_t rank() const { return args.ranks[layer]; }
+  int64_t tile_size() const { return rank() * kMmdTileRows; }
   int64_t groups() const { return groups_of(tiles); }
   int64_t first_of(int64_t group) const { return tiles * group / groups(); }
   A* z_of(int64_t i) const { return z + i * tile_size(); }
   TileRows<A> rows_of(int64_t i) const {
-    return {z_of(i), centered + i * tile_size(), center + i * args.rank, tile[i].rows};
+    return {z_of(i), centered + i * tile_size(), center + i * rank(), tile[i].rows};
   }
   A* dz_of(int64_t i) const { return dz + i * tile_size(); }
+  A* gradient() const { return args.gradient + layer * mmd_rows(args.tokens, args.tasks, args.n_max) * args.rank; }
 
   // omega for two different tokens of tasks i and j.
   double omega(int64_t i, int64_t j) const {
@@ -121,13 +124,13 @@ void gather_tile(const Job<T>& job, int64_t index) {
   std::fill_n(z, job.tile_size(), Acc<T>(0));
   std::fill_n(job.dz_of(index), job.tile_size(), Acc<T>(0));
   for (int64_t r = 0; r < tile.rows; ++r) {
-    const T* row = job.args.z + job.token[tile.first + r] * job.args.rank;
-    for (int64_t d = 0; d < job.args.rank; ++d) z[d * kMmdTileRows + r] = widen(row[d]);
+    const T* row = job.args.z[job.layer] + job.token[tile.first + r] * job.args.strides[job.layer];
+    for (int64_t d = 0; d < job.rank(); ++d) z[d * kMmdTileRows + r] = widen(row[d]);
   }
-  for (int64_t d = 0; d < job.args.rank; ++d) {
+  for (int64_t d = 0; d < job.rank(); ++d) {
     Acc<T> sum = 0;
     for (int64_t r = 0; r < tile.rows; ++r) sum += z[d * kMmdTileRows + r];
-    const Acc<T> center = job.center[index * job.args.rank + d] = sum / Acc<T>(tile.rows);
+    const Acc<T> center = job.center[index * job.rank() + d] = sum / Acc<T>(tile.rows);
     for (int r = 0; r < kMmdTileRows; ++r) {
       job.centered[index * job.tile_size() + d * kMmdTileRows + r] = z[d * kMmdTileRows + r] - center;
     }
@@ -140,7 +143,7 @@ double mean_distance(const Job<T>& job) {
   double total = 0;
   run_widest([&](auto) ALIGN_INLINE_LAMBDA {
     double squares[kMmdTileRows] = {};
-    for (int64_t d = 0; d < job.args.rank; ++d) {
+    for (int64_t d = 0; d < job.rank(); ++d) {
       double sum[kMmdTileRows] = {}, mean = 0;
       for (int64_t i = 0; i < job.tiles; ++i) {
         const Acc<T>* z = job.z_of(i) + d * kMmdTileRows;  // zero beyond the tile's rows
@@ -180,10 +183,11 @@ Block block_at(int64_t round, int64_t index, int64_t groups) {
 // Whether the gradient adds up differences of rows. It must if the narrowest kernel may be so narrow that near rows
 // outweigh all others; it also does at ranks so small that products would save little.
 template <typename T>
-bool adds_differences(const MkMmdArgs<T>& args) {
+bool adds_differences(const Job<T>& job) {
   constexpr int kMaxHeuristic = 6;  // the narrowest bandwidth is an eighth of the mean squared distance
   constexpr int64_t kMinRank = 8;
-  return !args.kernels.relative || args.kernels.count > kMaxHeuristic || args.rank < kMinRank;
+  const MmdKernels& kernels = job.args.kernels;
+  return !kernels.relative || kernels.count > kMaxHeuristic || job.rank() < kMinRank;
 }
 
 // Processes a block and returns what it adds to the value.
@@ -196,7 +200,7 @@ ALIGN_INLINE double run_block(const Job<T>& job, const Rates<Acc<T>>& rates, con
     for (int64_t j = block.a == block.b ? i : job.first_of(block.b); j < job.first_of(block.b + 1); ++j) {
       const double omega = job.omega(job.tile[i].task, job.tile[j].task);
       const A weight = A(omega * double(job.rows) * double(job.rows));
-      const TilePair<A> pair{job.rows_of(i), job.rows_of(j), job.args.rank, weight, i == j};
+      const TilePair<A> pair{job.rows_of(i), job.rows_of(j), job.rank(), weight, i == j};
       squared_distances<W>(pair, h);
       kernels_of<W>(pair, rates, (i == j ? 1 : 2) * omega, h, values);
       add_gradients<W, kDifferences>(h, pair, job.dz_of(j));
@@ -215,7 +219,7 @@ void run_blocks(const Job<T>& job, const Rates<Acc<T>>& rates, int64_t round, in
   const auto run = [&](auto width) ALIGN_INLINE_LAMBDA {
     for (int64_t index = first; index < last; ++index) {
       const Block block = block_at(round, index, job.groups());
-      job.value[round * (job.groups() / 2) + index] = adds_differences(job.args)
+      job.value[round * (job.groups() / 2) + index] = adds_differences(job)
                                                           ? run_block<width(), true>(job, rates, block)
                                                           : run_block<width(), false>(job, rates, block);
     }
@@ -230,11 +234,12 @@ void run_blocks(const Job<T>& job, const Rates<Acc<T>>& rates, int64_t round, in
 template <typename T>
 void write_tile(const Job<T>& job, Acc<T> factor, int64_t index) {
   const Tile& tile = job.tile[index];
-  const int64_t rank = job.args.rank;
+  const int64_t rank = job.rank(), width = job.args.rank;
   const Acc<T>* dz = job.dz_of(index);
   for (int64_t r = 0; r < tile.rows; ++r) {
-    Acc<T>* gradient = job.args.gradient + (tile.first + r) * rank;
+    Acc<T>* gradient = job.gradient() + (tile.first + r) * width;
     for (int64_t d = 0; d < rank; ++d) gradient[d] = factor * dz[d * kMmdTileRows + r];
+    std::fill_n(gradient + rank, width - rank, Acc<T>(0));
   }
 }
 
@@ -273,32 +278,34 @@ void mk_mmd(const MkMmdArgs<T>& args) {
   Job<T> job(args, args.workspace);
   cut_tasks(job);
   choose_tokens(job);
-  bool some = job.tasks >= 2;
-  if (some) {
-    parallel_for(0, job.tiles, 8, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) gather_tile(job, i);
-    });
-    if (args.kernels.relative) job.bandwidth = mean_distance(job);
-    some = !(args.kernels.relative && job.bandwidth < kMmdMinBandwidth);
+  for (; job.layer < args.layers; ++job.layer) {
+    bool some = job.tasks >= 2;
+    if (some) {
+      parallel_for(0, job.tiles, 8, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) gather_tile(job, i);
+      });
+      if (args.kernels.relative) job.bandwidth = mean_distance(job);
+      some = !(args.kernels.relative && job.bandwidth < kMmdMinBandwidth);
+    }
+    args.loss[job.layer] = some ? Acc<T>(run_pairs(job)) : Acc<T>(0);
+    const int64_t written = some ? job.rows : 0, rows = mmd_rows(args.tokens, args.tasks, args.n_max);
+    std::fill_n(job.gradient() + written * args.rank, (rows - written) * args.rank, Acc<T>(0));
   }
-  args.loss[0] = some ? Acc<T>(run_pairs(job)) : Acc<T>(0);
-  const int64_t written = some ? job.rows : 0, rows = mmd_rows(args.tokens, args.tasks, args.n_max);
-  std::fill_n(args.gradient + written * args.rank, (rows - written) * args.rank, Acc<T>(0));
 }
 
 template <typename T>
 void mk_mmd_backward(const MkMmdBackwardArgs<T>& args) {
-  parallel_for(0, args.tokens, 2048, [&args](int64_t begin, int64_t end) {
+  parallel_for(0, args.layers * args.tokens, 2048, [&args](int64_t begin, int64_t end) {
     const int64_t rank = args.rank;
-    const Acc<T> d_loss = args.d_loss[0];
-    for (int64_t t = begin; t < end; ++t) {
-      T* dz = args.dz + t * rank;
-      if (args.slot[t] < 0) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t layer = i / args.tokens, slot = args.slot[i % args.tokens];
+      T* dz = args.dz + i * rank;
+      if (slot < 0) {
         std::fill_n(dz, rank, narrow<T>(Acc<T>(0)));
         continue;
       }
-      const Acc<T>* row = args.gradient + args.slot[t] * rank;
-      for (int64_t d = 0; d < rank; ++d) dz[d] = narrow<T>(d_loss * row[d]);
+      const Acc<T>* row = args.gradient + (layer * args.rows + slot) * rank;
+      for (int64_t d = 0; d < rank; ++d) dz[d] = narrow<T>(args.d_loss[layer] * row[d]);
     }
   });
 }

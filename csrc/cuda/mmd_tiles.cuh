@@ -121,6 +121,16 @@ struct GradientSums {
     }
   }
 
+  __device__ void add(const GradientSums& other) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      sum[i].x += other.sum[i].x;
+      sum[i].y += other.sum[i].y;
+      sum[i].z += other.sum[i].z;
+      sum[i].w += other.sum[i].w;
+    }
+  }
+
   // Writes the sums to the rows of the tile in out [rows, rank], which begins at the first of the kDims dimensions;
   // only `dims` of these exist.
   __device__ void write(int rows, int64_t dims, int64_t rank, float* out) const {

@@ -1,5 +1,5 @@
 // Multi-kernel maximum mean discrepancy between the tasks' latents z (Align-LoRA-M), over all pairs of tasks in one
-// pass over pairs of tokens, and its gradient.
+// pass over pairs of tokens, and its gradient, for all layers of a model at once.
 //
 // clang-format off
 //   k(a, b) = sum_k exp(-beta_k |z_a - z_b|^2)
@@ -16,10 +16,11 @@
 // tokens that take part. With fewer than two tasks, or bw < 1e-12, loss and gradient are 0. "mean" pairs divides both
 // by the number of pairs, Ma (Ma - 1) / 2.
 //
-// The forward pass writes the gradient of the loss for the n tokens that take part, [rows, rank], and slot, the row of
-// each token in it. Floating-point operations: about n^2 (4 rank + 30) on the CPU, which takes every unordered pair
-// once, and twice that on CUDA. Bytes (lower bound): task, slot and the z that take part; backward slot, dz once and
-// the rows. There is no n x n buffer.
+// Layers see the same tokens, so the same ones take part in all. The forward pass writes the gradient of each layer's
+// loss for the n tokens that take part, [rows, rank], and slot, the row of each token in it. Floating-point operations
+// of a layer: about n^2 (4 rank + 30) on the CPU, which takes every unordered pair once, and twice that on CUDA. Bytes
+// (lower bound): task, slot and the z that take part; backward slot, dz once and the rows. There is no n x n buffer. On
+// CUDA all layers take 7 launches forward, up to 240 of them at a time, and 1 backward.
 #pragma once
 
 #include <algorithm>
@@ -78,32 +79,36 @@ inline int64_t mmd_tiles(int64_t rows, int64_t tasks) { return rows / kMmdTileRo
 
 template <typename T>
 struct MkMmdArgs {
+  int64_t layers;
   int64_t tokens;  // below 2^31
-  int64_t rank;
+  int64_t rank;    // the largest rank: gradient has zeros where a layer has a smaller one
   int64_t tasks;
-  int64_t n_max;        // 2 or more
-  bool u_statistic;     // else V
-  bool mean_pairs;      // average over the pairs of tasks instead of summing
-  const T* z;           // [tokens, rank]
-  const int64_t* task;  // [tokens]
-  Acc<T>* loss;         // [1], assigned
-  Acc<T>* gradient;     // [mmd_rows, rank], assigned: dL/dz of the tokens that take part, task by task; then zeros
-  int32_t* slot;        // [tokens], assigned: the token's row in gradient, or -1
+  int64_t n_max;           // 2 or more
+  bool u_statistic;        // else V
+  bool mean_pairs;         // average over the pairs of tasks instead of summing
+  const T* const* z;       // [layers], on the host: where a layer's [tokens, ranks[layer]] begins
+  const int64_t* ranks;    // [layers], on the host
+  const int64_t* strides;  // [layers], on the host: elements from one row of z to the next
+  const int64_t* task;     // [tokens]
+  Acc<T>* loss;            // [layers], assigned
+  Acc<T>* gradient;  // [layers, mmd_rows, rank], assigned: dL/dz of the tokens that take part, task by task; then zeros
+  int32_t* slot;     // [tokens], assigned: the token's row in gradient, or -1
   void* workspace;
   MmdKernels kernels;
 };
 
 template <typename T>
 struct MkMmdBackwardArgs {
+  int64_t layers;
   int64_t tokens;
   int64_t rank;
   int64_t rows;
-  const Acc<T>* gradient;  // [rows, rank]
+  const Acc<T>* gradient;  // [layers, rows, rank]
   const int32_t* slot;     // [tokens], below rows
   // grad outputs
-  const Acc<T>* d_loss;  // [1], multiplies gradient
+  const Acc<T>* d_loss;  // [layers], multiplies gradient
   // grad inputs
-  T* dz;  // [tokens, rank], assigned; zero where slot is -1
+  T* dz;  // [layers, tokens, rank], assigned; zero where slot is -1
 };
 
 namespace cpu {

@@ -34,8 +34,8 @@ SHAPES = {
     "gaussian_kl": {"z": "T r", "task": "T"},
     "gaussian_kl_tables": {"moments": "L M 2r+1"},
     "gaussian_kl_backward": {"d_loss": "", "z": ["T r"], "task": "T", "tables": "1 M 3r"},
-    "mk_mmd": {"z": "T r", "task": "T"},
-    "mk_mmd_backward": {"d_loss": "", "gradient": "R r", "slot": "T"},
+    "mk_mmd": {"z": ["T r", "T r"], "task": "T"},
+    "mk_mmd_backward": {"d_loss": "L", "gradient": "L R r", "slot": "T"},
 }
 OPTIONS = {
     "scaling": 0.5, "offset_scaling": -0.5, "p": 0.0, "site": 0, "top_k": 1, "tau": 1.0, "need_dx": True, "rank": 8,

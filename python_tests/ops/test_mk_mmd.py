@@ -12,6 +12,7 @@ from task_ids import NOBODY_TO_COMPARE, assert_exactly_zero
 from torch.library import opcheck
 
 from align_ext import ops, reference
+from align_ext.ops.mk_mmd import mk_mmd_rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LARGE, FLOAT64 = pytest.mark.needs("size"), pytest.mark.needs("float64")
@@ -282,10 +283,11 @@ def test_float64_is_exact(device):
 
 def test_opcheck(device):
     z, task = (t.to(device) for t in make(40, 3, 3))
-    opcheck(torch.ops.align_ext.mk_mmd.default, (z.requires_grad_(), task, 3, [], 5, False, 8, False))
-    opcheck(torch.ops.align_ext.mk_mmd.default, (z.detach(), task, 3, [1.0, 3.0], 5, True, 256, True))
-    _, gradient, slot = torch.ops.align_ext.mk_mmd(z.detach(), task, 3, [], 5, False, 8, False)
-    opcheck(torch.ops.align_ext.mk_mmd_backward.default, (z.new_ones(()), gradient, slot, torch.bfloat16))
+    layers = [z.clone().requires_grad_(), z[:, :2]]
+    opcheck(torch.ops.align_ext.mk_mmd.default, (layers, task, 3, [], 5, False, 8, False))
+    opcheck(torch.ops.align_ext.mk_mmd.default, ([z], task, 3, [1.0, 3.0], 5, True, 256, True))
+    _, gradient, slot = torch.ops.align_ext.mk_mmd([z, z[:, :2]], task, 3, [], 5, False, 8, False)
+    opcheck(torch.ops.align_ext.mk_mmd_backward.default, (z.new_ones(2), gradient, slot, torch.bfloat16))
 
 
 def test_compiles_without_a_graph_break(device):
@@ -299,8 +301,9 @@ def test_compiles_without_a_graph_break(device):
 
 def test_no_more_than_the_rows_that_take_part_is_kept_for_backward(device):
     z, task = (t.to(device) for t in make(500, 4, 2))
-    _, gradient, slot = torch.ops.align_ext.mk_mmd(z, task, 2, [], 5, False, 16, False)
-    assert gradient.shape == (32, 4)
+    _, gradient, slot = mk_mmd_rows([z, z[:, :3]], task, 2, n_max=16)
+    assert gradient.shape == (2, 32, 4)
+    assert not gradient[1, :, 3].any()
     assert slot.dtype == torch.int32
     assert sorted(slot[slot >= 0].tolist()) == list(range(32))
 
