@@ -25,8 +25,9 @@ class Output:
 
 
 def low_rank(
-    adapter, config, x: Tensor, p: float = 0.0, tasks: Tensor | None = None, prompt: Tensor | None = None
-) -> Output:
+    adapter, config, x: Tensor, p: float = 0.0, tasks: Tensor | None = None, prompt: Tensor | None = None,
+    rng: Tensor | None = None,
+) -> Output:  # fmt: skip
     """The low-rank path of one layer, without base.
 
     Args:
@@ -36,10 +37,11 @@ def low_rank(
         p: of dropout.
         tasks: int64 [T], of every token; for multi_adapter.
         prompt: bool [B, S], what routing="sequence" pools over.
+        rng: seed and offset of the mask; drawn here if not given.
     """
     rows = x.reshape(-1, x.shape[-1])
     A, B = adapter.lora_A.to(x.dtype), adapter.lora_B.to(x.dtype)
-    rng = torch.randint(0, 2**63 - 1, (2,)) if p > 0 else None
+    rng = None if p == 0 else torch.randint(0, 2**63 - 1, (2,)) if rng is None else rng
     tokens, n = rows.shape
     width = n
     if config.routing == "sequence":

@@ -96,7 +96,8 @@ class Oracle:
             layer.base_layer(*args, **kwargs),
         )
         p = self.config.lora_dropout if layer.training else 0.0
-        self.outputs.append(literal.low_rank(layer.adapter, self.config, x, p, self.tasks, self.prompt))
+        rng = None if self.seeds is None or layer.adapter.layer is None else self.seeds[layer.adapter.layer]
+        self.outputs.append(literal.low_rank(layer.adapter, self.config, x, p, self.tasks, self.prompt, rng))
         if isinstance(base_out, tuple):
             return base_out[0] + self.outputs[-1].low, *base_out[1:]
         return base_out + self.outputs[-1].low
@@ -113,6 +114,7 @@ class Oracle:
         self.tasks = tasks.repeat_interleave(inputs["input_ids"].shape[1])
         self.prompt = prompts(inputs)
         self.outputs = []
+        self.seeds = torch.randint(2**63 - 1, (len(self.adapters), 2)) if self.config.lora_dropout > 0 else None
         lm = self.model(**inputs).loss
         return lm, self.outputs, torch.where(inputs["attention_mask"] == 1, tasks[:, None], -1).flatten()
 

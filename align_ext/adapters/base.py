@@ -50,6 +50,7 @@ class Adapter(nn.Module):
         self.state: AlignState | None = None
         self.layer: int | None = None  # its number among those whose outputs a step records
         self.layer_key: Tensor | None = None  # the same for compiled graphs
+        self.layer_index: Tensor | None = None  # and on the device of the parameters, [1], as of a step's opening
 
     def reset_lora_parameters(self, weight: Tensor | None) -> None:
         """Gives the parameters their first values; weight: the base's [out, in], where the initialisation needs it."""
@@ -66,18 +67,23 @@ class Adapter(nn.Module):
             self.layer = state.add_layer(name, self.r)
             self.layer_key = as_key(self.layer)
 
+    def index_on(self, device: torch.device) -> None:
+        """Puts the layer's index on the device of the parameters, for the forward to come."""
+        if self.layer is not None and (self.layer_index is None or self.layer_index.device != device):
+            self.layer_index = torch.tensor([self.layer], device=device)
+
     def forward(
         self, x: Tensor, weight: Weight = None, bias: Tensor | None = None, base_out: Tensor | None = None
     ) -> Tensor:
         """Computes base(x) + low rank for x [..., in_features]; the base is weight and bias, or what it returned."""
         dropout_p = self.dropout_p if self.training else 0.0
         step = self.state.find(self.training) if self.state is not None else None
-        y, z, w = self.low_rank_forward(x, dropout_p, step, weight=weight, bias=bias, base_out=base_out)
+        tapped = step if step is not None and self.layer_key is not None and self.training and step.records else None
+        rng = tapped.rng_of(self, x.device) if tapped is not None and dropout_p > 0 else None
+        y, z, w = self.low_rank_forward(x, dropout_p, step, rng=rng, weight=weight, bias=bias, base_out=base_out)
         if self.capture is not None:
             self.capture(Captured(z.detach(), None if w is None else w.detach()))
-        if step is None or self.layer_key is None or not (self.training and step.records):
-            return y
-        return step.tap(self, x, y, z, w)
+        return y if tapped is None else tapped.tap(self, x, y, z, w)
 
     def delta_factors(self) -> list[Factors]:
         """Pairs A [r, n] and B [m, r] of which s Σ B A is the adapter's change of the base weight.

@@ -30,7 +30,10 @@ def open_step(model: nn.Module, state: AlignState, ids: Tensor | None, **options
         refuse_processes_apart()
     adapter, trained = None, False
     for module in model.modules():
-        if not trained and (found := module._parameters.get("lora_A")) is not None:
+        found = module._parameters.get("lora_A")
+        if found is not None and "layer_index" in module.__dict__:
+            module.index_on(found.device)  # type: ignore[operator]
+        if found is not None and not trained:
             adapter = found
             trained = any(p is not None and p.requires_grad for p in module._parameters.values())
         checkpoint = module.__dict__.get("_gradient_checkpointing_func")

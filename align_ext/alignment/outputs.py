@@ -46,6 +46,11 @@ class StepOutputs(StepTokens):
         self.seen: set[int] = set()  # the layers that ran
         self.is_differentiated = False
         self._recorded: dict[int, Latents] | None = {LATENT: {}, WEIGHTS: {}}  # None: the loss has them
+        # Seed and offset of each layer's dropout mask, [layers, 2], drawn here and not where a layer needs them:
+        # checkpointed code must draw as often when it is recomputed.
+        draws = records and state.config.lora_dropout > 0 and not like.is_meta
+        self.seeds = torch.randint(2**63 - 1, (len(state.names), 2), device=like.device) if draws else None
+        self._rngs: dict[torch.device, tuple[Tensor, ...]] = {}
         self._gradients: dict[int, Latents] | None = None  # inside backward: the gradients that no layer has popped yet
 
     def tap(self, adapter: Any, x: Tensor, y: Tensor, z: Tensor, w: Tensor | None) -> Tensor:
@@ -58,6 +63,16 @@ class StepOutputs(StepTokens):
             self._hand_over(adapter, w.detach(), WEIGHTS)
         self.check_layout(x.shape)
         return tap(y, z, w, self, adapter)
+
+    def rng_of(self, adapter: Any, device: torch.device) -> Tensor | None:
+        """Seed and offset of a layer's dropout mask in this step, int64 [2]; None: the operator draws them."""
+        if self.seeds is None:
+            return None
+        if torch.compiler.is_compiling():  # by a tensor, which is no constant of the graph
+            return self.seeds.to(device).index_select(0, adapter.layer_index.to(device))[0]
+        if device not in self._rngs:
+            self._rngs[device] = self.seeds.to(device).unbind(0)
+        return self._rngs[device][adapter.layer]
 
     def _hand_over(self, adapter: Any, output_of_layer: Tensor, output: int) -> None:
         if torch.compiler.is_compiling():

@@ -59,9 +59,7 @@ def differentiable(
 
     def setup_registered(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.eager = False
-        if (
-            of_list
-        ):  # torch takes an empty list, of numbers too, for one of tensors, and wants a list of their gradients
+        if of_list:  # torch takes an empty list for one of tensors, and wants a list of gradients
             ctx.no_gradients = [[] if isinstance(value, (list, tuple)) and not value else None for value in inputs]
         setup_context(ctx, inputs, output)
 
