@@ -87,7 +87,7 @@ class MultiAdapter(Adapter):
     def low_rank_forward(self, x: Tensor, dropout_p: float, current: AlignStep | None, **op: Any) -> LowRankOutput:
         A, B = self.lora_A, self.lora_B
         if current is not None:
-            op["group"] = current.groups(x)
+            op["order"] = current.order(x)
             return *grouped_lora(x, A, B, self.scaling, dropout_p=dropout_p, **op), None
         k = self._named_task()
         if isinstance(k, Tensor):

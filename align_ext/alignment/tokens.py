@@ -17,6 +17,7 @@ from align_ext.alignment.guards import world_size
 from align_ext.alignment.model_state import AlignState
 from align_ext.config import MOST_TASKS
 from align_ext.losses.tokens import LayerTokens, TokenTasks
+from align_ext.ops import group_rows
 
 NO_TASK = -1
 TOKENS, DECODER, SAMPLES = "tokens", "decoder", "samples"
@@ -63,6 +64,7 @@ class StepTokens:
         self.all_tokens = self.tokens = TokenTasks(self.given)  # tokens: those that count in the losses
         self.of_decoder: TokenTasks | None = None  # the decoder's tokens that count
         self._of_samples: TokenTasks | None = None
+        self._orders: dict[tuple[torch.device, int], Tensor] = {}
         self.memories: list[Place] = []  # the encoder's outputs that the decoder reads
         self.prompt: Tensor | None = None  # bool [B, S]: tokens before the first label, without padding
         self.decoding = False  # the tokens follow others, whose keys and values are cached
@@ -99,6 +101,7 @@ class StepTokens:
         if self._known:
             self.given = self.given.repeat_interleave(count, 0)
             self.all_tokens = self.tokens = TokenTasks(self.given)
+            self._orders = {}
 
     def mask(self, attention_mask: Tensor | None, labels: Tensor | None) -> None:
         """Takes padding, and with response_only tokens without a label, out of the statistics."""
@@ -187,12 +190,16 @@ class StepTokens:
             )
         self.state.sources[layer] = source
 
-    def groups(self, x: Tensor) -> Tensor:
-        """int64 [T], the task of every token of a layer's input x, padded ones too."""
+    def order(self, x: Tensor) -> Tensor:
+        """The tokens of a layer's input x in the order of their tasks, padded ones too (ops.group_rows); cached."""
         tokens = x.shape[:-1].numel()
         self.all_tokens.check(tokens)
         self.check_layout(x.shape)
-        return self.all_tokens.expand(x.device, tokens)
+        order = self._orders.get((x.device, tokens))
+        if order is None:
+            ids = self.all_tokens.expand(x.device, tokens)
+            order = self._orders[x.device, tokens] = group_rows(ids, self.state.tasks)
+        return order
 
     def check_layout(self, shape: torch.Size) -> None:
         """Raises RuntimeError if a layer's input [..., n] is not batch first, or nothing has told yet whether it is."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from align_ext.ops import _projection as projection
 from align_ext.ops._autograd import differentiable
+from align_ext.ops._checks import check_integers
 
 
 def grouped_lora(
@@ -20,6 +21,7 @@ def grouped_lora(
     *,
     offsets: Tensor | None = None,
     group: Tensor | None = None,
+    order: Tensor | None = None,
     dropout_p: float = 0.0,
     rng: Tensor | None = None,
     weight: projection.Weight = None,
@@ -39,6 +41,8 @@ def grouped_lora(
         scaling: lora_alpha / r, or lora_alpha / sqrt(r).
         offsets: int64 [groups + 1]; group k owns rows offsets[k] .. offsets[k+1] of x. Groups may be empty.
         group: int64 [T], the group of each row, instead of offsets. Neither is needed with one group.
+        order: group_rows(group, groups) instead of group, for several calls with the same groups. On CUDA its rows are
+            taken as they are.
         dropout_p: probability of dropping an element of x, in [0, 1).
         rng: int64 [2] (seed, offset) of the mask; drawn from torch's generator if not given.
         weight: [out_dim, in_dim], the frozen base weight, in x's dtype, or a function that makes it, which is called
@@ -54,13 +58,41 @@ def grouped_lora(
         ValueError: arguments that contradict each other.
         RuntimeError: shapes or dtypes that do not match; the message names the argument.
     """
+    if sum(given is not None for given in (offsets, group, order)) > 1:
+        raise ValueError("give one of offsets, group and order")
     rng = projection.checked_rng(x, dropout_p, rng, weight, bias, base_out)
-    return _grouped_lora(x, A, B, scaling, offsets, group, dropout_p, rng, weight, bias, base_out)
+    if group is not None:
+        if group.shape != (x.shape[:-1].numel(),):
+            raise RuntimeError(f"group must have shape {[x.shape[:-1].numel()]}, got {list(group.shape)}")
+        order = group_rows(group, A.shape[0] if A.dim() == 3 else 1)
+    return _grouped_lora(x, A, B, scaling, offsets, order, dropout_p, rng, weight, bias, base_out)
+
+
+def group_rows(group: Tensor, groups: int) -> Tensor:
+    """Sorts rows by their groups, for grouped_lora; stable.
+
+    Args:
+        group: int64 [T], the group of each row, in 0 .. groups-1.
+        groups: their number.
+
+    Returns:
+        int64 [T + groups + 1]: the rows in the order of their groups, then where each group begins, and T.
+
+    Raises:
+        RuntimeError: not of int64, or another group (on CUDA the program stops).
+    """
+    return torch.ops.align_ext.group_rows.default(group, groups)
+
+
+@torch.library.register_fake("align_ext::group_rows")
+def _(group: Tensor, groups: int) -> Tensor:
+    check_integers(group=group)
+    return group.new_empty((group.shape[0] + groups + 1,))
 
 
 @torch.library.register_fake("align_ext::grouped_lora")
 def _(
-    x: Tensor, A: Tensor, B: Tensor, scaling: float, offsets: Any, group: Any, p: float, rng: Any,
+    x: Tensor, A: Tensor, B: Tensor, scaling: float, offsets: Any, order: Any, p: float, rng: Any,
     weight: Any, bias: Any, base_out: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     base = {"weight": weight, "bias": bias, "base_out": base_out}
@@ -69,23 +101,23 @@ def _(
 
 @torch.library.register_fake("align_ext::grouped_lora_backward")
 def _(
-    dy: Tensor, dz: Any, x: Tensor, z: Tensor, A: Tensor, B: Tensor, scaling: float, offsets: Any, group: Any,
+    dy: Tensor, dz: Any, x: Tensor, z: Tensor, A: Tensor, B: Tensor, scaling: float, offsets: Any, order: Any,
     p: float, rng: Any, weight: Any, need_dx: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     return projection.empty_gradients(x, need_dx, A, B)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, A, B, ctx.scaling, offsets, group, ctx.p, rng, weight, _, _ = inputs
-    ctx.save_for_backward(x, output[1], A, B, offsets, group, rng, projection.keep_weight(ctx, weight))
+    x, A, B, ctx.scaling, offsets, order, ctx.p, rng, weight, _, _ = inputs
+    ctx.save_for_backward(x, output[1], A, B, offsets, order, rng, projection.keep_weight(ctx, weight))
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dy: Tensor | None, dz: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, z, A, B, offsets, group, rng, saved = ctx.saved_tensors
+    x, z, A, B, offsets, order, rng, saved = ctx.saved_tensors
     weight = projection.weight_again(ctx, saved)
     dy = projection.output_gradient("grouped_lora", dy, x, B)
-    grads = _gradients(dy, dz, x, z, A, B, ctx.scaling, offsets, group, ctx.p, rng, weight, ctx.needs_input_grad[0])
+    grads = _gradients(dy, dz, x, z, A, B, ctx.scaling, offsets, order, ctx.p, rng, weight, ctx.needs_input_grad[0])
     return projection.gradients(ctx, grads, (A, B), dy if weight is None else None)
 
 

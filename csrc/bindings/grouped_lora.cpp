@@ -32,51 +32,43 @@ GroupedLoraShape check_inputs(const Tensor& x, const Tensor& A, const Tensor& B)
   return shape;
 }
 
-// Checks the shapes of offsets and group, which say to which group a row belongs, but not their values.
+// The order that group_rows found: rows [tokens] in the order of their groups, then offsets [groups + 1].
+int64_t size_of_order(int64_t tokens, int64_t groups) { return tokens + groups + 1; }
+
+// Checks the shapes of offsets and order, which say to which group a row belongs, but not their values.
 void check_groups(const GroupedLoraShape& shape, const Tensor& like, const OptionalTensor& offsets,
-                  const OptionalTensor& group) {
-  ALIGN_CHECK(!(offsets && group), "give offsets or group, not both");
-  ALIGN_CHECK(offsets || group || shape.groups == 1, "A holds ", shape.groups, " groups: give offsets or group");
+                  const OptionalTensor& order) {
+  ALIGN_CHECK(!(offsets && order), "give offsets or order, not both");
+  ALIGN_CHECK(offsets || order || shape.groups == 1, "A holds ", shape.groups, " groups: give offsets or order");
   check_device(offsets, like, "offsets");
-  check_device(group, like, "group");
+  check_device(order, like, "order");
   if (offsets) {
     check_shape(*offsets, {shape.groups + 1}, "offsets");
     check_dtype(*offsets, ScalarType::Long, "offsets", "int64");
   }
-  if (group) {
-    check_shape(*group, {shape.tokens}, "group");
-    check_dtype(*group, ScalarType::Long, "group", "int64");
+  if (order) {
+    check_shape(*order, {size_of_order(shape.tokens, shape.groups)}, "order");
+    check_dtype(*order, ScalarType::Long, "order", "int64");
   }
 }
 
-// The rows in group order, and where each group begins. Owns the arrays that RowGroups points to.
-// On CUDA the kernels check the values of group and offsets.
+// The rows in group order, and where each group begins. Owns the arrays that RowGroups points to. On CUDA the kernels
+// check the values of offsets.
 template <class Device>
 struct GroupedRows {
   std::array<int64_t, 2> whole;  // offsets of the only group, on the CPU
-  Tensor sorted;                 // [tokens + groups + 1] rows, then offsets
   Tensor given;
   RowGroups view = {nullptr, nullptr};
 
-  GroupedRows(const Device& device, const GroupedLoraShape& shape, const Tensor& like, const OptionalTensor& offsets,
-              const OptionalTensor& group)
+  GroupedRows(const GroupedLoraShape& shape, const Tensor& like, const OptionalTensor& offsets,
+              const OptionalTensor& order)
       : whole{0, shape.tokens} {
-    check_groups(shape, like, offsets, group);
-    if (offsets) {
-      given = as_contiguous(*offsets);
-      view.offsets = data<int64_t>(given);
-      if constexpr (!Device::kCuda) check_offsets(shape);
-    } else if (group) {
-      given = as_contiguous(*group);
-      if constexpr (!Device::kCuda) check_group(shape);
-      sorted = make_empty(like, {shape.tokens + shape.groups + 1}, ScalarType::Long);
-      int64_t *rows = mutable_data<int64_t>(sorted), *first = rows + shape.tokens;
-      view = {rows, first};
-      if constexpr (Device::kCuda) {
-        cuda::group_rows(data<int64_t>(given), shape.tokens, shape.groups, rows, first, device.stream());
-      } else {
-        cpu::group_rows(data<int64_t>(given), shape.tokens, shape.groups, rows, first);
-      }
+    check_groups(shape, like, offsets, order);
+    if (offsets || order) {
+      given = as_contiguous(offsets ? *offsets : *order);
+      const int64_t* const values = data<int64_t>(given);
+      view = offsets ? RowGroups{nullptr, values} : RowGroups{values, values + shape.tokens};
+      if constexpr (!Device::kCuda) check_values(shape);
     } else if (!Device::kCuda) {
       view.offsets = whole.data();
     }
@@ -84,24 +76,44 @@ struct GroupedRows {
   GroupedRows(const GroupedRows&) = delete;  // view points into the object
 
  private:
-  void check_offsets(const GroupedLoraShape& shape) const {
+  void check_values(const GroupedLoraShape& shape) const {
     const int64_t* o = view.offsets;
     bool valid = o[0] == 0 && o[shape.groups] == shape.tokens;
     for (int64_t k = 0; k < shape.groups; ++k) valid = valid && o[k] <= o[k + 1];
     ALIGN_CHECK(valid, "offsets must rise from 0 to the number of rows of x, ", shape.tokens);
-  }
-
-  void check_group(const GroupedLoraShape& shape) const {
-    const int64_t* k = data<int64_t>(given);
-    for (int64_t t = 0; t < shape.tokens; ++t)
-      ALIGN_CHECK(k[t] >= 0 && k[t] < shape.groups, "group must be in 0..", shape.groups - 1, ", got ", k[t],
-                  " at row ", t);
+    for (int64_t i = 0; view.rows && i < shape.tokens; ++i) {
+      ALIGN_CHECK(view.rows[i] >= 0 && view.rows[i] < shape.tokens, "order must hold rows of x, 0 .. ",
+                  shape.tokens - 1, ", got ", view.rows[i]);
+    }
   }
 };
 
 template <class Device>
+Tensor group_rows(const Tensor& group, int64_t groups) {
+  ALIGN_CHECK(group.dim() == 1, "group must be [tokens], got ", shape_of(group));
+  check_dtype(group, ScalarType::Long, "group", "int64");
+  check_size(group.size(0), kMaxRows, "the rows of group");
+  check_count(groups, "groups");
+  const Device device(group);
+  const int64_t tokens = group.size(0);
+  const Tensor given = as_contiguous(group);
+  Tensor order = make_empty(group, {size_of_order(tokens, groups)});
+  const int64_t* const k = data<int64_t>(given);
+  int64_t *const rows = mutable_data<int64_t>(order), *const offsets = rows + tokens;
+  if constexpr (Device::kCuda) {  // which checks the values by itself
+    cuda::group_rows(k, tokens, groups, rows, offsets, device.stream());
+  } else {
+    for (int64_t t = 0; t < tokens; ++t) {
+      ALIGN_CHECK(k[t] >= 0 && k[t] < groups, "group must be in 0..", groups - 1, ", got ", k[t], " at row ", t);
+    }
+    cpu::group_rows(k, tokens, groups, rows, offsets);
+  }
+  return order;
+}
+
+template <class Device>
 std::tuple<Tensor, Tensor> grouped_lora(const Tensor& x, const Tensor& A, const Tensor& B, double scaling,
-                                        const OptionalTensor& offsets, const OptionalTensor& group, double p,
+                                        const OptionalTensor& offsets, const OptionalTensor& order, double p,
                                         const OptionalTensor& rng, const OptionalTensor& weight,
                                         const OptionalTensor& bias, const OptionalTensor& base_out) {
   const GroupedLoraShape shape = check_inputs(x, A, B);
@@ -110,7 +122,7 @@ std::tuple<Tensor, Tensor> grouped_lora(const Tensor& x, const Tensor& A, const 
   const Tensor xc = as_contiguous(x);
   const Tensor Ac = contiguous_as(A, adapters), Bc = contiguous_as(B, adapters);
   const Dropout dropout(p, rng, x);
-  const GroupedRows<Device> rows(device, shape, x, offsets, group);
+  const GroupedRows<Device> rows(shape, x, offsets, order);
   BaseProduct y = output_of(xc, shape, weight, bias, base_out, low_rank_first<Device>());
   const OptionalTensor biasc = contiguous_as(bias, dtype);
   Tensor z = make_empty(x, {shape.tokens, shape.rank}, acc_type(x));
@@ -144,7 +156,7 @@ template <class Device>
 std::tuple<Tensor, Tensor, Tensor> grouped_lora_backward(const Tensor& dy, const OptionalTensor& dz, const Tensor& x,
                                                          const Tensor& z, const Tensor& A, const Tensor& B,
                                                          double scaling, const OptionalTensor& offsets,
-                                                         const OptionalTensor& group, double p,
+                                                         const OptionalTensor& order, double p,
                                                          const OptionalTensor& rng, const OptionalTensor& weight,
                                                          bool need_dx) {
   const GroupedLoraShape shape = check_inputs(x, A, B);
@@ -155,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_lora_backward(const Tensor& dy, const
   const Tensor Ac = contiguous_as(A, adapters), Bc = contiguous_as(B, adapters);
   const OptionalTensor dzc = contiguous_as(dz, acc);
   const Dropout dropout(p, rng, x);
-  const GroupedRows<Device> rows(device, shape, x, offsets, group);
+  const GroupedRows<Device> rows(shape, x, offsets, order);
   BaseProduct dx = dx_of(shape, xc, dyc, weight, need_dx, low_rank_first<Device>());
   Tensor dA = like_adapter(A, x), dB = like_adapter(B, x);
   dispatch_types<Device>(x, adapters, [&]<typename T, typename TA>(T, TA) {
@@ -189,6 +201,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_lora_backward(const Tensor& dy, const
 
 template <class Device>
 void implement(auto& m) {
+  m.impl("group_rows", TORCH_BOX(&group_rows<Device>));
   m.impl("grouped_lora", TORCH_BOX(&grouped_lora<Device>));
   m.impl("grouped_lora_backward", TORCH_BOX(&grouped_lora_backward<Device>));
 }

@@ -3,10 +3,11 @@
 
 // clang-format off
 STABLE_TORCH_LIBRARY(align_ext, m) {
-  m.def("grouped_lora(Tensor x, Tensor A, Tensor B, float scaling, Tensor? offsets, Tensor? group, float p, "
+  m.def("group_rows(Tensor group, int groups) -> Tensor order");
+  m.def("grouped_lora(Tensor x, Tensor A, Tensor B, float scaling, Tensor? offsets, Tensor? order, float p, "
         "Tensor? rng, Tensor? weight, Tensor? bias, Tensor? base_out) -> (Tensor y, Tensor z)");
   m.def("grouped_lora_backward(Tensor dy, Tensor? dz, Tensor x, Tensor z, Tensor A, Tensor B, float scaling, "
-        "Tensor? offsets, Tensor? group, float p, Tensor? rng, Tensor? weight, bool need_dx) "
+        "Tensor? offsets, Tensor? order, float p, Tensor? rng, Tensor? weight, bool need_dx) "
         "-> (Tensor dx, Tensor dA, Tensor dB)");
 
   m.def("dropout_sum(Tensor x, Tensor A, Tensor B, float scaling, float offset_scaling, Tensor? A0, Tensor? B0, "

@@ -22,8 +22,9 @@ X = {"x": "T n", "base_out": "T m"}
 OFFSET = {"A0": "q n", "B0": "m q"}
 BACKWARD = {"x": "T n", "dy": "T m"}
 SHAPES = {
-    "grouped_lora": X | {"A": "G r n", "B": "G m r", "group": "T"},
-    "grouped_lora_backward": BACKWARD | {"z": "T r", "dz": "T r", "A": "G r n", "B": "G m r", "group": "T"},
+    "group_rows": {"group": "T"},
+    "grouped_lora": X | {"A": "G r n", "B": "G m r", "order": "T+G+1"},
+    "grouped_lora_backward": BACKWARD | {"z": "T r", "dz": "T r", "A": "G r n", "B": "G m r", "order": "T+G+1"},
     "dropout_sum": X | OFFSET | {"A": "r n", "B": "N m r"},
     "dropout_sum_backward": BACKWARD | OFFSET | {"z": "T r", "dz": "T r", "A": "r n", "B": "N m r"},
     "routed_lora": X | OFFSET | {"A": "N r n", "B": "N m r", "R": "NG n"},
@@ -40,7 +41,7 @@ SHAPES = {
 OPTIONS = {
     "scaling": 0.5, "offset_scaling": -0.5, "p": 0.0, "site": 0, "top_k": 1, "tau": 1.0, "need_dx": True, "rank": 8,
     "eps": 1e-6, "ddof": 0, "mean_pairs": False, "scale": 1.0, "bandwidths": [], "num_kernels": 2, "num_tasks": 2,
-    "u_statistic": False, "n_max": 4, "dtype": torch.float32,
+    "u_statistic": False, "n_max": 4, "dtype": torch.float32, "groups": 2,
 }  # fmt: skip
 SMALL = {"T": 6, "n": 8, "m": 12, "r": 3, "N": 2, "G": 2, "q": 2, "M": 2, "L": 2, "R": 6}
 FAKES = [name for name in SHAPES if not name.endswith(("_backward", "_tables"))]  # that check dtypes
@@ -63,6 +64,7 @@ def tensors_of(name):
 
 def shape_of(letters, sizes):
     compound = {"NG": sizes["N"] * sizes["G"], "2r+1": 2 * sizes["r"] + 1, "3r": 3 * sizes["r"], "1": 1}
+    compound["T+G+1"] = sizes["T"] + sizes["G"] + 1
     return [(sizes | compound)[letter] for letter in letters.split()]
 
 
@@ -94,6 +96,9 @@ def call_of(name, device, sizes=SMALL, **options):
         several = letters if isinstance(letters, list) else [letters]
         made = [tensor_of(key, shape_of(one, sizes), device) for one in several]
         known |= {key: made if several is letters else made[0]}
+    if "order" in SHAPES[name] and known["order"].numel() < 100:  # all rows belong to the first group
+        offsets = torch.tensor([0] + [sizes["T"]] * sizes["G"])
+        known["order"] = torch.cat([torch.arange(sizes["T"]), offsets]).to(device)
     return {argument.name: known.get(argument.name) for argument in operator(name)._schema.arguments}
 
 
@@ -122,7 +127,7 @@ def check_dtypes(name, arguments, tried, device):
             message = message_of(lambda changed=changed: operator(name)(**changed))
             assert message.startswith(f"{tried} must be "), message
             assert message.endswith(f"got {str(dtype).removeprefix('torch.')}"), message
-            if name in FAKES and device.type == "cpu" and tried not in ("group", "offsets", "rng"):
+            if name in FAKES and device.type == "cpu" and tried not in ("group", "order", "offsets", "rng"):
                 meta = {key: each(value, lambda tensor: tensor.to("meta")) for key, value in changed.items()}
                 assert message_of(lambda meta=meta: operator(name)(**meta)) == message
 
@@ -138,7 +143,7 @@ def test_each_dtype_of_a_base_layer_is_taken_or_refused_by_name(device, name, tr
     base = {"base_out": None, "weight": tensor_of("weight", [12, 8], device), "bias": tensor_of("bias", [12], device)}
     arguments = call_of(name, device, p=0.5, site=1) | base | {"rng": torch.tensor([3, 4], device=device)}
     if name == "grouped_lora":
-        arguments |= {"group": None, "offsets": torch.tensor([0, 2, 6], device=device)}
+        arguments |= {"order": None, "offsets": torch.tensor([0, 2, 6], device=device)}
     if tried in arguments:
         check_dtypes(name, arguments, tried, device)
 
@@ -227,7 +232,7 @@ def test_as_many_tasks_as_there_may_be_work(device, function):
 
 
 def test_rows_of_no_group_are_refused(device):
-    for empty in ({"group": torch.zeros(6, dtype=torch.int64)}, {"group": None, "offsets": torch.zeros(1).long()}):
+    for empty in ({}, {"order": None, "offsets": torch.zeros(1).long()}):
         arguments = call_of("grouped_lora", device, SMALL | {"G": 0})
         arguments |= {name: tensor if tensor is None else tensor.to(device) for name, tensor in empty.items()}
         assert message_of(lambda a=arguments: operator("grouped_lora")(**a)) == "A holds no group, but x has 6 rows"

@@ -166,15 +166,15 @@ def test_opcheck(device, weight_form, groups, p):
     rng = RNG.to(device) if p else None
     for t in (x, A, B, base):
         t.requires_grad_()
-    group = torch.arange(12, device=device) % groups if groups > 1 else None
+    order = ops.group_rows(torch.arange(12, device=device) % groups, groups) if groups > 1 else None
     weight, bias, base = (W, bias, None) if weight_form else (None, None, base)
-    args = (x, A, B, 0.5, None, group, p, rng, weight, bias, base)
+    args = (x, A, B, 0.5, None, order, p, rng, weight, bias, base)
     opcheck(torch.ops.align_ext.grouped_lora.default, args)
     y, z = torch.ops.align_ext.grouped_lora(*args)
     detached = [None if t is None else t.detach() for t in (x, z, A, B)]
     opcheck(
         torch.ops.align_ext.grouped_lora_backward.default,
-        (y.detach(), z.detach(), *detached, 0.5, None, group, p, rng, weight, True),
+        (y.detach(), z.detach(), *detached, 0.5, None, order, p, rng, weight, True),
     )
 
 
@@ -234,6 +234,31 @@ def test_a_strided_rng_is_read_as_it_is(device):
     strided = torch.stack([plain, plain + 1], dim=1).reshape(-1)[::2]
     z = [ops.grouped_lora(x, A, B, dropout_p=0.5, rng=rng, base_out=base)[1] for rng in (strided, plain)]
     assert torch.equal(*z)
+
+
+def test_an_order_found_before_is_that_of_the_groups(device):
+    group = torch.tensor([2, 0, 2, 2, 0, 3], device=device)
+    order = ops.group_rows(group, 5)
+    assert order.tolist() == [1, 4, 0, 2, 3, 5, *(0, 2, 2, 5, 6, 6)]
+    x, A, B, _, _, base, *_ = make(6, 10, 8, 4, 5, torch.float32, device=device)
+    leaves = [[t.clone().requires_grad_() for t in (x, A, B)] for _ in range(2)]
+    given = ({"group": group}, {"order": order})
+    y, z = zip(*(ops.grouped_lora(*of, base_out=base, **by) for of, by in zip(leaves, given, strict=True)), strict=True)
+    torch.autograd.backward([*y, *z], [torch.ones_like(t) for t in (*y, *z)])
+    assert torch.equal(*y)
+    assert torch.equal(*z)
+    for a, b in zip(*leaves, strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.needs("values")
+@pytest.mark.parametrize(
+    ("order", "message"), [([0, 1, 3, 0, 2, 3], "order must hold rows of x"), ([0, 1, 2, 0, 2, 2], "offsets must rise")]
+)
+def test_an_order_of_other_rows_is_refused(device, order, message):
+    x, A, B, _, _, base, *_ = make(3, 10, 8, 4, 2, torch.float32, device=device)
+    with pytest.raises(RuntimeError, match=message):
+        ops.grouped_lora(x, A, B, base_out=base, order=torch.tensor(order, device=device))
 
 
 def test_tensors_of_another_device_are_named(device):
