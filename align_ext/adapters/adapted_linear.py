@@ -14,7 +14,8 @@ from align_ext.ops._projection import Weight
 def _casts(x: Tensor) -> bool:
     """Whether autocast would compute a product of x in another dtype."""
     kind = x.device.type
-    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype
+    has_autocast = torch.amp.is_autocast_available(kind)
+    return has_autocast and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype
 
 
 class AdaptedModule(nn.Module):
