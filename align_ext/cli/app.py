@@ -1,6 +1,7 @@
 """The command line of all commands; a user's error becomes one line on stderr and exit code 2."""
 
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -102,7 +103,8 @@ def _run() -> int:
         # A process that has joined others may be the only one with its error.
         _report("error: " + line(text, 800), alone=processes.count() > 1)
         code = 2
-    if code == _INTERRUPTED and (ended := ending.received()):
+    ended = ending.received()
+    if code == _INTERRUPTED and ended is not None and ended != signal.SIGINT:
         _report(f"ended by {ended.name}")
         code = 128 + ended
     elif code == _INTERRUPTED:

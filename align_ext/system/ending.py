@@ -1,18 +1,25 @@
-"""Signals that end a command: SIGTERM and SIGHUP interrupt it like Ctrl-C, or wait until the current step is done."""
+"""Signals that end a command: SIGTERM and SIGHUP interrupt it like Ctrl-C; in training all wait for a step's end."""
 
+import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from align_ext.system import starting
 
+_SAME = 1.0  # seconds in which a second signal is the first one again: torchrun passes on what a terminal sends to all
+_WAITING = b"\nalign-lora: writing a checkpoint after this step; Ctrl-C again ends at once\n"
 _received: list[signal.Signals] = []
+_times: list[float] = []
 _deferring: list[bool] = []
 
 
 def listen() -> None:
     """Makes both signals raise KeyboardInterrupt, unless the process was started to ignore them (nohup)."""
     _received.clear()
+    _times.clear()
     if signal.getsignal(signal.SIGINT) is starting.end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -27,16 +34,25 @@ def received() -> signal.Signals | None:
 
 @contextmanager
 def deferred() -> Iterator[Callable[[], signal.Signals | None]]:
-    """Within the block, the first signal is only returned by the yielded function; a second one interrupts."""
+    """Within the block the first signal, also Ctrl-C, is what the yielded function returns; a later one interrupts."""
     _deferring.append(True)
+    in_main, of_python = threading.current_thread() is threading.main_thread(), signal.default_int_handler
+    hears = in_main and signal.getsignal(signal.SIGINT) is of_python
+    if hears:
+        signal.signal(signal.SIGINT, _handle_signal)
     try:
         yield received
     finally:
         _deferring.pop()
+        if hears:
+            signal.signal(signal.SIGINT, of_python)
 
 
 def _handle_signal(number: int, _: object) -> None:
     first = not _received
     _received.append(signal.Signals(number))
-    if not (first and _deferring):
+    _times.append(time.monotonic())
+    if not _deferring or (not first and _times[-1] - _times[0] > _SAME):
         raise KeyboardInterrupt
+    if first and number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+        os.write(2, _WAITING)

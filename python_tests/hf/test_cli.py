@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from align_ext import __version__, cli
 from align_ext.diagnostics import doctor
+from align_ext.system import ending
 from align_ext.training.options import ADAPTERS, GROUPS, TrainOptions, known_options
 
 RUN = """
@@ -141,7 +142,7 @@ def test_a_file_covers_the_whole_run_and_an_interrupted_one_is_resumed_to_the_bi
         patch.setattr(fit, "ShowProgress", Stopped)
         code, out, err = run("train", "--config", tmp_path / "x.yaml", "--output", "out")
     assert (code, err) == (130, "align-lora: interrupted\n")
-    assert "out/checkpoints/checkpoint-2 is kept: --resume goes on from it" in out
+    assert "out/checkpoints/checkpoint-3 is kept: --resume goes on from it" in out
     code, out, err = run("train", "--config", tmp_path / "x.yaml", "--output", "out", "--resume")
     assert code == 0, err
     files = [tmp_path / "work" / name / "adapter/adapter_model.safetensors" for name in ("whole", "out")]
@@ -186,6 +187,30 @@ def test_ctrl_c_and_an_ended_job_have_a_shells_exit_code_and_no_traceback(run, s
             signal.signal(number, handler)
     assert code == 128 + signal.Signals[sent]
     assert err == f"align-lora: {said}\n"
+
+
+def test_a_later_signal_does_not_wait_for_the_step(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(ending.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(ending, "_received", [])  # other tests of this process received nothing
+    monkeypatch.setattr(ending, "_times", [])
+    monkeypatch.setenv("RANK", "1")  # which says nothing
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        ending.listen()
+        with ending.deferred() as received:
+            os.kill(os.getpid(), signal.SIGINT)
+            now[0] += 0.9
+            os.kill(os.getpid(), signal.SIGINT)
+            assert received() == signal.SIGINT
+            now[0] += 0.2
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
 
 
 def test_an_error_of_our_own_keeps_its_traceback(run, tmp_path, monkeypatch):
