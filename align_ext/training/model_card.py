@@ -96,9 +96,10 @@ def _text(base: str, results: Mapping[str, Any]) -> str:
         f'model = AutoModelForCausalLM.from_pretrained("{base}")\nload_adapter(model, FOLDER)\n```'
     )
     of_peft = "stock PEFT" in results.get("checks", {}) and results["checks"]["stock PEFT"]["passed"]
-    return f"""# Adapter of {base} for {len(rows)} tasks
+    article = "An" if adapters["architecture"].startswith("a") else "A"
+    return f"""# Adapter of {base} for {len(rows)} {"task" if len(rows) == 1 else "tasks"}
 
-A {adapters["architecture"]} adapter of rank {adapters["rank"]} ({adapters["trained_parameters"]:,} parameters,
+{article} {adapters["architecture"]} adapter of rank {adapters["rank"]} ({adapters["trained_parameters"]:,} parameters,
 {adapters["percent"]:.3g}% of the model), trained by `align-lora train` of align_ext {results["versions"]["align_ext"]}:
 {shown_steps(results)}, on the base model{stored_bits(given)}.
 

@@ -235,7 +235,8 @@ def train(job: Job, console: Console) -> dict[str, Any]:
     results["data"] = job.data.counts() | {"digest": job.digest}
     results["adapters"] = describe_adapters(job.model)
     sizes = f"{len(job.data.train)} examples to train on, {len(job.data.test)} to score on"
-    print_line(console, f"{len(job.data.names)} tasks: {sizes}")
+    count = len(job.data.names)
+    print_line(console, f"{count} {'task' if count == 1 else 'tasks'}: {sizes}")
     for line in job.data.report():
         print_line(console, f"  {line}")
     print_line(console, f"{str(adapter_report(job.model)).splitlines()[0]}, {job.model.dtype} on {job.device}")

@@ -324,10 +324,12 @@ class AlignMixin(SafeMixin):
         """Runs Trainer's loop and adds `<prefix>_loss/<task>`, the mean loss per token or sample, to its metrics.
 
         With these `<prefix>_loss` is the mean of all of them, whatever the batches and processes: Trainer's own is a
-        mean of batches by their rows, which have unequal numbers of tokens.
+        mean of batches by their rows, which have unequal numbers of tokens. The training draws the same random numbers
+        whether it is evaluated or not: a loader of batches draws a seed.
         """
         self._eval_sums = LossSums()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with torch.random.fork_rng(devices=[]):
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         self._eval_sums.misses = self._eval_sums.all_misses(self.accelerator)
         means = self._eval_sums.means(self.task_names, self._by_task)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})

@@ -315,3 +315,15 @@ def test_tasks_without_a_name_are_logged_and_saved_by_their_numbers(tmp_path):
     ran.train()
     assert {"loss/even", "loss/1", "loss/2"} <= logged(ran)[0].keys()
     assert AdapterFolder.read(tmp_path / "checkpoint-1").task_names == ("even", "1", "2")
+
+
+def test_evaluating_on_the_way_changes_no_bit_of_the_training(tmp_path):
+    trained = []
+    for evaluated in ({"eval_strategy": "no"}, {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}):
+        options = {"max_steps": 4, "learning_rate": 1e-2, "seed": 7, **evaluated}
+        torch.manual_seed(7)
+        ran = trainer(tmp_path, adapted(lora_dropout=0.3), features(), eval_rows=features(6, seed=1), **options)
+        ran.train()
+        assert any("eval_loss" in entry for entry in ran.state.log_history) == (evaluated["eval_strategy"] == "steps")
+        trained.append([p.detach().clone() for p in ran.model.parameters() if p.requires_grad])
+    assert all(torch.equal(one, other) for one, other in zip(*trained, strict=True))
