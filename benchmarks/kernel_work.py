@@ -76,11 +76,12 @@ class Blocks:
     count: int
     tiles: int  # that each of them runs through, one after the other
     tile: TileWork  # what each of its warps does for one
-    ahead: int = 2  # tiles that are under way while one is computed (kStages of the kernels)
+    loads: bool = True  # two tiles are under way while one is computed (kStages of the kernels); else only written
 
     def alone(self, gpu: Gpu) -> float:
         """Seconds of one, with a multiprocessor to itself: its warps' own time, and the way of the bytes."""
-        return self.tiles * max(self.tile.alone / gpu.clock, gpu.latency / self.ahead, *self.seconds(gpu).values())
+        way = gpu.latency / 2 if self.loads else 0
+        return self.tiles * max(self.tile.alone / gpu.clock, way, *self.seconds(gpu).values())
 
     def seconds(self, gpu: Gpu) -> dict[str, float]:
         """Of one tile, by each unit of a multiprocessor."""
@@ -172,9 +173,14 @@ def mask_instructions(masks: int, of_block: int = 8) -> int:
 
 def splits(cols: int, tiles: int, gpu: Gpu, most: int = 1 << 15) -> int:
     """Splits of columns that a token matrix is cut into."""
-    of_row = ceil_div(cols, TILE_COLS)
-    wanted = min(ceil_div(2 * gpu.multiprocessors, tiles), most, max(of_row // 4, 1))
-    return ceil_div(of_row, ceil_div(of_row, wanted))
+    of_row = max(ceil_div(cols, TILE_COLS), 1)
+    most = min(max(of_row // 4, 1), most)
+    fewest = min(max(2 * gpu.multiprocessors // tiles, 1), most)
+    busiest = {
+        count: ceil_div(tiles * count, gpu.multiprocessors) * ceil_div(of_row, count)
+        for count in range(fewest, min(fewest + 3, most) + 1)
+    }
+    return ceil_div(of_row, ceil_div(of_row, min(busiest, key=busiest.__getitem__)))
 
 
 def padded(rank: int) -> int:
@@ -211,10 +217,12 @@ def one_pass(layer: Layer) -> bool:
 # ---- Kernels, named by what they stream
 
 
-def streams(layer: Layer, gpu: Gpu, cols: int, count: int, loop: str, ranks: int, masks: int, ahead: int) -> Blocks:
+def streams(
+    layer: Layer, gpu: Gpu, cols: int, count: int, loop: str, ranks: int, masks: int, loads: bool = True
+) -> Blocks:
     """The blocks of shrink and expand: a row tile and a split of the columns."""
     tiles = ceil_div(ceil_div(cols, TILE_COLS), count)
-    return Blocks(layer.tiles * count, tiles, tile(gpu, loop, ranks, masks), ahead)
+    return Blocks(layer.tiles * count, tiles, tile(gpu, loop, ranks, masks), loads)
 
 
 def shrink(layer: Layer, gpu: Gpu, tall: str, ranks: int) -> Work:
@@ -223,7 +231,7 @@ def shrink(layer: Layer, gpu: Gpu, tall: str, ranks: int) -> Work:
     count = splits(cols, layer.tiles, gpu, most=8 if tall == "x" else 1 << 15)
     small = Access("A" if tall == "x" else "B", ELEMENT * ranks * cols, layer.tiles)
     accesses = [Access(tall, size), small, Access("partials", count * layer.latent(ranks))]
-    blocks = streams(layer, gpu, cols, count, "shrink", ranks, layer.masks if tall == "x" else 0, ahead=2)
+    blocks = streams(layer, gpu, cols, count, "shrink", ranks, layer.masks if tall == "x" else 0)
     return Work(f"shrink {tall}", accesses, 2 * layer.tokens * cols * padded(ranks), blocks=[blocks], floor=size)
 
 
@@ -238,7 +246,7 @@ def expand(layer: Layer, gpu: Gpu, tall: str, ranks: int, latents: Access, chunk
     read = latents._replace(times=latents.times - 1 + count)
     accesses = [Access(tall, size), small, read]
     computed = max(ranks, chunk)
-    blocks = streams(layer, gpu, cols, count, tall, computed, layer.masks if tall == "dx" else 0, ahead=1)
+    blocks = streams(layer, gpu, cols, count, tall, computed, layer.masks if tall == "dx" else 0, loads=False)
     return Work(f"expand {tall}", accesses, 2 * layer.tokens * cols * padded(computed), blocks=[blocks], floor=size)
 
 
@@ -322,19 +330,17 @@ def heads(layer: Layer, gpu: Gpu) -> list[Work]:
     u, z, du = count * r, latents * r, count * r + layer.offset_rank
     of_x, of_dy = splits(layer.in_dim, layer.tiles, gpu, most=8), splits(layer.out_dim, layer.tiles, gpu)
     masks = u if layer.site == "latent" else 0
-    weights = small(layer, "weights", {"w": logits, "u": u * layer.router, "segments": of_dy * logits})
     last = max(width, du)  # the last launch computes all of its products at the ranks of the largest
     d_a = outer(layer, gpu, "x", "dz", width, layer.masks, last)
     # With dropout on x the router's gradient stands on another x.
     d_r = [outer(layer, gpu, "x", "dz", logits, chunk=last)] if layer.router and layer.masks else []
     outers = [d_a, *d_r, outer(layer, gpu, "dy", "u", u, chunk=last)]
-    combined = {"partials": of_dy * du, "z": z, "u": u, "dz": width, "w": logits, "segments": of_dy * logits}
+    combined = {"partials": of_dy * du, "z": z, "u": u, "dz": width, "w": logits}
     return [
         shrink(layer, gpu, "x", width),
         small(layer, "combine heads", {"partials": of_x * width, "z": z, "w": logits, "u": du}, masks),
         expand(layer, gpu, "y", du, Access("u", layer.latent(du + logits))),
-        *([small(layer, "combine heads again", {"z": z, "u": u}, masks)] if layer.router else []),
-        shrink(layer, gpu, "dy", du) + weights,
+        shrink(layer, gpu, "dy", du),
         small(layer, "combine heads, backward", combined, masks),
         *backward(layer, gpu, width, outers, last),
         *sum_chunks(outers),

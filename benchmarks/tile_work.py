@@ -1,13 +1,13 @@
 """What one warp does for one tile of a token matrix (plan.h: 128 rows of 128 bytes), read from the machine code.
 
 Each loop over tiles is found as in sass.py, and of its paths the one with most instructions is taken. Never taken are
-those that a layer in 16 bits does not run for each tile where its widths are multiples of 8 and its adapters have its
-dtype: copies of single elements, row numbers of groups, conversions. What a mask, a piece of the adapter matrix and a
-router's weights on latent rows add is counted apart.
+those that a layer in 16 bits does not run for each tile where its widths are multiples of 8, its adapters have its
+dtype, the frozen product is added later and there is no bias: copies of single elements, row numbers of groups,
+conversions, Philox blocks that begin within a unit, inputs and biases of what is written. What a mask, a piece of the
+adapter matrix and a router's weights on latent rows add is counted apart.
 
-How often an inner loop runs follows from what a tile needs: each thread copies 4 units of 16 bytes and draws 4 Philox
-blocks of 20 products for a mask, each warp multiplies rank / 2 pairs of fragments, and all threads together load a
-piece of the adapter matrix for 2 to 7 tiles.
+How often an inner loop runs follows from what a tile needs: each warp multiplies rank / 2 pairs of fragments, and all
+threads together load a piece of the adapter matrix for 2 to 7 tiles.
 
 Usage: python benchmarks/tile_work.py [--write]
 
@@ -32,8 +32,9 @@ TABLE = Path(__file__).with_suffix(".csv")
 ARCHS = [80, 90]
 SOURCES = ["projection.cu", "grouped_lora.cu"]
 PIECE_TILES = {16: 7, 32: 4, 64: 2}  # kPieceTiles of row_tile.cuh
+LANES = "0x7fff7fff"  # of two 16-bit lanes, as they are compared with the threshold
 THREADS, TILE_COLS, UNIT = 256, 64, 8  # of a block; columns of a tile, and of 16 bytes of it
-COPIES, DRAWS, PRODUCTS = 4, 4, 20  # of a thread and tile: units, Philox blocks; and products of a block
+COPIES = 4  # units that a thread copies of a tile
 CONFLICT = 4  # single elements of a piece go to one bank 4 at a time, where A lies along its columns; 2 to 8 of B
 PHILOX = re.compile(r"-0x2daee0ad|-0x326172a9|0xd2511f53|0xcd9e8d57")
 INTEGER = re.compile(
@@ -121,36 +122,16 @@ class Loop:
     def trips(self, loop: frozenset[int]) -> float:
         """How often an inner loop runs in one turn of this one."""
         if self.fragments(loop):
-            return self.product_trips(loop)
-        if self.draws(loop):
-            drawing = [other for other in self.inner if self.draws(other) and not self.fragments(other)]
-            if self.draws(loop) < PRODUCTS and not any(other < loop for other in drawing):
-                return PRODUCTS / self.draws(loop)  # rounds of one block
-            around = [other for other in drawing if self.draws(other) >= PRODUCTS or any(o < other for o in drawing)]
-            return DRAWS * self.tiles / len(around)
-        if self.is_piece(loop):
-            units = self.rank * TILE_COLS * PIECE_TILES[self.rank] / UNIT / THREADS
-            inside = {i for other in self.inner if not self.fragments(other) for i in other}
-            before = self.single_stores(self.body - inside) // UNIT  # that do not fill a turn
-            return (units - before) / (self.single_stores(loop) // UNIT)
-        around = [other for other in self.inner if loop <= other and not self.fragments(other)]
-        if any(map(self.single_stores, around)) or self.count(loop, lambda i: i.base == "FADD"):
-            return 0  # latent rows of another group of outputs, and sums of partials for them
-        if self.count(loop, lambda i: i.base == "STS"):
-            return 1  # the bias of a piece
-        raise ValueError(f"{self.name}, rank {self.rank}: what is the loop of {len(loop)} instructions at {min(loop)}?")
-
-    def product_trips(self, loop: frozenset[int]) -> float:
-        """Of a loop with products: those around others run once, the innermost share what is not outside of them."""
-        loops = [other for other in self.inner if self.fragments(other)]
-        innermost = [other for other in loops if not any(o < other for o in loops)]
-        inside = sum(map(self.fragments, innermost))
-        needed = self.tiles * self.rank // 2 * (2 if self.name == "sweep" else 1)
-        return (needed - (self.fragments(self.body) - inside)) / inside if loop in innermost else 1
+            return 1  # a chunk of ranks, a mask: all products of a tile
+        if not self.is_piece(loop):
+            return 0  # latent rows of another chunk of ranks
+        units = self.rank * TILE_COLS * PIECE_TILES[self.rank] / UNIT / THREADS
+        alike = [o for o in self.inner if self.is_piece(o) and self.single_stores(o) == self.single_stores(loop)]
+        return units / len(alike)
 
     def is_piece(self, loop: frozenset[int]) -> bool:
         """Whether it loads a piece of the adapter matrix, a unit at a time."""
-        return self.single_stores(loop) >= UNIT
+        return not self.fragments(loop) and bool(self.count(loop, lambda i: i.matches("LDG.128")))
 
     @cached_property
     def pieces(self) -> set[int]:
@@ -162,13 +143,20 @@ class Loop:
         return self.flow.dominated(by) & self.body
 
     @cached_property
+    def shifts(self) -> set[int]:
+        """Further Philox blocks, for units that do not begin with one."""
+        return {i for loop in self.inner if self.draws(loop) and not self.fragments(loop) for i in loop}
+
+    @cached_property
     def masking(self) -> set[int]:
-        """What is only run to draw a mask: the widest dominated parts with Philox and without work of another kind."""
+        """What is only run for a mask: the widest dominated parts with Philox or lanes, and without other work."""
         found: set[int] = set()
         for draw in sorted(self.body):
-            if self.draws([draw]) and draw not in found:
+            lanes = LANES in self.code[draw].operands
+            if (lanes or self.draws([draw])) and draw not in found:
                 chain = self.flow.dominators(draw)  # each dominates what the next one does, and more
-                found |= self.part(chain[bisect(chain, False, key=lambda by: not self.count(self.part(by), is_work))])
+                first = bisect(chain, False, key=lambda by: not self.count(self.part(by), is_work))
+                found |= self.part(chain[first]) if first < len(chain) else {draw}
         return found
 
     def executed(self, *, mask: bool = False, piece: bool = False, router: bool = False) -> Counter[int]:
@@ -179,11 +167,12 @@ class Loop:
             instruction = self.code[i]
             if instruction.predicate:
                 return False
-            modifiers = instruction.opcode.split(".")
-            if instruction.base in {"LDG", "STG"} and {"U16", "64"} & set(modifiers):
+            if instruction.base in {"LDG", "STG"} and {"U16", "64"} & set(instruction.opcode.split(".")):
                 return True  # single elements, row numbers
-            if instruction.base == "SHFL":
-                return not mask or "BFLY" in modifiers  # BFLY: sums of a router's weights
+            if self.name in {"y", "dx"} and i not in self.pieces and instruction.base in {"LDG", "LDS"}:
+                return True  # what is added to the product, the bias
+            if i in self.shifts:
+                return True
             if instruction.base == "F2FP" and i in self.pieces:
                 return True  # adapters in float
             if instruction.base == "I2F":

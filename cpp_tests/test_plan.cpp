@@ -91,6 +91,18 @@ TEST(splits_cover_the_columns_once) {
   }
 }
 
+// 264 blocks of 26 tiles would leave the busiest multiprocessor 78 of 8192 tiles; 256 blocks of 32 leave it 64.
+TEST(no_multiprocessor_waits_long_for_the_busiest) {
+  for (int64_t cols : {3072, 4096, 8192, 11008}) {
+    for (int64_t rows : {32, 64, 100, 200, 512}) {
+      const Cut cut = cut_columns(cols, kHalf, rows, int64_t(1) << 15, kH100);
+      const double busiest = double(ceil_div(rows * cut.splits, 132) * cut.split_tiles);
+      CHECK(busiest <= 1.2 * double(rows * ceil_div(cols * kHalf, kTileBytes)) / 132);
+    }
+  }
+  CHECK(cut_columns(8192, kHalf, 64, int64_t(1) << 15, kH100).splits == 4);
+}
+
 TEST(row_tiles_are_enough_for_any_groups) {
   CHECK(row_tiles(0, 5) == 0 && row_tiles(1, 1) == 1 && row_tiles(128, 1) == 1 && row_tiles(129, 1) == 2);
   for (int64_t first : {0, 1, 127, 128, 129, 300}) {

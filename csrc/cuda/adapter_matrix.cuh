@@ -71,17 +71,25 @@ AdapterMatrix<T> stack(int64_t cols, Adapter first, Adapter second = {}, Adapter
   return {{first, second, third}, ranks, cols, vectors};
 }
 
-// Loads kUnit<T> contiguous elements of an adapter of type S.
-template <typename S, typename T>
-__device__ __forceinline__ void load_unit(T (&to)[kUnit<T>], const S* from) {
-  constexpr int kVector = 16 / int(sizeof(S));
+// kUnit<T> contiguous elements of an adapter of type S.
+template <typename T, typename S>
+__device__ __forceinline__ uint4 load_unit(const S* from) {
+  if constexpr (std::is_same_v<S, T>) {
+    return *reinterpret_cast<const uint4*>(from);
+  } else {
+    constexpr int kVector = 16 / int(sizeof(S));
+    T unit[kUnit<T>];
 #pragma unroll
-  for (int e = 0; e < kUnit<T>; e += kVector) {
-    const uint4 bits = *reinterpret_cast<const uint4*>(from + e);
-    S values[kVector];
-    memcpy(values, &bits, sizeof(bits));
+    for (int e = 0; e < kUnit<T>; e += kVector) {
+      const uint4 bits = *reinterpret_cast<const uint4*>(from + e);
+      S values[kVector];
+      memcpy(values, &bits, sizeof(bits));
 #pragma unroll
-    for (int v = 0; v < kVector; ++v) to[e + v] = to_element<T>(values[v]);
+      for (int v = 0; v < kVector; ++v) unit[e + v] = to_element<T>(values[v]);
+    }
+    uint4 all;
+    memcpy(&all, unit, sizeof(all));
+    return all;
   }
 }
 
@@ -92,37 +100,83 @@ __device__ __forceinline__ int piece_width(int tiles, int64_t col, int64_t end) 
   return (left < tiles ? int(left) : tiles) * kTileCols<T>;
 }
 
-// Loads [kRank][cols] of the matrix, from rank first_rank and column first_col on. Elements beyond the matrix or from
-// column end on are zero. All threads must call it.
-template <typename T, int kRank>
+// Where a piece holds column c. With kFragments the columns of a tile are in the order in which Mma::add reads them: a
+// fragment of 8 columns has a word of each of 4 units.
+template <typename T, bool kFragments>
+__device__ __forceinline__ int place_in_piece(int c) {
+  if (!kFragments) return c;
+  const int unit = c / kUnit<T> % 8, e = c % kUnit<T>;
+  return c / kTileCols<T> * kTileCols<T> + unit / 4 * (kTileCols<T> / 2) + e / 2 * 8 + unit % 4 * 2 + e % 2;
+}
+
+// Loads [kRank][cols] of the matrix, from rank first_rank and column first_col on, cols a multiple of kTileCols<T>.
+// Elements beyond the matrix or from column end on are zero. All threads must call it.
+template <typename T, int kRank, bool kFragments>
 __device__ __forceinline__ void load_piece(T* piece, const AdapterMatrix<T>& m, int64_t group, int first_rank,
                                            int64_t first_col, int cols, int64_t end) {
+  constexpr int kStride = kPieceStride<T, kRank>, kSize = kUnit<T>, kUnits = kTileCols<T> / kSize;
+  const int thread = thread_again();
   const bool along_cols = m.adapters[0].layout.col_stride == 1;
-  const int step = m.vectors ? kUnit<T> : 1;
-  const int across = (along_cols ? cols : kRank) / step;  // units, or elements, in a line
-  const int lines = along_cols ? kRank : cols;
-#pragma unroll 2
-  for (int i = int(threadIdx.x); i < across * lines; i += kThreads) {
-    const int line = i / across, at = i % across * step;
-    const int j = along_cols ? line : at, c = along_cols ? at : line;
-    const int rank = first_rank + j;
-    const int64_t col = first_col + c;
-    const Adapter& adapter = m.adapter_of(rank);
-    const bool inside = adapter.has(rank) && col < end;
-    const int64_t offset = inside ? adapter.layout.offset(rank - adapter.start, col) + group * adapter.group_stride : 0;
-    T* to = piece + j * kPieceStride<T, kRank> + c;
-    const int next = along_cols ? 1 : kPieceStride<T, kRank>;
-    T unit[kUnit<T>] = {};
-    if (!m.vectors) {
-      if (inside && adapter.is_float) unit[0] = to_element<T>(static_cast<const float*>(adapter.data)[offset]);
-      if (inside && !adapter.is_float) unit[0] = static_cast<const T*>(adapter.data)[offset];
-      *to = unit[0];
-      continue;
+  const auto place = [](int c) { return place_in_piece<T, kFragments>(c); };
+  const auto offset_of = [&](const Adapter& adapter, int rank, int64_t col) {
+    return group * adapter.group_stride + adapter.layout.offset(rank - adapter.start, col);
+  };
+  if (!m.vectors) {
+#pragma unroll 1
+    for (int i = thread; i < kRank * cols; i += kThreads) {
+      const int j = along_cols ? i / cols : i % kRank, c = along_cols ? i % cols : i / kRank, rank = first_rank + j;
+      const Adapter& adapter = m.adapter_of(rank);
+      T value{};
+      if (adapter.has(rank) && first_col + c < end) {
+        const int64_t offset = offset_of(adapter, rank, first_col + c);
+        value = adapter.is_float ? to_element<T>(static_cast<const float*>(adapter.data)[offset])
+                                 : static_cast<const T*>(adapter.data)[offset];
+      }
+      piece[j * kStride + place(c)] = value;
     }
-    if (inside && adapter.is_float) load_unit(unit, static_cast<const float*>(adapter.data) + offset);
-    if (inside && !adapter.is_float) load_unit(unit, static_cast<const T*>(adapter.data) + offset);
+    return;
+  }
+  const auto load = [](const Adapter& adapter, bool inside, int64_t offset) {
+    if (!inside) return make_uint4(0, 0, 0, 0);
+    return adapter.is_float ? load_unit<T>(static_cast<const float*>(adapter.data) + offset)
+                            : load_unit<T>(static_cast<const T*>(adapter.data) + offset);
+  };
+  if (along_cols) {  // a thread has the same unit of its ranks in all tiles
+    constexpr int kLines = kRank < kThreads / kUnits ? kRank : kThreads / kUnits,
+                  kAtOnce = kThreads / (kLines * kUnits) * kTileCols<T>;
 #pragma unroll
-    for (int e = 0; e < kUnit<T>; ++e) to[e * next] = unit[e];
+    for (int line = 0; line < kRank; line += kLines) {
+      const int j = line + thread / kUnits % kLines, rank = first_rank + j;
+      const int first = thread / (kUnits * kLines) * kTileCols<T> + thread % kUnits * kSize;
+      const Adapter& adapter = m.adapter_of(rank);
+      const bool has = adapter.has(rank);
+      const int64_t offset = has ? offset_of(adapter, rank, first_col + first) : 0;
+      T* to = piece + j * kStride + place(first);
+#pragma unroll 1
+      for (int c = first; c < cols; c += kAtOnce) {
+        const uint4 unit = load(adapter, has && first_col + c < end, offset + (c - first));
+        if constexpr (kFragments) {
+          uint32_t* words = reinterpret_cast<uint32_t*>(to + (c - first));
+          words[0] = unit.x, words[4] = unit.y, words[8] = unit.z, words[12] = unit.w;
+        } else {
+          *reinterpret_cast<uint4*>(to + (c - first)) = unit;
+        }
+      }
+    }
+  } else {  // a thread has the same ranks of its columns
+    constexpr int kAcross = kRank / kSize, kAtOnce = kThreads / kAcross;
+    const int j = thread % kAcross * kSize, first = thread / kAcross, rank = first_rank + j;
+    const Adapter& adapter = m.adapter_of(rank);
+    const bool has = adapter.has(rank);
+    const int64_t offset = has ? offset_of(adapter, rank, first_col + first) : 0;
+#pragma unroll 1
+    for (int c = first; c < cols; c += kAtOnce) {
+      const uint4 bits = load(adapter, has && first_col + c < end, offset + (c - first) * adapter.layout.col_stride);
+      T unit[kSize];
+      memcpy(unit, &bits, sizeof(bits));
+#pragma unroll
+      for (int e = 0; e < kSize; ++e) piece[(j + e) * kStride + place(c)] = unit[e];
+    }
   }
 }
 

@@ -1,6 +1,7 @@
 // Dropout of the matrix that a kernel streams: which ranks see which masks, and the masks of a warp's rows of a tile.
 #pragma once
 
+#include "cuda/ptx.cuh"
 #include "cuda/row_tile.cuh"
 #include "ops/philox.h"
 
@@ -8,12 +9,26 @@ namespace align::cuda {
 
 struct Dropout {
   uint32_t threshold;  // 0: none
+  bool whole;          // whether the masks of every 8 elements, from multiples of 8 columns on, are one Philox block
   uint64_t seed, offset;
 
-  __device__ explicit Dropout(const DropoutArgs& given) : threshold(dropout_threshold(given.p)), seed(0), offset(0) {
+  // cols: the columns of a mask.
+  __device__ Dropout(const DropoutArgs& given, int64_t cols)
+      : threshold(dropout_threshold(given.p)), whole(cols % kPhiloxLanes == 0), seed(0), offset(0) {
     if (threshold > 0) seed = given.rng[0], offset = given.rng[1];
   }
   __device__ float scale() const { return float(dropout_scale(threshold)); }
+
+  // Whether the elements of the upper and the lower lane of a word are kept.
+  __device__ bool keeps_high(uint32_t word) const { return word > (threshold << 16) - 1; }
+  __device__ bool keeps_low(uint32_t word) const { return keeps_high(word << 16); }
+  // All bits of the lanes of a word whose elements are kept. Both are compared at once: bit 15 of a lane's sum says
+  // whether its other bits reach those of the threshold; with bit 15 of the lane itself it decides.
+  __device__ uint32_t mask(uint32_t word) const {
+    const uint32_t low = uint32_t(int(threshold - 0x8001) >> 31);  // all bits: the threshold is at most 0x8000
+    const uint32_t reach = (word & 0x7FFF7FFFu) + ((0x10000u - (low & 0x8000u)) - threshold) * 0x10001u;
+    return spread_signs((word & reach) | ((word | reach) & low));
+  }
 };
 
 // Which ranks see which mask of the token matrix. Ranks i * ranks_each .. (i + 1) * ranks_each - 1 see mask i, in which
@@ -43,64 +58,36 @@ __device__ __forceinline__ void for_each_mask(const RankMasks& masks, const Drop
   }
 }
 
-// Bit i of the result says whether element + i is kept, for i < count; the higher bits are undefined. The elements lie
-// in one or two Philox blocks.
-__device__ __forceinline__ uint32_t mask_bits(const Dropout& dropout, uint64_t element, int count) {
-  const int first = int(element % kPhiloxLanes);
-  uint32_t bits = 0;
-#pragma unroll 1
-  for (int done = 0; done < count; done += kPhiloxLanes - (done == 0 ? first : 0)) {
-    const PhiloxBlock block = philox(dropout.seed, (element + done) / kPhiloxLanes, dropout.offset);
-    uint32_t kept = 0;
+// The 16-bit lanes of the 8 elements from `element` on, for N times 8 elements at once: their rounds are interleaved
+// and share the keys. With N < 4, where registers are scarce, the keys are computed for every call; otherwise the
+// compiler may keep those of all rounds.
+template <int N>
+__device__ __forceinline__ void draw(const Dropout& dropout, const uint64_t (&element)[N], PhiloxBlock (&lanes)[N]) {
+  PhiloxKey key(N < 4 ? opaque(dropout.seed) : dropout.seed);
 #pragma unroll
-    for (int lane = 0; lane < kPhiloxLanes; ++lane) {
-      const uint32_t value = (block.word[lane / 2] >> (16 * (lane % 2))) & 0xFFFFu;
-      kept |= uint32_t(value >= dropout.threshold) << lane;
+  for (int n = 0; n < N; ++n) lanes[n] = philox_counter(element[n] / kPhiloxLanes, dropout.offset);
+#pragma unroll
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) philox_round(lanes[n], key);
+    key.next();
+  }
+  if (dropout.whole) return;
+#pragma unroll
+  for (int n = 0; n < N; ++n) {  // elements that begin within a block end in the next one
+    const int first = int(element[n] % kPhiloxLanes);
+    const PhiloxBlock next = philox(dropout.seed, element[n] / kPhiloxLanes + 1, dropout.offset);
+    uint32_t both[2 * 4];
+#pragma unroll
+    for (int w = 0; w < 4; ++w) both[w] = lanes[n].word[w], both[w + 4] = next.word[w];
+#pragma unroll
+    for (int words = 2; words > 0; words /= 2) {
+#pragma unroll
+      for (int w = 0; w + words < 8; ++w) both[w] = first & 2 * words ? both[w + words] : both[w];
     }
-    bits |= done == 0 ? kept >> first : kept << done;
+#pragma unroll
+    for (int w = 0; w < 4; ++w) lanes[n].word[w] = first & 1 ? both[w] >> 16 | both[w + 1] << 16 : both[w];
   }
-  return bits;
 }
-
-// Turns the low bits into a mask of a 32-bit word, which holds two elements of 16 bits or one of 32.
-template <typename T>
-__device__ __forceinline__ uint32_t word_mask(uint32_t bits) {
-  if constexpr (sizeof(T) == 4) return bits & 1u ? ~0u : 0u;
-  return (bits & 1u ? 0xFFFFu : 0u) | (bits & 2u ? 0xFFFF0000u : 0u);
-}
-
-// Zeroes the dropped elements of a unit in shared memory.
-template <typename T>
-__device__ __forceinline__ void mask_unit(T* unit, uint32_t bits) {
-  constexpr int kPerWord = 4 / int(sizeof(T));  // elements of 32 bits
-  uint4 four = *reinterpret_cast<uint4*>(unit);
-  four.x &= word_mask<T>(bits), four.y &= word_mask<T>(bits >> kPerWord);
-  four.z &= word_mask<T>(bits >> 2 * kPerWord), four.w &= word_mask<T>(bits >> 3 * kPerWord);
-  *reinterpret_cast<uint4*>(unit) = four;
-}
-
-// One mask for the 16 rows that a warp has of a tile. Lane 2 i + h holds the bits of half h of row i.
-template <typename T>
-struct TileMask {
-  static constexpr int kHalf = kTileCols<T> / 2;
-  bool keeps_all = true;
-  uint32_t bits = 0;
-
-  // first_row is the first row of the warp, col the first column. Mask -1 keeps all elements.
-  __device__ TileMask(const Dropout& dropout, const RankMasks& masks, int index, const RowTile& tile, int first_row,
-                      int64_t cols, int64_t col)
-      : keeps_all(index < 0) {
-    const int lane = int(threadIdx.x) % kWarp, row = first_row + lane / 2;
-    if (keeps_all || row >= tile.count) return;
-    bits = mask_bits(dropout, (tile.row(row) * masks.count + index) * cols + col + lane % 2 * kHalf, kHalf);
-  }
-  TileMask() = default;
-
-  // Bit c of the result says whether column + c of a row is kept, within one half of the row. All lanes of the warp
-  // must call it.
-  __device__ __forceinline__ uint32_t word(int row, int column) const {
-    return __shfl_sync(kAllLanes, bits, 2 * row + column / kHalf) >> column % kHalf;
-  }
-};
 
 }  // namespace align::cuda

@@ -17,16 +17,46 @@ __device__ __forceinline__ void load4(float (&to)[4], const T* from) {
   to[0] = low_half(four.x, T{}), to[1] = high_half(four.x, T{});
   to[2] = low_half(four.y, T{}), to[3] = high_half(four.y, T{});
 }
-__device__ __forceinline__ void store4(float* to, const float (&v)[4]) {
-  *reinterpret_cast<float4*>(to) = make_float4(v[0], v[1], v[2], v[3]);
-}
+// One mask for the 16 rows that a warp has of a tile. Lane 2 i + h draws half h of row i and holds its bits.
 template <typename T>
-__device__ __forceinline__ void store4(T* to, const float (&v)[4]) {
-  uint32_t half[4];
+struct TileMask {
+  static constexpr int kHalf = kTileCols<T> / 2, kBlocks = kHalf / kPhiloxLanes;
+  struct Drawn {
+    uint32_t bits = 0;
+
+    // Bit c of the result says whether column + c of a row is kept, within one half of the row. All lanes of the warp
+    // must call it.
+    __device__ __forceinline__ uint32_t word(int row, int column) const {
+      return __shfl_sync(kAllLanes, bits, 2 * row + column / kHalf) >> column % kHalf;
+    }
+  };
+  static constexpr int kRows = 4;
+  int row[kRows];  // of dot and add, or -1
+  int drawn_row, half;
+
+  __device__ TileMask(const RowTile& tile, int first_row) {
+    const int lane = int(threadIdx.x) % kWarp;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) half[i] = narrow<T>(v[i]).bits;
-  *reinterpret_cast<uint2*>(to) = make_uint2(half[0] | half[1] << 16, half[2] | half[3] << 16);
-}
+    for (int i = 0; i < kRows; ++i) row[i] = tile.row_or_none(first_row + lane / 8 + 4 * i);
+    drawn_row = tile.row_or_none(first_row + lane / 2), half = lane % 2;
+  }
+  __device__ Drawn of(const Dropout& dropout, const RankMasks& masks, int index, int64_t cols, int64_t col) const {
+    Drawn drawn;
+    uint64_t element[kBlocks];
+    PhiloxBlock lanes[kBlocks];
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+      element[i] = int64_t(drawn_row) * (masks.count * cols) + (index * cols + col + half * kHalf + i * kPhiloxLanes);
+    }
+    draw(dropout, element, lanes);
+#pragma unroll
+    for (int w = 0; w < 4 * kBlocks; ++w) {
+      const uint32_t word = lanes[w / 4].word[w % 4];
+      drawn.bits |= uint32_t(dropout.keeps_low(word)) << 2 * w | uint32_t(dropout.keeps_high(word)) << (2 * w + 1);
+    }
+    return drawn;
+  }
+};
 
 // Sets the elements whose bit is 0 to zero.
 __device__ __forceinline__ void zero_dropped(float (&v)[4], uint32_t bits) {
@@ -42,8 +72,8 @@ struct Ffma {
   static constexpr int kStages = 2;  // sm_75 has 64 KiB of shared memory for a block
   static constexpr int kStride = kTileStride<T>, kPieceRow = kPieceStride<T, kRank>,
                        kLatentRow = kLatentStride<T, kRank>;
-  // dot: lane 8 a + b has rows a + 4 i and ranks b + 8 j. add: rows a + 4 i and columns 4 b + 32 i.
-  static constexpr int kRows = 4, kRanks = kRank / 8, kRanksAtOnce = 2;
+  // dot: lane 8 a + b has rows a + 4 i and ranks b + 8 j. add: rows a + 4 i and a unit of 16 bytes.
+  static constexpr int kRows = TileMask<T>::kRows, kRanks = kRank / 8, kRanksAtOnce = 2;
   static constexpr int kGroups = kTileCols<T> / 32;
   // outer: a warp has kGroups groups of 4 columns. Its lanes are divided over the groups, the ranks and the rows.
   static constexpr int kOuterRanks = 4, kRankLanes = kRank / kOuterRanks, kRowLanes = kWarp / kRankLanes / kGroups;
@@ -57,6 +87,8 @@ struct Ffma {
   struct Outer {
     float v[kOuterRanks][4];
   };
+  using DotMask = TileMask<T>;
+  using AddMask = TileMask<T>;
   static constexpr int kDotRows = kRows, kDotCols = kRanks, kDotLanes = 8;
 
   static __device__ __forceinline__ int lane() { return int(threadIdx.x) % kWarp; }
@@ -66,7 +98,7 @@ struct Ffma {
   static __device__ __forceinline__ int warp() { return int(threadIdx.x) / kWarp; }
 
   static __device__ __forceinline__ void dot(Dot& acc, const T* x, const T* m, int begin, int end,
-                                             const TileMask<T>& mask) {
+                                             const typename DotMask::Drawn* mask = nullptr) {
     x += lane() / 8 * kStride;
     m += lane() % 8 * kPieceRow;
 #pragma unroll
@@ -78,9 +110,9 @@ struct Ffma {
         float xs[kRows][4];
 #pragma unroll
         for (int i = 0; i < kRows; ++i) load4(xs[i], x + 4 * i * kStride + c);
-        if (!mask.keeps_all) {
+        if (mask) {
 #pragma unroll
-          for (int i = 0; i < kRows; ++i) zero_dropped(xs[i], mask.word(dot_row(i), c));
+          for (int i = 0; i < kRows; ++i) zero_dropped(xs[i], mask->word(dot_row(i), c));
         }
 #pragma unroll
         for (int j = 0; j < kRanksAtOnce; ++j) {
@@ -105,9 +137,9 @@ struct Ffma {
   }
 
   static __device__ __forceinline__ void add(Add& acc, const T* g, const T* m, int begin, int end,
-                                             const TileMask<T>& mask, float scale) {
+                                             const typename AddMask::Drawn* mask = nullptr) {
     g += lane() / 8 * kLatentRow;
-    m += lane() % 8 * 4;
+    m += add_column(0);
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
       float sum[kRows][4] = {};
@@ -119,7 +151,7 @@ struct Ffma {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           float ms[4];
-          load4(ms, m + (k + e) * kPieceRow + 32 * group);
+          load4(ms, m + (k + e) * kPieceRow + 4 * group);
 #pragma unroll
           for (int i = 0; i < kRows; ++i) {
 #pragma unroll
@@ -127,12 +159,11 @@ struct Ffma {
           }
         }
       }
-      const float factor = mask.keeps_all ? 1.f : scale;
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        if (!mask.keeps_all) zero_dropped(sum[i], mask.word(dot_row(i), lane() % 8 * 4 + 32 * group));
+        if (mask) zero_dropped(sum[i], mask->word(dot_row(i), add_column(0) + 4 * group));
 #pragma unroll
-        for (int c = 0; c < 4; ++c) acc.v[i][group][c] += factor * sum[i][c];
+        for (int c = 0; c < 4; ++c) acc.v[i][group][c] += sum[i][c];
       }
     }
   }
@@ -168,7 +199,7 @@ struct Ffma {
   static __device__ __forceinline__ void store(const Dot& acc, const Scale& scale, int64_t ranks, const Row& row) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      float* out = row(lane() / 8 + 4 * i);
+      float* out = row(i);
       if (out == nullptr) continue;
 #pragma unroll
       for (int j = 0; j < kRanks; ++j) {
@@ -177,20 +208,12 @@ struct Ffma {
     }
   }
 
-  static __device__ __forceinline__ void apply(const Add& acc, T* y, const float* bias, float scale, bool adds) {
+  // What a lane has of row dot_row(i): a unit of 16 bytes from column add_column on.
+  static constexpr int kAddUnits = 1;
+  static __device__ __forceinline__ int add_column(int) { return lane() % 8 * kUnit<T>; }
+  static __device__ __forceinline__ void add_unit(float (&v)[kUnit<T>], const Add& acc, int i, int) {
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      T* row = y + (lane() / 8 + 4 * i) * kStride;
-#pragma unroll
-      for (int group = 0; group < kGroups; ++group) {
-        const int col = lane() % 8 * 4 + 32 * group;
-        float four[4] = {};
-        if (adds) load4(four, row + col);
-#pragma unroll
-        for (int c = 0; c < 4; ++c) four[c] += bias[col + c] + scale * acc.v[i][group][c];
-        store4(row + col, four);
-      }
-    }
+    for (int e = 0; e < kUnit<T>; ++e) v[e] = acc.v[i][e / 4][e % 4];
   }
 
   // The lanes that have sums of the same element add them first, always in the same order.

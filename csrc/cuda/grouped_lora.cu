@@ -125,24 +125,22 @@ void grouped_lora_forward(const GroupedLoraForwardArgs<T, TA>& args, Stream stre
     using Math = decltype(math);
     shrink<Math>({.shape = shape,
                   .groups = args.row_groups,
-                  .x = token_matrix(args.x, shape.in_dim, args.z),
+                  .x = token_matrix(args.x, shape.in_dim),
                   .m = matrix_of_a<T>(shape, args.A),
                   .masks = {args.dropout, 1, kAllRanks, float(mask_scale)},
                   .partials = partials,
-                  .cut = plan.shrink,
-                  .group_cols = single_group(shape.in_dim)},
+                  .cut = plan.shrink},
                  plan.rank_chunks, stream);
     expand<Math>({.shape = shape,
                   .groups = args.row_groups,
-                  .in = token_matrix(args.y_in, shape.out_dim, args.y),
+                  .in = token_matrix(args.y_in, shape.out_dim),
                   .out = args.y,
                   .out_aligned = rows_aligned(args.y, shape.out_dim),
                   .bias = args.bias,
                   .m = matrix_of_b<T>(shape, args.B),
                   .masks = kNoMasks,
                   .scale = float(args.scaling),
-                  .cut = plan.expand,
-                  .group_cols = single_group(shape.out_dim)},
+                  .cut = plan.expand},
                  z, stream);
   });
 }
@@ -158,14 +156,12 @@ void grouped_lora_backward(const GroupedLoraBackwardArgs<T, TA>& args, Stream st
   const int rank = int(shape.rank);
   const LatentRows latent_z{args.z, rank, rank}, latent_dz{dz, rank, rank};
   const float scaling = float(args.scaling);
-  const int x_group_cols = single_group(shape.in_dim), y_group_cols = single_group(shape.out_dim);
   const float mask_scale = float(dropout_scale(dropout_threshold(args.dropout.p)));
   const RankMasks masks{args.dropout, 1, kAllRanks, mask_scale}, scaled{{0, nullptr}, 1, kAllRanks, scaling};
   const AdapterMatrix<T> a = matrix_of_a<T>(shape, args.A), b = matrix_of_b<T>(shape, args.B);
   with_math<T>(plan, [&](auto math) {
     using Math = decltype(math);
-    const TokenMatrix<T> x = token_matrix(args.x, shape.in_dim, args.z),
-                         dy = token_matrix(args.dy, shape.out_dim, args.z);
+    const TokenMatrix<T> x = token_matrix(args.x, shape.in_dim), dy = token_matrix(args.dy, shape.out_dim);
     OuterJob<T> d_b{.shape = shape,
                     .groups = args.row_groups,
                     .x = dy,
@@ -173,16 +169,9 @@ void grouped_lora_backward(const GroupedLoraBackwardArgs<T, TA>& args, Stream st
                     .summed_masks = 1,
                     .m = b,
                     .out = {args.dB},
-                    .partials = partials,
-                    .group_cols = y_group_cols};
-    OuterJob<T> d_a{.shape = shape,
-                    .groups = args.row_groups,
-                    .x = x,
-                    .masks = masks,
-                    .summed_masks = 1,
-                    .m = a,
-                    .out = {args.dA},
-                    .group_cols = x_group_cols};
+                    .partials = partials};
+    OuterJob<T> d_a{
+        .shape = shape, .groups = args.row_groups, .x = x, .masks = masks, .summed_masks = 1, .m = a, .out = {args.dA}};
     place_sums(d_b, place_sums(d_a, partials + (count + 1) * elements));
     if constexpr (Math::kRank == 16 && (Math::kTensorCores || std::is_same_v<T, float>)) {
       if (plan.one_pass) sweep<Math>(d_b, latent_z, stream);
@@ -194,8 +183,7 @@ void grouped_lora_backward(const GroupedLoraBackwardArgs<T, TA>& args, Stream st
                     .m = b,
                     .masks = scaled,
                     .partials = partials,
-                    .cut = plan.shrink_dy,
-                    .group_cols = y_group_cols},
+                    .cut = plan.shrink_dy},
                    plan.rank_chunks, stream);
     }
     if (dz != partials && elements > 0) {
@@ -204,14 +192,13 @@ void grouped_lora_backward(const GroupedLoraBackwardArgs<T, TA>& args, Stream st
     }
     const ExpandJob<T> dx{.shape = shape,
                           .groups = args.row_groups,
-                          .in = token_matrix(args.dx_in, shape.in_dim, args.dx),
+                          .in = token_matrix(args.dx_in, shape.in_dim),
                           .out = args.dx,
                           .out_aligned = rows_aligned(args.dx, shape.in_dim),
                           .m = a,
                           .masks = masks,
                           .scale = 1,
-                          .cut = plan.expand_dx,
-                          .group_cols = x_group_cols};
+                          .cut = plan.expand_dx};
     using Outer = typename BackwardJob<Math, LatentRows>::Outer;
     backward<Math>(
         BackwardJob<Math, LatentRows>{.outer = {Outer(d_a, latent_dz), plan.one_pass ? Outer() : Outer(d_b, latent_z)},

@@ -4,8 +4,8 @@
 //
 // clang-format off
 //   forward   base, shrink ([A; A0] xd and R x), combine_heads (z, w, u), expand ([B | B0])
-//   backward  base, combine_heads (u, only with a router), shrink ([B | B0]^T dy),
-//             combine_heads_backward (dz, the gradient of the logits, u), backward, sum_chunks (with many rows)
+//   backward  base, shrink ([B | B0]^T dy), combine_heads_backward (dz, the gradient of the logits, u), backward,
+//             sum_chunks (with many rows)
 // clang-format on
 //
 // All heads together take one pass over x and one over y, and their latents are padded together to a rank of 16, 32 or
@@ -24,7 +24,6 @@ struct HeadsParams {
   int offset_rank;
   int groups;  // groups of outputs of a router; 0: no router
   int router;  // first column of the logits
-  int group;   // outputs of a group; without a router all outputs
   int top_k;
   float logit_scale;  // 1 / tau
   float scaling, offset_scaling;
@@ -39,33 +38,34 @@ struct HeadsParams {
   __host__ __device__ int du_width() const { return u_width() + offset_rank; }
   // The logits of all groups.
   __host__ __device__ int logits() const { return groups * heads; }
+  __host__ __device__ int output_groups() const { return groups > 0 ? groups : 1; }
 };
 
 struct CombineHeadsJob {
   HeadsParams params;
-  const float* partials = nullptr;  // [splits, tokens, width] of [A; A0; R] x; null: z is given and only u is wanted
-  int64_t splits = 0;
-  float* z;            // [tokens, z_width], assigned
-  float* w = nullptr;  // [tokens, groups, heads], assigned
-  float* u;            // [tokens, du_width, or u_width with partials null], assigned
+  const float* partials;  // [splits, tokens, width] of [A; A0; R] x
+  int64_t splits;
+  float* z;  // [tokens, z_width], assigned
+  float* w;  // [tokens, groups, heads], assigned
+  float* u;  // [tokens, du_width], assigned
 };
 
 struct CombineHeadsBackwardJob {
   HeadsParams params;
-  const float* partials;  // [splits, tokens, du_width] of [B | B0]^T dy, weighted by the router
-  Cut cut;                // how shrink has cut dy
-  RouterWeights router_weights;
-  int64_t rank_chunks;
+  float*
+      partials;  // [output_groups, splits, tokens, du_width] of [B | B0]^T dy; the first of each group is overwritten
+  int64_t splits;
+  const float* w;      // [tokens, groups, heads]
   const float* z;      // [tokens, z_width]
   const float* dz_in;  // [tokens, z_width], or null: zero
   const float* dw_in;  // [tokens, groups, heads], or null: zero
-  float* u;            // [tokens, u_width], assigned unless there is a router
+  float* u;            // [tokens, u_width], assigned
   float* dz;           // [tokens, width], assigned; zero between the offset path and the logits
 };
 
 // Defined in projection.cu.
 void combine_heads(const CombineHeadsJob& job, Stream stream);
-void combine_heads_backward(const CombineHeadsBackwardJob& job, int64_t tile_cols, Stream stream);
+void combine_heads_backward(const CombineHeadsBackwardJob& job, Stream stream);
 
 // ---- Launchers
 
@@ -116,7 +116,7 @@ struct HeadsLaunch {
     a_shape = b_shape = {s.tokens, s.in_dim, s.out_dim, 0, 1};
     a_shape.rank = a.ranks, b_shape.rank = b.ranks;
     const auto plan_rank = [&](int64_t rank) {
-      return plan(s.tokens, s.in_dim, s.out_dim, rank, 1, sizeof(T), current_device());
+      return plan(s.tokens, s.in_dim, s.out_dim, rank, 1, sizeof(T), current_device(), std::max(groups, 1));
     };
     a_plan = plan_rank(a.ranks), b_plan = plan_rank(b.ranks), both = plan_rank(std::max(a.ranks, b.ranks));
     const DropoutArgs none = {0, nullptr};
@@ -136,7 +136,6 @@ struct HeadsLaunch {
               .offset_rank = more,
               .groups = groups,
               .router = a.adapters[2].start,
-              .group = int(groups > 0 ? s.out_dim / groups : s.out_dim),
               .top_k = int(router.routing.top_k),
               .logit_scale = float(1 / router.routing.tau),
               .scaling = float(in.scaling),
@@ -144,15 +143,7 @@ struct HeadsLaunch {
               .masks = s.site == DropoutSite::kLatent ? in.dropout : none};
   }
 
-  int x_group_cols() const { return single_group(a.cols); }
-  int y_group_cols() const { return single_group(params.group); }
   int64_t forward_floats() const { return params.tokens * (a_plan.shrink.splits * params.width() + params.du_width()); }
-  // The segments of a router's weights in the shrink of dy.
-  int64_t segment_floats() const {
-    if (params.groups == 0) return 0;
-    return b_plan.rank_chunks * router_weights().segments_of_chunk(b_plan.shrink_dy.splits) * params.tokens *
-           params.heads;
-  }
   // Whether dR takes a pass of its own over x: it sees x without the masks that dA sees.
   bool separate_router() const { return params.groups > 0 && on_x.ranks_each < kAllRanks; }
   // The sums of chunks of rows, of dA, dR and dB.
@@ -161,15 +152,12 @@ struct HeadsLaunch {
         separate_router() ? floats_of_sums(a_shape, kNoMasks, r, 0) : floats_of_sums(a_shape, on_x, a, 2);
     return floats_of_sums(a_shape, on_x, a, 0) + of_r + floats_of_sums(b_shape, kNoMasks, b, 0);
   }
+  int64_t dy_partials() const { return params.output_groups() * b_plan.shrink_dy.splits; }
   // What backward needs before these sums.
   int64_t latent_floats() const {
-    return params.tokens * (b_plan.shrink_dy.splits * params.du_width() + params.width() + params.u_width()) +
-           segment_floats();
+    return params.tokens * (dy_partials() * params.du_width() + params.width() + params.u_width());
   }
   int64_t backward_floats() const { return latent_floats() + chunk_floats(); }
-  RouterWeights router_weights(const float* w = nullptr, const float* u = nullptr, float* segments = nullptr) const {
-    return {params.groups, params.heads, params.rank, w, u, segments};
-  }
   // The latents of the heads and, in the forward pass, of the offset path.
   LatentRows latents(const float* u, int width, const float* w) const {
     return {.latent = u,
@@ -192,26 +180,25 @@ void heads_forward(const HeadsForwardArgs<T, TA>& args, const Router<TA>& router
   float* u = partials + splits * s.tokens * l.params.width();
   with_math<T>(l.a_plan, [&](auto math) {
     shrink<decltype(math)>({.shape = l.a_shape,
-                            .x = token_matrix(args.inputs.x, s.in_dim, args.z),
+                            .x = token_matrix(args.inputs.x, s.in_dim),
                             .m = l.a,
                             .masks = l.on_x,
                             .partials = partials,
-                            .cut = l.a_plan.shrink,
-                            .group_cols = l.x_group_cols()},
+                            .cut = l.a_plan.shrink},
                            l.a_plan.rank_chunks, stream);
   });
   combine_heads({.params = l.params, .partials = partials, .splits = splits, .z = args.z, .w = w, .u = u}, stream);
   with_math<T>(l.b_plan, [&](auto math) {
     expand<decltype(math)>({.shape = l.b_shape,
-                            .in = token_matrix(args.y_in, s.out_dim, args.y, l.y_group_cols()),
+                            .in = token_matrix(args.y_in, s.out_dim, l.params.output_groups()),
                             .out = args.y,
-                            .out_aligned = token_matrix<T>(args.y, s.out_dim, nullptr, l.y_group_cols()).aligned,
+                            .out_aligned = token_matrix<T>(args.y, s.out_dim, l.params.output_groups()).aligned,
                             .bias = args.bias,
                             .m = l.b,
                             .masks = kNoMasks,
                             .scale = 1,
                             .cut = l.b_plan.expand,
-                            .group_cols = l.y_group_cols()},
+                            .output_groups = l.params.output_groups()},
                            l.latents(u, l.params.du_width(), w), stream);
   });
 }
@@ -229,12 +216,10 @@ void heads_backward(const HeadsBackwardArgs<T, TA>& args, const Router<TA>& rout
   const HeadsLaunch<T, TA> l(args.inputs, router);
   const HeadsShape& s = args.inputs.shape;
   float* partials = static_cast<float*>(args.workspace);
-  float* dz = partials + l.b_plan.shrink_dy.splits * s.tokens * l.params.du_width();
+  float* dz = partials + l.dy_partials() * s.tokens * l.params.du_width();
   float* u = dz + s.tokens * l.params.width();
-  const RouterWeights router_weights = l.router_weights(gradient.w, u, u + s.tokens * l.params.u_width());
-  const TokenMatrix<T> x = token_matrix(args.inputs.x, s.in_dim, args.z),
-                       dy = token_matrix(args.dy, s.out_dim, args.z, l.y_group_cols());
-  if (gradient.w) combine_heads({.params = l.params, .z = const_cast<float*>(args.z), .u = u}, stream);
+  const TokenMatrix<T> x = token_matrix(args.inputs.x, s.in_dim),
+                       dy = token_matrix(args.dy, s.out_dim, l.params.output_groups());
   with_math<T>(l.b_plan, [&](auto math) {
     shrink<decltype(math)>({.shape = l.b_shape,
                             .x = dy,
@@ -242,21 +227,19 @@ void heads_backward(const HeadsBackwardArgs<T, TA>& args, const Router<TA>& rout
                             .masks = kNoMasks,
                             .partials = partials,
                             .cut = l.b_plan.shrink_dy,
-                            .group_cols = l.y_group_cols(),
-                            .router_weights = router_weights},
+                            .output_groups = l.params.output_groups()},
                            l.b_plan.rank_chunks, stream);
   });
   combine_heads_backward({.params = l.params,
                           .partials = partials,
-                          .cut = l.b_plan.shrink_dy,
-                          .router_weights = router_weights,
-                          .rank_chunks = l.b_plan.rank_chunks,
+                          .splits = l.b_plan.shrink_dy.splits,
+                          .w = gradient.w,
                           .z = args.z,
                           .dz_in = args.dz_in,
                           .dw_in = gradient.dw_in,
                           .u = u,
                           .dz = dz},
-                         kTileCols<T>, stream);
+                         stream);
   with_math<T>(l.both, [&](auto math) {
     using Math = decltype(math);
     const int width = l.params.width();
@@ -266,8 +249,7 @@ void heads_backward(const HeadsBackwardArgs<T, TA>& args, const Router<TA>& rout
                     .masks = l.on_x,
                     .summed_masks = s.A_per_head ? 1 : l.on_x.count,
                     .m = l.a,
-                    .out = {args.dA, nullptr, separate_router ? nullptr : gradient.dR},
-                    .group_cols = l.x_group_cols()};
+                    .out = {args.dA, nullptr, separate_router ? nullptr : gradient.dR}};
     OuterJob<T> d_r = d_a;
     d_r.masks = kNoMasks, d_r.summed_masks = 1, d_r.m = l.r, d_r.out[0] = separate_router ? gradient.dR : nullptr,
     d_r.out[2] = nullptr;
@@ -277,17 +259,16 @@ void heads_backward(const HeadsBackwardArgs<T, TA>& args, const Router<TA>& rout
                     .summed_masks = 1,
                     .m = l.b,
                     .out = {args.dB},
-                    .group_cols = l.y_group_cols()};
+                    .output_groups = l.params.output_groups()};
     place_sums(d_b, place_sums(d_r, place_sums(d_a, partials + l.latent_floats())));
     const ExpandJob<T> dx{.shape = l.a_shape,
-                          .in = token_matrix(args.dx_in, s.in_dim, args.dx),
+                          .in = token_matrix(args.dx_in, s.in_dim),
                           .out = args.dx,
                           .out_aligned = rows_aligned(args.dx, s.in_dim),
                           .m = l.a,
                           .masks = l.on_x,
                           .scale = 1,
-                          .cut = l.both.expand_dx,
-                          .group_cols = l.x_group_cols()};
+                          .cut = l.both.expand_dx};
     const LatentRows dz_rows{dz, width, width}, logit_rows{dz + l.params.router, width, l.params.logits()};
     const LatentRows u_rows = l.latents(u, l.params.u_width(), gradient.w);
     using Outer = typename BackwardJob<Math, LatentRows>::Outer;

@@ -31,19 +31,20 @@ struct OuterJob {
   AdapterMatrix<T> m;         // the adapters whose gradients are computed
   float* out[kAdapters];      // [groups] gradients in the layout of the adapters, assigned; null: not wanted
   float* partials = nullptr;  // sweep: [blocks of columns, tokens, rank], assigned
-  int group_cols;             // columns of an output group
+  int output_groups = 1;
   // Set by place_sums.
   int chunk_rows = 0;
   float* sums[kAdapters] = {};  // [outer_sums] gradients of chunks, assigned for groups of several chunks
 
+  __host__ __device__ int group_cols() const { return int(x.cols) / output_groups; }
   // The blocks of columns.
   template <bool kDot>
   __host__ __device__ int blocks_of_group() const {
-    return (group_cols + kOuterCols<T, kDot> - 1) / kOuterCols<T, kDot>;
+    return (group_cols() + kOuterCols<T, kDot> - 1) / kOuterCols<T, kDot>;
   }
   template <bool kDot>
   int blocks() const {
-    return int(x.cols / group_cols) * blocks_of_group<kDot>();
+    return output_groups * blocks_of_group<kDot>();
   }
   // The ranks that see one mask, the chunks of these ranks, and the chunks of all masks that are not added up.
   __host__ __device__ int ranks_of_mask() const { return masks.ranks_each < m.ranks ? masks.ranks_each : m.ranks; }
@@ -87,16 +88,18 @@ struct LatentValues {
   template <class LatentSource>
   __device__ __forceinline__ void load(const LatentSource& source, const RowTile& tile, int slice, int first_rank,
                                        int output_group) {
+    const int thread = thread_again();
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
-      const int i = int(threadIdx.x) + u * kThreads, row = slice * kRows + i / kRank;
+      const int i = thread + u * kThreads, row = slice * kRows + i / kRank;
       v[u] = row < tile.count ? source(tile.row(row), first_rank + i % kRank, output_group) : 0.f;
     }
   }
   __device__ __forceinline__ void store(T* g, int slice) const {
+    const int thread = thread_again();
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
-      const int i = int(threadIdx.x) + u * kThreads, row = slice * kRows + i / kRank;
+      const int i = thread + u * kThreads, row = slice * kRows + i / kRank;
       g[row * kLatentStride<T, kRank> + i % kRank] = to_element<T>(v[u]);
     }
   }
@@ -114,8 +117,8 @@ __device__ __forceinline__ void outer_columns(const OuterJob<typename Math::Elem
             rank_in_mask = rank_chunk % job.chunks_of_mask(kRank) * kRank;
   const int first_rank = mask * job.ranks_of_mask() + rank_in_mask;
   const int blocks_of_group = job.template blocks_of_group<kDot>();
-  const int output_group = block / blocks_of_group, end_col = (output_group + 1) * job.group_cols;
-  const int first_col = output_group * job.group_cols + block % blocks_of_group * kOuterCols<T, kDot>;
+  const int output_group = block / blocks_of_group, end_col = (output_group + 1) * job.group_cols();
+  const int first_col = output_group * job.group_cols() + block % blocks_of_group * kOuterCols<T, kDot>;
   // Masks whose products are added up use a tile one after the other, so that it is in the second-level cache.
   struct Turn {
     int row, mask;
@@ -124,7 +127,7 @@ __device__ __forceinline__ void outer_columns(const OuterJob<typename Math::Elem
     return turn.mask + 1 < job.summed_masks ? Turn{turn.row, turn.mask + 1} : Turn{turn.row + kTileRows, 0};
   };
   const auto tile_at = [&](const Turn& turn) { return tile_of(job.groups, group, turn.row, end); };
-  const auto col_at = [&](int step) { return first_col + step % kTiles * kTileCols<T>; };
+  const auto col_at = [&](int side) { return first_col + side * kTileCols<T>; };
 
   const int first_row = int(threadIdx.x) / kWarp * kWarpRows;
   SharedArena arena;
@@ -133,16 +136,14 @@ __device__ __forceinline__ void outer_columns(const OuterJob<typename Math::Elem
   T* piece = nullptr;
   if constexpr (kDot) {
     piece = arena.allocate<T>(kRank * kPieceStride<T, kRank>);
-    load_piece<T, kRank>(piece, job.m, group, first_rank, first_col, kOuterCols<T, kDot>, end_col);
+    load_piece<T, kRank, false>(piece, job.m, group, first_rank, first_col, kOuterCols<T, kDot>, end_col);
   }
-  const Dropout dropout(job.masks.dropout);
-  Units<T> units(int(threadIdx.x), kThreads, 0);
-  Turn ahead{begin, 0};
-  const auto copy = [&](int step) {
-    if (ahead.row < end) {
-      units.enter(tile_at(ahead));
-      units.copy(stages + step % kStages * kTileSize<T>, job.x, col_at(step), end_col);
-      if (step % kTiles == kTiles - 1) ahead = after(ahead);
+  const Dropout dropout(job.masks.dropout, job.x.cols);
+  Units<T> copied(int(threadIdx.x), kThreads, 0), masked = copied;
+  const auto copy = [&](const Turn& of, int step, int side) {
+    if (of.row < end) {
+      if (side == 0) copied.enter(tile_at(of));
+      copied.copy(stages + step % kStages * kTileSize<T>, job.x, col_at(side), end_col);
     }
     cp_async_commit();
   };
@@ -156,7 +157,8 @@ __device__ __forceinline__ void outer_columns(const OuterJob<typename Math::Elem
       values.load(source, tile_at({begin, 0}), slice, first_rank, output_group);
     }
   }
-  for (int s = 0; s < kStages - 1; ++s) copy(s);
+#pragma unroll
+  for (int s = 0; s < kStages - 1; ++s) copy({begin, 0}, s, s);
   typename Math::Outer acc[kTiles] = {};
   Turn next;
   int step = 0;
@@ -171,13 +173,15 @@ __device__ __forceinline__ void outer_columns(const OuterJob<typename Math::Elem
       cp_async_wait<kStages - 2>();
       if constexpr (!kDot) {  // dy has no masks
         if (dropout.threshold > 0) {
-          units.enter(tile);
-          units.mask(x, dropout, job.masks.count, mask + turn.mask, job.x.cols, col_at(step + side));
+          if (side == 0) masked.enter(tile);
+          masked.template mask <
+              kRank<64 ? 4 : 2>(x, dropout, job.masks.count, mask + turn.mask, job.x.cols, col_at(side));
         }
       }
       if (side == 0) values.store(latent_at(step), kSlices - 1);
       __syncthreads();  // tile and latent rows are complete; all warps are done with the last tile
-      copy(step + side + kStages - 1);
+      constexpr int kAhead = kStages - 1;
+      copy(side + kAhead < kTiles ? turn : next, step + side + kAhead, (side + kAhead) % kTiles);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int slice = 2 * side + half, first = half * kTileRows / 2;
@@ -188,7 +192,7 @@ __device__ __forceinline__ void outer_columns(const OuterJob<typename Math::Elem
         Math::outer(acc[side], g + first * kLatentStride<T, kRank>, x + first * kTileStride<T>);
       }
       if constexpr (kDot) {
-        Math::dot(dot, x + first_row * kTileStride<T>, piece + side * kTileCols<T>, 0, kRank, TileMask<T>());
+        Math::dot(dot, x + first_row * kTileStride<T>, piece + side * kTileCols<T>, 0, kRank);
       }
     }
     if constexpr (kDot) {
@@ -196,8 +200,8 @@ __device__ __forceinline__ void outer_columns(const OuterJob<typename Math::Elem
       Math::store(
           dot, [&](int) { return job.masks.scale; }, job.shape.rank - first_rank,
           [&](int i) {
-            return first_row + i < tile.count ? partials + tile.row(first_row + i) * job.shape.rank + first_rank
-                                              : nullptr;
+            const int row = first_row + Math::dot_row(i);
+            return row < tile.count ? partials + tile.row(row) * job.shape.rank + first_rank : nullptr;
           });
     }
   }

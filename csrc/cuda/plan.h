@@ -58,15 +58,23 @@ struct Cut {
   int64_t split_tiles;
 };
 
-// Together with the row tiles there are enough splits for two blocks on each multiprocessor.
+// With the row tiles there are as many splits as fit two blocks on each multiprocessor, or up to three more where the
+// busiest multiprocessor has less to do with them.
 inline Cut cut_columns(int64_t cols, int64_t element_bytes, int64_t row_tiles, int64_t max_splits,
                        const Device& device) {
-  const int64_t tiles = ceil_div(cols * element_bytes, kTileBytes);
-  const int64_t wanted = ceil_div(device.multiprocessors * kBlocksPerMultiprocessor, std::max<int64_t>(row_tiles, 1));
-  const int64_t splits =
-      std::clamp<int64_t>(std::min(wanted, max_splits), 1, std::max<int64_t>(tiles / kMinSplitTiles, 1));
-  const int64_t split_tiles = std::max<int64_t>(ceil_div(tiles, splits), 1);
-  return {std::max<int64_t>(ceil_div(tiles, split_tiles), 1), split_tiles};
+  const int64_t tiles = std::max<int64_t>(ceil_div(cols * element_bytes, kTileBytes), 1);
+  const int64_t rows = std::max<int64_t>(row_tiles, 1),
+                most = std::clamp<int64_t>(tiles / kMinSplitTiles, 1, max_splits);
+  const int64_t fewest = std::clamp<int64_t>(device.multiprocessors * kBlocksPerMultiprocessor / rows, 1, most);
+  const auto busiest = [&](int64_t splits) {
+    return ceil_div(rows * splits, device.multiprocessors) * ceil_div(tiles, splits);
+  };
+  int64_t splits = fewest;
+  for (int64_t more = fewest + 1; more <= std::min(fewest + 3, most); ++more) {
+    if (busiest(more) < busiest(splits)) splits = more;
+  }
+  const int64_t split_tiles = ceil_div(tiles, splits);
+  return {ceil_div(tiles, split_tiles), split_tiles};
 }
 
 // The rows of a chunk, whose outer products one block sums, for a gradient of so many ranks. The sums take 4 rank bytes
@@ -98,8 +106,8 @@ struct Plan {
   int padded_rank;      // 16, 32 or 64; larger ranks take several chunks of 64
   int64_t rank_chunks;  // each chunk reads the token matrix again
   Cut shrink;           // split of x: split-K, added in order
-  Cut expand;           // split of y
-  Cut shrink_dy;        // split of dy, if the backward pass takes two passes over dy
+  Cut expand;           // split of y, or of each of its groups of outputs
+  Cut shrink_dy;        // the same for dy, if the backward pass takes two passes over it
   Cut expand_dx;        // split of dx
   // Whether one pass over dy computes dz and dB. A block then keeps dB of kSweepTiles tiles in registers and writes its
   // partials of dz. These cost 8 rank bytes for each row, to write and to read, instead of a second read of 4 * 128
@@ -109,7 +117,7 @@ struct Plan {
 };
 
 inline Plan plan(int64_t tokens, int64_t in_dim, int64_t out_dim, int64_t rank, int64_t groups, int64_t element_bytes,
-                 const Device& device) {
+                 const Device& device, int64_t output_groups = 1) {
   const int64_t rows = row_tiles(tokens, groups), any = int64_t(1) << 15;
   Plan p;
   p.tensor_cores = element_bytes == 2 && device.major >= 8;
@@ -119,8 +127,9 @@ inline Plan plan(int64_t tokens, int64_t in_dim, int64_t out_dim, int64_t rank, 
   p.padded_rank = rank <= 16 || device.major < 8 ? 16 : rank <= 32 || !fits_64 ? 32 : 64;
   p.rank_chunks = ceil_div(rank, p.padded_rank);
   p.shrink = cut_columns(in_dim, element_bytes, rows, kMaxShrinkSplits, device);
-  p.expand = cut_columns(out_dim, element_bytes, rows, any, device);
-  p.shrink_dy = cut_columns(out_dim, element_bytes, rows, any, device);
+  const int64_t group_cols = out_dim / output_groups, group_rows = rows * output_groups;
+  p.expand = cut_columns(group_cols, element_bytes, group_rows, any, device);
+  p.shrink_dy = cut_columns(group_cols, element_bytes, group_rows, any, device);
   p.expand_dx = cut_columns(in_dim, element_bytes, rows, any, device);
   p.one_pass = rank <= 16 && out_dim > 0 && device.major >= 8;
   return p;

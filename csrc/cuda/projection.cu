@@ -9,12 +9,17 @@ namespace {
 // The mask of column i * rank + d of the latents of a row.
 __device__ float latent_mask(const HeadsParams& params, const Dropout& masks, int64_t row, int column) {
   if (masks.threshold == 0) return 1;
-  return mask_bits(masks, row * params.u_width() + column, 1) & 1u ? masks.scale() : 0.f;
+  const uint64_t element = row * params.u_width() + column;
+  const PhiloxBlock block = philox(masks.seed, element / kPhiloxLanes, masks.offset);
+  const int lane = int(element % kPhiloxLanes);  // no index that is computed: the block would lie in memory
+  const uint32_t first = lane < 2 ? block.word[0] : block.word[1], second = lane < 6 ? block.word[2] : block.word[3];
+  const uint32_t word = lane < 4 ? first : second;
+  return (lane % 2 ? masks.keeps_high(word) : masks.keeps_low(word)) ? masks.scale() : 0.f;
 }
 
 // Writes a column of z to all columns of u that are made of it, with the mask of each head.
 __device__ void write_u(const HeadsParams& params, int64_t row, int column, float z, float* u) {
-  const Dropout masks(params.masks);
+  const Dropout masks(params.masks, params.u_width());
   for (int j = column; j < params.u_width(); j += params.z_width()) {
     u[j] = params.scaling * latent_mask(params, masks, row, j) * z;
   }
@@ -75,12 +80,11 @@ __device__ __forceinline__ void for_each_column(int64_t tokens, int columns, con
 // Computes, for one row, the logits of a group (column < 0), a column of z, or a latent of the offset path.
 __device__ void combine_column(const CombineHeadsJob& job, int64_t row, int column) {
   const HeadsParams& params = job.params;
-  const int u_width = params.u_width() + (job.partials ? params.offset_rank : 0);
   const auto sum = [&](int column) {
     return sum_of_partials(job.partials, job.splits, params.tokens * params.width(), row * params.width() + column);
   };
   const int offset = column - params.z_width();
-  float* u = job.u + row * u_width;
+  float* u = job.u + row * params.du_width();
   if (column < 0) {
     const int first = (column + params.groups) * params.heads;
     float* w = job.w + row * params.logits() + first;
@@ -88,7 +92,7 @@ __device__ void combine_column(const CombineHeadsJob& job, int64_t row, int colu
     softmax(params, w);
   } else if (offset < 0) {
     float* z = job.z + row * params.z_width() + column;
-    if (job.partials) *z = sum(column / params.rank * params.stride + column % params.rank);
+    *z = sum(column / params.rank * params.stride + column % params.rank);
     write_u(params, row, column, *z, u);
   } else {
     u[params.u_width() + offset] = params.offset_scaling * sum(params.offset_start() + offset);
@@ -96,28 +100,39 @@ __device__ void combine_column(const CombineHeadsJob& job, int64_t row, int colu
 }
 
 __global__ void __launch_bounds__(kThreads) combine_heads_kernel(CombineHeadsJob job) {
-  const int groups = job.partials ? job.params.groups : 0, offset_rank = job.partials ? job.params.offset_rank : 0;
-  for_each_column(job.params.tokens, groups + job.params.z_width() + offset_rank,
-                  [&](int64_t row, int column) { combine_column(job, row, column - groups); });
+  const HeadsParams& params = job.params;
+  for_each_column(params.tokens, params.groups + params.z_width() + params.offset_rank,
+                  [&](int64_t row, int column) { combine_column(job, row, column - params.groups); });
 }
 
-// Computes dl_i = w_i (dw_i - sum_j w_j dw_j) / tau for the logits of a group of a row, with dw_i from its segments.
-__device__ void logit_gradients(const CombineHeadsBackwardJob& job, int split_cols, int64_t row, int group) {
+// The sum that add_partials has left for column j of a row and a group of outputs.
+__device__ float& group_sum(const CombineHeadsBackwardJob& job, int64_t row, int group, int j) {
+  const HeadsParams& params = job.params;
+  return job.partials[(group * job.splits * params.tokens + row) * params.du_width() + j];
+}
+
+// Adds the partials of a column of a row in the place of the first ones, and writes the columns of u.
+__device__ void add_partials(const CombineHeadsBackwardJob& job, int64_t row, int j) {
+  const HeadsParams& params = job.params;
+  for (int group = 0; group < params.output_groups(); ++group) {
+    float& sum = group_sum(job, row, group, j);
+    sum = sum_of_partials(&sum, job.splits, params.tokens * params.du_width(), 0);
+  }
+  if (j < params.z_width()) {
+    write_u(params, row, j, job.z[row * params.z_width() + j], job.u + row * params.u_width());
+  }
+}
+
+// Computes dl_i = w_i (dw_i - sum_j w_j dw_j) / tau for the logits of a group of a row, with dw_i = <u_i, du_i>.
+__device__ void logit_gradients(const CombineHeadsBackwardJob& job, int64_t row, int group) {
   const HeadsParams& params = job.params;
   const int64_t first = (row * params.groups + group) * params.heads;
-  const int begin = group * params.group, end = begin + params.group;
-  const int64_t segments = job.router_weights.segments_of_chunk(job.cut.splits);
-  const float* w = job.router_weights.w + first;
+  const float *w = job.w + first, *u = job.u + row * params.u_width();
   float* dl = job.dz + row * params.width() + params.router + group * params.heads;
   float mean = 0;
   for (int i = 0; i < params.heads; ++i) {
     float dw = job.dw_in ? job.dw_in[first + i] : 0.f;
-    for (int64_t chunk = 0; chunk < job.rank_chunks; ++chunk) {
-      for (int split = begin / split_cols; split * split_cols < end; ++split) {
-        const int64_t segment = chunk * segments + group + split;
-        dw += job.router_weights.segments[(segment * params.tokens + row) * params.heads + i];
-      }
-    }
+    for (int j = i * params.rank; j < (i + 1) * params.rank; ++j) dw += u[j] * group_sum(job, row, group, j);
     dl[i] = dw;
     mean += w[i] * dw;
   }
@@ -126,14 +141,19 @@ __device__ void logit_gradients(const CombineHeadsBackwardJob& job, int split_co
 
 // Computes, for one row, the gradient of the logits of a group (column < 0), or another column of dz: the sum of the
 // gradients of all heads that use it.
-__device__ void combine_column_backward(const CombineHeadsBackwardJob& job, int split_cols, int64_t row, int column) {
+__device__ void combine_column_backward(const CombineHeadsBackwardJob& job, int64_t row, int column) {
   const HeadsParams& params = job.params;
+  if (column < 0) return logit_gradients(job, row, column + params.groups);
   const int offset = column - params.offset_start();
   const auto du = [&](int j) {
-    return sum_of_partials(job.partials, job.cut.splits, params.tokens * params.du_width(),
-                           row * params.du_width() + j);
+    float total = 0;
+    for (int group = 0; group < params.output_groups(); ++group) {
+      const bool weighted = params.groups > 0 && j < params.u_width();
+      const float w = weighted ? job.w[(row * params.groups + group) * params.heads + j / params.rank] : 1.f;
+      total += w * group_sum(job, row, group, j);
+    }
+    return total;
   };
-  if (column < 0) return logit_gradients(job, split_cols, row, column + params.groups);
   float* dz = job.dz + row * params.width() + column;
   if (offset >= params.offset_rank || (offset < 0 && column % params.stride >= params.rank)) {
     *dz = 0;
@@ -141,22 +161,21 @@ __device__ void combine_column_backward(const CombineHeadsBackwardJob& job, int 
     *dz = params.offset_scaling * du(params.u_width() + offset);
   } else {
     const int z_column = column / params.stride * params.rank + column % params.stride;
-    const int64_t element = row * params.z_width() + z_column;
-    const Dropout masks(params.masks);
+    const Dropout masks(params.masks, params.u_width());
     float total = 0;
 #pragma unroll 1
     for (int j = z_column; j < params.u_width(); j += params.z_width())
       total += latent_mask(params, masks, row, j) * du(j);
-    *dz = params.scaling * total + (job.dz_in ? job.dz_in[element] : 0.f);
-    if (params.groups == 0) write_u(params, row, z_column, job.z[element], job.u + row * params.u_width());
+    *dz = params.scaling * total + (job.dz_in ? job.dz_in[row * params.z_width() + z_column] : 0.f);
   }
 }
 
-__global__ void __launch_bounds__(kThreads) combine_heads_backward_kernel(CombineHeadsBackwardJob job, int split_cols) {
+__global__ void __launch_bounds__(kThreads) combine_heads_backward_kernel(CombineHeadsBackwardJob job) {
   const HeadsParams& params = job.params;
-  for_each_column(params.tokens, params.width() - params.logits() + params.groups, [&](int64_t row, int column) {
-    combine_column_backward(job, split_cols, row, column - params.groups);
-  });
+  for_each_column(params.tokens, params.du_width(), [&](int64_t row, int j) { add_partials(job, row, j); });
+  __syncthreads();  // the sums and u of the block's rows are complete
+  for_each_column(params.tokens, params.width() - params.logits() + params.groups,
+                  [&](int64_t row, int column) { combine_column_backward(job, row, column - params.groups); });
 }
 
 template <typename... Job>
@@ -176,8 +195,8 @@ void combine_heads(const CombineHeadsJob& job, Stream stream) {
   for_each_row(combine_heads_kernel, job.params.tokens, stream, job);
 }
 
-void combine_heads_backward(const CombineHeadsBackwardJob& job, int64_t tile_cols, Stream stream) {
-  for_each_row(combine_heads_backward_kernel, job.params.tokens, stream, job, int(job.cut.split_tiles * tile_cols));
+void combine_heads_backward(const CombineHeadsBackwardJob& job, Stream stream) {
+  for_each_row(combine_heads_backward_kernel, job.params.tokens, stream, job);
 }
 
 #define ALIGN_INSTANTIATE(...)                                                                \

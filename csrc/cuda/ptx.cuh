@@ -9,11 +9,13 @@ namespace align::cuda {
 
 #ifdef ALIGN_ON_SIMT
 #define ALIGN_HAS_SM80 1
-using simt::cp_async16;
 using simt::cp_async_commit;
 using simt::ldmatrix_x4;
 using simt::ldmatrix_x4_trans;
 
+using SharedAddress = char*;
+inline SharedAddress shared_address(void* pointer) { return static_cast<char*>(pointer); }
+inline void cp_async16(SharedAddress to, const void* from, int bytes) { simt::cp_async16(to, from, bytes); }
 template <int kGroupsLeft>
 void cp_async_wait() {
   simt::cp_async_wait(kGroupsLeft);
@@ -27,6 +29,15 @@ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
   const uint32_t b[2] = {b0, b1};
   simt::mma_m16n8k16_f16(d, a, b);
 }
+
+// threadIdx.x, read where it stands: what is computed from it does not stay in registers from one turn of a loop to the
+// next one.
+inline int thread_again() { return int(threadIdx.x); }
+// The value, of which the compiler does not know that it is always the same.
+inline uint64_t opaque(uint64_t value) { return value; }
+
+// Bits 31 and 15 in all bits of the upper and the lower half.
+inline uint32_t spread_signs(uint32_t word) { return (word >> 15 & 0x10001u) * 0xFFFFu; }
 
 template <typename T>
 uint32_t pack(float low, float high) {
@@ -51,17 +62,38 @@ float high_half(uint32_t pair, T) {
 #define ALIGN_HAS_SM80 0
 #endif
 
-__device__ inline uint32_t shared_address(const void* pointer) { return uint32_t(__cvta_generic_to_shared(pointer)); }
+using SharedAddress = uint32_t;
+__device__ inline SharedAddress shared_address(const void* pointer) {
+  return uint32_t(__cvta_generic_to_shared(pointer));
+}
+
+__device__ inline int thread_again() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
+__device__ inline uint64_t opaque(uint64_t value) {
+  asm volatile("" : "+l"(value));
+  return value;
+}
+
+// Bits 31 and 15 in all bits of the upper and the lower half.
+__device__ inline uint32_t spread_signs(uint32_t word) {
+  uint32_t spread;
+  asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(spread) : "r"(word));
+  return spread;
+}
 
 // Copies source_bytes (0 .. 16) to shared memory and fills up to 16 bytes with zeros. The copy is complete after the
-// thread has waited; before sm_80 at once. Both addresses are multiples of 16.
-__device__ inline void cp_async16(void* shared, const void* global, int source_bytes) {
+// thread has waited; before sm_80 at once. Both addresses are multiples of 16; with 0 bytes the source is not read.
+__device__ inline void cp_async16(SharedAddress shared, const void* global, int source_bytes) {
 #if ALIGN_HAS_SM80
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
-               "r"(source_bytes)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(source_bytes)
                : "memory");
 #else
-  *static_cast<uint4*>(shared) = source_bytes == 16 ? *static_cast<const uint4*>(global) : make_uint4(0, 0, 0, 0);
+  *static_cast<uint4*>(__cvta_shared_to_generic(shared)) =
+      source_bytes == 16 ? *static_cast<const uint4*>(global) : make_uint4(0, 0, 0, 0);
 #endif
 }
 
@@ -126,16 +158,17 @@ __device__ inline uint32_t pack<float16>(float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
   return both;
 }
+#else
+template <typename T>
+__device__ uint32_t pack(float low, float high) {
+  return uint32_t(narrow<T>(low).bits) | uint32_t(narrow<T>(high).bits) << 16;
+}
 #endif
 
 // Rounds one float to nearest even.
 template <typename T>
 __device__ inline T round_to(float value) {
-#if ALIGN_HAS_SM80
   return {uint16_t(pack<T>(value, 0.f))};
-#else
-  return narrow<T>(value);
-#endif
 }
 
 // The halves of 32 bits as floats.

@@ -57,6 +57,7 @@ struct RowTile {
   int group;
 
   __device__ int64_t row(int i) const { return rows ? rows[begin + i] : begin + i; }
+  __device__ int row_or_none(int i) const { return i < count ? int(row(i)) : -1; }
 };
 
 // Finds where a group begins and ends in group order.

@@ -3,16 +3,16 @@
 #pragma once
 
 #include "cuda/dropout.cuh"
-#include "cuda/ptx.cuh"
 
 namespace align::cuda {
 
 template <typename T>
 struct TokenMatrix {
-  const T* data;  // [tokens, cols], or null: zeros
+  const T* data;  // [tokens, cols]
   int64_t cols;
-  bool aligned;          // all rows begin at multiples of 16 bytes
-  const void* readable;  // a valid address for copies of zero bytes
+  bool aligned;  // all rows begin at multiples of 16 bytes
+
+  __device__ uint32_t row_bytes() const { return uint32_t(cols) * uint32_t(sizeof(T)); }
 };
 
 template <typename T>
@@ -20,33 +20,25 @@ bool rows_aligned(const T* data, int64_t cols) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && cols * int64_t(sizeof(T)) % 16 == 0;
 }
 
-// readable: 16-byte aligned device memory, used if data is null. group_cols: see Columns; 0 means one group.
+// output_groups: see columns_of.
 template <typename T>
-TokenMatrix<T> token_matrix(const T* data, int64_t cols, const void* readable, int64_t group_cols = 0) {
-  return {data, cols, rows_aligned(data, cols) && group_cols * int64_t(sizeof(T)) % 16 == 0, data ? data : readable};
+TokenMatrix<T> token_matrix(const T* data, int64_t cols, int output_groups = 1) {
+  if (cols * int64_t(sizeof(T)) > UINT32_MAX) throw std::length_error("a row of a matrix has 4 GiB or more");
+  return {data, cols, rows_aligned(data, cols) && rows_aligned<T>(nullptr, cols / output_groups)};
 }
 
-// The columns of the only output group of a matrix, at least 1.
-inline int single_group(int64_t cols) { return std::max(int(cols), 1); }
-
-// Walks through columns begin .. end one tile at a time. If a router has groups of outputs, each group of columns has
-// its own latent rows: no tile reaches from one group into the next.
-template <typename T>
-struct Columns {
-  int col, end;      // the columns that are left
-  int group_cols;    // columns of a group
-  int col_in_group;  // columns of the current group before col
-
-  __device__ Columns(int begin, int64_t last, int cols_of_group)
-      : col(begin), end(int(last)), group_cols(cols_of_group), col_in_group(begin % cols_of_group) {}
-  __device__ bool done() const { return col >= end; }
-  __device__ int group_end() const { return min(col - col_in_group + group_cols, end); }
-  __device__ void next() {
-    const int step = min(kTileCols<T>, group_end() - col);
-    col += step, col_in_group += step;
-    if (col_in_group == group_cols) col_in_group = 0;
-  }
+// The columns of a block. If a router has groups of outputs, each group of columns has its own latent rows, and is cut
+// on its own: number index counts the splits of all groups.
+struct ColumnRange {
+  int group, begin, end;
 };
+template <typename T>
+__device__ ColumnRange columns_of(const Cut& cut, int64_t cols, int output_groups, int index) {
+  const int group_cols = int(cols) / output_groups, group = index / int(cut.splits);
+  const int begin = index % int(cut.splits) * int(cut.split_tiles) * kTileCols<T>;
+  const int end = min(begin + int(cut.split_tiles) * kTileCols<T>, group_cols);
+  return {group, group * group_cols + begin, group * group_cols + end};
+}
 
 // ---- Tiles
 
@@ -64,55 +56,69 @@ class Units {
 
   // The calls after this one work on the rows of this tile.
   __device__ __forceinline__ void enter(const RowTile& tile) {
+    left_ = tile.count - row_;
+    if (tile.rows) {
 #pragma unroll
-    for (int u = 0; u < kCount; ++u) {
-      const int i = row_ + u * step_;
-      rows_[u] = i < tile.count ? int(tile.row(i)) : -1;
+      for (int u = 0; u < kCount; ++u) rows_[u] = int(tile.rows[tile.begin + min(row_ + u * step_, tile.count - 1)]);
+    } else {
+#pragma unroll
+      for (int u = 0; u < kCount; ++u) rows_[u] = tile.begin + min(row_ + u * step_, tile.count - 1);
     }
   }
 
-  // Starts the copy of the tile that begins at column first_col. Columns from end on are filled with zeros.
-  __device__ __forceinline__ void copy(T* tile, const TokenMatrix<T>& m, int64_t first_col, int64_t end) const {
-    const int64_t col = first_col + col_, left = m.data ? end - col : 0;
+  // Starts the copy of the tile that begins at column first_col. Rows beyond the tile and columns from end on are
+  // filled with zeros.
+  __device__ __forceinline__ void copy(T* tile, const TokenMatrix<T>& m, int first_col, int end) const {
+    const int col = first_col + col_;
+    const T* column = m.data + col;
+    if (m.aligned) {
+      const int left = col < end ? left_ : 0;
+      const SharedAddress to = shared_address(address(tile, 0));
+#pragma unroll
+      for (int u = 0; u < kCount; ++u) {
+        const char* from = reinterpret_cast<const char*>(column) + uint64_t(uint32_t(rows_[u])) * m.row_bytes();
+        cp_async16(to + u * step_ * kTileStride<T> * int(sizeof(T)), from, u * step_ < left ? 16 : 0);
+      }
+      return;
+    }
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
       T* to = address(tile, u);
-      const T* from = m.data + int64_t(rows_[u]) * m.cols + col;
-      if (m.aligned) {
-        const bool inside = rows_[u] >= 0 && left > 0;
-        cp_async16(to, inside ? from : m.readable, inside ? 16 : 0);
-      } else {
+      const T* from = column + int64_t(rows_[u]) * m.cols;
 #pragma unroll 1
-        for (int e = 0; e < kUnit<T>; ++e) to[e] = rows_[u] >= 0 && e < left ? from[e] : T{};
-      }
+      for (int e = 0; e < kUnit<T>; ++e) to[e] = u * step_ < left_ && col + e < end ? from[e] : T{};
     }
   }
 
-  // Zeroes the elements of this thread that mask number index of `masks` masks drops.
+  // Zeroes the elements of this thread that mask number index of `masks` masks drops, of so many units at once.
+  template <int kAtOnce>
   __device__ __forceinline__ void mask(T* tile, const Dropout& dropout, int masks, int index, int64_t cols,
                                        int64_t first_col) const {
+    constexpr bool kHalves = kUnit<T> < kPhiloxLanes;  // a unit of float is half of a block
+    const int skipped = kHalves && dropout.whole ? col_ % kPhiloxLanes : 0;
 #pragma unroll
-    for (int u = 0; u < kCount; ++u) {
-      if (rows_[u] < 0) continue;
-      const int64_t element = (int64_t(rows_[u]) * masks + index) * cols + first_col + col_;
-      mask_unit(address(tile, u), mask_bits(dropout, element, kUnit<T>));
-    }
-  }
-
-  // Writes the tile to columns first_col .. end of a matrix.
-  __device__ __forceinline__ void write(const T* tile, T* out, bool aligned, int64_t cols, int64_t first_col,
-                                        int64_t end) const {
-    const int64_t col = first_col + col_, left = end - col;
+    for (int first = 0; first < kCount; first += kAtOnce) {
+      uint64_t element[kAtOnce];
+      PhiloxBlock lanes[kAtOnce];
 #pragma unroll
-    for (int u = 0; u < kCount; ++u) {
-      if (rows_[u] < 0) continue;
-      const T* from = address(tile, u);
-      T* to = out + int64_t(rows_[u]) * cols + col;
-      if (aligned) {
-        if (left > 0) *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
-      } else {
-#pragma unroll 1
-        for (int e = 0; e < kUnit<T> && e < left; ++e) to[e] = from[e];
+      for (int u = 0; u < kAtOnce; ++u) {
+        element[u] = rows_[first + u] * (masks * cols) + (index * cols + first_col + col_ - skipped);
+      }
+      draw(dropout, element, lanes);
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        const uint32_t* word = lanes[u].word;
+        uint4* unit = reinterpret_cast<uint4*>(address(tile, first + u));
+        uint4 four = *unit;
+        if constexpr (kHalves) {
+          const uint32_t low = skipped > 0 ? word[2] : word[0], high = skipped > 0 ? word[3] : word[1];
+          four.x = dropout.keeps_low(low) ? four.x : 0, four.y = dropout.keeps_high(low) ? four.y : 0;
+          four.z = dropout.keeps_low(high) ? four.z : 0, four.w = dropout.keeps_high(high) ? four.w : 0;
+        } else {
+          four.x &= dropout.mask(word[0]), four.y &= dropout.mask(word[1]);
+          four.z &= dropout.mask(word[2]), four.w &= dropout.mask(word[3]);
+        }
+        *unit = four;
       }
     }
   }
@@ -124,7 +130,8 @@ class Units {
   }
 
   int row_, step_, col_;
-  int rows_[kCount];  // row numbers in the matrix, or -1
+  int left_;          // rows of the tile from row_ on
+  int rows_[kCount];  // row numbers in the matrix; beyond the tile those of its last row
 };
 
 // ---- Latent rows
@@ -139,16 +146,29 @@ __device__ __forceinline__ T to_element(S value) {
   }
 }
 
-// Fills g [rows, kRank] with source(row, rank, output_group) for rows first .. first + count - 1 of a tile and kRank
-// ranks from first_rank on. Rows beyond the tile are zero.
-template <typename T, int kRank, typename LatentSource>
-__device__ __forceinline__ void fill_latent(T* g, const LatentSource& source, const RowTile& tile, int first, int count,
-                                            int first_rank, int output_group, int thread, int threads) {
+// 32 bits of a unit: two elements of 16 bits, or one of float.
+template <typename T>
+__device__ __forceinline__ uint32_t pack_word(const float* v) {
+  if constexpr (sizeof(T) == 2) {
+    return pack<T>(v[0], v[1]);
+  } else {
+    uint32_t bits;
+    memcpy(&bits, v, sizeof(bits));
+    return bits;
+  }
+}
+
+// Fills g [rows, kRank] with factor(rank) * source(row, rank, output_group) for rows first .. first + count - 1 of a
+// tile and kRank ranks from first_rank on. Rows beyond the tile are zero.
+template <typename T, int kRank, typename LatentSource, typename Factor>
+__device__ __forceinline__ void fill_latent(T* g, const LatentSource& source, const Factor& factor, const RowTile& tile,
+                                            int first, int count, int first_rank, int output_group, int thread,
+                                            int threads) {
 #pragma unroll 2
   for (int i = thread; i < count * kRank; i += threads) {
     const int row = first + i / kRank, j = i % kRank;
-    g[row * kLatentStride<T, kRank> + j] =
-        to_element<T>(row < tile.count ? source(tile.row(row), first_rank + j, output_group) : 0.f);
+    g[row * kLatentStride<T, kRank> + j] = to_element<T>(
+        row < tile.count ? factor(first_rank + j) * source(tile.row(row), first_rank + j, output_group) : 0.f);
   }
 }
 

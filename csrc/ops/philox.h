@@ -28,24 +28,32 @@ struct PhiloxBlock {
   uint32_t word[4];
 };
 
+struct PhiloxKey {
+  uint32_t k0, k1;
+
+  ALIGN_HOST_DEVICE explicit PhiloxKey(uint64_t seed) : k0(uint32_t(seed)), k1(uint32_t(seed >> 32)) {}
+  ALIGN_HOST_DEVICE void next() { k0 += kPhiloxWeyl0, k1 += kPhiloxWeyl1; }
+};
+
+ALIGN_HOST_DEVICE inline PhiloxBlock philox_counter(uint64_t block, uint64_t offset) {
+  return {{uint32_t(block), uint32_t(block >> 32), uint32_t(offset), uint32_t(offset >> 32)}};
+}
+
+ALIGN_HOST_DEVICE inline void philox_round(PhiloxBlock& c, const PhiloxKey& key) {
+  const uint64_t product0 = uint64_t(kPhiloxMultiplier0) * c.word[0];
+  const uint64_t product1 = uint64_t(kPhiloxMultiplier1) * c.word[2];
+  c = {{uint32_t(product1 >> 32) ^ c.word[1] ^ key.k0, uint32_t(product1),
+        uint32_t(product0 >> 32) ^ c.word[3] ^ key.k1, uint32_t(product0)}};
+}
+
 ALIGN_HOST_DEVICE inline PhiloxBlock philox(uint64_t seed, uint64_t block, uint64_t offset) {
-  uint32_t c0 = uint32_t(block), c1 = uint32_t(block >> 32);
-  uint32_t c2 = uint32_t(offset), c3 = uint32_t(offset >> 32);
-  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  PhiloxBlock c = philox_counter(block, offset);
+  PhiloxKey key(seed);
 #ifdef __CUDACC__
-#pragma unroll 2  // with a complete unroll the keys of all rounds would stay in registers between calls
+#pragma unroll 2
 #endif
-  for (int round = 0; round < kPhiloxRounds; ++round) {
-    const uint64_t product0 = uint64_t(kPhiloxMultiplier0) * c0;
-    const uint64_t product1 = uint64_t(kPhiloxMultiplier1) * c2;
-    c0 = uint32_t(product1 >> 32) ^ c1 ^ k0;
-    c1 = uint32_t(product1);
-    c2 = uint32_t(product0 >> 32) ^ c3 ^ k1;
-    c3 = uint32_t(product0);
-    k0 += kPhiloxWeyl0;
-    k1 += kPhiloxWeyl1;
-  }
-  return {{c0, c1, c2, c3}};
+  for (int round = 0; round < kPhiloxRounds; ++round, key.next()) philox_round(c, key);
+  return c;
 }
 
 // Elements whose lane is below the threshold are dropped.
