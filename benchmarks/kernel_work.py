@@ -262,10 +262,10 @@ def outer(
 ) -> Work:
     """The gradient latentsᵀ x, or latentsᵀ dy: a block has some columns and a chunk of rows, once for each mask.
 
-    chunk: the launch's ranks, where there are more. A router's weights multiply u.
+    chunk: the ranks that the launch computes at once, where these are others. A router's weights multiply u.
     """
     cols, size = layer.sizes[tall]
-    count, turns, computed = ceil_div(cols, cols_each), max(masks, 1), max(ranks, chunk)
+    count, turns, computed = ceil_div(cols, cols_each), max(masks, 1), chunk or ranks
     rows_each = outer_rows(ceil_div(ranks, turns))
     chunks = ceil_div(layer.tokens, rows_each)
     rows, gradient = Access(latents, layer.latent(ranks), count), Access("gradients", 4 * ranks * cols)
@@ -307,15 +307,15 @@ def grouped_lora(layer: Layer, gpu: Gpu) -> list[Work]:
         d_b = outer(layer, gpu, "dy", "z", r, cols_each=SWEEP_COLS)
         dot = Work("", both, d_b.tensor, floor=layer.sizes["dy"][1])
         d_b = replace(d_b, blocks=[replace(blocks, tile=tile(gpu, "sweep", r)) for blocks in d_b.blocks])
-        of_dy, last = replace(d_b + dot, name="sweep dy"), [d_a]
+        of_dy, last = replace(d_b + dot, name="sweep dy"), []
     else:
-        count, of_dy, last = splits(layer.out_dim, layer.tiles, gpu), shrink(layer, gpu, "dy", r), [d_a, d_b]
+        count, of_dy, last = splits(layer.out_dim, layer.tiles, gpu), shrink(layer, gpu, "dy", r), [d_b]
     return [
         shrink(layer, gpu, "x", r),
         y,
         of_dy,
         small(layer, "sum of the partials", {"partials": count * r, "dz": r}),
-        *backward(layer, gpu, r, last),
+        *backward(layer, gpu, r, [d_a], last),
         *sum_chunks([d_a, d_b]),
     ]
 
@@ -328,31 +328,36 @@ def heads(layer: Layer, gpu: Gpu) -> list[Work]:
     logits = count if layer.router else 0
     width = ceil_div(ranks_a, 8) * 8 + logits if layer.router else ranks_a
     u, z, du = count * r, latents * r, count * r + layer.offset_rank
-    of_x, of_dy = splits(layer.in_dim, layer.tiles, gpu, most=8), splits(layer.out_dim, layer.tiles, gpu)
+    x_splits, dy_splits = splits(layer.in_dim, layer.tiles, gpu, most=8), splits(layer.out_dim, layer.tiles, gpu)
     masks = u if layer.site == "latent" else 0
     last = max(width, du)  # the last launch computes all of its products at the ranks of the largest
-    d_a = outer(layer, gpu, "x", "dz", width, layer.masks, last)
+    # Where each mask of x has fewer ranks, dA and dR are a launch of their own.
+    separate = per_head and layer.masks > 1 and padded(ceil_div(r, 8) * 8) < padded(last)
+    of_mask = ceil_div(r, 8) * 8 if separate else last
+    d_a = outer(layer, gpu, "x", "dz", width, layer.masks, of_mask)
     # With dropout on x the router's gradient stands on another x.
-    d_r = [outer(layer, gpu, "x", "dz", logits, chunk=last)] if layer.router and layer.masks else []
-    outers = [d_a, *d_r, outer(layer, gpu, "dy", "u", u, chunk=last)]
-    combined = {"partials": of_dy * du, "z": z, "u": u, "dz": width, "w": logits}
+    d_r = [outer(layer, gpu, "x", "dz", logits, chunk=of_mask)] if layer.router and layer.masks else []
+    of_x, d_b = [d_a, *d_r], outer(layer, gpu, "dy", "u", u, chunk=last)
+    combined = {"partials": dy_splits * du, "z": z, "u": u, "dz": width, "w": logits}
     return [
         shrink(layer, gpu, "x", width),
-        small(layer, "combine heads", {"partials": of_x * width, "z": z, "w": logits, "u": du}, masks),
+        small(layer, "combine heads", {"partials": x_splits * width, "z": z, "w": logits, "u": du}, masks),
         expand(layer, gpu, "y", du, Access("u", layer.latent(du + logits))),
         shrink(layer, gpu, "dy", du),
         small(layer, "combine heads, backward", combined, masks),
-        *backward(layer, gpu, width, outers, last),
-        *sum_chunks(outers),
+        *backward(layer, gpu, width, of_x, [d_b], last, separate=separate),
+        *sum_chunks([*of_x, d_b]),
     ]
 
 
-def backward(layer: Layer, gpu: Gpu, ranks: int, outers: Iterable[Work], chunk: int = 0) -> list[Work]:
-    """The last launch: gradients of the adapters, and dx."""
-    launch = Work("backward: dA, dB, dx", floor=layer.sizes["x"][1])  # dA waits for dz: x once more is no waste
-    for work in [*outers, expand(layer, gpu, "dx", ranks, Access("dz", layer.latent(ranks)), chunk)]:
-        launch += work
-    return [launch]
+def backward(
+    layer: Layer, gpu: Gpu, ranks: int, of_x: list[Work], of_dy: list[Work], chunk: int = 0, *, separate: bool = False
+) -> list[Work]:
+    """The last launch, or two: gradients of the adapters, and dx."""
+    dx = expand(layer, gpu, "dx", ranks, Access("dz", layer.latent(ranks)), chunk)
+    first = Work("backward: dA" if separate else "backward: dA, dB, dx", floor=layer.sizes["x"][1])  # dA waits for dz
+    launches = [sum(of_x, first), sum([*of_dy, dx], Work("backward: dB, dx"))]
+    return launches if separate else [launches[0] + launches[1]]
 
 
 def loop(layer: Layer, _: Gpu) -> list[Work]:

@@ -84,9 +84,9 @@ template <typename T, typename TA>
 struct HeadsLaunch {
   using Inputs = HeadsInputs<T, TA>;
   HeadsParams params;
-  AdapterMatrix<T> a, b, r;           // a: A, A0 and R; b: B and B0; r: R alone
-  GroupedLoraShape a_shape, b_shape;  // a and b as projections of one group
-  Plan a_plan, b_plan, both;
+  AdapterMatrix<T> a, b, r;            // a: A, A0 and R; b: B and B0; r: R alone
+  GroupedLoraShape a_shape, b_shape;   // a and b as projections of one group
+  Plan a_plan, b_plan, both, of_mask;  // of_mask: the ranks of A that see one mask of x
   RankMasks on_x;
 
   HeadsLaunch(const Inputs& in, const Router<TA>& router) {
@@ -128,6 +128,7 @@ struct HeadsLaunch {
     } else if (dropout.p > 0) {
       on_x = {dropout, 1, router ? a.adapters[2].start : kAllRanks, mask_scale};
     }
+    of_mask = plan_rank(std::min(on_x.ranks_each, a.ranks));
     params = {.tokens = s.tokens,
               .rank = int(s.rank),
               .heads = int(s.heads),
@@ -143,6 +144,8 @@ struct HeadsLaunch {
               .masks = s.site == DropoutSite::kLatent ? in.dropout : none};
   }
 
+  // Whether dA and dR take a launch of their own: each mask of x has fewer ranks than the launch with dx would compute.
+  bool separate_masks() const { return of_mask.padded_rank < both.padded_rank && on_x.count > 1; }
   int64_t forward_floats() const { return params.tokens * (a_plan.shrink.splits * params.width() + params.du_width()); }
   // Whether dR takes a pass of its own over x: it sees x without the masks that dA sees.
   bool separate_router() const { return params.groups > 0 && on_x.ranks_each < kAllRanks; }
@@ -240,47 +243,51 @@ void heads_backward(const HeadsBackwardArgs<T, TA>& args, const Router<TA>& rout
                           .u = u,
                           .dz = dz},
                          stream);
-  with_math<T>(l.both, [&](auto math) {
-    using Math = decltype(math);
-    const int width = l.params.width();
-    const bool separate_router = l.separate_router();
-    OuterJob<T> d_a{.shape = l.a_shape,
-                    .x = x,
-                    .masks = l.on_x,
-                    .summed_masks = s.A_per_head ? 1 : l.on_x.count,
-                    .m = l.a,
-                    .out = {args.dA, nullptr, separate_router ? nullptr : gradient.dR}};
-    OuterJob<T> d_r = d_a;
-    d_r.masks = kNoMasks, d_r.summed_masks = 1, d_r.m = l.r, d_r.out[0] = separate_router ? gradient.dR : nullptr,
-    d_r.out[2] = nullptr;
-    OuterJob<T> d_b{.shape = l.b_shape,
-                    .x = dy,
-                    .masks = kNoMasks,
-                    .summed_masks = 1,
-                    .m = l.b,
-                    .out = {args.dB},
-                    .output_groups = l.params.output_groups()};
-    place_sums(d_b, place_sums(d_r, place_sums(d_a, partials + l.latent_floats())));
-    const ExpandJob<T> dx{.shape = l.a_shape,
-                          .in = token_matrix(args.dx_in, s.in_dim),
-                          .out = args.dx,
-                          .out_aligned = rows_aligned(args.dx, s.in_dim),
-                          .m = l.a,
-                          .masks = l.on_x,
-                          .scale = 1,
-                          .cut = l.both.expand_dx};
-    const LatentRows dz_rows{dz, width, width}, logit_rows{dz + l.params.router, width, l.params.logits()};
-    const LatentRows u_rows = l.latents(u, l.params.u_width(), gradient.w);
-    using Outer = typename BackwardJob<Math, LatentRows>::Outer;
-    backward<Math>(
-        BackwardJob<Math, LatentRows>{
-            .outer = {Outer(d_a, dz_rows), separate_router ? Outer(d_r, logit_rows) : Outer(), Outer(d_b, u_rows)},
-            .dx = dx,
-            .dz = dz_rows,
-            .row_tiles = args.dx ? int(row_tiles(s.tokens, 1)) : 0},
-        stream);
-    sum_chunks({d_a, d_r, d_b}, stream);
-  });
+  const int width = l.params.width();
+  const bool separate_router = l.separate_router(), separate_masks = l.separate_masks();
+  OuterJob<T> d_a{.shape = l.a_shape,
+                  .x = x,
+                  .masks = l.on_x,
+                  .summed_masks = s.A_per_head ? 1 : l.on_x.count,
+                  .m = l.a,
+                  .out = {args.dA, nullptr, separate_router ? nullptr : gradient.dR}};
+  OuterJob<T> d_r = d_a;
+  d_r.masks = kNoMasks, d_r.summed_masks = 1, d_r.m = l.r, d_r.out[0] = separate_router ? gradient.dR : nullptr,
+  d_r.out[2] = nullptr;
+  OuterJob<T> d_b{.shape = l.b_shape,
+                  .x = dy,
+                  .masks = kNoMasks,
+                  .summed_masks = 1,
+                  .m = l.b,
+                  .out = {args.dB},
+                  .output_groups = l.params.output_groups()};
+  place_sums(d_b, place_sums(d_r, place_sums(d_a, partials + l.latent_floats())));
+  const ExpandJob<T> dx{.shape = l.a_shape,
+                        .in = token_matrix(args.dx_in, s.in_dim),
+                        .out = args.dx,
+                        .out_aligned = rows_aligned(args.dx, s.in_dim),
+                        .m = l.a,
+                        .masks = l.on_x,
+                        .scale = 1,
+                        .cut = l.both.expand_dx};
+  const LatentRows dz_rows{dz, width, width}, logit_rows{dz + l.params.router, width, l.params.logits()};
+  const LatentRows u_rows = l.latents(u, l.params.u_width(), gradient.w);
+  const auto launch_backward = [&](const Plan& plan, bool of_x, bool of_dy_and_dx) {
+    with_math<T>(plan, [&](auto math) {
+      using Job = BackwardJob<decltype(math), LatentRows>;
+      using Outer = typename Job::Outer;
+      backward(Job{.outer = {of_x ? Outer(d_a, dz_rows) : Outer(),
+                             of_x && separate_router ? Outer(d_r, logit_rows) : Outer(),
+                             of_dy_and_dx ? Outer(d_b, u_rows) : Outer()},
+                   .dx = dx,
+                   .dz = dz_rows,
+                   .row_tiles = of_dy_and_dx && args.dx ? int(row_tiles(s.tokens, 1)) : 0},
+               stream);
+    });
+  };
+  if (separate_masks) launch_backward(l.of_mask, true, false);
+  launch_backward(l.both, !separate_masks, true);
+  sum_chunks({d_a, d_r, d_b}, stream);
 }
 
 }  // namespace align::cuda
