@@ -218,7 +218,8 @@ class AlignLoraConfig:
         for name in ("layers_to_transform", "layers_pattern"):
             self._set(name, () if getattr(self, name) is None else getattr(self, name))
         for name in ("rank_pattern", "alpha_pattern"):
-            self._set(name, dict(getattr(self, name) or {}))
+            given = {} if getattr(self, name) is None else getattr(self, name)
+            self._set(name, dict(given) if isinstance(given, Mapping) else given)
         self._set("layers_pattern", check_names(_listed(self.layers_pattern), "layers_pattern"))
         for name in ("mmd_bandwidths", "target_blocks", "layers_to_transform"):
             if isinstance(value := getattr(self, name), Iterable) and not isinstance(value, str):

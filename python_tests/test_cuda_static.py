@@ -148,7 +148,7 @@ def test_the_table_in_the_documentation_is_of_these_kernels(kernels, arch):
 
 # ---- What a tile takes (tile_work.py)
 
-BUDGET = 1.05  # of what tile_work.csv says
+BUDGET = {"bfloat16": 1.05, "float16": 1.1}  # of what tile_work.csv says of bfloat16; float16 is rounded otherwise
 
 
 @pytest.fixture(scope="session")
@@ -170,15 +170,15 @@ def test_every_16_bit_kernel_has_its_loops_over_tiles(tile_loops):
 def test_no_loop_takes_more_instructions_for_a_tile_than_its_budget(tile_loops):
     _, table = tile_work.read()
 
-    def wrong(loop, parts):
-        over = []
+    def wrong(kernel, loop, parts):
+        over, most = [], BUDGET["bfloat16" if "<bfloat16" in kernel.name else "float16"]
         for part, work in parts.items():
-            budget = BUDGET * table[loop.arch, loop.name, loop.rank, part].issue
+            budget = most * table[loop.arch, loop.name, loop.rank, part].issue
             if work.issue > budget:
                 over.append(f"{loop.name}, {part}: {work.issue:.0f} instructions for {budget:.0f}")
         return "; ".join(over)
 
-    assert_none((k, wrong(loop, parts)) for k, loop, parts in tile_loops)
+    assert_none((k, wrong(k, loop, parts)) for k, loop, parts in tile_loops)
 
 
 def test_what_a_tile_needs_is_executed_as_often_as_it_needs_it(tile_loops):
@@ -192,7 +192,8 @@ def test_what_a_tile_needs_is_executed_as_often_as_it_needs_it(tile_loops):
                 sums = 2 if loop.name == "sweep" else 1
                 what = kernel.name, loop.name, case
                 writes = loop.name in {"y", "dx"}
-                assert (count["LDGSTS"], count["HMMA"]) == (0 if writes else 4, loop.rank / 2 * sums), what
+                uncounted = writes or loop.name == "sweep"  # its copies are behind a branch that is not counted
+                assert (count["LDGSTS"], count["HMMA"]) == (0 if uncounted else 4, loop.rank / 2 * sums), what
                 # Four Philox blocks of 20 products, of which the first one of the offset is always the same.
                 assert count["draw"] == (76 if case == "masked" else 0), what
                 assert count["STG"] >= (4 if writes else 0), what

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import align_ext
+
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / ".ci"))
 from gpu_check import ADDOPTS  # noqa: E402
@@ -258,15 +260,16 @@ sys.meta_path.insert(0, Missing())
 
 
 def test_the_operators_tests_need_torch_and_pytest_alone(tmp_path):
+    package = Path(align_ext.__file__).parents[1]  # the one that is tested: not the sources, if it is installed
     bare = {*MODULES, "typer", "xdist", "numpy", "scipy", "pybind11"}
     (tmp_path / "sitecustomize.py").write_text(BARE % (bare,))
     env = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    env["PYTHONPATH"] = os.pathsep.join(map(str, (tmp_path, ROOT, ROOT / "python_tests")))
+    env["PYTHONPATH"] = os.pathsep.join(map(str, (tmp_path, package, ROOT / "python_tests")))
     assert subprocess.run([sys.executable, "-c", "import regex"], capture_output=True, check=False, env=env).returncode
     options = ("-q", "-p", "no:cacheprovider", "-o", ADDOPTS, "--every", "500", "-k", "hand_computed")
     command = [sys.executable, "-m", "pytest", *options, ROOT / "python_tests/ops"]
     command += ["--ignore", ROOT / "python_tests/ops/test_arguments.py"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=tmp_path)
     assert result.returncode == 0, result.stdout
     assert re.search(r"^[5-9] passed", result.stdout, re.M), result.stdout
 

@@ -71,7 +71,7 @@ def kept_bytes(layer, config, x):
 @ALL
 def test_a_layer_keeps_x_the_latent_and_the_routing_weights_and_nothing_else(name, dtype):
     layer, config, x = adapted(name, dtype)
-    groups = 8 * T if name == "multi_adapter" else 0  # the tokens' tasks, one tensor for all layers
+    groups = 8 * (T + TASKS + 1) if name == "multi_adapter" else 0  # the tokens by task, one tensor for all layers
     assert kept_bytes(layer, config, x) == x.nbytes + 4 * T * LAYERS[name][1] + RNG + groups
 
 

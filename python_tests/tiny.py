@@ -83,7 +83,7 @@ class Oracle:
         self.model, self.config, self.batches = model, model.align_state.config, batches
         self.adapters = [module.adapter for module in model.modules() if isinstance(module, AdaptedModule)]
         self.outputs: list[literal.Output] = []
-        self.tasks = self.prompt = None
+        self.tasks = self.prompt = self.seeds = None
         for layer in model.modules():
             if isinstance(layer, AdaptedModule):
                 layer.forward = types.MethodType(self._forward, layer)
@@ -114,7 +114,8 @@ class Oracle:
         self.tasks = tasks.repeat_interleave(inputs["input_ids"].shape[1])
         self.prompt = prompts(inputs)
         self.outputs = []
-        self.seeds = torch.randint(2**63 - 1, (len(self.adapters), 2)) if self.config.lora_dropout > 0 else None
+        drawn_at_once = self.config.lora_dropout > 0 and any(a.layer is not None for a in self.adapters)
+        self.seeds = torch.randint(2**63 - 1, (len(self.adapters), 2)) if drawn_at_once else None
         lm = self.model(**inputs).loss
         return lm, self.outputs, torch.where(inputs["attention_mask"] == 1, tasks[:, None], -1).flatten()
 

@@ -41,7 +41,7 @@ def test_a_dictionary_is_taken():
 
 
 BEYOND = {
-    "use_dora": True, "bias": "all", "rank_pattern": {"up_proj": 2}, "layers_to_transform": [1], "lora_bias": True,
+    "use_dora": True, "bias": "all", "lora_bias": True,
     "target_parameters": ["q_proj.weight"], "trainable_token_indices": [1], "init_lora_weights": "olora",
 }  # fmt: skip
 

@@ -113,7 +113,7 @@ def test_an_adopted_peft_model_ends_as_its_plain_model(end, how, tmp_path):
         assert not (tmp_path / "adapter").exists()
 
 
-PEFTS_OWN = ["merge_and_unload", "unload", "merge_adapter", "unmerge_adapter", "disable_adapter", "load_adapter"]
+PEFTS_OWN = ["merge_and_unload", "unload", "merge_adapter", "unmerge_adapter", "load_adapter"]
 
 
 @pytest.mark.parametrize("method", PEFTS_OWN)

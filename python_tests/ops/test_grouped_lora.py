@@ -341,7 +341,7 @@ def test_bad_arguments_are_named(device, message):
 
 def test_several_groups_need_a_grouping(device):
     x, A, B, base = (torch.zeros(shape, device=device) for shape in ((3, 4), (2, 1, 4), (2, 5, 1), (3, 5)))
-    with pytest.raises(RuntimeError, match="A holds 2 groups: give offsets or group"):
+    with pytest.raises(RuntimeError, match="A holds 2 groups: give offsets or order"):
         ops.grouped_lora(x, A, B, base_out=base)
 
 
