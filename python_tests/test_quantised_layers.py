@@ -71,7 +71,9 @@ def trained(model, x, needs_step=True, through=lambda layer, x: layer(x)):
     return [y.detach(), x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form", ["nf4", "torchao int8", *(pytest.param(form, marks=pytest.mark.slow) for form in ("fp4", "torchao float8"))]
+)
 @pytest.mark.parametrize("name", [name for name in ON_LAYERS if "pissa" not in name and "by sequence" not in name])
 def test_every_architecture_trains_as_beside_the_weight_that_is_stored(name, form):
     config = config_of(name, target_modules=["0"], lora_dropout=0.2)

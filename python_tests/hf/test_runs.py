@@ -30,7 +30,8 @@ from align_ext.training.whole_checkpoints import MANIFEST, last_checkpoint
 EVENTS = (70, 112, 128, -12)  # of about 170; check-full tries all
 
 
-@pytest.mark.parametrize("overwriting", [(), pytest.param(("--overwrite",), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("overwriting", [(), ("--overwrite",)])
 def test_a_run_killed_at_a_file_event_goes_on_to_the_bit(tmp_path, overwriting):
     events = (-12, -9) if overwriting else EVENTS
     process = python("-m", "hf.killed", tmp_path, *overwriting, *events, cwd=tmp_path)
