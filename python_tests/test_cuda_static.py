@@ -148,7 +148,7 @@ def test_the_table_in_the_documentation_is_of_these_kernels(kernels, arch):
 
 # ---- What a tile takes (tile_work.py)
 
-BUDGET = {"bfloat16": 1.05, "float16": 1.1}  # of what tile_work.csv says of bfloat16; float16 is rounded otherwise
+BUDGET = {"bfloat16": 1.05, "float16": 1.16}  # of what tile_work.csv says of bfloat16; float16 is rounded otherwise
 
 
 @pytest.fixture(scope="session")
@@ -192,10 +192,10 @@ def test_what_a_tile_needs_is_executed_as_often_as_it_needs_it(tile_loops):
                 sums = 2 if loop.name == "sweep" else 1
                 what = kernel.name, loop.name, case
                 writes = loop.name in {"y", "dx"}
-                uncounted = writes or loop.name == "sweep"  # its copies are behind a branch that is not counted
-                assert (count["LDGSTS"], count["HMMA"]) == (0 if uncounted else 4, loop.rank / 2 * sums), what
-                # Four Philox blocks of 20 products, of which the first one of the offset is always the same.
-                assert count["draw"] == (76 if case == "masked" else 0), what
+                uncounted = loop.name in {"outer", "sweep"}  # whose copies are behind a branch that is not counted
+                assert (count["LDGSTS"], count["HMMA"]) == (0 if writes or uncounted else 4, loop.rank / 2 * sums), what
+                # Four Philox blocks of 20 products, of which the first one of the offset is the same for all four.
+                assert count["draw"] == 0 if case == "without" else 76 <= count["draw"] <= 80, what
                 assert count["STG"] >= (4 if writes else 0), what
 
 
