@@ -65,15 +65,7 @@ def mk_mmd(
 
 
 def mk_mmd_rows(
-    z: Sequence[Tensor],
-    task: Tensor,
-    num_tasks: int,
-    *,
-    bandwidths: Literal["heuristic"] | Sequence[float] = "heuristic",
-    num_kernels: int = 5,
-    statistic: Literal["v", "u"] = "v",
-    n_max: int = 256,
-    pairs: Literal["sum", "mean"] = "sum",
+    z: Sequence[Tensor], task: Tensor, num_tasks: int, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the loss of every layer, and its gradient in the tokens that take part; arguments as in mk_mmd.
 
@@ -82,8 +74,7 @@ def mk_mmd_rows(
         gradient: [layers, rows, rank], rank the largest of a layer; rows of the tokens that take part, then zeros.
         slot: int32 [T], the row of a token in gradient, or -1.
     """
-    options = _checked(num_tasks, bandwidths, num_kernels, statistic, n_max, pairs)
-    return below_autograd(torch.ops.align_ext.mk_mmd.default, (list(z), task, *options))
+    return below_autograd(torch.ops.align_ext.mk_mmd.default, (list(z), task, *_checked(num_tasks, **options)))
 
 
 def mk_mmd_backward(
@@ -106,7 +97,12 @@ def mk_mmd_backward(
 
 
 def _checked(
-    num_tasks: int, bandwidths: str | Sequence[float], num_kernels: int, statistic: str, n_max: int, pairs: str
+    num_tasks: int,
+    bandwidths: str | Sequence[float] = "heuristic",
+    num_kernels: int = 5,
+    statistic: str = "v",
+    n_max: int = 256,
+    pairs: str = "sum",
 ) -> tuple[int, list[float], int, bool, int, bool]:
     """Returns the operator's arguments."""
     if pairs not in ("sum", "mean"):
