@@ -34,8 +34,10 @@ AUTO: Any = "auto"  # an option's default that depends on the architecture
 MOST_TASKS = 10_000  # a limit, since reports have tables of all pairs of tasks
 
 
-def _listed(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else value
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
 
 
 def _probability_rule(value: Any) -> str | None:
@@ -213,15 +215,12 @@ class AlignLoraConfig:
             self._normalise_names(name)
         if self.modules_to_save != AUTO:
             self._set("modules_to_save", check_names(self.modules_to_save, "modules_to_save"))
-        if is_whole(self.layers_to_transform, 0, MAX_SIZE):
-            self._set("layers_to_transform", (self.layers_to_transform,))
-        for name in ("layers_to_transform", "layers_pattern"):
-            self._set(name, () if getattr(self, name) is None else getattr(self, name))
+        self._set("layers_to_transform", _as_tuple(self.layers_to_transform))
+        self._set("layers_pattern", check_names(_as_tuple(self.layers_pattern), "layers_pattern"))
         for name in ("rank_pattern", "alpha_pattern"):
             given = {} if getattr(self, name) is None else getattr(self, name)
             self._set(name, dict(given) if isinstance(given, Mapping) else given)
-        self._set("layers_pattern", check_names(_listed(self.layers_pattern), "layers_pattern"))
-        for name in ("mmd_bandwidths", "target_blocks", "layers_to_transform"):
+        for name in ("mmd_bandwidths", "target_blocks"):
             if isinstance(value := getattr(self, name), Iterable) and not isinstance(value, str):
                 self._set(name, tuple(value))
         if self.init_lora_weights is True:  # PEFT's name for its default
