@@ -11,15 +11,13 @@ from align_ext.system import starting
 
 _SAME = 1.0  # seconds in which a second signal is the first one again: torchrun passes on what a terminal sends to all
 _WAITING = b"\nalign-lora: writing a checkpoint after this step; Ctrl-C again ends at once\n"
-_received: list[signal.Signals] = []
-_times: list[float] = []
+_received: list[tuple[signal.Signals, float]] = []  # and when
 _deferring: list[bool] = []
 
 
 def listen() -> None:
     """Makes both signals raise KeyboardInterrupt, unless the process was started to ignore them (nohup)."""
     _received.clear()
-    _times.clear()
     if signal.getsignal(signal.SIGINT) is starting.end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -29,7 +27,7 @@ def listen() -> None:
 
 def received() -> signal.Signals | None:
     """Returns the first signal that was received, or None."""
-    return _received[0] if _received else None
+    return _received[0][0] if _received else None
 
 
 @contextmanager
@@ -49,10 +47,9 @@ def deferred() -> Iterator[Callable[[], signal.Signals | None]]:
 
 
 def _handle_signal(number: int, _: object) -> None:
-    first = not _received
-    _received.append(signal.Signals(number))
-    _times.append(time.monotonic())
-    if not _deferring or (not first and _times[-1] - _times[0] > _SAME):
+    first, now = not _received, time.monotonic()
+    _received.append((signal.Signals(number), now))
+    if not _deferring or now - _received[0][1] > _SAME:
         raise KeyboardInterrupt
     if first and number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
         os.write(2, _WAITING)
