@@ -44,10 +44,11 @@ print("figure: built elsewhere for", build_info.cuda_archs)
 raise SystemExit(not build_info.cuda_archs)
 """
 PROBE = """
-import importlib.util, json, sys, sysconfig, torch
+import glob, importlib.util, json, sys, sysconfig, torch
 found = {"torch": torch.__version__, "CUDA": torch.version.cuda, "gpus": torch.cuda.device_count()}
 found["modules"] = [name for name in sys.argv[1:] if importlib.util.find_spec(name)]
 found["purelib"] = sysconfig.get_path("purelib")
+found["extension"] = bool(glob.glob("align_ext/_C.*.so"))
 if found["gpus"]:
     found["GPU"] = torch.cuda.get_device_name(0)
     found["arch"] = "sm_%d%d" % torch.cuda.get_device_capability(0)
@@ -130,7 +131,7 @@ class Machine(NamedTuple):
             return [self.python, "-c", "import simt_extension; simt_extension.extension.launches()"]
         path = self.environment(BUILD)["PATH"]
         here = {*BUILDERS} <= {*self.facts["modules"]} and all(shutil.which(name, path=path) for name in PROGRAMS)
-        if not here and any((ROOT / "align_ext").glob("_C.*.so")):
+        if not here and self.facts["extension"]:
             return [self.python, "-c", AS_IT_IS]
         isolation = ["--no-build-isolation"] if here else []
         return [self.python, "-m", "pip", "install", "--no-deps", *isolation, "-e", str(ROOT)]
