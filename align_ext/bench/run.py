@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -52,6 +51,7 @@ SUITES: dict[str, Callable[[Setting], Iterator[Case]]] = {
     "quantised": _quantised,
     "decode": _decode,
 }
+ASKED_FOR = ("quantised",)  # suites that run only where they are named
 _QUICK = Setting(
     sizes=Sizes(tokens=16), shapes=((64, 96),), visits=3, rounds=1, compiled=0, model="tiny", batch=5, seq_len=8,
     step_rounds=3, steps="few", goals=False,
@@ -87,13 +87,14 @@ def setting(device: str = "auto", effort: str = "normal", model: str | None = No
 
 
 def chosen(only: str | None) -> list[str]:
-    """Returns the suites in a list separated by commas, or all suites whose packages are installed.
+    """Returns the suites in a list separated by commas; None: all but those that must be named.
 
     Raises:
         ValueError: there is no such suite.
     """
-    every = [name for name in SUITES if name != "quantised" or find_spec("bitsandbytes") is not None]
-    names = every if only is None else [name.strip() for name in only.split(",") if name.strip()]
+    if only is None:
+        return [name for name in SUITES if name not in ASKED_FOR]
+    names = [name.strip() for name in only.split(",") if name.strip()]
     for name in names:
         if name not in SUITES:
             raise ValueError(unknown_name("suite", name, SUITES))

@@ -12,7 +12,7 @@ from align_ext.system.writing import check_file
 
 @app.command()
 def bench(
-    only: Annotated[str | None, typer.Option(help="suites, with commas between them; all without it")] = None,
+    only: Annotated[str | None, typer.Option(help="suites, with commas between them; without it all but quantised")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="sizes that say nothing, to see that it runs")] = False,
     full: Annotated[bool, typer.Option("--full", help="more rounds and variants: about an hour on two cores")] = False,
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda")] = "auto",
@@ -46,7 +46,7 @@ def bench(
 
     step: whole training steps of a 135M model, each variant in a process of its own: tokens per second, peak memory.
 
-    quantised: the same with the model's weights in nf4 by bitsandbytes, if that is installed, beside PEFT.
+    quantised: the same with the model's weights in nf4 by bitsandbytes, beside PEFT; only when it is named.
 
     decode: one token at a time, adapters merged into the weights and beside them.
 
@@ -74,4 +74,4 @@ def bench(
     except ValueError as error:
         raise UserError(str(error)) from error
     except ModuleNotFoundError as error:
-        raise UserError(f"this suite needs {error.name}: pip install 'align_ext[train]'") from error
+        raise UserError(f"this suite needs {error.name}: pip install {error.name}") from error
