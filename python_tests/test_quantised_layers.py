@@ -7,6 +7,7 @@ from functools import partial
 import bitsandbytes
 import pytest
 import torch
+import torchao.quantization as torchao
 from architectures import ON_LAYERS, config_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -15,7 +16,6 @@ from align_ext import align_step, replace_linear_with_align_lora
 from align_ext.base_model.quantised import dequantised
 from align_ext.ops import grouped_lora
 
-torchao = pytest.importorskip("torchao.quantization")  # its import prints, so that it is none of the tests' packages
 IN, OUT, T = 128, 96, 24
 TASKS = torch.arange(T) % 3
 

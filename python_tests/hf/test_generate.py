@@ -183,7 +183,7 @@ class Terminal:
 
     def write(self, text, prompts):
         """Types a text when a prompt has come so many times."""
-        while self.shown.count(b"> ") < prompts and self.read():
+        while self.shown.count(b"\n> ") < prompts and self.read():
             pass
         os.write(self.file, text)
 
