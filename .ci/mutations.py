@@ -90,11 +90,11 @@ MUTANTS = [  # the seam, from task ids to the gradient in every latent
            "router ? a.adapters[2].start : kAllRanks, mask_scale", "kAllRanks, mask_scale", "test_routed_lora_cuda"),
     Mutant("give every group of outputs the first one's weights on CUDA", "csrc/cuda/projection.cuh",
            "w[(row * output_groups + output_group) * heads", "w[row * output_groups * heads", "test_routed_lora_cuda"),
-    Mutant("keep only a split's last group of outputs in dz on CUDA", "csrc/cuda/shrink.cuh",
-           "(first ? 0.f : partials[first_rank + column])", "0.f", "test_routed_lora_cuda"),
-    Mutant("give every head the first head's mask on x on CUDA", "csrc/cuda/dropout.cuh",
-           "(tile.row(row) * masks.count + index) * cols",
-           "tile.row(row) * masks.count * cols", "test_dropout_sum_cuda"),
+    Mutant("keep only the last group of outputs in dz on CUDA", "csrc/cuda/projection.cu",
+           "total += w * group_sum(job, row, group, j)", "total = w * group_sum(job, row, group, j)",
+           "test_routed_lora_cuda"),
+    Mutant("give every head the first head's mask on x on CUDA", "csrc/cuda/mma.cuh",
+           "(index * cols + col + column(at % kUnits))", "(col + column(at % kUnits))", "test_dropout_sum_cuda"),
     Mutant("add chunks of rows from the last on CUDA", "csrc/cuda/projection.cu",
            "sum_of_partials(sums, chunks, elements, e)",
            "sum_of_partials(sums + (chunks - 1) * elements, chunks, -elements, e)", "test_row_chunks_cuda"),
@@ -128,7 +128,8 @@ def barriers() -> Iterator[Mutant]:
             continue
         text, file = path.read_text(), str(path.relative_to(ROOT))
         test = {".cu": f"test_{path.stem}_cuda"}.get(path.suffix, "test_grouped_lora_cuda")
-        test = {"launch.cuh": "test_simt_block_sum", "shrink.cuh": "test_routed_lora_cuda"}.get(path.name, test)
+        others = {"launch.cuh": "test_simt_block_sum"} | dict.fromkeys(["shrink.cuh", "projection.cu"], "test_routed_lora_cuda")
+        test = others.get(path.name, test)
         for found in BARRIER.finditer(text):
             number, begin = text.count("\n", 0, found.start()) + 1, max(found.start() - 200, 0)
             before, end = text[begin : found.end()], text[begin : found.start()]
