@@ -128,8 +128,8 @@ def barriers() -> Iterator[Mutant]:
             continue
         text, file = path.read_text(), str(path.relative_to(ROOT))
         test = {".cu": f"test_{path.stem}_cuda"}.get(path.suffix, "test_grouped_lora_cuda")
-        others = {"launch.cuh": "test_simt_block_sum"} | dict.fromkeys(["shrink.cuh", "projection.cu"], "test_routed_lora_cuda")
-        test = others.get(path.name, test)
+        of_heads = dict.fromkeys(["shrink.cuh", "projection.cu"], "test_routed_lora_cuda")
+        test = ({"launch.cuh": "test_simt_block_sum"} | of_heads).get(path.name, test)
         for found in BARRIER.finditer(text):
             number, begin = text.count("\n", 0, found.start()) + 1, max(found.start() - 200, 0)
             before, end = text[begin : found.end()], text[begin : found.start()]
