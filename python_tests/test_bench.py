@@ -281,7 +281,8 @@ def test_a_quantised_base_is_measured_when_it_is_asked_for(bench, tmp_path):
     assert {*run.SUITES} - {*run.chosen(None)} == {"quantised"}
     code, out, _ = bench("--quick", "--device", "cpu", "--only", "quantised", "--json", "all.json")
     assert code == 0
-    (measured,) = (value for value in json.loads((tmp_path / "all.json").read_text()).values() if isinstance(value, dict))
+    results = json.loads((tmp_path / "all.json").read_text())
+    (measured,) = (value for value in results.values() if isinstance(value, dict))
     assert measured["peak_mib"].keys() == measured["times_ms"].keys() > {models.FROZEN}
     assert "in nf4" in out
 

@@ -144,9 +144,7 @@ def test_a_smaller_machine_is_told_what_it_lacks(gpu_check):
     assert verdicts["large"] == "not run: needs 40 GiB of memory: 23 are free"
 
 
-@pytest.mark.skipif(
-    os.path.exists("/usr/bin/compute-sanitizer"), reason="it is on the PATH that sh and git need"
-)
+@pytest.mark.skipif(os.path.exists("/usr/bin/compute-sanitizer"), reason="it is on the PATH that sh and git need")
 def test_missing_tools_are_named(gpu_check):
     status, _, verdicts, _ = gpu_check(tools=())
     assert status == 0

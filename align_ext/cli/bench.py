@@ -12,7 +12,7 @@ from align_ext.system.writing import check_file
 
 @app.command()
 def bench(
-    only: Annotated[str | None, typer.Option(help="suites, with commas between them; without it all but quantised")] = None,
+    only: Annotated[str | None, typer.Option(help="suites, with commas between them [all but quantised]")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="sizes that say nothing, to see that it runs")] = False,
     full: Annotated[bool, typer.Option("--full", help="more rounds and variants: about an hour on two cores")] = False,
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda")] = "auto",

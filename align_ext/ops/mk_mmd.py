@@ -64,9 +64,7 @@ def mk_mmd(
     return losses[0] if isinstance(z, Tensor) else losses
 
 
-def mk_mmd_rows(
-    z: Sequence[Tensor], task: Tensor, num_tasks: int, **options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def mk_mmd_rows(z: Sequence[Tensor], task: Tensor, num_tasks: int, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the loss of every layer, and its gradient in the tokens that take part; arguments as in mk_mmd.
 
     Returns:
