@@ -200,8 +200,8 @@ def tile(gpu: Gpu, loop: str, ranks: int, masks: int = 0, weighted: bool = False
 
 @cache
 def tile_work_of(arch: int, loop: str, rank: int) -> dict[str, TileWork]:
-    """The parts of a row of tile_work.csv."""
-    return {part: work for (*key, part), work in tile_work.read()[1].items() if key == [arch, loop, rank]}
+    """The parts of a row of tile_work.csv, in bfloat16."""
+    return {part: work for (*key, part), work in tile_work.read()[1].items() if key == [arch, "bfloat16", loop, rank]}
 
 
 def outer_rows(rank: int) -> int:

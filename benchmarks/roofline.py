@@ -79,12 +79,12 @@ def kernel_table(works: list[Work], gpu: Gpu) -> str:
 
 
 def tile_table(arch: int) -> str:
-    """A row a loop, a column a rank and part."""
+    """A row a loop and part in bfloat16, a column a rank."""
     version, table = tile_work.read()
     ranks = [16, 32, 64]
     rows = []
-    for name, part in dict.fromkeys((name, part) for _, name, _, part in table):
-        cells = [table.get((arch, name, rank, part)) for rank in ranks]
+    for name, part in dict.fromkeys((name, part) for _, _, name, _, part in table):
+        cells = [table.get((arch, "bfloat16", name, rank, part)) for rank in ranks]
         rows.append([f"{name}, {part}", *(digits(cell.issue) if cell else "" for cell in cells)])
     return markdown([f"nvcc {version}, sm_{arch}", *map(str, ranks)], *rows)
 

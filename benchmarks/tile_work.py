@@ -95,9 +95,9 @@ class Loop:
         """head: where the loop begins."""
         self.code, self.arch, self.flow, self.head = kernel.code, kernel.arch, kernel.flow, head
         self.body = self.flow.loops[head]
-        match = re.match(r"(\w+)_kernel<Mma<\w+, (\d+)>", kernel.name)
+        match = re.match(r"(\w+)_kernel<Mma<(\w+), (\d+)>", kernel.name)
         assert match
-        family, self.rank = match[1], int(match[2])
+        family, self.dtype, self.rank = match[1], match[2], int(match[3])
         stores = self.count(self.body, lambda i: i.matches("STG.128"))
         self.name = {"backward": "dx" if stores else "outer", "expand": "y"}.get(family, family)
         self.tiles = (self.count(self.body, lambda i: i.matches("LDGSTS.128")) or stores) // COPIES
@@ -123,11 +123,16 @@ class Loop:
         """How often an inner loop runs in one turn of this one."""
         if self.fragments(loop):
             return 1  # a chunk of ranks, a mask: all products of a tile
-        if not self.is_piece(loop):
-            return 0  # latent rows of another chunk of ranks
-        units = self.rank * TILE_COLS * PIECE_TILES[self.rank] / UNIT / THREADS
-        alike = [o for o in self.inner if self.is_piece(o) and self.single_stores(o) == self.single_stores(loop)]
-        return units / len(alike)
+        if self.is_piece(loop):
+            units = self.rank * TILE_COLS * PIECE_TILES[self.rank] / UNIT / THREADS
+            alike = [o for o in self.inner if self.is_piece(o) and self.single_stores(o) == self.single_stores(loop)]
+            return units / len(alike)
+        latents = self.single_stores(loop) or self.count(loop, lambda i: i.base == "FADD")
+        if latents and self.name in {"y", "dx"}:
+            return 0  # latent rows of another chunk of ranks, and sums of partials for them
+        if self.draws(loop) or self.count(loop, lambda i: i.matches("LDG.U16")):
+            return 0  # cold: a further block of Philox, single elements
+        raise ValueError(f"{self.name}, rank {self.rank}: what is the loop of {len(loop)} instructions at {min(loop)}?")
 
     def is_piece(self, loop: frozenset[int]) -> bool:
         """Whether it loads a piece of the adapter matrix, a unit at a time."""
@@ -165,10 +170,12 @@ class Loop:
 
         def cold(i: int) -> bool:
             instruction = self.code[i]
+            if instruction.matches("LDG.U16") or instruction.matches("STG.U16"):
+                return True  # single elements, also where each has a predicate
             if instruction.predicate:
                 return False
-            if instruction.base in {"LDG", "STG"} and {"U16", "64"} & set(instruction.opcode.split(".")):
-                return True  # single elements, row numbers
+            if instruction.matches("LDG.64"):
+                return True  # row numbers
             if self.name in {"y", "dx"} and i not in self.pieces and instruction.base in {"LDG", "LDS"}:
                 return True  # what is added to the product, the bias
             if i in self.shifts:
@@ -218,17 +225,17 @@ def tile_loops(kernel: cuda_static.Kernel) -> Iterator[Loop]:
             yield Loop(kernel, head)
 
 
-Table = dict[tuple[int, str, int, str], TileWork]  # by architecture, loop, rank and part
+Table = dict[tuple[int, str, str, int, str], TileWork]  # by architecture, dtype, loop, rank and part
 
 
 def table(kernels: Iterable[cuda_static.Kernel]) -> Table:
-    """Of the loops in bfloat16, without those that add partials when they fill the latent rows."""
+    """Of the loops in 16 bits, without those that add partials when they fill the latent rows."""
     rows: Table = {}
     for kernel in kernels:
-        if "Mma<bfloat16" in kernel.name and "SumOfPartials" not in kernel.name and not kernel.empty:
+        if "Mma<" in kernel.name and "SumOfPartials" not in kernel.name and not kernel.empty:
             for loop in tile_loops(kernel):
                 for part, work in loop.parts().items():
-                    rows[kernel.arch, loop.name, loop.rank, part] = TileWork(*map(round, work))
+                    rows[kernel.arch, loop.dtype, loop.name, loop.rank, part] = TileWork(*map(round, work))
     return dict(sorted(rows.items()))
 
 
@@ -236,7 +243,7 @@ def write(rows: Table, file: TextIO) -> None:
     """As comma-separated values, with the compiler's version in the first line."""
     file.write(f"# nvcc {cuda_static.nvcc_version()}\n")
     lines = csv.writer(file, lineterminator="\n")
-    lines.writerow(["arch", "loop", "rank", "part", *TileWork._fields])
+    lines.writerow(["arch", "dtype", "loop", "rank", "part", *TileWork._fields])
     lines.writerows([*key, *work] for key, work in rows.items())
 
 
@@ -245,7 +252,7 @@ def read(path: Path = TABLE) -> tuple[str, Table]:
     first, *lines = path.read_text().splitlines()
     rows = {}
     for line in csv.DictReader(lines):
-        key = int(line["arch"]), line["loop"], int(line["rank"]), line["part"]
+        key = int(line["arch"]), line["dtype"], line["loop"], int(line["rank"]), line["part"]
         rows[key] = TileWork(*(float(line[field]) for field in TileWork._fields))
     return first.split()[-1], rows
 

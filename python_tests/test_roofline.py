@@ -149,7 +149,10 @@ def test_operations_are_those_of_the_header():
         assert sum(work.tensor for work in of_backward) == 2 * forward
 
 
-@pytest.mark.parametrize(("name", "launches"), [("lora, align_lora", 6), ("m_lora", 7), ("r_lora", 8), ("hydra", 8)])
+@pytest.mark.parametrize(
+    ("name", "launches"),
+    [("lora, align_lora", 6), ("m_lora", 7), ("r_lora", 7), ("hydra", 7), ("hydra, input_per_head", 8)],
+)
 def test_kernels_are_as_many_as_the_page_says(name, launches):
     kernels, options = roofline.OURS[name]
     assert len(kernels(Layer(2048, 5504, **options), Gpu())) == launches
@@ -230,8 +233,9 @@ def test_the_loops_are_the_operations_of_the_baselines(count, site, router):
 
 def test_masks_of_each_head_cost_as_many_masks():
     def tiles(site, heads_count):
-        works = heads(Layer(1024, 512, heads=heads_count, site=site), Gpu())
-        return works[0].blocks[0].tile, works[-2].blocks[0], works[-2].blocks[-1].tile
+        shrink, *_, with_dx, _ = works = heads(Layer(1024, 512, heads=heads_count, site=site), Gpu())
+        with_d_a = next(work for work in works if "dA" in work.name)
+        return shrink.blocks[0].tile, with_d_a.blocks[0], with_dx.blocks[-1].tile
 
     shrink, d_a, dx = tiles("input", 5)
     without, _, dx_without = tiles("none", 5)
@@ -243,4 +247,6 @@ def test_masks_of_each_head_cost_as_many_masks():
     assert mask == kernel_work.tile_work_of(90, "shrink", 16)["mask"]
     assert dx_each == pytest.approx(dx_without.plus(dx_mask, 5))
     assert (d_a.tiles, d_a_each.tiles) == (2 * 4, 5 * 2 * 4)  # of a chunk of 512 rows
-    assert d_a.tile == d_a_each.tile
+    # One mask: beside dB and dx of forty ranks; a mask for each head: a launch of its own, at the rank of a mask.
+    assert d_a.tile == kernel_work.tile(Gpu(), "outer", 40, 1)
+    assert d_a_each.tile == kernel_work.tile(Gpu(), "outer", 8, 1)

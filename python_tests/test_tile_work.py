@@ -97,7 +97,7 @@ def test_a_loop_that_is_left_in_the_middle_counts_whole():
     assert executed(listing, lambda loop: 4) == {"MOV": 1, "HMMA": 4, "BRA": 2 * 4 + 1, "FADD": 4}
 
 
-# A tile of shrink at rank 16: 4 copies, 8 products, and a mask drawn in 4 blocks of 10 rounds, two a turn.
+# A tile of shrink at rank 16: 4 copies, 8 products, and a mask of two rounds of Philox whose lanes are compared.
 MASKED = """
 .L_tile:
         LDGSTS.E.BYPASS.128 [R1], [R2.64] ;
@@ -106,16 +106,11 @@ MASKED = """
         LDGSTS.E.BYPASS.128 [R1], [R2.64] ;
         @P0 BRA `(.L_products) ;
         IADD3 R9, R9, 0x1, RZ ;
-.L_block:
-        MOV R8, RZ ;
-.L_round:
         IMAD.WIDE.U32 R4, R4, -0x326172a9, RZ ;
         IMAD.WIDE.U32 R6, R6, -0x2daee0ad, RZ ;
         IMAD.WIDE.U32 R4, R4, -0x326172a9, RZ ;
         IMAD.WIDE.U32 R6, R6, -0x2daee0ad, RZ ;
-        @P1 BRA `(.L_round) ;
-        ISETP.GE.U32.AND P2, PT, R4, R8, PT ;
-        @P2 BRA `(.L_block) ;
+        LOP3.LUT R7, R7, 0x7fff7fff, RZ, 0xc0, !PT ;
 .L_products:
         LDSM.16.M88.4 R12, [R3] ;
         HMMA.16816.F32.BF16 R16, R12, R20, R16 ;
@@ -129,6 +124,9 @@ MASKED = """
         @P3 BRA `(.L_tile) ;
         EXIT ;
 """
+SKIP = "        @P0 BRA `(.L_products) ;\n"
+PRODUCTS = MASKED.split(".L_products:")[1].split("        @P3 BRA")[0]
+TILE = 4 + 1 + 1 + 8 + 1
 
 
 def parts_of(listing, name="shrink_kernel<Mma<bfloat16, 16>>"):
@@ -137,58 +135,51 @@ def parts_of(listing, name="shrink_kernel<Mma<bfloat16, 16>>"):
     return loop.parts()
 
 
-def test_a_mask_is_what_is_drawn_and_its_blocks_and_rounds_are_counted():
+def test_a_mask_is_what_is_drawn_and_compared():
     parts = parts_of(MASKED)
-    assert parts["tile"].issue == 4 + 1 + 1 + 8 + 1
-    assert parts["mask"].issue == 1 + 4 * (1 + 5 * 5 + 2)
-    assert parts["mask"].product == 4 * 20 * 4  # 64-bit products
-    assert parts["mask"].integer == 2 * (1 + 4 * 2)
+    assert parts["tile"].issue == TILE
+    assert parts["mask"].issue == 1 + 4 + 1
+    assert parts["mask"].product == 4 * 4  # 64-bit products
+    assert parts["mask"].integer == 2 * (1 + 1)
     assert parts["tile"].shared == 4 * 4 + 4
     assert parts["mask"].shared == 0
 
 
-def test_unrolled_rounds_count_the_same():
-    rounds = MASKED.split(".L_round:")[1].split("@P1 BRA")[0]
-    unrolled = MASKED.replace(rounds, 5 * rounds).replace("@P1 BRA `(.L_round) ;", "")
-    assert parts_of(unrolled)["mask"].issue == 1 + 4 * (1 + 5 * 4 + 2)
-
-
-def test_unrolled_blocks_count_the_same():
-    block = MASKED.split(".L_block:")[1].split("        @P2 BRA")[0]
-    rest = MASKED.replace("@P2 BRA `(.L_block) ;", "")
-    copies = [block.replace(".L_round", f".L_round{i}") for i in range(4)]
-    assert parts_of(rest.replace(block, "".join(copies)))["mask"].issue == 1 + 4 * (1 + 5 * 5 + 1)
+def test_further_blocks_of_units_that_begin_within_one_are_not_run():
+    shift = "        @P4 BRA `(.L_whole) ;\n.L_shift:\n        IMAD.WIDE.U32 R4, R4, -0x326172a9, RZ ;\n"
+    shift += "        @P5 BRA `(.L_shift) ;\n.L_whole:\n        LOP3"
+    assert parts_of(MASKED.replace("        LOP3", shift))["mask"].issue == 1 + 4 + 1 + 1
 
 
 def test_what_leads_to_a_mask_is_not_run_without_one():
     # Four instructions, after which the blocks may be jumped over, as for rows beyond the last.
-    setup = 4 * "        MOV R9, R9 ;\n" + "        @P5 BRA `(.L_products) ;\n.L_block:"
-    parts = parts_of(MASKED.replace(".L_block:", setup))
-    assert parts["tile"].issue == 4 + 1 + 1 + 8 + 1
-    assert parts["mask"].issue == 1 + 4 + 1 + 4 * (1 + 5 * 5 + 2)
+    setup = 4 * "        MOV R9, R9 ;\n" + "        @P5 BRA `(.L_products) ;\n        IADD3"
+    parts = parts_of(MASKED.replace("        IADD3", setup))
+    assert parts["tile"].issue == TILE
+    assert parts["mask"].issue == 4 + 1 + 1 + 4 + 1
 
 
-def test_units_that_draw_one_after_the_other_share_the_blocks_of_a_tile():
-    block = MASKED.split("        IADD3 R9, R9, 0x1, RZ ;\n")[1].split(".L_products:")[0]
-    again = block.replace(".L_block", ".L_more").replace(".L_round", ".L_others")
-    assert parts_of(MASKED.replace(block, block + again))["mask"].issue == 1 + 2 * 2 * (1 + 5 * 5 + 2)
+def test_products_that_follow_a_mask_in_its_block_are_those_of_a_tile():
+    draws = MASKED.split(SKIP)[1].split(".L_products:")[0]
+    with_products = MASKED.replace(draws, f"{draws}{PRODUCTS}        BRA `(.L_end) ;\n")
+    parts = parts_of(with_products.replace("        @P3 BRA", ".L_end:\n        @P3 BRA"))
+    assert parts["tile"].issue == TILE
+    assert parts["mask"].issue == 1 + 4 + 1 + 1
 
 
-def test_a_loop_over_masks_runs_once_whatever_loops_it_holds():
-    products = 8 * "        HMMA.16816.F32.BF16 R16, R12, R20, R16 ;\n"
-    rolled = f".L_k:\n{products[: len(products) // 4]}        @P4 BRA `(.L_k) ;\n"
-    listing = MASKED.replace("        @P0 BRA `(.L_products) ;\n", ".L_mask:\n        @P0 BRA `(.L_products) ;\n")
-    parts = parts_of(listing.replace(products, rolled + "        @P6 BRA `(.L_mask) ;\n"))
-    assert parts["tile"].issue == 4 + 1 + 1 + 8 + 4 + 1 + 1
-    assert parts["mask"].issue == 1 + 4 * (1 + 5 * 5 + 2)
+def test_a_loop_over_masks_or_chunks_of_ranks_runs_once():
+    listing = MASKED.replace(SKIP, ".L_mask:\n" + SKIP)
+    parts = parts_of(listing.replace("        @P3 BRA", "        @P6 BRA `(.L_mask) ;\n        @P3 BRA"))
+    assert parts["tile"].issue == TILE + 1
+    assert parts["mask"].issue == 1 + 4 + 1
 
 
-def test_a_loop_of_products_runs_as_often_as_the_rank_needs():
-    products = 8 * "        HMMA.16816.F32.BF16 R16, R12, R20, R16 ;\n"
-    assert products in MASKED
-    rolled = MASKED.replace(products, f".L_k:\n{products[: len(products) // 4]}        @P4 BRA `(.L_k) ;\n")
-    assert parts_of(rolled)["tile"].issue == 4 + 1 + 1 + 8 + 4 + 1
-    assert parts_of(rolled, "shrink_kernel<Mma<bfloat16, 32>>")["tile"].issue == 4 + 1 + 1 + 16 + 8 + 1
+@pytest.mark.parametrize("predicate", ["", "@P2 "])
+def test_single_elements_are_not_copied_where_units_can_be(predicate):
+    singles = f"        @P4 BRA `(.L_units) ;\n        {predicate}LDG.E.U16 R8, [R2.64] ;\n        STS.U16 [R1], R8 ;\n"
+    listing = MASKED.replace("        LDGSTS", f"{30 * singles}        BRA `(.L_skip) ;\n.L_units:\n        LDGSTS", 1)
+    parts = parts_of(listing.replace(SKIP, ".L_skip:\n" + SKIP))
+    assert parts["tile"].issue == TILE + 1
 
 
 STORES = 8 * "        STS.U16 [R0], R1 ;\n"
@@ -196,31 +187,31 @@ PIECE = f"""
         @P5 BRA `(.L_old) ;
         BAR.SYNC 0x0 ;
 .L_piece:
-{STORES}{STORES}
+        LDG.E.128 R4, [R2.64] ;
+{STORES}
         @P6 BRA `(.L_piece) ;
 .L_old:
-        @P0 BRA `(.L_products) ;
-"""
+{SKIP}"""
 
 
 def test_a_piece_is_shared_by_its_tiles():
-    parts = parts_of(MASKED.replace("        @P0 BRA `(.L_products) ;\n", PIECE))
-    assert parts["tile"].issue == 4 + 1 + 1 + 1 + 8 + 1
-    # 16 ranks of 7 tiles of 8 units are 3.5 for each of 256 threads, two a turn.
-    assert parts["piece"].issue == pytest.approx((1 + 1.75 * 17) / 7)
-    assert parts["piece"].shared == pytest.approx(3.5 * 8 * 4 / 7)  # four elements to a bank
-
-
-def test_the_units_before_a_loop_over_units_are_counted_once():
-    before = PIECE.replace(".L_piece:", f"{STORES}.L_piece:")
-    parts = parts_of(MASKED.replace("        @P0 BRA `(.L_products) ;\n", before))
-    assert parts["piece"].issue == pytest.approx((1 + 8 + 1.25 * 17) / 7)
+    parts = parts_of(MASKED.replace(SKIP, PIECE))
+    assert parts["tile"].issue == TILE + 1
+    # 16 ranks of 7 tiles of 8 units are 3.5 for each of 256 threads.
+    assert parts["piece"].issue == pytest.approx((1 + 3.5 * 10) / 7)
+    assert parts["piece"].shared == pytest.approx(3.5 * (8 * 4 + 4) / 7)  # four elements to a bank
 
 
 def test_a_loop_of_another_kind_is_refused():
-    walk = "        @P0 BRA `(.L_products) ;\n.L_walk:\n        LDG.E R0, [R2.64] ;\n        @P5 BRA `(.L_walk) ;\n"
-    with pytest.raises(ValueError, match="shrink, rank 16: what is the loop of 2 instructions at 5"):
-        parts_of(MASKED.replace("        @P0 BRA `(.L_products) ;\n", walk))
+    walk = ".L_walk:\n        LDG.E R0, [R2.64] ;\n        @P5 BRA `(.L_walk) ;\n"
+    with pytest.raises(ValueError, match="shrink, rank 16: what is the loop of 2 instructions at 4"):
+        parts_of(MASKED.replace(SKIP, walk + SKIP))
+
+
+def test_loops_that_load_the_same_piece_share_its_units():
+    again = PIECE.split("BAR.SYNC 0x0 ;\n")[1].split(".L_old")[0]
+    parts = parts_of(MASKED.replace(SKIP, PIECE.replace(".L_old:", again.replace(".L_piece", ".L_others") + ".L_old:")))
+    assert parts["piece"].issue == pytest.approx((1 + 3.5 * 10) / 7)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +250,7 @@ def test_stalls_are_read_from_the_control_word():
 
 def test_the_table_of_tiles_can_be_read_again(monkeypatch, tmp_path):
     monkeypatch.setattr(cuda_static, "nvcc_version", lambda: "13.0")
-    rows = {(80, "y", 16, "piece"): tile_work.TileWork(1, 2, 3, 4, 5, 6)}
+    rows = {(80, "float16", "y", 16, "piece"): tile_work.TileWork(1, 2, 3, 4, 5, 6)}
     with (tmp_path / "table.csv").open("w") as file:
         tile_work.write(rows, file)
     assert tile_work.read(tmp_path / "table.csv") == ("13.0", rows)
