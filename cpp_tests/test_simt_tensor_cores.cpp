@@ -178,6 +178,16 @@ __global__ void async_exit_kernel(const float* x, float* out) {
   out[threadIdx.x] = kFault ? 0 : tile[4 * threadIdx.x] + tile[4 * threadIdx.x + 1];  // x and a zero
 }
 
+// Where a copy reads nothing, its source may be anywhere, also in shared memory.
+template <int kBytes>
+__global__ void from_shared_kernel(float* out) {
+  __shared__ __align__(16) float tile[2][4];
+  simt::cp_async16(&tile[0][0], &tile[1][0], kBytes);
+  simt::cp_async_commit();
+  simt::cp_async_wait(0);
+  out[0] = tile[0][0];
+}
+
 // A ring of three stages, filled kAhead rounds ahead. Two are right: the stage filled in a round is the one that was
 // read before the round's barrier.
 template <int kAhead, int kGroupsLeft>
@@ -254,6 +264,19 @@ TEST(copies_that_nobody_waited_for_are_caught) {
     CHECK(run_async(async_exit_kernel<false>)[3] == 12);
     CHECK(clean());
   });
+}
+
+TEST(the_source_of_a_copy_is_not_in_shared_memory_unless_nothing_is_read) {
+  const auto run = [](void (*kernel)(float*)) {
+    Buffer<float> out("out", 1);
+    simt::launch(kernel, dim3(1), dim3(1), nullptr, out.data());
+    return out.host();
+  };
+  run(from_shared_kernel<16>);
+  CHECK(caught(ErrorKind::kOutOfBounds));
+  simt::reports().clear();
+  CHECK(run(from_shared_kernel<0>)[0] == 0);
+  CHECK(clean());
 }
 
 TEST(a_ring_of_stages_is_checked_for_early_reads_and_early_refills) {

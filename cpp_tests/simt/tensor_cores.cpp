@@ -110,7 +110,8 @@ void start_copy(void* shared, const void* global, int bytes, int source_bytes, c
   EngineScope scope;
   Thread& me = *engine.current;
   const auto to = reinterpret_cast<uintptr_t>(shared), from = reinterpret_cast<uintptr_t>(global);
-  if (!is_shared(to) || is_shared(from) || source_bytes < 0 || source_bytes > bytes || from % bytes != 0) {
+  const bool reads_shared = source_bytes > 0 && is_shared(from);  // with no bytes to read, `from` may be anywhere
+  if (!is_shared(to) || reads_shared || source_bytes < 0 || source_bytes > bytes || from % bytes != 0) {
     const ErrorKind kind = from % bytes != 0 ? ErrorKind::kMisaligned : ErrorKind::kOutOfBounds;
     add_error(kind, "cp.async goes from aligned global to shared memory, 0 to " + std::to_string(bytes) + " bytes", pc);
     abort_launch();
