@@ -193,7 +193,6 @@ def test_a_later_signal_does_not_wait_for_the_step(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(ending.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(ending, "_received", [])  # other tests of this process received nothing
-    monkeypatch.setattr(ending, "_times", [])
     monkeypatch.setenv("RANK", "1")  # which says nothing
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
