@@ -15,7 +15,7 @@ from align_ext.cli.scored_run import held_out, read_finished, trained_note, with
 from align_ext.data.encode import check_conversations, fits, token_rows
 from align_ext.data.tasks import TaskData, read_tasks, scored_examples
 from align_ext.evaluation.evaluate import score_together
-from align_ext.evaluation.rows import TaskScore, task_scores
+from align_ext.evaluation.rows import TaskScore, repeats_line, task_scores
 from align_ext.evaluation.scored_model import ModelRequest
 from align_ext.io.adapter_folder import AdapterFolder
 from align_ext.report.run_results import Run
@@ -108,6 +108,8 @@ def score(request: EvalRequest, file: str | None, console: Console) -> dict[str,
         )
     scores = task_scores(rows)
     console.print(_table(scores, data))
+    if line := repeats_line({name: vars(result) for name, result in scores.items()}):
+        print_line(console, line)
     if path is not None and processes.number() == 0:
         tasks = {name: _results(name, result, data) for name, result in scores.items()}
         content = {
@@ -153,7 +155,7 @@ def _results(name: str, result: TaskScore, data: TaskData) -> dict[str, float | 
     choice = (result.score, result.score_error) if chosen else (None, None)
     greedy = (result.greedy, result.greedy_error) if chosen else (result.score, result.score_error)
     return {
-        "examples": result.examples, "loss": result.loss, "loss_error": result.loss_error, "accuracy": choice[0],
+        "examples": result.examples, "repeated": result.repeated, "loss": result.loss, "loss_error": result.loss_error, "accuracy": choice[0],
         "accuracy_error": choice[1], "greedy": greedy[0], "greedy_error": greedy[1],
     }  # fmt: skip
 

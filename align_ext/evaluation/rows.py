@@ -5,11 +5,32 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+from align_ext.system.messages import shown
 from align_ext.system.writing import atomic_file
+
+_COPY = re.compile(r"#\d+$")  # what row_ids puts behind the id of a row that repeats another
+_MOST_NAMED = 8
+
+
+def distinct(ids: Sequence[str]) -> list[int]:
+    """Returns the positions of the rows that count in results, errors and tests: the first of each content.
+
+    Rows of one task that ask and answer the same are one piece of evidence: a model gives all of them the same
+    result, up to rounding, so that their number says nothing of other rows.
+
+    Args:
+        ids: the id of each row (row_ids).
+    """
+    first: dict[str, int] = {}
+    for position, name in enumerate(ids):
+        first.setdefault(_COPY.sub("", name), position)
+    return list(first.values())
 
 
 @dataclass(frozen=True)
@@ -62,16 +83,19 @@ class RowScore:
 
 @dataclass(frozen=True)
 class TaskScore:
-    """The result of one task; the standard errors take its examples as a sample, and are None for a single example.
+    """The result of one task over its distinct rows, of which each counts once however often it is there.
+
+    The standard errors take these rows as a sample, and are None for a single one.
 
     Attributes:
         loss: negative log-likelihood of the gold answer per token, over all answer tokens of the task.
         score: the fraction of right choices, or the mean score of generated answers; None if none were generated.
-        examples: the number of scored examples.
+        examples: the number of distinct scored examples.
         loss_error: standard error of the loss as a ratio, sqrt(n / (n - 1) Σ (nll_i - loss tokens_i)²) / Σ tokens_i.
         score_error: standard error of the score, s / sqrt(n).
         greedy: the mean score of generated answers if score is about choices; only on request.
         greedy_error: the standard error of greedy.
+        repeated: how many further scored rows repeat one of the examples.
     """
 
     loss: float
@@ -81,10 +105,12 @@ class TaskScore:
     score_error: float | None = None
     greedy: float | None = None
     greedy_error: float | None = None
+    repeated: int = 0
 
     @classmethod
     def of(cls, rows: Sequence[RowScore]) -> TaskScore:
         """Computes the result of the rows of one task."""
+        scored, rows = len(rows), [rows[i] for i in distinct([row.id for row in rows])]
         gold, n = [row.gold for row in rows], len(rows)
         tokens = sum(count for _, count in gold)
         loss = sum(nll for nll, _ in gold) / tokens
@@ -93,7 +119,7 @@ class TaskScore:
         chosen = any(row.right is not None for row in rows)
         return cls(
             loss, *_mean(scores)[:1], n, math.sqrt(residuals * n / (n - 1)) / tokens if n > 1 else None,
-            *_mean(scores)[1:], *(_mean([row.greedy for row in rows]) if chosen else (None, None)),
+            *_mean(scores)[1:], *(_mean([row.greedy for row in rows]) if chosen else (None, None)), scored - n,
         )  # fmt: skip
 
 
@@ -113,6 +139,23 @@ def task_scores(rows: Sequence[RowScore]) -> dict[str, TaskScore]:
     """Returns the result of each task, in the order of their first rows."""
     names = dict.fromkeys(row.task for row in rows)
     return {task: TaskScore.of([row for row in rows if row.task == task]) for task in names}
+
+
+def repeats(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Returns "task: 12 of 200" for each task with scored rows that repeat others, from TaskScores as dictionaries."""
+    found = [
+        f"{shown(task)[1:-1]}: {one['repeated']:,} of {one['examples'] + one['repeated']:,}"
+        for task, one in tasks.items()
+        if one.get("repeated")
+    ]
+    more = [f"{len(found) - _MOST_NAMED} more tasks"] if len(found) > _MOST_NAMED + 1 else []
+    return [*found[: _MOST_NAMED if more else None], *more]
+
+
+def repeats_line(tasks: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns one line on the scored rows that repeat others, or ""."""
+    found = repeats(tasks)
+    return f"rows that repeat others, and count once with them: {', '.join(found)}" if found else ""
 
 
 def write_rows(file: Path, rows: Mapping[str, Sequence[RowScore]], key: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from align_ext.evaluation.rows import distinct
 from align_ext.report import metrics
 from align_ext.report.results import BASE, Cell, Results
 
@@ -21,7 +22,9 @@ Point = tuple[tuple[str, Any], ...]
 
 @dataclass(frozen=True)
 class Scores:
-    """What one cell has on each row of a split; arrays [n], NaN where a measure has no meaning for a row.
+    """What one cell has on each distinct row of a split (evaluation/rows.py), the copies of a row left out.
+
+    Arrays are [n], NaN where a measure has no meaning for a row.
 
     Attributes:
         ids: of the rows.
@@ -151,9 +154,10 @@ class Arms:
         return float(np.mean([nll[tasks == task].mean() for task in dict.fromkeys(scores.tasks)]))
 
     def scores(self, cell: Cell, split: str) -> Scores:
-        """Returns what a cell has on each row of a split ("test", "dev", "unseen")."""
+        """Returns what a cell has on each distinct row of a split ("test", "dev", "unseen")."""
         if (cell.key, split) not in self._scores:
-            self._scores[cell.key, split] = _measure([row for row in cell.rows if row["split"] == split])
+            rows = [row for row in cell.rows if row["split"] == split]
+            self._scores[cell.key, split] = _measure([rows[i] for i in distinct([row["id"] for row in rows])])
         return self._scores[cell.key, split]
 
     def values(self, variant: Variant, split: str, measure: str, task: str | None = None) -> tuple[Array, Array]:

@@ -1,11 +1,13 @@
 """What a reader must know before the numbers: what is missing in a study, and what spoils a comparison."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from align_ext.evaluation.rows import distinct, repeats
 from align_ext.report import statistics
 from align_ext.report.chosen import Arms, Variant, shown_value
 from align_ext.report.compared import FEWEST_SEEDS, at_chance
@@ -38,6 +40,7 @@ def cautions(arms: Arms) -> list[Caution]:
              [f"{seeds} planned"] if seeds < FEWEST_SEEDS else []),
         _one("rows", f"Fewer than {FEWEST_ROWS} test rows: only large differences can be seen.",
              [f"{task}: {count}" for task, count in rows.items() if count < FEWEST_ROWS]),
+        _one("repeated", "Test rows that repeat others count once with them.", _repeats(arms)),
         _one("parameters", "Trained parameters are off the common budget by more than 2 %.",
              [f"{arm}: {number(x, 'points', True)} %" for arm, x in off.items() if abs(x) > BUDGET]),
         _one("dtype", f"Arms were trained in another dtype than {plan['dtype']}.",
@@ -66,6 +69,16 @@ def _rows(arms: Arms, task: str) -> int:
     """Returns how many test rows of a task the cells have; the fewest of all cells."""
     cells = [cell for variant in arms.variants.values() for cell in variant.cells.values()]
     return min((arms.scores(cell, "test").tasks.count(task) for cell in cells), default=0)
+
+
+def _repeats(arms: Arms) -> list[str]:
+    """Returns how many test rows of each task repeat others, those of all cells together."""
+    cells = arms.results.cells.values()
+    tasks = {row["id"]: row["task"] for cell in cells for row in cell.rows if row["split"] == "test"}
+    ids = list(tasks)
+    counted = Counter(tasks[ids[i]] for i in distinct(ids))
+    found = Counter(tasks.values())
+    return repeats({task: {"examples": counted[task], "repeated": found[task] - counted[task]} for task in found})
 
 
 def _one_answer(arms: Arms) -> list[str]:

@@ -1,7 +1,7 @@
 """A finished training run as it lies in its folder: results.json, and what changed in each held-out row.
 
 Needs no model. The rows before and after training are the same, so that differences are paired by row: the errors are
-of the rows alone, of one run with one seed.
+of the distinct rows alone (evaluation/rows.py), of one run with one seed.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from align_ext.evaluation.rows import distinct
 from align_ext.report import metrics, statistics
 from align_ext.report.crossed import Floats
 from align_ext.report.statistics import Difference
@@ -137,8 +138,9 @@ def _change(task: str, results: dict[str, Any], rows: dict[str, list[Row]]) -> T
 
 
 def _overall(rows: dict[str, list[Row]], changes: Any) -> Difference | None:
-    """Returns the mean over tasks of what changed; tasks of one row, or without numbers, are left out."""
-    before, after = rows["before"], rows["after"]
+    """Returns the mean over tasks of what changed in distinct rows; tasks of one row, or without numbers, are left out."""
+    kept_rows = distinct([row["id"] for row in rows["before"]])
+    before, after = ([rows[when][i] for i in kept_rows] for when in ("before", "after"))
     kept: list[Floats] = []
     for task in dict.fromkeys(row["task"] for row in before):
         pairs = [(one, other) for one, other in zip(before, after, strict=True) if one["task"] == task]

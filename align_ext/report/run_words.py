@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from align_ext.evaluation.rows import repeats
 from align_ext.report.conditions import Caution
 from align_ext.report.formats import number
 from align_ext.report.run_results import Run, TaskChange, is_beyond_noise
@@ -101,7 +102,8 @@ def _of_alignment(run: Run) -> list[str]:
 
 def cautions(run: Run) -> list[Caution]:
     """Returns what a reader must know before the numbers: failed checks, tasks that got worse, few or missing rows."""
-    found = [_failed_checks(run), _worse(run), _overfitted(run), _few_rows(run), _left_out(run), _unmeasured(run)]
+    kinds = (_failed_checks, _worse, _overfitted, _few_rows, _repeated, _left_out, _unmeasured)
+    found = [caution(run) for caution in kinds]
     return [one for one in found if one is not None]
 
 
@@ -130,6 +132,11 @@ def _few_rows(run: Run) -> Caution | None:
     few = [f"{one.task} {one.before['examples']}" for one in run.changes if one.before["examples"] < _FEW_ROWS]
     text = f"Fewer than {_FEW_ROWS} held-out rows of a task show large changes only; --eval-examples takes more."
     return Caution("few rows", text, _shortened(few)) if few else None
+
+
+def _repeated(run: Run) -> Caution | None:
+    about = repeats({one.task: one.after for one in run.changes})
+    return Caution("repeated", "Held-out rows that repeat others count once with them.", about) if about else None
 
 
 def _left_out(run: Run) -> Caution | None:

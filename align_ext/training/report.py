@@ -10,6 +10,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
+from align_ext.evaluation.rows import repeats_line
 from align_ext.evaluation.same_logits import verdict
 from align_ext.system.memory import shown_bytes
 from align_ext.system.terminal import Bars, print_line
@@ -108,6 +109,8 @@ def summarise(results: dict[str, Any], target: Path, console: Console) -> None:
             "-" if old["score"] is None else f"{old['score']:.2f} -> {new['score']:.2f}",
         )
     console.print(table)
+    if line := repeats_line(after["tasks"]):
+        print_line(console, line)
     if before["align"] is not None:
         print_line(console, f"alignment loss {before['align']:.4g} -> {after['align']:.4g}")
     for name, check in results["checks"].items():

@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -62,7 +63,7 @@ def made_up(folder, tasks, **changed):
             of_task = [row(when, i, task, one[place], one[2], one[3 + place]) for i, one in enumerate(content)]
             lines += of_task
             scored = TaskScore.of(
-                [RowScore("", task, -1, (), tuple(x["nll"]), tuple(x["tokens"]), x["greedy"]) for x in of_task]
+                [RowScore(x["id"], task, -1, (), tuple(x["nll"]), tuple(x["tokens"]), x["greedy"]) for x in of_task]
             )
             results[when]["tasks"][task] = vars(scored)
     results |= {
@@ -93,9 +94,33 @@ def test_the_error_is_that_of_the_score_of_a_task():
     before = [row("before", i, "a", 0.0, int(t)) for i, t in enumerate(tokens)]
     after = [row("after", i, "a", float(x), int(t)) for i, (x, t) in enumerate(zip(d, tokens, strict=True))]
     values = run_results._losses(before, after)
-    expected = TaskScore.of([RowScore("", "a", -1, (), (float(x),), (int(t),)) for x, t in zip(d, tokens, strict=True)])
+    pairs = zip(d, tokens, strict=True)
+    expected = TaskScore.of([RowScore(str(i), "a", -1, (), (float(x),), (int(t),)) for i, (x, t) in enumerate(pairs)])
     assert values.mean() == pytest.approx(expected.loss)
     assert values.std(ddof=1) / 50**0.5 == pytest.approx(expected.loss_error)
+
+
+def test_doubled_rows_change_neither_a_result_nor_its_error_nor_a_difference(tmp_path):
+    content = [(2.0 + i % 3, 1.0 + i % 2, 1 + i % 4, i % 2, 1) for i in range(9)]
+    once, twice = (made_up(tmp_path / name, {"a": content, "b": content[:5]}) for name in ("once", "twice"))
+    lines = gzip.decompress((twice / "rows.jsonl.gz").read_bytes()).decode().splitlines()
+    doubled = [text for one in lines for text in (one, re.sub(r'("id": "[^"]*)', r"\1#2", one))]
+    (twice / "rows.jsonl.gz").write_bytes(gzip.compress("\n".join(doubled).encode()))
+    first, second = read_run(once), read_run(twice)
+    assert len(second.ids) == 2 * len(first.ids)
+    assert (second.loss, second.score, second.changes) == (first.loss, first.score, first.changes)
+    rows = [RowScore(f"a-{i}", "a", -1, (), (x[0],), (x[2],), x[3]) for i, x in enumerate(content)]
+    copies = [replace(row, id=f"{row.id}#{k}") for row in rows for k in (2, 3)]
+    assert TaskScore.of([*rows, *copies]) == replace(TaskScore.of(rows), repeated=18)
+
+
+def test_a_run_says_of_each_task_how_many_rows_repeat_others(tmp_path):
+    folder = made_up(tmp_path / "run", {"a": many(3, 1), "b": many(3, 1)})
+    results = json.loads((folder / "results.json").read_text())
+    results["after"]["tasks"]["b"] |= {"repeated": 3}
+    (folder / "results.json").write_text(json.dumps(results))
+    found = {one.kind: one for one in cautions(read_run(folder))}
+    assert found["repeated"].about == ["b: 3 of 43"]
 
 
 def many(before, after, spread=0.05, count=40):

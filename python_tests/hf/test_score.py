@@ -7,7 +7,7 @@ from hf.words import model_folder, rows, write_rows
 
 from align_ext.evaluation.rows import mean_and_error
 
-KEYS = {"examples", "loss", "loss_error", "accuracy", "accuracy_error", "greedy", "greedy_error"}
+KEYS = {"examples", "repeated", "loss", "loss_error", "accuracy", "accuracy_error", "greedy", "greedy_error"}
 
 
 @pytest.fixture
@@ -86,6 +86,24 @@ def test_the_scores_are_those_of_the_run_that_trained_the_adapter(run, place, ar
         assert scored(run, place, "--adapter", "out/adapter", "--tasks", "threes, next")[0] == found | {
             "options": found["options"] | {"tasks": ["threes", "next"]}
         }
+
+
+def test_rows_that_repeat_others_count_once_in_eval_and_train(run, place):
+    once, _ = scored(run, place, "--examples", 20)
+    content = list(rows())
+    write_rows(place / "data/x.test.jsonl", [row for row in content[:12] for _ in range(3)])
+    found, out = scored(run, place, "--examples", 100)
+    for task, mine in found["tasks"].items():
+        expected = once["tasks"][task] | {"repeated": 12}
+        assert mine.keys() == expected.keys()
+        assert list(mine.values()) == [x if x is None else pytest.approx(x, rel=1e-5) for x in expected.values()]
+    line = "rows that repeat others, and count once with them: next: 12 of 18, threes: 12 of 18"
+    assert line in " ".join(out.split())
+    assert len(found["rows"]) == 36
+    code, out, err = run("train", *common(place), "--steps", 2, "--eval-examples", 100, "--output", "out")
+    assert code == 0, err
+    assert line in " ".join(out.split())
+    assert "Held-out rows that repeat others count once with them." in (place / "work/out/report.html").read_text()
 
 
 def test_a_run_says_which_rows_it_held_out_and_how_it_read_them(run, place):

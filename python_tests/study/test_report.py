@@ -53,6 +53,20 @@ def nll_of(study, key, split, task):
 CHOICE_TASKS = [task for task, choices in TASKS.items() if choices]
 
 
+def test_doubled_rows_change_no_difference_and_are_pointed_out(tmp_path):
+    folder = make_study(tmp_path / "made_up", effects=EFFECTS)
+    once = [one.difference for one in with_baseline(Arms(read_results(folder)), "test", "accuracy")]
+    for file in folder.glob("cells/*/rows.jsonl.gz"):
+        lines = gzip.decompress(file.read_bytes()).decode().splitlines()
+        doubled = [*lines, *(re.sub(r'("id": "[^"]*)', r"\1#2", one) for one in lines)]
+        file.write_bytes(gzip.compress("\n".join(doubled).encode()))
+    arms = Arms(read_results(folder))
+    found = with_baseline(arms, "test", "accuracy")
+    assert [one.difference for one in found] == once
+    repeated = {one.kind: one.about for one in cautions(arms)}["repeated"]
+    assert [one.split(":")[0] for one in repeated] == list(TASKS)
+
+
 def test_scores_are_means_over_rows_and_seeds(study):
     for arm, rate in (("lora", "0.0002"), ("m_lora", "0.0001")):
         by_task = []
