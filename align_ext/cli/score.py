@@ -155,8 +155,9 @@ def _results(name: str, result: TaskScore, data: TaskData) -> dict[str, float | 
     choice = (result.score, result.score_error) if chosen else (None, None)
     greedy = (result.greedy, result.greedy_error) if chosen else (result.score, result.score_error)
     return {
-        "examples": result.examples, "repeated": result.repeated, "loss": result.loss, "loss_error": result.loss_error, "accuracy": choice[0],
-        "accuracy_error": choice[1], "greedy": greedy[0], "greedy_error": greedy[1],
+        "examples": result.examples, "repeated": result.repeated, "loss": result.loss,
+        "loss_error": result.loss_error, "accuracy": choice[0], "accuracy_error": choice[1],
+        "greedy": greedy[0], "greedy_error": greedy[1],
     }  # fmt: skip
 
 

@@ -138,7 +138,7 @@ def _change(task: str, results: dict[str, Any], rows: dict[str, list[Row]]) -> T
 
 
 def _overall(rows: dict[str, list[Row]], changes: Any) -> Difference | None:
-    """Returns the mean over tasks of what changed in distinct rows; tasks of one row, or without numbers, are left out."""
+    """Returns the mean over tasks of what changed in distinct rows; tasks of one, or without numbers, are left out."""
     kept_rows = distinct([row["id"] for row in rows["before"]])
     before, after = ([rows[when][i] for i in kept_rows] for when in ("before", "after"))
     kept: list[Floats] = []
