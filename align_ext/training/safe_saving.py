@@ -1,7 +1,7 @@
 """A Trainer that writes checkpoints atomically, claims its folder, and stops when the training diverges."""
 
 import random
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from align_ext.system.locks import claimed
 from align_ext.system.messages import reason_of, shown
+from align_ext.training.repartition import divide_steps, repartitioned
 from align_ext.training.whole_checkpoints import WRITING, check_whole, clean, keep_last, last_checkpoint, publish
 
 _Base: Any = Trainer if TYPE_CHECKING else object  # tells mypy which methods the mixin may call
@@ -63,9 +64,23 @@ class SafeMixin(_Base):
                 resume_from_checkpoint = str(last)
             elif resume_from_checkpoint:
                 check_whole(Path(resume_from_checkpoint))
+            if resume_from_checkpoint and self.is_deepspeed_enabled:
+                resume_from_checkpoint = stack.enter_context(repartitioned(self, Path(resume_from_checkpoint)))
             result = super().train(resume_from_checkpoint, *args, **kwargs)
             self._check_parameters()
             return result
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.is_deepspeed_enabled:
+            divide_steps(self.optimizer)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        with repartitioned(self, Path(best)) if self.is_deepspeed_enabled else nullcontext(best) as folder:
+            self.state.best_model_checkpoint = folder
+            super()._load_best_model()
+            self.state.best_model_checkpoint = best
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)

@@ -23,7 +23,7 @@ from align_ext.training.trainer import align_training_arguments
 
 GATHER = "stage3_gather_16bit_weights_on_model_save"
 OPTIONS = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2}
-OPTIONS |= {"per_device_train_batch_size": 3, "remove_unused_columns": False}
+OPTIONS |= {"remove_unused_columns": False}
 QUEUE = {"align": "kl", "align_accumulation": "queue", "align_queue": 2}
 
 
@@ -62,19 +62,21 @@ class Values(TrainerCallback):
         self.steps[state.global_step] = shards.values(model)
 
 
-def arguments(folder, sharding):
+def arguments(folder, sharding, size=3):
     """TrainingArguments; accelerate shards by FSDP only on what it takes for GPUs."""
-    made = align_training_arguments(str(folder), **(trainers.ONE_STEP | OPTIONS | sharding))
+    made = align_training_arguments(
+        str(folder), **(trainers.ONE_STEP | OPTIONS | sharding | {"per_device_train_batch_size": size})
+    )
     assert made.device.type == "cpu"
     if "fsdp" in sharding:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return made
 
 
-def build(folder, case, model=None, args=None):
+def build(folder, case, model=None, args=None, size=3):
     """A case's trainer, and what it will have trained."""
     kind, adapters, sharding = case
-    args = args or arguments(folder, sharding)
+    args = args or arguments(folder, sharding, size)
     if model is None:
         model = plain()
         torch.manual_seed(3)
@@ -91,8 +93,8 @@ def words(row):
     return row | {n: [x if x < 0 else x % 60 for x in row[n]] for n in ("input_ids", "labels")}
 
 
-def join(rank, port):
-    shards.join(rank, port)
+def join(rank, port, count=2):
+    shards.join(rank, port, count)
     del os.environ["ACCELERATE_USE_CPU"]  # with which accelerate leaves DeepSpeed out
     os.environ["DS_ACCELERATOR"] = "cpu"
 
@@ -118,6 +120,38 @@ def by_deepspeed(rank, port, folder):
         run(rank, Path(folder, name), case)
     not_gathered(rank, Path(folder, "not gathered"))
     loaded_in_parts(rank, Path(folder, "loaded in parts"))
+    dist.barrier()
+
+
+FIRST_IS_BEST = BEST | {"greater_is_better": True}  # of its metric, the loss
+REPARTITIONED = {
+    "zero2": (AlignTrainer, {"lora_dropout": 0.0}, zero(2)),
+    "zero3": (AlignTrainer, {"lora_dropout": 0.0}, zero(3)),
+    "best": (AlignTrainer, {"lora_dropout": 0.0}, zero(2) | FIRST_IS_BEST),
+}
+
+
+def by_fewer_or_more(rank, port, folder, count):
+    """Two processes train from the start; others go on from their first checkpoint with the same batches."""
+    join(rank, port, count)
+    for name, case in REPARTITIONED.items():
+        ran, kept = build(Path(folder, f"{name}, {count}"), case, size=6 // count)
+        ran.train(resume_from_checkpoint=None if count == 2 else str(Path(folder, f"{name}, 2", "checkpoint-1")))
+        assert list(kept.steps) == ([1, 2] if count == 2 else [2])
+        assert ran.state.best_global_step == (1 if name == "best" else None)
+        found = shards.values(ran.model)
+        assert (name == "best") == any(not torch.equal(x, kept.steps[2][key]) for key, x in found.items())
+        if rank == 0:
+            save_file(found, Path(folder, f"{name}, {count}", "expected"))
+    if count != 2:
+        broken = Path(folder, "zero2, 2", "checkpoint-2")
+        for file in broken.glob("*/*optim_states.pt") if rank == 0 else ():
+            file.write_bytes(b"")
+        (broken / "whole.json").unlink(missing_ok=True)
+        ran, _ = build(Path(folder, "broken"), REPARTITIONED["zero2"])
+        message = f"checkpoint-2' was written by 2 processes with DeepSpeed, which cannot convert it for {count} "
+        with pytest.raises(ValueError, match=message + r"\(.*\): go on with 2 processes"):
+            ran.train(resume_from_checkpoint=str(broken))
     dist.barrier()
 
 

@@ -28,8 +28,8 @@ KINDS = ("PiSSA", "m_lora, rslora", "multi_adapter", "mtlora beside blocks")
 FIRST, STEPS = "model.layers.0.mlp.down_proj", 2
 
 
-def join(rank, port):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+def join(rank, port, count=2):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)

@@ -34,3 +34,15 @@ def test_by_deepspeed_checkpoints_are_whole_or_nothing_is_lost(tmp_path, unused_
     assert_whole(tmp_path / "not gathered" / "final")
     for folder in ("checkpoint-1", "checkpoint-2"):
         assert_whole(tmp_path / "loaded in parts" / folder, "gpt2")
+
+
+def test_by_deepspeed_fewer_or_more_processes_go_on_as_those_that_began(tmp_path, unused_port):
+    for count in (2, 1, 3):
+        spawn(runs.by_fewer_or_more, unused_port, str(tmp_path), count, processes=count)
+    for name in runs.REPARTITIONED:
+        expected, *others = (load_file(tmp_path / f"{name}, {count}" / "expected") for count in (2, 1, 3))
+        for found in others:
+            assert found.keys() == expected.keys()
+            for key, tensor in expected.items():
+                torch.testing.assert_close(found[key], tensor, atol=1e-6, rtol=0)
+    assert not [*tmp_path.rglob(".universal")]
