@@ -29,6 +29,7 @@ from align_ext.training.report import ShowProgress
 from align_ext.training.rows import batches
 from align_ext.training.run_folder import RunFolder
 from align_ext.training.trainer import AlignTrainer
+from align_ext.training.trainer_options import check_field
 from align_ext.training.trial import made_arguments
 
 # transformers renamed the argument within version 5 and warns about the old name.
@@ -76,13 +77,14 @@ def argument_fields(options: TrainOptions, device: str) -> dict[str, Any]:
     if options.early_stopping_patience and options.metric_for_best_model is None:
         own["metric_for_best_model"] = "eval_loss"
     own = {name: value for name, value in own.items() if value is not None and value != []}
-    known = {entry.name for entry in dataclasses.fields(transformers.TrainingArguments)}
+    known = {entry.name: entry.type for entry in dataclasses.fields(transformers.TrainingArguments)}
     decided = {*own, *arguments_of(options), *_DECIDED}
-    for name in options.trainer:
+    for name, value in options.trainer.items():
         if name not in known:
-            raise ValueError(unknown_name("field of TrainingArguments", name, sorted(known - decided)))
+            raise ValueError(unknown_name("field of TrainingArguments", name, sorted(known.keys() - decided)))
         if name in decided or name.startswith("hub_"):
             raise ValueError(f"trainer gives {name}, which another option or the run itself decides: leave it out")
+        check_field(name, value, known[name])
     return own | dict(options.trainer)
 
 

@@ -66,7 +66,7 @@ def convert_option(name: str, value: Any, kind: Any, default: Any) -> Any:
 
 
 def _convert_mapping(name: str, value: Any) -> dict[str, Any]:
-    """Converts name=value pairs, separated by commas outside of brackets, whose values are read as YAML's."""
+    """Converts name=value pairs, separated by commas outside of brackets and quotes, whose values are YAML's."""
     if value in (None, "", "none"):
         return {}
     if isinstance(value, str):
@@ -83,10 +83,11 @@ def _convert_mapping(name: str, value: Any) -> dict[str, Any]:
 
 
 def _split(text: str) -> list[str]:
-    """Returns the parts of a text between commas that stand in no brackets."""
+    """Returns the parts of a text between commas that stand in no brackets and no quotes."""
     parts: list[str] = []
     for piece in text.split(","):
-        if parts and len(re.findall(r"[\[{]", parts[-1])) > len(re.findall(r"[\]}]", parts[-1])):
+        last = parts[-1] if parts else ""
+        if len(re.findall(r"[\[{]", last)) > len(re.findall(r"[\]}]", last)) or last.count('"') % 2:
             parts[-1] += f",{piece}"
         else:
             parts.append(piece)

@@ -2,11 +2,44 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from enum import EnumMeta
+from pathlib import Path
+from typing import Any, get_origin
 
-from align_ext.system.bounds import documented, integer_rule, is_number, not_negative, option, positive
+from align_ext.system.bounds import documented, integer_rule, is_number, not_negative, option, positive, unknown_name
+from align_ext.system.messages import shown
+from align_ext.training.option_values import alternatives
+
+_TYPES = {
+    bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list [x, y]",
+    dict: "values by name {x: 1, y: 2}", type(None): "none",
+}  # fmt: skip
+_PAIRS = re.compile(r"\s*\w+\s*=[^,=]+(,\s*\w+\s*=[^,=]+)*")
+
+
+def check_field(name: str, value: Any, kind: Any) -> None:
+    """Raises ValueError unless a value of `trainer` is of its type, which TrainingArguments itself does not check.
+
+    Args:
+        name: the field of TrainingArguments.
+        value: what is given, as YAML reads it.
+        kind: the type of the field.
+    """
+    kinds = {get_origin(one) or one for one in alternatives(kind)}
+    for names in kinds:
+        if isinstance(names, EnumMeta) and value not in list(names):
+            raise ValueError(unknown_name(f"value of trainer's {name}", value, [one.value for one in names]))
+    is_file = isinstance(value, str) and Path(value).is_file()
+    known = [one for one in _TYPES if one in kinds and (one is not str or dict not in kinds or is_file)]
+    wanted = " or ".join(_TYPES[one] for one in known)
+    if name == "optim_args":
+        wanted = 'name=value, several in quotes: optim_args="x=1,y=2"'
+        known = [str] if isinstance(value, str) and _PAIRS.fullmatch(value) else []
+    if type(value) not in known and not (type(value) is int and float in known):
+        raise ValueError(f"trainer: {name} must be {wanted}, got {shown(value)}")
 
 
 def fraction(value: Any) -> str | None:

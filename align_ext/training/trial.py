@@ -2,13 +2,15 @@
 
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
+from torch.utils.data import DataLoader
 
-from align_ext.system.messages import reason_of
+from align_ext.system.messages import reason_of, shown
 from align_ext.training.options import TrainOptions
 from align_ext.training.trainer import align_training_arguments
 
@@ -23,7 +25,16 @@ def made_arguments(folder: str, fields: Mapping[str, Any]) -> transformers.Train
         ValueError: TrainingArguments refuses a value.
     """
     try:
-        return align_training_arguments(folder, **fields)
+        made = align_training_arguments(folder, **fields)
+        made.get_process_log_level()  # this and the rest is what Trainer will ask for
+        DataLoader(
+            [0], num_workers=made.dataloader_num_workers, prefetch_factor=made.dataloader_prefetch_factor,
+            persistent_workers=made.dataloader_persistent_workers,
+            multiprocessing_context=getattr(made, "dataloader_multiprocessing_context", None),
+        )  # fmt: skip
+        if made.torch_compile:
+            torch.compile(nn.Identity(), backend=made.torch_compile_backend or "inductor", mode=made.torch_compile_mode)
+        return made
     except Exception as error:  # the libraries behind the options raise anything
         raise ValueError(f"TrainingArguments refuses the options: {reason_of(error)}") from error
 
@@ -36,8 +47,27 @@ def try_arguments(options: TrainOptions, fields: Mapping[str, Any]) -> None:
         fields: the fields of its TrainingArguments.
 
     Raises:
-        ValueError: one of them cannot be made, or makes no step here.
+        ValueError: one of them cannot be made, or makes no step here; a field of `trainer` without which it does is
+            named.
     """
+    try:
+        _try(options, fields)
+    except ValueError as error:
+        blamed = next((name for name in options.trainer if _works_without(name, options, fields)), None)
+        if blamed is None:
+            raise
+        given = f"--trainer {blamed}={shown(options.trainer[blamed])}"
+        raise ValueError(f"{given} cannot be used: change it, or leave it out ({error})") from error
+
+
+def _works_without(name: str, options: TrainOptions, fields: Mapping[str, Any]) -> bool:
+    with suppress(ValueError):
+        _try(options, {other: value for other, value in fields.items() if other != name})
+        return True
+    return False
+
+
+def _try(options: TrainOptions, fields: Mapping[str, Any]) -> None:
     small = {name: value for name, value in fields.items() if name not in _DIVIDING}
     with tempfile.TemporaryDirectory() as folder:
         arguments = made_arguments(folder, small)

@@ -101,6 +101,55 @@ def test_a_further_field_neither_undoes_the_run_nor_is_lost(tmp_path, name):
         arguments(tmp_path, trainer={name: True})
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("optim_args=x", "trainer: optim_args must be name=value, several in quotes: optim_args=\"x=1,y=2\", got 'x'"),
+        ("optim_args=3", "optim_args must be name=value"),
+        ("ddp_timeout=x", "trainer: ddp_timeout must be a whole number, got 'x'"),
+        ("neftune_noise_alpha=x", "trainer: neftune_noise_alpha must be a number or none, got 'x'"),
+        ("label_smoothing_factor=true", "trainer: label_smoothing_factor must be a number, got True"),
+        ("full_determinism=3", "trainer: full_determinism must be true or false, got 3"),
+        ("lr_scheduler_kwargs=x", "lr_scheduler_kwargs must be values by name {x: 1, y: 2} or none, got 'x'"),
+        ("accelerator_config=x", "accelerator_config must be values by name {x: 1, y: 2} or none, got 'x'"),
+        ("include_for_metrics=3", "trainer: include_for_metrics must be a list [x, y], got 3"),
+        ("project=3", "trainer: project must be text, got 3"),
+        ("parallelism_config=3", "trainer: parallelism_config must be none, got 3"),
+        ("logging_strategy=step", "unknown value of trainer's logging_strategy 'step'; did you mean 'steps'"),
+    ],
+)
+def test_a_further_field_of_another_type_is_named_with_its_value_and_the_cure(tmp_path, given, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
+        arguments(tmp_path, trainer=given)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ("accelerator_config={foo: 1}", "accelerator_config={'foo': 1} cannot be used: .*keyword argument 'foo'"),
+        ("torch_compile_backend=weird", "torch_compile_backend='weird' cannot be used: .*nvalid backend"),
+        ("torch_compile_mode=weird", "torch_compile_mode='weird' cannot be used: .*mode=weird"),
+        ("dataloader_persistent_workers=true", "dataloader_persistent_workers=True cannot be used: .*num_workers"),
+        ("debug=weird", "debug='weird' cannot be used: change it, or leave it out .*not a valid DebugOption"),
+        ("log_level=weird", "log_level='weird' cannot be used: change it, or leave it out"),
+        ("eval_delay=2,dataloader_prefetch_factor=2", "dataloader_prefetch_factor=2 cannot be used: .*num_workers"),
+        ("eval_delay=2,torch_empty_cache_steps=-1", "torch_empty_cache_steps=-1 cannot be used: .*bigger than 0"),
+        ("lr_scheduler_kwargs={foo: 1}", "lr_scheduler_kwargs={'foo': 1} cannot be used: .*lr-scheduler-type cosine"),
+    ],
+)
+def test_a_further_field_that_transformers_refuses_is_named_with_its_value(given, reason):
+    with pytest.raises(ValueError, match=f"^--trainer {reason}"):
+        tried(trainer=given)
+
+
+def test_arguments_of_an_optimizer_arrive(tmp_path):
+    given = 'optim_args="rank=2,scale=0.5",eval_delay=2'
+    made = arguments(tmp_path, trainer=given)
+    assert (made.optim_args, made.eval_delay) == ("rank=2,scale=0.5", 2)
+    tried(trainer=given)
+
+
 def test_early_stopping_goes_by_the_held_out_loss(tmp_path):
     made = arguments(tmp_path, early_stopping_patience=1, **BEST)
     assert (made.metric_for_best_model, made.greater_is_better) == ("eval_loss", False)
