@@ -1,4 +1,4 @@
-"""Checks of a Trainer with alignment before its first step, and warnings after its last one."""
+"""Checks of a Trainer with alignment before its first step, and warnings after its first logs and its last step."""
 
 import inspect
 import re
@@ -18,6 +18,7 @@ from align_ext.system.messages import shown
 
 _TRAINER_METRICS = ("loss", "runtime", "samples_per_second", "steps_per_second", "epoch")
 _NOT_OPTIMIZED = "the optimizer does not have it: give it all parameters that require gradients"
+_FIRST_LOGS, _FAR = 3, 3.0  # logs of which the mean is looked at; times the model's own loss
 _TASK_LOSS = re.compile(r"(^|_)loss/")
 
 
@@ -67,6 +68,36 @@ class LayersThatNeverRan(TrainerCallback):
                 f"{len(names)} adapted layers ({', '.join(map(shown, names[:3]))}{', ...' * (len(names) > 3)}) got no "
                 "gradient in any step, so that their adapters are as they began: the model does not run them, or reads "
                 "their weights past their forward; leave them out by exclude_modules",
+                stacklevel=2,
+            )
+
+
+class AlignmentDominates(TrainerCallback):
+    """Warns once if the weighted alignment is far above the model's own loss in the first logs.
+
+    These are the first in which the weight, which align_warmup lets rise, is half of its largest value or more.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self._first: list[tuple[float, float]] = []  # the LM loss and the alignment of each log
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **_: Any) -> None:
+        """Adds a log of training, and warns at the last one that counts."""
+        aligned = find_state(self.trainer.model)
+        if aligned is None or not logs.keys() >= {"lm_loss", "align_loss", "align_weight"}:
+            return
+        weight, pairs = aligned.config.align_weight or 0.0, aligned.config.align_pairs
+        if len(self._first) == _FIRST_LOGS or not logs["align_weight"] >= weight / 2:
+            return
+        self._first.append((logs["lm_loss"], logs["align_loss"]))
+        lm, align = (sum(values) / len(self._first) for values in zip(*self._first, strict=True))
+        if len(self._first) == _FIRST_LOGS and weight * align > _FAR * lm and state.is_world_process_zero:
+            cure = "a smaller align_weight" if pairs == "mean" else 'align_pairs="mean", or a smaller align_weight'
+            warnings.warn(
+                f"the alignment dominates what is trained: {weight:g} (align_weight) x {align:.3g} = "
+                f"{weight * align:.3g}, and the loss of the model itself is {lm:.3g}, in the mean of the logs up to "
+                f"step {state.global_step}: give {cure}",
                 stacklevel=2,
             )
 

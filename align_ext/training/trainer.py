@@ -25,6 +25,7 @@ from align_ext.system.bounds import unknown_name
 from align_ext.system.messages import shown
 from align_ext.training.checkpoint import load_queue, load_trained, save_trained
 from align_ext.training.checks import (
+    AlignmentDominates,
     ChecksBeforeTraining,
     LayersThatNeverRan,
     declared_adapters,
@@ -123,6 +124,7 @@ class AlignMixin(SafeMixin):
         self.add_callback(self._epochs)
         self.add_callback(ChecksBeforeTraining(self))
         self.add_callback(LayersThatNeverRan(self))
+        self.add_callback(AlignmentDominates(self))
         if self.mixing is not None and not has_length(self.train_dataset):
             raise ValueError("mixing needs a dataset of known size: join_tasks mixes iterable ones, leave mixing out")
         if self._aligned() and self.args.n_gpu > 1:

@@ -1,5 +1,7 @@
 """What a Trainer aligns is what it trains: everything else is refused before the first step."""
 
+import re
+import warnings
 from functools import partial
 
 import datasets
@@ -229,3 +231,28 @@ def test_processes_that_did_not_join_are_refused(tmp_path, monkeypatch):
         pass
     with pytest.raises(RuntimeError, match="use_cpu=True"):
         AlignTrainer(model=ran.model, args=ran.args, train_dataset=features(), data_collator=ran.data_collator)
+
+
+def warned(tmp_path, steps, options=None, **arguments):
+    """What is said of an alignment that dominates, in so many steps."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        trainer(tmp_path, adapted(**options or {}), features(), max_steps=steps, arguments=arguments).train()
+    return [str(one.message) for one in found if "dominates" in str(one.message)]
+
+
+def test_an_alignment_far_above_the_loss_is_named_once_with_the_cure(tmp_path):
+    strong = {"align_weight": 500.0}
+    (said,) = warned(tmp_path, 7, strong)
+    figures = (
+        r"500 \(align_weight\) x (\S+) = (\S+), and the loss of the model itself is (\S+), in the mean of the logs"
+    )
+    cure = r' up to step 3: give align_pairs="mean", or a smaller align_weight$'
+    align, weighted, lm = map(
+        float, re.match("the alignment dominates what is trained: " + figures + cure, said).groups()
+    )
+    assert 500 * align == pytest.approx(weighted, rel=0.01)
+    assert weighted > 3 * lm
+    assert warned(tmp_path, 3, strong | {"align_pairs": "mean"})[0].endswith("step 3: give a smaller align_weight")
+    assert "up to step 6: give" in warned(tmp_path, 8, strong, align_warmup=0.75)[0]
+    assert warned(tmp_path, 2, strong) == warned(tmp_path, 4) == []

@@ -40,8 +40,8 @@ def features(count=24, seed=0):
 
 def adapted(align="kl", dtype=torch.float64, **options):
     model = llama(dtype)
-    options = {"num_tasks": 3, "r": 4, "lora_dropout": 0.0} | options
-    replace_linear_with_align_lora(model, align=align, align_weight=WEIGHT, **options)
+    options = {"num_tasks": 3, "r": 4, "lora_dropout": 0.0, "align_weight": WEIGHT} | options
+    replace_linear_with_align_lora(model, align=align, **options)
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
