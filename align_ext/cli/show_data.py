@@ -110,7 +110,7 @@ def _padding(options: TrainOptions, data: TaskData, plain: Dataset) -> dict[str,
 
 
 def _table(content: dict[str, Any]) -> Table:
-    table = Table("task", "split", title="rows, and tokens of those that are used")
+    table = Table("task", "split", title="rows, and the tokens of those used")
     for title in ("rows", "used", *_LENGTHS):
         table.add_column(title, justify="right")
     table.add_column("left out")
@@ -137,14 +137,14 @@ def _remarks(options: TrainOptions, content: dict[str, Any]) -> list[str]:
             f"--seq-len {longest} would keep all of them"
         )
     lines.append(
-        f"padding: {costs['padding']:.0%} of the tokens that the first {costs['batches']:,} micro-batches compute, "
+        f"padding: {costs['padding']:.0%} of the tokens of the first {costs['batches']:,} micro-batches, "
         + ("without packing" if options.packing else "as the run is")
     )
     lines.append(
         f"{'packed' if options.packing else 'with --packing'}: no padding, {costs['packed_rows']:,} rows of at most "
         f"{options.seq_len:,} tokens, {costs['filled']:.0%} full"
     )
-    same = f"{overlap['exact']:,} prompts to train on are also scored, {overlap['near']:,} but for case and punctuation"
+    same = f"{overlap['exact']:,} training prompts are also scored, {overlap['near']:,} but for case and punctuation"
     examples = "; ".join(f"{one} and {other}" for one, other in overlap["pairs"])
     lines.append(same + (f" ({examples})" if examples else ""))
     return lines

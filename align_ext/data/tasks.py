@@ -151,7 +151,7 @@ def read_tasks(
     notes = [*cut, *([_shorten(f"not read: {', '.join(skipped)}")] if skipped else [])]
     if unused:
         lost = (f"{shown(name)[1:-1]} ({count:,} rows)" for name, count in sorted(unused.items()))
-        notes.append(_shorten(f"columns that are not used: {', '.join(lost)}"))
+        notes.append(_shorten(f"unused columns: {', '.join(lost)}"))
     ordered = {n: {s: part.ordered(0) for s, part in splits.items()} for n, splits in chosen.items()}
     return Pools(ordered, tuple(notes), all(source.alone is not None for source in sources))
 
@@ -246,7 +246,7 @@ def select(
         train_parts.append(trained)
         result.test.extend(tested)
     first, *others = train_parts
-    note = "tasks with fewer rows to train on than are kept apart to score on (lower eval_examples)"
+    note = "tasks with fewer training rows than held-out rows (lower eval_examples)"
     notes = [_shorten(f"{note}: {', '.join(few)}")] if few else []
     return replace(result, train=first.joined(others), notes=(*result.notes, *notes))
 
@@ -304,7 +304,7 @@ def _add_unused(usage: dict[str, Usage], splits: Mapping[str, Examples]) -> None
     for split in splits:
         if split and split not in usage:
             rows = len(splits[split])
-            usage[split] = Usage(rows, 0, {"in a split that is not used": rows}, 0)
+            usage[split] = Usage(rows, 0, {"in an unused split": rows}, 0)
 
 
 def _select(
@@ -328,16 +328,12 @@ def _select(
         else:
             too_long += 1
     if not selected:
-        why = (
-            f": all {too_long} are too long (seq_len)"
-            if too_long
-            else ": all have prompts that are tested" * bool(pool)
-        )
+        why = f": all {too_long} are too long (seq_len)" if too_long else ": all have held-out prompts" * bool(pool)
         raise ValueError(f"the task {task} on{why}")
     counts = {
         f"beyond {option}": rest - len(selected) - too_long,
         "too long (seq_len)": too_long,
-        "with a prompt that is tested": len(pool) - rest,
+        "with a held-out prompt": len(pool) - rest,
     }
     left_out = {reason: count for reason, count in counts.items() if count}
     return pool.at(selected), Usage(len(pool), len(selected), left_out, pool.repeated())

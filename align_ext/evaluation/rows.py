@@ -155,7 +155,7 @@ def repeats(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def repeats_line(tasks: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns one line on the scored rows that repeat others, or ""."""
     found = repeats(tasks)
-    return f"rows that repeat others, and count once with them: {', '.join(found)}" if found else ""
+    return f"repeated rows count once ({', '.join(found)})" if found else ""
 
 
 def write_rows(file: Path, rows: Mapping[str, Sequence[RowScore]], key: str) -> None:

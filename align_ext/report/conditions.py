@@ -40,7 +40,7 @@ def cautions(arms: Arms) -> list[Caution]:
              [f"{seeds} planned"] if seeds < FEWEST_SEEDS else []),
         _one("rows", f"Fewer than {FEWEST_ROWS} test rows: only large differences can be seen.",
              [f"{task}: {count}" for task, count in rows.items() if count < FEWEST_ROWS]),
-        _one("repeated", "Test rows that repeat others count once with them.", _repeats(arms)),
+        _one("repeated", "Repeated test rows count once.", _repeats(arms)),
         _one("parameters", "Trained parameters are off the common budget by more than 2 %.",
              [f"{arm}: {number(x, 'points', True)} %" for arm, x in off.items() if abs(x) > BUDGET]),
         _one("dtype", f"Arms were trained in another dtype than {plan['dtype']}.",

@@ -136,7 +136,7 @@ def _few_rows(run: Run) -> Caution | None:
 
 def _repeated(run: Run) -> Caution | None:
     about = repeats({one.task: one.after for one in run.changes})
-    return Caution("repeated", "Held-out rows that repeat others count once with them.", about) if about else None
+    return Caution("repeated", "Repeated held-out rows count once.", about) if about else None
 
 
 def _left_out(run: Run) -> Caution | None:

@@ -97,13 +97,13 @@ def test_rows_that_repeat_others_count_once_in_eval_and_train(run, place):
         expected = once["tasks"][task] | {"repeated": 12}
         assert mine.keys() == expected.keys()
         assert list(mine.values()) == [x if x is None else pytest.approx(x, rel=1e-5) for x in expected.values()]
-    line = "rows that repeat others, and count once with them: next: 12 of 18, threes: 12 of 18"
+    line = "repeated rows count once (next: 12 of 18, threes: 12 of 18)"
     assert line in " ".join(out.split())
     assert len(found["rows"]) == 36
     code, out, err = run("train", *common(place), "--steps", 2, "--eval-examples", 100, "--output", "out")
     assert code == 0, err
     assert line in " ".join(out.split())
-    assert "Held-out rows that repeat others count once with them." in (place / "work/out/report.html").read_text()
+    assert "Repeated held-out rows count once." in (place / "work/out/report.html").read_text()
 
 
 def test_a_run_says_which_rows_it_held_out_and_how_it_read_them(run, place):

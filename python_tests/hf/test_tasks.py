@@ -83,7 +83,7 @@ def test_a_folder_is_split_by_the_names_of_its_files_and_reads_gzip(tmp_path):
     few = load_tasks(str(tmp_path), test_per_task=1)
     assert few.train == data.train, "nor what stands there and is not scored now"
     assert few.usage["next"] == {
-        "train": Usage(20, 15, {"with a prompt that is tested": 5}, 0),
+        "train": Usage(20, 15, {"with a held-out prompt": 5}, 0),
         "test": Usage(9, 1, {"beyond eval_examples": 8}, 0),
     }
 
@@ -160,7 +160,7 @@ def test_only_a_test_split_is_scored_and_a_file_as_it_is(tmp_path):
     data = scored_examples(read_tasks(str(tmp_path)), 3, lambda x: x.prompt != "7", undivided=False)
     assert {x.prompt for x in data.test} == {"5", "6", "8"}
     assert (data.train, data.names) == ([], ("a",))
-    assert data.usage["a"]["train"] == Usage(4, 0, {"in a split that is not used": 4}, 0)
+    assert data.usage["a"]["train"] == Usage(4, 0, {"in an unused split": 4}, 0)
     file = read_tasks(str(tmp_path / "x.train.jsonl"))
     with pytest.raises(ValueError, match="no test split"):
         scored_examples(file, 9, lambda _: True, undivided=False)
@@ -182,10 +182,10 @@ def test_all_that_is_left_out_is_counted_by_task_and_reason(tmp_path):
     (tmp_path / "README.md").write_text("hello")
     data = load_tasks(str(tmp_path), train_per_task=20, test_per_task=4, fits=lambda x: x.prompt[-1] != "7")
     seen = {name: {split: usage.left_out for split, usage in splits.items()} for name, splits in data.usage.items()}
-    assert seen["a"]["validation"] == {"in a split that is not used": 7}
-    assert seen["a"]["train"]["with a prompt that is tested"] == 5
+    assert seen["a"]["validation"] == {"in an unused split": 7}
+    assert seen["a"]["train"]["with a held-out prompt"] == 5
     assert data.usage["a"]["train"].repeated == 2
-    assert seen["b"]["train"]["with a prompt that is tested"] == 4, "which are those that are scored"
+    assert seen["b"]["train"]["with a held-out prompt"] == 4, "which are those that are scored"
     assert list(data.usage["c"]) == ["train", "validation"]
     for name, splits in data.usage.items():
         for split, usage in splits.items():
@@ -195,8 +195,8 @@ def test_all_that_is_left_out_is_counted_by_task_and_reason(tmp_path):
         assert used == {split: usage.used for split, usage in splits.items()}
     lines = list(data.report())
     assert lines[0].startswith("a: train 20 of 47 (")
-    assert "2 repeated), test 4 of 10 (6 beyond eval_examples), validation 0 of 7 (7 in a split that" in lines[0]
-    assert lines[3:] == ["not read: README.md", "columns that are not used: id (105 rows), source (105 rows)"]
+    assert "2 repeated), test 4 of 10 (6 beyond eval_examples), validation 0 of 7 (7 in an unused split)" in lines[0]
+    assert lines[3:] == ["not read: README.md", "unused columns: id (105 rows), source (105 rows)"]
     assert json.loads(json.dumps(data.counts()))["tasks"]["c"]["validation"] == {
         "rows": 2, "used": 2, "left_out": {}, "repeated": 0
     }  # fmt: skip
@@ -235,5 +235,5 @@ def test_a_train_row_that_asks_what_is_tested_in_another_form_is_left_out(tmp_pa
     write_rows(tmp_path / "x.test.jsonl", [{"messages": turns}])
     assert [x.prompt for x in load_tasks(str(tmp_path)).train] == ["q"]
     write_rows(tmp_path / "x.train.jsonl", [{"prompt": "p", "answer": "b"}])
-    with pytest.raises(ValueError, match="'x' has no examples to train on: all have prompts that are tested"):
+    with pytest.raises(ValueError, match="'x' has no examples to train on: all have held-out prompts"):
         load_tasks(str(tmp_path))
