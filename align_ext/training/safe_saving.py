@@ -14,7 +14,15 @@ from transformers.trainer import TRAINER_STATE_NAME
 from align_ext.system.locks import claimed
 from align_ext.system.messages import reason_of, shown
 from align_ext.training.repartition import divide_steps, repartitioned
-from align_ext.training.whole_checkpoints import WRITING, check_whole, clean, keep_last, last_checkpoint, publish
+from align_ext.training.whole_checkpoints import (
+    UNIVERSAL,
+    WRITING,
+    check_whole,
+    clean,
+    keep_last,
+    last_checkpoint,
+    publish,
+)
 
 _Base: Any = Trainer if TYPE_CHECKING else object  # tells mypy which methods the mixin may call
 
@@ -72,7 +80,7 @@ class SafeMixin(_Base):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.is_deepspeed_enabled:
+        if checkpoint is not None and Path(checkpoint).name == UNIVERSAL:
             divide_steps(self.optimizer)
 
     def _load_best_model(self) -> None:

@@ -28,10 +28,10 @@ def check_field(name: str, value: Any, kind: Any) -> None:
         value: what is given, as YAML reads it.
         kind: the type of the field.
     """
-    kinds = {get_origin(one) or one for one in alternatives(kind)}
-    for names in kinds:
-        if isinstance(names, EnumMeta) and value not in list(names):
-            raise ValueError(unknown_name(f"value of trainer's {name}", value, [one.value for one in names]))
+    kinds: set[Any] = {get_origin(one) or one for one in alternatives(kind)}
+    members: list[Any] = [member for one in kinds if isinstance(one, EnumMeta) for member in one]
+    if members and value not in members:
+        raise ValueError(unknown_name(f"value of trainer's {name}", value, [member.value for member in members]))
     is_file = isinstance(value, str) and Path(value).is_file()
     known = [one for one in _TYPES if one in kinds and (one is not str or dict not in kinds or is_file)]
     wanted = " or ".join(_TYPES[one] for one in known)

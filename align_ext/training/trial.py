@@ -27,8 +27,9 @@ def made_arguments(folder: str, fields: Mapping[str, Any]) -> transformers.Train
     try:
         made = align_training_arguments(folder, **fields)
         made.get_process_log_level()  # this and the rest is what Trainer will ask for
+        nothing: Any = [0]
         DataLoader(
-            [0], num_workers=made.dataloader_num_workers, prefetch_factor=made.dataloader_prefetch_factor,
+            nothing, num_workers=made.dataloader_num_workers, prefetch_factor=made.dataloader_prefetch_factor,
             persistent_workers=made.dataloader_persistent_workers,
             multiprocessing_context=getattr(made, "dataloader_multiprocessing_context", None),
         )  # fmt: skip
