@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import EnumMeta
+from enum import Enum
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, Literal, get_origin
 
 from align_ext.system.bounds import documented, integer_rule, is_number, not_negative, option, positive, unknown_name
 from align_ext.system.messages import shown
@@ -28,14 +28,15 @@ def check_field(name: str, value: Any, kind: Any) -> None:
         value: what is given, as YAML reads it.
         kind: the type of the field.
     """
-    kinds: set[Any] = {get_origin(one) or one for one in alternatives(kind)}
-    members: list[Any] = [member for one in kinds if isinstance(one, EnumMeta) for member in one]
+    origins = ((one, get_origin(one)) for one in alternatives(kind))
+    kinds: set[Any] = {bool if origin is Literal else origin or one for one, origin in origins}  # Literal[False]
+    members: list[Any] = [member for one in kinds if isinstance(one, type) and issubclass(one, Enum) for member in one]
     if members and value not in members:
         raise ValueError(unknown_name(f"value of trainer's {name}", value, [member.value for member in members]))
     is_file = isinstance(value, str) and Path(value).is_file()
     known = [one for one in _TYPES if one in kinds and (one is not str or dict not in kinds or is_file)]
     wanted = " or ".join(_TYPES[one] for one in known)
-    if name == "optim_args":
+    if name == "optim_args" and value is not None:
         wanted = 'name=value, several in quotes: optim_args="x=1,y=2"'
         known = [str] if isinstance(value, str) and _PAIRS.fullmatch(value) else []
     if type(value) not in known and not (type(value) is int and float in known):

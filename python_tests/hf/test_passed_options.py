@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from align_ext.training import fit, trial
 from align_ext.training.options import TrainOptions, known_options
 from align_ext.training.run_folder import RunFolder
+from align_ext.training.trainer_options import check_field
 
 # Of each option that has a field of TrainingArguments: a value that is not the default, and what arrives.
 PASSED = {
@@ -122,6 +123,12 @@ def test_a_further_field_of_another_type_is_named_with_its_value_and_the_cure(tm
     with pytest.raises(ValueError, match=re.escape(message)) as raised:
         arguments(tmp_path, trainer=given)
     assert "\n" not in str(raised.value)
+
+
+def test_what_trainingarguments_takes_by_default_is_of_its_type():
+    for field in dataclasses.fields(TrainingArguments):
+        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        check_field(field.name, getattr(default, "value", default), field.type)
 
 
 @pytest.mark.parametrize(
