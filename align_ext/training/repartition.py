@@ -11,7 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from align_ext.system.messages import reason_of, shown
-from align_ext.training.whole_checkpoints import UNIVERSAL
+from align_ext.training.whole_checkpoints import WRITING
+
+UNIVERSAL = "universal"  # the copy's name, below the folder that is emptied with each checkpoint
 
 
 @contextlib.contextmanager
@@ -19,7 +21,7 @@ def repartitioned(trainer: Any, checkpoint: Path) -> Iterator[str]:
     """Yields the folder from which a Trainer's processes load a checkpoint, for as long as it is needed.
 
     DeepSpeed's files hold the optimizer's state in one part for each process. Where as many load it, that is the
-    checkpoint itself; otherwise a copy below output_dir, whose state stands there parameter by parameter.
+    checkpoint itself; otherwise a copy in a folder of output_dir, whose state stands there parameter by parameter.
 
     Raises:
         ValueError: DeepSpeed cannot convert it.
@@ -32,7 +34,7 @@ def repartitioned(trainer: Any, checkpoint: Path) -> Iterator[str]:
     if parts in (0, args.world_size):
         yield str(checkpoint)
         return
-    copy, reason = Path(args.output_dir, UNIVERSAL), "the first process says why"
+    copy, reason = Path(args.output_dir, WRITING, UNIVERSAL), "the first process says why"
     config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
     before = config.get("checkpoint", {})
     try:
@@ -52,7 +54,7 @@ def repartitioned(trainer: Any, checkpoint: Path) -> Iterator[str]:
     finally:
         config["checkpoint"] = before
         if args.process_index == 0:
-            shutil.rmtree(copy, ignore_errors=True)
+            shutil.rmtree(copy.parent, ignore_errors=True)
 
 
 def divide_steps(optimizer: Any) -> None:

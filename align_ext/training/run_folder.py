@@ -30,7 +30,7 @@ from align_ext.system.writing import (
     user_path,
 )
 from align_ext.training.options import TrainOptions
-from align_ext.training.whole_checkpoints import LEFTOVERS, checkpoints, clean, damage, files_of, last_checkpoint
+from align_ext.training.whole_checkpoints import OLD, WRITING, checkpoints, clean, damage, files_of, last_checkpoint
 
 _CHECKPOINTS, _OPTIONS, _RESULTS, _ADAPTER = "checkpoints", "options.yaml", "results.json", "adapter"
 _DATA, _TOKENS = "data_digest", "tokens_digest"
@@ -261,4 +261,4 @@ def _files_of_run(folder: Path) -> str:
 
 def _files_of_checkpoints(folder: Path) -> str:
     known = (rf"{path.name}/({files_of(path) or '(?!)'})" for path in checkpoints(folder))
-    return "|".join([rf"\.?{_OPTIONS}(-.*)?", rf"({'|'.join(map(re.escape, LEFTOVERS))})/.*", *known])
+    return "|".join([rf"\.?{_OPTIONS}(-.*)?", rf"({re.escape(WRITING)}|{re.escape(OLD)})/.*", *known])

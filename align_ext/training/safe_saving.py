@@ -13,16 +13,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from align_ext.system.locks import claimed
 from align_ext.system.messages import reason_of, shown
-from align_ext.training.repartition import divide_steps, repartitioned
-from align_ext.training.whole_checkpoints import (
-    UNIVERSAL,
-    WRITING,
-    check_whole,
-    clean,
-    keep_last,
-    last_checkpoint,
-    publish,
-)
+from align_ext.training.repartition import UNIVERSAL, divide_steps, repartitioned
+from align_ext.training.whole_checkpoints import WRITING, check_whole, clean, keep_last, last_checkpoint, publish
 
 _Base: Any = Trainer if TYPE_CHECKING else object  # tells mypy which methods the mixin may call
 

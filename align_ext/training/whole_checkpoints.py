@@ -17,8 +17,7 @@ from align_ext.system.messages import shown
 from align_ext.system.reading import MEBIBYTE, read_json
 from align_ext.system.writing import first_foreign_file, move_foreign_files, rename_into_place, sync
 
-MANIFEST, WRITING, OLD, UNIVERSAL = "whole.json", ".writing", ".old", ".universal"
-LEFTOVERS = (WRITING, OLD, UNIVERSAL)  # folders that a killed process leaves
+MANIFEST, WRITING, OLD = "whole.json", ".writing", ".old"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _DIGESTED = 1024 * MEBIBYTE  # larger files have only their size recorded
 
@@ -99,8 +98,8 @@ def keep_last(folder: Path, limit: int | None, also: Sequence[str | None] = ()) 
 
 
 def clean(folder: Path) -> None:
-    """Removes leftovers of processes that were killed while they wrote, removed or converted a checkpoint."""
-    for name in LEFTOVERS:
+    """Removes leftovers of processes that were killed while they wrote or removed a checkpoint."""
+    for name in (WRITING, OLD):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
