@@ -24,9 +24,16 @@ def below_autograd(operator: Any, inputs: tuple[Any, ...]) -> Any:
         return operator(*inputs)
 
 
-def made(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def made(inputs: Sequence[Any]) -> tuple[Any, ...]:
     """Returns the inputs of an operator, with the tensor that a function among them makes in the function's place."""
-    return tuple(given() if callable(given) else given for given in inputs)
+    return tuple(
+        given() if callable(given) else list(made(given)) if type(given) is list else given for given in inputs
+    )
+
+
+def one_by_one(values: Sequence[Any]) -> tuple[Any, ...]:
+    """Returns the values, and in place of a list its elements."""
+    return tuple(v for value in values for v in (value if isinstance(value, (list, tuple)) else [value]))
 
 
 def apply_of(function: Any) -> Callable[..., Any]:
@@ -44,37 +51,50 @@ def differentiable(
         backward: (ctx, *gradients of the outputs) -> gradients of the arguments in `trained`.
         setup_context: (ctx, inputs, outputs): saves what backward needs. ctx.eager tells which way is used.
         trained: the arguments that have a gradient, in order, so that ctx.needs_input_grad[0] is the first one's in
-            both ways; all arguments if not given. Or one argument that is a list of tensors, whose gradients backward
-            returns one by one.
+            both ways; all arguments if not given. Of a list of tensors backward returns the gradients one by one.
 
     Returns:
-        A function that calls the operator with positional arguments.
+        A function that calls the operator with positional arguments. Lists that the operator returns come one tensor
+        after the other, and so backward gets their gradients.
     """
     operator = getattr(torch.ops.align_ext, name).default
     arguments = [argument.name for argument in operator._schema.arguments]
     positions = [arguments.index(argument) for argument in trained or arguments]
-    of_list = isinstance(operator._schema.arguments[positions[0]].type, torch.ListType)
-    one_by_one = len(positions) > 1 or of_list
-    select_trained: Any = itemgetter(*positions) if one_by_one else lambda inputs: (inputs[positions[0]],)
+    takes_lists = any(isinstance(operator._schema.arguments[position].type, torch.ListType) for position in positions)
+    flatten: Any = one_by_one if any(isinstance(r.type, torch.ListType) for r in operator._schema.returns) else None
+
+    def select_one_by_one(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return one_by_one([inputs[position] for position in positions])
+
+    select_trained: Any = select_one_by_one if takes_lists or len(positions) == 1 else itemgetter(*positions)
 
     def setup_registered(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.eager = False
-        if of_list:  # torch takes an empty list for one of tensors, and wants a list of gradients
-            ctx.no_gradients = [[] if isinstance(value, (list, tuple)) and not value else None for value in inputs]
-        setup_context(ctx, inputs, output)
+        # How many gradients torch wants of a list of tensors; an empty one, of whatever, is one to it.
+        ctx.lengths = [
+            len(value) if isinstance(value, (list, tuple)) and all(isinstance(v, Tensor) for v in value) else None
+            for value in inputs
+        ]
+        setup_context(ctx, inputs, flatten(output) if flatten else output)
 
-    def backward_registered(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        of_trained = backward(ctx, *d_outputs)
-        gradients = dict(zip(positions, (list(of_trained),) if of_list else of_trained, strict=True))
-        others = ctx.no_gradients if of_list else [None] * len(arguments)
-        return tuple(gradients.get(position, other) for position, other in enumerate(others))
+    def backward_registered(ctx: Any, *d_outputs: Any) -> tuple[Any, ...]:
+        left = iter(backward(ctx, *(one_by_one(d_outputs) if flatten else d_outputs)))
+        gradients: list[Any] = [None if length is None else [None] * length for length in ctx.lengths]
+        for position in positions:
+            length = ctx.lengths[position]
+            gradients[position] = next(left) if length is None else [next(left) for _ in range(length)]
+        return tuple(gradients)
 
     torch.library.register_autograd(f"align_ext::{name}", backward_registered, setup_context=setup_registered)
+
+    def run(inputs: tuple[Any, ...]) -> Any:
+        output = below_autograd(operator, made(inputs))
+        return flatten(output) if flatten else output
 
     # Not split into forward and setup_context, because torch would inspect the signature at every call.
     def forward(ctx: Any, *trained_and_inputs: Any) -> Any:
         inputs = trained_and_inputs[-1]
-        output = below_autograd(operator, made(inputs))
+        output = run(inputs)
         ctx.eager = True
         setup_context(ctx, inputs, output)
         return output
@@ -88,9 +108,10 @@ def differentiable(
 
     def call(*inputs: Any) -> Any:
         if torch.compiler.is_compiling():
-            return operator(*made(inputs))
+            output = operator(*made(inputs))
+            return flatten(output) if flatten else output
         if not torch.is_grad_enabled():
-            return below_autograd(operator, made(inputs))
+            return run(inputs)
         in_torch_func = torch._C._are_functorch_transforms_active()  # torch refuses them with its own message
         return (function.apply if in_torch_func else apply)(*select_trained(inputs), inputs)
 
