@@ -205,6 +205,7 @@ PackedProjection<T> pack_projection(const ProjectionPlan& plan, const HeadsInput
   projection.chunks = static_cast<char*>(workspace) + arena.bytes();
   if (plan.dropout) {
     const uint32_t threshold = dropout_threshold(inputs.dropout.p);
+    projection.dropout = inputs.dropout;
     projection.masks = DropoutBits(inputs.dropout.rng[0], inputs.dropout.rng[1], threshold);
     projection.mask_scale = A(dropout_scale(threshold));
   }
@@ -220,6 +221,17 @@ PackedProjection<T> pack_projection(const ProjectionPlan& plan, const HeadsInput
 
 // ---- Chunks
 
+// The bits of all masks of a row.
+template <typename T>
+static MaskBits mask_bits(const PackedProjection<T>& projection, const uint8_t* bytes) {
+  const int64_t elements = projection.plan.mask_elements();
+  return {.bytes = bytes,
+          .row_bytes = DropoutBits::bytes(elements),
+          .row_elements = elements,
+          .row_numbers = projection.dropout.masks * elements,
+          .first_number = projection.dropout.mask * elements};
+}
+
 template <typename T>
 ProjectionBlock<T> begin_chunk(const PackedProjection<T>& projection, int64_t chunk) {
   const ProjectionPlan& plan = projection.plan;
@@ -227,11 +239,8 @@ ProjectionBlock<T> begin_chunk(const PackedProjection<T>& projection, int64_t ch
   const ChunkScratch<Acc<T>>& s = block.scratch;
   for (int64_t k = 0; k < plan.terms(); ++k) {
     const bool masked = plan.masks_inputs() && plan.makes_z(k);
-    const int64_t elements = plan.mask_elements();
-    const MaskBits mask{.bytes = masked ? s.mask_bits : nullptr,
-                        .row_bytes = DropoutBits::bytes(elements),
-                        .row_elements = elements,
-                        .first = k * plan.shape.in_dim};
+    MaskBits mask = mask_bits(projection, masked ? s.mask_bits : nullptr);
+    mask.first = k * plan.shape.in_dim;
     const RowMajor<Acc<T>> a{projection.a.row(plan.a_row(k)), projection.a.stride};
     const bfloat16* tiles = projection.amx ? projection.a_tiles + plan.a_tile(k) : nullptr;
     block.terms.push_back({.mask = mask,
@@ -251,10 +260,12 @@ void begin_block(ProjectionBlock<T>& block, int64_t first, int64_t count, bool f
   block.rows = {all.order, all.first + first, count, all.end};
   if (!block.plan.dropout) return;
   const int64_t elements = block.plan.mask_elements();
+  uint8_t* const bytes = block.scratch.mask_bits;
   const DropoutBits& masks = block.projection.masks;
-  if (!all.order) return masks.draw(block.rows.first * elements, count * elements, block.scratch.mask_bits);
+  const MaskBits bits = mask_bits(block.projection, bytes);
+  if (!bits.one_by_one(all)) return masks.draw(bits.number(block.rows.first), count * elements, bytes);
   for (int64_t i = 0; i < count; ++i) {
-    masks.draw(block.rows.row(i) * elements, elements, block.scratch.mask_bits + i * DropoutBits::bytes(elements));
+    masks.draw(bits.number(block.rows.row(i)), elements, bytes + i * bits.row_bytes);
   }
 }
 

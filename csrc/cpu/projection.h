@@ -87,6 +87,7 @@ struct PackedProjection {
   Acc<T> scaling = 1, offset_scaling = 1, mask_scale = 1;
   RowBlock rows = {};
   DropoutBits masks = {};
+  DropoutArgs dropout = {};
   RowMajor<Acc<T>> a = {};   // [padded ranks of all terms, in_dim]: A, R and A0, term after term
   RowMajor<Acc<T>> bt = {};  // [groups * padded combined, outputs]: transposes of B and B0, group after group
   RowMajor<Acc<T>> b = {};   // backward with many ranks: [out_dim, padded combined], B and B0

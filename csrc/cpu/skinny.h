@@ -62,17 +62,21 @@ struct TokenMatrix {
 };
 
 // The dropout bits of a block of rows (dropout.h). A row may have several masks; the bits then have the order (row,
-// mask, column). Consecutive rows are drawn together.
+// mask, column). Rows whose numbers follow one another are drawn together.
 struct MaskBits {
-  const uint8_t* bytes = nullptr;  // null: no dropout
-  int64_t row_bytes = 0;           // distance between the rows of a block, if the rows have an order
-  int64_t row_elements = 0;        // elements of all masks of a row
-  int64_t first = 0;               // the element of column 0 of this mask
+  const uint8_t* bytes = nullptr;      // null: no dropout
+  int64_t row_bytes = 0;               // distance between the rows of a block, if they are drawn one by one
+  int64_t row_elements = 0;            // elements of all masks of a row
+  int64_t first = 0;                   // the element of column 0 of this mask
+  int64_t row_numbers = row_elements;  // dropout numbers from one row to the next
+  int64_t first_number = 0;            // of element 0 of row 0
 
+  int64_t number(int64_t row) const { return first_number + row * row_numbers; }
+  bool one_by_one(const RowBlock& rows) const { return rows.order || row_numbers != row_elements; }
   // The number of the bit of element 0 of row i of the block.
   int64_t begin(const RowBlock& rows, int64_t i) const {
-    if (rows.order) return 8 * i * row_bytes + rows.row(i) * row_elements % 8;
-    return rows.first * row_elements % 8 + i * row_elements;
+    if (one_by_one(rows)) return 8 * i * row_bytes + number(rows.row(i)) % 8;
+    return number(rows.first) % 8 + i * row_elements;
   }
 };
 

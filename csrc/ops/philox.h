@@ -72,6 +72,8 @@ ALIGN_HOST_DEVICE inline bool dropout_keep(uint64_t seed, uint64_t offset, uint6
 struct DropoutArgs {
   double p;             // 0: no dropout, rng is not read
   const uint64_t* rng;  // [2] seed, offset
+  // On a CPU: which mask of how many, whose elements are numbered row by row, one mask of a row after the other.
+  int mask = 0, masks = 1;
 };
 
 }  // namespace align
