@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = ("regex", "rich", "safetensors", "yaml")  # what the package needs beside torch; its operators do not
-OPERATORS = ("grouped_lora", "dropout_sum", "routed_lora", "gaussian_kl", "mk_mmd")
+OPERATORS = ("grouped_lora", "sibling_lora", "dropout_sum", "routed_lora", "gaussian_kl", "mk_mmd")
 
 
 class Line(NamedTuple):

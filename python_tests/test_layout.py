@@ -16,7 +16,14 @@ HOMES = [
     "cpp_tests/test_{}.cpp",
     "benchmarks/bench_{}.py",
 ]
-CUDA_OPS = {"dropout_sum", "gaussian_kl", "grouped_lora", "mk_mmd", "routed_lora"}  # operators with CUDA kernels
+CUDA_OPS = {
+    "dropout_sum",
+    "gaussian_kl",
+    "grouped_lora",
+    "mk_mmd",
+    "routed_lora",
+    "sibling_lora",
+}  # operators with CUDA kernels
 NOT_OPS = {"build_info", "library", "projection", "threads"}  # beside the operators' files in csrc
 TOP_LEVEL = {
     "csrc", "align_ext", "python_tests", "cpp_tests", "benchmarks", "examples", "docs", "build_support", ".ci",
@@ -40,7 +47,7 @@ def tracked():
 
 
 def test_there_are_the_operators_that_the_layout_speaks_of():
-    assert OPS == ["dropout_sum", "gaussian_kl", "grouped_lora", "mk_mmd", "routed_lora"]
+    assert OPS == ["dropout_sum", "gaussian_kl", "grouped_lora", "mk_mmd", "routed_lora", "sibling_lora"]
 
 
 @pytest.mark.parametrize("op", OPS)

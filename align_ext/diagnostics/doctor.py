@@ -119,6 +119,25 @@ def _test_grouped_lora(device: torch.device, dtype: torch.dtype) -> float:
     return _projection_error("grouped_lora", device, [t.to(dtype) for t in tensors[:4]], tensors[4:], options)
 
 
+def _test_sibling_lora(device: torch.device, dtype: torch.dtype) -> float:
+    layers = {"A": (5, 67), "B": (45, 5), "weight": (45, 67)}
+    tensors = _normal((37, 67), *(shape for shape in layers.values() for _ in range(2)), (37, 45), (37, 45))
+    x, *of_layers = (t.to(dtype) for t in tensors[:7])
+
+    def call(namespace: Any, target: torch.device) -> Callable[..., tuple[Tensor, ...]]:
+        rng = torch.tensor([12345, 678], device=target)
+
+        def run(x: Tensor, *t: Tensor) -> tuple[Tensor, ...]:
+            weight = [of_layer.detach() for of_layer in t[4:]]
+            y, _ = namespace.sibling_lora(x, t[:2], t[2:4], [0.5, 1.0], dropout_p=0.2, rng=rng, weight=weight)
+            return (*y,)
+
+        return run
+
+    exact = _gradients(call(reference, torch.device("cpu")), [t.double() for t in (x, *of_layers)], tensors[7:])
+    return _error(_gradients(call(ops, device), [t.to(device) for t in (x, *of_layers)], tensors[7:]), exact)
+
+
 def _test_dropout_sum(device: torch.device, dtype: torch.dtype) -> float:
     tensors = _normal((37, 67), (5, 67), (3, 45, 5), (37, 45), (37, 45), (37, 5))
     options = {"site": "latent", "dropout_p": 0.2, "rng": torch.tensor([12345, 678])}
@@ -203,6 +222,7 @@ def _low_rank(x: Tensor, config: AlignLoraConfig, tensors: dict[str, Tensor]) ->
 
 _TESTS: dict[str, Test] = {
     "grouped_lora": _test_grouped_lora,
+    "sibling_lora": _test_sibling_lora,
     "dropout_sum": _test_dropout_sum,
     "routed_lora": _test_routed_lora,
     "gaussian_kl": _test_gaussian_kl,

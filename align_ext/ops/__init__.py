@@ -6,6 +6,7 @@ from align_ext.ops.gaussian_kl import gaussian_kl, gaussian_kl_tables, task_mome
 from align_ext.ops.grouped_lora import group_rows, grouped_lora
 from align_ext.ops.mk_mmd import mk_mmd
 from align_ext.ops.routed_lora import routed_lora
+from align_ext.ops.sibling_lora import sibling_lora
 
 __all__ = [
     "dropout_rng",
@@ -16,5 +17,6 @@ __all__ = [
     "grouped_lora",
     "mk_mmd",
     "routed_lora",
+    "sibling_lora",
     "task_moments",
 ]

@@ -12,6 +12,7 @@ OPS = {  # public operator -> the torch operators that it calls
     "grouped_lora": ("grouped_lora", "grouped_lora_backward"),
     "dropout_sum": ("dropout_sum", "dropout_sum_backward"),
     "routed_lora": ("routed_lora", "routed_lora_backward"),
+    "sibling_lora": ("sibling_lora", "sibling_lora_backward"),
     "gaussian_kl": ("gaussian_kl", "gaussian_kl_backward", "task_moments", "gaussian_kl_tables"),
     "mk_mmd": ("mk_mmd", "mk_mmd_backward"),
 }

@@ -10,6 +10,13 @@ STABLE_TORCH_LIBRARY(align_ext, m) {
         "Tensor? offsets, Tensor? order, float p, Tensor? rng, Tensor? weight, bool need_dx) "
         "-> (Tensor dx, Tensor dA, Tensor dB)");
 
+  // Up to three layers with the same x. bias and dz: empty, or one for each layer, without elements where there is none.
+  m.def("sibling_lora(Tensor x, Tensor[] A, Tensor[] B, float[] scaling, float p, Tensor? rng, Tensor[] weight, "
+        "Tensor[] bias) -> (Tensor[] y, Tensor[] z)");
+  m.def("sibling_lora_backward(Tensor[] dy, Tensor[] dz, Tensor x, Tensor[] z, Tensor[] A, Tensor[] B, "
+        "float[] scaling, float p, Tensor? rng, Tensor[] weight, bool need_dx) "
+        "-> (Tensor dx, Tensor[] dA, Tensor[] dB)");
+
   m.def("dropout_sum(Tensor x, Tensor A, Tensor B, float scaling, float offset_scaling, Tensor? A0, Tensor? B0, "
         "int site, float p, Tensor? rng, Tensor? weight, Tensor? bias, Tensor? base_out) -> (Tensor y, Tensor z)");
   m.def("dropout_sum_backward(Tensor dy, Tensor? dz, Tensor x, Tensor z, Tensor A, Tensor B, float scaling, "

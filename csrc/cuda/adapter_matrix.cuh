@@ -61,10 +61,11 @@ bool has_vectors(const Adapter& a, int64_t cols) {
           a.group_stride % kUnit<T> == 0 && a.start % kUnit<T> == 0 && reinterpret_cast<uintptr_t>(a.data) % 16 == 0);
 }
 
-// The third adapter begins at a multiple of third_aligned.
+// The second adapter begins at a multiple of second_aligned, and the third one of third_aligned.
 template <typename T>
-AdapterMatrix<T> stack(int64_t cols, Adapter first, Adapter second = {}, Adapter third = {}, int third_aligned = 1) {
-  second.start = first.start + first.ranks;
+AdapterMatrix<T> stack(int64_t cols, Adapter first, Adapter second = {}, Adapter third = {}, int third_aligned = 1,
+                       int second_aligned = 1) {
+  second.start = int(ceil_div(first.ranks, second_aligned)) * second_aligned;
   third.start = int(ceil_div(second.start + second.ranks, third_aligned)) * third_aligned;
   const int ranks = third.ranks > 0 ? third.start + third.ranks : second.start + second.ranks;
   const bool vectors = has_vectors<T>(first, cols) && has_vectors<T>(second, cols) && has_vectors<T>(third, cols);

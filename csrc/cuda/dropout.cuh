@@ -31,12 +31,14 @@ struct Dropout {
   }
 };
 
+constexpr int kMaskedRanks = 8;  // the ranks that see a mask begin at a multiple of this
+
 // Which ranks see which mask of the token matrix. Ranks i * ranks_each .. (i + 1) * ranks_each - 1 see mask i, in which
 // element (row, c) has the dropout number (row * count + i) * cols + c. Ranks beyond all masks see the matrix unmasked.
 struct RankMasks {
   DropoutArgs dropout;
   int count;
-  int ranks_each;  // a multiple of 8, or kAllRanks
+  int ranks_each;  // a multiple of kMaskedRanks, or kAllRanks
   float scale;     // multiplies the products of ranks that see a mask
 
   __device__ bool has(int rank) const { return rank < count * ranks_each; }

@@ -5,39 +5,20 @@
 //             sum_chunks (dA and dB of groups of many rows)
 //
 // A row tile belongs to one group, and uses its A and B.
-#include "ops/grouped_lora.h"
-
-#include "cuda/projection.cuh"
+#include "cuda/grouped_lora.cuh"
 
 namespace align::cuda {
 namespace {
 
-// Latent rows that are given as partials, one for each split, which are added in order.
-struct SumOfPartials {
-  const float* partials;  // [count, tokens, rank]
-  int64_t count, tokens, rank;
-  float* sum;  // [tokens, rank], written by save; or null
-
-  __device__ float operator()(int64_t row, int64_t j, int = 0) const {
-    return j < rank ? sum_of_partials(partials, count, tokens * rank, row * rank + j) : 0;
-  }
-
-  // Writes the sums of rows first .. first + rows - 1 of a tile.
-  __device__ void save(const RowTile& tile, int first, int rows, int thread, int threads) const {
-    if (sum == nullptr) return;
-    for (int64_t i = thread; i < rows * rank; i += threads) {
-      const int at = first + int(i / rank);
-      if (at < tile.count) sum[tile.row(at) * rank + i % rank] = (*this)(tile.row(at), i % rank);
-    }
-  }
-};
-
-// sum[e] = the partials of e, added in order, + more[e].
-__global__ void __launch_bounds__(kThreads) sum_kernel(SumOfPartials partials, const float* more) {
+__global__ void __launch_bounds__(kThreads) sum_dz_kernel(SumDzJob job) {
   const int64_t e = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (e >= partials.tokens * partials.rank) return;
-  const float total = partials(e / partials.rank, e % partials.rank);
-  partials.sum[e] = more ? total + more[e] : total;
+  const int64_t row = e / job.width;
+  if (row >= job.layers[0].tokens) return;
+  const int column = int(e % job.width), layer = column / job.stride, j = column % job.stride;
+  const SumOfPartials& partials = job.layers[layer];
+  const float* dz_in = job.dz_in[layer];
+  const float total = partials(row, j);
+  job.dz[e] = dz_in && j < partials.rank ? total + dz_in[row * partials.rank + j] : total;
 }
 
 // ---- Rows in group order. One block for each group: it counts the rows of the groups before its own, then writes the
@@ -74,26 +55,6 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- Launchers
 
-template <typename T, typename TA>
-AdapterMatrix<T> matrix_of_a(const GroupedLoraShape& shape, const TA* A) {
-  const Layout layout = layout_of_a(shape.rank, shape.in_dim);
-  return stack<T>(shape.in_dim, {A, std::is_same_v<TA, float>, int(shape.rank), layout, shape.rank * shape.in_dim});
-}
-template <typename T, typename TA>
-AdapterMatrix<T> matrix_of_b(const GroupedLoraShape& shape, const TA* B) {
-  const Layout layout = layout_of_b(shape.rank, shape.out_dim);
-  return stack<T>(shape.out_dim, {B, std::is_same_v<TA, float>, int(shape.rank), layout, shape.rank * shape.out_dim});
-}
-
-Plan plan_for(const GroupedLoraShape& shape, int64_t element_bytes) {
-  return plan(shape.tokens, shape.in_dim, shape.out_dim, shape.rank, shape.groups, element_bytes, current_device());
-}
-
-// How many partials dz has: one for each block of columns of the sweep, or for each split of shrink.
-int64_t dz_partials(const Plan& plan, const GroupedLoraShape& shape, int64_t element_bytes) {
-  return plan.one_pass ? sweep_blocks(shape.out_dim, element_bytes) : plan.shrink_dy.splits;
-}
-
 // The floats of the sums of chunks of rows, of dA and of dB.
 int64_t chunk_floats(const GroupedLoraShape& shape) {
   return outer_sums(shape.tokens, shape.groups, shape.rank) * shape.rank * (shape.in_dim + shape.out_dim);
@@ -113,36 +74,30 @@ int64_t grouped_lora_backward_workspace(const GroupedLoraShape& shape, int64_t e
          chunk_floats(shape) * int64_t(sizeof(float));
 }
 
+void sum_dz(const SumDzJob& job, Stream stream) {
+  const int64_t elements = job.layers[0].tokens * job.width;
+  if (elements > 0) launch(sum_dz_kernel, ceil_div(elements, kThreads), dim3(kThreads), 0, stream, job);
+}
+
 template <typename T, typename TA>
 void grouped_lora_forward(const GroupedLoraForwardArgs<T, TA>& args, Stream stream) {
   const GroupedLoraShape& shape = args.shape;
   const Plan plan = plan_for(shape, sizeof(T));
   const bool is_split = plan.shrink.splits > 1;
   float* partials = is_split ? static_cast<float*>(args.workspace) : args.z;
-  const SumOfPartials z{partials, plan.shrink.splits, shape.tokens, shape.rank, is_split ? args.z : nullptr};
-  const double mask_scale = dropout_scale(dropout_threshold(args.dropout.p));
+  const float mask_scale = float(dropout_scale(dropout_threshold(args.dropout.p)));
   with_math<T>(plan, [&](auto math) {
-    using Math = decltype(math);
-    shrink<Math>({.shape = shape,
-                  .groups = args.row_groups,
-                  .x = token_matrix(args.x, shape.in_dim),
-                  .m = matrix_of_a<T>(shape, args.A),
-                  .masks = {args.dropout, 1, kAllRanks, float(mask_scale)},
-                  .partials = partials,
-                  .cut = plan.shrink},
-                 plan.rank_chunks, stream);
-    expand<Math>({.shape = shape,
-                  .groups = args.row_groups,
-                  .in = token_matrix(args.y_in, shape.out_dim),
-                  .out = args.y,
-                  .out_aligned = rows_aligned(args.y, shape.out_dim),
-                  .bias = args.bias,
-                  .m = matrix_of_b<T>(shape, args.B),
-                  .masks = kNoMasks,
-                  .scale = float(args.scaling),
-                  .cut = plan.expand},
-                 z, stream);
+    shrink<decltype(math)>({.shape = shape,
+                            .groups = args.row_groups,
+                            .x = token_matrix(args.x, shape.in_dim),
+                            .m = stack<T>(shape.in_dim, adapter_a<T>(shape, args.A)),
+                            .masks = {args.dropout, 1, kAllRanks, mask_scale},
+                            .partials = partials,
+                            .cut = plan.shrink},
+                           plan.rank_chunks, stream);
   });
+  expand_y(args, plan,
+           {partials, plan.shrink.splits, shape.tokens, shape.rank, shape.rank, is_split ? args.z : nullptr}, stream);
 }
 
 template <typename T, typename TA>
@@ -155,41 +110,25 @@ void grouped_lora_backward(const GroupedLoraBackwardArgs<T, TA>& args, Stream st
   float* dz = count == 1 && args.dz_in == nullptr ? partials : partials + count * elements;
   const int rank = int(shape.rank);
   const LatentRows latent_z{args.z, rank, rank}, latent_dz{dz, rank, rank};
-  const float scaling = float(args.scaling);
   const float mask_scale = float(dropout_scale(dropout_threshold(args.dropout.p)));
-  const RankMasks masks{args.dropout, 1, kAllRanks, mask_scale}, scaled{{0, nullptr}, 1, kAllRanks, scaling};
-  const AdapterMatrix<T> a = matrix_of_a<T>(shape, args.A), b = matrix_of_b<T>(shape, args.B);
+  const RankMasks masks{args.dropout, 1, kAllRanks, mask_scale};
+  const AdapterMatrix<T> a = stack<T>(shape.in_dim, adapter_a<T>(shape, args.A));
+  OuterJob<T> d_a{.shape = shape,
+                  .groups = args.row_groups,
+                  .x = token_matrix(args.x, shape.in_dim),
+                  .masks = masks,
+                  .summed_masks = 1,
+                  .m = a,
+                  .out = {args.dA}};
+  OuterJob<T> d_b = d_b_of<T>(args, partials);
+  place_sums(d_b, place_sums(d_a, partials + (count + 1) * elements));
+  pass_over_dy(d_b, latent_z, plan, stream);
+  if (dz != partials && elements > 0) {
+    sum_dz({{{partials, count, shape.tokens, rank, rank, nullptr}}, {args.dz_in}, dz, rank, rank}, stream);
+  }
   with_math<T>(plan, [&](auto math) {
-    using Math = decltype(math);
-    const TokenMatrix<T> x = token_matrix(args.x, shape.in_dim), dy = token_matrix(args.dy, shape.out_dim);
-    OuterJob<T> d_b{.shape = shape,
-                    .groups = args.row_groups,
-                    .x = dy,
-                    .masks = scaled,
-                    .summed_masks = 1,
-                    .m = b,
-                    .out = {args.dB},
-                    .partials = partials};
-    OuterJob<T> d_a{
-        .shape = shape, .groups = args.row_groups, .x = x, .masks = masks, .summed_masks = 1, .m = a, .out = {args.dA}};
-    place_sums(d_b, place_sums(d_a, partials + (count + 1) * elements));
-    if constexpr (Math::kRank == 16 && (Math::kTensorCores || std::is_same_v<T, float>)) {
-      if (plan.one_pass) sweep<Math>(d_b, latent_z, stream);
-    }
-    if (!plan.one_pass) {
-      shrink<Math>({.shape = shape,
-                    .groups = args.row_groups,
-                    .x = dy,
-                    .m = b,
-                    .masks = scaled,
-                    .partials = partials,
-                    .cut = plan.shrink_dy},
-                   plan.rank_chunks, stream);
-    }
-    if (dz != partials && elements > 0) {
-      launch(sum_kernel, ceil_div(elements, kThreads), dim3(kThreads), 0, stream,
-             SumOfPartials{partials, count, shape.tokens, shape.rank, dz}, args.dz_in);
-    }
+    using Job = BackwardJob<decltype(math), LatentRows>;
+    using Outer = typename Job::Outer;
     const ExpandJob<T> dx{.shape = shape,
                           .groups = args.row_groups,
                           .in = token_matrix(args.dx_in, shape.in_dim),
@@ -199,15 +138,13 @@ void grouped_lora_backward(const GroupedLoraBackwardArgs<T, TA>& args, Stream st
                           .masks = masks,
                           .scale = 1,
                           .cut = plan.expand_dx};
-    using Outer = typename BackwardJob<Math, LatentRows>::Outer;
-    backward<Math>(
-        BackwardJob<Math, LatentRows>{.outer = {Outer(d_a, latent_dz), plan.one_pass ? Outer() : Outer(d_b, latent_z)},
-                                      .dx = dx,
-                                      .dz = latent_dz,
-                                      .row_tiles = args.dx ? int(row_tiles(shape.tokens, shape.groups)) : 0},
-        stream);
-    sum_chunks({d_a, d_b}, stream);
+    backward(Job{.outer = {Outer(d_a, latent_dz), plan.one_pass ? Outer() : Outer(d_b, latent_z)},
+                 .dx = dx,
+                 .dz = latent_dz,
+                 .row_tiles = args.dx ? int(row_tiles(shape.tokens, shape.groups)) : 0},
+             stream);
   });
+  sum_chunks({d_a, d_b}, stream);
 }
 
 void group_rows(const int64_t* group, int64_t tokens, int64_t groups, int64_t* rows, int64_t* offsets, Stream stream) {
@@ -219,5 +156,14 @@ void group_rows(const int64_t* group, int64_t tokens, int64_t groups, int64_t* r
   template void grouped_lora_forward<T, TA>(const GroupedLoraForwardArgs<T, TA>&, Stream); \
   template void grouped_lora_backward<T, TA>(const GroupedLoraBackwardArgs<T, TA>&, Stream);
 ALIGN_FOR_CUDA_TYPES_AND_ADAPTERS(ALIGN_INSTANTIATE)
+#undef ALIGN_INSTANTIATE
+
+#define ALIGN_INSTANTIATE(...) \
+  template void expand<__VA_ARGS__>(const ExpandJob<__VA_ARGS__::Element>&, const SumOfPartials&, Stream);
+ALIGN_FOR_EACH_MATH(ALIGN_INSTANTIATE)
+#undef ALIGN_INSTANTIATE
+#define ALIGN_INSTANTIATE(...) \
+  template void sweep<__VA_ARGS__>(const OuterJob<__VA_ARGS__::Element>&, const LatentRows&, Stream);
+ALIGN_FOR_EACH_MATH_OF_THE_SWEEP(ALIGN_INSTANTIATE)
 
 }  // namespace align::cuda

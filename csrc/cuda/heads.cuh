@@ -78,8 +78,6 @@ struct Router {
   explicit operator bool() const { return routing.groups > 0; }
 };
 
-constexpr int kMaskedRanks = 8;  // the ranks that see a mask of x begin at a multiple of this
-
 template <typename T, typename TA>
 struct HeadsLaunch {
   using Inputs = HeadsInputs<T, TA>;

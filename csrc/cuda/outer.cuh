@@ -254,12 +254,12 @@ struct ChunkSums {
   };
   GroupedLoraShape shape;
   RowGroups groups;
-  Gradient gradients[kAdapters];
+  Gradient gradients[2 * kAdapters];
 };
 
 void sum_chunks(const ChunkSums& job, Stream stream);  // defined in projection.cu
 
-// Adds the sums of chunks that outer and sweep have left, of up to kAdapters gradients, in one launch.
+// Adds the sums of chunks that outer and sweep have left, of up to 2 * kAdapters gradients, in one launch.
 template <typename T>
 void sum_chunks(std::initializer_list<OuterJob<T>> jobs, Stream stream) {
   ChunkSums all = {jobs.begin()->shape, jobs.begin()->groups, {}};

@@ -57,6 +57,7 @@ void with_math(const Plan& plan, const Body& body) {
   DO(Mma<bfloat16, 16>) DO(Mma<bfloat16, 32>) DO(Mma<bfloat16, 64>)         \
   DO(Mma<float16, 16>) DO(Mma<float16, 32>) DO(Mma<float16, 64>)
 // clang-format on
+#define ALIGN_FOR_EACH_MATH_OF_THE_SWEEP(DO) DO(Ffma<float, 16>) DO(Mma<bfloat16, 16>) DO(Mma<float16, 16>)
 #define ALIGN_COMPILED_ELSEWHERE(...)                                                                          \
   extern template void shrink<__VA_ARGS__>(const ShrinkJob<__VA_ARGS__::Element>&, int64_t, Stream);           \
   extern template void expand<__VA_ARGS__>(const ExpandJob<__VA_ARGS__::Element>&, const LatentRows&, Stream); \
