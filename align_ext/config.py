@@ -206,6 +206,11 @@ class AlignLoraConfig:
     )
     spectral_weight: float = option(1e-4, "of the spectral regularisation in the loss.", not_negative)
     spectral_steps: int = option(100, "k, forwards between two refreshes of its projectors.", integer_rule())
+    share_inputs: bool = option(
+        True,
+        "compute adapted layers that a module calls with the same tensor (q, k, v; gate, up) together in training: one "
+        "LoRA each, by lora and align_lora; of others, and of what is compiled, each layer is on its own.",
+    )
     adapter_dtype: Literal["float32", "base"] = option(
         "float32", 'dtype of A and B: "float32" (PEFT\'s default, also on a 16-bit base) or "base".'
     )

@@ -26,7 +26,7 @@ class Output:
 
 def low_rank(
     adapter, config, x: Tensor, p: float = 0.0, tasks: Tensor | None = None, prompt: Tensor | None = None,
-    rng: Tensor | None = None,
+    rng: Tensor | None = None, number: tuple[int, int] = (0, 1),
 ) -> Output:  # fmt: skip
     """The low-rank path of one layer, without base.
 
@@ -38,6 +38,7 @@ def low_rank(
         tasks: int64 [T], of every token; for multi_adapter.
         prompt: bool [B, S], what routing="sequence" pools over.
         rng: seed and offset of the mask; drawn here if not given.
+        number: which of how many masks on x that follow one another it is.
     """
     rows = x.reshape(-1, x.shape[-1])
     A, B = adapter.lora_A.to(x.dtype), adapter.lora_B.to(x.dtype)
@@ -52,7 +53,7 @@ def low_rank(
         return torch.ones(shape, dtype=x.dtype) if rng is None else dropout_mask(rng, p, shape, x.dtype)
 
     if config.num_heads is None:
-        xd = rows * mask(tokens, n)
+        xd = rows * mask(tokens, number[1], n)[:, number[0]]
         if config.architecture == "multi_adapter":
             z = torch.stack([A[k] @ xd[t] for t, k in enumerate(tasks.tolist())])
             low = torch.stack([B[k] @ z[t] for t, k in enumerate(tasks.tolist())])

@@ -8,7 +8,8 @@ from tiny import TASKS, VOCAB, adapted, error, gradients, llama
 from align_ext import align_step
 
 ROUTED = {"architecture": "lora_moe", "align": "kl", "num_heads": 3, "top_k": 2, "balance": "switch"}
-MODELS = {"lora": {"architecture": "lora", "align": "kl"}, "lora_moe": ROUTED | {"balance_weight": 0.5}}
+LORA = {"architecture": "lora", "align": "kl", "share_inputs": False}  # compiled layers have masks of their own
+MODELS = {"lora": LORA, "lora_moe": ROUTED | {"balance_weight": 0.5}}
 SHAPES = ((6, 10), (5, 8), (4, 12))  # samples, tokens
 
 

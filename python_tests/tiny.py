@@ -96,11 +96,24 @@ class Oracle:
             layer.base_layer(*args, **kwargs),
         )
         p = self.config.lora_dropout if layer.training else 0.0
-        rng = None if self.seeds is None or layer.adapter.layer is None else self.seeds[layer.adapter.layer]
-        self.outputs.append(literal.low_rank(layer.adapter, self.config, x, p, self.tasks, self.prompt, rng))
+        rng, number = self._rng(layer, p)
+        self.outputs.append(literal.low_rank(layer.adapter, self.config, x, p, self.tasks, self.prompt, rng, number))
         if isinstance(base_out, tuple):
             return base_out[0] + self.outputs[-1].low, *base_out[1:]
         return base_out + self.outputs[-1].low
+
+    def _rng(self, layer: AdaptedModule, p: float) -> tuple[Tensor | None, tuple[int, int]]:
+        """Seed and offset of a layer's mask, and which one of how many it is: siblings have those of the first."""
+        siblings = getattr(layer, "siblings", None) if layer.training else None
+        group = [siblings.parent.get_submodule(name) for name in siblings.names] if siblings else [layer]
+        number = group.index(layer), len(group)
+        if p == 0 or (self.seeds is None and siblings is None):
+            return None, number
+        if self.seeds is not None and layer.adapter.layer is not None:
+            return self.seeds[group[0].adapter.layer], number
+        if siblings is not None and layer is group[0]:
+            siblings.drawn = torch.randint(0, 2**63 - 1, (2,))
+        return siblings.drawn if siblings is not None else None, number
 
     @property
     def latents(self) -> list[Tensor]:

@@ -52,10 +52,13 @@ class AdaptedLinear(AdaptedModule):
     one token, the layer's own product is taken.
 
     Attributes:
+        siblings: the layers that get the same tensor, of which the first one computes all in training
+            (adapters/siblings.py); None: there are none.
         dequantised: returns the function that makes a layer's weight in a dtype, or None where there is none; of a base
             model it is base_model/quantised.py's.
     """
 
+    siblings: Any = None
     dequantised: Callable[[nn.Module, torch.dtype], Callable[[], Tensor] | None] | None = None
 
     def __init__(self, base_layer: nn.Module, adapter: Adapter) -> None:
@@ -77,14 +80,14 @@ class AdaptedLinear(AdaptedModule):
         """Computes base(x) + low rank for x [..., in_features]; base(x) alone while merged or disabled."""
         if self.merged or self.disabled:
             return self.base_layer(x)
+        if not torch.compiler.is_compiling() and self.training and self.siblings is not None:
+            outputs = self.siblings.outputs(self, x)
+            if outputs is not None:
+                return self.adapter.hand_over(self.adapter.step(), x, *outputs)
         return self.adapter(*self.base_arguments(x))
 
-    def base_arguments(self, x: Tensor) -> tuple[Tensor, Weight, Tensor | None, Tensor | None]:
-        """The base layer in the form that the ops take.
-
-        Returns:
-            x in the dtype of the product, then weight, bias and base_out: one of weight and base_out is None.
-        """
+    def weight_arguments(self, x: Tensor) -> tuple[Weight, Tensor | None] | None:
+        """Weight and bias of a frozen base layer that is its product with x and nothing more; None of another one."""
         base: Any = self.base_layer
         weight, bias = base._parameters.get("weight"), base._parameters.get("bias")  # None where they are computed
         frozen = (
@@ -97,11 +100,23 @@ class AdaptedLinear(AdaptedModule):
             and not has_hooks(base)
         )
         if frozen and type(base) is nn.Linear and type(weight) is nn.Parameter and weight.dtype == x.dtype:
-            return x, weight, bias, None
+            return weight, bias
         if frozen and self.training and self.dequantised is not None and not torch.compiler.is_compiling():
             made = self.dequantised(base, x.dtype)
             if made is not None:
-                return x, made, None if bias is None else bias.to(x.dtype), None
+                return made, None if bias is None else bias.to(x.dtype)
+        return None
+
+    def base_arguments(self, x: Tensor) -> tuple[Tensor, Weight, Tensor | None, Tensor | None]:
+        """The base layer in the form that the ops take.
+
+        Returns:
+            x in the dtype of the product, then weight, bias and base_out: one of weight and base_out is None.
+        """
+        frozen = self.weight_arguments(x)
+        if frozen is not None:
+            return x, *frozen, None
+        base = self.base_layer
         base_out = base(x)
         if torch.is_grad_enabled() and x.requires_grad and not base_out.requires_grad:
             raise RuntimeError(

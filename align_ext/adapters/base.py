@@ -76,14 +76,32 @@ class Adapter(nn.Module):
         self, x: Tensor, weight: Weight = None, bias: Tensor | None = None, base_out: Tensor | None = None
     ) -> Tensor:
         """Computes base(x) + low rank for x [..., in_features]; the base is weight and bias, or what it returned."""
-        dropout_p = self.dropout_p if self.training else 0.0
-        step = self.state.find(self.training) if self.state is not None else None
-        tapped = step if step is not None and self.layer_key is not None and self.training and step.records else None
-        rng = tapped.rng_of(self, x.device) if tapped is not None and dropout_p > 0 else None
+        step = self.step()
+        dropout_p, rng = self.dropout(x, step)
         y, z, w = self.low_rank_forward(x, dropout_p, step, rng=rng, weight=weight, bias=bias, base_out=base_out)
+        return self.hand_over(step, x, y, z, w)
+
+    def step(self) -> AlignStep | None:
+        """The step that a forward now belongs to, if it needs one."""
+        return None if self.state is None else self.state.find(self.training)
+
+    def _records(self, step: AlignStep | None) -> bool:
+        return step is not None and self.layer_key is not None and self.training and step.records
+
+    def dropout(self, x: Tensor, step: AlignStep | None) -> tuple[float, Tensor | None]:
+        """Dropout's probability now, and seed and offset of the mask where the step has them."""
+        dropout_p = self.dropout_p if self.training else 0.0
+        return dropout_p, step.rng_of(self, x.device) if dropout_p > 0 and step and self._records(step) else None
+
+    def hand_over(self, step: AlignStep | None, x: Tensor, y: Tensor, z: Tensor, w: Tensor | None = None) -> Tensor:
+        """Gives z and w of a forward to who wants them; returns y with the step's gradients in both behind it."""
         if self.capture is not None:
             self.capture(Captured(z.detach(), None if w is None else w.detach()))
-        return y if tapped is None else tapped.tap(self, x, y, z, w)
+        return step.tap(self, x, y, z, w) if step and self._records(step) else y
+
+    def sibling_arguments(self) -> tuple[Tensor, Tensor, float] | None:
+        """A, B and scaling as sibling_lora takes them, if that is all of the layer's low-rank path."""
+        return None
 
     def delta_factors(self) -> list[Factors]:
         """Pairs A [r, n] and B [m, r] of which s Σ B A is the adapter's change of the base weight.

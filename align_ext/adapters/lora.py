@@ -57,6 +57,10 @@ class LoraAdapter(Adapter):
         return *dropout_sum(x, A, B[None], self.scaling, dropout_p=dropout_p, **op), None
 
     @override
+    def sibling_arguments(self) -> tuple[Tensor, Tensor, float] | None:
+        return None if self.init == "pissa" else (self.lora_A, self.lora_B, self.scaling)
+
+    @override
     def delta_factors(self) -> list[Factors]:
         """(A, B), and the offset (A0, -B0) of a PiSSA start."""
         return [(self.lora_A, self.lora_B), *offset_factors(self.lora_A0, self.lora_B0)]

@@ -14,6 +14,7 @@ from align_ext.adapters.adapted_block import Adapted, AdaptedBlock
 from align_ext.adapters.adapted_linear import AdaptedLinear
 from align_ext.adapters.base import Adapter
 from align_ext.adapters.linear_layer import features_of, has_float_weight, is_conv1d
+from align_ext.adapters.siblings import join_siblings
 from align_ext.alignment.forward_hooks import register_hooks
 from align_ext.alignment.guards import refuse_parts_of_a_model
 from align_ext.alignment.model_state import AlignState, find_state, require_state
@@ -176,6 +177,8 @@ def insert_adapters(
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
         report.replaced.append(name)
+    if config.share_inputs:
+        join_siblings(model)
     watch_layers(model, state)
     if adopting:
         state.originals = adopt_full_modules(model, full_modules)

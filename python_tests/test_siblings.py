@@ -1,0 +1,314 @@
+"""Layers that a module calls with the same tensor are computed together: the same numbers, in every way of training."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from test_batch import CHECKPOINTING, EXACT, FLOWS, by_keyword, checkpointed
+from test_saved_bytes import Operators
+from tiny import Oracle, adapted, batch, error, gradients, llama, qwen2
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from align_ext import AlignLoraConfig, disable_adapter, replace_linear_with_align_lora
+from align_ext.adapters.siblings import Siblings, called_together
+from align_ext.model.merge import unload
+
+EVERY = {"target_modules": "all-linear"}
+
+
+class Module:
+    """Forwards whose calls are known."""
+
+    def in_a_row(self, x):
+        q = self.q(x)
+        k, v = self.k(x), self.v(x)
+        return q, k, v
+
+    def in_one_expression(self, x, y):
+        return self.down(self.act(self.gate(x)) * self.up(x)) + self.other(y)
+
+    def assigned_between(self, x):
+        q = self.q(x)
+        x = self.norm(x)
+        return q, self.k(x), self.v(x)
+
+    def added_between(self, x):
+        q = self.q(x)
+        x += 1
+        return q, self.k(x)
+
+    def assigned_in_a_block_between(self, x, flag):
+        q = self.q(x)
+        if flag:
+            x = x + 1
+        return q, self.k(x)
+
+    def conditional(self, x, flag):
+        return self.q(x), self.k(x) if flag else None, flag and self.v(x), [self.o(x) for _ in range(2)]
+
+    def in_blocks(self, x, other):
+        q = self.q(x)
+        if other is None:
+            k, v = self.k(x), self.v(x)
+        else:
+            k, v = self.k(other), self.v(other)
+        return q, k, v
+
+    def twice(self, x):
+        return self.q(x), self.q(x)
+
+    def otherwise(self, x, other):
+        return self.q(x, 1), self.k(input=x), other.v(x), self.o(x[0]), self.p(x)
+
+
+@pytest.mark.parametrize(
+    ("name", "groups"),
+    [
+        ("in_a_row", (("q", "k", "v"),)),
+        ("in_one_expression", (("gate", "up"),)),
+        ("assigned_between", (("k", "v"),)),
+        ("added_between", ()),
+        ("assigned_in_a_block_between", ()),
+        ("conditional", ()),
+        ("in_blocks", (("k", "v"), ("k", "v"))),
+        ("twice", ()),
+        ("otherwise", ()),
+    ],
+)
+def test_what_a_forward_always_calls_with_one_variable_is_found(name, groups):
+    found = called_together(getattr(Module, name))
+    assert tuple(group for group in found if "norm" not in group) == groups
+
+
+def test_of_a_forward_without_a_source_nothing_is_known():
+    assert called_together(eval("lambda self, x: (self.q(x), self.k(x))")) == ()
+    assert called_together(torch.nn.functional.linear) == ()
+
+
+def groups_of(model):
+    """The names of layers that are computed together."""
+    return sorted({tuple(m.siblings.names) for m in model.modules() if getattr(m, "siblings", None) is not None})
+
+
+@pytest.mark.parametrize(
+    ("options", "groups"),
+    [
+        (EVERY, [("gate_proj", "up_proj"), ("q_proj", "k_proj", "v_proj")]),
+        (EVERY | {"exclude_modules": ["k_proj"]}, [("gate_proj", "up_proj"), ("q_proj", "v_proj")]),
+        (EVERY | {"architecture": "lora"}, [("gate_proj", "up_proj"), ("q_proj", "k_proj", "v_proj")]),
+        ({"target_modules": ["up_proj", "down_proj"]}, []),
+        (EVERY | {"share_inputs": False}, []),
+        (EVERY | {"architecture": "lora", "init_lora_weights": "pissa"}, []),
+        (EVERY | {"architecture": "hydra", "num_heads": 2}, []),
+    ],
+)
+def test_layers_are_joined_where_each_is_one_lora(options, groups):
+    assert groups_of(adapted(**options)) == groups
+
+
+@pytest.mark.parametrize("mode", CHECKPOINTING)
+@pytest.mark.parametrize("make", [llama, qwen2], ids=["llama", "qwen2 with biases"])
+def test_every_mode_is_exact_with_and_without(make, mode):
+    expected = {weights: Oracle(adapted(make(), **EVERY)).gradients(list(weights)) for weights in {*FLOWS.values()}}
+    for share in (True, False):
+        model = checkpointed(adapted(make(), share_inputs=share, **EVERY), mode)
+        for flow, weights in FLOWS.items():
+            model.zero_grad()
+            flow(lambda seed, model=model: by_keyword(model, seed))
+            assert error(gradients(model), expected[weights]) < EXACT, (share, flow.__name__)
+
+
+@pytest.mark.parametrize("mode", CHECKPOINTING)
+@pytest.mark.parametrize("architecture", ["lora", "align_lora"])
+def test_what_is_recomputed_has_the_same_masks(architecture, mode):
+    """lora has no step: its masks are drawn where its layers are computed, as often in a recomputation."""
+    results = []
+    for checkpointing in (None, mode):
+        model = checkpointed(adapted(lora_dropout=0.3, architecture=architecture, **EVERY), checkpointing)
+        torch.manual_seed(7)
+        inputs, tasks = batch()
+        ids = {"task_ids": tasks} if architecture == "align_lora" else {}
+        model(**inputs, **ids).loss.backward()
+        results.append(gradients(model))
+    assert error(results[1], results[0]) < EXACT
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("architecture", ["lora", "align_lora"])
+def test_with_dropout_the_gradient_is_that_of_the_equations(architecture, share):
+    options = {"lora_dropout": 0.3, "architecture": architecture, "share_inputs": share, **EVERY}
+    model, oracle = adapted(**options), Oracle(adapted(**options))
+    torch.manual_seed(0)
+    inputs, tasks = batch()
+    ids = {"task_ids": tasks} if architecture == "align_lora" else {}
+    model(**inputs, **ids).loss.backward()
+    assert error(gradients(model), oracle.gradients([1])) < EXACT
+
+
+def test_ranks_and_scalings_of_their_own():
+    patterns = {"rank_pattern": {"k_proj": 2, "up_proj": 6}, "alpha_pattern": {"q_proj": 3}}
+    found = [adapted(share_inputs=share, **patterns, **EVERY) for share in (True, False)]
+    for model in found:
+        by_keyword(model, 0)().backward()
+    assert error(gradients(found[0]), gradients(found[1])) < EXACT
+
+
+def calls(model, seed=0):
+    """How often the operators of layers are called in a training step."""
+    with Operators() as operators:
+        by_keyword(model, seed)().backward()
+    return {name.removeprefix("align_ext."): n for name, n in operators.calls.items() if "_lora" in name}
+
+
+def test_a_layer_of_the_model_takes_four_operators_in_place_of_seven():
+    together, each = calls(adapted(**EVERY)), calls(adapted(share_inputs=False, **EVERY))
+    assert together == {"sibling_lora": 4, "sibling_lora_backward": 4, "grouped_lora": 4, "grouped_lora_backward": 4}
+    assert each == {"grouped_lora": 14, "grouped_lora_backward": 14}
+
+
+def test_nothing_more_is_kept_for_backward_and_no_output_is_held():
+    def kept(share):
+        model = adapted(lora_dropout=0.1, share_inputs=share, **EVERY)
+        own, storages = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+        def keep(tensor):
+            if tensor.untyped_storage().data_ptr() not in own:
+                storages[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
+            return tensor
+
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            by_keyword(model, 0)
+        assert not any(m.siblings._kept for m in model.modules() if getattr(m, "siblings", None) is not None)
+        return sum(size for size, _ in storages.values())
+
+    assert kept(True) <= kept(False)
+
+
+def frozen(model):
+    model.model.layers[0].self_attn.k_proj.adapter.requires_grad_(False)
+
+
+def unloaded(model):
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = attention.q_proj.base_layer
+
+
+def merged(model):
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.merge()
+
+
+def with_hooks(model):
+    attention = model.model.layers[0].self_attn
+    attention.q_proj.register_forward_pre_hook(lambda module, args: (args[0] * 1.5,))
+    attention.k_proj.adapter.register_forward_hook(lambda module, args, y: y * 0.5)
+    attention.v_proj.base_layer.register_forward_hook(lambda module, args, y: y + 1)
+
+
+def in_evaluation(model):
+    model.model.layers[0].mlp.gate_proj.eval()
+
+
+def another_tensor(model):
+    model.model.layers[0].mlp.up_proj.register_forward_pre_hook(lambda module, args: (args[0].clone(),))
+
+
+@pytest.mark.parametrize("change", [frozen, unloaded, merged, with_hooks, in_evaluation, another_tensor])
+def test_layers_that_differ_are_on_their_own(change):
+    results = []
+    for share in (True, False):
+        model = adapted(share_inputs=share, align=None, **EVERY)
+        change(model)
+        by_keyword_or_plain(model).backward()
+        results.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert results[0].keys() == results[1].keys()
+    assert all((results[0][n] - results[1][n]).norm() <= EXACT * results[1][n].norm() for n in results[0])
+
+
+def by_keyword_or_plain(model):
+    inputs, _ = batch()
+    return model(**inputs).loss
+
+
+class Pair(nn.Module):
+    """Two layers and what a test does between their calls."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.a, self.b, self.between = nn.Linear(8, 6), nn.Linear(8, 6), between
+
+    def forward(self, x):
+        first = self.a(x)
+        self.between(x)
+        second = self.b(x)
+        return first + second
+
+
+def pair(between=lambda x: None):
+    torch.manual_seed(0)
+    config = AlignLoraConfig(architecture="lora", r=2, lora_dropout=0.0, target_modules=["a", "b"])
+    model = replace_linear_with_align_lora(Pair(between), config).train()
+    assert groups_of(model) == [("a", "b")]
+    return model
+
+
+def test_a_tensor_that_is_changed_in_place_between_two_calls_is_another_one():
+    x = torch.randn(5, 8)
+    changed = pair(lambda x: x.add_(1))
+    with torch.no_grad():
+        y = changed(x.clone())
+    plain = unload(copy.deepcopy(changed))
+    torch.testing.assert_close(y, plain.a(x) + plain.b(x + 1))
+
+
+def test_a_layer_that_is_not_called_in_the_end_has_no_gradient():
+    model = pair()
+    model.b.forward = lambda x: torch.zeros(5, 6)
+    assert model.a.siblings.outputs(model.a, torch.randn(5, 8)) is None  # its forward is another one
+    del model.b.forward
+    y = model.a(torch.randn(5, 8))
+    y.sum().backward()
+    assert model.a.adapter.lora_B.grad is not None
+    assert model.b.adapter.lora_B.grad is None
+    assert model.b.adapter.lora_A.grad is None
+
+
+def test_a_copy_computes_with_its_own_layers():
+    model = pair()
+    twin = copy.deepcopy(model)
+    assert twin.a.siblings is twin.b.siblings is not model.a.siblings
+    assert twin.a.siblings.parent is twin
+    with torch.no_grad():
+        twin.b.adapter.lora_B.fill_(1)
+    x = torch.randn(5, 8)
+    assert not torch.equal(twin(x), model(x))
+    siblings = model.a.siblings
+    siblings.outputs(model.a, x)  # b's are kept
+    assert copy.deepcopy(siblings)._kept == {}
+    assert pickle.loads(pickle.dumps(Siblings(nn.Identity(), ["a", "b"]))).names == ["a", "b"]
+
+
+def test_evaluation_a_disabled_model_and_transforms_compute_each_layer_by_itself(monkeypatch):
+    model, x = pair(), torch.randn(5, 8)
+    with torch.no_grad():
+        model.a.adapter.lora_B.normal_()
+
+    def together(call):
+        with Operators() as operators:
+            call()
+        return operators.calls["align_ext.sibling_lora"]
+
+    assert together(lambda: model(x)) == 1
+    assert together(lambda: model.eval()(x)) == 0
+    model.train()
+    with disable_adapter(model):
+        assert together(lambda: model(x)) == 0
+    with torch.inference_mode():
+        assert together(lambda: model(torch.randn(5, 8))) == 0
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    assert together(lambda: torch.func.functional_call(model, parameters, (x,))) == 0
+    expected = model(x)
+    monkeypatch.setattr(Siblings, "outputs", None)  # nothing asks for them in a compiled model
+    torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), expected)
