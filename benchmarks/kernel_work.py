@@ -6,7 +6,7 @@ align_ext/bench/baselines.py. gpus.py has the hardware, roofline.py makes tables
 """
 
 import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import NamedTuple
@@ -289,35 +289,70 @@ def small(layer: Layer, name: str, ranks: dict[str, int], masks: int = 0) -> Wor
     return Work(name, accesses, ffma=2 * layer.tokens * sum(ranks.values()), integer=masks)
 
 
+def latents_and_y(layer: Layer, gpu: Gpu, partials: Access) -> Work:
+    """Expand y from partials of z; its first split writes z too, if the partials are read again for it."""
+    y = expand(layer, gpu, "y", layer.rank, partials)
+    return y + small(layer, "z", {"z": layer.rank}) if partials.times > 1 else y
+
+
+def pass_over_dy(layer: Layer, gpu: Gpu) -> tuple[int, Work, list[Work]]:
+    """How many partials of dz there are, the pass over dy that makes them, and dB where another one makes it."""
+    r, d_b = layer.rank, outer(layer, gpu, "dy", "z", layer.rank)
+    if not one_pass(layer):
+        return splits(layer.out_dim, layer.tiles, gpu), shrink(layer, gpu, "dy", r), [d_b]
+    count = ceil_div(layer.out_dim, SWEEP_COLS)
+    both = [
+        Access("B", ELEMENT * r * layer.out_dim, ceil_div(layer.tokens, outer_rows(r))),
+        Access("partials", count * layer.latent(r)),
+    ]
+    d_b = outer(layer, gpu, "dy", "z", r, cols_each=SWEEP_COLS)
+    dot = Work("", both, d_b.tensor, floor=layer.sizes["dy"][1])
+    d_b = replace(d_b, blocks=[replace(blocks, tile=tile(gpu, "sweep", r)) for blocks in d_b.blocks])
+    return count, replace(d_b + dot, name="sweep dy"), []
+
+
 def grouped_lora(layer: Layer, gpu: Gpu) -> list[Work]:
     """Kernels of lora and align_lora (csrc/cuda/grouped_lora.cu)."""
     r, count = layer.rank, splits(layer.in_dim, layer.tiles, gpu, most=8)
-    z = small(layer, "z", {"z": r})
     # Every split of expand adds the partials; the first one also for z, where there are several.
-    partials = Access("partials", count * z.bytes, 1 + (count > 1))
-    y = expand(layer, gpu, "y", r, partials)
-    y = y + z if count > 1 else y
-    d_a, d_b = outer(layer, gpu, "x", "dz", r, layer.masks), outer(layer, gpu, "dy", "z", r)
-    if one_pass(layer):
-        count = ceil_div(layer.out_dim, SWEEP_COLS)
-        both = [
-            Access("B", ELEMENT * r * layer.out_dim, ceil_div(layer.tokens, outer_rows(r))),
-            Access("partials", count * z.bytes),
-        ]
-        d_b = outer(layer, gpu, "dy", "z", r, cols_each=SWEEP_COLS)
-        dot = Work("", both, d_b.tensor, floor=layer.sizes["dy"][1])
-        d_b = replace(d_b, blocks=[replace(blocks, tile=tile(gpu, "sweep", r)) for blocks in d_b.blocks])
-        of_dy, last = replace(d_b + dot, name="sweep dy"), []
-    else:
-        count, of_dy, last = splits(layer.out_dim, layer.tiles, gpu), shrink(layer, gpu, "dy", r), [d_b]
+    partials = Access("partials", count * layer.latent(r), 1 + (count > 1))
+    of_dz, of_dy, last = pass_over_dy(layer, gpu)
+    d_a, sums = outer(layer, gpu, "x", "dz", r, layer.masks), last or [of_dy]
     return [
         shrink(layer, gpu, "x", r),
-        y,
+        latents_and_y(layer, gpu, partials),
         of_dy,
-        small(layer, "sum of the partials", {"partials": count * r, "dz": r}),
+        small(layer, "sum of the partials", {"partials": of_dz * r, "dz": r}),
         *backward(layer, gpu, r, [d_a], last),
-        *sum_chunks([d_a, d_b]),
+        *sum_chunks([d_a, *sums]),
     ]
+
+
+def sibling_lora(layers: Sequence[Layer], gpu: Gpu) -> list[Work]:
+    """Kernels of layers with the same x (csrc/cuda/sibling_lora.cu)."""
+    first, count = layers[0], len(layers)
+    stride = ceil_div(max(layer.rank for layer in layers), 8) * 8
+    width = (count - 1) * stride + layers[-1].rank
+    shared = replace(first, rank=width, heads=count, site="input_per_head" if first.masks else "none")
+    of_mask = stride if first.masks and padded(stride) < padded(width) else width
+    x_splits = splits(first.in_dim, first.tiles, gpu, most=8)
+    passes = [pass_over_dy(layer, gpu) for layer in layers]
+    d_a = outer(shared, gpu, "x", "dz", width, shared.masks, of_mask)
+    partials = sum(of_dz * layer.rank for layer, (of_dz, *_) in zip(layers, passes, strict=True))
+    return [
+        shrink(shared, gpu, "x", width),
+        *(latents_and_y(layer, gpu, Access("partials", x_splits * layer.latent(layer.rank), 2)) for layer in layers),
+        *(work for _, of_dy, d_b in passes for work in (of_dy, *d_b)),
+        small(first, "sum of the partials", {"partials": partials, "dz": width}),
+        *backward(shared, gpu, width, [d_a], [], separate=of_mask < width),
+        *sum_chunks([d_a, *((d_b or [of_dy])[0] for _, of_dy, d_b in passes)]),
+    ]
+
+
+def sums_of_dx(layers: Sequence[Layer]) -> list[Work]:
+    """Autograd's sums where each of the layers with the same x has a dx of its own."""
+    size = layers[0].sizes["dx"][1]
+    return [Work("dx +=", [Access("dx", size), Access("dx", size), Access("dx", size)]) for _ in layers[1:]]
 
 
 def heads(layer: Layer, gpu: Gpu) -> list[Work]:

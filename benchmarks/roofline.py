@@ -19,7 +19,7 @@ from typing import Any
 
 import tile_work
 from gpus import GPUS, Gpu
-from kernel_work import Kernels, Layer, Work, grouped_lora, heads, loop
+from kernel_work import Kernels, Layer, Work, grouped_lora, heads, loop, sibling_lora, sums_of_dx
 from page import show
 
 BEGIN, END = "<!-- roofline: begin -->", "<!-- roofline: end -->"
@@ -36,6 +36,11 @@ SIDE_BY_SIDE: list[tuple[str, tuple[int, int]]] = [
     ("lora, align_lora", (8192, 3072)),
     ("lora, align_lora", (4096, 4096)),
     ("hydra, input_per_head", (3072, 8192)),
+]
+SIBLINGS = [  # modules whose layers read the same x
+    ("q, k, v", 4096, (4096, 4096, 4096)),
+    ("q, k, v of grouped queries", 4096, (4096, 1024, 1024)),
+    ("gate, up", 4096, (11008, 11008)),
 ]
 OTHERS: dict[str, tuple[Kernels, dict[str, Any]]] = {
     "PEFT's LoRA": (loop, {}),
@@ -101,6 +106,22 @@ def side_by_side() -> str:
             row.append(f"{microseconds(seconds)} ({digits(100 * seconds / layer.base_seconds(gpu))}%)")
         rows.append(row)
     return markdown(["µs (tax)", *(gpu.name for gpu in GPUS)], *rows)
+
+
+def siblings_table() -> str:
+    """A row a module whose layers read the same x, a column a GPU: one by one and together."""
+    rows = []
+    for name, n, outs in SIBLINGS:
+        layers = [Layer(n, m) for m in outs]
+        row = [f"{name}, {n} -> {', '.join(map(str, outs))}"]
+        for gpu in (gpu for gpu in GPUS if gpu.name in ("RTX 4090", "H100")):
+            alone = [work for layer in layers for work in grouped_lora(layer, gpu)] + sums_of_dx(layers)
+            for works in (alone, sibling_lora(layers, gpu)):
+                seconds = sum(work.seconds(gpu) for work in works)
+                row.append(f"{microseconds(seconds)} ({len(works)})")
+        rows.append(row)
+    head = [f"{gpu}, {how}" for gpu in ("RTX 4090", "H100") for how in ("one by one", "together")]
+    return markdown(["µs (kernels)", *head], *rows)
 
 
 def gap(layer: Layer, works: list[Work], gpu: Gpu) -> dict[str, float]:
@@ -183,6 +204,8 @@ def tables(gpu: Gpu) -> str:
         tax_table(gpu),
         "GPUs side by side (A100 and RTX 4090 with sm_80's machine code, the others with sm_90's):",
         side_by_side(),
+        "Layers that read the same x, by lora, an operator each with autograd's sums of their dx, and by sibling_lora:",
+        siblings_table(),
     ])  # fmt: skip
 
 

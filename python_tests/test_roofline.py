@@ -158,6 +158,24 @@ def test_kernels_are_as_many_as_the_page_says(name, launches):
     assert len(kernels(Layer(2048, 5504, **options), Gpu())) == launches
 
 
+@pytest.mark.parametrize(("outs", "launches"), [((512, 128, 128), 11), ((1536, 1536), 8)])
+def test_layers_with_the_same_x_stream_it_as_often_as_one_does(outs, launches):
+    layers = [Layer(1024, m, tokens=1024) for m in outs]
+    works = kernel_work.sibling_lora(layers, TWO)
+    assert len(works) == launches  # shrink; expand and sweep of each layer; sums; dA and dx; sums of chunks
+    of_memory = Counter()
+    for work in works:
+        for array, size, _ in work.accesses:
+            of_memory[array] += size
+    x, y = 1024 * 1024 * 2, 1024 * sum(outs) * 2
+    assert [of_memory[array] for array in ("x", "dx", "y", "dy")] == [2 * x, x, y, y]
+    assert [work.bytes for work in kernel_work.sums_of_dx(layers)] == (len(outs) - 1) * [3 * x]
+    alone = [*kernel_work.grouped_lora(layers[0], TWO)]
+    assert sum(w.bytes for w in kernel_work.sibling_lora(layers[:1], TWO)) == pytest.approx(
+        sum(w.bytes for w in alone), rel=0.01
+    )
+
+
 def test_a_gap_is_all_of_the_time():
     for kernels, options in roofline.OURS.values():
         layer = Layer(2048, 5504, **options)
