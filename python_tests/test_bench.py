@@ -277,6 +277,7 @@ def test_the_help_explains_every_suite_and_what_a_ratio_is(bench):
         assert f"  {suite}: " in out
 
 
+@pytest.mark.slow
 def test_a_quantised_base_is_measured_when_it_is_asked_for(bench, tmp_path):
     assert {*run.SUITES} - {*run.chosen(None)} == {"quantised"}
     code, out, _ = bench("--quick", "--device", "cpu", "--only", "quantised", "--json", "all.json")
