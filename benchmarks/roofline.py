@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import tile_work
+from eager_work import loop, sums_of_dx
 from gpus import GPUS, Gpu
-from kernel_work import Kernels, Layer, Work, grouped_lora, heads, loop, sibling_lora, sums_of_dx
+from kernel_work import Kernels, Layer, Work, grouped_lora, heads, sibling_lora
 from page import show
 
 BEGIN, END = "<!-- roofline: begin -->", "<!-- roofline: end -->"

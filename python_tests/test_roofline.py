@@ -9,8 +9,9 @@ import kernel_work
 import pytest
 import roofline
 import torch
+from eager_work import loop, sums_of_dx
 from gpus import GPUS, Gpu
-from kernel_work import Access, Blocks, Layer, Work, grouped_lora, heads, loop
+from kernel_work import Access, Blocks, Layer, Work, grouped_lora, heads
 from tile_work import TileWork
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -169,7 +170,7 @@ def test_layers_with_the_same_x_stream_it_as_often_as_one_does(outs, launches):
             of_memory[array] += size
     x, y = 1024 * 1024 * 2, 1024 * sum(outs) * 2
     assert [of_memory[array] for array in ("x", "dx", "y", "dy")] == [2 * x, x, y, y]
-    assert [work.bytes for work in kernel_work.sums_of_dx(layers)] == (len(outs) - 1) * [3 * x]
+    assert [work.bytes for work in sums_of_dx(layers)] == (len(outs) - 1) * [3 * x]
     alone = [*kernel_work.grouped_lora(layers[0], TWO)]
     assert sum(w.bytes for w in kernel_work.sibling_lora(layers[:1], TWO)) == pytest.approx(
         sum(w.bytes for w in alone), rel=0.01
