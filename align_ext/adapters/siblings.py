@@ -52,6 +52,7 @@ class Siblings:
         self.parent, self.names = parent, names
         self._x: Callable[[], Tensor | None] = _nothing  # what the kept outputs are of
         self._version = 0
+        self._together = False  # whether they were computed together, or each layer is on its own
         self._kept: dict[str, tuple[Tensor, Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -62,9 +63,10 @@ class Siblings:
         name = next((name for name in self.names if self.parent._modules.get(name) is layer), None)
         if name is None or x.is_inference() or torch._C._are_functorch_transforms_active():
             return None
-        if self._x() is not x or self._version != x._version or name not in self._kept:
+        same = self._x() is x and self._version == x._version
+        if not same or (self._together and name not in self._kept):
             self._kept = self._compute(x)
-            self._x, self._version = weakref.ref(x), x._version
+            self._x, self._version, self._together = weakref.ref(x), x._version, bool(self._kept)
         return self._kept.pop(name, None)
 
     def _compute(self, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
