@@ -162,7 +162,8 @@ def test_the_alignment_of_all_layers_takes_a_few_launches_and_an_adapted_layer_f
     """Two more of a layer are the vendor's: the base layer's product, forward and backward."""
     for counts in json.loads(simt_python("-c", COUNTING, align).splitlines()[-1]):
         print(counts)
-        forward, backward = counts.pop("align_ext::grouped_lora"), counts.pop("align_ext::grouped_lora_backward")
-        assert len(forward) == len(backward) == 6  # layers
-        assert max(forward) + max(backward) <= 5
+        for op, layers in (("grouped_lora", 1), ("sibling_lora", 2)):  # down; gate and up
+            forward, backward = counts.pop(f"align_ext::{op}"), counts.pop(f"align_ext::{op}_backward")
+            assert len(forward) == len(backward) == 2  # layers of the model
+            assert max(forward) + max(backward) <= 5 * layers
         assert sum(map(sum, counts.values())) == most

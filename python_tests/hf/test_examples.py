@@ -15,6 +15,7 @@ from hf.words import llama, model_folder
 
 import align_ext
 from align_ext import load_adapter
+from align_ext.model import replace
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DATA = sorted((EXAMPLES / "data").glob("*.train.jsonl"))
@@ -99,7 +100,8 @@ def config_of(folder):
     return json.loads((folder / "align_lora_config.json").read_text())
 
 
-def test_a_compiled_model_and_a_plain_one_are_trained_alike(values):
+def test_a_compiled_model_and_a_plain_one_are_trained_alike(values, monkeypatch):
+    monkeypatch.setattr(replace, "join_siblings", lambda model: None)  # compiled layers have dropout masks of their own
     assert values("compile", 0.1) == pytest.approx(values("plain_loop", 0.1), rel=1e-3)
 
 
