@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from align_ext import AlignLoraConfig, disable_adapter, replace_linear_with_align_lora
 from align_ext.adapters.siblings import Siblings, called_together
+from align_ext.bench.models import in_4_bits
 from align_ext.model.merge import unload
 
 EVERY = {"target_modules": "all-linear"}
@@ -273,6 +274,11 @@ def test_a_layer_that_is_not_called_in_the_end_has_no_gradient():
     assert model.a.adapter.lora_B.grad is not None
     assert model.b.adapter.lora_B.grad is None
     assert model.b.adapter.lora_A.grad is None
+
+
+def test_beside_a_quantised_base_one_weight_at_a_time_is_dequantised():
+    model = adapted(in_4_bits(llama(hidden_size=64, intermediate_size=128)), dtype=torch.float32, **EVERY)
+    assert calls(model) == {"grouped_lora": 14, "grouped_lora_backward": 14}
 
 
 def test_a_copy_computes_with_its_own_layers():

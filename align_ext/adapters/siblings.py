@@ -24,20 +24,16 @@ from align_ext.ops.sibling_lora import MAX_SIBLINGS
 _CONDITIONAL = (ast.IfExp, ast.BoolOp, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
-def join_siblings(model: nn.Module) -> list[list[str]]:
-    """Has adapted layers that a module calls with the same tensor computed together; returns their names, by group."""
-    joined = []
-    for name, parent in model.named_modules():
+def join_siblings(model: nn.Module) -> None:
+    """Has adapted layers that a module of the model calls with the same tensor computed together."""
+    for parent in model.modules():
         for called in called_together(type(parent).forward):
             ours = [child for child in called if _joins(parent._modules.get(child))]
             for begin in range(0, len(ours), MAX_SIBLINGS):
                 group = ours[begin : begin + MAX_SIBLINGS]
-                if len(group) > 1:
-                    siblings = Siblings(parent, group)
-                    for child in group:
-                        parent.get_submodule(child).siblings = siblings
-                    joined.append([f"{name}.{child}".lstrip(".") for child in group])
-    return joined
+                siblings = Siblings(parent, group) if len(group) > 1 else None
+                for child in group:
+                    parent.get_submodule(child).siblings = siblings
 
 
 class Siblings:
@@ -78,7 +74,7 @@ class Siblings:
                 A, B, scaling = layer.adapter.sibling_arguments()
                 whole = all(type(p) is nn.Parameter and p.numel() > 0 and p.device == x.device for p in (A, B))
                 base = layer.weight_arguments(x) if whole else None  # not of a shard
-                if base is not None:
+                if base is not None and isinstance(base[0], Tensor):  # quantised weights are made one at a time
                     layers[name] = (layer.adapter, A, B, scaling, *base)
         if len(layers) < 2:
             return {}

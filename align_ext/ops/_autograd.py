@@ -24,11 +24,9 @@ def below_autograd(operator: Any, inputs: tuple[Any, ...]) -> Any:
         return operator(*inputs)
 
 
-def made(inputs: Sequence[Any]) -> tuple[Any, ...]:
+def made(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Returns the inputs of an operator, with the tensor that a function among them makes in the function's place."""
-    return tuple(
-        given() if callable(given) else list(made(given)) if type(given) is list else given for given in inputs
-    )
+    return tuple(given() if callable(given) else given for given in inputs)
 
 
 def one_by_one(values: Sequence[Any]) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from align_ext.ops import _projection as projection
-from align_ext.ops._autograd import differentiable, made
+from align_ext.ops._autograd import differentiable
 
 MAX_SIBLINGS = 3  # kMaxSiblings
 
@@ -23,7 +23,7 @@ def sibling_lora(
     *,
     dropout_p: float = 0.0,
     rng: Tensor | None = None,
-    weight: Sequence[projection.Weight],
+    weight: Sequence[Tensor],
     bias: Sequence[Tensor | None] | None = None,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Computes y_i = x W_iᵀ + bias_i + s_i B_i A_i xd_i and z_i = A_i xd_i of up to three layers i with the same x.
@@ -42,7 +42,7 @@ def sibling_lora(
         scaling: lora_alpha / r of each layer, or lora_alpha / sqrt(r).
         dropout_p: probability of dropping an element of x, in [0, 1).
         rng: int64 [2] (seed, offset) of the masks; drawn from torch's generator if not given.
-        weight: [out_dim_i, in_dim] of each layer, the frozen base weights, in x's dtype, or functions that make them.
+        weight: [out_dim_i, in_dim] of each layer, the frozen base weights, in x's dtype.
         bias: [out_dim_i] of each layer, frozen, or None for a layer that has none.
 
     Returns:
@@ -97,9 +97,7 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, A, B, ctx.scaling, ctx.p, rng, weight, _ = inputs
-    ctx.weight = [of_layer if callable(of_layer) else None for of_layer in weight]  # the functions that make them
-    saved = [None if callable(of_layer) else of_layer for of_layer in weight]
-    ctx.save_for_backward(x, rng, *output[len(A) :], *A, *B, *saved)
+    ctx.save_for_backward(x, rng, *output[len(A) :], *A, *B, *weight)
     ctx.set_materialize_grads(False)
 
 
@@ -109,7 +107,6 @@ def _backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
     z, A, B, weight, dy, dz = (list([*saved, *d_outputs][k * count : (k + 1) * count]) for k in range(6))
     used = [dy[i] is not None or dz[i] is not None for i in range(count)]
     dy = [projection.output_gradient("sibling_lora", of_layer, x, b) for of_layer, b in zip(dy, B, strict=True)]
-    weight = [*made([make or of_layer for make, of_layer in zip(ctx.weight, weight, strict=True)])]
     dx, dA, dB = _gradients(dy, _or_empty(dz, x), x, z, A, B, ctx.scaling, ctx.p, rng, weight, ctx.needs_input_grad[0])
     return (
         dx if ctx.needs_input_grad[0] else None,
