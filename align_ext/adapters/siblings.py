@@ -33,7 +33,8 @@ def join_siblings(model: nn.Module) -> None:
                 group = ours[begin : begin + MAX_SIBLINGS]
                 siblings = Siblings(parent, group) if len(group) > 1 else None
                 for child in group:
-                    parent.get_submodule(child).siblings = siblings
+                    layer: Any = parent._modules[child]
+                    layer.siblings = siblings
 
 
 class Siblings:
