@@ -1,7 +1,10 @@
 """Layers that a module calls with the same tensor are computed together: the same numbers, in every way of training."""
 
 import copy
+import gc
 import pickle
+import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -10,82 +13,15 @@ from test_saved_bytes import Operators
 from tiny import Oracle, adapted, batch, error, gradients, llama, qwen2
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 from align_ext import AlignLoraConfig, disable_adapter, replace_linear_with_align_lora
-from align_ext.adapters.siblings import Siblings, called_together
+from align_ext.adapters.lora import LoraAdapter
+from align_ext.adapters.siblings import Siblings
 from align_ext.bench.models import in_4_bits
 from align_ext.model.merge import unload
 
 EVERY = {"target_modules": "all-linear"}
-
-
-class Module:
-    """Forwards whose calls are known."""
-
-    def in_a_row(self, x):
-        q = self.q(x)
-        k, v = self.k(x), self.v(x)
-        return q, k, v
-
-    def in_one_expression(self, x, y):
-        return self.down(self.act(self.gate(x)) * self.up(x)) + self.other(y)
-
-    def assigned_between(self, x):
-        q = self.q(x)
-        x = self.norm(x)
-        return q, self.k(x), self.v(x)
-
-    def added_between(self, x):
-        q = self.q(x)
-        x += 1
-        return q, self.k(x)
-
-    def assigned_in_a_block_between(self, x, flag):
-        q = self.q(x)
-        if flag:
-            x = x + 1
-        return q, self.k(x)
-
-    def conditional(self, x, flag):
-        return self.q(x), self.k(x) if flag else None, flag and self.v(x), [self.o(x) for _ in range(2)]
-
-    def in_blocks(self, x, other):
-        q = self.q(x)
-        if other is None:
-            k, v = self.k(x), self.v(x)
-        else:
-            k, v = self.k(other), self.v(other)
-        return q, k, v
-
-    def twice(self, x):
-        return self.q(x), self.q(x)
-
-    def otherwise(self, x, other):
-        return self.q(x, 1), self.k(input=x), other.v(x), self.o(x[0]), self.p(x)
-
-
-@pytest.mark.parametrize(
-    ("name", "groups"),
-    [
-        ("in_a_row", (("q", "k", "v"),)),
-        ("in_one_expression", (("gate", "up"),)),
-        ("assigned_between", (("k", "v"),)),
-        ("added_between", ()),
-        ("assigned_in_a_block_between", ()),
-        ("conditional", ()),
-        ("in_blocks", (("k", "v"), ("k", "v"))),
-        ("twice", ()),
-        ("otherwise", ()),
-    ],
-)
-def test_what_a_forward_always_calls_with_one_variable_is_found(name, groups):
-    found = called_together(getattr(Module, name))
-    assert tuple(group for group in found if "norm" not in group) == groups
-
-
-def test_of_a_forward_without_a_source_nothing_is_known():
-    assert called_together(eval("lambda self, x: (self.q(x), self.k(x))")) == ()
-    assert called_together(torch.nn.functional.linear) == ()
 
 
 def groups_of(model):
@@ -247,7 +183,11 @@ class Pair(nn.Module):
         return first + second
 
 
-def pair(between=lambda x: None):
+def nothing(x):
+    """Is done between the calls."""
+
+
+def pair(between=nothing):
     torch.manual_seed(0)
     config = AlignLoraConfig(architecture="lora", r=2, lora_dropout=0.0, target_modules=["a", "b"])
     model = replace_linear_with_align_lora(Pair(between), config).train()
@@ -265,12 +205,16 @@ def test_a_tensor_that_is_changed_in_place_between_two_calls_is_another_one():
 
 
 def test_a_layer_that_is_not_called_in_the_end_has_no_gradient():
+    class OnlyOne(Pair):
+        def forward(self, x):
+            first = self.a(x)
+            return first + (self.b(x) if self.between(x) else 0)
+
     model = pair()
-    model.b.forward = lambda x: torch.zeros(5, 6)
-    assert model.a.siblings.outputs(model.a, torch.randn(5, 8)) is None  # its forward is another one
-    del model.b.forward
-    y = model.a(torch.randn(5, 8))
-    y.sum().backward()
+    model.__class__ = OnlyOne  # after its layers were joined
+    with Operators() as operators:
+        model(torch.randn(5, 8)).sum().backward()
+    assert operators.calls["align_ext.sibling_lora"] == 1
     assert model.a.adapter.lora_B.grad is not None
     assert model.b.adapter.lora_B.grad is None
     assert model.b.adapter.lora_A.grad is None
@@ -281,19 +225,116 @@ def test_beside_a_quantised_base_one_weight_at_a_time_is_dequantised():
     assert calls(model) == {"grouped_lora": 14, "grouped_lora_backward": 14}
 
 
+def test_layers_that_are_called_one_by_one_have_their_own_gradients():
+    model, x = pair(), torch.randn(5, 8)
+    with torch.no_grad():
+        model.b(x)
+    for layer in (model.a, model.b):
+        layer(x).sum().backward()
+    alone = [layer.adapter.lora_B.grad.clone() for layer in (model.a, model.b)]
+    model.zero_grad()
+    model(x).sum().backward()
+    for layer, expected in zip((model.a, model.b), alone, strict=True):
+        torch.testing.assert_close(layer.adapter.lora_B.grad, expected)
+
+
+def test_a_module_that_calls_itself_between_its_layers():
+    class Recursive(Pair):
+        def forward(self, x, depth=2):
+            first = self.a(x)
+            inner = self(x, depth - 1) if depth else 0
+            second = self.b(x)
+            return first * second + inner
+
+    model = pair()
+    model.__class__ = Recursive
+    y = model(torch.randn(5, 8, generator=torch.Generator().manual_seed(0)))
+    plain = unload(copy.deepcopy(model))
+    torch.testing.assert_close(y, plain(torch.randn(5, 8, generator=torch.Generator().manual_seed(0))))
+
+
+def of_a_class_of_its_own(model):
+    class Twice(LoraAdapter):
+        def low_rank_forward(self, x, dropout_p, current, **op):
+            y, z, w = super().low_rank_forward(x, dropout_p, current, **op)
+            return 2 * y, z, w
+
+    model.b.adapter.__class__ = Twice
+
+
+def with_another_forward(model):
+    forward = model.b.adapter.forward
+    model.b.adapter.forward = lambda *args: 2 * forward(*args)
+
+
+def in_evaluation_by_itself(model):
+    model.b.adapter.eval()
+
+
+def with_dropout(model):
+    model.b.adapter.dropout_p = 0.5
+
+
+def compiled(model):
+    model.b.compile(backend="eager")
+
+
+@pytest.mark.parametrize(
+    "change", [of_a_class_of_its_own, with_another_forward, in_evaluation_by_itself, with_dropout, compiled]
+)
+def test_a_layer_that_is_not_like_its_sibling_is_on_its_own(change):
+    model = pair()
+    change(model)
+    with Operators() as operators:
+        model(torch.randn(5, 8))
+    assert "align_ext.sibling_lora" not in operators.calls
+
+
+def test_a_hook_for_all_modules_sees_the_adapters():
+    model, seen = pair(), []
+    hook = nn.modules.module.register_module_forward_hook(lambda module, args, y: seen.append(module))
+    with hook:
+        model(torch.randn(5, 8))
+    assert model.a.adapter in seen
+    assert model.b.adapter in seen
+
+
 def test_a_copy_computes_with_its_own_layers():
     model = pair()
-    twin = copy.deepcopy(model)
-    assert twin.a.siblings is twin.b.siblings is not model.a.siblings
-    assert twin.a.siblings.parent is twin
-    with torch.no_grad():
-        twin.b.adapter.lora_B.fill_(1)
-    x = torch.randn(5, 8)
-    assert not torch.equal(twin(x), model(x))
-    siblings = model.a.siblings
-    siblings.outputs(model.a, x)  # b's are kept
-    assert copy.deepcopy(siblings)._kept == {}
-    assert pickle.loads(pickle.dumps(Siblings(nn.Identity(), ["a", "b"]))).names == ["a", "b"]
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin.a.siblings is twin.b.siblings is not model.a.siblings
+        with torch.no_grad():
+            twin.b.adapter.lora_B.fill_(1)
+        x = torch.randn(5, 8)
+        with Operators() as operators:
+            assert not torch.equal(twin(x), model(x))
+        assert operators.calls["align_ext.sibling_lora"] == 2
+
+
+def test_a_layer_holds_no_other_one():
+    model = pair()
+    model(torch.randn(5, 8)).sum().backward()
+    assert copy.deepcopy(model.a).siblings.layers() == []
+    held = weakref.ref(model.b)
+    gc.disable()  # a model that nobody holds is freed without it
+    try:
+        del model
+        assert held() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_checkpointed_forward_is_recomputed_alike(share):
+    """By its forward alone, without what is around the call of a module."""
+    results = []
+    for checkpointing in (False, True):
+        model = adapted(share_inputs=share, align=None, **EVERY)
+        for layer in model.model.layers if checkpointing else ():
+            layer.self_attn.forward = partial(checkpoint, layer.self_attn.forward, use_reentrant=False)
+        by_keyword_or_plain(model).backward()
+        results.append(gradients(model))
+    assert error(results[1], results[0]) < EXACT
 
 
 def test_evaluation_a_disabled_model_and_transforms_compute_each_layer_by_itself(monkeypatch):

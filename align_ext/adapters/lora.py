@@ -58,7 +58,8 @@ class LoraAdapter(Adapter):
 
     @override
     def sibling_arguments(self) -> tuple[Tensor, Tensor, float] | None:
-        return None if self.init == "pissa" else (self.lora_A, self.lora_B, self.scaling)
+        plain = type(self) is LoraAdapter and self.init != "pissa"  # a subclass may compute something else
+        return (self.lora_A, self.lora_B, self.scaling) if plain else None
 
     @override
     def delta_factors(self) -> list[Factors]:

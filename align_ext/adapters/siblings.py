@@ -40,49 +40,83 @@ def join_siblings(model: nn.Module) -> None:
 class Siblings:
     """Adapted layers of one module that its forward calls with the same tensor.
 
+    It holds no module: a layer that is copied takes no other one with it, and a model that nobody holds is freed at
+    once.
+
     Args:
         parent: the module.
         names: the layers' names in it, in the order in which it calls them.
     """
 
-    def __init__(self, parent: nn.Module, names: list[str]) -> None:
-        self.parent, self.names = parent, names
+    def __init__(self, parent: nn.Module | None, names: list[str]) -> None:
+        self.names = names
+        self._parent: Callable[[], nn.Module | None] = _nothing if parent is None else weakref.ref(parent)
         self._x: Callable[[], Tensor | None] = _nothing  # what the kept outputs are of
-        self._version = 0
+        self._versions: tuple[Any, ...] = ()
+        self._parameters: tuple[Tensor, ...] = ()
         self._together = False  # whether they were computed together, or each layer is on its own
-        self._kept: dict[str, tuple[Tensor, Tensor]] = {}
+        self._kept: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_x": _nothing, "_kept": {}}
+    @property
+    def parent(self) -> nn.Module | None:
+        """The module, or None of the copy of a layer alone."""
+        return self._parent()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Siblings":
+        return Siblings(memo.get(id(self.parent)), self.names)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Siblings, (None, self.names), {"parent": self.parent}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["parent"], self.names)  # type: ignore[misc]
+
+    def layers(self) -> list[Any]:
+        """What stands in the layers' places, in order."""
+        parent = self.parent
+        return [] if parent is None else [parent._modules.get(name) for name in self.names]
 
     def outputs(self, layer: AdaptedLinear, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Returns y and z of a layer for x, computed together with those of its siblings; None: it is on its own."""
-        name = next((name for name in self.names if self.parent._modules.get(name) is layer), None)
-        if name is None or x.is_inference() or torch._C._are_functorch_transforms_active():
+        if x.is_inference() or torch._C._are_functorch_transforms_active():
             return None
-        same = self._x() is x and self._version == x._version
-        if not same or (self._together and name not in self._kept):
+        same = self._x() is x and self._versions == self._versions_of(x)
+        if not same or (self._together and not self._is_kept(layer)):
+            if layer not in self.layers():
+                return None
             self._kept = self._compute(x)
-            self._x, self._version, self._together = weakref.ref(x), x._version, bool(self._kept)
-        return self._kept.pop(name, None)
+            self._x, self._versions, self._together = weakref.ref(x), self._versions_of(x), bool(self._kept)
+        return self._kept.pop(layer, None)
 
-    def _compute(self, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Returns y and z of all layers that can be computed together, by name; nothing where that is one or none."""
-        layers: dict[str, Any] = {}
-        for name in self.names:
-            layer: Any = self.parent._modules.get(name)
-            if _joins(layer) and _is_plain(layer):
-                A, B, scaling = layer.adapter.sibling_arguments()
-                whole = all(type(p) is nn.Parameter and p.numel() > 0 and p.device == x.device for p in (A, B))
-                base = layer.weight_arguments(x) if whole else None  # not of a shard
-                if base is not None and isinstance(base[0], Tensor):  # quantised weights are made one at a time
-                    layers[name] = (layer.adapter, A, B, scaling, *base)
-        if len(layers) < 2:
+    def _versions_of(self, x: Tensor) -> tuple[Any, ...]:
+        """What changes when the outputs would be others."""
+        return torch.is_grad_enabled(), x._version, *(parameter._version for parameter in self._parameters)
+
+    def _is_kept(self, layer: AdaptedLinear) -> bool:
+        """Whether there is an output of the layer that backward has not gone through yet, and freed what it needs."""
+        return layer in self._kept and not getattr(self._kept[layer][0].grad_fn, "went_back", False)
+
+    def _compute(self, x: Tensor) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+        """Returns y and z of all layers that can be computed together; nothing where that is one or none."""
+        inputs: dict[nn.Module, tuple[Any, ...]] = {}
+        dropout_p = None  # that of the first one
+        for layer in self.layers():
+            plain = isinstance(layer, AdaptedLinear) and _is_plain(layer)
+            low_rank = layer.adapter.sibling_arguments() if plain else None
+            if low_rank is None or dropout_p not in (None, layer.adapter.dropout_p):
+                continue
+            base = layer.weight_arguments(x) if _is_whole(low_rank[0], x) and _is_whole(low_rank[1], x) else None
+            if base is not None and isinstance(base[0], Tensor):  # quantised weights are made one at a time
+                inputs[layer], dropout_p = (*low_rank, *base), layer.adapter.dropout_p
+        self._parameters = ()
+        if len(inputs) < 2:
             return {}
-        adapters, A, B, scaling, weight, bias = zip(*layers.values(), strict=True)
-        dropout_p, rng = adapters[0].dropout(x, adapters[0].step())
+        A, B, scaling, weight, bias = zip(*inputs.values(), strict=True)
+        self._parameters = *A, *B
+        first: Any = next(iter(inputs)).adapter
+        dropout_p, rng = first.dropout(x, first.step())
         y, z = sibling_lora(x, A, B, scaling, dropout_p=dropout_p, rng=rng, weight=weight, bias=bias)
-        return dict(zip(layers, zip(y, z, strict=True), strict=True))
+        return dict(zip(inputs, zip(y, z, strict=True), strict=True))
 
 
 def _nothing() -> None:
@@ -95,16 +129,28 @@ def _joins(layer: nn.Module | None) -> bool:
 
 
 def _is_plain(layer: AdaptedLinear) -> bool:
-    """Whether calling the layer in training does nothing beside its forward."""
-    alone = layer.merged or layer.disabled or has_hooks(layer) or has_hooks(layer.adapter)
-    return layer.training and not alone and "forward" not in layer.__dict__
+    """Whether calling the layer and its adapter in training does nothing beside their forwards."""
+    changed = layer.merged or layer.disabled or nn.modules.module._has_any_global_hook()
+    return not changed and _is_only_forward(layer) and _is_only_forward(layer.adapter)
+
+
+def _is_whole(parameter: Tensor, x: Tensor) -> bool:
+    """Whether a parameter is one, where x is, and not a shard."""
+    return type(parameter) is nn.Parameter and parameter.device == x.device and parameter.numel() > 0
+
+
+def _is_only_forward(module: nn.Module) -> bool:
+    """Whether calling a module in training is its class's forward and nothing more."""
+    replaced = "forward" in module.__dict__ or module._compiled_call_impl is not None
+    return module.training and not replaced and not has_hooks(module)
 
 
 @cache
 def called_together(forward: Callable[..., Any]) -> tuple[tuple[str, ...], ...]:
     """Returns the names of children, two or more each, that a module's forward always calls with the same variable.
 
-    These are calls self.child(variable) in one block of statements, without an assignment to the variable between them.
+    These are calls self.child(variable) in one block of statements, with neither an assignment to the variable nor a
+    way out of the block between them. A child that is called with others elsewhere is in no group.
     """
     try:
         function = ast.parse(textwrap.dedent(inspect.getsource(forward))).body[0]
@@ -114,7 +160,10 @@ def called_together(forward: Callable[..., Any]) -> tuple[tuple[str, ...], ...]:
         return ()
     found: list[list[str]] = []
     _collect(function.body, function.args.args[0].arg, found)
-    return tuple(tuple(group) for group in found if len(group) == len(set(group)) > 1)
+    sets = [set(group) for group in found]
+    alike = [all(one == other or not one & other for other in sets) for one in sets]
+    groups = {frozenset(group): tuple(group) for group, same in zip(found, alike, strict=True) if same}
+    return tuple(group for names, group in groups.items() if len(group) == len(names) > 1)
 
 
 def _collect(block: list[ast.stmt], self_name: str, found: list[list[str]]) -> None:
@@ -122,7 +171,7 @@ def _collect(block: list[ast.stmt], self_name: str, found: list[list[str]]) -> N
     groups: dict[str, list[str]] = {}  # by variable
     for statement in block:
         inner = [getattr(statement, field, []) for field in ("body", "orelse", "finalbody")]
-        inner += [handler.body for handler in getattr(statement, "handlers", [])]
+        inner += [part.body for field in ("handlers", "cases") for part in getattr(statement, field, [])]
         if not any(inner):
             for child, variable in _calls(statement, self_name):
                 groups.setdefault(variable, []).append(child)
@@ -131,6 +180,9 @@ def _collect(block: list[ast.stmt], self_name: str, found: list[list[str]]) -> N
         for node in ast.walk(statement):
             if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load) and node.id in groups:
                 found.append(groups.pop(node.id))
+            elif isinstance(node, (ast.Return, ast.Break, ast.Continue)):
+                found.extend(groups.values())
+                groups.clear()
     found.extend(groups.values())
 
 

@@ -103,6 +103,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
     x, rng, *saved = ctx.saved_tensors
+    ctx.went_back = True  # its grad_fn says so to whoever has kept an output
     count = len(ctx.scaling)
     z, A, B, weight, dy, dz = (list([*saved, *d_outputs][k * count : (k + 1) * count]) for k in range(6))
     used = [dy[i] is not None or dz[i] is not None for i in range(count)]
