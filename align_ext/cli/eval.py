@@ -40,6 +40,9 @@ def evaluate(
         int | None, typer.Option(help="longest prompt and answer in tokens; longer ones are left out; none: 256")
     ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="score the merged model")] = False,
+    base: Annotated[
+        bool, typer.Option("--base", help="score the base alone on the same rows too: paired differences to it")
+    ] = False,
     task: Annotated[
         str | None, typer.Option(help="multi_adapter: name or number of the task whose adapter scores all tasks")
     ] = None,
@@ -57,7 +60,7 @@ def evaluate(
     For each task, with standard errors: the loss per token of the gold answer; where there are choices, how often the
     gold one has the least loss per token; and the score of greedy answers, by the task's own scorer or else exact
     match. A multi_adapter scores each task with its adapter. The file also holds each row's result by its id, and its
-    greedy answer.
+    greedy answer. With --base a second table has what the adapter changes, paired by row, with 95% intervals.
 
     Example: align-lora eval --adapter run/adapter --tasks syllogism,chain_sum --json scores.json
     """

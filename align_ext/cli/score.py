@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -15,10 +15,12 @@ from align_ext.cli.scored_run import held_out, read_finished, trained_note, with
 from align_ext.data.encode import check_conversations, fits, token_rows
 from align_ext.data.tasks import TaskData, read_tasks, scored_examples
 from align_ext.evaluation.evaluate import score_together
-from align_ext.evaluation.rows import TaskScore, repeats_line, task_scores
+from align_ext.evaluation.rows import RowScore, TaskScore, repeats_line, task_scores
 from align_ext.evaluation.scored_model import ModelRequest
 from align_ext.io.adapter_folder import AdapterFolder
-from align_ext.report.run_results import Run
+from align_ext.model.disable import disable_adapter
+from align_ext.report.run_results import Run, changes_of, is_beyond_noise
+from align_ext.report.statistics import Difference
 from align_ext.system import processes
 from align_ext.system.bounds import unknown_name
 from align_ext.system.memory import enough_memory
@@ -46,12 +48,15 @@ class EvalRequest(ModelRequest):
     ignore_columns: tuple[str, ...] = ()
     task: str | None = None
     generate: bool = True
+    base: bool = False  # whether the base alone is scored on the same rows too
     run: tuple[Run, TrainOptions] | None = None  # whose held-out rows are scored; the fields above are then the run's
 
     def __post_init__(self) -> None:
         for name in ("examples", "batch_size", "seq_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)}")
+        if self.base and (self.adapter is None or self.merge):
+            raise ValueError("--base goes with --adapter, and without --merge: it is what the adapter stands beside")
         super().__post_init__()
 
 
@@ -102,12 +107,21 @@ def score(request: EvalRequest, file: str | None, console: Console) -> dict[str,
         print_line(console, f"  {line}")
     if not run and request.adapter is not None and (warning := trained_note(request.adapter, request.data)):
         print_line(console, warning)
+    generate = "all" if request.generate else "none"
+    alone: list[RowScore] = []
     with progress_bars(console) as bars:
-        rows = score_together(
-            model, tokenizer, data.test, request.batch_size, bars, ids, generate="all" if request.generate else "none"
+        scored = functools.partial(
+            score_together, model, tokenizer, data.test, request.batch_size, bars, ids, generate=generate
         )
+        rows = scored()
+        if request.base:
+            with disable_adapter(model):
+                alone = scored()
     scores = task_scores(rows)
     console.print(_table(scores, data))
+    changes = _changes(alone, rows)
+    if changes:
+        console.print(_changes_table(changes))
     if line := repeats_line({name: vars(result) for name, result in scores.items()}):
         print_line(console, line)
     if path is not None and processes.number() == 0:
@@ -116,6 +130,13 @@ def score(request: EvalRequest, file: str | None, console: Console) -> dict[str,
             "written_by": MARK, "options": asdict(request), "versions": versions(), "dtype": str(model.dtype),
             "data": data.counts(), "tasks": tasks, "rows": [asdict(row) for row in rows],
         }  # fmt: skip
+        if request.base:
+            of_base = {name: _results(name, result, data) for name, result in task_scores(alone).items()}
+            content["base"] = {"tasks": of_base, "rows": [asdict(row) for row in alone]}
+            content["changes"] = {
+                task: {name: change and asdict(change) for name, change in zip(("loss", "score"), both, strict=True)}
+                for task, both in changes.items()
+            }
         with atomic_file(path) as new:
             new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return scores
@@ -170,6 +191,33 @@ def _table(scores: dict[str, TaskScore], data: TaskData) -> Table:
         cells = [_format_value(results[key], results[f"{key}_error"]) for key in ("loss", "accuracy", "greedy")]
         table.add_row(name, str(result.examples), *cells)
     return table
+
+
+def _changes(before: Sequence[RowScore], after: Sequence[RowScore]) -> dict[str, tuple[Difference | None, ...]]:
+    """Returns what the adapter changes of the loss and the score of each task, and of all together; {} without rows."""
+    names = dict.fromkeys(row.task for row in before)
+    chosen = {name: [name] for name in names} | ({"all tasks": [*names]} if len(names) > 1 else {})
+    found: dict[str, tuple[Difference | None, ...]] = {}
+    for title, tasks in chosen.items():
+        both: list[Any] = [[asdict(row) for row in rows if row.task in tasks] for rows in (before, after)]
+        found[title] = changes_of(*both)
+    return found
+
+
+def _changes_table(changes: dict[str, tuple[Difference | None, ...]]) -> Table:
+    table = Table("task", title="what the adapter changes, by row: mean and 95% interval; * beyond noise")
+    for title in ("loss per answer token", "score"):
+        table.add_column(title, justify="right")
+    for name, both in changes.items():
+        table.add_row(name, *(_format_change(change) for change in both))
+    return table
+
+
+def _format_change(change: Difference | None) -> str:
+    if change is None:
+        return "-"
+    mark = " *" if is_beyond_noise(change) else ""
+    return f"{change.estimate:+.3f} [{change.low:+.3f}, {change.high:+.3f}]{mark}"
 
 
 def _format_value(value: float | None, error: float | None) -> str:

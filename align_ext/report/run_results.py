@@ -115,7 +115,7 @@ def read_run(folder: Path) -> Run:
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"the run in {shown_path(folder)} is damaged: {reason_of(error)}") from error
     ids = [row["id"] for row in rows["after"]]
-    return Run(folder.resolve().name, results, changes, _overall(rows, _losses), _overall(rows, _scores), ids)
+    return Run(folder.resolve().name, results, changes, *changes_of(rows["before"], rows["after"]), ids)
 
 
 def _rows(file: Path) -> dict[str, list[Row]]:
@@ -132,9 +132,18 @@ def _rows(file: Path) -> dict[str, list[Row]]:
 
 
 def _change(task: str, results: dict[str, Any], rows: dict[str, list[Row]]) -> TaskChange:
-    of_task = {when: [row for row in found if row["task"] == task] for when, found in rows.items()}
+    before, after = ([row for row in rows[when] if row["task"] == task] for when in ("before", "after"))
     scores = results["before"]["tasks"][task], results["after"]["tasks"][task]
-    return TaskChange(task, *scores, _overall(of_task, _losses), _overall(of_task, _scores))
+    return TaskChange(task, *scores, *changes_of(before, after))
+
+
+def changes_of(before: list[Row], after: list[Row]) -> tuple[Difference | None, Difference | None]:
+    """Returns the changes of the loss a token and of the score between two scorings of the same rows.
+
+    Each is paired by distinct row: the mean over the tasks, or None for a single row, or where nothing was scored.
+    """
+    rows = {"before": before, "after": after}
+    return _overall(rows, _losses), _overall(rows, _scores)
 
 
 def _overall(rows: dict[str, list[Row]], changes: Any) -> Difference | None:

@@ -106,6 +106,30 @@ def test_rows_that_repeat_others_count_once_in_eval_and_train(run, place):
     assert "Repeated held-out rows count once." in (place / "work/out/report.html").read_text()
 
 
+@pytest.mark.parametrize("architecture", ["align_lora", "multi_adapter"])
+def test_the_base_beside_the_adapter_is_paired_by_row(run, place, architecture):
+    trained(run, place, "--architecture", architecture)
+    base, _ = scored(run, place)
+    found, out = scored(run, place, "--adapter", "out/adapter", "--base")
+    assert "what the adapter changes, by row" in out
+    assert found["base"]["tasks"] == base["tasks"]
+    assert [row["nll"] for row in found["base"]["rows"]] == [row["nll"] for row in base["rows"]]
+    assert found["changes"].keys() == {"threes", "next", "all tasks"}
+    losses = {task: found["tasks"][task]["loss"] - base["tasks"][task]["loss"] for task in ("threes", "next")}
+    for task, difference in losses.items():
+        change = found["changes"][task]["loss"]
+        assert change["estimate"] == pytest.approx(difference, abs=1e-9)
+        assert change["low"] <= change["estimate"] <= change["high"]
+        assert f"{difference:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]" in " ".join(out.split())
+    assert found["changes"]["all tasks"]["loss"]["estimate"] == pytest.approx(sum(losses.values()) / 2)
+    for flags in (["--base"], ["--base", "--adapter", "out/adapter", "--merge"]):
+        code, _, err = run("eval", *common(place), *flags)
+        assert (code, err) == (
+            2, "align-lora: error: --base goes with --adapter, and without --merge: it is what the adapter stands "
+            "beside\n",
+        )  # fmt: skip
+
+
 def test_a_run_says_which_rows_it_held_out_and_how_it_read_them(run, place):
     mine = [{"question": row["prompt"], "said": row["completion"]} for row in rows() if row["task"] == "next"]
     write_rows(place / "mine.jsonl", mine)
