@@ -8,14 +8,21 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from align_ext.architectures import ARCHITECTURES, HYDRA_WITHOUT_ROUTER, Architecture, Row
+from align_ext.option_rules import (
+    as_tuple,
+    bandwidths_rule,
+    blocks_rule,
+    layers_rule,
+    probability_rule,
+    targets_rule,
+    weight_rule,
+)
 from align_ext.system.bounds import (
     MAX_SIZE,
     by_name,
     check_options,
     documented,
     integer_rule,
-    is_number,
-    is_positive,
     is_whole,
     not_negative,
     option,
@@ -32,40 +39,6 @@ Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "random_heads"]
 DEFAULT_WEIGHT: Mapping[str, float] = {"kl": 0.1, "mmd": 0.15, "l2": 0.1}
 AUTO: Any = "auto"  # an option's default that depends on the architecture
 MOST_TASKS = 10_000  # a limit, since reports have tables of all pairs of tasks
-
-
-def _as_tuple(value: Any) -> tuple[Any, ...]:
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
-
-
-def _probability_rule(value: Any) -> str | None:
-    """Checks for a number in [0, 1) after rounding to a multiple of 1/65536, as in the kernels."""
-    return None if is_number(value) and 0 <= round(value * 65536) < 65536 else "in [0, 1)"
-
-
-def _weight_rule(value: Any) -> str | None:
-    return f"{wanted}, or None for the default" if (wanted := not_negative(value)) else None
-
-
-def _targets_rule(value: Any) -> str | None:
-    return None if value else 'suffixes of module names, a regular expression or "all-linear"'
-
-
-def _bandwidths_rule(value: Any) -> str | None:
-    valid = isinstance(value, tuple) and 1 <= len(value) <= 32 and all(map(is_positive, value))
-    return None if valid else "1 to 32 positive numbers, or None"
-
-
-def _layers_rule(value: Any) -> str | None:
-    valid = isinstance(value, tuple) and all(is_whole(number, 0, MAX_SIZE) for number in value)
-    return None if valid else "numbers of layers, from 0"
-
-
-def _blocks_rule(value: Any) -> str | None:
-    valid = isinstance(value, tuple) and all(block in ("attention", "mlp") for block in value)
-    return None if valid else 'of "attention" and "mlp", or empty for linear layers'
 
 
 @documented
@@ -86,11 +59,11 @@ class AlignLoraConfig:
     )
     r: int = option(8, "rank of A and B.", integer_rule())
     lora_alpha: float = option(32, "alpha; the scaling is s = alpha / r.", positive)
-    lora_dropout: float = option(0.1, "p, of dropout at dropout_site, in [0, 1).", _probability_rule)
+    lora_dropout: float = option(0.1, "p, of dropout at dropout_site, in [0, 1).", probability_rule)
     target_modules: tuple[str, ...] | str = option(
         ("gate_proj", "up_proj", "down_proj"),
         'suffixes of module names, a regular expression for the whole name, or "all-linear".',
-        _targets_rule,
+        targets_rule,
     )
     exclude_modules: tuple[str, ...] | str = option((), "suffixes, or a regular expression, of modules to leave alone.")
     rank_pattern: Mapping[str, int] = option(
@@ -99,7 +72,7 @@ class AlignLoraConfig:
     )  # fmt: skip
     alpha_pattern: Mapping[str, float] = option({}, "alphas of layers, likewise.", by_name(positive))
     layers_to_transform: tuple[int, ...] = option(
-        (), "numbers of the layers to adapt, where target_modules are suffixes; empty: all.", _layers_rule
+        (), "numbers of the layers to adapt, where target_modules are suffixes; empty: all.", layers_rule
     )
     layers_pattern: tuple[str, ...] = option(
         (), "names of the lists that these layers are in, as in layers.3; empty: the first number of a name counts."
@@ -110,7 +83,7 @@ class AlignLoraConfig:
         "that classifies or answers by spans, which starts at random; empty: none.",
     )
     target_blocks: tuple[str, ...] = option(
-        AUTO, 'adapt whole blocks in place of linear layers: "attention", "mlp" or both (mtLoRA).', _blocks_rule
+        AUTO, 'adapt whole blocks in place of linear layers: "attention", "mlp" or both (mtLoRA).', blocks_rule
     )
     use_rslora: bool = option(False, "s = alpha / sqrt(r) (2312.03732).")
     init_lora_weights: Init = option(
@@ -152,7 +125,7 @@ class AlignLoraConfig:
         "latents, whatever their task) or None; any architecture.",
     )
     align_weight: float | None = option(
-        None, 'lambda in loss + lambda * align; None: 0.1 for "kl" and "l2", 0.15 for "mmd".', _weight_rule
+        None, 'lambda in loss + lambda * align; None: 0.1 for "kl" and "l2", 0.15 for "mmd".', weight_rule
     )
     num_tasks: int | None = option(
         None,
@@ -181,7 +154,7 @@ class AlignLoraConfig:
     )
     align_queue: int = option(4, "K, how many micro-batches the queue holds.", integer_rule())
     mmd_bandwidths: tuple[float, ...] | None = option(
-        None, "None for multiples of the mean squared distance, or the bandwidths themselves.", _bandwidths_rule
+        None, "None for multiples of the mean squared distance, or the bandwidths themselves.", bandwidths_rule
     )
     mmd_kernels: int = option(5, "K, how many such multiples.", integer_rule(1, 32, "in 1 .. 32"))
     mmd_statistic: Literal["v", "u"] = option("v", '"v", or "u" for the unbiased one.')
@@ -220,8 +193,8 @@ class AlignLoraConfig:
             self._normalise_names(name)
         if self.modules_to_save != AUTO:
             self._set("modules_to_save", check_names(self.modules_to_save, "modules_to_save"))
-        self._set("layers_to_transform", _as_tuple(self.layers_to_transform))
-        self._set("layers_pattern", check_names(_as_tuple(self.layers_pattern), "layers_pattern"))
+        self._set("layers_to_transform", as_tuple(self.layers_to_transform))
+        self._set("layers_pattern", check_names(as_tuple(self.layers_pattern), "layers_pattern"))
         for name in ("rank_pattern", "alpha_pattern"):
             given = {} if getattr(self, name) is None else getattr(self, name)
             self._set(name, dict(given) if isinstance(given, Mapping) else given)

@@ -18,7 +18,6 @@ from align_ext.adapters.base import Adapter
 from align_ext.alignment.model_state import AlignState
 from align_ext.base_model.adopt_peft import PEFT_PREFIX
 from align_ext.base_model.fingerprint import BaseModel
-from align_ext.base_model.modules_to_save import HEADS
 from align_ext.config import AlignLoraConfig
 from align_ext.io.peft_format import (
     BY_LAYER,
@@ -31,11 +30,12 @@ from align_ext.io.peft_format import (
     plain_lora_config,
     scalings,
 )
+from align_ext.io.read_peft import read_file, read_peft, read_trained
 from align_ext.system.bounds import is_number
 from align_ext.system.messages import shown, shown_path
 from align_ext.system.names import check_names
 from align_ext.system.reading import check_folder, exists, read_json
-from align_ext.system.tensors import check_tensors, digest_of, read_tensors, write_tensors
+from align_ext.system.tensors import check_tensors, digest_of, write_tensors
 
 __all__ = ["AdapterFolder", "check_tensors", "write_tensors"]
 
@@ -101,13 +101,13 @@ class AdapterFolder:
         peft = read_json(path / PEFT_CONFIG) if exists(path / PEFT_CONFIG) else {}
         if config is not None and (exists(path / STATE) or not one_lora(config)):
             file, trained = path / STATE, dict[str, Tensor]()
-            tensors, record = _read_file(file)
+            tensors, record = read_file(file)
         else:
             file = path / WEIGHTS
-            tensors, trained, record = _read_peft(path, peft)
+            tensors, trained, record = read_peft(path, peft)
             config = config or plain_lora_config(path / PEFT_CONFIG, peft, _module_names(tensors))
         in_peft = bool(trained) or not exists(path / TRAINED)
-        trained |= {} if in_peft else _read_trained(path / TRAINED)
+        trained |= {} if in_peft else read_trained(path / TRAINED)
         check_tensors(trained, trained)
         if plain:
             check_targets(path / PEFT_CONFIG, peft, _module_names(tensors))
@@ -168,7 +168,7 @@ class AdapterFolder:
             path = self.path / where
             if not exists(path / WEIGHTS):
                 continue  # the folder has no files for PEFT
-            peft, tensors = read_json(path / PEFT_CONFIG), _read_file(path / WEIGHTS)[0]
+            peft, tensors = read_json(path / PEFT_CONFIG), read_file(path / WEIGHTS)[0]
             if "modules_to_save" not in peft:  # older versions wrote the other trained tensors to a separate file
                 tensors |= {f"{PEFT_PREFIX}{name}": tensor for name, tensor in self.trained.items()}
             layers = [key.removeprefix(PEFT_PREFIX) for key in form.tensors if key.endswith(".lora_A.weight")]
@@ -269,62 +269,6 @@ def build_adapters(
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON object."""
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if not exists(file):
-        raise ValueError(f"{shown_path(file.parent)} is no adapter folder: {file.name} is missing")
-    return read_tensors(file)
-
-
-def _read_peft(path: Path, peft: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-    """Returns the tensors of the adapters by our keys, those of modules_to_save, and the record, of a PEFT folder."""
-    tensors, record = _read_file(path / WEIGHTS)
-    if not peft:
-        raise ValueError(f"{shown_path(path)} is no adapter folder: {PEFT_CONFIG} is missing")
-    modules = peft.get("modules_to_save") or []
-    check_names(modules, f"{shown_path(path / PEFT_CONFIG)}: modules_to_save")
-    lora, trained, unknown, contents = {}, {}, [], set()
-    for key, tensor in tensors.items():
-        name = key.removeprefix(PEFT_PREFIX)
-        owners = [module for module in modules if f"{module}." in name]
-        match = re.fullmatch(r"(.+\.lora_[AB])\.weight", name)
-        if name != key and match:
-            lora[match[1]] = tensor
-        elif name != key and owners and ".lora_" not in name:
-            trained[name] = tensor
-            contents.update(owners)
-        else:
-            unknown.append(key)
-    file = shown_path(path / WEIGHTS)
-    if peft.get("ensure_weight_tying"):  # PEFT then also writes a tied tensor under its other names
-        tied_copies = {key for key in unknown if any(torch.equal(tensors[key], tensor) for tensor in trained.values())}
-        trained |= {key.removeprefix(PEFT_PREFIX): tensors[key] for key in tied_copies}
-        unknown = [key for key in unknown if key not in tied_copies]
-    if unknown:
-        keys = f"of its keys {len(unknown)} are unexpected {shown(sorted(unknown)[:3])}"
-        raise ValueError(f"{file} is no plain LoRA: {keys}{_advice(unknown, peft)}")
-    empty = [name for name in modules if name not in contents and (name not in HEADS or not contents)]
-    if empty:
-        raise ValueError(f"{file} has no tensors of modules_to_save={shown(empty[0])}")
-    return lora, trained, record
-
-
-def _advice(unknown: Sequence[str], peft: Mapping[str, Any]) -> str:
-    """Returns advice on keys of a PEFT folder that are not those of plain LoRA."""
-    if (bias := peft.get("bias", "none")) != "none":
-        return f'; bias={shown(bias)} trained biases: train with bias="none"'
-    if any(".base_layer." in key or ".lora_embedding_" in key for key in unknown):
-        return "; PEFT adapted an embedding or the head: leave it out of target_modules, or merge the adapter by PEFT"
-    if all(key.startswith(PEFT_PREFIX) and ".lora_" not in key for key in unknown):
-        return f"; if PEFT wrote whole modules (save_embedding_layers), name them in modules_to_save of {PEFT_CONFIG}"
-    return ""
-
-
-def _read_trained(file: Path) -> dict[str, Tensor]:
-    """Reads the tensors that were trained beside the adapters, by name in the plain model."""
-    tensors, _ = _read_file(file)
-    return {name.removeprefix(PEFT_PREFIX).replace(".base_layer.", "."): t for name, t in tensors.items()}
 
 
 def _config(file: Path, options: dict[str, Any]) -> AlignLoraConfig:

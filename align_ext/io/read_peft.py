@@ -1,0 +1,74 @@
+"""Reads the tensors of a folder of PEFT's form: the adapters', and those that were trained beside them."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from align_ext.base_model.adopt_peft import PEFT_PREFIX
+from align_ext.base_model.modules_to_save import HEADS
+from align_ext.io.peft_format import PEFT_CONFIG, WEIGHTS
+from align_ext.system.messages import shown, shown_path
+from align_ext.system.names import check_names
+from align_ext.system.reading import exists
+from align_ext.system.tensors import read_tensors
+
+
+def read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns the tensors of a file, and what it records beside them; a missing file is an error."""
+    if not exists(file):
+        raise ValueError(f"{shown_path(file.parent)} is no adapter folder: {file.name} is missing")
+    return read_tensors(file)
+
+
+def read_peft(path: Path, peft: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """Returns the tensors of the adapters by our keys, those of modules_to_save, and the record, of a PEFT folder."""
+    tensors, record = read_file(path / WEIGHTS)
+    if not peft:
+        raise ValueError(f"{shown_path(path)} is no adapter folder: {PEFT_CONFIG} is missing")
+    modules = peft.get("modules_to_save") or []
+    check_names(modules, f"{shown_path(path / PEFT_CONFIG)}: modules_to_save")
+    lora, trained, unknown, contents = {}, {}, [], set()
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PEFT_PREFIX)
+        owners = [module for module in modules if f"{module}." in name]
+        match = re.fullmatch(r"(.+\.lora_[AB])\.weight", name)
+        if name != key and match:
+            lora[match[1]] = tensor
+        elif name != key and owners and ".lora_" not in name:
+            trained[name] = tensor
+            contents.update(owners)
+        else:
+            unknown.append(key)
+    file = shown_path(path / WEIGHTS)
+    if peft.get("ensure_weight_tying"):  # PEFT then also writes a tied tensor under its other names
+        tied_copies = {key for key in unknown if any(torch.equal(tensors[key], tensor) for tensor in trained.values())}
+        trained |= {key.removeprefix(PEFT_PREFIX): tensors[key] for key in tied_copies}
+        unknown = [key for key in unknown if key not in tied_copies]
+    if unknown:
+        keys = f"of its keys {len(unknown)} are unexpected {shown(sorted(unknown)[:3])}"
+        raise ValueError(f"{file} is no plain LoRA: {keys}{_advice(unknown, peft)}")
+    empty = [name for name in modules if name not in contents and (name not in HEADS or not contents)]
+    if empty:
+        raise ValueError(f"{file} has no tensors of modules_to_save={shown(empty[0])}")
+    return lora, trained, record
+
+
+def _advice(unknown: Sequence[str], peft: Mapping[str, Any]) -> str:
+    """Returns advice on keys of a PEFT folder that are not those of plain LoRA."""
+    if (bias := peft.get("bias", "none")) != "none":
+        return f'; bias={shown(bias)} trained biases: train with bias="none"'
+    if any(".base_layer." in key or ".lora_embedding_" in key for key in unknown):
+        return "; PEFT adapted an embedding or the head: leave it out of target_modules, or merge the adapter by PEFT"
+    if all(key.startswith(PEFT_PREFIX) and ".lora_" not in key for key in unknown):
+        return f"; if PEFT wrote whole modules (save_embedding_layers), name them in modules_to_save of {PEFT_CONFIG}"
+    return ""
+
+
+def read_trained(file: Path) -> dict[str, Tensor]:
+    """Reads the tensors that were trained beside the adapters, by name in the plain model."""
+    tensors, _ = read_file(file)
+    return {name.removeprefix(PEFT_PREFIX).replace(".base_layer.", "."): t for name, t in tensors.items()}

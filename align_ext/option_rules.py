@@ -1,0 +1,46 @@
+"""The rules of AlignLoraConfig's options: each returns what a value must be, or None if it is valid."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from align_ext.system.bounds import MAX_SIZE, is_number, is_positive, is_whole, not_negative
+
+
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    """Returns a list of values as a tuple: of one value alone, and of None, too."""
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
+
+
+def probability_rule(value: Any) -> str | None:
+    """Checks for a number in [0, 1) after rounding to a multiple of 1/65536, as in the kernels."""
+    return None if is_number(value) and 0 <= round(value * 65536) < 65536 else "in [0, 1)"
+
+
+def weight_rule(value: Any) -> str | None:
+    """Checks for a weight of a loss, or None."""
+    return f"{wanted}, or None for the default" if (wanted := not_negative(value)) else None
+
+
+def targets_rule(value: Any) -> str | None:
+    """Checks that target_modules names something."""
+    return None if value else 'suffixes of module names, a regular expression or "all-linear"'
+
+
+def bandwidths_rule(value: Any) -> str | None:
+    """Checks for bandwidths of the MMD, or None."""
+    valid = isinstance(value, tuple) and 1 <= len(value) <= 32 and all(map(is_positive, value))
+    return None if valid else "1 to 32 positive numbers, or None"
+
+
+def layers_rule(value: Any) -> str | None:
+    """Checks for numbers of layers."""
+    valid = isinstance(value, tuple) and all(is_whole(number, 0, MAX_SIZE) for number in value)
+    return None if valid else "numbers of layers, from 0"
+
+
+def blocks_rule(value: Any) -> str | None:
+    """Checks for names of blocks."""
+    valid = isinstance(value, tuple) and all(block in ("attention", "mlp") for block in value)
+    return None if valid else 'of "attention" and "mlp", or empty for linear layers'
