@@ -34,6 +34,12 @@ def one_by_one(values: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(v for value in values for v in (value if isinstance(value, (list, tuple)) else [value]))
 
 
+def _gradients_of(value: Any) -> int | None:
+    """Returns how many gradients torch wants of a list of tensors, also of an empty one of whatever; None: one."""
+    tensors = isinstance(value, (list, tuple)) and all(isinstance(v, Tensor) for v in value)
+    return len(value) if tensors else None
+
+
 def apply_of(function: Any) -> Callable[..., Any]:
     """Returns an autograd.Function's apply without the 2 us of Python that only torch.func needs."""
     return super(torch.autograd.Function, function).apply
@@ -58,7 +64,8 @@ def differentiable(
     operator = getattr(torch.ops.align_ext, name).default
     arguments = [argument.name for argument in operator._schema.arguments]
     positions = [arguments.index(argument) for argument in trained or arguments]
-    takes_lists = any(isinstance(operator._schema.arguments[position].type, torch.ListType) for position in positions)
+    is_list = [isinstance(argument.type, torch.ListType) for argument in operator._schema.arguments]
+    takes_lists, has_lists = any(is_list[position] for position in positions), any(is_list)
     flatten: Any = one_by_one if any(isinstance(r.type, torch.ListType) for r in operator._schema.returns) else None
 
     def select_one_by_one(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -68,11 +75,7 @@ def differentiable(
 
     def setup_registered(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.eager = False
-        # How many gradients torch wants of a list of tensors; an empty one, of whatever, is one to it.
-        ctx.lengths = [
-            len(value) if isinstance(value, (list, tuple)) and all(isinstance(v, Tensor) for v in value) else None
-            for value in inputs
-        ]
+        ctx.lengths = [_gradients_of(value) for value in inputs] if has_lists else [None] * len(inputs)
         setup_context(ctx, inputs, flatten(output) if flatten else output)
 
     def backward_registered(ctx: Any, *d_outputs: Any) -> tuple[Any, ...]:

@@ -142,14 +142,13 @@ def changes_of(before: list[Row], after: list[Row]) -> tuple[Difference | None, 
 
     Each is paired by distinct row: the mean over the tasks, or None for a single row, or where nothing was scored.
     """
-    rows = {"before": before, "after": after}
-    return _overall(rows, _losses), _overall(rows, _scores)
+    return _overall(before, after, _losses), _overall(before, after, _scores)
 
 
-def _overall(rows: dict[str, list[Row]], changes: Any) -> Difference | None:
+def _overall(before: list[Row], after: list[Row], changes: Any) -> Difference | None:
     """Returns the mean over tasks of what changed in distinct rows; tasks of one, or without numbers, are left out."""
-    kept_rows = distinct([row["id"] for row in rows["before"]])
-    before, after = ([rows[when][i] for i in kept_rows] for when in ("before", "after"))
+    kept_rows = distinct([row["id"] for row in before])
+    before, after = ([rows[i] for i in kept_rows] for rows in (before, after))
     kept: list[Floats] = []
     for task in dict.fromkeys(row["task"] for row in before):
         pairs = [(one, other) for one, other in zip(before, after, strict=True) if one["task"] == task]

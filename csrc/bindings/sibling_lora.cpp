@@ -7,14 +7,6 @@ namespace {
 
 using Tensors = std::vector<Tensor>;
 
-ScalarType adapter_type(const Tensor& x, const Tensors& A, const Tensors& B) {
-  bool all_float = x.scalar_type() != ScalarType::Double;
-  for (const Tensors& adapters : {A, B}) {
-    for (const Tensor& adapter : adapters) all_float = all_float && adapter.scalar_type() == ScalarType::Float;
-  }
-  return all_float ? ScalarType::Float : x.scalar_type();
-}
-
 void check_length(const Tensors& list, size_t count, const char* name) {
   ALIGN_CHECK(list.size() == count, name, " must have one tensor for each of the ", count, " layers, got ",
               list.size());
@@ -48,15 +40,19 @@ SiblingLoraShape check_layers(const Tensor& x, const Tensors& A, const Tensors& 
 // The inputs of both passes, contiguous, with all adapters in one dtype.
 struct SiblingTensors {
   Tensor x;
-  ScalarType adapters;
   Tensors A, B;
+  ScalarType adapters;
   Dropout dropout;
 
   SiblingTensors(const Tensor& given_x, const Tensors& given_A, const Tensors& given_B, double p,
                  const OptionalTensor& rng)
-      : x(as_contiguous(given_x)), adapters(adapter_type(given_x, given_A, given_B)), dropout(p, rng, given_x) {
-    for (const Tensor& adapter : given_A) A.push_back(contiguous_as(adapter, adapters));
-    for (const Tensor& adapter : given_B) B.push_back(contiguous_as(adapter, adapters));
+      : x(as_contiguous(given_x)), A(given_A), B(given_B), dropout(p, rng, given_x) {
+    Tensors all = A;
+    all.insert(all.end(), B.begin(), B.end());
+    adapters = adapter_type(x, all);
+    for (Tensors* of_layers : {&A, &B}) {
+      for (Tensor& adapter : *of_layers) adapter = contiguous_as(adapter, adapters);
+    }
   }
 };
 

@@ -5,7 +5,6 @@
 #include <array>
 #include <cstddef>
 #include <cstring>
-#include <initializer_list>
 #include <memory>
 #include <new>
 #include <string>
@@ -171,7 +170,7 @@ T* mutable_data(Tensor& tensor) {
 
 // The dtype in which kernels get the adapters: float32 if all adapters are float32 and x is not float64, otherwise the
 // dtype of x. Kernels round float32 adapters to the dtype of x.
-inline ScalarType adapter_type(const Tensor& x, std::initializer_list<Tensor> adapters) {
+inline ScalarType adapter_type(const Tensor& x, const std::vector<Tensor>& adapters) {
   bool all_float = x.scalar_type() != ScalarType::Double;
   for (const Tensor& adapter : adapters) all_float = all_float && adapter.scalar_type() == ScalarType::Float;
   return all_float ? ScalarType::Float : x.scalar_type();

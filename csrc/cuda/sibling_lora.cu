@@ -1,11 +1,12 @@
 // The layers' A lie one below the other in one adapter matrix, each from a multiple of kMaskedRanks on, so that one
 // pass over x computes all latents, another one all dA, and dx is written once.
 //
+// clang-format off
 //   forward   base, shrink (partials of all z), for each layer: expand (z, y)
-//   backward  for each layer: sweep (dB, partials of dz) or shrink (partials of dz); sum of the partials, for each
-//   layer
-//             without a sweep: backward (dB); backward (dA, dx; in two launches where each mask has fewer ranks),
-//             sum_chunks; base
+//   backward  for each layer: sweep (dB, partials of dz) or shrink (partials of dz), and the sum of the partials;
+//             for each layer without a sweep: backward (dB); backward (dA, dx; in two launches where each mask has
+//             fewer ranks), sum_chunks; base
+// clang-format on
 #include "ops/sibling_lora.h"
 
 #include "cuda/grouped_lora.cuh"
