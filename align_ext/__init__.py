@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from align_ext.alignment.loss_report import LossReport
     from align_ext.config import AlignLoraConfig
     from align_ext.io.save_adapter import export_peft, save_adapter
+    from align_ext.merging.named import add_weighted_adapter, join_adapters
     from align_ext.model.cost import FlopsPerToken, ParameterCount, count_parameters, flops_per_token, match_rank
     from align_ext.model.disable import disable_adapter
     from align_ext.model.load_adapter import load_adapter
     from align_ext.model.merge import merge_and_unload, unload
+    from align_ext.model.named import adapter_names, add_adapter, delete_adapter, set_adapter
     from align_ext.model.replace import adapter_report, replace_linear_with_align_lora
     from align_ext.ops._backend import backend
 
@@ -33,7 +35,10 @@ __all__ = [
     "ParameterCount",
     "TaskCollator",
     "TaskSampler",
+    "adapter_names",
     "adapter_report",
+    "add_adapter",
+    "add_weighted_adapter",
     "align_parts",
     "align_statistics",
     "align_step",
@@ -41,6 +46,7 @@ __all__ = [
     "capture_latents",
     "copy_heads",
     "count_parameters",
+    "delete_adapter",
     "disable_adapter",
     "evaluate",
     "example_latents",
@@ -51,6 +57,7 @@ __all__ = [
     "gradient_cosines",
     "head_bands",
     "head_similarity",
+    "join_adapters",
     "join_tasks",
     "latent_similarity",
     "load_adapter",
@@ -66,6 +73,7 @@ __all__ = [
     "save_adapter",
     "select",
     "separation",
+    "set_adapter",
     "set_task",
     "task_divergence",
     "tsne",
@@ -84,7 +92,10 @@ _LAZY = {  # imported on first use: the operators need torch alone, these names 
     "ParameterCount": "align_ext.model.cost",
     "TaskCollator": "align_ext.data.collator",
     "TaskSampler": "align_ext.data.task_sampler",
+    "adapter_names": "align_ext.model.named",
     "adapter_report": "align_ext.model.replace",
+    "add_adapter": "align_ext.model.named",
+    "add_weighted_adapter": "align_ext.merging.named",
     "align_parts": "align_ext.alignment.context",
     "align_statistics": "align_ext.alignment.accumulation",
     "align_step": "align_ext.alignment.context",
@@ -92,6 +103,7 @@ _LAZY = {  # imported on first use: the operators need torch alone, these names 
     "capture_latents": "align_ext.adapters.capture",
     "copy_heads": "align_ext.diagnostics.heads",
     "count_parameters": "align_ext.model.cost",
+    "delete_adapter": "align_ext.model.named",
     "disable_adapter": "align_ext.model.disable",
     "evaluate": "align_ext.evaluation.evaluate",
     "example_latents": "align_ext.diagnostics.latents",
@@ -102,6 +114,7 @@ _LAZY = {  # imported on first use: the operators need torch alone, these names 
     "gradient_cosines": "align_ext.diagnostics.conflict",
     "head_bands": "align_ext.diagnostics.bands",
     "head_similarity": "align_ext.diagnostics.heads",
+    "join_adapters": "align_ext.merging.named",
     "join_tasks": "align_ext.data.join_tasks",
     "latent_similarity": "align_ext.diagnostics.latents",
     "load_adapter": "align_ext.model.load_adapter",
@@ -117,6 +130,7 @@ _LAZY = {  # imported on first use: the operators need torch alone, these names 
     "save_adapter": "align_ext.io.save_adapter",
     "select": "align_ext.data.tasks",
     "separation": "align_ext.diagnostics.separation",
+    "set_adapter": "align_ext.model.named",
     "set_task": "align_ext.alignment.context",
     "task_divergence": "align_ext.diagnostics.latents",
     "tsne": "align_ext.diagnostics.separation",

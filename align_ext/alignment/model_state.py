@@ -30,6 +30,8 @@ class AlignState:
 
     def __init__(self, config: AlignLoraConfig) -> None:
         self.config = config
+        self.name = "default"  # of the adapter, among those of the model (model/named.py)
+        self.others: dict[str, Any] = {}  # the model's adapters that are not active, by name; one dictionary for all
         self.names: list[str] = []
         self.rank = 0  # the largest one of the layers
         self.tasks = config.num_tasks or 0

@@ -11,7 +11,7 @@ align_ext/merging/lorahub.py finds the weights for `combined` from examples.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from align_ext.adapters.adapted_linear import AdaptedLinear
+from align_ext.adapters.base import Adapter
 from align_ext.base_model.adopt_peft import PEFT_PREFIX
 from align_ext.base_model.fingerprint import BaseModel
 from align_ext.config import AlignLoraConfig
@@ -72,13 +73,19 @@ def read_lora(folder: str | os.PathLike[str]) -> LoraWeights:
     )
     if reason is not None:
         raise ValueError(f"{shown_path(stored.path)}: only plain LoRA adapters can be composed: {reason}")
+    base = {} if stored.base is None else {"base": stored.base.to_dict()}
+    config = dict(stored.peft) | {"base_model_name_or_path": stored.base_name} | base
+    return LoraWeights(matrices(stored.adapters), config)
+
+
+def matrices(adapters: Mapping[str, Adapter]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Returns A and B of adapters by module name, in float32; B includes the scaling."""
     layers = {}
-    for name, adapter in sorted(stored.adapters.items()):
+    for name, adapter in sorted(adapters.items()):
         terms = adapter.delta_factors()
         A, B = torch.cat([A.detach() for A, _ in terms]), torch.cat([B.detach() for _, B in terms], 1)
         layers[name] = (A.float(), B.float() * adapter.scaling)
-    base = {} if stored.base is None else {"base": stored.base.to_dict()}
-    return LoraWeights(layers, dict(stored.peft) | {"base_model_name_or_path": stored.base_name} | base)
+    return layers
 
 
 def write_lora(adapter: LoraWeights, folder: str | os.PathLike[str]) -> None:
@@ -129,7 +136,7 @@ def combined(adapters: Sequence[LoraWeights], weights: Sequence[float]) -> LoraW
     Raises:
         ValueError: no adapters, not as many weights, or adapters that do not fit each other.
     """
-    _check(adapters, weights, same_rank=True)
+    check_adapters(adapters, weights, same_rank=True)
     layers = {}
     for name in adapters[0].layers:
         pairs = [adapter.layers[name] for adapter in adapters]
@@ -150,7 +157,7 @@ def task_arithmetic(adapters: Sequence[LoraWeights], weights: Sequence[float]) -
     Raises:
         ValueError: no adapters, not as many weights, or adapters that do not fit each other.
     """
-    _check(adapters, weights)
+    check_adapters(adapters, weights)
     layers = {}
     for name in adapters[0].layers:
         pairs = [adapter.layers[name] for adapter in adapters]
@@ -174,7 +181,7 @@ def ties(adapters: Sequence[LoraWeights], density: float = 0.2, weight: float = 
     Raises:
         ValueError: no adapters, adapters that do not fit each other, or a density out of range.
     """
-    _check(adapters)
+    check_adapters(adapters)
     if not 0 < density <= 1:
         raise ValueError(f"density must be in (0, 1], got {density!r}")
     thresholds = [_trim_threshold(adapter, density) for adapter in adapters]
@@ -279,7 +286,9 @@ def linear_of(model: nn.Module, name: str) -> nn.Module:
         raise ValueError(f"the model has no layer {name!r}: the adapters are of another base") from error
 
 
-def _check(adapters: Sequence[LoraWeights], weights: Sequence[float] | None = None, *, same_rank: bool = False) -> None:
+def check_adapters(
+    adapters: Sequence[LoraWeights], weights: Sequence[float] | None = None, *, same_rank: bool = False
+) -> None:
     """Raises ValueError unless the adapters have one base model and the same layers, and each has a weight."""
     if not adapters:
         raise ValueError("adapters is empty: give at least one")

@@ -9,19 +9,23 @@ from torch import nn
 
 from align_ext.adapters.adapted_block import adapted_layers
 from align_ext.adapters.base import Adapter
-from align_ext.alignment.model_state import find_state
+from align_ext.alignment.model_state import find_state, require_state
 from align_ext.base_model.modules_to_save import check_ties, parameters_to_load, plain_name, set_buffers, start_training
 from align_ext.base_model.sharded import full_shapes, set_values, unwrapped
 from align_ext.config import AlignLoraConfig
 from align_ext.io.adapter_folder import AdapterFolder, adapter_tensors, key_options
+from align_ext.model.named import active_adapter, new_adapter
 from align_ext.model.replace import insert_adapters, layer_names
 from align_ext.system.messages import shown
+from align_ext.system.names import check_names
 from align_ext.system.tensors import check_tensors
 
 logger = logging.getLogger(__name__)
 
 
-def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, force: bool = False) -> nn.Module:
+def load_adapter(
+    model: nn.Module, folder: str | os.PathLike[str], adapter_name: str | None = None, *, force: bool = False
+) -> nn.Module:
     """Loads an adapter folder of save_adapter or of stock PEFT strictly; training can be continued.
 
     Tensors that were trained beside the adapters replace the base's values; unload restores these.
@@ -29,6 +33,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, force: boo
     Args:
         model: a plain model, into which the folder's adapters are inserted, or one with adapters of the same kind.
         folder: the folder.
+        adapter_name: the adapter that gets the folder's values, active or not, or that is added to those that the model
+            has (set_adapter makes it the active one); None: the active one.
         force: load it even if its record says that it belongs to another base model.
 
     Returns:
@@ -40,8 +46,16 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, force: boo
             or no such folder. The model is then unchanged.
     """
     outer, model = model, unwrapped(model)
-    stored = AdapterFolder.read(folder)
     state = find_state(model)
+    if state is not None and adapter_name not in (None, state.name):
+        assert adapter_name is not None
+        known = adapter_name in state.others
+        with active_adapter(model, adapter_name) if known else new_adapter(model, adapter_name):
+            load_adapter(model, folder, force=force)
+        return outer
+    if adapter_name is not None:
+        check_names([adapter_name], "adapter_name")
+    stored = AdapterFolder.read(folder)
     if state is not None:
         _refuse_other_options(stored, state.config)
     check_ties(model, stored.trained, alone=not stored.tied)  # before check_model, which would report another base
@@ -59,6 +73,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, force: boo
         logger.warning("%s is rounded to %s, as the base model is", ", ".join(rounded), parameters[rounded[0]].dtype)
     if state is None:
         start_training(model, stored.trained)
+        require_state(model).name = adapter_name or "default"
     set_values(parameters, stored.trained, "load_adapter")
     set_buffers(model, stored.trained)
     return outer

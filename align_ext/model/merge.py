@@ -85,7 +85,7 @@ def merge_and_unload(
                 layer.merged_weight(delta(layer))  # checks all layers before the first is changed
         except ValueError as error:
             raise ValueError(f"{name} cannot be merged: {error}") from error
-    plain = _restore_layers(model, {name: layer.merged_base(delta(layer)) for name, layer in linears.items()})
+    plain = restore_layers(model, {name: layer.merged_base(delta(layer)) for name, layer in linears.items()})
     if before is not None and batch is not None:
         plain.merge_report = _compare(before, _log_probabilities(plain, batch))  # type: ignore[assignment]
         logger.info("merged approximately: %s", plain.merge_report)
@@ -107,7 +107,7 @@ def unload(model: nn.Module) -> nn.Module:
     for layer in layers.values():
         if isinstance(layer, AdaptedLinear):
             layer.unmerge()
-    return _restore_layers(model, {name: layer.base_layer for name, layer in layers.items()})
+    return restore_layers(model, {name: layer.base_layer for name, layer in layers.items()})
 
 
 def _approximation_problem(layer: AdaptedLinear | AdaptedBlock) -> str | None:
@@ -119,7 +119,8 @@ def _approximation_problem(layer: AdaptedLinear | AdaptedBlock) -> str | None:
     )
 
 
-def _restore_layers(model: nn.Module, bases: dict[str, nn.Module]) -> nn.Module:
+def restore_layers(model: nn.Module, bases: Mapping[str, nn.Module]) -> nn.Module:
+    """Puts layers in the places of the adapted ones; returns the plain model."""
     for name, base in bases.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, base)

@@ -44,7 +44,7 @@ from align_ext.base_model.select_layers import (
 )
 from align_ext.config import AlignLoraConfig
 from align_ext.model.arguments import resolve_config
-from align_ext.model.save_pretrained import override_methods
+from align_ext.model.save_pretrained import override_methods, refuse_outer_model
 from align_ext.system.messages import shown
 from align_ext.system.names import Matcher, check_names
 
@@ -164,21 +164,16 @@ def insert_adapters(
         refuse_other_modalities(model, layers)
     if fill is not None:
         fill({name: layer.adapter for name, layer in layers.items()})
-    register_hooks(model, state)  # the last call that may raise
+    put_in_place(model, state, layers)  # the last call that may raise
     keep_differentiable(model)
     model.requires_grad_(False)
     for name, layer in layers.items():
         layer.adapter.requires_grad_(True)
         if config.needs_step:
             layer.adapter.join(state, name)
-        layer.training = layer.base_layer.training
-        layer.adapter.train(layer.training)
         layer.dequantised = dequantised
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
+        layer.register_state_dict_pre_hook(refuse_outer_model)
         report.replaced.append(name)
-    if config.share_inputs:
-        join_siblings(model)
     watch_layers(model, state)
     if adopting:
         state.originals = adopt_full_modules(model, full_modules)
@@ -187,11 +182,23 @@ def insert_adapters(
     if ranks is None:
         report.trained = full_names
         start_training(model, [name for name in tensors_of(model) if is_inside(name, full_names)])
-    override_methods(model)
     state.samples = dict(BaseModel.of(model).weights)
     state.report = report
     (logger.warning if report.unmatched else logger.info)("%s", report)
     return model
+
+
+def put_in_place(model: nn.Module, state: AlignState, layers: Mapping[str, Adapted]) -> None:
+    """Puts adapted layers in the places of their base layers; if anything raises, the model is unchanged."""
+    register_hooks(model, state)
+    for name, layer in layers.items():
+        layer.training = layer.base_layer.training
+        layer.adapter.train(layer.training)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+    if state.config.share_inputs:
+        join_siblings(model)
+    override_methods(model)
 
 
 def layer_names(model: nn.Module) -> list[str]:

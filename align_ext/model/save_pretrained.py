@@ -39,9 +39,7 @@ def override_methods(model: nn.Module) -> None:
     Methods of a PeftModel that would silently ignore the adapters raise an error; its disable_adapter is ours.
     """
     for module in model.modules():
-        if isinstance(module, AdaptedModule):
-            module.register_state_dict_pre_hook(_refuse_outer_model)
-        elif any(isinstance(m, AdaptedModule) for m in module.modules()):
+        if any(isinstance(m, AdaptedModule) for m in module.modules()):
             # Partial functions, since these can be copied and pickled with the model.
             if hasattr(type(module), "save_pretrained"):
                 write: Any = _save if module is model else _refuse_submodule
@@ -102,7 +100,7 @@ def _refuse_submodule(module: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
     )
 
 
-def _refuse_outer_model(layer: nn.Module, prefix: str, keep_vars: bool) -> None:
+def refuse_outer_model(layer: nn.Module, prefix: str, keep_vars: bool) -> None:
     """Raises if any model's save_pretrained asks for a layer's tensors."""
     for method, owner in _callers():
         if method == "save_pretrained":
