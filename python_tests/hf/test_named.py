@@ -144,6 +144,26 @@ def test_a_compiled_model_follows():
         assert torch.equal(logits(compiled), logits(model))
 
 
+def test_other_values_come_in_place_without_a_new_compilation(tmp_path):
+    """A hotswap: the folder of another training run with the same options."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    options = {"architecture": "lora", "r": 2}
+    other = alone(options, 2)
+    save_adapter(other, tmp_path / "other")
+    model = alone(options, 1)
+    compiled = torch.compile(model, backend=backend)
+    logits(compiled)
+    count = len(graphs)
+    load_adapter(model, tmp_path / "other")
+    assert torch.equal(logits(compiled), logits(other))
+    assert len(graphs) == count > 0
+
+
 def test_an_encoder_decoder_s_layers_keep_seeing_their_tokens():
     def aligned(seed):
         torch.manual_seed(seed)
