@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -28,3 +29,11 @@ def has_hooks(module: nn.Module) -> bool:
     """Whether something runs before or after a module."""
     of_forward, of_backward = module._forward_hooks or module._forward_pre_hooks, module._backward_hooks
     return bool(of_forward or of_backward or module._backward_pre_hooks)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Returns the device that a layer or block computes on."""
+    tensors: list[Any] = [*module.parameters(), *module.buffers()]  # packed weights may be buffers
+    device = tensors[0].device if tensors else torch.device("cpu")
+    hook = getattr(module, "_hf_hook", None)  # offloaded weights are on meta, but are computed on another device
+    return torch.device(getattr(hook, "execution_device", None) or device)

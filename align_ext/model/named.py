@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from align_ext.adapters.adapted_block import Adapted, adapted_layers
+from align_ext.adapters.linear_layer import device_of
 from align_ext.alignment.model_state import AlignState, require_state
 from align_ext.base_model.modules_to_save import (
     find_extra_tensors,
@@ -173,6 +174,8 @@ def _take_off(model: nn.Module) -> NamedAdapter:
 
 def _put_on(model: nn.Module, adapter: NamedAdapter) -> None:
     """Gives a base its adapter back."""
+    for layer in adapter.layers.values():
+        layer.adapter.to(device_of(layer.base_layer))
     put_in_place(model, adapter.state, adapter.layers)
     parameters = {name: tensor for name, tensor in tensors_of(model).items() if isinstance(tensor, nn.Parameter)}
     start_training(model, [name for name in adapter.trained if name in parameters])

@@ -13,7 +13,7 @@ from align_ext.adapters import adapter_class
 from align_ext.adapters.adapted_block import Adapted, AdaptedBlock
 from align_ext.adapters.adapted_linear import AdaptedLinear
 from align_ext.adapters.base import Adapter
-from align_ext.adapters.linear_layer import features_of, has_float_weight, is_conv1d
+from align_ext.adapters.linear_layer import device_of, features_of, has_float_weight, is_conv1d
 from align_ext.adapters.siblings import join_siblings
 from align_ext.alignment.forward_hooks import register_hooks
 from align_ext.alignment.guards import refuse_parts_of_a_model
@@ -259,14 +259,10 @@ def _build(name: str, module: nn.Module, sizes: tuple[int, int], config: AlignLo
     """Builds an adapter with initial values, on the module's device and in the dtype of the options."""
     if reset and (reason := excessive_rank_reason(config.r, sizes)):
         raise ValueError(f"{name}: {reason}: choose r <= {min(sizes)}, or leave the layer out by exclude_modules")
-    tensors: list[Any] = [*module.parameters(), *module.buffers()]  # packed weights may be buffers
-    device = tensors[0].device if tensors else torch.device("cpu")
-    hook = getattr(module, "_hf_hook", None)  # offloaded weights are on meta, but are computed on another device
-    device = torch.device(getattr(hook, "execution_device", None) or device)
     frozen: Any = next((layer.weight for layer in module.modules() if has_float_weight(layer)), torch.empty(0))
     # A float64 base, as in tests of exactness, gets float64 adapters.
     dtype = frozen.dtype if config.adapter_dtype == "base" else torch.promote_types(torch.float32, frozen.dtype)
-    with torch.device(device):
+    with torch.device(device_of(module)):
         adapter = adapter_class(config)(config, *sizes).to(dtype)
         weight = frozen.T if is_conv1d(module) else frozen
         if reset:

@@ -136,6 +136,12 @@ def test_a_copy_has_all_adapters_of_its_own():
     assert torch.equal(logits(model), logits(alone(SECOND["m_lora"], 2)))
 
 
+def test_an_adapter_goes_where_the_model_went():
+    model = both("lora").to("meta")
+    set_adapter(model, "second")
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
 def test_a_compiled_model_follows():
     model = both("lora")
     compiled = torch.compile(model, backend="eager")
