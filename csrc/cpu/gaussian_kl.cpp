@@ -1,5 +1,6 @@
 // Moments: blocks of 1024 rows of a layer, each with a mean about a pivot and then squares about that mean, merged in
-// block order (Chan). Tables: one layer after the other, in double. Backward: one pass over z.
+// block order (Chan). Up to 16 rows are added in the type of z, the rest in double: the gradient is small where tasks
+// are alike, and shows what the moments lost. Tables: one layer after the other, in double. Backward: one pass over z.
 #include "ops/gaussian_kl.h"
 
 #include <algorithm>
@@ -12,7 +13,8 @@ namespace align::cpu {
 namespace {
 
 constexpr int64_t kBlockRows = 1024;
-constexpr int64_t kDims = 16;  // dimensions handled at a time
+constexpr int64_t kChunkRows = 16;  // rows that are added in the type of z
+constexpr int64_t kDims = 16;       // dimensions handled at a time
 
 // Returns where the run of equal ids that begins at t ends, at most end.
 ALIGN_INLINE int64_t run_end(const int64_t* task, int64_t t, int64_t end) {
@@ -41,17 +43,27 @@ ALIGN_INLINE void store_dims(T* target, const V& v) {
   store<kWidth* int(sizeof(Acc<T>))>(target, v);
 }
 
+// The same of doubles in memory, rounded to A, and a sum added to them.
+template <typename A, int kWidth>
+ALIGN_INLINE auto load_rounded(const double* source) {
+  return __builtin_convertvector(load_dims<kWidth>(source), Vec<A, kWidth* int(sizeof(A))>);
+}
+template <int kWidth, typename V>
+ALIGN_INLINE void add_dims(double* target, const V& sum) {
+  using Wide = Vec<double, kWidth* int(sizeof(double))>;
+  store_dims<kWidth>(target, load_dims<kWidth>(target) + __builtin_convertvector(sum, Wide));
+}
+
 // ---- Moments
 
 // n | mean | M2 of a task within a block of rows.
-template <typename A>
 struct Moments {
-  A* data;
+  double* data;
   int64_t rank;
 
-  ALIGN_INLINE A& count() const { return data[0]; }
-  ALIGN_INLINE A* mean() const { return data + 1; }
-  ALIGN_INLINE A* m2() const { return data + 1 + rank; }
+  ALIGN_INLINE double& count() const { return data[0]; }
+  ALIGN_INLINE double* mean() const { return data + 1; }
+  ALIGN_INLINE double* m2() const { return data + 1 + rank; }
 };
 
 // The latents of one layer.
@@ -75,7 +87,7 @@ ALIGN_INLINE void with_rank(const Layer<T>& layer, const Body& body) {
 }
 
 template <typename T>
-ALIGN_INLINE Moments<Acc<T>> moments_of(const Layer<T>& layer, Acc<T>* all, int64_t i) {
+ALIGN_INLINE Moments moments_of(const Layer<T>& layer, double* all, int64_t i) {
   return {all + i * (2 * layer.rank + 1), layer.rank};
 }
 
@@ -89,27 +101,36 @@ ALIGN_INLINE void for_runs(const Layer<T>& layer, int64_t begin, int64_t end, co
   }
 }
 
+// Adds term(row's dimensions, load of the row's dimensions) of rows [first, last) to target, by chunks.
+template <int kWidth, typename T, typename Term>
+ALIGN_INLINE void add_rows(const Layer<T>& layer, int64_t first, int64_t last, int64_t d, double* target,
+                           const Term& term) {
+  while (first < last) {
+    const int64_t end = std::min(first + kChunkRows, last);
+    decltype(load_dims<kWidth>(layer.z)) sum = {};
+    for (; first < end; ++first) sum += term(load_dims<kWidth>(layer.z + first * layer.rank + d));
+    add_dims<kWidth>(target + d, sum);
+  }
+}
+
 // The pivot of a task is its first row in the block. While sums are collected M2 holds the pivot, and mean the sum of
 // the differences from it.
 template <typename T>
-ALIGN_INLINE void block_means(const Layer<T>& layer, int64_t begin, int64_t end, Acc<T>* out) {
-  using A = Acc<T>;
+ALIGN_INLINE void block_means(const Layer<T>& layer, int64_t begin, int64_t end, double* out) {
   const int64_t rank = layer.rank;
   for_runs(layer, begin, end, [&](int64_t id, int64_t first, int64_t last) ALIGN_INLINE_LAMBDA {
-    const Moments<A> m = moments_of(layer, out, id);
+    const Moments m = moments_of(layer, out, id);
     if (m.count() == 0) {
       for (int64_t d = 0; d < rank; ++d) m.m2()[d] = widen(layer.z[first * rank + d]);
     }
-    m.count() += A(last - first);
+    m.count() += double(last - first);
     for_dims(rank, [&](auto width, int64_t d) ALIGN_INLINE_LAMBDA {
-      const auto pivot = load_dims<width()>(m.m2() + d);
-      decltype(load_dims<width()>(m.mean())) sum = {};
-      for (int64_t t = first; t < last; ++t) sum += load_dims<width()>(layer.z + t * rank + d) - pivot;
-      store_dims<width()>(m.mean() + d, load_dims<width()>(m.mean() + d) + sum);
+      const auto pivot = load_rounded<Acc<T>, width()>(m.m2() + d);
+      add_rows<width()>(layer, first, last, d, m.mean(), [&](const auto& z) ALIGN_INLINE_LAMBDA { return z - pivot; });
     });
   });
   for (int64_t i = 0; i < layer.tasks; ++i) {
-    const Moments<A> m = moments_of(layer, out, i);
+    const Moments m = moments_of(layer, out, i);
     for (int64_t d = 0; d < rank && m.count() > 0; ++d) {
       m.mean()[d] = m.m2()[d] + m.mean()[d] / m.count();
       m.m2()[d] = 0;
@@ -117,31 +138,36 @@ ALIGN_INLINE void block_means(const Layer<T>& layer, int64_t begin, int64_t end,
   }
 }
 
+// The squares are about the mean as rounded to the type of z, whose distance from the mean is taken off again.
 template <typename T>
-ALIGN_INLINE void block_squares(const Layer<T>& layer, int64_t begin, int64_t end, Acc<T>* out) {
-  using A = Acc<T>;
+ALIGN_INLINE void block_squares(const Layer<T>& layer, int64_t begin, int64_t end, double* out) {
   const int64_t rank = layer.rank;
   for_runs(layer, begin, end, [&](int64_t id, int64_t first, int64_t last) ALIGN_INLINE_LAMBDA {
-    const Moments<A> m = moments_of(layer, out, id);
+    const Moments m = moments_of(layer, out, id);
     for_dims(rank, [&](auto width, int64_t d) ALIGN_INLINE_LAMBDA {
-      const auto mean = load_dims<width()>(m.mean() + d);
-      decltype(load_dims<width()>(m.mean())) sum = {};
-      for (int64_t t = first; t < last; ++t) {
-        const auto difference = load_dims<width()>(layer.z + t * rank + d) - mean;
-        sum += difference * difference;
-      }
-      store_dims<width()>(m.m2() + d, load_dims<width()>(m.m2() + d) + sum);
+      const auto mean = load_rounded<Acc<T>, width()>(m.mean() + d);
+      add_rows<width()>(layer, first, last, d, m.m2(), [&](const auto& z) ALIGN_INLINE_LAMBDA {
+        const auto difference = z - mean;
+        return difference * difference;
+      });
     });
   });
+  for (int64_t i = 0; i < layer.tasks; ++i) {
+    const Moments m = moments_of(layer, out, i);
+    for (int64_t d = 0; d < rank; ++d) {
+      const double rounding = m.mean()[d] - double(Acc<T>(m.mean()[d]));
+      m.m2()[d] -= m.count() * rounding * rounding;
+    }
+  }
 }
 
 template <typename T>
 struct MomentsJob {
   const TaskMomentsArgs<T>& args;
   int64_t blocks;    // blocks of rows of a layer
-  Acc<T>* partials;  // [layers, blocks], each with room for [tasks, 2 rank + 1] of the widest layer
+  double* partials;  // [layers, blocks], each with room for [tasks, 2 rank + 1] of the widest layer
 
-  Acc<T>* block_moments(int64_t layer, int64_t block) const {
+  double* block_moments(int64_t layer, int64_t block) const {
     return partials + (layer * blocks + block) * args.tasks * (2 * args.latents.rank + 1);
   }
 };
@@ -154,8 +180,8 @@ void moments_blocks(const MomentsJob<T>& job, int64_t first, int64_t last) {
       const int64_t index = piece / job.blocks, block = piece % job.blocks;
       const Layer<T> layer = layer_of(job.args.latents, job.args.tasks, index);
       const int64_t begin = block * kBlockRows, end = std::min(begin + kBlockRows, job.args.latents.tokens);
-      Acc<T>* out = job.block_moments(index, block);
-      std::fill_n(out, layer.tasks * (2 * layer.rank + 1), Acc<T>(0));
+      double* out = job.block_moments(index, block);
+      std::fill_n(out, layer.tasks * (2 * layer.rank + 1), 0.0);
       with_rank(layer, [&](const auto& of_rank) ALIGN_INLINE_LAMBDA {
         block_means(of_rank, begin, end, out);
         block_squares(of_rank, begin, end, out);
@@ -169,18 +195,25 @@ template <typename T>
 void merge_task(const MomentsJob<T>& job, int64_t index, int64_t i) {
   const Layer<T> layer = layer_of(job.args.latents, job.args.tasks, index);
   const int64_t rank = job.args.latents.rank;
-  const Moments<Acc<T>> out{job.args.moments + (index * layer.tasks + i) * (2 * rank + 1), rank};
-  std::fill_n(out.data, 2 * rank + 1, Acc<T>(0));
+  Acc<T>* out = job.args.moments + (index * layer.tasks + i) * (2 * rank + 1);
+  std::fill_n(out, 2 * rank + 1, Acc<T>(0));
+  double count = 0;
   for (int64_t block = 0; block < job.blocks; ++block) {
-    const Moments<Acc<T>> b = moments_of(layer, job.block_moments(index, block), i);
-    if (b.count() == 0) continue;
-    const Acc<T> total = out.count() + b.count(), fraction = b.count() / total;
-    for (int64_t d = 0; d < layer.rank; ++d) {
-      const Acc<T> delta = b.mean()[d] - out.mean()[d];
-      out.mean()[d] += delta * fraction;
-      out.m2()[d] += b.m2()[d] + delta * delta * out.count() * fraction;
+    count += moments_of(layer, job.block_moments(index, block), i).count();
+  }
+  out[0] = Acc<T>(count);
+  for (int64_t d = 0; d < layer.rank; ++d) {
+    double n = 0, mean = 0, m2 = 0;
+    for (int64_t block = 0; block < job.blocks; ++block) {
+      const Moments b = moments_of(layer, job.block_moments(index, block), i);
+      if (b.count() == 0) continue;
+      const double delta = b.mean()[d] - mean, fraction = b.count() / (n + b.count());
+      mean += delta * fraction;
+      m2 += b.m2()[d] + delta * delta * n * fraction;
+      n += b.count();
     }
-    out.count() = total;
+    out[1 + d] = Acc<T>(mean);
+    out[1 + rank + d] = Acc<T>(m2);
   }
 }
 
@@ -292,8 +325,9 @@ ALIGN_INLINE void backward_of(const GaussianKlBackwardArgs<T>& args, const Layer
     for_dims(layer.rank, [&](auto dims, int64_t d) ALIGN_INLINE_LAMBDA {
       const int64_t e = t * layer.rank + d;
       const auto of_mean = load_dims<dims()>(layer.z + e) - load_dims<dims()>(mu + d);
-      const auto value = d_loss * (load_dims<dims()>(a + d) + load_dims<dims()>(b + d) * of_mean);
-      store_dims<dims()>(dz + e, value);
+      const auto of_a = load_dims<dims()>(a + d), of_b = load_dims<dims()>(b + d);
+      decltype(load_dims<dims()>(a)) value = d_loss * (of_a + of_b * of_mean), none = {};
+      store_dims<dims()>(dz + e, (of_a != 0) | (of_b != 0) ? value : none);  // z may be NaN where no gradient is
     });
   }
 }
@@ -314,12 +348,12 @@ int64_t row_blocks(int64_t tokens) { return (tokens + kBlockRows - 1) / kBlockRo
 
 template <typename T>
 int64_t task_moments_workspace(const Latents<T>& latents, int64_t tasks) {
-  return product({latents.layers, row_blocks(latents.tokens), tasks, 2 * latents.rank + 1, int64_t(sizeof(Acc<T>))});
+  return product({latents.layers, row_blocks(latents.tokens), tasks, 2 * latents.rank + 1, int64_t(sizeof(double))});
 }
 
 template <typename T>
 void task_moments(const TaskMomentsArgs<T>& args) {
-  const MomentsJob<T> job{args, row_blocks(args.latents.tokens), static_cast<Acc<T>*>(args.workspace)};
+  const MomentsJob<T> job{args, row_blocks(args.latents.tokens), static_cast<double*>(args.workspace)};
   const int64_t layers = args.latents.layers;
   parallel_for(0, layers * job.blocks, 4, [&job](int64_t begin, int64_t end) { moments_blocks(job, begin, end); });
   parallel_for(0, layers, 16, [&job](int64_t begin, int64_t end) {

@@ -2,8 +2,8 @@
 // of the kernel. Moments: a block of threads takes 256 rows and up to 32 dimensions. A thread takes one dimension of
 // every k-th row and keeps its sums for 16 tasks at a time in its own column of shared memory, so that no two threads
 // add to the same address; the columns are then added in a fixed order. A second kernel merges the moments of the
-// blocks in their order (Chan). Tables: one block for each layer, one thread for each dimension. Backward: one element
-// at a time.
+// blocks in their order (Chan), in double: the gradient is small where tasks are alike, and shows what the moments
+// lost. Tables: one block for each layer, one thread for each dimension. Backward: one element at a time.
 #include "ops/gaussian_kl.h"
 
 #include <algorithm>
@@ -62,10 +62,15 @@ void for_launches(const Latents<T>& latents, int64_t tasks, const Body& body) {
 
 // ---- Moments
 
-// The sum over all row groups of the block for one dimension.
+// The sum over all row groups of the block for one dimension, with what each addition rounds off given to the next one
+// (Kahan).
 __device__ float column_sum(const float* column, int lanes) {
-  float sum = 0;
-  for (int i = 0; i < kThreads; i += lanes) sum += column[i];
+  float sum = 0, lost = 0;
+  for (int i = 0; i < kThreads; i += lanes) {
+    const float added = column[i] - lost, next = sum + added;
+    lost = (next - sum) - added;
+    sum = next;
+  }
   return sum;
 }
 
@@ -142,22 +147,23 @@ __global__ void __launch_bounds__(kThreads)
   if (pair >= layers.tasks * dims) return;
   const int64_t i = pair / dims, d = pair % dims;
   const bool has_dim = d < layers.ranks[blockIdx.z];
-  float n = 0, mean = 0, m2 = 0;
+  double n = 0, mean = 0, m2 = 0;
   for (int64_t block = 0; block < blocks; ++block) {
     const float* of_block = partials + (int64_t(blockIdx.z) * blocks + block) * size + i * width;
-    const float total = n + of_block[0];
+    const double total = n + of_block[0];
     if (of_block[0] > 0 && has_dim) {
-      const float delta = of_block[1 + d] - mean, fraction = of_block[0] / total;
+      // The fraction's rounding counts little, and a division in double is long.
+      const double delta = of_block[1 + d] - mean, fraction = of_block[0] / float(total);
       mean += delta * fraction;
       m2 += of_block[1 + layers.rank + d] + delta * delta * n * fraction;
     }
     n = total;
   }
   float* out = moments + int64_t(blockIdx.z) * size + i * width;
-  if (d == 0) out[0] = n;
+  if (d == 0) out[0] = float(n);
   if (d < layers.rank) {
-    out[1 + d] = mean;
-    out[1 + layers.rank + d] = m2;
+    out[1 + d] = float(mean);
+    out[1 + layers.rank + d] = float(m2);
   }
 }
 
@@ -260,7 +266,8 @@ __global__ void __launch_bounds__(kThreads)
   const T* z = layers.z[blockIdx.z] + t * rank;
   dz += blockIdx.z * dz_stride + t * rank;
   for (int64_t d = threadIdx.x % lanes; d < rank; d += lanes) {
-    dz[d] = narrow<T>(counts ? factor * (a[d] + b[d] * (widen(z[d]) - mu[d])) : 0.f);
+    const bool any = counts && (a[d] != 0 || b[d] != 0);  // z may be NaN where no gradient is
+    dz[d] = narrow<T>(any ? factor * (a[d] + b[d] * (widen(z[d]) - mu[d])) : 0.f);
   }
 }
 

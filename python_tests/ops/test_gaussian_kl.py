@@ -50,6 +50,30 @@ def test_value_and_gradient_match_the_literal_pairs(device, dtype, tokens, rank,
     compare(device, partial(make, tokens, rank, tasks, dtype), tasks, draws=4 if tokens > 1000 else DRAWS)
 
 
+def make_alike(tokens, rank, tasks, samples, mean, seed=0):
+    """Latents that differ by chance alone, whose gradient is a small difference of moments; samples: None, or many."""
+    g = torch.Generator().manual_seed(seed)
+    task = torch.randint(0, tasks, (samples or tokens,), generator=g).repeat_interleave(tokens // (samples or tokens))
+    return torch.randn(tokens, rank, generator=g) + mean, task
+
+
+@pytest.mark.parametrize(("samples", "mean"), [(None, 0.0), (8, 0.0), (None, 3.0), (8, 3.0)])
+@pytest.mark.parametrize(("tokens", "rank", "tasks"), [(512, 8, 5), pytest.param(4096, 9, 3, marks=LARGE)])
+def test_of_tasks_that_are_alike_the_gradient_is_as_exact(device, tokens, rank, tasks, samples, mean):
+    compare(device, partial(make_alike, tokens, rank, tasks, samples, mean), tasks, draws=4)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_task_that_takes_no_part_has_no_gradient_whatever_its_tokens_are(device, value):
+    z, task = make(40, 8, 3)
+    task[task == 2] = 1
+    task[7], z[7] = 2, value  # one token is no population
+    dz = run(ops.gaussian_kl, z, task, 3, device=device)["dz"]
+    assert (dz[7] == 0).all()
+    assert torch.isfinite(dz).all()
+    assert dz.abs().sum() > 0
+
+
 @pytest.mark.parametrize("pairs", ["sum", "mean"])
 @pytest.mark.parametrize("ddof", [0, 1])
 def test_the_options_match_the_literal_pairs(device, pairs, ddof):
