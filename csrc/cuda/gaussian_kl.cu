@@ -266,8 +266,12 @@ __global__ void __launch_bounds__(kThreads)
   const T* z = layers.z[blockIdx.z] + t * rank;
   dz += blockIdx.z * dz_stride + t * rank;
   for (int64_t d = threadIdx.x % lanes; d < rank; d += lanes) {
-    const bool any = counts && (a[d] != 0 || b[d] != 0);  // z may be NaN where no gradient is
-    dz[d] = narrow<T>(any ? factor * (a[d] + b[d] * (widen(z[d]) - mu[d])) : 0.f);
+    float value = 0;
+    if (counts) {
+      const float of_a = a[d], of_b = b[d], gradient = factor * (of_a + of_b * (widen(z[d]) - mu[d]));
+      value = of_a != 0 || of_b != 0 ? gradient : 0;  // z may be NaN where no gradient is
+    }
+    dz[d] = narrow<T>(value);
   }
 }
 
