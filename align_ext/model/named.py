@@ -86,6 +86,11 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
             value in the base is not kept, or the model is wrapped. The model is then unchanged.
     """
     state = require_state(model)
+    if not isinstance(adapter_name, str):
+        raise ValueError(
+            f"adapter_name must be one name, got {shown(adapter_name)}: one is active; add_weighted_adapter adds "
+            "the sum of several, join_adapters one that a batch mixes by task"
+        )
     if adapter_name == state.name:
         return
     if adapter_name not in state.others:

@@ -241,6 +241,7 @@ def test_what_cannot_be_is_one_sentence_and_changes_nothing():
     before = logits(model)
     for call, message in (
         (lambda: set_adapter(model, "secnd"), "unknown adapter_name 'secnd'; did you mean 'second'"),
+        (lambda: set_adapter(model, ["default", "second"]), "adapter_name must be one name"),
         (lambda: add_adapter(model, "second", r=2), "has an adapter 'second' already: delete_adapter it"),
         (lambda: add_adapter(model, "third", r=-1), "r must be"),
         (lambda: add_adapter(model, "", r=2), "is no name"),
