@@ -10,12 +10,18 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+# What a source distribution holds beside the package.
+SOURCES = ("CMakeLists.txt", "build_support/*.py", "csrc/**/*.*", "CHANGELOG.md", "CITATION.cff")
 sys.path.insert(0, str(ROOT / "build_support"))
 from find_torch import MINIMUM, find_torch  # noqa: E402
 
 
 class CMakeBuild(build_ext):
     """Configures and builds the CMake target _C into the place where setuptools expects the extension."""
+
+    def get_source_files(self) -> list[str]:
+        """Lists the extension's sources, which go into a source distribution."""
+        return sorted(str(path.relative_to(ROOT)) for pattern in SOURCES for path in ROOT.glob(pattern))
 
     def build_extension(self, ext: Extension) -> None:
         """Runs cmake twice: configure, build."""

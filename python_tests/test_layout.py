@@ -27,8 +27,8 @@ CUDA_OPS = {
 NOT_OPS = {"build_info", "library", "projection", "threads"}  # beside the operators' files in csrc
 TOP_LEVEL = {
     "csrc", "align_ext", "python_tests", "cpp_tests", "benchmarks", "examples", "docs", "build_support", ".ci",
-    "CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "CONTRIBUTING.md", "LICENSE", "Makefile",
-    ".gitignore", ".clang-format",
+    "CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff",
+    "LICENSE", "Makefile", ".gitignore", ".clang-format",
 }  # fmt: skip
 SOURCES = ("*.py", "*.cpp", "*.cu", "*.cuh", "*.h")
 
