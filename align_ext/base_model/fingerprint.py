@@ -13,6 +13,7 @@ what the same weights compute (heads, rotations, activations).
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -176,18 +177,23 @@ class BaseModel:
 
 
 def base_name(model: nn.Module) -> str | None:
-    """Returns a model's hub id or the absolute path of its folder, never a path in a cache or a relative path."""
+    """Returns a model's hub id or the absolute path of its folder, never a relative path or one in the hub's cache."""
     name = getattr(model, "align_base", None) or getattr(model, "name_or_path", None)
     if not isinstance(name, str) or not name:
         return None
-    parts = Path(name).parts
-    if len(parts) > 2 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):  # the hub's cache
-        return parts[-3].removeprefix("models--").replace("--", "/")
     try:
         path = Path(name).expanduser()
-        return str(path.resolve()) if path.is_dir() else name
+        if not path.is_absolute() and not path.is_dir():
+            return name
+        return _hub_id(path.absolute()) or _hub_id(path.resolve()) or str(path.absolute())  # a link may lead into it
     except (OSError, RuntimeError, ValueError):  # not a path: too long, an unknown home folder, a null byte
         return name
+
+
+def _hub_id(path: Path) -> str | None:
+    """Returns the repository of a path in the hub's cache, or None."""
+    found = re.search(r"/models--([^/]+)/snapshots/[^/]+", str(path))
+    return None if found is None else found[1].replace("--", "/")
 
 
 def _complete_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -24,9 +24,7 @@ def task_type_of(model: nn.Module, trained: Collection[str]) -> str | None:
         model: the model.
         trained: names in the plain model of the modules that the folder holds completely.
     """
-    from transformers import PreTrainedModel  # imported here to keep `align-lora --help` fast
-
-    inner: Any = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    inner = transformers_model(model)
     if inner is None:
         return None
     name = type(inner).__name__
@@ -41,3 +39,10 @@ def task_type_of(model: nn.Module, trained: Collection[str]) -> str | None:
         return "SEQ_2_SEQ_LM" if inner.config.is_encoder_decoder else "CAUSAL_LM"
     takes_tokens = inner.main_input_name == "input_ids"
     return "FEATURE_EXTRACTION" if takes_tokens and inner.base_model is inner else None
+
+
+def transformers_model(model: nn.Module) -> Any:
+    """Returns the model of transformers that a model is or wraps, or None."""
+    from transformers import PreTrainedModel  # imported here to keep `align-lora --help` fast
+
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)

@@ -19,6 +19,7 @@ from align_ext.alignment.model_state import AlignState
 from align_ext.base_model.adopt_peft import PEFT_PREFIX
 from align_ext.base_model.fingerprint import BaseModel
 from align_ext.config import AlignLoraConfig
+from align_ext.io.model_card import CARD, has_own_card
 from align_ext.io.peft_format import (
     BY_LAYER,
     PEFT_CONFIG,
@@ -47,10 +48,7 @@ _DECISIVE = (
     "router_temperature", "target_blocks",
 )  # fmt: skip
 _ADAPTER_KEY = r"(.+?)(\.lora_router\.lora_[RH]|\.lora_\w+)"  # the name of a module, and of a tensor of its adapter
-# A regular expression for the paths of our files in an adapter's folder, which a new adapter replaces.
-CARD = "README.md"  # the model card
-ADAPTER_FILES = "|".join(map(re.escape, (WEIGHTS, PEFT_CONFIG, OUR_CONFIG, STATE, TRAINED, CARD)))
-ADAPTER_FILES += f"|{TASKS}/[^/]+/({ADAPTER_FILES})"
+_FILES = "|".join(map(re.escape, (WEIGHTS, PEFT_CONFIG, OUR_CONFIG, STATE, TRAINED)))
 
 
 @dataclass(frozen=True)
@@ -264,6 +262,12 @@ def build_adapters(
         current = {part: tensors[f"{name}.{part}"] for part in adapter.state_dict()}
         adapter.load_state_dict(current, assign=True)
     return adapters
+
+
+def adapter_files(folder: str | os.PathLike[str]) -> str:
+    """Returns a regular expression for the paths of our files in an adapter's folder, which a new adapter replaces."""
+    check_folder(folder)
+    return rf"{_FILES}|{TASKS}/[^/]+/({_FILES})" + f"|{re.escape(CARD)}" * (not has_own_card(folder))
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

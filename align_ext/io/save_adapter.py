@@ -8,6 +8,7 @@ save_adapter(model, folder) writes all of these files or none:
 | align_lora_heads.safetensors | every parameter and buffer of the adapters, if PEFT's format cannot hold all of them |
 | align_trained.safetensors | the tensors trained beside the adapters, if PEFT's format cannot hold everything |
 | align_lora_config.json | every option |
+| README.md | the model card (model_card.py), unless the user has one of their own there |
 
 - lora, align_lora: PEFT's files hold everything. With PiSSA, which has a frozen offset A0, B0, PEFT's files have rank
   2r, [A; A0] and [B, -B0], for the unchanged base, and the heads' file has the parameters.
@@ -47,16 +48,17 @@ from align_ext.base_model.peft_names import peft_misreads
 from align_ext.base_model.sharded import full_values, one_writer, shard_ranks, unwrapped
 from align_ext.base_model.task_type import task_type_of
 from align_ext.io.adapter_folder import (
-    ADAPTER_FILES,
     OUR_CONFIG,
     STATE,
     TRAINED,
+    adapter_files,
     adapter_tensors,
     build_adapters,
     checked_task_names,
     key_options,
     write_json,
 )
+from align_ext.io.model_card import CARD, CardFacts, has_own_card
 from align_ext.io.peft_format import (
     PEFT_CONFIG,
     WEIGHTS,
@@ -150,7 +152,8 @@ def write_adapter(
     record = {"options": key_options(config, scaling, names), "base": full.base.to_dict()}
     options = config.to_dict() | {"digest": digest_of(state | extra)}
     options |= ({"task_names": list(names)} if names else {}) | ({"layer_scaling": scaling} if scaling else {})
-    with one_writer(full.ranks) as writes, atomic_folder(folder, ADAPTER_FILES) if writes else nullcontext() as path:
+    new = atomic_folder(folder, adapter_files(folder))
+    with one_writer(full.ranks) as writes, new if writes else nullcontext() as path:
         if path is None:
             return
         for subfolder, form in peft_forms(adapters, config, names, extra).items() if with_peft else ():
@@ -160,6 +163,7 @@ def write_adapter(
             if extra:
                 write_tensors(path / TRAINED, extra)
         write_json(path / OUR_CONFIG, options)
+        _write_card(path, folder, full, names)
 
 
 def export_peft(model: nn.Module, folder: str | os.PathLike[str], task: int | None = None) -> None:
@@ -187,9 +191,21 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str], task: int | No
         if reason := unexportable_reason(full.adapters, config) or full.peft_load_problem():
             raise ValueError(f"PEFT has no form of this adapter: {reason}")
         form = portable(peft_form(full.adapters, config, full.extra.tensors))
-    with one_writer(full.ranks) as writes, atomic_folder(folder, ADAPTER_FILES) if writes else nullcontext() as path:
+    new = atomic_folder(folder, adapter_files(folder))
+    with one_writer(full.ranks) as writes, new if writes else nullcontext() as path:
         if path is not None:
             _write_peft(path, form, full)
+            _write_card(path, folder, full, ())
+
+
+def _write_card(path: Path, folder: str | os.PathLike[str], full: _SavedState, tasks: Sequence[str]) -> None:
+    """Writes the card into the new folder, if the folder that it replaces holds none of the user's."""
+    if not has_own_card(folder):
+        parameters = [p for adapter in full.adapters.values() for p in adapter.parameters()]
+        count = sum(p.numel() for p in (*parameters, *full.extra.tensors.values()))
+        facts = CardFacts.of(full.model, full.state.config, count, tasks)
+        text = facts.text(peft=(path / PEFT_CONFIG).is_file())
+        (path / CARD).write_text(text, encoding="utf-8")
 
 
 def _write_peft(path: Path, form: PeftForm, full: _SavedState, record: Mapping[str, Any] | None = None) -> None:

@@ -23,7 +23,7 @@ from align_ext.adapters.base import Adapter
 from align_ext.base_model.adopt_peft import PEFT_PREFIX
 from align_ext.base_model.fingerprint import BaseModel
 from align_ext.config import AlignLoraConfig
-from align_ext.io.adapter_folder import ADAPTER_FILES, OUR_CONFIG, AdapterFolder, key_options, write_json
+from align_ext.io.adapter_folder import OUR_CONFIG, AdapterFolder, adapter_files, key_options, write_json
 from align_ext.io.peft_format import PEFT_CONFIG, WEIGHTS, unexportable_reason
 from align_ext.system.messages import shown, shown_path
 from align_ext.system.tensors import digest_of, write_tensors
@@ -103,7 +103,7 @@ def write_lora(adapter: LoraWeights, folder: str | os.PathLike[str]) -> None:
         for name, pair in adapter.layers.items()
         for part, weight in zip("AB", pair, strict=True)
     }
-    with atomic_folder(folder, ADAPTER_FILES) as path:
+    with atomic_folder(folder, adapter_files(folder)) as path:
         config = options_of(adapter)
         write_tensors(path / WEIGHTS, tensors, {"options": key_options(config), "base": adapter.config.get("base")})
         write_json(path / PEFT_CONFIG, content)

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 from align_ext.adapters.adapted_linear import AdaptedModule
+from align_ext.alignment.model_state import require_state
 from align_ext.model.disable import disable_adapter
 from align_ext.system.messages import shown_path
 
@@ -44,6 +45,8 @@ def override_methods(model: nn.Module) -> None:
             if hasattr(type(module), "save_pretrained"):
                 write: Any = _save if module is model else _refuse_submodule
                 module.save_pretrained = functools.partial(write, module)  # type: ignore[assignment]
+            if module is model:
+                module.create_or_update_model_card = functools.partial(_update_card, module)  # type: ignore[assignment]
             for name in _PEFT_METHODS if _is_peft(module) else ():
                 setattr(module, name, functools.partial(_refuse_peft, name))
             if _is_peft(module):
@@ -57,7 +60,7 @@ def restore_methods(model: nn.Module) -> nn.Module:
         The plain model; for a PeftModel, the model inside it, as PEFT's own unload returns.
     """
     for module in model.modules():
-        for name in ("save_pretrained", "disable_adapter", *_PEFT_METHODS):
+        for name in ("save_pretrained", "create_or_update_model_card", "disable_adapter", *_PEFT_METHODS):
             module.__dict__.pop(name, None)
         if not _is_peft(module):
             for name in ("peft_config", "_hf_peft_config_loaded"):  # with them, transformers would save only an adapter
@@ -91,6 +94,15 @@ def _save(
         logger.error(_NOT_GATHERED, shown_path(save_directory))
     elif is_main_process or (state_dict is None and sharded):
         write_adapter(model, save_directory, (), state_dict)
+
+
+def _update_card(model: nn.Module, output_dir: str | os.PathLike[str]) -> None:
+    """Writes the model card of a folder that save_pretrained wrote; Trainer calls it for the cards that it makes."""
+    from align_ext.io.model_card import CardFacts, update_card
+    from align_ext.model.cost import count_parameters
+
+    config = require_state(model).config
+    update_card(output_dir, CardFacts.of(model, config, count_parameters(model).trainable, ()))
 
 
 def _refuse_submodule(module: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:

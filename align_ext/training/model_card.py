@@ -1,17 +1,14 @@
 """The model card of a trained adapter, and its upload to the hub."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub import ModelCard, ModelCardData, constants
+from huggingface_hub import constants
 
-from align_ext.io.adapter_folder import CARD
-from align_ext.io.peft_format import PEFT_CONFIG
+from align_ext.io.model_card import CardFacts, update_card
 from align_ext.system.messages import reason_of, shown
-from align_ext.system.writing import atomic_file
 from align_ext.training.in_words import shown_steps, stored_bits
 from align_ext.training.options import TrainOptions
 
@@ -58,27 +55,24 @@ def push(folder: Path, target: Path, options: TrainOptions) -> str:
 
 
 def write_card(folder: Path, results: Mapping[str, Any]) -> None:
-    """Writes the model card into an adapter's folder: base, tasks, losses before and after, options.
+    """Writes the card of a run's adapter: what save_adapter says, losses before and after, the run's options.
 
     Args:
         folder: the adapter's folder.
         results: the content of the run's results.json.
     """
-    base = results["model"]["name"]
-    about = ModelCardData(
-        library_name="peft" if (folder / PEFT_CONFIG).is_file() else "align_ext",
-        tags=["lora", "multi-task", "align-lora", results["adapters"]["architecture"]],
-        **({} if Path(base).exists() else {"base_model": base}),
-    )
-    with atomic_file(folder / CARD) as new:
-        ModelCard(f"---\n{about.to_yaml()}\n---\n\n{_text(base, results)}").save(new)
-
-
-def _text(base: str, results: Mapping[str, Any]) -> str:
-    given, defaults = results["options"], TrainOptions().to_dict()
+    given, defaults, adapters = results["options"], TrainOptions().to_dict(), results["adapters"]
     changed = {n: x for n, x in given.items() if n in defaults and x != defaults[n] and n not in _OF_THIS_PLACE}
-    adapters, tasks = results["adapters"], results["data"]["tasks"]
-    rows = []
+    facts = CardFacts(
+        results["model"]["name"], "AutoModelForCausalLM", adapters["architecture"], adapters["rank"],
+        adapters["trained_parameters"], list(results["before"]["tasks"]), changed, _training(results),
+        "`align-lora train --config FILE`",
+    )  # fmt: skip
+    update_card(folder, facts)
+
+
+def _training(results: Mapping[str, Any]) -> str:
+    tasks, rows = results["data"]["tasks"], []
     for name, before in results["before"]["tasks"].items():
         after, trained = results["after"]["tasks"][name], tasks.get(name, {}).get("train", {}).get("used", 0)
         scores = [before["score"], after["score"]]
@@ -86,36 +80,9 @@ def _text(base: str, results: Mapping[str, Any]) -> str:
         rows.append(
             f"| {name} | {trained} | {before['examples']} | {before['loss']:.3f} → {after['loss']:.3f} | {score} |"
         )
-    options = "\n".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in changed.items())
-    peft = (
-        "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        f'base = AutoModelForCausalLM.from_pretrained("{base}")\nmodel = PeftModel.from_pretrained(base, FOLDER)\n```'
-    )
-    own = (
-        "```python\nfrom align_ext import load_adapter\nfrom transformers import AutoModelForCausalLM\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{base}")\nload_adapter(model, FOLDER)\n```'
-    )
-    of_peft = "stock PEFT" in results.get("checks", {}) and results["checks"]["stock PEFT"]["passed"]
-    article = "An" if adapters["architecture"].startswith("a") else "A"
-    return f"""# Adapter of {base} for {len(rows)} {"task" if len(rows) == 1 else "tasks"}
-
-{article} {adapters["architecture"]} adapter of rank {adapters["rank"]} ({adapters["trained_parameters"]:,} parameters,
-{adapters["percent"]:.3g}% of the model), trained by `align-lora train` of align_ext {results["versions"]["align_ext"]}:
-{shown_steps(results)}, on the base model{stored_bits(given)}.
+    return f"""trained by `align-lora train` of align_ext {results["versions"]["align_ext"]}:
+{shown_steps(results)}, on the base model{stored_bits(results["options"])}.
 
 | task | trained on | scored on | loss per answer token, before → after | score, before → after |
 |---|---|---|---|---|
-{chr(10).join(rows)}
-
-## Use
-
-{peft if of_peft else own}
-
-## Options
-
-What is not named has its default; `align-lora train --config FILE` takes this file.
-
-```yaml
-{options}
-```
-"""
+{chr(10).join(rows)}"""

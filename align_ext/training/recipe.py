@@ -17,6 +17,7 @@ from rich.progress import Progress
 from align_ext.adapters.adapted_block import adapted_layers
 from align_ext.base_model.checks import check_base, exclusions
 from align_ext.base_model.dtypes import best_dtype, resolve_dtype, usable_device
+from align_ext.base_model.fingerprint import base_name
 from align_ext.base_model.load import default_targets
 from align_ext.base_model.select_layers import all_linear, linear_layers, name_matches
 from align_ext.base_model.sharded import shard_ranks
@@ -230,7 +231,7 @@ def train(job: Job, console: Console) -> dict[str, Any]:
         The content of results.json.
     """
     options = job.options
-    model = {"name": job.model.name_or_path, "dtype": str(job.model.dtype), "device": job.device}
+    model = {"name": base_name(job.model), "dtype": str(job.model.dtype), "device": job.device}
     results: dict[str, Any] = {"options": options.to_dict(), "versions": versions(), "model": model}
     results["data"] = job.data.counts() | {"digest": job.digest}
     results["adapters"] = describe_adapters(job.model)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import yaml
 
-from align_ext.io.adapter_folder import ADAPTER_FILES, CARD, OUR_CONFIG
+from align_ext.io.adapter_folder import OUR_CONFIG, adapter_files
+from align_ext.io.model_card import CARD
 from align_ext.system import processes
 from align_ext.system.locks import LOCK, InUse, claimed
 from align_ext.system.messages import shown
@@ -255,7 +256,8 @@ def _is_empty(folder: Path) -> bool:
 def _files_of_run(folder: Path) -> str:
     """Returns a regular expression for the paths of a run's files in its folder, including a killed run's."""
     run = rf"{_RESULTS}|report\.html|rows\.jsonl\.gz|losses\.png"  # a plot of older runs
-    run += rf"|tensorboard/.*|{re.escape(_MARK)}|{_TEMP}|{_ADAPTER}/({ADAPTER_FILES})|\.{_ADAPTER}-[^/]*\.new/.*"
+    adapter = rf"{_ADAPTER}/({adapter_files(folder / _ADAPTER)})|\.{_ADAPTER}-[^/]*\.new/.*"
+    run += rf"|tensorboard/.*|{re.escape(_MARK)}|{_TEMP}|{adapter}"
     return rf"{run}|{_CHECKPOINTS}/({_files_of_checkpoints(folder / _CHECKPOINTS)})"
 
 

@@ -37,7 +37,7 @@ def test_stock_peft_loads_the_folder_with_the_same_logits(case, tmp_path):
     model = adapted(make(), torch.float32, **options)
     save_adapter(model, tmp_path / "adapter")
     assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "align_lora_config.json",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "align_lora_config.json",
     ]  # fmt: skip
     peft = PeftModel.from_pretrained(make(), tmp_path / "adapter")
     ours, theirs = logits(model), logits(peft)

@@ -111,10 +111,18 @@ def test_the_name_is_a_hub_id_or_an_absolute_path(tmp_path, monkeypatch):
     model = nn.Linear(2, 2)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").mkdir()
+    (tmp_path / "link").symlink_to("base")
+    (tmp_path / "hub/models--owner--name/snapshots/0123abc").mkdir(parents=True)
+    (tmp_path / "cached").symlink_to(tmp_path / "hub/models--owner--name/snapshots/0123abc")
     for given, name in {
         "base": str(tmp_path / "base"),
         "./base": str(tmp_path / "base"),
+        "link": str(tmp_path / "link"),
+        "cached": "owner/name",
+        "hub/models--owner--name/snapshots/0123abc": "owner/name",
         "owner/name": "owner/name",
+        "/root/hub/models--owner--some-name/snapshots/0123abc/subfolder": "owner/some-name",
+        "/root/hub/models--gpt2/snapshots/0123abc": "gpt2",
         "/root/hub/models--owner--some-name/snapshots/0123abc": "owner/some-name",
         "": None,
     }.items():

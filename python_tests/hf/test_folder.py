@@ -36,7 +36,7 @@ from align_ext import (
 from align_ext.io.adapter_folder import AdapterFolder
 
 WEIGHTS, STATE = "adapter_model.safetensors", "align_lora_heads.safetensors"
-PEFT_CONFIG, OUR_CONFIG = "adapter_config.json", "align_lora_config.json"
+CARD, PEFT_CONFIG, OUR_CONFIG = "README.md", "adapter_config.json", "align_lora_config.json"
 KEY = "model.layers.0.mlp.up_proj"
 each_model = pytest.mark.parametrize("base", MODELS)
 
@@ -87,7 +87,7 @@ def test_stock_peft_computes_the_same_from_each_tasks_folder(base, tmp_path):
 def test_an_adapter_that_peft_has_no_form_of_is_nothing_that_peft_would_misread(kind, tmp_path):
     model = trained(kind)
     save_adapter(model, tmp_path / "adapter")
-    assert files(tmp_path / "adapter") == [OUR_CONFIG, STATE]
+    assert files(tmp_path / "adapter") == [CARD, OUR_CONFIG, STATE]
     with pytest.raises(ValueError, match=r"Can't find 'adapter_config\.json'"):
         PeftModel.from_pretrained(plain(), tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"PEFT has no form of this adapter: .*(router|blocks)"):
@@ -124,7 +124,7 @@ def test_alpha_grows_by_the_root_of_two_with_rslora(tmp_path):
 def test_an_exported_folder_is_stock_pefts_alone_and_both_load_it(kind, tmp_path):
     model, task = trained(kind), 1 if kind == "multi_adapter" else None
     export_peft(model, tmp_path / "adapter", task=task)
-    assert files(tmp_path / "adapter") == [PEFT_CONFIG, WEIGHTS]
+    assert files(tmp_path / "adapter") == [CARD, PEFT_CONFIG, WEIGHTS]
     expected = logits(model, task)
     for reader in (PeftModel.from_pretrained, load_adapter):
         loaded = reader(plain(), tmp_path / "adapter")

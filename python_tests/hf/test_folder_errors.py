@@ -16,7 +16,7 @@ from align_ext.adapters.adapted_linear import AdaptedLinear
 from align_ext.system import tensors as tensors_module
 
 WEIGHTS, STATE = "adapter_model.safetensors", "align_lora_heads.safetensors"
-PEFT_CONFIG, OUR_CONFIG = "adapter_config.json", "align_lora_config.json"
+CARD, PEFT_CONFIG, OUR_CONFIG = "README.md", "adapter_config.json", "align_lora_config.json"
 KEY = "model.layers.0.mlp.up_proj"
 
 
@@ -118,7 +118,7 @@ def test_saving_over_another_adapter_leaves_nothing_of_it_and_other_files_alone(
     (folder / "notes.txt").write_text("mine")
     save_adapter(trained("multi_adapter"), folder)
     save_adapter(model, folder)
-    assert files(tmp_path) == [f"adapter/{name}" for name in (PEFT_CONFIG, WEIGHTS, OUR_CONFIG, "notes.txt")]
+    assert files(tmp_path) == [f"adapter/{name}" for name in (CARD, PEFT_CONFIG, WEIGHTS, OUR_CONFIG, "notes.txt")]
     assert torch.equal(logits(load_adapter(plain(), folder)), logits(model))
 
 
