@@ -6,7 +6,11 @@ from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 
 
 def ask_hub(
-    name: str, file: str = "config.json", repo_type: str | None = None, seconds: float = 4.0
+    name: str,
+    file: str = "config.json",
+    repo_type: str | None = None,
+    seconds: float = 4.0,
+    revision: str | None = None,
 ) -> Exception | None:
     """Asks the hub for a file of a repository; returns None if it is available in time, else the reason."""
     if constants.HF_HUB_OFFLINE:
@@ -15,7 +19,8 @@ def ask_hub(
 
     def ask() -> None:
         try:
-            get_hf_file_metadata(hf_hub_url(name, file, repo_type=repo_type), timeout=seconds)
+            url = hf_hub_url(name, file, repo_type=repo_type, revision=revision)
+            get_hf_file_metadata(url, timeout=seconds)
         except Exception as error:  # any exception is the reason
             answer.append(error)
         else:

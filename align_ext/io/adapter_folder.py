@@ -19,6 +19,7 @@ from align_ext.alignment.model_state import AlignState
 from align_ext.base_model.adopt_peft import PEFT_PREFIX
 from align_ext.base_model.fingerprint import BaseModel
 from align_ext.config import AlignLoraConfig
+from align_ext.io.hub_adapter import local_folder
 from align_ext.io.model_card import CARD, has_own_card
 from align_ext.io.peft_format import (
     BY_LAYER,
@@ -48,7 +49,8 @@ _DECISIVE = (
     "router_temperature", "target_blocks",
 )  # fmt: skip
 _ADAPTER_KEY = r"(.+?)(\.lora_router\.lora_[RH]|\.lora_\w+)"  # the name of a module, and of a tensor of its adapter
-_FILES = "|".join(map(re.escape, (WEIGHTS, PEFT_CONFIG, OUR_CONFIG, STATE, TRAINED)))
+_NAMES = (PEFT_CONFIG, WEIGHTS, OUR_CONFIG, STATE, TRAINED)
+_FILES = "|".join(map(re.escape, _NAMES))
 
 
 @dataclass(frozen=True)
@@ -78,16 +80,15 @@ class AdapterFolder:
     base: BaseModel | None
 
     @classmethod
-    def read(cls, folder: str | os.PathLike[str]) -> AdapterFolder:
-        """Reads a folder of save_adapter or of stock PEFT.
+    def read(cls, folder: str | os.PathLike[str], revision: str | None = None) -> AdapterFolder:
+        """Reads a folder of save_adapter or of stock PEFT, or such a repository of the hub (hub_adapter.py).
 
         Raises:
-            ValueError: no such folder, a damaged or edited file, missing or unexpected keys, wrong shapes, values that
-                are not finite, files that do not belong together, invalid names, or a PEFT adapter that is not plain
-                LoRA.
+            ValueError: no such folder or repository, a damaged or edited file, missing or unexpected keys, wrong
+                shapes, values that are not finite, files that do not belong together, invalid names, or a PEFT adapter
+                that is not plain LoRA.
         """
-        check_folder(folder)
-        path = Path(folder)
+        path = local_folder(folder, [*_NAMES, *(f"{TASKS}/*/{name}" for name in _NAMES)], revision)
         plain = not exists(path / OUR_CONFIG)
         if plain and exists(path / STATE):
             raise ValueError(

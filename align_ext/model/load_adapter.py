@@ -24,17 +24,23 @@ logger = logging.getLogger(__name__)
 
 
 def load_adapter(
-    model: nn.Module, folder: str | os.PathLike[str], adapter_name: str | None = None, *, force: bool = False
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    adapter_name: str | None = None,
+    *,
+    revision: str | None = None,
+    force: bool = False,
 ) -> nn.Module:
-    """Loads an adapter folder of save_adapter or of stock PEFT strictly; training can be continued.
+    """Loads an adapter of save_adapter or of stock PEFT strictly, from a folder or the hub; training can be continued.
 
     Tensors that were trained beside the adapters replace the base's values; unload restores these.
 
     Args:
         model: a plain model, into which the folder's adapters are inserted, or one with adapters of the same kind.
-        folder: the folder.
+        folder: the folder, or a hub id, "owner/name", of which the adapter's tensors and options are downloaded.
         adapter_name: the adapter that gets the folder's values, active or not, or that is added to those that the model
             has (set_adapter makes it the active one); None: the active one.
+        revision: a branch, tag or commit of the hub's repository.
         force: load it even if its record says that it belongs to another base model.
 
     Returns:
@@ -43,7 +49,8 @@ def load_adapter(
     Raises:
         ValueError: missing or unexpected keys, wrong shapes, dtypes that would be rounded, weights that are not finite,
             files that do not belong together or were edited, options that differ from the model's, another base model,
-            or no such folder. The model is then unchanged.
+            no such folder, or a repository that the hub does not give and that is not in its cache. The model is then
+            unchanged.
     """
     outer, model = model, unwrapped(model)
     state = find_state(model)
@@ -51,11 +58,11 @@ def load_adapter(
         assert adapter_name is not None
         known = adapter_name in state.others
         with active_adapter(model, adapter_name) if known else new_adapter(model, adapter_name):
-            load_adapter(model, folder, force=force)
+            load_adapter(model, folder, revision=revision, force=force)
         return outer
     if adapter_name is not None:
         check_names([adapter_name], "adapter_name")
-    stored = AdapterFolder.read(folder)
+    stored = AdapterFolder.read(folder, revision)
     if state is not None:
         _refuse_other_options(stored, state.config)
     check_ties(model, stored.trained, alone=not stored.tied)  # before check_model, which would report another base

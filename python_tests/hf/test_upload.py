@@ -1,10 +1,10 @@
 """--push-to-hub with huggingface_hub's client, to a hub on this machine."""
 
+import functools
 import json
 
-import huggingface_hub
 import pytest
-from hf.hub import hub
+from hf import hub
 from hf.words import model_folder, write_rows
 from processes import python
 
@@ -21,16 +21,7 @@ def tiny(run, tmp_path):
 
 @pytest.fixture
 def connect(monkeypatch):
-    """Lets this process take a server for the hub, as HF_ENDPOINT does before the import."""
-
-    def to(server):
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.address)
-        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.address)
-        monkeypatch.setenv("HF_TOKEN", "hf_mine")
-
-    return to
+    return functools.partial(hub.connect, monkeypatch)
 
 
 def contents(folder):
@@ -43,7 +34,7 @@ def assert_whole(folder):
 
 
 def test_what_arrives_is_the_adapter_with_its_card(tiny, connect, tmp_path):
-    with hub() as server:
+    with hub.hub() as server:
         connect(server)
         code, said, _ = tiny("train", *TINY, "--output", "out", "--push-to-hub", "--hub-model-id", "we/ours",
                              "--hub-private-repo")  # fmt: skip
@@ -58,7 +49,7 @@ def test_what_arrives_is_the_adapter_with_its_card(tiny, connect, tmp_path):
 
 @pytest.mark.parametrize("refused", ["/api/repos/create", "/commit/main"])
 def test_an_upload_that_is_refused_leaves_the_run_whole_and_names_the_cure(tiny, connect, tmp_path, refused):
-    with hub(refused=refused) as server:
+    with hub.hub(refused=refused) as server:
         connect(server)
         code, _, error = tiny("train", *TINY, "--output", "out", "--push-to-hub", "--hub-private-repo")
     assert code == 2
@@ -71,7 +62,7 @@ def test_an_upload_that_is_refused_leaves_the_run_whole_and_names_the_cure(tiny,
 
 
 def test_a_hub_that_goes_down_during_the_run_leaves_it_whole(tiny, connect, tmp_path):
-    with hub(refused="/api/repos/create", answers=False) as server:
+    with hub.hub(refused="/api/repos/create", answers=False) as server:
         connect(server)
         code, _, error = tiny("train", *TINY, "--output", "out", "--push-to-hub")
     assert code == 2
@@ -81,7 +72,7 @@ def test_a_hub_that_goes_down_during_the_run_leaves_it_whole(tiny, connect, tmp_
 
 
 def test_a_hub_that_is_down_or_refuses_the_token_is_known_before_the_run(tiny, connect, tmp_path):
-    with hub(refused="/api/whoami-v2") as server:
+    with hub.hub(refused="/api/whoami-v2") as server:
         connect(server)
         refused = tiny("train", *TINY, "--output", "out", "--push-to-hub")
     down = tiny("train", *TINY, "--output", "out", "--push-to-hub")
@@ -95,7 +86,7 @@ def test_a_hub_that_is_down_or_refuses_the_token_is_known_before_the_run(tiny, c
 def test_an_upload_by_the_command_with_the_librarys_variables(tmp_path):
     model_folder(tmp_path / "model")
     write_rows(tmp_path / "rows.jsonl")
-    with hub() as server:
+    with hub.hub() as server:
         given = {"HF_ENDPOINT": server.address, "HF_TOKEN": "hf_mine", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
         command = python("-m", "align_ext.cli", "train", *TINY, "--output", "out", "--push-to-hub", cwd=tmp_path,
                          env=given)  # fmt: skip
