@@ -173,7 +173,7 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str], task: int | No
 
     Args:
         model: a model that replace_linear_with_align_lora adapted.
-        folder: gets adapter_model.safetensors and adapter_config.json; other files in it stay.
+        folder: gets adapter_model.safetensors, adapter_config.json and the model card; other files in it stay.
         task: the task of a multi_adapter; None: the task of set_task.
 
     Raises:

@@ -96,7 +96,7 @@ def test_export_writes_stock_pefts_folder_and_verifies_it(kind, run, tmp_path):
     base = model_folder(tmp_path / "base")
     code, out, err = run("export", tmp_path / "adapter", "--model", base, "--output", "e", "--verify")
     assert code == 0, err
-    assert files(tmp_path / "work/e") == ["adapter_config.json", "adapter_model.safetensors"]
+    assert files(tmp_path / "work/e") == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     assert "stock PEFT: same logits" in out
     assert "align_ext: same logits" in out
     assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path / "work/e")), logits(model))
