@@ -1,7 +1,7 @@
 """Merges adapters into the base weights, or removes them."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from align_ext.adapters.adapted_block import AdaptedBlock, adapted_layers
 from align_ext.adapters.adapted_linear import AdaptedLinear
 from align_ext.alignment.forward_hooks import remove_hooks
+from align_ext.alignment.model_state import require_state
 from align_ext.base_model.modules_to_save import restore_base
 from align_ext.base_model.sharded import refuse_sharded
 from align_ext.model.save_pretrained import restore_methods
@@ -41,7 +42,12 @@ class MergeReport:
 
 
 def merge_and_unload(
-    model: nn.Module, approximate: Literal["uniform"] | None = None, batch: Mapping[str, Any] | None = None
+    model: nn.Module,
+    approximate: Literal["uniform"] | None = None,
+    batch: Mapping[str, Any] | None = None,
+    *,
+    safe_merge: bool = True,
+    adapter_names: Sequence[str] | None = None,
 ) -> nn.Module:
     """Merges each adapter into its base weight, W + s Σ B A in float32, and restores the base layers.
 
@@ -54,13 +60,16 @@ def merge_and_unload(
         model: a model with adapters.
         approximate: "uniform", or None to merge exactly or raise.
         batch: the model's inputs (input_ids, attention_mask, ...); needed for approximate.
+        safe_merge: whether all layers are merged on trial before the first one is changed. False takes half the time,
+            and of a weight that is not finite it says so when earlier layers are merged already.
+        adapter_names: PEFT's list of adapters; here the active one alone, or None, which means it.
 
     Returns:
         The model; for an adopted PeftModel, the plain model inside it.
 
     Raises:
         ValueError: a layer cannot be merged, or its merged weight is not finite (float16 overflows); the model is then
-            unchanged, and the message names the layer and the reason.
+            unchanged (with safe_merge), and the message names the layer and the reason. Or adapter_names names another.
     """
     refuse_sharded(model, "merge_and_unload")
     layers = adapted_layers(model)
@@ -70,6 +79,11 @@ def merge_and_unload(
         raise ValueError('approximate="uniform" changes the outputs: give batch={...}, to measure how much')
     if batch is not None and not isinstance(batch, Mapping):
         raise ValueError(f"batch={shown(batch)} must be a mapping of the model's inputs by name (input_ids, ...)")
+    if adapter_names is not None and list(adapter_names) != [active := require_state(model).name]:
+        raise ValueError(
+            f"adapter_names={shown(adapter_names)}: the active adapter, {shown(active)}, is merged: choose another by "
+            "set_adapter(model, name), or make one of several by add_weighted_adapter"
+        )
     for name, layer in layers.items():
         if reason := layer.unmergeable_reason() if approximate is None else _approximation_problem(layer):
             raise ValueError(f"{name} cannot be merged: {reason}")
@@ -79,13 +93,17 @@ def merge_and_unload(
     def delta(layer: AdaptedLinear) -> Tensor | None:
         return layer.adapter.uniform_delta_weight() if approximate else None
 
-    for name, layer in linears.items():
-        try:
-            if not layer.merged:
-                layer.merged_weight(delta(layer))  # checks all layers before the first is changed
-        except ValueError as error:
-            raise ValueError(f"{name} cannot be merged: {error}") from error
-    plain = restore_layers(model, {name: layer.merged_base(delta(layer)) for name, layer in linears.items()})
+    bases: dict[str, nn.Module] = {}
+    for change in (False, True) if safe_merge else (True,):
+        for name, layer in linears.items():
+            try:
+                if change:
+                    bases[name] = layer.merged_base(delta(layer))
+                elif not layer.merged:
+                    layer.merged_weight(delta(layer))
+            except ValueError as error:
+                raise ValueError(f"{name} cannot be merged: {error}") from error
+    plain = restore_layers(model, bases)
     if before is not None and batch is not None:
         plain.merge_report = _compare(before, _log_probabilities(plain, batch))  # type: ignore[assignment]
         logger.info("merged approximately: %s", plain.merge_report)

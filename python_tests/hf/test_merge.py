@@ -166,3 +166,26 @@ def test_a_base_weight_that_is_not_finite_is_named():
         adapted_layers(model)[last].weight[0, 0] = float("inf")
     with pytest.raises(ValueError, match=rf"{last} cannot be merged: the base weight holds values that are not finite"):
         merge_and_unload(model)
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_what_peft_calls_safe_merge_is_the_default_and_without_it_earlier_layers_are_merged(safe):
+    model = trained("lora")
+    layers = list(adapted_layers(model).values())
+    before = [layer.weight.clone() for layer in layers]
+    with torch.no_grad():
+        layers[-1].adapter.lora_B.fill_(float("inf"))
+    with pytest.raises(ValueError, match="not finite"):
+        merge_and_unload(model, safe_merge=safe)
+    assert torch.equal(layers[0].weight, before[0]) == safe
+    assert torch.equal(layers[-1].weight, before[-1])
+
+
+def test_pefts_adapter_names_are_the_active_adapter_or_refused():
+    model = trained("lora")
+    with pytest.raises(
+        ValueError, match=r"adapter_names=\['other'\]: the active adapter, 'default', is merged: choose"
+    ):
+        merge_and_unload(model, adapter_names=["other"])
+    expected = logits(model)
+    torch.testing.assert_close(logits(merge_and_unload(model, safe_merge=True, adapter_names=["default"])), expected)
