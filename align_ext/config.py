@@ -37,7 +37,7 @@ Mixing = Literal["proportional", "temperature", "equal", "round_robin"]  # of ta
 Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "random_heads"]
 
 DEFAULT_WEIGHT: Mapping[str, float] = {"kl": 0.1, "mmd": 0.15, "l2": 0.1}
-AUTO: Any = "auto"  # an option's default that depends on the architecture
+AUTO: Any = "auto"  # an option's default that depends on the architecture or the model
 MOST_TASKS = 10_000  # a limit, since reports have tables of all pairs of tasks
 
 
@@ -46,7 +46,8 @@ MOST_TASKS = 10_000  # a limit, since reports have tables of all pairs of tasks
 class AlignLoraConfig:
     """Options of the adapters and of the losses on them; validated when made.
 
-    An option that is "auto" takes the architecture's own value (align_ext/architectures.py).
+    An option that is "auto" takes the architecture's own value (align_ext/architectures.py); target_modules take the
+    model's (align_ext/base_model/default_targets.py).
     """
 
     architecture: Architecture = option(
@@ -61,8 +62,10 @@ class AlignLoraConfig:
     lora_alpha: float = option(32, "alpha; the scaling is s = alpha / r.", positive)
     lora_dropout: float = option(0.1, "p, of dropout at dropout_site, in [0, 1).", probability_rule)
     target_modules: tuple[str, ...] | str = option(
-        ("gate_proj", "up_proj", "down_proj"),
-        'suffixes of module names, a regular expression for the whole name, or "all-linear".',
+        AUTO,
+        'suffixes of module names, a regular expression for the whole name, "all-linear", or "auto": the feed-forward '
+        "layers of the blocks, whatever they are called (gate_proj, up_proj and down_proj in Llama), or all layers of "
+        "blocks without such layers (Mamba); of several modalities those that see the text.",
         targets_rule,
     )
     exclude_modules: tuple[str, ...] | str = option((), "suffixes, or a regular expression, of modules to leave alone.")
@@ -286,7 +289,7 @@ class AlignLoraConfig:
         for name in ("layers_to_transform", "rank_pattern", "alpha_pattern"):
             if self.target_blocks and getattr(self, name):
                 refuse(name, "it is about linear layers, and whole blocks are adapted: leave it or target_blocks out")
-        whole = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        whole = isinstance(self.target_modules, str) and self.target_modules not in ("all-linear", AUTO)
         if self.layers_to_transform and whole:
             refuse("layers_to_transform", "target_modules is a regular expression: say in it which layers are meant")
         if self.layers_pattern and not self.layers_to_transform:

@@ -14,7 +14,7 @@ def test_the_defaults_are_the_papers():
     config = AlignLoraConfig()
     assert (config.architecture, config.r, config.lora_alpha, config.lora_dropout) == ("align_lora", 8, 32, 0.1)
     assert (config.align, config.align_weight) == ("kl", 0.1)
-    assert config.target_modules == ("gate_proj", "up_proj", "down_proj")
+    assert config.target_modules == "auto"
     assert config.scaling == 4
 
 

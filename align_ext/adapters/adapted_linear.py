@@ -143,12 +143,12 @@ class AdaptedLinear(AdaptedModule):
             return "the base weight is quantised: load the base in a floating-point dtype to merge"
         if not isinstance(base._parameters.get("weight"), nn.Parameter):
             return "the base weight is computed from others (parametrised, pruned)"
-        if not is_conv1d(base) and type(base).forward is not nn.Linear.forward:
-            return f"{type(base).__name__} has a forward of its own"
         if has_hooks(base):
             return "the base layer has hooks, which may change its output"
         if self.weight.is_meta:
             return "the base weight is on the meta device or offloaded: load it first"
+        if not is_conv1d(base) and type(base).forward is not nn.Linear.forward and not _multiplies(base):
+            return f"{type(base).__name__} has a forward of its own, which is not its weight's product with x"
         return None
 
     def merge(self, delta: Tensor | None = None) -> None:
@@ -202,3 +202,12 @@ class AdaptedLinear(AdaptedModule):
                 reason = f"the merged weight is too large for {weight.dtype}: load the base in bfloat16 or float32"
             raise ValueError(reason)
         return result
+
+
+@torch.no_grad()
+def _multiplies(base: Any) -> bool:
+    """Whether a layer's own forward computes W x + b, as Falcon's does, up to rounding."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, base.in_features, generator=generator).to(base.weight)
+    expected = nn.functional.linear(x, base.weight, base.bias)
+    return bool((base(x) - expected).norm() <= 8 * torch.finfo(x.dtype).eps * expected.norm())

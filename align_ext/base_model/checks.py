@@ -148,17 +148,6 @@ def _record_modules(model: nn.Module) -> Iterator[set[str]]:
         hook.remove()
 
 
-def exclusions(idle: Collection[str], ran: Collection[str]) -> tuple[str, ...]:
-    """Returns the shortest name suffixes for exclude_modules that match all idle modules and none that ran."""
-    patterns: dict[str, None] = {}
-    for name in idle:
-        parts = name.split(".")
-        ends = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
-        fits = (end for end in ends if not any(f".{other}".endswith(f".{end}") for other in ran))
-        patterns[next(fits, name)] = None
-    return tuple(patterns)
-
-
 def _check_weights(model: nn.Module, before: Mapping[str, Any]) -> None:
     """Raises ValueError if weights have changed: the base must stay frozen, since an adapter belongs to its weights."""
     after = BaseModel.of(model).weights

@@ -45,21 +45,6 @@ def find_blocks(model: nn.Module, kinds: Collection[str]) -> dict[str, tuple[nn.
     return blocks
 
 
-def mlp_linears(model: nn.Module) -> tuple[str, ...]:
-    """Returns the linear layers of the MLP blocks as suffixes for target_modules, such as mlp.c_fc.
-
-    Raises:
-        ValueError: find_blocks finds none.
-    """
-    names: dict[str, None] = {}
-    for path, (block, _) in find_blocks(model, ("mlp",)).items():
-        inside = list(_linears(block))
-        for name, layer in block.named_children():
-            if layer in inside:
-                names[f"{path.rpartition('.')[2]}.{name}"] = None
-    return tuple(names)
-
-
 def _linears(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
         if is_conv1d(child) or (hasattr(child, "in_features") and hasattr(child, "out_features")):

@@ -7,16 +7,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align_ext.base_model.checks import check_finite, check_loaded
 from align_ext.base_model.default_model import DEFAULT_MODEL, default_model
 from align_ext.base_model.dtypes import resolve_dtype
-from align_ext.base_model.find_blocks import mlp_linears
 from align_ext.base_model.hub import ask_hub
-from align_ext.base_model.select_layers import ALL_LINEAR
-from align_ext.config import AlignLoraConfig
 from align_ext.system.messages import reason_of, shown, shown_path
 from align_ext.system.reading import open_file
 from align_ext.system.terminal import PrintLine
@@ -111,27 +107,6 @@ def _check_length(tokenizer: Any) -> None:
     length = tokenizer.model_max_length
     if not isinstance(length, (int, float)) or isinstance(length, bool):
         raise ValueError(f"model_max_length={shown(length)} in tokenizer_config.json is no number")
-
-
-def default_targets(model: nn.Module) -> tuple[tuple[str, ...] | str, str]:
-    """Chooses the default layers to adapt: the linear layers of the MLP blocks.
-
-    Returns:
-        target_modules: gate_proj, up_proj and down_proj if the model has them; else the MLP layers by structure; else
-            "all-linear".
-        A message for the user, empty in the first case.
-    """
-    standard = AlignLoraConfig().target_modules
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    if names.issuperset(standard):
-        return standard, ""
-    try:
-        targets: tuple[str, ...] | str = mlp_linears(model)
-        shown = f"the layers of its MLP blocks instead, {', '.join(targets)}"
-    except ValueError:
-        targets = ALL_LINEAR
-        shown = "all its linear layers instead"
-    return targets, f"this model has no {', '.join(standard)}: adapting {shown} (--target-modules chooses others)"
 
 
 def _checked_name(name: str) -> str:

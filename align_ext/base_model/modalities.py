@@ -13,25 +13,8 @@ _CROSS_ATTENTION_INPUTS = {"cross_attention_states", "key_value_states", "encode
 
 
 def refuse_other_modalities(model: nn.Module, names: Iterable[str]) -> None:
-    """Raises ValueError if adapted layers of a multimodal model see tokens that the text's mask does not cover.
-
-    The number of tokens does not decide it, since there may be as many patches as words. A layer belongs to the
-    modality of the innermost model around it, which its configuration tells.
-    """
-    from transformers import PreTrainedConfig  # imported here to keep `align-lora --help` fast
-
-    outer = next((m for m in model.modules() if isinstance(getattr(m, "config", None), PreTrainedConfig)), None)
-    config: Any = None if outer is None else outer.config
-    text = None if config is None else config.get_text_config()
-    if text is None or text is config or encoder_decoder(model) is not None:
-        return
-    others: dict[str, str] = {}
-    for name in names:
-        path, inner = _innermost_model(model, name)
-        parent = name.rpartition(".")[0]
-        if type(inner) is not type(text) or _is_cross_attention(model.get_submodule(parent)):
-            others[name] = parent if inner is config or type(inner) is type(text) else path
-    if others:
+    """Raises ValueError if adapted layers of a multimodal model see tokens that the text's mask does not cover."""
+    if others := other_modalities(model, names):
         cure = "|".join(sorted({f"{re.escape(path)}\\..*" for path in others.values()}))
         raise ValueError(
             f"{len(others)} layers, the first is {next(iter(others))}, see other tokens than the text's, whose tasks "
@@ -39,16 +22,34 @@ def refuse_other_modalities(model: nn.Module, names: Iterable[str]) -> None:
         )
 
 
+def other_modalities(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Returns which layers of a multimodal model see tokens that the text's mask does not cover, and what holds them.
+
+    The number of tokens does not decide it, since there may be as many patches as words. A layer belongs to the
+    modality of the innermost model around it, which its configuration tells.
+    """
+    outer = next((m for m in model.modules() if hasattr(getattr(m, "config", None), "get_text_config")), None)
+    config: Any = None if outer is None else outer.config
+    text = None if config is None else config.get_text_config()
+    others: dict[str, str] = {}
+    if text is None or text is config or encoder_decoder(model) is not None:
+        return others
+    for name in names:
+        path, inner = _innermost_model(model, name)
+        parent = name.rpartition(".")[0]
+        if type(inner) is not type(text) or _is_cross_attention(model.get_submodule(parent)):
+            others[name] = parent if inner is config or type(inner) is type(text) else path
+    return others
+
+
 def _innermost_model(model: nn.Module, name: str) -> tuple[str, Any]:
     """Returns the name and the configuration of the innermost model that holds a layer."""
-    from transformers import PreTrainedConfig
-
     path = name
     while path:
         path = path.rpartition(".")[0]
-        config = getattr(model.get_submodule(path), "config", None)
-        if isinstance(config, PreTrainedConfig) and hasattr(model.get_submodule(path), "get_input_embeddings"):
-            return path, config
+        module = model.get_submodule(path)
+        if hasattr(getattr(module, "config", None), "get_text_config") and hasattr(module, "get_input_embeddings"):
+            return path, module.config
     return "", None
 
 

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Mapping
 
 from torch import nn
 
-from align_ext.adapters.linear_layer import features_of, has_float_weight, is_conv1d
+from align_ext.adapters.linear_layer import has_float_weight, is_conv1d
 from align_ext.base_model.adopt_peft import is_peft_lora, unadoptable_reason
 from align_ext.base_model.bypassed_layers import bypass_reason
 from align_ext.base_model.modules_to_save import is_inside
@@ -24,7 +24,6 @@ def find_targets(
     fully_trained: Collection[str],
     *,
     by_name: bool,
-    ranked: Collection[str] = (),
 ) -> dict[str, nn.Module]:
     """Finds the layers to adapt.
 
@@ -35,7 +34,6 @@ def find_targets(
         skipped: gets the reasons of those that match but cannot be adapted, by name.
         fully_trained: names of fully trained modules.
         by_name: whether target_modules and exclude_modules choose among the candidates.
-        ranked: names of layers whose rank is given and is not checked.
     """
     targets, matcher, names = {}, Matcher(), _registered_names(model)
     for name, module in candidates.items():
@@ -43,18 +41,11 @@ def find_targets(
             continue
         trained = is_inside(f"{name}.", fully_trained)
         reason = "it is trained whole (modules_to_save)" if trained else _skip_reason(name, module, model, names)
-        if reason is None and by_name and all_linear(config) and name not in ranked:
-            reason = excessive_rank_reason(config.of_layer(name, matcher).r, features_of(module))
         if reason is None:
             targets[name] = module
         else:
             skipped[name] = reason
     return targets
-
-
-def excessive_rank_reason(r: int, sizes: tuple[int, int]) -> str | None:
-    """Returns why a layer with these inputs and outputs cannot use a rank, or None."""
-    return f"r={r} is above what its {sizes[0]} inputs and {sizes[1]} outputs can use" if r > min(sizes) else None
 
 
 def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

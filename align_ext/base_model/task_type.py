@@ -1,6 +1,7 @@
 """The task_type in adapter_config.json, which decides which PeftModel class of stock PEFT loads an adapter."""
 
 from collections.abc import Collection
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -17,7 +18,8 @@ _BY_CLASS = {
 def task_type_of(model: nn.Module, trained: Collection[str]) -> str | None:
     """Returns the task_type of a model, which may be wrapped, or None for the general PeftModel.
 
-    PEFT's types for generation need input_ids, so a model of only sound or images has none. PEFT's types for
+    PEFT's types for generation need input_ids, so a model of only sound or images has none, and its type for features
+    passes inputs_embeds too, which models of two towers have not (CLIP). PEFT's types for
     classification need the head's tensors in the folder, so a model without a trained head has none.
 
     Args:
@@ -37,7 +39,7 @@ def task_type_of(model: nn.Module, trained: Collection[str]) -> str | None:
         if inner.main_input_name != "input_ids":
             return None
         return "SEQ_2_SEQ_LM" if inner.config.is_encoder_decoder else "CAUSAL_LM"
-    takes_tokens = inner.main_input_name == "input_ids"
+    takes_tokens = {"input_ids", "inputs_embeds"} <= signature(type(inner).forward).parameters.keys()
     return "FEATURE_EXTRACTION" if takes_tokens and inner.base_model is inner else None
 
 

@@ -28,13 +28,13 @@ from align_ext.base_model.adopt_peft import (
     refuse_other_peft,
     refuse_unadoptable,
 )
+from align_ext.base_model.default_targets import with_targets
 from align_ext.base_model.find_blocks import find_blocks
 from align_ext.base_model.fingerprint import BaseModel
 from align_ext.base_model.modalities import refuse_other_modalities
 from align_ext.base_model.modules_to_save import buffers_of, is_inside, modules_to_train, start_training, tensors_of
 from align_ext.base_model.quantised import dequantised, keep_differentiable
 from align_ext.base_model.select_layers import (
-    excessive_rank_reason,
     find_targets,
     linear_layers,
     name_matches,
@@ -61,6 +61,7 @@ class ReplaceReport:
         skipped: name -> reason, for layers that matched target_modules but were not adapted.
         unmatched: hints: patterns that match nothing, experts that are no linear layers.
         trained: names of the modules that are fully trained beside the adapters.
+        excessive: names of the adapted layers whose r is above the smaller of their inputs and outputs.
     """
 
     replaced: list[str] = field(default_factory=list)
@@ -68,6 +69,7 @@ class ReplaceReport:
     skipped: dict[str, str] = field(default_factory=dict)
     unmatched: list[str] = field(default_factory=list)
     trained: list[str] = field(default_factory=list)
+    excessive: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         kinds = Counter(name.rpartition(".")[2] for name in self.replaced)
@@ -77,6 +79,11 @@ class ReplaceReport:
             lines.append(f"of them {len(self.adopted)} with the weights of a PEFT adapter")
         lines += [f"trained whole beside them: {', '.join(self.trained)}"] if self.trained else []
         lines += [f"left alone {name}: {reason}" for name, reason in self.skipped.items()]
+        if self.excessive:
+            more = f" and of {len(self.excessive) - 1} others" if len(self.excessive) > 1 else ""
+            lines.append(
+                f"r is above the smaller of the inputs and outputs of {self.excessive[0]}{more}: it gains nothing"
+            )
         return "\n".join([*lines, *self.unmatched])
 
 
@@ -85,6 +92,7 @@ def replace_linear_with_align_lora(
 ) -> nn.Module:
     """Freezes a model and adds an adapter to each linear layer that the config names, in place.
 
+    By default those are the feed-forward layers of every block (align_ext/base_model/default_targets.py).
     nn.Linear and its subclasses, GPT-2's Conv1D and quantised linears are adapted. lm_head, layers with tied weights
     and layers whose forward is bypassed (nn.TransformerEncoderLayer's) are not, and the report lists them
     (`adapter_report(model)`, also logged). The new head of a classification model, or the modules in modules_to_save,
@@ -92,7 +100,7 @@ def replace_linear_with_align_lora(
     PeftModel are adopted: same Parameters, same scaling. A second call changes nothing.
 
     Args:
-        model: any nn.Module; the defaults are for Llama, Qwen and Mistral.
+        model: any nn.Module.
         config: the options, as an AlignLoraConfig, a dictionary or a peft.LoraConfig; or
         **options: the options of AlignLoraConfig one by one.
 
@@ -131,6 +139,7 @@ def insert_adapters(
     report = ReplaceReport()
     candidates = dict(linear_layers(model))
     adopting = {name: module for name, module in candidates.items() if is_peft_lora(module)}
+    config = config if adopting else with_targets(config, model)
     state = AlignState(config)
     layers: dict[str, Adapted] = {}
     full_names = modules_to_train(model, config) if ranks is None and not adopting else []
@@ -140,8 +149,8 @@ def insert_adapters(
         for name, (block, hidden) in _target_blocks(model, config).items():
             layers[name] = AdaptedBlock(block, _build(name, block, (hidden, hidden), config, reset=ranks is None))
     else:
-        chosen, fixed = adopting or candidates, ranks or ()
-        targets = find_targets(model, config, chosen, report.skipped, full_names, by_name=not adopting, ranked=fixed)
+        chosen = adopting or candidates
+        targets = find_targets(model, config, chosen, report.skipped, full_names, by_name=not adopting)
         if not targets:
             raise ValueError(nothing_matched_message(model, candidates, config, report.skipped))
         if adopting:
@@ -158,6 +167,9 @@ def insert_adapters(
                 options = config.of_layer(name, matcher) if ranks is None else replace(config, r=ranks[name])
                 adapter = _build(name, module, features_of(module), options, reset=ranks is None)
                 layers[name] = AdaptedLinear(module, adapter)
+    if ranks is None:
+        made = {name: layer.adapter for name, layer in layers.items()}
+        report.excessive = [name for name, a in made.items() if a.r > min(a.in_features, a.out_features)]
     keys = [f"{PEFT_PREFIX}{name}.lora_A.weight" for name in layers]
     check_names(keys, "a folder cannot hold the adapters of these layers", maximum=len(keys))
     if config.needs_step:
@@ -184,7 +196,7 @@ def insert_adapters(
         start_training(model, [name for name in tensors_of(model) if is_inside(name, full_names)])
     state.samples = dict(BaseModel.of(model).weights)
     state.report = report
-    (logger.warning if report.unmatched else logger.info)("%s", report)
+    (logger.warning if report.unmatched or report.excessive else logger.info)("%s", report)
     return model
 
 
@@ -215,7 +227,7 @@ def layers_to_adapt(model: nn.Module, config: AlignLoraConfig) -> dict[str, tupl
     """
     if config.target_blocks:
         return {name: (hidden, hidden) for name, (_, hidden) in _target_blocks(model, config).items()}
-    candidates, skipped = dict(linear_layers(model)), dict[str, str]()
+    candidates, skipped, config = dict(linear_layers(model)), dict[str, str](), with_targets(config, model)
     targets = find_targets(model, config, candidates, skipped, modules_to_train(model, config), by_name=True)
     if not targets:
         raise ValueError(nothing_matched_message(model, candidates, config, skipped))
@@ -257,8 +269,11 @@ def _refuse_wrapped(model: nn.Module) -> None:
 
 def _build(name: str, module: nn.Module, sizes: tuple[int, int], config: AlignLoraConfig, *, reset: bool) -> Adapter:
     """Builds an adapter with initial values, on the module's device and in the dtype of the options."""
-    if reset and (reason := excessive_rank_reason(config.r, sizes)):
-        raise ValueError(f"{name}: {reason}: choose r <= {min(sizes)}, or leave the layer out by exclude_modules")
+    if reset and config.init_lora_weights == "pissa" and config.r > min(sizes):
+        raise ValueError(
+            f"{name}: r={config.r} is above the {min(sizes)} singular directions of its weight, by which PiSSA starts: "
+            f"choose r <= {min(sizes)}, leave the layer out by exclude_modules, or start otherwise"
+        )
     frozen: Any = next((layer.weight for layer in module.modules() if has_float_weight(layer)), torch.empty(0))
     # A float64 base, as in tests of exactness, gets float64 adapters.
     dtype = frozen.dtype if config.adapter_dtype == "base" else torch.promote_types(torch.float32, frozen.dtype)

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from align_ext.adapters.linear_layer import features_of
 from align_ext.base_model.default_model import DEFAULT_MODEL, default_model
+from align_ext.base_model.default_targets import with_targets
 from align_ext.base_model.dtypes import best_dtype, usable_device
-from align_ext.base_model.load import default_targets
 from align_ext.base_model.select_layers import is_linear
 from align_ext.config import AUTO, AlignLoraConfig
 from align_ext.data.encode import fits
@@ -231,7 +231,7 @@ def nearest_rank(config: AlignLoraConfig, model: torch.nn.Module, budget: int) -
 
 
 def _config(options: TrainOptions, model: torch.nn.Module, num_tasks: int) -> AlignLoraConfig:
-    return options.adapter_config(num_tasks, default_targets(model)[0])
+    return with_targets(options.adapter_config(num_tasks), model)
 
 
 def _describe(

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from align_ext.config import AlignLoraConfig
+from align_ext.config import AUTO, AlignLoraConfig
 from align_ext.model.cost import count_parameters, flops_per_token, trained_parameters
 from align_ext.model.replace import replace_linear_with_align_lora
 from align_ext.system.terminal import print_line
@@ -82,9 +82,9 @@ class Published:
         config = AlignLoraConfig(**self.options)
         words = [f"r {config.r}", f"N {config.num_heads}" if config.num_heads else ""]
         words += [f"G {config.routing_groups}" if (config.routing_groups or 1) > 1 else ""]
-        layers = " ".join(name.removesuffix("_proj") for name in config.target_modules)
-        layers = f"{' '.join(config.target_blocks)} block" if config.target_blocks else layers
-        words += [layers.replace("gate up down", "mlp")]
+        named = config.target_modules != AUTO
+        layers = " ".join(name.removesuffix("_proj") for name in config.target_modules) if named else "mlp"
+        words += [f"{' '.join(config.target_blocks)} block" if config.target_blocks else layers]
         return ", ".join(word for word in words if word)
 
 

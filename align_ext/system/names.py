@@ -4,7 +4,7 @@ import functools
 import math
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import regex
@@ -66,6 +66,17 @@ def layer_index(name: str, lists: Sequence[str] = ()) -> int | None:
         if found := re.search(pattern, f".{name}"):
             return int(found[1])
     return None
+
+
+def shortest_ends(names: Iterable[str], others: Iterable[str]) -> tuple[str, ...]:
+    """Returns the shortest suffixes of module names, as patterns, that match all of these and none of the others."""
+    taken = {end for other in others for end in _ends(other)}
+    return tuple(dict.fromkeys(next((end for end in _ends(name) if end not in taken), name) for name in names))
+
+
+def _ends(name: str) -> Iterator[str]:
+    parts = name.split(".")
+    return (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
 
 
 def check_names(names: Any, what: str, *, maximum: int = 10_000, for_folders: bool = False) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_type_hints
 
-from align_ext.config import AUTO, AlignLoraConfig
+from align_ext.config import AlignLoraConfig
 from align_ext.system.bounds import check_options, default_of, documented, integer_rule, option, unknown_name
 from align_ext.system.messages import shown
 from align_ext.training.data_options import DataOptions
@@ -84,12 +84,11 @@ class TrainOptions(TrainerOptions, DataOptions):
             if self.batch_size < minimum:
                 raise ValueError(f"batch_size must be {wanted}, got {self.batch_size}")
 
-    def adapter_config(self, num_tasks: int, default_targets: tuple[str, ...] | str | None = None) -> AlignLoraConfig:
+    def adapter_config(self, num_tasks: int) -> AlignLoraConfig:
         """Returns the options of the adapters.
 
         Args:
             num_tasks: the number of tasks in the data.
-            default_targets: the value for target_modules=auto; None: the default of AlignLoraConfig.
 
         Raises:
             ValueError: options exclude each other, or the option num_tasks is smaller than that of the data.
@@ -100,9 +99,6 @@ class TrainOptions(TrainerOptions, DataOptions):
         elif options["num_tasks"] < num_tasks:
             raise ValueError(f"num_tasks must be at least {num_tasks}, the tasks of the data, or none, got "
                              f"{shown(options['num_tasks'])}")  # fmt: skip
-        if options["target_modules"] == AUTO:
-            del options["target_modules"]
-            options |= {} if default_targets is None else {"target_modules": default_targets}
         return AlignLoraConfig.from_dict(options)
 
     def for_processes(self, count: int) -> TrainOptions:
@@ -238,15 +234,8 @@ GROUPS = {"Data": DataOptions, "Training": TrainerOptions, "Model and run": Trai
 ADAPTERS = "Adapters and their losses"
 
 
-# Options of AlignLoraConfig whose default depends on the model or the data: their defaults and help texts here.
-_JOB_DEFAULTS = {
-    "target_modules": (
-        AUTO,
-        'suffixes of the layers to adapt, a regular expression for the whole name, or "all-linear"; auto: the linear '
-        "layers of the MLP blocks, whatever the model calls them",
-    ),
-    "num_tasks": (None, "M, how many tasks there may be; none: those of the data"),
-}
+# Options of AlignLoraConfig whose default depends on the data: their defaults and help texts here.
+_JOB_DEFAULTS = {"num_tasks": (None, "M, how many tasks there may be; none: those of the data")}
 
 
 @functools.cache

@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from align_ext.adapters.adapted_block import adapted_layers
-from align_ext.base_model.checks import check_base, exclusions
+from align_ext.base_model.checks import check_base
+from align_ext.base_model.default_targets import with_targets
 from align_ext.base_model.dtypes import best_dtype, resolve_dtype, usable_device
 from align_ext.base_model.fingerprint import base_name
-from align_ext.base_model.load import default_targets
 from align_ext.base_model.select_layers import all_linear, linear_layers, name_matches
 from align_ext.base_model.sharded import shard_ranks
 from align_ext.config import AUTO, AlignLoraConfig
@@ -34,7 +34,7 @@ from align_ext.system import processes
 from align_ext.system.bounds import unknown_name
 from align_ext.system.memory import enough_memory
 from align_ext.system.messages import shown
-from align_ext.system.names import Matcher
+from align_ext.system.names import Matcher, shortest_ends
 from align_ext.system.terminal import print_line, progress_bars, show_status
 from align_ext.system.versions import versions
 from align_ext.system.writing import atomic_file, check_space
@@ -111,11 +111,8 @@ def _prepare(folder: RunFolder, device: str, dtype: torch.dtype, console: Consol
     check_conversations(tokenizer, pools.examples())
     with show_status(console, "choosing examples"):
         data = choose(options, pools, tokenizer, dev_examples)
-    if by_default := options.adapter["target_modules"] == AUTO and not config.target_blocks:
-        targets, note = default_targets(model)
-        config = options.adapter_config(len(names), targets)
-        if note:
-            print_line(console, note)
+    by_default = config.target_modules == AUTO and not config.target_blocks
+    config = with_targets(config, model)
     with show_status(console, "tokenising"):
         rows, scored = train_rows(options, tokenizer, data), encoded_rows(tokenizer, data, data.test)
     options = options.for_examples(len(rows))
@@ -173,7 +170,7 @@ def _exclude_idle(
     if isinstance(excluded, str):  # a regular expression, which is the user's choice
         return config
     chosen = [name for name in idle if all_linear(config) or name_matches(matcher, name, targets)]
-    patterns = exclusions([name for name in chosen if not name_matches(matcher, name, excluded)], ran)
+    patterns = shortest_ends([name for name in chosen if not name_matches(matcher, name, excluded)], ran)
     if patterns:
         print_line(console, f"left out {', '.join(map(shown, patterns))}, whose forward this model does not run here")
     return replace(config, exclude_modules=(*excluded, *patterns))
@@ -184,10 +181,11 @@ def _check_idle_layers(model: Any, ran: frozenset[str]) -> None:
     state, layers = model.align_state, adapted_layers(model)
     idle = [name for name in layers if name not in ran]
     if idle and (len(idle) == len(layers) or not ran.issuperset(state.names)):
-        cure = ", or give --align none" * (len(idle) < len(layers) and state.config.align is not None)
+        cure = ",".join(shortest_ends(idle, ran))
+        cure += ", or give --align none" * (len(idle) < len(layers) and state.config.align is not None)
         raise ValueError(
             f"this model never runs {shown(idle[0])} here ({len(idle)} of {len(layers)} adapted layers), so that it "
-            f"cannot be trained or aligned: leave it out by --exclude-modules {','.join(exclusions(idle, ran))}{cure}"
+            f"cannot be trained or aligned: leave it out by --exclude-modules {cure}"
         )
     if any(getattr(module, "layerdrop", 0) for module in model.modules()):
         raise ValueError(

@@ -252,10 +252,24 @@ def test_a_16_bit_base_gets_float32_adapters_and_answers_in_16_bits(name):
     assert all(torch.isfinite(p.grad).all() and p.grad.any() for p in model[0].adapter.parameters())
 
 
-def test_a_rank_above_the_layers_size_is_refused():
-    with pytest.raises(ValueError, match="0: r=11 is above what its 12 inputs and 10 outputs can use: choose r <= 10"):
-        adapted_layer("lora", r=11)
-    assert adapted_layer("lora", r=10)[0][0].adapter.r == 10
+@pytest.mark.parametrize("name", [name for name in ON_LAYERS if name != "lora, pissa"])
+def test_a_rank_above_the_layers_size_starts_as_no_change_and_trains(name):
+    model, config = adapted_layer(name, r=14, align="kl")
+    model[0].adapter.dropout_p = 0.0
+    x, _, _ = batch()
+    with step_of(model, config) as step:
+        y = model(x)
+    assert (y - plain_layer()(x)).abs().max() < EXACT
+    total(step, y.square().sum()).backward()
+    gradients = [p.grad for p in model[0].adapter.parameters()]
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+    assert any(gradient.any() for gradient in gradients)
+
+
+def test_pissa_takes_no_more_directions_than_there_are():
+    with pytest.raises(ValueError, match=r"0: r=11 is above the 10 singular directions .*choose r <= 10"):
+        adapted_layer("lora, pissa", r=11)
+    assert adapted_layer("lora, pissa", r=10)[0][0].adapter.r == 10
 
 
 def test_groups_that_do_not_divide_the_outputs_are_refused():

@@ -11,7 +11,7 @@ import huggingface_hub
 import numpy
 import pytest
 import torch
-from hf.words import gpt2, llama, model_folder, qwen2, tokenizer
+from hf.words import model_folder, tokenizer
 from safetensors.torch import load_file
 
 from align_ext.base_model import default_model, dtypes, hub
@@ -232,14 +232,3 @@ def test_a_model_that_does_not_exist_is_one_line(name, cache, tmp_path, monkeypa
     with pytest.raises(ValueError, match=r"no model folder|no config\.json") as caught:
         models.load_model(name)
     assert "\n" not in str(caught.value)
-
-
-def test_the_default_targets_are_the_mlps_layers_whatever_they_are_called():
-    for model in (llama(), qwen2()):
-        assert models.default_targets(model) == (("gate_proj", "up_proj", "down_proj"), "")
-    targets, note = models.default_targets(gpt2())
-    assert targets == ("mlp.c_fc", "mlp.c_proj"), "and not the c_proj of the attention"
-    assert note.startswith("this model has no gate_proj, up_proj, down_proj: adapting the layers of its MLP blocks")
-    targets, note = models.default_targets(torch.nn.Sequential(torch.nn.Linear(3, 3)))
-    assert targets == "all-linear"
-    assert "all its linear layers" in note

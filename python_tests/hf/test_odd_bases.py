@@ -29,10 +29,11 @@ from transformers import (
 )
 
 from align_ext import replace_linear_with_align_lora, save_adapter
-from align_ext.base_model.checks import CannotRun, check_base, exclusions, model_errors
+from align_ext.base_model.checks import CannotRun, check_base, model_errors
 from align_ext.cli import check_modes
 from align_ext.data.rows import Example
 from align_ext.evaluation.evaluate import evaluate
+from align_ext.system.names import shortest_ends
 from align_ext.training import recipe
 
 WORDS = {"vocab_size": 103, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
@@ -247,9 +248,9 @@ def test_batch_norms_keep_their_statistics():
 
 def test_the_shortest_ends_fit_no_module_that_ran():
     ran = ["a.0.self.q", "a.0.mlp.up", "a.1.mlp.up", "q_proj"]
-    assert exclusions(["a.0.cross.q", "a.1.cross.q"], ran) == ("cross.q",)
-    assert exclusions(["b.0.mlp.up", "b.0.mlp.down"], ran) == ("b.0.mlp.up", "down")
-    assert exclusions(["proj"], ran) == ("proj",)
+    assert shortest_ends(["a.0.cross.q", "a.1.cross.q"], ran) == ("cross.q",)
+    assert shortest_ends(["b.0.mlp.up", "b.0.mlp.down"], ran) == ("b.0.mlp.up", "down")
+    assert shortest_ends(["proj"], ran) == ("proj",)
 
 
 def test_the_gradient_check_answers_for_a_base_that_cannot_run(run, tmp_path):

@@ -133,8 +133,7 @@ def test_every_option_of_the_adapters_is_an_option_with_the_same_default_and_a_t
     for option in fields(AlignLoraConfig):
         assert known[option.name].of_adapter
         assert len(known[option.name].help) > 3, option.name
-        if option.name != "target_modules":
-            assert known[option.name].default == default_of(option)
+        assert known[option.name].default == default_of(option)
     assert known["r"].help == "rank of A and B."
     assert known["response_only"].help.endswith("all but padding).")
     assert not known["seed"].of_adapter
@@ -200,11 +199,10 @@ def test_of_choices_that_may_be_none_the_word_that_is_accepted_is_offered(name, 
 
 def test_adapter_options_reach_the_adapters_and_their_defaults_agree():
     assert TrainOptions().adapter_config(5) == AlignLoraConfig(num_tasks=5)
-    assert TrainOptions().adapter_config(5, ("mlp.c_fc",)).target_modules == ("mlp.c_fc",)
     adapter = {"r": 3, "lora_alpha": 5.0, "target_modules": ("q_proj",), "align_weight": 0.5, "num_tasks": 9}
-    config = TrainOptions(adapter=adapter).adapter_config(2, ("mlp.c_fc",))
+    config = TrainOptions(adapter=adapter).adapter_config(2)
     assert (config.r, config.lora_alpha, config.align_weight, config.num_tasks) == (3, 5.0, 0.5, 9)
-    assert config.target_modules == ("q_proj",), "what the user names is what is adapted"
+    assert config.target_modules == ("q_proj",)
     with pytest.raises(ValueError, match="num_tasks must be at least 10, the tasks of the data, or none, got 9"):
         TrainOptions(adapter=adapter).adapter_config(10)
     with pytest.raises(ValueError, match="unknown option of the adapters 'ranks'"):

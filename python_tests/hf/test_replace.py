@@ -135,11 +135,22 @@ def narrow():
     return nn.ModuleDict({"wide": nn.Linear(16, 16), "gate": nn.Linear(16, 1)})
 
 
-def test_a_layer_too_small_for_the_rank_is_left_out_of_all_linear_and_refused_by_name():
+def test_a_rank_above_a_layers_sizes_is_taken_and_said():
     model = replace_linear_with_align_lora(narrow(), r=4, target_modules="all-linear", align=None)
-    assert adapter_report(model).skipped == {"gate": "r=4 is above what its 16 inputs and 1 outputs can use"}
-    with pytest.raises(ValueError, match=r"gate: r=4 is above .*choose r <= 1, or leave the layer out"):
-        replace_linear_with_align_lora(narrow(), r=4, target_modules=["gate"], align=None)
+    report = adapter_report(model)
+    assert (report.replaced, report.excessive) == (["wide", "gate"], ["gate"])
+    assert str(report).endswith("r is above the smaller of the inputs and outputs of gate: it gains nothing")
+    model = replace_linear_with_align_lora(narrow(), r=20, target_modules="all-linear", align=None)
+    assert "outputs of wide and of 1 others" in str(adapter_report(model))
+    assert adapter_report(replace_linear_with_align_lora(llama(), r=48)).excessive == []
+
+
+def test_pissa_has_no_more_directions_than_a_weight():
+    options = {"init_lora_weights": "pissa", "align": None, "r": 4}
+    with pytest.raises(ValueError, match=r"gate: r=4 is above the 1 singular directions .*choose r <= 1, leave"):
+        replace_linear_with_align_lora(narrow(), target_modules=["gate"], **options)
+    model = replace_linear_with_align_lora(narrow(), target_modules="all-linear", exclude_modules=["gate"], **options)
+    assert adapter_report(model).replaced == ["wide"]
 
 
 def test_a_rank_above_a_layers_sizes_is_adopted_saved_and_loaded(tmp_path):
