@@ -7,6 +7,7 @@ from dataclasses import replace
 from torch import nn
 
 from align_ext.adapters.linear_layer import features_of
+from align_ext.base_model.find_blocks import has_heads
 from align_ext.base_model.modalities import other_modalities
 from align_ext.base_model.select_layers import linear_layers, output_embeddings
 from align_ext.config import AUTO, AlignLoraConfig
@@ -60,10 +61,8 @@ def _mixing_parts(model: nn.Module) -> set[str]:
 
 
 def _mixes_tokens(module: nn.Module) -> bool:
-    has_heads = any("head" in name for name in vars(module))
-    return any(True for _ in module.children()) and (
-        has_heads or any(isinstance(child, nn.Conv1d) for child in module.children())
-    )
+    children = list(module.children())
+    return bool(children) and (has_heads(module) or any(isinstance(child, nn.Conv1d) for child in children))
 
 
 def _part_of_block(name: str) -> str:

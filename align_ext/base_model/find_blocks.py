@@ -1,7 +1,6 @@
 """Finds the attention and MLP blocks of a transformer by their structure, whatever their classes are called."""
 
 from collections.abc import Collection, Iterator
-from typing import Any
 
 from torch import nn
 
@@ -11,8 +10,8 @@ from align_ext.adapters.linear_layer import features_of, is_conv1d
 def find_blocks(model: nn.Module, kinds: Collection[str]) -> dict[str, tuple[nn.Module, int]]:
     """Finds the blocks of every decoder layer.
 
-    A decoder layer holds one attention block (linear layers, and heads: `head_dim` or `num_heads`) and one MLP block
-    (linear layers from and to the hidden size, and an activation), as in Llama, Qwen, Mistral and GPT-2.
+    A layer holds one attention block (linear layers, and heads) and one MLP block (several linear layers, from and to
+    the hidden size), as in Llama, GPT-2, Falcon and ViT.
 
     Args:
         model: a transformer.
@@ -31,7 +30,7 @@ def find_blocks(model: nn.Module, kinds: Collection[str]) -> dict[str, tuple[nn.
         if len(attention) != 1:
             continue
         hidden = features_of(next(_linears(children[attention[0]])))[0]
-        mlp = [child for child, module in children.items() if _is_mlp(module, hidden)]
+        mlp = [child for child, module in children.items() if child not in attention and _is_mlp(module, hidden)]
         if len(mlp) != 1:
             continue
         for kind, child in (("attention", attention[0]), ("mlp", mlp[0])):
@@ -40,7 +39,7 @@ def find_blocks(model: nn.Module, kinds: Collection[str]) -> dict[str, tuple[nn.
     if not blocks:
         raise ValueError(
             f"target_blocks={tuple(kinds)!r}: found no layers of one attention and one MLP block of linear layers, as "
-            "Llama, Qwen, Mistral and GPT-2 have them; use target_blocks=() to adapt linear layers by target_modules"
+            "Llama, GPT-2, Falcon and ViT have them; use target_blocks=() to adapt linear layers by target_modules"
         )
     return blocks
 
@@ -51,11 +50,15 @@ def _linears(module: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
-def _is_attention(module: Any) -> bool:
-    return any(hasattr(module, name) for name in ("head_dim", "num_heads")) and next(_linears(module), None) is not None
+def has_heads(module: nn.Module) -> bool:
+    """Whether a module says how many heads it has or how wide they are, under whatever name (head_dim, n_heads)."""
+    return any("head" in name for name in vars(module))
 
 
-def _is_mlp(module: Any, hidden: int) -> bool:
+def _is_attention(module: nn.Module) -> bool:
+    return has_heads(module) and next(_linears(module), None) is not None
+
+
+def _is_mlp(module: nn.Module, hidden: int) -> bool:
     sizes = [features_of(linear) for linear in _linears(module)]
-    activated = any("act" in name.split("_") for name in (*dict(module.named_children()), *module.__dict__))
-    return activated and any(n == hidden for n, _ in sizes) and any(m == hidden for _, m in sizes)
+    return len(sizes) > 1 and any(n == hidden for n, _ in sizes) and any(m == hidden for _, m in sizes)

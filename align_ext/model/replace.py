@@ -31,7 +31,7 @@ from align_ext.base_model.adopt_peft import (
 from align_ext.base_model.default_targets import with_targets
 from align_ext.base_model.find_blocks import find_blocks
 from align_ext.base_model.fingerprint import BaseModel
-from align_ext.base_model.modalities import refuse_other_modalities
+from align_ext.base_model.modalities import other_modalities, refuse_other_modalities
 from align_ext.base_model.modules_to_save import buffers_of, is_inside, modules_to_train, start_training, tensors_of
 from align_ext.base_model.quantised import dequantised, keep_differentiable
 from align_ext.base_model.select_layers import (
@@ -237,6 +237,8 @@ def layers_to_adapt(model: nn.Module, config: AlignLoraConfig) -> dict[str, tupl
 def _target_blocks(model: nn.Module, config: AlignLoraConfig) -> dict[str, tuple[nn.Module, int]]:
     """Returns the blocks to adapt, and their hidden sizes, by name."""
     found = find_blocks(model, config.target_blocks)
+    others = other_modalities(model, found) if config.needs_step else {}
+    found = {name: block for name, block in found.items() if name not in others} or found
     matcher, excluded = Matcher(), config.exclude_modules
     blocks = {name: block for name, block in found.items() if not name_matches(matcher, name, excluded)}
     if not blocks:

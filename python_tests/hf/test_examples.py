@@ -22,6 +22,7 @@ DATA = sorted((EXAMPLES / "data").glob("*.train.jsonl"))
 PROCESSES = {"accelerate_two_processes": 2, "fsdp2": 2}
 STEPS = {"sft_packing": 12}  # of more tokens each
 SCRIPTS = sorted(file.stem for file in EXAMPLES.glob("*.py"))
+OF_TEXT = [script for script in SCRIPTS if script != "vision"]  # it draws its data itself
 VALUE = re.compile(r"(?:alignment |'align_loss': ')([\d.e+-]+)")
 
 
@@ -80,7 +81,7 @@ def values(alone, model, tmp_path):
 
 @pytest.mark.parametrize(
     "script",  # those of two processes, each of four starts, run with --slow
-    [pytest.param(s, marks=[pytest.mark.slow] * (s in ("fsdp2", "accelerate_two_processes"))) for s in SCRIPTS],
+    [pytest.param(s, marks=[pytest.mark.slow] * (s in ("fsdp2", "accelerate_two_processes"))) for s in OF_TEXT],
 )
 def test_the_alignment_falls_faster_with_a_weight_than_without_and_the_adapter_is_saved(values, script, tmp_path):
     without, with_it = values(script, 0), values(script, 0.1)
@@ -111,9 +112,20 @@ def test_processes_of_trainers_on_cpus_join(model, tmp_path):
     assert len(VALUE.findall(launched("trainer", 2, *arguments))) == 12  # one process speaks
 
 
+@pytest.mark.parametrize("architecture", ["align_lora", "mtlora"])
+def test_a_vit_learns_tasks_of_images(architecture, alone):
+    code, out, _ = alone("vision", "--steps", 40, "--architecture", architecture)
+    before, after = (
+        list(map(float, re.findall(r"[01]\.\d\d", line))) for line in re.findall(r"(?:before|after): .*", out)
+    )
+    assert (code, len(before), len(after)) == (0, 3, 3)
+    assert sum(after) / 3 > sum(before) / 3 + 0.1
+    assert float(VALUE.findall(out)[0]) > 0
+
+
 def test_each_example_is_short_enough_to_read_at_once():
     for script in SCRIPTS:
-        assert len((EXAMPLES / f"{script}.py").read_text().splitlines()) <= 64
+        assert len((EXAMPLES / f"{script}.py").read_text().splitlines()) <= 70
 
 
 def test_each_example_stands_alone():
@@ -145,10 +157,12 @@ def test_each_example_stands_alone():
         ("plain_loop", ["/nowhere.jsonl"], {}, "No such file or directory: '/nowhere.jsonl'"),
         ("sft_packing", [EXAMPLES / "trainer.py"], {}, "Extra data: line 1 column 3"),
         ("plain_loop", [], {}, "the following arguments are required: files"),
+        ("vision", ["--steps", "0"], {}, "--steps must be at least 1"),
+        ("vision", ["--steps", "1", "--architecture", "lara"], {}, "did you mean 'lora'"),
     ],
 )
 def test_a_wrong_start_is_one_line(alone, model, script, arguments, environment, message):
-    given = [] if "--model" in arguments else ["--model", model]
+    given = [] if "--model" in arguments or script == "vision" else ["--model", model]
     code, _, error = alone(script, *arguments, *given, **environment)
     said = [line for line in error.splitlines() if line.startswith(f"{script}.py: ")]
     assert (code, len(said)) == (2, 1)
@@ -161,4 +175,4 @@ def test_help_is_there_without_a_launcher(alone, script):
     code, usage, _ = alone(script, "--help")
     assert code == 0
     assert "--weight" in usage
-    assert f"examples/{script}.py examples/data/*.train.jsonl" in usage
+    assert f"examples/{script}.py{' examples/data/*.train.jsonl' * (script in OF_TEXT)}" in usage

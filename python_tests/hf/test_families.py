@@ -112,3 +112,30 @@ def test_other_options_choose_among_the_layers_of_the_default():
     ):
         model = replace_linear_with_align_lora(family("gpt2"), **options)
         assert adapter_report(model).replaced == [f"transformer.{name}" for name in adapted]
+
+
+BLOCKS = {
+    "gpt_neox": "attention mlp", "falcon": "self_attention mlp", "bloom": "self_attention mlp", "vit": "attention mlp",
+    "distilbert": "attention ffn", "clip": "self_attn mlp", "llava": "self_attn mlp",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_blocks_of_a_family_are_found_and_those_of_other_modalities_left_alone(name, tmp_path):
+    model, batch = family(name), FAMILIES[name][2]()
+    before = logits(model, batch)
+    options = {"architecture": "mtlora", "num_heads": 2, "r": 4, "align": "kl", "num_tasks": 2}
+    replace_linear_with_align_lora(model, options)
+    found = adapter_report(model).replaced
+    assert {layer.rpartition(".")[2] for layer in found} == set(BLOCKS[name].split())
+    assert len(found) == 4
+    assert not [layer for layer in found if any(other in layer for other in OTHERS)]
+    assert torch.equal(logits(model, batch), before)
+    model.train()(**batch, task_ids=TASKS).loss.backward()
+    assert all(value > 0 for value in align_parts(model).per_layer.values())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    save_adapter(model, tmp_path)
+    assert torch.equal(logits(load_adapter(family(name), tmp_path), batch), logits(model, batch))
