@@ -103,6 +103,19 @@ def test_routers_attention_and_layers_outside_the_blocks_are_left_alone():
     model = Mixed()
     del model.blocks[0]["wide"], model.blocks[0]["narrow"]
     assert targets(model) == ("key",), "a router alone is no feed-forward part"
+    pool = nn.ModuleDict({"key": nn.Linear(8, 8)})
+    pool.num_heads = 2
+    assert targets(nn.ModuleDict({"tower": nn.ModuleDict({"pool": pool, "inner": Mixed()})})) == ("wide", "narrow")
+
+
+def test_a_convolution_over_the_tokens_mixes_them_and_gated_layers_stand_for_the_feed_forward_part():
+    mixer = nn.ModuleDict({"inner": nn.Linear(8, 8), "conv": nn.Conv1d(8, 8, 3)})
+    part = {"mixer": mixer, "wide": nn.Linear(8, 12), "narrow": nn.Linear(12, 8)}
+    assert targets(nn.ModuleList([nn.ModuleDict(part)])) == ("wide", "narrow")
+    part |= {f"{name}_proj": nn.Linear(8, 8) for name in ("gate", "up", "down")}
+    assert targets(nn.ModuleList([nn.ModuleDict(part)])) == ("gate_proj", "up_proj", "down_proj")
+    del part["up_proj"]
+    assert targets(nn.ModuleList([nn.ModuleDict(part)])) == ("wide", "narrow", "gate_proj", "down_proj")
 
 
 def test_other_options_choose_among_the_layers_of_the_default():
