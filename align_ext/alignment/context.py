@@ -27,7 +27,7 @@ def open_step(model: nn.Module, state: AlignState, ids: Tensor | None, **options
     if world_size() > 1:
         refuse_parts_of_a_model(model)
     elif options.get("records", True):
-        refuse_processes_apart()
+        refuse_processes_apart(world_size())
     adapter, trained = None, False
     for module in model.modules():
         found = module._parameters.get("lora_A")

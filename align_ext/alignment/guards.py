@@ -58,8 +58,10 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def refuse_processes_apart(cure: str = 'call torch.distributed.init_process_group("gloo" or "nccl") first') -> None:
-    """Raises RuntimeError if a launcher started several processes and they have no process group."""
+def refuse_processes_apart(
+    joined: int, cure: str = 'call torch.distributed.init_process_group("gloo" or "nccl") first'
+) -> None:
+    """Raises RuntimeError if a launcher started several processes and only this one, joined=1, would share a step."""
     started = os.environ.get("WORLD_SIZE", "1")
-    if "RANK" in os.environ and started.isdecimal() and int(started) > 1 and world_size() == 1:
+    if "RANK" in os.environ and started.isdecimal() and int(started) > 1 and joined == 1:
         raise RuntimeError(f"{started} processes were started, but each would train by itself: {cure}")

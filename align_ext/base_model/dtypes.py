@@ -14,9 +14,9 @@ def best_dtype(device: str | None = None) -> torch.dtype:
     """Returns bfloat16 if it is fast (on a GPU that supports it, on a CPU that multiplies faster in it), else float32.
 
     Args:
-        device: "cpu" or "cuda"; None: a GPU if there is one.
+        device: "cpu", "cuda" or "cuda:1"; None: a GPU if there is one.
     """
-    if device == "cuda" or (device is None and torch.cuda.is_available()):
+    if (device or "").startswith("cuda") or (device is None and torch.cuda.is_available()):
         is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         is_fast = _cpu_prefers_bfloat16()
@@ -54,17 +54,22 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def usable_device(device: str = "auto") -> str:
-    """Returns the device to run on, "cpu" or "cuda"; a GPU only if this build has CUDA kernels of the adapters.
+    """Returns the device to run on, "cpu", "cuda" or "cuda:1"; a GPU only if this build has CUDA kernels of adapters.
 
     Raises:
-        ValueError: "cuda" is requested but cannot be used.
+        ValueError: "cuda", or the GPU of that number, is requested but cannot be used.
     """
+    kind, _, number = device.partition(":")
     if not torch.cuda.is_available():
         missing = "torch sees no GPU here"
     elif not has_kernel("grouped_lora", "cuda"):
         missing = "this build has no CUDA kernels of the adapters"
+    elif number and not (number.isdecimal() and int(number) < torch.cuda.device_count()):
+        missing = f"the GPUs here are 0 .. {torch.cuda.device_count() - 1}"
+    elif kind == "cpu":
+        return "cpu"
     else:
-        return "cpu" if device == "cpu" else "cuda"
-    if device == "cuda":
-        raise ValueError(f"device=cuda, but {missing}: use --device cpu")
+        return device if kind == "cuda" else "cuda"
+    if kind == "cuda":
+        raise ValueError(f"device={device}, but {missing}: use --device cpu")
     return "cpu"

@@ -8,13 +8,17 @@ or, in Python,  lm_eval.simple_evaluate(align_lm(MODEL, FOLDER), tasks=["arc_eas
 
 import functools
 import inspect
+import logging
 import re
 import sys
 from typing import Any
 
+from align_ext.base_model.dtypes import usable_device
 from align_ext.evaluation.evaluate import plain_generation
 from align_ext.evaluation.scored_model import ModelRequest
 from align_ext.io.adapter_folder import AdapterFolder
+
+logger = logging.getLogger(__name__)
 
 
 def align_lm(
@@ -26,7 +30,8 @@ def align_lm(
         pretrained: the base model, a folder or hub id; None: SmolLM2-135M-Instruct.
         adapter: a folder of save_adapter or stock PEFT; None: no adapter.
         task: for a multi_adapter, the name or number of the task to use.
-        **options: merge, dtype, device as in `align-lora eval`; other options are those of HFLM (batch_size, ...).
+        **options: merge, dtype, device as in `align-lora eval`, also "cuda:1"; where a device cannot be used, a
+            warning says so and the CPU is taken. Other options are those of HFLM (batch_size, ...).
 
     Raises:
         ValueError: the model or adapter cannot be loaded; a multi_adapter has no task; or the adapter has
@@ -64,14 +69,22 @@ def _model_class() -> Any:
             if config is not None and config.routing == "sequence":
                 raise ValueError('an adapter with routing="sequence" would route by the answers that are scored: use '
                                  "`align-lora eval`, which routes by the prompts alone")  # fmt: skip
-            device_type = (device or "auto").partition(":")[0]
-            request = ModelRequest(model=pretrained, adapter=adapter, merge=merge, dtype=dtype, device=device_type)
+            place = _place(device or "auto")
+            request = ModelRequest(model=pretrained, adapter=adapter, merge=merge, dtype=dtype, device=place)
             model, tokenizer = request.load(None if task is None else str(task))
-            model = model.to(device) if device and ":" in device else model
             model.generation_config = plain_generation(model, tokenizer)  # tasks of the harness add their options
             super().__init__(pretrained=model, tokenizer=tokenizer, **options)
 
     return AlignLM
+
+
+def _place(device: str) -> str:
+    """Returns the device, or as the harness's own models do, the CPU where it cannot be used."""
+    try:
+        return usable_device(device)
+    except ValueError as error:
+        logger.warning("%s; it goes on with the CPU", error)
+        return "cpu"
 
 
 def main() -> None:

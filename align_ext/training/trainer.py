@@ -7,7 +7,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, has_length
 
 from align_ext.alignment.accumulation import align_statistics
@@ -41,22 +41,6 @@ _NO_IDS = (
     "(join_tasks makes one of a dataset for each task); AlignTrainer needs TaskCollator to collate it, AlignSFTTrainer "
     "does that by itself, other trainers of TRL drop the column"
 )
-
-
-def align_training_arguments(output_dir: str, **overrides: Any) -> TrainingArguments:
-    """Returns TrainingArguments with the recipe of the Align-LoRA paper: 2e-4, cosine, warm-up over 3% of the steps.
-
-    Args:
-        output_dir: as in TrainingArguments.
-        **overrides: other fields of TrainingArguments.
-    """
-    recipe: dict[str, Any] = {
-        "learning_rate": 2e-4,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.03,  # a fraction of all steps, since it is below 1
-        "report_to": "none",
-    }
-    return TrainingArguments(output_dir=output_dir, **{**recipe, **overrides})
 
 
 class AlignMixin(SafeMixin):
@@ -111,7 +95,10 @@ class AlignMixin(SafeMixin):
             kwargs["eval_dataset"] = add_task_ids(kwargs.get("eval_dataset"), names)
         with declared_adapters(kwargs.get("model", args[0] if args else None)):
             super().__init__(*args, **kwargs)
-        refuse_processes_apart("on CPUs give the arguments use_cpu=True, so that they join by gloo")
+        cure = "on CPUs give the arguments use_cpu=True, so that they join by gloo"
+        refuse_processes_apart(
+            self.args.world_size, cure
+        )  # a process group of others' does not make Trainer's steps one
         lower_is_better(self.args)
         config = self._config() or AlignLoraConfig()
         self.task_names, self.in_order = checked_task_names(task_names, config), in_order

@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from align_ext.system.messages import reason_of, shown
+from align_ext.training.arguments import align_training_arguments
 from align_ext.training.options import TrainOptions
-from align_ext.training.trainer import align_training_arguments
 
 _SEEN = (256, 256)  # shape of the weight
 _DIVIDING = ("deepspeed", "fsdp", "fsdp_config")  # fields that would divide the model that is loaded after them

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from align_ext import AlignTrainer, TaskCollator, replace_linear_with_align_lora
 from align_ext.base_model.sharded import shard_ranks
+from align_ext.training.arguments import align_training_arguments
 from align_ext.training.checks import check_trained
-from align_ext.training.trainer import align_training_arguments
 
 GATHER = "stage3_gather_16bit_weights_on_model_save"
 OPTIONS = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2}

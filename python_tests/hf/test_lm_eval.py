@@ -83,6 +83,15 @@ def test_the_harness_meets_the_model_with_its_adapter(place, options):
 
 
 @installed
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU is what remains where there is no GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_a_device_that_cannot_be_used_is_a_warning_and_the_cpu_is_taken(place, device, caplog):
+    found = align_lm(place, device=device)
+    assert found.device == found.model.device == torch.device("cpu")
+    assert f"device={device}, but torch sees no GPU here" in caplog.text
+
+
+@installed
 def test_the_harness_generates_as_its_task_says_and_not_as_the_model_does(place):
     from lm_eval.api.instance import Instance
 

@@ -11,7 +11,7 @@ from tiny import adapted, batch, llama
 
 from align_ext import AlignTrainer, TaskCollator, export_peft, save_adapter, unload
 from align_ext.merging.arithmetic import read_lora, write_lora
-from align_ext.training.trainer import align_training_arguments
+from align_ext.training.arguments import align_training_arguments
 
 OWN = "# Mine\n\nOf the user.\n"
 

@@ -7,7 +7,7 @@ from hf.words import tokenizer
 from tiny import WEIGHT, Oracle, adapted, batch, gradients, literal_kl
 
 from align_ext import AlignTrainer, TaskCollator, align_step
-from align_ext.training.trainer import align_training_arguments
+from align_ext.training.arguments import align_training_arguments
 
 
 def literal_gradients(precision):

@@ -151,6 +151,21 @@ def test_a_gpu_is_used_only_where_there_is_one_and_kernels_for_it(place, monkeyp
     assert dtypes.usable_device("cpu") == "cpu"
 
 
+def test_a_gpu_keeps_its_number_which_has_to_exist(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(dtypes, "has_kernel", lambda op, device: True)
+    assert [dtypes.usable_device(device) for device in ("cuda:1", "cuda", "cpu", "auto")] == [
+        "cuda:1",
+        "cuda",
+        "cpu",
+        "cuda",
+    ]
+    for device in ("cuda:2", "cuda:one"):
+        with pytest.raises(ValueError, match=rf"device={device}, but the GPUs here are 0 \.\. 1"):
+            dtypes.usable_device(device)
+
+
 class Interrupt(Exception):
     pass
 

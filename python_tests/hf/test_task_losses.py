@@ -7,7 +7,8 @@ from hf.kinds import VOCAB, adapted, bart, bert, made, padded, t5
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from align_ext import AlignTrainer, set_task
-from align_ext.training.trainer import AlignMixin, align_training_arguments
+from align_ext.training.arguments import align_training_arguments
+from align_ext.training.trainer import AlignMixin
 
 NAMES, TASKS_OF = ("a", "b", "c"), [0, 1, 2, 0, 1, 1, 0, 2]
 LENGTHS = [7, 5, 7, 3, 6, 2, 4, 5]

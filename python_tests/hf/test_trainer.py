@@ -28,7 +28,8 @@ from transformers.integrations.integration_utils import rewrite_logs
 from align_ext import AlignTrainer, TaskCollator, align_step
 from align_ext.alignment.micro_batch import MicroBatchShare
 from align_ext.io.adapter_folder import AdapterFolder
-from align_ext.training.trainer import align_training_arguments
+from align_ext.training import arguments as arguments_module
+from align_ext.training.arguments import align_training_arguments
 
 ROUNDING = 1e-6  # the models are float64, but transformers computes their loss from float32 logits
 
@@ -288,6 +289,26 @@ def test_the_arguments_default_to_the_papers_recipe_and_can_be_overridden(tmp_pa
     assert arguments.get_warmup_steps(200) == 6
     assert arguments.report_to == []
     assert align_training_arguments(str(tmp_path), learning_rate=1e-3, use_cpu=True).learning_rate == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("given", "bf16"),
+    [
+        ({}, True),
+        ({"use_cpu": True}, False),
+        ({"fp16": True}, False),
+        ({"fp16": False}, True),
+        ({"bf16": False}, False),
+    ],
+)
+def test_bfloat16_is_on_where_a_gpu_has_it_and_nothing_else_is_given(tmp_path, monkeypatch, given, bf16):
+    made = []  # TrainingArguments itself refuses bf16 where there is no GPU
+    monkeypatch.setattr(arguments_module, "TrainingArguments", lambda **fields: made.append(fields["bf16"]))
+    for has in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has=has: has)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
+        align_training_arguments(str(tmp_path), **given)
+    assert made == [False, bf16]
 
 
 @pytest.mark.parametrize(

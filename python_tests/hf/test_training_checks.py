@@ -12,6 +12,7 @@ from hf.sft_trainers import text_rows
 from hf.sft_trainers import trainer as sft_trainer
 from hf.trainers import adapted, features, trainer
 from hf.words import llama
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from align_ext import AlignTrainer, align_step, replace_linear_with_align_lora
 from align_ext.adapters.adapted_block import adapted_layers
@@ -231,6 +232,19 @@ def test_processes_that_did_not_join_are_refused(tmp_path, monkeypatch):
         pass
     with pytest.raises(RuntimeError, match="use_cpu=True"):
         AlignTrainer(model=ran.model, args=ran.args, train_dataset=features(), data_collator=ran.data_collator)
+
+
+def test_processes_that_another_joined_and_trainer_did_not_are_refused(tmp_path, monkeypatch):
+    """A library may make a process group; Trainer without use_cpu trains each process by itself all the same."""
+    ran = trainer(tmp_path, adapted(), features())
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with pytest.raises(RuntimeError, match=r"2 processes were started, but each would train by itself: .*use_cpu"):
+            AlignTrainer(model=ran.model, args=ran.args, train_dataset=features(), data_collator=ran.data_collator)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def warned(tmp_path, steps, options=None, **arguments):

@@ -10,7 +10,7 @@ from tiny import gradients
 from transformers import TrainerCallback
 
 from align_ext import AlignTrainer, TaskCollator, align_step, replace_linear_with_align_lora
-from align_ext.training.trainer import align_training_arguments
+from align_ext.training.arguments import align_training_arguments
 
 WEIGHT, NAMES = 0.3, ("even", "odd", "other")
 ONE_STEP = {
