@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from align_ext.adapters import adapter_class
-from align_ext.adapters.adapted_block import Adapted, AdaptedBlock
+from align_ext.adapters.adapted_block import Adapted, AdaptedBlock, adapted_layers
 from align_ext.adapters.adapted_linear import AdaptedLinear
 from align_ext.adapters.base import Adapter
 from align_ext.adapters.linear_layer import device_of, features_of, has_float_weight, is_conv1d
@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ReplaceReport:
-    """Lists which linear layers of a model were adapted, and which were not.
+    """Lists which linear layers of a model were adapted, and which were not; adapter_report adds their state.
 
     Attributes:
         replaced: names of the adapted layers.
@@ -62,6 +62,11 @@ class ReplaceReport:
         unmatched: hints: patterns that match nothing, experts that are no linear layers.
         trained: names of the modules that are fully trained beside the adapters.
         excessive: names of the adapted layers whose r is above the smaller of their inputs and outputs.
+        active: the name of the adapter that this is about.
+        enabled: whether the model runs with it (disable_adapter).
+        merged: names of the layers that have it merged into their weight.
+        frozen: names of the layers of whose adapter nothing is trained.
+        placed: "dtype on device" of the adapters' parameters, each once.
     """
 
     replaced: list[str] = field(default_factory=list)
@@ -70,11 +75,16 @@ class ReplaceReport:
     unmatched: list[str] = field(default_factory=list)
     trained: list[str] = field(default_factory=list)
     excessive: list[str] = field(default_factory=list)
+    active: str = ""
+    enabled: bool = True
+    merged: list[str] = field(default_factory=list)
+    frozen: list[str] = field(default_factory=list)
+    placed: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         kinds = Counter(name.rpartition(".")[2] for name in self.replaced)
         counts = ", ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items()))
-        lines = [f"adapted {len(self.replaced)} layers ({counts})"]
+        lines = [f"adapted {len(self.replaced)} layers ({counts})", *([self._state()] if self.active else [])]
         if self.adopted:
             lines.append(f"of them {len(self.adopted)} with the weights of a PEFT adapter")
         lines += [f"trained whole beside them: {', '.join(self.trained)}"] if self.trained else []
@@ -85,6 +95,12 @@ class ReplaceReport:
                 f"r is above the smaller of the inputs and outputs of {self.excessive[0]}{more}: it gains nothing"
             )
         return "\n".join([*lines, *self.unmatched])
+
+    def _state(self) -> str:
+        count = len(self.replaced)
+        trained = [f"not trained in {len(self.frozen)} of {count} layers"] if self.frozen else ["trained"]
+        merged = [f"merged in {len(self.merged)} of {count} layers"] if self.merged else []
+        return f"{self.active}: " + ", ".join([*self.placed, *trained, *merged, *["disabled"] * (not self.enabled)])
 
 
 def replace_linear_with_align_lora(
@@ -247,9 +263,16 @@ def _target_blocks(model: nn.Module, config: AlignLoraConfig) -> dict[str, tuple
 
 
 def adapter_report(model: nn.Module) -> ReplaceReport:
-    """Returns the report of replace_linear_with_align_lora for this model."""
-    report: ReplaceReport = require_state(model).report
-    return report
+    """Returns the report of replace_linear_with_align_lora for this model, and the state of its adapters now."""
+    state, layers = require_state(model), adapted_layers(model)
+    parameters = {name: list(layer.adapter.parameters()) for name, layer in layers.items()}
+    report: ReplaceReport = state.report
+    return replace(
+        report, active=state.name, enabled=not state.disabled,
+        merged=[name for name, layer in layers.items() if getattr(layer, "merged", False)],
+        frozen=[name for name, found in parameters.items() if not any(p.requires_grad for p in found)],
+        placed=sorted({f"{str(p.dtype)[6:]} on {p.device}" for found in parameters.values() for p in found}),
+    )  # fmt: skip
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
