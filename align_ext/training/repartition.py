@@ -1,19 +1,58 @@
-"""Lets a checkpoint that DeepSpeed wrote be loaded by another number of processes, in its universal form."""
+"""Lets one process train by DeepSpeed, and others than wrote a checkpoint go on from it, in its universal form."""
 
 import contextlib
 import io
+import os
 import shutil
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from align_ext.system.messages import reason_of, shown
 from align_ext.training.whole_checkpoints import WRITING
 
 UNIVERSAL = "universal"  # the copy's name, below the folder that is emptied with each checkpoint
+
+
+def join_alone() -> None:
+    """Makes what DeepSpeed needs of a launcher, a group of processes and a number in it, where there is none.
+
+    DeepSpeed itself would look for MPI. The group stays, since what is divided is gathered by it after the training.
+    """
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        os.environ.setdefault("LOCAL_RANK", "0")
+
+
+def check_division(trainer: Any, checkpoint: Path) -> None:
+    """Refuses a checkpoint whose optimizer's state was written by other means than those that would load it.
+
+    transformers' Trainer would begin with a new optimizer without a word, or look for files that are not there.
+
+    Raises:
+        ValueError: the checkpoint was written with DeepSpeed or FSDP and the trainer is without it, or the other way
+            round.
+    """
+    written, here = "neither DeepSpeed nor FSDP", "neither"
+    if (checkpoint / "latest").is_file():
+        written = "DeepSpeed"
+    elif (checkpoint / "optimizer.bin").is_file() or (checkpoint / "optimizer_0").is_dir():
+        written = "FSDP"
+    elif not (checkpoint / "optimizer.pt").is_file():  # of save_only_model
+        return
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        here = "DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP"
+    if not written.startswith(here):
+        raise ValueError(
+            f"the checkpoint {shown(str(checkpoint))} was written with {written}, and this training is with {here}, "
+            "which does not load the optimizer's state of the other: go on as it began, or start from its adapter"
+        )
 
 
 @contextlib.contextmanager

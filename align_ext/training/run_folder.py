@@ -44,6 +44,7 @@ _CHANGEABLE = {
     "run_name", "dataloader_num_workers", "checks", "push_to_hub", "hub_model_id", "hub_private_repo", "fsdp",
     "fsdp_config", "deepspeed",
 }  # fmt: skip
+_DIVIDING = ("fsdp", "deepspeed")  # of which the value may differ, but not whether it is given
 _AUTOMATIC = {"dtype", "device"}  # options that "auto" chooses again in each run
 
 
@@ -215,6 +216,11 @@ def _resumed_run(options: TrainOptions, target: Path, hidden: Path) -> RunFolder
                 f"the run in {shown(options.output)} had {name}={value!r}, not {shown(given.get(name))}: give the same "
                 f"options to resume it, or start another run, with --adapter-from {path / _ADAPTER} if it has ended"
             )
+    for name in _DIVIDING:
+        if bool(getattr(before, name)) != bool(getattr(options, name)):
+            began, cure = ("with", "give it") if getattr(before, name) else ("without", "leave it out")
+            raise ValueError(f"the run in {shown(options.output)} began {began} --{name}, and nothing else loads its "
+                             f"optimizer's state: {cure}, or start another run from its adapter")  # fmt: skip
     remove(path, _TEMP)
     return RunFolder(target, path, replace(options, dtype=before.dtype, device=before.device), last)
 

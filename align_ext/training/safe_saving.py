@@ -13,7 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from align_ext.system.locks import claimed
 from align_ext.system.messages import reason_of, shown
-from align_ext.training.repartition import UNIVERSAL, divide_steps, repartitioned
+from align_ext.training.repartition import UNIVERSAL, check_division, divide_steps, join_alone, repartitioned
 from align_ext.training.whole_checkpoints import WRITING, check_whole, clean, keep_last, last_checkpoint, publish
 
 _Base: Any = Trainer if TYPE_CHECKING else object  # tells mypy which methods the mixin may call
@@ -54,6 +54,8 @@ class SafeMixin(_Base):
             ValueError: another process writes to output_dir, or there is no complete checkpoint to resume from.
         """
         folder, self._finite = Path(self.args.output_dir), _FiniteRecord()
+        if self.is_deepspeed_enabled:
+            join_alone()
         with ExitStack() as stack:
             if self.args.save_strategy != "no" and self.args.should_save:
                 stack.enter_context(claimed(folder.absolute()))
@@ -64,6 +66,8 @@ class SafeMixin(_Base):
                 resume_from_checkpoint = str(last)
             elif resume_from_checkpoint:
                 check_whole(Path(resume_from_checkpoint))
+            if resume_from_checkpoint:
+                check_division(self, Path(resume_from_checkpoint))
             if resume_from_checkpoint and self.is_deepspeed_enabled:
                 resume_from_checkpoint = stack.enter_context(repartitioned(self, Path(resume_from_checkpoint)))
             result = super().train(resume_from_checkpoint, *args, **kwargs)

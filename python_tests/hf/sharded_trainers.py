@@ -96,6 +96,9 @@ def words(row):
 def join(rank, port, count=2):
     shards.join(rank, port, count)
     del os.environ["ACCELERATE_USE_CPU"]  # with which accelerate leaves DeepSpeed out
+    if count == 1:  # no launcher has started it
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            del os.environ[name]
     os.environ["DS_ACCELERATOR"] = "cpu"
 
 
@@ -153,6 +156,11 @@ def by_fewer_or_more(rank, port, folder, count):
         message = f"checkpoint-2' was written by 2 processes with DeepSpeed, which cannot convert it for {count} "
         with pytest.raises(ValueError, match=message + r"\(.*\): go on with 2 processes"):
             ran.train(resume_from_checkpoint=str(broken))
+        plain_one = Path(folder, f"plain, {count}, {rank}")
+        plain_one.mkdir()
+        (plain_one / "optimizer.pt").touch()
+        with pytest.raises(ValueError, match="written with neither DeepSpeed nor FSDP, and this training is with Deep"):
+            ran.train(resume_from_checkpoint=str(plain_one))
     dist.barrier()
 
 

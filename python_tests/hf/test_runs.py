@@ -239,6 +239,17 @@ def test_a_chat_template_that_changed_does_not_go_on(place):
     train(place, resume=True)
 
 
+def test_a_run_goes_on_divided_as_it_began(place):
+    unfinished(place)
+    Path("zero.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"began without --deepspeed, .*: leave it out, or start another run"):
+        train(place, resume=True, deepspeed="zero.json")
+    record = Path("out/checkpoints/options.yaml")
+    record.write_text(record.read_text().replace("fsdp: false", "fsdp: true"))
+    with pytest.raises(ValueError, match=r"began with --fsdp, .*: give it, or start another run from its adapter"):
+        train(place, resume=True)
+
+
 def test_a_base_of_another_configuration_does_not_go_on(place):
     unfinished(place)
     config = place / "model/config.json"

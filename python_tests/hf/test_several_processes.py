@@ -113,18 +113,23 @@ def test_accelerate_starts_the_processes_of_one_machine(place):
         assert one | {"step_seconds": 0} == other | {"step_seconds": 0}  # to the bit, as one process's are not
 
 
-@pytest.mark.slow  # test_whole_job has one that is killed
-def test_a_run_of_two_processes_that_is_ended_goes_on_in_one_and_is_the_unbroken_run(place):
-    two = train(place, 2, "ended", *STEPS)
-    while not (place / "ended/checkpoints/options.yaml").exists():
+def train_until_ended(place, output, *more):
+    """Two processes that SIGTERM ends, which write a checkpoint."""
+    two = train(place, 2, output, *more)
+    while not (place / output / "checkpoints/options.yaml").exists():
         assert two.poll() is None, two.communicate()
         time.sleep(0.1)
     time.sleep(1)
     two.send_signal(signal.SIGTERM)
     text = said(two, 1)  # torchrun's own code
     assert text.count("is kept: --resume goes on from it") == text.count("ended by SIGTERM") == 1
-    (checkpoint,) = (place / "ended/checkpoints").glob("checkpoint-*")
+    (checkpoint,) = (place / output / "checkpoints").glob("checkpoint-*")
     assert 0 < int(checkpoint.name.rpartition("-")[2]) < 200
+
+
+@pytest.mark.slow  # test_whole_job has one that is killed
+def test_a_run_of_two_processes_that_is_ended_goes_on_in_one_and_is_the_unbroken_run(place):
+    train_until_ended(place, "ended", *STEPS)
     assert "going on from" in said(train(place, 1, "ended", *STEPS, "--resume"))
     said(train(place, 1, "unbroken", *STEPS))
     assert_equal_runs(place / "unbroken", place / "ended")
