@@ -28,7 +28,7 @@ from align_ext.system.locks import InUse, claimed
 from align_ext.system.messages import reason_of, shown
 from align_ext.system.reading import read_json
 from align_ext.system.terminal import print_line
-from align_ext.system.writing import atomic_file
+from align_ext.system.writing import atomic_file, remove_leftovers
 from align_ext.training.options import TrainOptions
 from align_ext.training.whole_checkpoints import checkpoints
 
@@ -134,7 +134,9 @@ def run(
 def _to_do(study: Study, path: Path, seed: int | None, *, retry: bool) -> tuple[bool, bool]:
     """Returns whether there is nothing to do at a cell, and whether a deeper look is all that there is to do."""
     done, work, failed = is_done(path), work_folder(path), path.parent / f"{path.name}.error.txt"
-    if done and work.is_dir():  # what a process left that was killed right before its end
+    if done:  # what a process left that was killed right before its end
+        remove_leftovers(path)
+    if done and work.is_dir():
         with suppress(InUse), claimed(work):
             shutil.rmtree(work, ignore_errors=True)
     look = done and wants_look(study, seed) and not (path / MECHANISM).is_file()

@@ -114,15 +114,29 @@ def _files(folder: Path) -> Iterator[str]:
             yield os.path.relpath(os.path.join(path, name), folder)
 
 
+def remove_leftovers(target: Path, parent: Path | None = None) -> None:
+    """Removes what processes that were killed in atomic_folder left: a folder of work, even if the target is whole.
+
+    Args:
+        target: the target.
+        parent: the folder in which they worked; None: that of the target.
+    """
+    pattern = f".{glob.escape(_short(target))}-*.new"
+    for leftover in map(Path, glob.glob(f"{glob.escape(str(parent or target.parent))}/{pattern}")):
+        with suppress(InUse), claimed(leftover):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _short(target: Path) -> str:
+    return target.name[:60]
+
+
 @contextmanager
 def _work_folder(target: Path, parent: Path) -> Iterator[Path]:
     """Makes a hidden folder for this process and removes it at the end; also removes those of ended processes."""
-    short = target.name[:60]
     try:
-        for leftover in map(Path, glob.glob(f"{glob.escape(str(parent))}/.{glob.escape(short)}-*.new")):
-            with suppress(InUse), claimed(leftover):
-                shutil.rmtree(leftover, ignore_errors=True)
-        path = Path(tempfile.mkdtemp(prefix=f".{short}-", suffix=".new", dir=parent))
+        remove_leftovers(target, parent)
+        path = Path(tempfile.mkdtemp(prefix=f".{_short(target)}-", suffix=".new", dir=parent))
     except OSError as error:
         raise ValueError(f"cannot write to the folder {shown(str(parent))}: {reason_of(error)}") from error
     with claimed(path, wait=True):  # another process may be checking whether it is a leftover

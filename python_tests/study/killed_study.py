@@ -37,11 +37,9 @@ def run_study(folder, at=None):
 
 
 def contents(folder):
-    """The bytes of all files of a study but the plan and the measured costs."""
-    files = (
-        path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in ("cost.json", "plan.json")
-    )
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    """The folders of a study, and the bytes of all its files but the plan and the measured costs."""
+    found = (path for path in sorted(folder.rglob("*")) if path.name not in ("cost.json", "plan.json"))
+    return {str(path.relative_to(folder)): path.is_file() and path.read_bytes() for path in found}
 
 
 def new(place, name):
