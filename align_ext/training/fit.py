@@ -29,7 +29,7 @@ from align_ext.training.report import ShowProgress
 from align_ext.training.rows import batches
 from align_ext.training.run_folder import RunFolder
 from align_ext.training.trainer import AlignTrainer
-from align_ext.training.trainer_options import check_field
+from align_ext.training.trainer_options import NEEDED, check_field
 from align_ext.training.trial import made_arguments
 
 # transformers renamed the argument within version 5 and warns about the old name.
@@ -38,11 +38,15 @@ _CHECKPOINTING = next(
     for name in ("activation_checkpointing", "gradient_checkpointing")
     if hasattr(transformers.TrainingArguments, name)
 )
-# What the run decides: its folder, its upload (a token would stand in its files), its sampler, the lower loss as the
-# better one, and checkpoints that go on to the bit.
+# What the run decides: its folder, its upload (a token would stand in its files), its columns and sampler, the lower
+# loss as the better one, checkpoints that go on to the bit, how processes join and what a signal does, and what its
+# scores are computed in.
 _DECIDED = (
     "output_dir", "push_to_hub", "remove_unused_columns", "resume_from_checkpoint", "train_sampling_strategy",
-    "auto_find_batch_size", "greater_is_better", "save_only_model", "ignore_data_skip",
+    "auto_find_batch_size", "greater_is_better", "save_only_model", "ignore_data_skip", "label_names",
+    "length_column_name", "enable_jit_checkpoint", "fsdp", "ddp_backend", "ddp_timeout", "local_rank",
+    "liger_kernel_config", "do_train", "do_eval", "do_predict", "batch_eval_metrics", "bf16_full_eval",
+    "fp16_full_eval",
 )  # fmt: skip
 
 
@@ -85,6 +89,8 @@ def argument_fields(options: TrainOptions, device: str) -> dict[str, Any]:
         if name in decided or name.startswith("hub_"):
             raise ValueError(f"trainer gives {name}, which another option or the run itself decides: leave it out")
         check_field(name, value, known[name])
+        if value is not None and name in NEEDED and not getattr(options, NEEDED[name]):
+            raise ValueError(f"trainer: {name} does nothing without {NEEDED[name]}: give that too, or leave it out")
     return own | dict(options.trainer)
 
 
@@ -119,6 +125,8 @@ def _check_names(options: TrainOptions, device: str) -> None:
             if not Path(file).is_file():
                 raise ValueError(f"{name}: there is no file {shown(file)}")
             read_json(Path(file))
+    if options.deepspeed is not None and find_spec("deepspeed") is None:
+        raise ValueError("--deepspeed cannot be used here: pip install deepspeed")
     if options.fp16 and device == "cpu":
         raise ValueError("--fp16 is for GPUs, and this run is on the CPU: take --bf16, or leave it out")
     if options.fsdp and device == "cpu":

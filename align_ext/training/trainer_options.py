@@ -9,7 +9,17 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, get_origin
 
-from align_ext.system.bounds import documented, integer_rule, is_number, not_negative, option, positive, unknown_name
+from align_ext.system.bounds import (
+    Rule,
+    documented,
+    integer_rule,
+    is_number,
+    is_positive,
+    not_negative,
+    option,
+    positive,
+    unknown_name,
+)
 from align_ext.system.messages import shown
 from align_ext.training.option_values import alternatives
 
@@ -39,19 +49,65 @@ def check_field(name: str, value: Any, kind: Any) -> None:
     if name == "optim_args" and value is not None:
         wanted = 'name=value, several in quotes: optim_args="x=1,y=2"'
         known = [str] if isinstance(value, str) and _PAIRS.fullmatch(value) else []
+    allowed = None if value is None else _BOUNDS.get(name, _anything)(value)
     if type(value) not in known and not (type(value) is int and float in known):
-        raise ValueError(f"trainer: {name} must be {wanted}, got {shown(value)}")
+        allowed = wanted
+    if allowed:
+        raise ValueError(f"trainer: {name} must be {allowed}, got {shown(value)}")
 
 
 def fraction(value: Any) -> str | None:
     """Checks for a fraction."""
-    return None if 0 <= value < 1 else "in [0, 1)"
+    return None if is_number(value) and 0 <= value < 1 else "in [0, 1)"
+
+
+def _anything(_: Any) -> None:
+    return None
+
+
+def _up_to(largest: float) -> Rule:
+    """Returns the rule of a positive number that is at most so large."""
+    return lambda value: None if is_positive(value) and value <= largest else f"a positive number, at most {largest:g}"
+
+
+def _one_of(*words: Any) -> Rule:
+    """Returns the rule of a field that takes these values alone."""
+    return lambda value: None if value in words else f"one of {', '.join(map(str, words))}"
 
 
 def _steps_or_fraction(value: Any) -> str | None:
     """Checks for a fraction of the steps or a number of steps."""
     steps = is_number(value) and 1 <= value <= 10**9 and value == int(value)
     return None if steps or 0 <= value < 1 else "in [0, 1), or a number of steps"
+
+
+def _words(*known: str) -> Rule:
+    """Returns the rule of values by the names of these alone."""
+    return lambda value: f"by the names {', '.join(known)}" if {*value} - {*known} else None
+
+
+_COUNT = integer_rule(maximum=10**9)
+_LEVEL = _one_of("detail", "debug", "info", "warning", "error", "critical", "passive")
+_RECOMPUTING = _words("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop")
+# What the values of `trainer` must be beside their type; TrainingArguments itself checks few of them.
+_BOUNDS: dict[str, Rule] = {
+    "label_smoothing_factor": fraction, "neftune_noise_alpha": not_negative, "warmup_ratio": fraction,
+    "eval_delay": not_negative, "eval_accumulation_steps": _COUNT, "torch_empty_cache_steps": _COUNT,
+    "dataloader_prefetch_factor": _COUNT, "ddp_bucket_cap_mb": _COUNT, "log_level": _LEVEL, "log_level_replica": _LEVEL,
+    "include_num_input_tokens_seen": _one_of("all", "non_padding", "no", True, False),
+    "activation_checkpointing_kwargs": _RECOMPUTING, "gradient_checkpointing_kwargs": _RECOMPUTING,
+}  # fmt: skip
+# The option without which a value of `trainer` does nothing.
+NEEDED = {
+    "activation_checkpointing_kwargs": "gradient_checkpointing",
+    "gradient_checkpointing_kwargs": "gradient_checkpointing",
+    "eval_delay": "eval_steps",
+    "eval_accumulation_steps": "eval_steps",
+    "project": "report_to",
+    "trackio_space_id": "report_to",
+    "trackio_bucket_id": "report_to",
+    "trackio_static_space_id": "report_to",
+}
 
 
 @documented
@@ -70,7 +126,7 @@ class TrainerOptions:
         integer_rule(maximum=10**6, none=True),
     )
     accumulation: int = option(1, "micro-batches in a step", integer_rule(maximum=10**6), "gradient_accumulation_steps")
-    lr: float = option(2e-4, "peak learning rate", positive, "learning_rate")
+    lr: float = option(2e-4, "peak learning rate", _up_to(1000), "learning_rate")
     warmup: float = option(
         0.03,
         "share of the steps, or from 1 on their number, in which the learning rate rises",
@@ -92,7 +148,7 @@ class TrainerOptions:
     weight_decay: float = option(0.0, "decoupled weight decay of the optimizer", not_negative, "weight_decay")
     adam_beta1: float = option(0.9, "decay of Adam's mean of gradients", fraction, "adam_beta1")
     adam_beta2: float = option(0.999, "decay of Adam's mean of squared gradients", fraction, "adam_beta2")
-    adam_epsilon: float = option(1e-8, "added to the root in Adam's denominator", positive, "adam_epsilon")
+    adam_epsilon: float = option(1e-8, "added to the root in Adam's denominator", _up_to(1), "adam_epsilon")
     max_grad_norm: float = option(
         1.0, "largest norm of the gradient, to which it is scaled down; 0: no limit", not_negative, "max_grad_norm"
     )
@@ -164,5 +220,13 @@ class TrainerOptions:
                     f"{option} needs eval_steps, and save_steps that is a multiple of it, got eval_steps="
                     f"{self.eval_steps} and save_steps={self.save_steps}"
                 )
+        if self.lr * self.weight_decay >= 1:
+            raise ValueError(
+                f"weight_decay={self.weight_decay:g} times lr={self.lr:g} is the share of a weight that a step takes "
+                "away, and must be below 1: lower one of them"
+            )
+        delay: Any = self.trainer.get("eval_delay")
+        if self.epochs is None and is_number(delay) and delay > self.steps:
+            raise ValueError(f"trainer: eval_delay={delay} is more than the {self.steps} steps: lower it")
         if self.fsdp_config is not None and not self.fsdp:
             raise ValueError("fsdp_config goes with fsdp: give --fsdp")

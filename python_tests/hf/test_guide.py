@@ -126,7 +126,7 @@ MISTAKES = [
     ("own-data", ["train", "--data", "notes.jsonl"], "the column note would be lost"),
     ("own-data", ["train", "--data", "a/x.jsonl", "--data", "b/x.jsonl"], "is in 'a/x.jsonl' and in 'b/x.jsonl'"),
     ("own-data", [*TRAIN, "--seq-len", 20], "has no examples to score on: all 12 are too long"),
-    ("own-data", [*TRAIN, "--lr", 1e30], "training has diverged"),
+    ("own-data", [*TRAIN, "--lr", 1000], "training has diverged"),
     ("own-data", [*TRAIN, "--output", "run"], "the output folder 'run' is not empty"),
     ("own-data", [*TRAIN, "--target-modules", "nothing"], "matches no linear layer"),
     ("several-processes", [*TRAIN, "--fsdp"], "--fsdp divides a model among GPUs"),

@@ -10,8 +10,10 @@ import torch
 from hf.words import model_folder, qwen3, write_rows
 from safetensors.torch import load_file
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from align_ext.training import fit, trial
+from align_ext.training.option_values import alternatives
 from align_ext.training.options import TrainOptions, known_options
 from align_ext.training.run_folder import RunFolder
 from align_ext.training.trainer_options import check_field
@@ -95,7 +97,8 @@ def test_a_wrong_one_is_named_with_the_cure(tmp_path, options, message):
 @pytest.mark.parametrize(
     "name",
     ["num_train_epochs", "deepspeed", "tf32", "hub_token", "hub_model_id", "save_only_model", "ignore_data_skip",
-     "greater_is_better", "auto_find_batch_size", "train_sampling_strategy"],
+     "greater_is_better", "auto_find_batch_size", "train_sampling_strategy", "label_names", "enable_jit_checkpoint",
+     "ddp_timeout", "fsdp", "bf16_full_eval"],
 )  # fmt: skip
 def test_a_further_field_neither_undoes_the_run_nor_is_lost(tmp_path, name):
     with pytest.raises(ValueError, match=f"trainer gives {name}, which another option or the run itself decides"):
@@ -107,7 +110,7 @@ def test_a_further_field_neither_undoes_the_run_nor_is_lost(tmp_path, name):
     [
         ("optim_args=x", "trainer: optim_args must be name=value, several in quotes: optim_args=\"x=1,y=2\", got 'x'"),
         ("optim_args=3", "optim_args must be name=value"),
-        ("ddp_timeout=x", "trainer: ddp_timeout must be a whole number, got 'x'"),
+        ("torch_empty_cache_steps=x", "trainer: torch_empty_cache_steps must be a whole number or none, got 'x'"),
         ("neftune_noise_alpha=x", "trainer: neftune_noise_alpha must be a number or none, got 'x'"),
         ("label_smoothing_factor=true", "trainer: label_smoothing_factor must be a number, got True"),
         ("full_determinism=3", "trainer: full_determinism must be true or false, got 3"),
@@ -116,6 +119,12 @@ def test_a_further_field_neither_undoes_the_run_nor_is_lost(tmp_path, name):
         ("include_for_metrics=3", "trainer: include_for_metrics must be a list [x, y], got 3"),
         ("project=3", "trainer: project must be text, got 3"),
         ("parallelism_config=3", "trainer: parallelism_config must be none, got 3"),
+        ("label_smoothing_factor=2", "trainer: label_smoothing_factor must be in [0, 1), got 2"),
+        ("neftune_noise_alpha=.inf", "trainer: neftune_noise_alpha must be a number >= 0, got inf"),
+        ("dataloader_prefetch_factor=0", "trainer: dataloader_prefetch_factor must be a positive integer, got 0"),
+        ("include_num_input_tokens_seen=some", "must be one of all, non_padding, no, True, False, got 'some'"),
+        ("log_level=weird", "trainer: log_level must be one of detail, debug, info, warning, error, critical, passive"),
+        ("gradient_checkpointing_kwargs={x: 1}", "gradient_checkpointing_kwargs must be by the names use_reentrant, "),
         ("logging_strategy=step", "unknown value of trainer's logging_strategy 'step'; did you mean 'steps'"),
     ],
 )
@@ -139,9 +148,13 @@ def test_what_trainingarguments_takes_by_default_is_of_its_type():
         ("torch_compile_mode=weird", "torch_compile_mode='weird' cannot be used: .*mode=weird"),
         ("dataloader_persistent_workers=true", "dataloader_persistent_workers=True cannot be used: .*num_workers"),
         ("debug=weird", "debug='weird' cannot be used: change it, or leave it out .*not a valid DebugOption"),
-        ("log_level=weird", "log_level='weird' cannot be used: change it, or leave it out"),
-        ("eval_delay=2,dataloader_prefetch_factor=2", "dataloader_prefetch_factor=2 cannot be used: .*num_workers"),
-        ("eval_delay=2,torch_empty_cache_steps=-1", "torch_empty_cache_steps=-1 cannot be used: .*bigger than 0"),
+        (
+            "eval_on_start=true,dataloader_prefetch_factor=2",
+            "dataloader_prefetch_factor=2 cannot be used: .*num_workers",
+        ),
+        ("optim_args=momentum=1", "optim_args='momentum=1' cannot be used: .* change nothing of --optim adamw_torch_f"),
+        ("optim_target_modules=all-linear", "optim_target_modules='all-linear' cannot be used: .*galore and apollo"),
+        ("lr_scheduler_kwargs={num_cycles: .inf}", "lr_scheduler_kwargs={'num_cycles': inf} cannot be used"),
         ("lr_scheduler_kwargs={foo: 1}", "lr_scheduler_kwargs={'foo': 1} cannot be used: .*lr-scheduler-type cosine"),
     ],
 )
@@ -151,10 +164,73 @@ def test_a_further_field_that_transformers_refuses_is_named_with_its_value(given
 
 
 def test_arguments_of_an_optimizer_arrive(tmp_path):
-    given = 'optim_args="rank=2,scale=0.5",eval_delay=2'
-    made = arguments(tmp_path, trainer=given)
-    assert (made.optim_args, made.eval_delay) == ("rank=2,scale=0.5", 2)
-    tried(trainer=given)
+    given = {"optim": "sgd", "eval_steps": 2, "trainer": 'optim_args="momentum=0.9,dampening=0.1",eval_delay=2'}
+    made = arguments(tmp_path, **given)
+    assert (made.optim_args, made.eval_delay) == ("momentum=0.9,dampening=0.1", 2)
+    tried(**given)
+
+
+NUMBERS = [field.name for field in dataclasses.fields(TrainingArguments) if {int, float} & {*alternatives(field.type)}]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_no_number_of_transformers_is_negative(name):
+    with pytest.raises(ValueError, match=f"^trainer(:| gives) {name}"):
+        tried(trainer={name: -1}, eval_steps=2)
+    if (option := next((own for own, known in known_options().items() if known.argument == name), None)) is not None:
+        needed = NEEDED.get(option, {})
+        with pytest.raises(ValueError, match=f"^{option} must be"):
+            tried(**{option: -1} | needed)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": 1e9}, "lr must be a positive number, at most 1000, got 1000000000.0"),
+        ({"lr": 0.5, "weight_decay": 2}, "weight_decay=2 times lr=0.5 is the share of a weight that a step takes"),
+        ({"adam_epsilon": 2}, "adam_epsilon must be a positive number, at most 1, got 2"),
+        (
+            {"trainer": {"eval_delay": 2}},
+            "trainer: eval_delay does nothing without eval_steps: give that too, or leave",
+        ),
+        ({"trainer": {"eval_delay": 41}, "eval_steps": 2}, "trainer: eval_delay=41 is more than the 40 steps"),
+        ({"trainer": {"project": "x"}}, "trainer: project does nothing without report_to"),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr", "trainer": {"lr_scheduler_kwargs": {"min_lr": 1}}},
+            "cosine_with_min_lr cannot be used: the learning rate of step ",
+        ),
+    ],
+)
+def test_what_would_spoil_a_run_or_do_nothing_is_refused_before_there_is_a_model(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tried(**options)
+
+
+ZERO2 = {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": "auto"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"zero_optimization": {"stage": 7}}, "1 validation error .* Input should be 0, 1, 2, 3"),
+        ({"train_micro_batch_size_per_gpu": None}, "Either train_batch_size or train_micro_batch_size_per_gpu needs"),
+        (
+            {"train_micro_batch_size_per_gpu": 3},
+            "ds train_micro_batch_size_per_gpu=3 vs hf per_device_train_batch_size=8",
+        ),
+        ({"fp16": {"enabled": True}}, "ds fp16.enabled=True"),
+        ({"zero_optimization": None}, "it has no zero_optimization"),
+    ],
+)
+def test_a_configuration_of_deepspeed_is_tried_before_there_is_a_model(tmp_path, changed, reason):
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps({name: value for name, value in (ZERO2 | changed).items() if value is not None}))
+    with pytest.raises(ValueError, match=f"^--deepspeed .*zero.json cannot be used: .*{reason}") as raised:
+        tried(deepspeed=str(file))
+    assert "\n" not in str(raised.value)
+    file.write_text(json.dumps(ZERO2 | {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}))
+    tried(deepspeed=str(file))
+    assert not is_deepspeed_zero3_enabled()
 
 
 def test_early_stopping_goes_by_the_held_out_loss(tmp_path):

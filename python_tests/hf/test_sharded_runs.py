@@ -63,8 +63,8 @@ def by_fsdp2(rank, port, place):
 
     made, seen = recipe.training_arguments, []
 
-    def as_on_gpus(*arguments):
-        result = made(*arguments)
+    def as_on_gpus(folder, fields):
+        result = made(folder, fields | {"fsdp": "full_shard"})
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         return result
 
@@ -76,7 +76,7 @@ def by_fsdp2(rank, port, place):
 
     recipe.training_arguments, recipe.score = as_on_gpus, scored
     options = ["--device", "cpu", "--dtype", "float32", "--lora-dropout", "0", "--batch-size", "12", "--eval-examples",
-               "4", "--log-steps", "1", "--lr", "1e-3", "--steps", "4", "--trainer", "fsdp=full_shard"]  # fmt: skip
+               "4", "--log-steps", "1", "--lr", "1e-3", "--steps", "4"]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["align-lora", "train", "--model", "model", "--data", "rows.jsonl", *options,
                                    "--output", "fsdp2"])  # fmt: skip
