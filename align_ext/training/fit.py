@@ -150,12 +150,9 @@ def fit(job: Job, bars: Bars, console: Console) -> dict[str, Any]:
         mixing=mixing(job),
         align_schedule=options.align_schedule,
         align_warmup=options.align_warmup,
-        callbacks=[
-            clock,
-            ShowProgress(bars, console, options.steps, job.device, tokens),
-            MeasureAdapters(job, console),
-        ],
+        callbacks=[clock, ShowProgress(bars, console, options.steps, job.device, tokens)],
     )
+    trainer.add_callback(MeasureAdapters(job, console, trainer.callback_handler))
     trainer.remove_callback(transformers.PrinterCallback)
     if options.early_stopping_patience:
         trainer.add_callback(transformers.EarlyStoppingCallback(options.early_stopping_patience))

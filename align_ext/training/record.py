@@ -30,7 +30,7 @@ def measure_adapters(job: Job) -> dict[str, Any]:
         tasks: the names of the tasks, and
         divergence: [M][M], task_divergence of their latents, and
         layers: module name -> the mean of layer_divergences over the pairs of tasks; all three with two tasks or more.
-        routing: module name -> entropy, and load of each head; with routers.
+        routing: module name -> entropy, and load and mean weight of each head; with routers.
         failed: why nothing could be measured.
     """
     rows = _probe(job)
@@ -46,7 +46,11 @@ def measure_adapters(job: Job) -> dict[str, Any]:
             found["layers"] = {name: _rounded(float(pairs(of).mean())) for name, of in layers.items()}
         if recording.weights:
             found["routing"] = {
-                name: {"entropy": _rounded(one.entropy), "load": [_rounded(x) for x in one.load.tolist()]}
+                name: {
+                    "entropy": _rounded(one.entropy),
+                    "load": [_rounded(x) for x in one.load.tolist()],
+                    "weight": [_rounded(x) for x in one.importance.tolist()],
+                }
                 for name, one in routing(recording).items()
             }
     except ValueError as error:  # a model whose layers do not see the batch's tokens trains all the same
@@ -55,13 +59,18 @@ def measure_adapters(job: Job) -> dict[str, Any]:
 
 
 class MeasureAdapters(transformers.TrainerCallback):
-    """Measures the adapters after each quarter of a run but the last, and adds it to the log and to a console's lines.
+    """Measures the adapters after each quarter of a run but the last: for the log, a console's lines and the trackers.
 
     A checkpoint holds the log, so that a resumed run has all measures.
+
+    Args:
+        job: the run.
+        console: gets a line.
+        handler: the Trainer's, whose callbacks get the numbers as a log of their own.
     """
 
-    def __init__(self, job: Job, console: Console) -> None:
-        self.job, self.console = job, console
+    def __init__(self, job: Job, console: Console, handler: transformers.trainer_callback.CallbackHandler) -> None:
+        self.job, self.console, self.handler = job, console, handler
         self.steps = {job.options.steps * part // _PARTS for part in range(1, _PARTS)} - {0}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -72,6 +81,24 @@ class MeasureAdapters(transformers.TrainerCallback):
         state.log_history.append({"step": state.global_step, "adapters": found})
         if text := _in_words(found):
             print_line(self.console, f"step {state.global_step}/{state.max_steps}  {text}")
+        if numbers := _numbers(found):
+            wanted = control.should_log  # of the losses, which this log is none of
+            self.handler.on_log(args, state, control, numbers)
+            control.should_log = wanted
+
+
+def _numbers(found: dict[str, Any]) -> dict[str, float]:
+    """Returns what measure_adapters found by name: means over the layers, those of each layer, and of each head."""
+    numbers: dict[str, float] = {}
+    routers = found.get("routing", {})
+    entropies = {name: one["entropy"] for name, one in routers.items()}
+    for kind, of in (("divergence", found.get("layers", {})), ("routing_entropy", entropies)):
+        numbers |= {f"{kind}/{name}": value for name, value in of.items()}
+        numbers |= {kind: sum(of.values()) / len(of)} if of else {}
+    for kind in ("load", "weight"):
+        of_heads = list(zip(*(one[kind] for one in routers.values()), strict=True))
+        numbers |= {f"routing_{kind}/{head}": sum(of) / len(of) for head, of in enumerate(of_heads)}
+    return numbers
 
 
 def _in_words(found: dict[str, Any]) -> str:

@@ -183,7 +183,8 @@ class TrainerOptions:
     log_steps: int = option(5, "log the losses every so many steps", integer_rule(maximum=10**9), "logging_steps")
     report_to: tuple[str, ...] = option(
         (),
-        "trackers that get the losses, separated by commas: tensorboard, wandb, trackio, mlflow, ...; none: none",
+        "trackers that get the losses and, after each quarter, the divergence of tasks and the routing, separated by "
+        "commas: tensorboard, wandb, trackio, mlflow, ...; none: none",
         None,
         "report_to",
     )

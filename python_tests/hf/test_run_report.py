@@ -14,6 +14,7 @@ import yaml
 from hf.runs import options
 from hf.runs import run as run_recipe
 from hf.words import model_folder, rows, write_rows
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from align_ext.cli.train import _write_report
 from align_ext.data.rows import Example
@@ -221,7 +222,11 @@ RUNS = {
     "aligned": ({}, ("Alignment", "Answers"), ("Routing",)),
     "one task": ({"architecture": "lora", "tasks": "threes"}, ("Answers",), ("Alignment", "Routing")),
     "multi_adapter": ({"architecture": "multi_adapter"}, ("own adapter", "Alignment"), ("Routing",)),
-    "blocks": ({"architecture": "mtlora", "align": "none"}, ("Routing", "Load of heads"), ()),
+    "blocks": (
+        {"architecture": "mtlora", "align": "none", "report_to": "tensorboard"},
+        ("Routing", "Load of heads"),
+        (),
+    ),
 }
 
 
@@ -282,6 +287,25 @@ def test_the_adapters_are_measured_after_each_quarter(runs):
         first, *_, last = (of[name] for _, of in run.measures())
         assert first.keys() == last.keys()
         assert first != last
+
+
+def test_trackers_get_the_divergence_and_the_routing_of_each_quarter_beside_all_losses(runs):
+    found = EventAccumulator(str(runs / "blocks/tensorboard")).Reload()
+    told = {name: {one.step: one.value for one in found.Scalars(name)} for name in found.Tags()["scalars"]}
+    assert told["train/lm_loss"].keys() == {1, 2, 3}
+    measures = dict(read_run(runs / "blocks").measures())
+    for step in (1, 2):
+        routers = measures[step]["routing"]
+        for kind in ("load", "weight"):
+            means = np.mean([one[kind] for one in routers.values()], axis=0)
+            assert [told[f"train/routing_{kind}/{head}"][step] for head in range(len(means))] == pytest.approx(means)
+            assert sum(means) == pytest.approx(1, abs=1e-4)
+        for kind, layers in (
+            ("routing_entropy", {name: one["entropy"] for name, one in routers.items()}),
+            ("divergence", measures[step]["layers"]),
+        ):
+            assert told[f"train/{kind}"][step] == pytest.approx(np.mean(list(layers.values())))
+            assert {name: told[f"train/{kind}/{name}"][step] for name in layers} == pytest.approx(layers)
 
 
 def test_long_runs_stay_small_and_keep_their_mean():
