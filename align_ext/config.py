@@ -89,6 +89,11 @@ class AlignLoraConfig:
         AUTO, 'adapt whole blocks in place of linear layers: "attention", "mlp" or both (mtLoRA).', blocks_rule
     )
     use_rslora: bool = option(False, "s = alpha / sqrt(r) (2312.03732).")
+    use_dora: bool = option(
+        False,
+        "DoRA (2402.09353): train the norm of each row of the adapted weight, too (align_ext/adapters/dora.py); lora, "
+        "align_lora, m_lora, and hydra with router=None.",
+    )
     init_lora_weights: Init = option(
         AUTO,
         '"kaiming" (A uniform, B = 0), "gaussian" (A ~ N(0, 1/r²), B = 0), "orthogonal" (A and B random with B A = 0; '
@@ -303,6 +308,11 @@ class AlignLoraConfig:
             refuse("init_lora_weights", "random heads are for hydra, r_lora, m_lora and mtlora, heads on one A")
         if self.init_lora_weights == "pissa" and (not self.row.pissa or self.target_blocks):
             refuse("init_lora_weights", "PiSSA starts one adapter from one weight: use lora or align_lora, no blocks")
+        if self.use_dora and (self.router is not None or self.architecture == "multi_adapter"):
+            refuse("use_dora", "DoRA rescales one adapted weight, and there is one for each input or task: use lora, "
+                   "align_lora, m_lora, or hydra with router=None")  # fmt: skip
+        if self.use_dora and self.target_blocks:
+            refuse("use_dora", "a whole block has no one weight: leave target_blocks out")
         if self.init_lora_weights == "orthogonal" and self.r % 2:
             refuse("r", "orthogonal initialisation halves the rank: choose an even r")
         if self.dropout_site != "input" and (self.num_heads is None or A_per_head):
@@ -361,11 +371,6 @@ class AlignLoraConfig:
         """
         known = [field.name for field in fields(cls)]
         for name in options:
-            if name == "use_dora":
-                raise ValueError(
-                    f"use_dora={shown(options[name])}: DoRA rescales the columns of the whole weight, which no kernel "
-                    "here does; leave it out, or train it with PEFT"
-                )
             if name not in known:
                 raise ValueError(unknown_name("option", name, known))
         return cls(**options)

@@ -95,6 +95,17 @@ def low_rank(
     return Output((adapter.scaling * low).view(*x.shape[:-1], -1), distinct, weights)
 
 
+def dora(layer, config, x: Tensor, p: float = 0.0, rng: Tensor | None = None) -> Output:
+    """What DoRA adds to a layer's base: (g V - W) dropout(x), or g V x - W x where the masks act on latents."""
+    adapter, W = layer.adapter, layer.weight.T if type(layer.base_layer).__name__ == "Conv1D" else layer.weight
+    on_input = config.dropout_site == "input"
+    xd = torch.nn.functional.dropout(x, p) if on_input else x
+    inner = low_rank(adapter, config, xd, 0.0 if on_input else p, rng=rng)
+    change = low_rank(adapter, config, torch.eye(x.shape[-1], dtype=x.dtype)).low.T
+    g = adapter.lora_magnitude_vector / (W + change).detach().norm(dim=1)
+    return Output((g - 1) * (xd @ W.T) + g * inner.low, inner.latents)
+
+
 def routing_weights(router, config, x: Tensor, prompt: Tensor | None) -> Tensor:
     """w [T, G, N]: a softmax over all heads, or over the top_k largest logits, of each token and group."""
     R = router.lora_R.to(x.dtype)

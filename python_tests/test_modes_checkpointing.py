@@ -7,7 +7,12 @@ import pytest
 from test_batch import CHECKPOINTING, EXACT, by_keyword, single, two_pending_reversed, two_pending_summed
 from tiny import Oracle, adapted, error, gpt2, gradients, llama, qwen2
 
-MODELS = {"llama": (llama, {}), "qwen2": (qwen2, {}), "gpt2": (gpt2, {"target_modules": ["c_fc", "c_proj"]})}
+MODELS = {
+    "llama": (llama, {}),
+    "llama, DoRA": (llama, {"use_dora": True}),
+    "qwen2": (qwen2, {}),
+    "gpt2": (gpt2, {"target_modules": ["c_fc", "c_proj"]}),
+}
 FLOWS = {single: (1,), two_pending_summed: (1, 2), two_pending_reversed: (1, 2)}
 
 

@@ -97,7 +97,11 @@ class Oracle:
         )
         p = self.config.lora_dropout if layer.training else 0.0
         rng, number = self._rng(layer, p)
-        self.outputs.append(literal.low_rank(layer.adapter, self.config, x, p, self.tasks, self.prompt, rng, number))
+        if self.config.use_dora:
+            self.outputs.append(literal.dora(layer, self.config, x, p, rng))
+        else:
+            of_batch = self.tasks, self.prompt, rng, number
+            self.outputs.append(literal.low_rank(layer.adapter, self.config, x, p, *of_batch))
         if isinstance(base_out, tuple):
             return base_out[0] + self.outputs[-1].low, *base_out[1:]
         return base_out + self.outputs[-1].low

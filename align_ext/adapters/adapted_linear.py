@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from align_ext.adapters.base import Adapter
+from align_ext.adapters.dora import rescaled, row_norms, scale_of
 from align_ext.adapters.linear_layer import features_of, has_float_weight, has_hooks, is_conv1d
 from align_ext.ops._projection import Weight
 
@@ -80,6 +81,18 @@ class AdaptedLinear(AdaptedModule):
         """Computes base(x) + low rank for x [..., in_features]; base(x) alone while merged or disabled."""
         if self.merged or self.disabled:
             return self.base_layer(x)
+        if self.adapter.lora_magnitude_vector is None:
+            return self._with_low_rank(x)
+        scale = scale_of(self.adapter.lora_magnitude_vector, self.row_norms())
+        if not (self.training and self.adapter.drops_whole_input and self.adapter.dropout_p):
+            return rescaled(self._with_low_rank(x), scale, self.bias)
+        dropped = nn.functional.dropout(x, self.adapter.dropout_p)
+        base_out = self._base_out(dropped)
+        y = self.adapter(dropped.to(base_out.dtype), base_out=base_out)
+        return self._base_out(x) + (rescaled(y, scale, self.bias) - base_out)
+
+    def _with_low_rank(self, x: Tensor) -> Tensor:
+        """Computes base(x) + low rank, with the layer's siblings where it has some."""
         if not torch.compiler.is_compiling() and self.training and self.siblings is not None:
             outputs = self.siblings.outputs(self, x)
             if outputs is not None:
@@ -116,18 +129,63 @@ class AdaptedLinear(AdaptedModule):
         frozen = self.weight_arguments(x)
         if frozen is not None:
             return x, *frozen, None
+        base_out = self._base_out(x)
+        return x.to(base_out.dtype), None, None, base_out
+
+    def _base_out(self, x: Tensor) -> Tensor:
+        """What the base layer returns for x, which must keep the gradient of x."""
         base = self.base_layer
-        base_out = base(x)
+        base_out: Tensor = base(x)
         if torch.is_grad_enabled() and x.requires_grad and not base_out.requires_grad:
             raise RuntimeError(
                 f"the base layer ({type(base).__name__}) loses the gradient of its input, computing without autograd, "
                 "so that no adapter before it could be trained; load the base in another format"
             )
-        return x.to(base_out.dtype), None, None, base_out
+        return base_out
+
+    def base_weight(self) -> Tensor:
+        """The base's weight W [out_features, in_features] in a floating-point dtype, dequantised where it is quantised.
+
+        Raises:
+            ValueError: there is none to be had; the message says why.
+        """
+        base: Any = self.base_layer
+        weight: Any = getattr(base, "weight", None)
+        if hasattr(weight, "ds_id"):
+            raise ValueError("use_dora: several processes hold parts of the base weight (ZeRO-3): train with ZeRO-2 or "
+                             "FSDP2, or without DoRA")  # fmt: skip
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):  # that of the layer's product, if it has one
+            made = None if weight is None or self.dequantised is None else self.dequantised(base, dtype)
+            if made is not None:
+                return made()
+        shape = (self.in_features, self.out_features)[:: 1 if is_conv1d(base) else -1]
+        if weight is None or not weight.is_floating_point() or weight.element_size() < 2 or weight.shape != shape:
+            raise ValueError(f"use_dora: {type(base).__name__} does not tell the values of its quantised weight: load "
+                             "the base in 4 bits of bitsandbytes or in a floating-point dtype")  # fmt: skip
+        if weight.is_meta and not self.adapter.lora_A.is_meta:
+            raise ValueError("use_dora: the base weight is offloaded: load the base on one device")
+        return weight.T if is_conv1d(base) else weight
+
+    @torch.no_grad()
+    def row_norms(self) -> Tensor:
+        """The norms of the rows of the base weight with the adapter's change of it, [out_features], for DoRA."""
+        return row_norms(self.base_weight().detach(), self.adapter.delta_factors(), self.adapter.scaling)
 
     def delta_weight(self) -> Tensor:
         """The adapter as a change of the base weight, [out_features, in_features], float32."""
-        return self.adapter.delta_weight()
+        delta = self.adapter.delta_weight()
+        if self.adapter.lora_magnitude_vector is None:
+            return delta
+        return self._changed_weight(delta) - self.base_weight()
+
+    def _changed_weight(self, delta: Tensor) -> Tensor:
+        """W + delta in delta's dtype, with the norms of DoRA where the adapter trains them."""
+        weight = self.weight.T if is_conv1d(self.base_layer) else self.weight
+        changed = weight.to(delta.dtype) + delta
+        magnitude = getattr(self.adapter, "lora_magnitude_vector", None)
+        if magnitude is None:
+            return changed
+        return changed * scale_of(magnitude, torch.linalg.vector_norm(changed, dim=1))[:, None]
 
     def unmergeable_reason(self) -> str | None:
         """Why the adapter cannot be merged into the base weight, or None if it can."""
@@ -186,13 +244,15 @@ class AdaptedLinear(AdaptedModule):
     def merged_weight(self, delta: Tensor | None = None) -> Tensor:
         """Computes W + delta (the adapter's, or a given one) in float32 or wider and rounds it once; W is not touched.
 
+        DoRA's norms are those of W + delta: g (W + delta).
+
         Raises:
             ValueError: the result is not finite; the message says why.
         """
-        delta = self.delta_weight() if delta is None else delta
+        delta = self.adapter.delta_weight() if delta is None else delta
         weight, delta = self.weight, delta.to(self.weight.device)
-        delta = delta.T if is_conv1d(self.base_layer) else delta
-        result = (weight.to(delta.dtype) + delta).to(weight.dtype)
+        result = self._changed_weight(delta).to(weight.dtype)
+        result = result.T if is_conv1d(self.base_layer) else result
         if not torch.isfinite(result).all():
             if not torch.isfinite(delta).all():
                 reason = "its adapter's change of the weight is not finite: load an earlier checkpoint of the adapter"

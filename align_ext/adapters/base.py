@@ -36,17 +36,23 @@ class Adapter(nn.Module):
     of the weight that this is) or `unmergeable_reason` (why it is none).
 
     Attributes:
+        lora_magnitude_vector: m [out_features] of DoRA (adapters/dora.py), which the layer applies, or None.
+        drops_whole_input: whether the layer drops x for the base as well (DoRA), so that the op gets it dropped.
         capture: a function that gets the latents of each forward (align_ext/adapters/capture.py), or None.
     """
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    lora_magnitude_vector: nn.Parameter | None
     capture: Callable[[Captured], None] | None = None
 
     def __init__(self, config: AlignLoraConfig, in_features: int, out_features: int) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.r, self.scaling, self.dropout_p = config.r, config.scaling, config.lora_dropout
+        magnitude = nn.Parameter(torch.empty(out_features)) if config.use_dora else None
+        self.register_parameter("lora_magnitude_vector", magnitude)
+        self.drops_whole_input = config.use_dora and config.dropout_site == "input"
         self.state: AlignState | None = None
         self.layer: int | None = None  # its number among those whose outputs a step records
         self.layer_key: Tensor | None = None  # the same for compiled graphs
@@ -90,7 +96,7 @@ class Adapter(nn.Module):
 
     def dropout(self, x: Tensor, step: AlignStep | None) -> tuple[float, Tensor | None]:
         """Dropout's probability now, and seed and offset of the mask where the step has them."""
-        dropout_p = self.dropout_p if self.training else 0.0
+        dropout_p = self.dropout_p if self.training and not self.drops_whole_input else 0.0
         return dropout_p, step.rng_of(self, x.device) if dropout_p > 0 and step and self._records(step) else None
 
     def hand_over(self, step: AlignStep | None, x: Tensor, y: Tensor, z: Tensor, w: Tensor | None = None) -> Tensor:
@@ -104,7 +110,7 @@ class Adapter(nn.Module):
         return None
 
     def delta_factors(self) -> list[Factors]:
-        """Pairs A [r, n] and B [m, r] of which s Σ B A is the adapter's change of the base weight.
+        """Pairs A [r, n] and B [m, r] of which s Σ B A is the adapter's change of the base weight, DoRA apart.
 
         Raises:
             TypeError: it is none; unmergeable_reason says why.
@@ -116,7 +122,7 @@ class Adapter(nn.Module):
         return self.delta_factors()
 
     def delta_weight(self) -> Tensor:
-        """The adapter as a change of the base weight, [out_features, in_features], float32 (float64 for float64).
+        """Computes s Σ B A, [out_features, in_features], float32 (float64 for float64): without DoRA, the whole change.
 
         Raises:
             TypeError: it is none; unmergeable_reason says why.

@@ -44,8 +44,9 @@ def unadoptable_reason(module: Any) -> str | None:
     linear = isinstance(module.lora_A[adapter], nn.Linear) if adapter in module.lora_A else False
     if not linear or hasattr(module, "parameter_name"):  # ParamWrapper, for target_parameters
         return "its PEFT adapter is not one of a linear layer (but of an embedding, a convolution, experts)"
-    if module.use_dora.get(adapter) or getattr(module, "lora_variant", {}).get(adapter) is not None:
-        return "its PEFT adapter is a variant (DoRA, ...) that plain LoRA cannot take over"
+    variant = getattr(module, "lora_variant", {}).get(adapter)
+    if variant is not None and type(variant).__name__ != "DoraLinearVariant":
+        return f"its PEFT adapter is a variant ({type(variant).__name__}) that plain LoRA cannot take over"
     if module.lora_B[adapter].bias is not None:
         return "its PEFT adapter has lora_bias, which plain LoRA cannot take over"
     return None
@@ -148,6 +149,7 @@ def adopted_config(config: AlignLoraConfig, targets: Mapping[str, Any]) -> Align
         r=r,
         lora_alpha=module.scaling[adapter] * r,
         use_rslora=False,
+        use_dora=bool(module.use_dora.get(adapter)),
         lora_dropout=getattr(module.lora_dropout[adapter], "p", 0.0),
         target_modules=tuple(name.removeprefix(PEFT_PREFIX) for name in targets),
         target_blocks=(),
@@ -166,5 +168,7 @@ def adopt(module: Any, config: AlignLoraConfig) -> AdaptedLinear:
     with torch.device("meta"):
         adapter = LoraAdapter(replace(config, r=A.shape[0]), *features_of(module.base_layer))
     adapter.lora_A, adapter.lora_B = A, B
+    if config.use_dora:
+        adapter.lora_magnitude_vector = module.lora_magnitude_vector[name].weight
     adapter.scaling, adapter.dropout_p = module.scaling[name], getattr(module.lora_dropout[name], "p", 0.0)
     return AdaptedLinear(module.base_layer, adapter)

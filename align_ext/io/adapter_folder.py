@@ -45,9 +45,10 @@ OUR_CONFIG, STATE = "align_lora_config.json", "align_lora_heads.safetensors"
 TRAINED = "align_trained.safetensors"
 # Options that decide what adapters hold and compute; the others (dropout, losses) may change between training runs.
 _DECISIVE = (
-    "r", "lora_alpha", "use_rslora", "num_heads", "reduce", "router", "routing", "routing_groups", "top_k",
+    "r", "lora_alpha", "use_rslora", "use_dora", "num_heads", "reduce", "router", "routing", "routing_groups", "top_k",
     "router_temperature", "target_blocks",
 )  # fmt: skip
+_LATER = {"use_dora": False}  # decisive options that older files do not record
 _ADAPTER_KEY = r"(.+?)(\.lora_router\.lora_[RH]|\.lora_\w+)"  # the name of a module, and of a tensor of its adapter
 _NAMES = (PEFT_CONFIG, WEIGHTS, OUR_CONFIG, STATE, TRAINED)
 _FILES = "|".join(map(re.escape, _NAMES))
@@ -286,6 +287,7 @@ def _config(file: Path, options: dict[str, Any]) -> AlignLoraConfig:
 def _check_options(config: Path, file: Path, recorded: Any, current: Mapping[str, Any]) -> None:
     """Raises if the weights were saved with other options; recorded: None for files without options (version 0.1.0)."""
     recorded = current if recorded is None else recorded
+    recorded = _LATER | recorded if isinstance(recorded, dict) else recorded
     for option, value in current.items():
         meant = recorded.get(option, "nothing") if isinstance(recorded, dict) else "nothing"
         if meant != value:

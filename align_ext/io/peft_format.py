@@ -27,7 +27,7 @@ BY_LAYER = ("rank_pattern", "alpha_pattern", "layers_to_transform", "layers_patt
 # Options that do not change a plain LoRA adapter, and options that are read below; any other option is refused.
 _SUPPORTED = (
     "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "task_type", "inference_mode", "r",
-    "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora",
+    "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora", "use_dora",
     "modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_config",
     "megatron_core", "loftq_config", "eva_config", "corda_config", "qalora_group_size", "runtime_config",
     "ensure_weight_tying",
@@ -40,7 +40,7 @@ class PeftForm:
 
     Attributes:
         tensors: the tensors by PEFT's keys, which vLLM and llama.cpp's converter read too.
-        options: r, lora_alpha, use_rslora and, if layers differ, rank_pattern and alpha_pattern.
+        options: r, lora_alpha, use_rslora, use_dora and, if layers differ, rank_pattern and alpha_pattern.
     """
 
     tensors: dict[str, Tensor]
@@ -104,12 +104,15 @@ def peft_form(
         count, ranks[name] = len(terms), A.shape[0]
         tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = A
         tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = B if uniform else B * adapter.scaling
+        if adapter.lora_magnitude_vector is not None:
+            tensors[f"{PEFT_PREFIX}{name}.lora_magnitude_vector"] = adapter.lora_magnitude_vector.detach()
     tensors |= {f"{PEFT_PREFIX}{name}": tensor.detach() for name, tensor in (trained or {}).items()}
     if uniform:
         alpha = config.lora_alpha * (math.sqrt(count) if config.use_rslora else count)
-        return PeftForm(tensors, {"r": count * config.r, "lora_alpha": alpha, "use_rslora": config.use_rslora})
+        one = {"r": count * config.r, "lora_alpha": alpha, "use_rslora": config.use_rslora}
+        return PeftForm(tensors, one | {"use_dora": config.use_dora})
     r = max(ranks.values())
-    one = {"r": r, "lora_alpha": r, "use_rslora": False}
+    one = {"r": r, "lora_alpha": r, "use_rslora": False, "use_dora": config.use_dora}
     return PeftForm(tensors, one | {"rank_pattern": ranks, "alpha_pattern": dict(ranks)})
 
 
@@ -117,7 +120,13 @@ def portable(form: PeftForm) -> PeftForm:
     """Returns the same adapter with one rank, one alpha and s = alpha / r, the only scaling that llama.cpp knows.
 
     Smaller ranks are filled with zeros. Under rslora, s = alpha / sqrt(r), so alpha is multiplied by sqrt(r).
+
+    Raises:
+        ValueError: it is DoRA, which neither vLLM nor llama.cpp reads.
     """
+    if form.options["use_dora"]:
+        raise ValueError("use_dora=True: vLLM and llama.cpp read no DoRA: merge the adapter for them; PEFT reads the "
+                         "folder of save_adapter as it is")  # fmt: skip
     r, alpha, tensors = form.options["r"], form.options["lora_alpha"], dict(form.tensors)
     if form.options.get("rank_pattern"):
         for key, tensor in tensors.items():
@@ -127,7 +136,7 @@ def portable(form: PeftForm) -> PeftForm:
                 tensors[key] = functional.pad(tensor, (0, r - tensor.shape[1]))
     if form.options["use_rslora"]:
         alpha *= math.sqrt(r)
-    return PeftForm(tensors, {"r": r, "lora_alpha": alpha, "use_rslora": False})
+    return PeftForm(tensors, {"r": r, "lora_alpha": alpha, "use_rslora": False, "use_dora": False})
 
 
 @contextmanager
@@ -155,7 +164,7 @@ def plain_lora_config(file: Path, peft: Mapping[str, Any], modules: Sequence[str
     refused += [option for option, value in peft.items() if value and option not in others]
     if refused:
         raise ValueError(f"{shown_path(file)}: {line(refused[0], 80)}={shown(peft.get(refused[0]))} is not plain LoRA")
-    names = ("r", "lora_alpha", "lora_dropout", "use_rslora")
+    names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
     options = {"r": _RANK, "lora_alpha": _ALPHA, "lora_dropout": 0.0, "target_modules": tuple(modules) or ("none",)}
     try:
         return AlignLoraConfig.from_dict({"architecture": "lora"} | options | {n: peft[n] for n in names if n in peft})

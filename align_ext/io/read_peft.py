@@ -35,15 +35,20 @@ def read_peft(path: Path, peft: Mapping[str, Any]) -> tuple[dict[str, Tensor], d
     for key, tensor in tensors.items():
         name = key.removeprefix(PEFT_PREFIX)
         owners = [module for module in modules if f"{module}." in name]
-        match = re.fullmatch(r"(.+\.lora_[AB])\.weight", name)
+        match = re.fullmatch(r"(.+\.lora_[AB])\.weight|(.+\.lora_magnitude_vector)", name)
         if name != key and match:
-            lora[match[1]] = tensor
+            lora[match[1] or match[2]] = tensor
         elif name != key and owners and ".lora_" not in name:
             trained[name] = tensor
             contents.update(owners)
         else:
             unknown.append(key)
-    file = shown_path(path / WEIGHTS)
+    file, dora = shown_path(path / WEIGHTS), any(key.endswith(".lora_magnitude_vector") for key in lora)
+    if dora != bool(peft.get("use_dora")):
+        raise ValueError(
+            f"{shown_path(path / PEFT_CONFIG)} has use_dora={shown(peft.get('use_dora'))}, but {WEIGHTS} holds "
+            f"{'' if dora else 'no '}lora_magnitude_vector of DoRA: one of them was edited"
+        )
     if peft.get("ensure_weight_tying"):  # PEFT then also writes a tied tensor under its other names
         tied_copies = {key for key in unknown if any(torch.equal(tensors[key], tensor) for tensor in trained.values())}
         trained |= {key.removeprefix(PEFT_PREFIX): tensors[key] for key in tied_copies}

@@ -68,9 +68,9 @@ def read_lora(folder: str | os.PathLike[str]) -> LoraWeights:
         ValueError: it is no adapter folder, or has an adapter of another kind (heads, routers, DoRA, biases).
     """
     stored = AdapterFolder.read(folder)
-    reason = unexportable_reason(stored.adapters, stored.config) or (
-        "it trains more than adapters" if stored.trained else None
-    )
+    reason = unexportable_reason(stored.adapters, stored.config)
+    reason = reason or ("it trains more than adapters" if stored.trained else None)
+    reason = reason or ("it is DoRA, whose changes of a weight do not add up" if stored.config.use_dora else None)
     if reason is not None:
         raise ValueError(f"{shown_path(stored.path)}: only plain LoRA adapters can be composed: {reason}")
     base = {} if stored.base is None else {"base": stored.base.to_dict()}

@@ -132,7 +132,8 @@ def flops_per_token(model: nn.Module) -> FlopsPerToken:
 
     One adapter takes 2 ((r L + G N) n + N r m): L latents (N if each head has its own A_i or mask on x, else 1), N
     heads (else 1), G N outputs of a linear router; a frozen offset adds 2 r (n + m). In a multi_adapter, a token uses
-    one of the adapters. The cost per token of a sequence router is negligible.
+    one of the adapters. The cost per token of a sequence router is negligible. DoRA with dropout of x adds the base's
+    2 n m for the dropped x; its norms take 2 r n m in each forward, whatever the number of tokens, and are left out.
 
     Args:
         model: a model with or without adapters.
@@ -152,4 +153,5 @@ def adapter_flops(adapter: Adapter, config: AlignLoraConfig) -> int:
     n, m, r, heads = adapter.in_features, adapter.out_features, adapter.r, config.num_heads or 1
     logits = (config.routing_groups or 0) * heads if config.router == "linear" else 0
     offset = 2 * r * (n + m) if getattr(adapter, "lora_A0", None) is not None else 0
-    return 2 * ((r * config.latents + logits) * n + heads * r * m) + offset
+    again = 2 * n * m if adapter.drops_whole_input and adapter.dropout_p > 0 else 0
+    return 2 * ((r * config.latents + logits) * n + heads * r * m) + offset + again

@@ -186,6 +186,8 @@ def insert_adapters(
     if ranks is None:
         made = {name: layer.adapter for name, layer in layers.items()}
         report.excessive = [name for name, a in made.items() if a.r > min(a.in_features, a.out_features)]
+    if config.use_dora:
+        _start_magnitudes(layers, reset=not adopting)
     keys = [f"{PEFT_PREFIX}{name}.lora_A.weight" for name in layers]
     check_names(keys, "a folder cannot hold the adapters of these layers", maximum=len(keys))
     if config.needs_step:
@@ -290,6 +292,18 @@ def _refuse_wrapped(model: nn.Module) -> None:
             f"the model is wrapped already ({type(model).__name__}): call replace_linear_with_align_lora on the plain "
             "model first, then wrap it"
         )
+
+
+def _start_magnitudes(layers: Mapping[str, Any], *, reset: bool) -> None:
+    """Checks that the layers tell DoRA their weights; m is then the norms of the adapted weight as it is now."""
+    for name, layer in layers.items():
+        layer.dequantised = dequantised
+        try:
+            norms = layer.row_norms()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        if reset:  # in float32 whatever adapter_dtype says: steps of 16 bits are larger than what is learnt
+            layer.adapter.lora_magnitude_vector.data = norms
 
 
 def _build(name: str, module: nn.Module, sizes: tuple[int, int], config: AlignLoraConfig, *, reset: bool) -> Adapter:

@@ -20,11 +20,13 @@ MODELS = {
 ONE_LORA = {
     "lora": {"architecture": "lora"},
     "align_lora": {"architecture": "align_lora"},
+    "DoRA": {"architecture": "lora", "use_dora": True},
     "mean of heads": {"architecture": "m_lora", "reduce": "mean"},
     "PiSSA": {"architecture": "lora", "init_lora_weights": "pissa"},
     "PiSSA, rslora": {"architecture": "align_lora", "init_lora_weights": "pissa", "use_rslora": True},
     "m_lora": {"architecture": "m_lora"},
     "m_lora, rslora": {"architecture": "m_lora", "use_rslora": True, "spectral": "paper"},
+    "m_lora, DoRA": {"architecture": "m_lora", "use_dora": True},
     "hydra without router": {"architecture": "hydra", "router": None, "lora_dropout": 0.1},
 }  # what is one change of the weight, hence one LoRA
 TASKED = {"multi_adapter": {"architecture": "multi_adapter"}}

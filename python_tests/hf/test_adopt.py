@@ -76,7 +76,7 @@ UNFIT = {
     "an adapted layer's own weight": (with_a_trained_base_layer, r"also trains .*base_layer\.weight"),
     "two adapters": (second_adapter, "several PEFT adapters"),
     "an adapter that is off": (switched_off, "disabled: enable it first"),
-    "DoRA": (lambda: for_inference(use_dora=True), "DoRA"),
+    "aLoRA": (lambda: for_inference(alora_invocation_tokens=[1]), "a variant .ALoraLinearVariant. that plain LoRA"),
     "tokens": (lambda: for_inference(trainable_token_indices=[1, 2]), "embed_tokens in a way that cannot be adopted"),
     "another method": (
         lambda: get_peft_model(llama(), LoHaConfig(target_modules=["up_proj"])),

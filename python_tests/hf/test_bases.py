@@ -74,7 +74,7 @@ def test_a_mixture_of_experts_trains_beside_its_attention():
     assert align_parts(model).align > 0
 
 
-@pytest.mark.parametrize("architecture", [name for name in ON_LAYERS if name != "lora, pissa"])
+@pytest.mark.parametrize("architecture", [n for n in ON_LAYERS if n != "lora, pissa" and "DoRA" not in n])
 def test_every_architecture_trains_on_packed_weights_and_is_saved(architecture, tmp_path):
     config = config_of(architecture, r=4)
     model = replace_linear_with_align_lora(packed(), config)
@@ -92,6 +92,14 @@ def test_merging_into_packed_weights_is_refused_with_the_reason(architecture):
     model = replace_linear_with_align_lora(packed(), config_of(architecture, r=4))
     with pytest.raises(ValueError, match="quantised: load the base in a floating-point dtype to merge"):
         merge_and_unload(model)
+
+
+def test_dora_is_refused_where_nothing_tells_the_weight():
+    model = packed()
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match=r"gate_proj: use_dora: PackedLinear does not tell the values .*"):
+        replace_linear_with_align_lora(model, config_of("lora, DoRA", r=4))
+    assert {name: type(module) for name, module in model.named_modules()} == before
 
 
 def test_a_start_from_the_weight_is_refused_where_it_is_packed():

@@ -12,6 +12,7 @@ from align_ext import AlignLoraConfig, adapter_report, replace_linear_with_align
 TAKEN = {
     "PEFT's defaults": {},
     "a list": {"r": 4, "lora_alpha": 6, "lora_dropout": 0.25, "target_modules": ["up_proj", "q_proj"]},
+    "DoRA": {"target_modules": ["up_proj"], "use_dora": True},
     "a pattern": {"target_modules": r".*\.layers\.1\..*_proj", "exclude_modules": ["q_proj"], "use_rslora": True},
     "all-linear": {"target_modules": "all-linear", "init_lora_weights": "gaussian", "task_type": "CAUSAL_LM"},
     "a module": {"target_modules": ["up_proj"], "modules_to_save": ["lm_head"]},
@@ -41,7 +42,7 @@ def test_a_dictionary_is_taken():
 
 
 BEYOND = {
-    "use_dora": True, "bias": "all", "lora_bias": True,
+    "bias": "all", "lora_bias": True,
     "target_parameters": ["q_proj.weight"], "trainable_token_indices": [1], "init_lora_weights": "olora",
 }  # fmt: skip
 

@@ -173,6 +173,7 @@ def test_every_architecture_takes_every_alignment(architecture, align):
         ("align_weight", "0.5", 0.5),
         ("num_tasks", "7", 7),
         ("use_rslora", True, True),
+        ("use_dora", True, True),
         ("init_lora_weights", "pissa", "pissa"),
     ],
 )
