@@ -25,7 +25,7 @@ OTHER_LOSSES = (
 
 UNEVEN_LOSSES = (
     {},
-    {"align": "mmd", "mmd_n_max": 12},
+    {"align": "mmd", "mmd_n_max": 12, "use_dora": True},
     {"architecture": "lora_moe", "align": "mmd", "top_k": 2, "balance": "switch"} | LOUD,
 )
 

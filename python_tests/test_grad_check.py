@@ -102,6 +102,16 @@ def test_every_architecture_passes_with_its_losses(architecture):
         assert layer.verdict == expected.get(layer.loss, "ok")
 
 
+@pytest.mark.parametrize("align", [None, "kl"])
+def test_the_norms_of_dora_are_constants_to_the_gradient(align):
+    model = adapted(architecture="lora", use_dora=True, align=align)
+    for layer in adapted_layers(model).values():
+        layer.adapter.lora_B.data.mul_(5)
+    report = grad_check(model, with_tasks(), differences=2)
+    assert report.ok, str(report)
+    assert not any("row_norms" in vars(layer) for layer in adapted_layers(model).values())
+
+
 def test_top_k_routing_is_checked_without_differences():
     model = adapted(architecture="lora_moe", num_heads=3, top_k=2, align="kl")
     report = grad_check(model, with_tasks())

@@ -85,11 +85,12 @@ class AdaptedLinear(AdaptedModule):
             return self._with_low_rank(x)
         scale = scale_of(self.adapter.lora_magnitude_vector, self.row_norms())
         if not (self.training and self.adapter.drops_whole_input and self.adapter.dropout_p):
-            return rescaled(self._with_low_rank(x), scale, self.bias)
+            y = self._with_low_rank(x)
+            return rescaled(y, scale, self.bias).to(y.dtype)
         dropped = nn.functional.dropout(x, self.adapter.dropout_p)
         base_out = self._base_out(dropped)
         y = self.adapter(dropped.to(base_out.dtype), base_out=base_out)
-        return self._base_out(x) + (rescaled(y, scale, self.bias) - base_out)
+        return (self._base_out(x) + (rescaled(y, scale, self.bias) - base_out)).to(y.dtype)
 
     def _with_low_rank(self, x: Tensor) -> Tensor:
         """Computes base(x) + low rank, with the layer's siblings where it has some."""

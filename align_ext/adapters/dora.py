@@ -14,7 +14,7 @@ from torch import Tensor
 
 from align_ext.adapters.base import Factors, at_least_float32
 
-_IN_CACHE, _AT_ONCE = 1 << 19, 1 << 26  # elements of V that are made at a time on a CPU, and elsewhere
+_IN_CACHE, _AT_ONCE = 1 << 18, 1 << 26  # elements of V that are made at a time on a CPU, and elsewhere
 
 
 def row_norms(weight: Tensor, factors: list[Factors], scaling: float) -> Tensor:
@@ -40,6 +40,5 @@ def scale_of(magnitude: Tensor, norms: Tensor) -> Tensor:
 
 
 def rescaled(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """Computes g (y - bias) + bias, rounded once to y's dtype; where g is 1, y to the bit."""
-    result = y * scale if bias is None else torch.addcmul((1 - scale) * bias, y, scale)
-    return result.to(y.dtype)
+    """Computes g (y - bias) + bias in float32 or wider; where g is 1, y to the bit."""
+    return y * scale if bias is None else torch.addcmul((1 - scale) * bias, y, scale)

@@ -8,6 +8,7 @@ A loss may have a logged value but no gradient. So for each layer, the gradient 
 gradient without it is compared with the finite difference of the loss's value, which needs no backward pass.
 """
 
+import functools
 import statistics
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
+from align_ext.adapters.adapted_block import adapted_layers
 from align_ext.adapters.capture import adapters_of
 from align_ext.alignment.model_state import AlignState, find_state
 from align_ext.diagnostics.observe import Observer, cause_of_zero, is_ours
@@ -284,7 +286,7 @@ def _restored(model: nn.Module, state: AlignState) -> Iterator[None]:
     # The projectors of the spectral loss are constants for its gradient, but would change in finite differences.
     state.config = replace(config, spectral_weight=0.0)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _norms_held(model):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -293,6 +295,19 @@ def _restored(model: nn.Module, state: AlignState) -> Iterator[None]:
             buffer.copy_(value)
         for p, grad in grads:
             p.grad = grad
+
+
+@contextmanager
+def _norms_held(model: nn.Module) -> Iterator[None]:
+    """Keeps the norms of DoRA, which are constants to the gradient, as the first forward in the block has them."""
+    layers = [layer for layer in adapted_layers(model).values() if layer.adapter.lora_magnitude_vector is not None]
+    for layer in layers:
+        vars(layer)["row_norms"] = functools.cache(layer.row_norms)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del vars(layer)["row_norms"]
 
 
 @contextmanager

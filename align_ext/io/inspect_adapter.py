@@ -49,7 +49,8 @@ def norm_of_update(terms: list[Factors], scaling: float) -> float:
 def _table(adapters: dict[str, Adapter], config: AlignLoraConfig) -> Table:
     routed = config.router is not None
     update = "update, equal weights" if routed else "update"
-    table = Table(caption="norms are Frobenius norms; the update is that of the layer's weight")
+    before = ", before DoRA rescales its rows" if config.use_dora else ""
+    table = Table(caption=f"norms are Frobenius norms; the update is that of the layer's weight{before}")
     table.add_column("layer", overflow="fold")  # whose ends tell names apart
     titles = ["in", "out", "r", "scaling", "parameters", "A", "B", *(["router"] if routed else []), update]
     for title in titles:

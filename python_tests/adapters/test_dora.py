@@ -125,11 +125,47 @@ def test_a_row_of_zeros_stays_one():
     assert torch.isfinite(model[0].merged_weight()).all()
 
 
-def test_autocast_computes_the_norms_in_float32():
-    model, _ = adapted_layer("lora", dtype=torch.float32, start=False, use_dora=True)
-    expected = model[0].row_norms()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(model[0].row_norms(), expected)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_autocast_computes_the_norms_in_float32(p):
+    model, _ = adapted_layer("lora", dtype=torch.float32, start=False, use_dora=True, lora_dropout=p)
+    norms, (x, _, _) = model[0].row_norms(), batch(torch.float32)
+    results = []
+    for enabled in (False, True):
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            assert torch.equal(model[0].row_norms(), norms)
+            results.append(model(x))
+    assert results[1].dtype == torch.bfloat16
+    torch.testing.assert_close(results[1].float(), results[0], rtol=0.02, atol=0.03)
+
+
+def test_a_weight_that_is_not_there_is_refused_with_the_cure():
+    model, _ = adapted_layer("lora", use_dora=True)
+    x, _, _ = batch()
+    model[0].base_layer.weight.ds_id = 0
+    with pytest.raises(ValueError, match=r"parts of the base weight .ZeRO-3.: train with ZeRO-2 or FSDP2"):
+        model(x)
+    del model[0].base_layer.weight.ds_id
+    model[0].base_layer.to("meta")
+    with pytest.raises(ValueError, match="the base weight is offloaded: load the base on one device"):
+        model(x)
+
+
+@pytest.mark.parametrize("base", [nn.Linear, conv1d])
+@pytest.mark.parametrize("name", ["lora", "m_lora, sum"])
+def test_a_compiled_layer_is_one_graph_and_computes_the_same(name, base):
+    torch._dynamo.reset()
+    model, _ = adapted_layer(name, base, start=False, use_dora=True)
+    x, _, _ = batch()
+    results = []
+    for call in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        model.zero_grad()
+        torch.manual_seed(3)
+        y = call(x)
+        y.square().sum().backward()
+        results.append([y, *(p.grad for p in model.parameters() if p.requires_grad)])
+    for one, other in zip(*results, strict=True):
+        assert (one - other).abs().max() < EXACT * one.abs().max()
 
 
 @pytest.mark.parametrize("options", [

@@ -24,7 +24,7 @@ from align_ext.adapters.adapted_block import adapted_layers
 from align_ext.base_model import sharded
 from align_ext.training.checkpoint import load_trained, save_trained
 
-KINDS = ("PiSSA", "m_lora, rslora", "multi_adapter", "mtlora beside blocks")
+KINDS = ("DoRA", "m_lora, rslora", "multi_adapter", "mtlora beside blocks")
 FIRST, STEPS = "model.layers.0.mlp.down_proj", 2
 
 

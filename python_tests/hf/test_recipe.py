@@ -75,6 +75,13 @@ def test_every_architecture_trains_with_every_alignment_and_saves_what_it_traine
         assert f"stock PEFT: does not apply: PEFT's LoRA cannot express architecture {architecture!r}" in said
 
 
+@pytest.mark.parametrize("architecture", ["align_lora", "m_lora"])
+def test_a_run_with_dora_is_whole(place, folders, architecture):
+    changed = {"architecture": architecture, "steps": 2, "eval_examples": 2, "use_dora": True}
+    results, said = run(place, model=str(folders[2]), r=4, **changed)
+    assert verdicts(results["checks"]) == {"loaded again": True, "merged": True, "stock PEFT": True}, said
+
+
 def test_what_the_user_names_is_adapted_and_nothing_is_said_of_it(place, folders):
     said = console()
     job = prepare(place, said, model=str(folders[1]), target_modules="c_attn")
