@@ -105,6 +105,15 @@ def test_a_layer_of_the_model_takes_four_operators_in_place_of_seven():
     assert each == {"grouped_lora": 14, "grouped_lora_backward": 14}
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_layers_of_dora_are_computed_together_where_all_see_x_itself(dropout):
+    options = {"use_dora": True, "lora_dropout": dropout, **EVERY}
+    model, called = adapted(**options), calls(adapted(**options))
+    assert ("sibling_lora" in called) is (dropout == 0)
+    by_keyword(model, 0)().backward()
+    assert error(gradients(model), Oracle(adapted(**options)).gradients([1])) < EXACT
+
+
 def test_nothing_more_is_kept_for_backward_and_no_output_is_held():
     def kept(share):
         model = adapted(lora_dropout=0.1, share_inputs=share, **EVERY)

@@ -59,7 +59,6 @@ class LoraAdapter(Adapter):
     @override
     def sibling_arguments(self) -> tuple[Tensor, Tensor, float] | None:
         plain = type(self) is LoraAdapter and self.init != "pissa"  # a subclass may compute something else
-        plain = plain and (self.dropout_p == 0 or not self.drops_whole_input)
         return (self.lora_A, self.lora_B, self.scaling) if plain else None
 
     @override

@@ -10,7 +10,7 @@ save_adapter(model, folder) writes all of these files or none:
 | align_lora_config.json | every option |
 | README.md | the model card (model_card.py), unless the user has one of their own there |
 
-- lora, align_lora: PEFT's files hold everything. With PiSSA, which has a frozen offset A0, B0, PEFT's files have rank
+- lora, align_lora: PEFT's files hold everything, DoRA's lora_magnitude_vector too. With PiSSA, which has a frozen offset A0, B0, PEFT's files have rank
   2r, [A; A0] and [B, -B0], for the unchanged base, and the heads' file has the parameters.
 - m_lora, hydra without a router: PEFT's files hold the sum without dropout, [A; A0] and [c Σ B_i, -B0] (A and c Σ B_i
   without an offset); the heads are in the heads' file.
@@ -177,8 +177,8 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str], task: int | No
         task: the task of a multi_adapter; None: the task of set_task.
 
     Raises:
-        ValueError: PEFT's format cannot hold these adapters (the message says why), a weight is not finite, or there is
-            no such task.
+        ValueError: PEFT's format cannot hold these adapters (the message says why), other programs cannot read them
+            (DoRA), a weight is not finite, or there is no such task.
         RuntimeError: parameters are sharded, and not all processes called it.
     """
     config = require_state(model).config

@@ -49,7 +49,7 @@ def merge_and_unload(
     safe_merge: bool = True,
     adapter_names: Sequence[str] | None = None,
 ) -> nn.Module:
-    """Merges each adapter into its base weight, W + s Σ B A in float32, and restores the base layers.
+    """Merges each adapter into its base weight, W + s Σ B A in float32 (DoRA: g times that), restores the base layers.
 
     Exact for lora, align_lora, m_lora, hydra without a router, and the task of a multi_adapter that set_task chose. A
     routed adapter is not a change of the weight; approximate="uniform" merges it with equal weights of all heads,

@@ -22,6 +22,7 @@ from align_ext import (
 )
 from align_ext.io.peft_format import PEFT_CONFIG
 from align_ext.merging.arithmetic import read_lora
+from align_ext.system.tensors import read_tensors, write_tensors
 
 BASES = {"llama": (llama, ["up_proj", "q_proj"]), "gpt2": (gpt2, ["c_fc"]), "qwen2": (qwen2, ["q_proj"])}
 
@@ -116,6 +117,21 @@ def test_it_is_loaded_only_into_its_own_kind(tmp_path):
     save_adapter(trained("lora"), tmp_path)
     with pytest.raises(ValueError, match="has use_dora=False, the model's adapters use_dora=True"):
         load_adapter(trained("DoRA"), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["lora", "m_lora"])
+def test_a_folder_from_before_dora_loads(kind, tmp_path):
+    model = trained(kind)
+    save_adapter(model, tmp_path)
+    for file in tmp_path.glob("*.json"):
+        content = json.loads(file.read_text())
+        assert content.pop("use_dora") is False
+        file.write_text(json.dumps(content))
+    for file in tmp_path.glob("*.safetensors"):
+        tensors, record = read_tensors(file)
+        record.get("options", {}).pop("use_dora", None)
+        write_tensors(file, tensors, {key: value for key, value in record.items() if key != "tensors"})
+    assert torch.equal(logits(load_adapter(plain(), tmp_path)), logits(model))
 
 
 def test_parameters_and_operations_are_counted():
