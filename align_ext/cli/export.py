@@ -25,7 +25,7 @@ def export(
 
     m_lora and hydra without a router become one LoRA, the sum of their heads; a frozen offset doubles its rank;
     multi_adapter becomes one folder a task below the output, or one with --task. Routed adapters and those beside
-    blocks have no such form. DoRA has one that PEFT alone reads, and the adapter's own folder is it: merge it for others.
+    blocks have no such form. DoRA has one that PEFT alone reads, its own folder is it: merge it for others.
 
     With --verify the exit code is 1 if stock PEFT or align_ext compute other logits from the new folder.
 

@@ -10,8 +10,9 @@ save_adapter(model, folder) writes all of these files or none:
 | align_lora_config.json | every option |
 | README.md | the model card (model_card.py), unless the user has one of their own there |
 
-- lora, align_lora: PEFT's files hold everything, DoRA's lora_magnitude_vector too. With PiSSA, which has a frozen offset A0, B0, PEFT's files have rank
-  2r, [A; A0] and [B, -B0], for the unchanged base, and the heads' file has the parameters.
+- lora, align_lora: PEFT's files hold everything, of DoRA m too. With PiSSA, which has a frozen offset
+  A0, B0, PEFT's files have rank 2r, [A; A0] and [B, -B0], for the unchanged base, and the heads' file has the
+  parameters.
 - m_lora, hydra without a router: PEFT's files hold the sum without dropout, [A; A0] and [c Σ B_i, -B0] (A and c Σ B_i
   without an offset); the heads are in the heads' file.
 - multi_adapter: PEFT's files of each task are in tasks/<name or number>/.

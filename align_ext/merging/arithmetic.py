@@ -68,14 +68,23 @@ def read_lora(folder: str | os.PathLike[str]) -> LoraWeights:
         ValueError: it is no adapter folder, or has an adapter of another kind (heads, routers, DoRA, biases).
     """
     stored = AdapterFolder.read(folder)
-    reason = unexportable_reason(stored.adapters, stored.config)
-    reason = reason or ("it trains more than adapters" if stored.trained else None)
-    reason = reason or ("it is DoRA, whose changes of a weight do not add up" if stored.config.use_dora else None)
+    reason = uncomposable_reason(stored.adapters, stored.config, stored.trained)
     if reason is not None:
         raise ValueError(f"{shown_path(stored.path)}: only plain LoRA adapters can be composed: {reason}")
     base = {} if stored.base is None else {"base": stored.base.to_dict()}
     config = dict(stored.peft) | {"base_model_name_or_path": stored.base_name} | base
     return LoraWeights(matrices(stored.adapters), config)
+
+
+def uncomposable_reason(
+    adapters: Mapping[str, Adapter], config: AlignLoraConfig, trained: Mapping[str, Tensor]
+) -> str | None:
+    """Returns why adapters, and what was trained beside them, are no plain LoRA, which adds up with others; or None."""
+    if reason := unexportable_reason(adapters, config):
+        return reason
+    if trained:
+        return "it trains more than adapters"
+    return "it is DoRA, whose changes of a weight do not add up" if config.use_dora else None
 
 
 def matrices(adapters: Mapping[str, Adapter]) -> dict[str, tuple[Tensor, Tensor]]:

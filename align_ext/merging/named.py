@@ -9,7 +9,6 @@ from torch.nn.functional import pad
 from align_ext.adapters.base import Adapter
 from align_ext.base_model.modules_to_save import plain_name
 from align_ext.config import AlignLoraConfig
-from align_ext.io.peft_format import unexportable_reason
 from align_ext.merging.arithmetic import (
     DenseDelta,
     LoraWeights,
@@ -19,6 +18,7 @@ from align_ext.merging.arithmetic import (
     task_arithmetic,
     ties,
     truncated,
+    uncomposable_reason,
 )
 from align_ext.model.named import named_adapter, new_adapter
 from align_ext.model.replace import insert_adapters
@@ -95,9 +95,7 @@ def _weights_of(model: nn.Module, adapter_name: str) -> LoraWeights:
     """Returns the matrices of one of a model's adapters, by names in the plain model."""
     adapter = named_adapter(model, adapter_name)
     adapters = {plain_name(model, name): layer.adapter for name, layer in adapter.layers.items()}
-    reason = unexportable_reason(adapters, adapter.state.config) or (
-        "it trains more than adapters" if adapter.trained else None
-    )
+    reason = uncomposable_reason(adapters, adapter.state.config, adapter.trained)
     if reason is not None:
         raise ValueError(f"adapter {shown(adapter_name)}: only plain LoRA adapters can be composed: {reason}")
     return LoraWeights(matrices(adapters), {})

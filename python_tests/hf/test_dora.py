@@ -10,6 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import batch, llama
 
 from align_ext import (
+    add_adapter,
+    add_weighted_adapter,
     count_parameters,
     disable_adapter,
     export_peft,
@@ -18,8 +20,10 @@ from align_ext import (
     merge_and_unload,
     replace_linear_with_align_lora,
     save_adapter,
+    set_adapter,
     unload,
 )
+from align_ext.adapters.adapted_block import adapted_layers
 from align_ext.io.peft_format import PEFT_CONFIG
 from align_ext.merging.arithmetic import read_lora
 from align_ext.system.tensors import read_tensors, write_tensors
@@ -97,6 +101,22 @@ def test_adapters_of_dora_are_not_added_up(kind, tmp_path):
     save_adapter(trained(kind), tmp_path)
     with pytest.raises(ValueError, match="only plain LoRA adapters can be composed: it is DoRA"):
         read_lora(tmp_path)
+    with pytest.raises(ValueError, match="only plain LoRA adapters can be composed: it is DoRA"):
+        add_weighted_adapter(trained(kind), ["default"], [0.5], "half")
+
+
+def test_it_is_one_of_several_adapters_of_a_model():
+    model = trained("lora").eval()
+    first = logits(model)
+    other = trained("DoRA").align_state.config
+    add_adapter(model, "dora", other)
+    set_adapter(model, "dora")
+    assert torch.equal(logits(model), logits(plain()))  # at its start
+    for layer in adapted_layers(model).values():
+        layer.adapter.lora_magnitude_vector.data.mul_(2)
+    assert not torch.allclose(logits(model), logits(plain()))
+    set_adapter(model, "default")
+    assert torch.equal(logits(model), first)
 
 
 @pytest.mark.parametrize("said", [True, False])
