@@ -20,15 +20,17 @@ MODELS = {
 ONE_LORA = {
     "lora": {"architecture": "lora"},
     "align_lora": {"architecture": "align_lora"},
-    "DoRA": {"architecture": "lora", "use_dora": True},
     "mean of heads": {"architecture": "m_lora", "reduce": "mean"},
     "PiSSA": {"architecture": "lora", "init_lora_weights": "pissa"},
     "PiSSA, rslora": {"architecture": "align_lora", "init_lora_weights": "pissa", "use_rslora": True},
     "m_lora": {"architecture": "m_lora"},
     "m_lora, rslora": {"architecture": "m_lora", "use_rslora": True, "spectral": "paper"},
-    "m_lora, DoRA": {"architecture": "m_lora", "use_dora": True},
     "hydra without router": {"architecture": "hydra", "router": None, "lora_dropout": 0.1},
 }  # what is one change of the weight, hence one LoRA
+DORA = {
+    "DoRA": {"architecture": "lora", "use_dora": True},
+    "m_lora, DoRA": {"architecture": "m_lora", "use_dora": True},
+}  # what is one change of the weight, and in PEFT's form has a magnitude beside
 TASKED = {"multi_adapter": {"architecture": "multi_adapter"}}
 ROUTED = {
     "hydra": {"architecture": "hydra"},
@@ -41,7 +43,7 @@ BLOCKS = {
     "mtlora beside blocks": {"architecture": "mtlora"},
     "lora beside blocks": {"architecture": "lora", "target_blocks": ("mlp",)},
 }
-ARCHITECTURES = ONE_LORA | TASKED | ROUTED | BLOCKS
+ARCHITECTURES = ONE_LORA | DORA | TASKED | ROUTED | BLOCKS
 
 
 def trained(kind, base="llama", dtype=torch.float32, **options):

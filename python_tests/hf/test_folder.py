@@ -9,6 +9,7 @@ import torch
 from hf.folders import (
     ARCHITECTURES,
     BLOCKS,
+    DORA,
     MODELS,
     ONE_LORA,
     ROUTED,
@@ -56,7 +57,7 @@ def test_what_is_loaded_is_what_was_saved_to_the_bit(kind, base, tmp_path):
 
 
 @each_model
-@pytest.mark.parametrize("kind", ONE_LORA)
+@pytest.mark.parametrize("kind", ONE_LORA | DORA)
 def test_stock_peft_and_the_merged_model_compute_the_same(kind, base, tmp_path):
     model = trained(kind, base)
     save_adapter(model, tmp_path / "adapter")
@@ -121,7 +122,7 @@ def test_alpha_grows_by_the_root_of_two_with_rslora(tmp_path):
     assert math.isclose(config["lora_alpha"] / math.sqrt(config["r"]), 5 / math.sqrt(3))
 
 
-@pytest.mark.parametrize("kind", [*(kind for kind in ONE_LORA if "DoRA" not in kind), "multi_adapter"])
+@pytest.mark.parametrize("kind", [*ONE_LORA, "multi_adapter"])
 def test_an_exported_folder_is_stock_pefts_alone_and_both_load_it(kind, tmp_path):
     model, task = trained(kind), 1 if kind == "multi_adapter" else None
     export_peft(model, tmp_path / "adapter", task=task)
