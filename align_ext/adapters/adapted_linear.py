@@ -177,11 +177,11 @@ class AdaptedLinear(AdaptedModule):
         delta = self.adapter.delta_weight()
         if self.adapter.lora_magnitude_vector is None:
             return delta
-        return self._changed_weight(delta) - self.base_weight()
+        weight = self.base_weight()
+        return self._changed(weight, delta) - weight
 
-    def _changed_weight(self, delta: Tensor) -> Tensor:
-        """W + delta in delta's dtype, with the norms of DoRA where the adapter trains them."""
-        weight = self.weight.T if is_conv1d(self.base_layer) else self.weight
+    def _changed(self, weight: Tensor, delta: Tensor) -> Tensor:
+        """W [out, in] + delta in delta's dtype, with the norms of DoRA where the adapter trains them."""
         changed = weight.to(delta.dtype) + delta
         magnitude = getattr(self.adapter, "lora_magnitude_vector", None)
         if magnitude is None:
@@ -252,8 +252,9 @@ class AdaptedLinear(AdaptedModule):
         """
         delta = self.adapter.delta_weight() if delta is None else delta
         weight, delta = self.weight, delta.to(self.weight.device)
-        result = self._changed_weight(delta).to(weight.dtype)
-        result = result.T if is_conv1d(self.base_layer) else result
+        transposed = is_conv1d(self.base_layer)
+        result = self._changed(weight.T if transposed else weight, delta).to(weight.dtype)
+        result = result.T if transposed else result
         if not torch.isfinite(result).all():
             if not torch.isfinite(delta).all():
                 reason = "its adapter's change of the weight is not finite: load an earlier checkpoint of the adapter"

@@ -28,7 +28,8 @@ def row_norms(weight: Tensor, factors: list[Factors], scaling: float) -> Tensor:
     kind = weight.device.type
     A = scaling * torch.cat([at_least_float32(A) for A, _ in factors])
     B = torch.cat([at_least_float32(B) for _, B in factors], 1)
-    rows = max(1, (_IN_CACHE if kind == "cpu" else _AT_ONCE) // weight.shape[1])
+    in_cache = kind == "cpu" and not torch.compiler.is_compiling()  # a graph would hold every block
+    rows = max(1, (_IN_CACHE if in_cache else _AT_ONCE) // weight.shape[1])
     with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
         blocks = zip(weight.split(rows), B.split(rows), strict=True)
         return torch.cat([torch.linalg.vector_norm(torch.addmm(w.to(A.dtype), b, A), dim=1) for w, b in blocks])

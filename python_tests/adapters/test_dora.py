@@ -178,8 +178,9 @@ def test_what_has_no_one_weight_is_refused(options):
         AlignLoraConfig(use_dora=True, **options)
 
 
-def test_the_change_of_the_weight_is_the_rescaled_one():
-    model, _ = adapted_layer("lora", start=False, use_dora=True)
+@pytest.mark.parametrize("base", [nn.Linear, conv1d])
+def test_the_change_of_the_weight_is_the_rescaled_one(base):
+    model, _ = adapted_layer("lora", base, start=False, use_dora=True)
     layer, (x, _, _) = model.eval()[0], batch()
     actual = model(x) - layer.base_layer(x)
     assert (actual - x @ layer.delta_weight().T).abs().max() < EXACT * actual.abs().max()

@@ -243,7 +243,7 @@ def test_a_folder_of_another_kind_is_refused(folders, tmp_path):
     tensors = load_file(file)
     key = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
     save_file({**tensors, key.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(3)}, file)
-    with pytest.raises(ValueError, match="use_dora=False, but adapter_model.* holds lora_magnitude"):
+    with pytest.raises(ValueError, match=r"use_dora=False, but adapter_model.* holds lora_magnitude"):
         read_lora(folders[0])
     save_file({k: t for k, t in tensors.items() if k != key}, file)
     with pytest.raises(ValueError, match="1 keys are missing"):
