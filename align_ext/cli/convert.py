@@ -17,7 +17,7 @@ from align_ext.base_model.checks import check_base, model_errors
 from align_ext.data.encode import text_batch
 from align_ext.evaluation.same_logits import LARGEST_DIFFERENCE, relative_difference, verdict
 from align_ext.io.adapter_folder import AdapterFolder, task_list, task_number
-from align_ext.io.peft_format import unexportable_reason
+from align_ext.io.peft_format import refuse_dora, unexportable_reason
 from align_ext.io.save_adapter import export_peft
 from align_ext.model.load_adapter import load_adapter
 from align_ext.model.load_base import load_base
@@ -97,6 +97,7 @@ def export(request: Request, verify: bool, console: Console) -> bool:
     """
     with _claimed_output(request.output) as target:
         stored = AdapterFolder.read(request.adapter)
+        refuse_dora(stored.config)
         task = task_number(stored, request.task)
         subfolders: dict[str, int | None] = {"": task}
         if stored.config.architecture == "multi_adapter":

@@ -116,17 +116,20 @@ def peft_form(
     return PeftForm(tensors, one | {"rank_pattern": ranks, "alpha_pattern": dict(ranks)})
 
 
+def refuse_dora(config: AlignLoraConfig) -> None:
+    """Raises ValueError if adapters are DoRA, which neither vLLM nor llama.cpp reads."""
+    if config.use_dora:
+        raise ValueError(
+            "use_dora=True: vLLM and llama.cpp read no DoRA: merge the adapter for them; PEFT reads the folder of "
+            "save_adapter as it is"
+        )
+
+
 def portable(form: PeftForm) -> PeftForm:
     """Returns the same adapter with one rank, one alpha and s = alpha / r, the only scaling that llama.cpp knows.
 
     Smaller ranks are filled with zeros. Under rslora, s = alpha / sqrt(r), so alpha is multiplied by sqrt(r).
-
-    Raises:
-        ValueError: it is DoRA, which neither vLLM nor llama.cpp reads.
     """
-    if form.options["use_dora"]:
-        raise ValueError("use_dora=True: vLLM and llama.cpp read no DoRA: merge the adapter for them; PEFT reads the "
-                         "folder of save_adapter as it is")  # fmt: skip
     r, alpha, tensors = form.options["r"], form.options["lora_alpha"], dict(form.tensors)
     if form.options.get("rank_pattern"):
         for key, tensor in tensors.items():

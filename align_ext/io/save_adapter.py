@@ -68,6 +68,7 @@ from align_ext.io.peft_format import (
     peft_form,
     peft_forms,
     portable,
+    refuse_dora,
     selected_task,
     unexportable_reason,
 )
@@ -183,6 +184,7 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str], task: int | No
         RuntimeError: parameters are sharded, and not all processes called it.
     """
     config = require_state(model).config
+    refuse_dora(config)
     if task is not None:
         tasks = (config.num_tasks or 0) if config.architecture == "multi_adapter" else 0
         if not is_whole(task, 0, tasks - 1):

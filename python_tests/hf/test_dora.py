@@ -7,6 +7,7 @@ import torch
 from hf.folders import logits, plain, trained
 from hf.test_replace import gpt2, qwen2
 from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
 from tiny import batch, llama
 
 from align_ext import (
@@ -24,6 +25,7 @@ from align_ext import (
     unload,
 )
 from align_ext.adapters.adapted_block import adapted_layers
+from align_ext.cli import convert
 from align_ext.io.peft_format import PEFT_CONFIG
 from align_ext.merging.arithmetic import read_lora
 from align_ext.system.tensors import read_tensors, write_tensors
@@ -93,6 +95,11 @@ def test_off_it_is_the_base_and_merged_it_is_itself():
 def test_what_vllm_and_llama_cpp_cannot_read_is_not_written_for_them(kind, tmp_path):
     with pytest.raises(ValueError, match=r"use_dora=True: vLLM and llama\.cpp read no DoRA: merge the adapter"):
         export_peft(trained(kind), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    save_adapter(trained(kind), tmp_path / "adapter")
+    request = convert.Request(str(tmp_path / "adapter"), "no/such/model", str(tmp_path / "x"), None, False)
+    with pytest.raises(ValueError, match=r"use_dora=True: vLLM and llama\.cpp read no DoRA"):  # before a base is loaded
+        convert.export(request, False, Console())
     assert not (tmp_path / "x").exists()
 
 

@@ -43,6 +43,7 @@ BASES = {
         GPT2LMHeadModel, GPT2Config(n_embd=128, n_layer=4, n_head=4, vocab_size=1000),
         {"target_modules": ["c_attn", "c_fc"]},
     ),
+    "DoRA": (LlamaForCausalLM, LLAMA, {"architecture": "lora", "use_dora": True}),
     "routed": (LlamaForCausalLM, LLAMA, {"architecture": "hydra"}),
 }  # fmt: skip
 
