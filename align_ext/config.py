@@ -82,6 +82,13 @@ class AlignLoraConfig:
         'names of modules to train whole, beside the adapters, and to save with them; "auto": the head of a model '
         "that classifies or answers by spans, which starts at random; empty: none.",
     )
+    bias: Literal["none", "all", "lora_only"] = option(
+        "none", 'biases of the base to train beside the adapters: "all" of them, or "lora_only", the adapted layers\'.'
+    )
+    lora_bias: bool = option(
+        False,
+        "a trained bias b of B: y = base(x) + s (B z + b), by lora and align_lora; merges into a layer's own bias.",
+    )
     target_blocks: tuple[str, ...] = option(
         AUTO, 'adapt whole blocks in place of linear layers: "attention", "mlp" or both (mtLoRA).', blocks_rule
     )
@@ -291,6 +298,10 @@ class AlignLoraConfig:
             refuse("layers_to_transform", "target_modules is a regular expression: say in it which layers are meant")
         if self.layers_pattern and not self.layers_to_transform:
             refuse("layers_pattern", "it does nothing without layers_to_transform: give that too, or leave it out")
+        if self.bias == "lora_only" and self.target_blocks:
+            refuse("bias", 'whole blocks are adapted, which have no bias of their own: take "all", or linear layers')
+        if self.lora_bias and (self.architecture not in ("lora", "align_lora") or self.target_blocks):
+            refuse("lora_bias", "it is the bias of a layer's only B: for lora and align_lora beside linear layers")
         several = (self.num_heads or 1) > 1
         random = self.init_lora_weights in ("random_heads", "orthogonal")
         A_per_head = self.row.A_per_head

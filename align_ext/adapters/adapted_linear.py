@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align_ext.adapters.base import Adapter
+from align_ext.adapters.base import Adapter, at_least_float32
 from align_ext.adapters.linear_layer import features_of, has_float_weight, has_hooks, is_conv1d
 from align_ext.ops._projection import Weight
 
@@ -131,6 +131,8 @@ class AdaptedLinear(AdaptedModule):
 
     def unmergeable_reason(self) -> str | None:
         """Why the adapter cannot be merged into the base weight, or None if it can."""
+        if self.adapter.lora_bias is not None and self.bias is None:
+            return "its adapter has a bias (lora_bias), and the base layer has none to add it to: keep it as an adapter"
         return self.adapter.unmergeable_reason() or self.base_unmergeable_reason()
 
     def base_unmergeable_reason(self) -> str | None:
@@ -161,17 +163,16 @@ class AdaptedLinear(AdaptedModule):
         if reason is not None:
             raise ValueError(f"the layer cannot be merged: {reason}")
         if not self.merged:
-            merged = self.merged_weight(delta)
-            self._before_merging = self.weight.detach().clone()
-            with torch.no_grad():
-                self.weight.copy_(merged)
+            merged = {"weight": self.merged_weight(delta), **self._merged_bias()}
+            parameters = self.base_layer._parameters
+            self._before_merging = {name: parameters[name].detach().clone() for name in merged}  # type: ignore[union-attr]
+            self._set_base(merged)
             self.merged = True
 
     def unmerge(self) -> None:
         """Takes the adapter off the base weight again, to the bit: merge kept the weight as it was."""
         if self.merged:
-            with torch.no_grad():
-                self.weight.copy_(self._before_merging)
+            self._set_base(self._before_merging)
             del self._before_merging
             self.merged = False
 
@@ -179,8 +180,22 @@ class AdaptedLinear(AdaptedModule):
     def merged_base(self, delta: Tensor | None = None) -> nn.Module:
         """The base layer with W + delta in its weight; the adapter is left without its place."""
         if not self.merged:
-            self.weight.copy_(self.merged_weight(delta))
+            self._set_base({"weight": self.merged_weight(delta), **self._merged_bias()})
         return self.base_layer
+
+    @torch.no_grad()
+    def _set_base(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.base_layer._parameters[name].copy_(value)  # type: ignore[union-attr]
+
+    @torch.no_grad()
+    def _merged_bias(self) -> dict[str, Tensor]:
+        """The base's bias + s b, added in float32 or wider and rounded once; nothing without lora_bias."""
+        if self.adapter.lora_bias is None:
+            return {}
+        bias, added = self.bias, at_least_float32(self.adapter.lora_bias)
+        assert bias is not None
+        return {"bias": (bias + self.adapter.scaling * added.to(bias.device)).to(bias.dtype)}
 
     @torch.no_grad()
     def merged_weight(self, delta: Tensor | None = None) -> Tensor:

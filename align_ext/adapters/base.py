@@ -36,17 +36,20 @@ class Adapter(nn.Module):
     of the weight that this is) or `unmergeable_reason` (why it is none).
 
     Attributes:
+        lora_bias: a bias [m] that is added to y, times the scaling; None without the option of this name.
         capture: a function that gets the latents of each forward (align_ext/adapters/capture.py), or None.
     """
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    lora_bias: nn.Parameter | None
     capture: Callable[[Captured], None] | None = None
 
     def __init__(self, config: AlignLoraConfig, in_features: int, out_features: int) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.r, self.scaling, self.dropout_p = config.r, config.scaling, config.lora_dropout
+        self.register_parameter("lora_bias", nn.Parameter(torch.zeros(out_features)) if config.lora_bias else None)
         self.state: AlignState | None = None
         self.layer: int | None = None  # its number among those whose outputs a step records
         self.layer_key: Tensor | None = None  # the same for compiled graphs
@@ -94,7 +97,12 @@ class Adapter(nn.Module):
         return dropout_p, step.rng_of(self, x.device) if dropout_p > 0 and step and self._records(step) else None
 
     def hand_over(self, step: AlignStep | None, x: Tensor, y: Tensor, z: Tensor, w: Tensor | None = None) -> Tensor:
-        """Gives z and w of a forward to who wants them; returns y with the step's gradients in both behind it."""
+        """Gives z and w of a forward to who wants them; returns y with the step's gradients in both behind it.
+
+        The bias is added here, in the wider of the two dtypes.
+        """
+        if self.lora_bias is not None:
+            y = y.add(self.lora_bias, alpha=self.scaling).to(y.dtype)
         if self.capture is not None:
             self.capture(Captured(z.detach(), None if w is None else w.detach()))
         return step.tap(self, x, y, z, w) if step and self._records(step) else y

@@ -46,8 +46,6 @@ def unadoptable_reason(module: Any) -> str | None:
         return "its PEFT adapter is not one of a linear layer (but of an embedding, a convolution, experts)"
     if module.use_dora.get(adapter) or getattr(module, "lora_variant", {}).get(adapter) is not None:
         return "its PEFT adapter is a variant (DoRA, ...) that plain LoRA cannot take over"
-    if module.lora_B[adapter].bias is not None:
-        return "its PEFT adapter has lora_bias, which plain LoRA cannot take over"
     return None
 
 
@@ -119,8 +117,9 @@ def refuse_other_peft(model: nn.Module) -> None:
                 )
             if (bias := getattr(config, "bias", "none")) != "none":
                 raise ValueError(
-                    f"the PEFT adapter {name!r} has bias={bias!r}: it changes biases of the base model, which adopting "
-                    'would lose: train it with bias="none", or merge it (merge_and_unload()) and adapt the result'
+                    f"the PEFT adapter {name!r} has bias={bias!r}: it changes biases of the base model, whose values "
+                    "of before are not known any more: save it (save_pretrained), and load_adapter the folder into the "
+                    "base model"
                 )
             if getattr(config, "layer_replication", None):
                 raise ValueError(
@@ -156,6 +155,7 @@ def adopted_config(config: AlignLoraConfig, targets: Mapping[str, Any]) -> Align
         layers_to_transform=(),
         layers_pattern=(),
         init_lora_weights="kaiming",
+        lora_bias=module.lora_B[adapter].bias is not None,
     )
 
 
@@ -165,6 +165,6 @@ def adopt(module: Any, config: AlignLoraConfig) -> AdaptedLinear:
     A, B = module.lora_A[name].weight, module.lora_B[name].weight
     with torch.device("meta"):
         adapter = LoraAdapter(replace(config, r=A.shape[0]), *features_of(module.base_layer))
-    adapter.lora_A, adapter.lora_B = A, B
+    adapter.lora_A, adapter.lora_B, adapter.lora_bias = A, B, module.lora_B[name].bias
     adapter.scaling, adapter.dropout_p = module.scaling[name], getattr(module.lora_dropout[name], "p", 0.0)
     return AdaptedLinear(module.base_layer, adapter)

@@ -197,7 +197,7 @@ def _complete_weights(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, AdaptedModule):
             excluded |= {id(p) for p in module.adapter.parameters()}
             if isinstance(module, AdaptedLinear) and module.merged:
-                excluded.add(id(module.weight))
+                excluded |= {id(p) for p in module.base_layer.parameters()}
     return {
         plain_name(model, name): p
         for name, p in model.named_parameters()

@@ -31,16 +31,19 @@ class ExtraTensors:
     Attributes:
         tensors: parameters, and buffers of the modules, by name; a tied one under each of its names.
         modules: names of the fully trained modules, which PEFT calls modules_to_save.
-        others: names of trained parameters and changed buffers outside of these modules, which PEFT cannot store.
+        others: names of trained parameters and changed buffers outside of these modules.
+        bias: "all" or "lora_only", if others are the biases that PEFT's option of this value trains; else "none", and
+            PEFT cannot store them.
     """
 
     tensors: dict[str, Tensor]
     modules: tuple[str, ...]
     others: tuple[str, ...]
+    bias: str = "none"
 
     def unexportable_reason(self, model: nn.Module) -> str | None:
         """Returns why PEFT's format cannot store this, or None."""
-        if self.others:
+        if self.others and self.bias == "none":
             module = self.others[0].rpartition(".")[0]
             cure = f"; modules_to_save={[module]} trains and keeps all of it" if module else ""
             return f"{self.others[0]} is trained beside it without the rest of its module{cure}"
@@ -63,7 +66,40 @@ def find_extra_tensors(model: nn.Module) -> ExtraTensors:
     tensors, ids = tensors_of(model), {id(tensor) for tensor in (*trained, *_changed_buffers(model).values())}
     inside = {name: tensor for name, tensor in tensors.items() if is_inside(name, modules)}
     others = {name: tensor for name, tensor in tensors.items() if id(tensor) in ids and name not in inside}
-    return ExtraTensors(inside | others, tuple(modules), tuple(others))
+    return ExtraTensors(inside | others, tuple(modules), tuple(others), _bias_option(model, inside, others))
+
+
+def _bias_option(model: nn.Module, inside: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> str:
+    """Returns PEFT's option that trains just these tensors outside of the fully trained modules; "none": there is none.
+
+    Of two that do, it is the model's own.
+    """
+    state = find_state(model)
+    if state is None or not others:
+        return "none"
+    layers = [plain_name(model, name) for name, module in model.named_modules() if isinstance(module, AdaptedModule)]
+    for option in (state.config.bias, "lora_only", "all"):
+        if {*biases(model, option, layers)} - inside.keys() == others.keys():
+            return option
+    return "none"
+
+
+def biases(model: nn.Module, option: str, adapted: Collection[str]) -> list[str]:
+    """Returns the names of the biases that an option trains: PEFT's rule, parameters of the base called bias.
+
+    Args:
+        model: the model.
+        option: "none", "all", or "lora_only", those of adapted layers.
+        adapted: the names of these in the plain model.
+    """
+    return [
+        name
+        for name, tensor in tensors_of(model).items()
+        if isinstance(tensor, nn.Parameter)
+        and tensor.is_floating_point()
+        and f".{name}".endswith(".bias")
+        and (option == "all" or (option == "lora_only" and name.removesuffix(".bias") in adapted))
+    ]
 
 
 def buffers_of(model: nn.Module) -> dict[str, Tensor | None]:

@@ -41,7 +41,7 @@ def find_targets(
     for name, module in candidates.items():
         if by_name and not _matches(matcher, name, config, module, model):
             continue
-        trained = is_inside(f"{name}.", fully_trained)
+        trained = is_inside(f"{name}.", fully_trained) and name not in ranked
         reason = "it is trained whole (modules_to_save)" if trained else _skip_reason(name, module, model, names)
         if reason is None and by_name and all_linear(config) and name not in ranked:
             reason = excessive_rank_reason(config.of_layer(name, matcher).r, features_of(module))

@@ -24,6 +24,7 @@ from align_ext.io.peft_format import (
     PEFT_CONFIG,
     TASKS,
     WEIGHTS,
+    base_key,
     check_targets,
     one_lora,
     peft_forms,
@@ -168,13 +169,15 @@ class AdapterFolder:
             path = self.path / where
             if not exists(path / WEIGHTS):
                 continue  # the folder has no files for PEFT
-            peft, tensors = read_json(path / PEFT_CONFIG), read_file(path / WEIGHTS)[0]
+            peft, tensors = {"bias": "none"} | read_json(path / PEFT_CONFIG), read_file(path / WEIGHTS)[0]
+            biased = any(f".{name}".endswith(".bias") for name in self.trained)
             if "modules_to_save" not in peft:  # older versions wrote the other trained tensors to a separate file
-                tensors |= {f"{PEFT_PREFIX}{name}": tensor for name, tensor in self.trained.items()}
+                tensors |= {base_key(name, self.adapters): tensor for name, tensor in self.trained.items()}
             layers = [key.removeprefix(PEFT_PREFIX) for key in form.tensors if key.endswith(".lora_A.weight")]
             layers = [key.removesuffix(".lora_A.weight") for key in layers]
             plain_lora_config(path / PEFT_CONFIG, peft, layers)
-            for option, value in {**dict.fromkeys(BY_LAYER), **form.options}.items():
+            bias = {} if biased else {"bias": "none"}
+            for option, value in {**dict.fromkeys(BY_LAYER), **bias, **form.options}.items():
                 if (peft.get(option) or None) != (value or None):
                     raise ValueError(
                         f"{shown_path(path / PEFT_CONFIG)} has {option}={shown(peft.get(option))}, but {OUR_CONFIG} "

@@ -1,7 +1,7 @@
 """PEFT's format of an adapter: one A and one B per layer, and the options in adapter_config.json."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +40,7 @@ class PeftForm:
 
     Attributes:
         tensors: the tensors by PEFT's keys, which vLLM and llama.cpp's converter read too.
-        options: r, lora_alpha, use_rslora and, if layers differ, rank_pattern and alpha_pattern.
+        options: r, lora_alpha, use_rslora, lora_bias and, if layers differ, rank_pattern and alpha_pattern.
     """
 
     tensors: dict[str, Tensor]
@@ -104,13 +104,23 @@ def peft_form(
         count, ranks[name] = len(terms), A.shape[0]
         tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = A
         tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = B if uniform else B * adapter.scaling
-    tensors |= {f"{PEFT_PREFIX}{name}": tensor.detach() for name, tensor in (trained or {}).items()}
+    tensors |= {base_key(name, adapters): tensor.detach() for name, tensor in (trained or {}).items()}
+    biases = {name: adapter.lora_bias.detach() for name, adapter in adapters.items() if adapter.lora_bias is not None}
+    for name, b in biases.items():
+        tensors[f"{PEFT_PREFIX}{name}.lora_B.bias"] = b if uniform else b * adapters[name].scaling
+    more = {"lora_bias": bool(biases)}
     if uniform:
         alpha = config.lora_alpha * (math.sqrt(count) if config.use_rslora else count)
-        return PeftForm(tensors, {"r": count * config.r, "lora_alpha": alpha, "use_rslora": config.use_rslora})
+        return PeftForm(tensors, {"r": count * config.r, "lora_alpha": alpha, "use_rslora": config.use_rslora} | more)
     r = max(ranks.values())
-    one = {"r": r, "lora_alpha": r, "use_rslora": False}
+    one = {"r": r, "lora_alpha": r, "use_rslora": False} | more
     return PeftForm(tensors, one | {"rank_pattern": ranks, "alpha_pattern": dict(ranks)})
+
+
+def base_key(name: str, layers: Container[str]) -> str:
+    """Returns PEFT's key of a tensor of the base: an adapted layer's is that of its base_layer."""
+    module, _, part = name.rpartition(".")
+    return f"{PEFT_PREFIX}{f'{module}.base_layer.{part}' if module in layers else name}"
 
 
 def portable(form: PeftForm) -> PeftForm:
@@ -127,7 +137,8 @@ def portable(form: PeftForm) -> PeftForm:
                 tensors[key] = functional.pad(tensor, (0, r - tensor.shape[1]))
     if form.options["use_rslora"]:
         alpha *= math.sqrt(r)
-    return PeftForm(tensors, {"r": r, "lora_alpha": alpha, "use_rslora": False})
+    one = {"r": r, "lora_alpha": alpha, "use_rslora": False, "lora_bias": form.options["lora_bias"]}
+    return PeftForm(tensors, one)
 
 
 @contextmanager
@@ -148,14 +159,15 @@ def plain_lora_config(file: Path, peft: Mapping[str, Any], modules: Sequence[str
     Raises:
         ValueError: it is not plain LoRA; the message names the option.
     """
-    refused = ["peft_type"] * (peft.get("peft_type") != "LORA") + ["bias"] * (peft.get("bias", "none") != "none")
+    refused = ["peft_type"] * (peft.get("peft_type") != "LORA")
+    refused += ["bias"] * (peft.get("bias", "none") not in ("none", "all", "lora_only"))
     start = peft.get("init_lora_weights")
     refused += ["init_lora_weights"] * (start not in BASE_UNTOUCHED)
-    others = (*_SUPPORTED, "peft_type", "bias", "init_lora_weights")
+    others = (*_SUPPORTED, "peft_type", "bias", "lora_bias", "init_lora_weights")
     refused += [option for option, value in peft.items() if value and option not in others]
     if refused:
         raise ValueError(f"{shown_path(file)}: {line(refused[0], 80)}={shown(peft.get(refused[0]))} is not plain LoRA")
-    names = ("r", "lora_alpha", "lora_dropout", "use_rslora")
+    names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "lora_bias")
     options = {"r": _RANK, "lora_alpha": _ALPHA, "lora_dropout": 0.0, "target_modules": tuple(modules) or ("none",)}
     try:
         return AlignLoraConfig.from_dict({"architecture": "lora"} | options | {n: peft[n] for n in names if n in peft})

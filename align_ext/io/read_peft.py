@@ -29,18 +29,22 @@ def read_peft(path: Path, peft: Mapping[str, Any]) -> tuple[dict[str, Tensor], d
     tensors, record = read_file(path / WEIGHTS)
     if not peft:
         raise ValueError(f"{shown_path(path)} is no adapter folder: {PEFT_CONFIG} is missing")
-    modules = peft.get("modules_to_save") or []
+    modules, bias = peft.get("modules_to_save") or [], peft.get("bias", "none") != "none"
     check_names(modules, f"{shown_path(path / PEFT_CONFIG)}: modules_to_save")
     lora, trained, unknown, contents = {}, {}, [], set()
     for key, tensor in tensors.items():
         name = key.removeprefix(PEFT_PREFIX)
         owners = [module for module in modules if f"{module}." in name]
-        match = re.fullmatch(r"(.+\.lora_[AB])\.weight", name)
+        match = re.fullmatch(r"(.+\.lora_[AB])\.weight|(.+)\.lora_B\.bias", name)
         if name != key and match:
-            lora[match[1]] = tensor
+            lora[match[1] or f"{match[2]}.lora_bias"] = tensor
+        elif bias and owners and re.search(r"\.(modules_to_save|original_module)\.bias$", name):
+            continue  # bias="all" writes the biases of modules_to_save again
         elif name != key and owners and ".lora_" not in name:
             trained[name] = tensor
             contents.update(owners)
+        elif name != key and bias and ".lora_" not in name and f".{name}".endswith(".bias"):
+            trained[name.replace(".base_layer.bias", ".bias")] = tensor
         else:
             unknown.append(key)
     file = shown_path(path / WEIGHTS)
@@ -59,8 +63,6 @@ def read_peft(path: Path, peft: Mapping[str, Any]) -> tuple[dict[str, Tensor], d
 
 def _advice(unknown: Sequence[str], peft: Mapping[str, Any]) -> str:
     """Returns advice on keys of a PEFT folder that are not those of plain LoRA."""
-    if (bias := peft.get("bias", "none")) != "none":
-        return f'; bias={shown(bias)} trained biases: train with bias="none"'
     if any(".base_layer." in key or ".lora_embedding_" in key for key in unknown):
         return "; PEFT adapted an embedding or the head: leave it out of target_modules, or merge the adapter by PEFT"
     if all(key.startswith(PEFT_PREFIX) and ".lora_" not in key for key in unknown):

@@ -204,7 +204,7 @@ def _write_peft(path: Path, form: PeftForm, full: _SavedState, record: Mapping[s
         "target_modules": _target_modules(full.model, list(full.layers)),
         "modules_to_save": list(full.extra.modules) or None,
         "fan_in_fan_out": all(is_conv1d(layer.base_layer) for layer in full.layers.values()),
-        "bias": "none",
+        "bias": full.extra.bias,
         "inference_mode": True,
     }
     write_json(path / PEFT_CONFIG, content)

@@ -69,7 +69,7 @@ def read_lora(folder: str | os.PathLike[str]) -> LoraWeights:
     """
     stored = AdapterFolder.read(folder)
     reason = unexportable_reason(stored.adapters, stored.config) or (
-        "it trains more than adapters" if stored.trained else None
+        "it trains more than A and B" if stored.trained or stored.config.lora_bias else None
     )
     if reason is not None:
         raise ValueError(f"{shown_path(stored.path)}: only plain LoRA adapters can be composed: {reason}")

@@ -11,7 +11,8 @@ from align_ext.config import AlignLoraConfig
 from align_ext.system.messages import shown
 
 _SUPPORTED = ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "init_lora_weights",
-          "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern")  # fmt: skip
+          "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern",
+          "bias", "lora_bias")  # fmt: skip
 # Options of peft.LoraConfig that do not change the training, or that follow from the layers.
 _IGNORED = (
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",

@@ -10,13 +10,20 @@ from torch import nn
 from align_ext.adapters.adapted_block import adapted_layers
 from align_ext.adapters.base import Adapter
 from align_ext.alignment.model_state import find_state, require_state
-from align_ext.base_model.modules_to_save import check_ties, parameters_to_load, plain_name, set_buffers, start_training
+from align_ext.base_model.modules_to_save import (
+    biases,
+    check_ties,
+    parameters_to_load,
+    plain_name,
+    set_buffers,
+    start_training,
+)
 from align_ext.base_model.sharded import full_shapes, set_values, unwrapped
 from align_ext.config import AlignLoraConfig
 from align_ext.io.adapter_folder import AdapterFolder, adapter_tensors, key_options
 from align_ext.model.named import active_adapter, new_adapter
 from align_ext.model.replace import insert_adapters, layer_names
-from align_ext.system.messages import shown
+from align_ext.system.messages import shown, shown_path
 from align_ext.system.names import check_names
 from align_ext.system.tensors import check_tensors
 
@@ -60,6 +67,8 @@ def load_adapter(
         _refuse_other_options(stored, state.config)
     check_ties(model, stored.trained, alone=not stored.tied)  # before check_model, which would report another base
     stored.check_model(model, layer_names(model) if state is None else [], force=force)
+    if state is None and stored.plain:
+        _refuse_lost_biases(model, stored)
     parameters = parameters_to_load(model, stored.trained)
     if state is None:
         insert_adapters(
@@ -94,6 +103,16 @@ def _fill(model: nn.Module, layers: Mapping[str, Adapter], stored: AdapterFolder
     set_values(state, tensors, "load_adapter")
     for name, adapter in adapters.items():
         adapter.scaling = stored.adapters[name].scaling
+
+
+def _refuse_lost_biases(model: nn.Module, stored: AdapterFolder) -> None:
+    """Raises if a folder of stock PEFT has no tensors of biases that its option trains in this model."""
+    lost = [name for name in biases(model, stored.config.bias, stored.adapters) if name not in stored.trained]
+    if lost:
+        raise ValueError(
+            f"{shown_path(stored.path)} has bias={stored.config.bias!r} and no {lost[0]}: some are lost, or it belongs "
+            "to another model"
+        )
 
 
 def _refuse_other_options(stored: AdapterFolder, config: AlignLoraConfig) -> None:

@@ -31,7 +31,14 @@ from align_ext.base_model.adopt_peft import (
 from align_ext.base_model.find_blocks import find_blocks
 from align_ext.base_model.fingerprint import BaseModel
 from align_ext.base_model.modalities import refuse_other_modalities
-from align_ext.base_model.modules_to_save import buffers_of, is_inside, modules_to_train, start_training, tensors_of
+from align_ext.base_model.modules_to_save import (
+    biases,
+    buffers_of,
+    is_inside,
+    modules_to_train,
+    start_training,
+    tensors_of,
+)
 from align_ext.base_model.quantised import dequantised, keep_differentiable
 from align_ext.base_model.select_layers import (
     excessive_rank_reason,
@@ -181,7 +188,10 @@ def insert_adapters(
     state.buffers = {n: None if buffer is None else buffer.clone() for n, buffer in before.items()}
     if ranks is None:
         report.trained = full_names
-        start_training(model, [name for name in tensors_of(model) if is_inside(name, full_names)])
+        trained_biases = biases(model, config.bias, [name.removeprefix(PEFT_PREFIX) for name in layers])
+        if config.bias != "none" and not trained_biases:
+            report.unmatched.append(f"bias={config.bias!r}: the model has no such biases")
+        start_training(model, [*(name for name in tensors_of(model) if is_inside(name, full_names)), *trained_biases])
     state.samples = dict(BaseModel.of(model).weights)
     state.report = report
     (logger.warning if report.unmatched else logger.info)("%s", report)

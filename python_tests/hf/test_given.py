@@ -41,7 +41,7 @@ def test_a_dictionary_is_taken():
 
 
 BEYOND = {
-    "use_dora": True, "bias": "all", "lora_bias": True,
+    "use_dora": True, "use_qalora": True,
     "target_parameters": ["q_proj.weight"], "trainable_token_indices": [1], "init_lora_weights": "olora",
 }  # fmt: skip
 
