@@ -15,6 +15,7 @@ from align_ext.option_rules import (
     layers_rule,
     probability_rule,
     targets_rule,
+    tokens_rule,
     weight_rule,
 )
 from align_ext.system.bounds import (
@@ -89,6 +90,10 @@ class AlignLoraConfig:
         False,
         "a trained bias b of B: y = base(x) + s (B z + b), by lora and align_lora; merges into a layer's own bias.",
     )
+    trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] = option(
+        (), "numbers of tokens whose embeddings are trained, those of a tied output head with them, in place of whole "
+        "embeddings; or such lists by the names of modules; empty: none.", tokens_rule,
+    )  # fmt: skip
     target_blocks: tuple[str, ...] = option(
         AUTO, 'adapt whole blocks in place of linear layers: "attention", "mlp" or both (mtLoRA).', blocks_rule
     )
@@ -205,6 +210,9 @@ class AlignLoraConfig:
         for name in ("rank_pattern", "alpha_pattern"):
             given = {} if getattr(self, name) is None else getattr(self, name)
             self._set(name, dict(given) if isinstance(given, Mapping) else given)
+        rows: Any = self.trainable_token_indices
+        lists = {k: list(as_tuple(v)) for k, v in rows.items()} if isinstance(rows, Mapping) else as_tuple(rows)
+        self._set("trainable_token_indices", lists)
         for name in ("mmd_bandwidths", "target_blocks"):
             if isinstance(value := getattr(self, name), Iterable) and not isinstance(value, str):
                 self._set(name, tuple(value))

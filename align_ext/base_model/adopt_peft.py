@@ -68,7 +68,7 @@ def refuse_unadoptable(model: nn.Module, targets: Mapping[str, Any], skipped: Ma
             if len(getattr(module, "modules_to_save", ())) != 1 or module.disable_adapters:
                 raise ValueError(
                     f"PEFT trains {name} in a way that cannot be adopted (trainable_token_indices, several adapters, "
-                    "one that is off): remove it from the PEFT configuration"
+                    "one that is off): save it (save_pretrained), and load_adapter the folder into the base model"
                 )
             full_modules[name] = module
     adopted = {id(p) for module in full_modules.values() for p in module.parameters()}

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from align_ext.io.peft_format import (
     peft_forms,
     plain_lora_config,
     scalings,
+    token_indices,
 )
 from align_ext.io.read_peft import read_file, read_peft, read_trained
 from align_ext.system.bounds import is_number
@@ -66,6 +68,7 @@ class AdapterFolder:
         peft: the content of adapter_config.json; empty if there is no such file.
         plain: whether stock PEFT wrote the folder, so that it has none of our options.
         trained: the tensors that were trained beside the adapters, by name in the plain model.
+        written: weights of the base that stock PEFT wrote too, which must be the model's.
         tied: whether PEFT ties modules_to_save as the base does.
         base: the base model it belongs to; None if none is recorded, as in a folder of stock PEFT.
     """
@@ -77,6 +80,7 @@ class AdapterFolder:
     peft: Mapping[str, Any]
     plain: bool
     trained: dict[str, Tensor]
+    written: dict[str, Tensor]
     tied: bool
     base: BaseModel | None
 
@@ -103,9 +107,11 @@ class AdapterFolder:
         if config is not None and (exists(path / STATE) or not one_lora(config)):
             file, trained = path / STATE, dict[str, Tensor]()
             tensors, record = read_file(file)
+            written = {}
         else:
             file = path / WEIGHTS
-            tensors, trained, record = read_peft(path, peft)
+            content = read_peft(path, peft)
+            tensors, trained, written, record = content.lora, content.trained, content.base, content.record
             config = config or plain_lora_config(path / PEFT_CONFIG, peft, _module_names(tensors))
         in_peft = bool(trained) or not exists(path / TRAINED)
         trained |= {} if in_peft else read_trained(path / TRAINED)
@@ -127,7 +133,7 @@ class AdapterFolder:
             _check_options(path / OUR_CONFIG, file, record.get("options"), key_options(config, factors, names))
         base = None if record.get("base") is None else BaseModel.from_dict(record["base"])
         tied = bool(peft.get("ensure_weight_tying")) if in_peft and trained else True
-        contents = cls(path, config, adapters, names, peft, plain, trained, tied, base)
+        contents = cls(path, config, adapters, names, peft, plain, trained, written, tied, base)
         if not plain:
             contents._check_peft_files()
         return contents
@@ -146,12 +152,20 @@ class AdapterFolder:
         """Returns all tensors by "<module>.<parameter>"."""
         return adapter_tensors(self.adapters)
 
-    def check_model(self, model: nn.Module, layers: Iterable[str], *, force: bool = False) -> None:
+    def check_model(
+        self,
+        model: nn.Module,
+        layers: Iterable[str],
+        replaced: Mapping[str, Sequence[int]] = MappingProxyType({}),
+        *,
+        force: bool = False,
+    ) -> None:
         """Checks that the folder belongs to a model.
 
         Args:
             model: the model.
             layers: the names of its linear layers.
+            replaced: the rows of weights whose values the folder replaces, by the weights' names.
             force: accept another base model.
 
         Raises:
@@ -159,7 +173,7 @@ class AdapterFolder:
                 weights in the folder.
         """
         if self.base is not None and not force:
-            self.base.check(model)
+            self.base.check(model, replaced=replaced)
         if self.plain:
             check_targets(self.path / PEFT_CONFIG, self.peft, list(self.adapters), layers)
 
@@ -210,6 +224,7 @@ def key_options(
         "num_tasks": config.num_tasks if multi else None,
         "layer_scaling": dict(scaling or {}),
         "task_names": list(task_names) if multi else [],
+        **({"trainable_token_indices": rows} if (rows := token_indices(config)) else {}),
     }
 
 

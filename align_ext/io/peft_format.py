@@ -40,7 +40,8 @@ class PeftForm:
 
     Attributes:
         tensors: the tensors by PEFT's keys, which vLLM and llama.cpp's converter read too.
-        options: r, lora_alpha, use_rslora, lora_bias and, if layers differ, rank_pattern and alpha_pattern.
+        options: r, lora_alpha, use_rslora, lora_bias, trainable_token_indices and, if layers differ, rank_pattern and
+            alpha_pattern.
     """
 
     tensors: dict[str, Tensor]
@@ -108,13 +109,19 @@ def peft_form(
     biases = {name: adapter.lora_bias.detach() for name, adapter in adapters.items() if adapter.lora_bias is not None}
     for name, b in biases.items():
         tensors[f"{PEFT_PREFIX}{name}.lora_B.bias"] = b if uniform else b * adapters[name].scaling
-    more = {"lora_bias": bool(biases)}
+    more = {"lora_bias": bool(biases), "trainable_token_indices": token_indices(config)}
     if uniform:
         alpha = config.lora_alpha * (math.sqrt(count) if config.use_rslora else count)
         return PeftForm(tensors, {"r": count * config.r, "lora_alpha": alpha, "use_rslora": config.use_rslora} | more)
     r = max(ranks.values())
     one = {"r": r, "lora_alpha": r, "use_rslora": False} | more
     return PeftForm(tensors, one | {"rank_pattern": ranks, "alpha_pattern": dict(ranks)})
+
+
+def token_indices(config: AlignLoraConfig) -> list[int] | dict[str, list[int]] | None:
+    """Returns the rows of embeddings that are trained, in PEFT's form of the option."""
+    rows = config.trainable_token_indices
+    return ({name: list(tokens) for name, tokens in rows.items()} if isinstance(rows, Mapping) else list(rows)) or None
 
 
 def base_key(name: str, layers: Container[str]) -> str:
@@ -137,8 +144,8 @@ def portable(form: PeftForm) -> PeftForm:
                 tensors[key] = functional.pad(tensor, (0, r - tensor.shape[1]))
     if form.options["use_rslora"]:
         alpha *= math.sqrt(r)
-    one = {"r": r, "lora_alpha": alpha, "use_rslora": False, "lora_bias": form.options["lora_bias"]}
-    return PeftForm(tensors, one)
+    others = {name: value for name, value in form.options.items() if name not in ("rank_pattern", "alpha_pattern")}
+    return PeftForm(tensors, others | {"lora_alpha": alpha, "use_rslora": False})
 
 
 @contextmanager
@@ -163,11 +170,11 @@ def plain_lora_config(file: Path, peft: Mapping[str, Any], modules: Sequence[str
     refused += ["bias"] * (peft.get("bias", "none") not in ("none", "all", "lora_only"))
     start = peft.get("init_lora_weights")
     refused += ["init_lora_weights"] * (start not in BASE_UNTOUCHED)
-    others = (*_SUPPORTED, "peft_type", "bias", "lora_bias", "init_lora_weights")
+    others = (*_SUPPORTED, "peft_type", "bias", "lora_bias", "trainable_token_indices", "init_lora_weights")
     refused += [option for option, value in peft.items() if value and option not in others]
     if refused:
         raise ValueError(f"{shown_path(file)}: {line(refused[0], 80)}={shown(peft.get(refused[0]))} is not plain LoRA")
-    names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "lora_bias")
+    names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "lora_bias", "trainable_token_indices")
     options = {"r": _RANK, "lora_alpha": _ALPHA, "lora_dropout": 0.0, "target_modules": tuple(modules) or ("none",)}
     try:
         return AlignLoraConfig.from_dict({"architecture": "lora"} | options | {n: peft[n] for n in names if n in peft})

@@ -12,11 +12,11 @@ from align_ext.system.messages import shown
 
 _SUPPORTED = ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "init_lora_weights",
           "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern",
-          "bias", "lora_bias")  # fmt: skip
+          "bias", "lora_bias", "trainable_token_indices")  # fmt: skip
 # Options of peft.LoraConfig that do not change the training, or that follow from the layers.
 _IGNORED = (
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "fan_in_fan_out", "runtime_config",
+    "fan_in_fan_out", "runtime_config", "ensure_weight_tying",
 )  # fmt: skip
 
 

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from align_ext.adapters.adapted_block import AdaptedBlock, adapted_layers
 from align_ext.adapters.adapted_linear import AdaptedLinear
+from align_ext.adapters.trained_rows import TrainedRows
 from align_ext.alignment.forward_hooks import remove_hooks
-from align_ext.base_model.modules_to_save import restore_base
+from align_ext.base_model.modules_to_save import restore_base, trained_rows
 from align_ext.base_model.sharded import refuse_sharded
+from align_ext.base_model.token_rows import put
 from align_ext.model.save_pretrained import restore_methods
 from align_ext.system.messages import shown
 
@@ -85,6 +87,11 @@ def merge_and_unload(
                 layer.merged_weight(delta(layer))  # checks all layers before the first is changed
         except ValueError as error:
             raise ValueError(f"{name} cannot be merged: {error}") from error
+    for name, module in trained_rows(model).items():
+        if not torch.isfinite(module.adapter.rows).all():
+            raise ValueError(f"{name} cannot be merged: its trained rows are not finite: load an earlier checkpoint")
+    for module in trained_rows(model).values():
+        module.merge()
     plain = restore_layers(model, {name: layer.merged_base(delta(layer)) for name, layer in linears.items()})
     if before is not None and batch is not None:
         plain.merge_report = _compare(before, _log_probabilities(plain, batch))  # type: ignore[assignment]
@@ -124,6 +131,7 @@ def restore_layers(model: nn.Module, bases: Mapping[str, nn.Module]) -> nn.Modul
     for name, base in bases.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, base)
+    put(model, {module: module.base_layer for module in model.modules() if isinstance(module, TrainedRows)})
     remove_hooks(model)
     return restore_methods(model)
 

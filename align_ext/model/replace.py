@@ -15,6 +15,7 @@ from align_ext.adapters.adapted_linear import AdaptedLinear
 from align_ext.adapters.base import Adapter
 from align_ext.adapters.linear_layer import device_of, features_of, has_float_weight, is_conv1d
 from align_ext.adapters.siblings import join_siblings
+from align_ext.adapters.trained_rows import TrainedRows
 from align_ext.alignment.forward_hooks import register_hooks
 from align_ext.alignment.guards import refuse_parts_of_a_model
 from align_ext.alignment.model_state import AlignState, find_state, require_state
@@ -49,6 +50,7 @@ from align_ext.base_model.select_layers import (
     output_embeddings,
     unmatched_hints,
 )
+from align_ext.base_model.token_rows import put, rows_to_train
 from align_ext.config import AlignLoraConfig
 from align_ext.model.arguments import resolve_config
 from align_ext.model.save_pretrained import override_methods, refuse_outer_model
@@ -68,6 +70,7 @@ class ReplaceReport:
         skipped: name -> reason, for layers that matched target_modules but were not adapted.
         unmatched: hints: patterns that match nothing, experts that are no linear layers.
         trained: names of the modules that are fully trained beside the adapters.
+        rows: name -> number of trained rows, of embeddings of which some rows are trained.
     """
 
     replaced: list[str] = field(default_factory=list)
@@ -75,6 +78,7 @@ class ReplaceReport:
     skipped: dict[str, str] = field(default_factory=dict)
     unmatched: list[str] = field(default_factory=list)
     trained: list[str] = field(default_factory=list)
+    rows: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         kinds = Counter(name.rpartition(".")[2] for name in self.replaced)
@@ -83,6 +87,7 @@ class ReplaceReport:
         if self.adopted:
             lines.append(f"of them {len(self.adopted)} with the weights of a PEFT adapter")
         lines += [f"trained whole beside them: {', '.join(self.trained)}"] if self.trained else []
+        lines += [f"trained rows of {name}: {count}" for name, count in self.rows.items()]
         lines += [f"left alone {name}: {reason}" for name, reason in self.skipped.items()]
         return "\n".join([*lines, *self.unmatched])
 
@@ -169,9 +174,11 @@ def insert_adapters(
     check_names(keys, "a folder cannot hold the adapters of these layers", maximum=len(keys))
     if config.needs_step:
         refuse_other_modalities(model, layers)
+    rows = rows_to_train(model, config, [*(name.removeprefix(PEFT_PREFIX) for name in layers), *full_names])
     if fill is not None:
         fill({name: layer.adapter for name, layer in layers.items()})
-    put_in_place(model, state, layers)  # the last call that may raise
+    wrappers = {module: wrapper for one in rows for module, wrapper in one.wrappers(config).items()}
+    put_in_place(model, state, layers, wrappers)  # the last call that may raise
     keep_differentiable(model)
     model.requires_grad_(False)
     for name, layer in layers.items():
@@ -181,6 +188,10 @@ def insert_adapters(
         layer.dequantised = dequantised
         layer.register_state_dict_pre_hook(refuse_outer_model)
         report.replaced.append(name)
+    for wrapper in wrappers.values():
+        wrapper.adapter.requires_grad_(True)
+        wrapper.register_state_dict_pre_hook(refuse_outer_model)
+    report.rows = {one.name: len(one.tokens) for one in rows}
     watch_layers(model, state)
     if adopting:
         state.originals = adopt_full_modules(model, full_modules)
@@ -198,14 +209,20 @@ def insert_adapters(
     return model
 
 
-def put_in_place(model: nn.Module, state: AlignState, layers: Mapping[str, Adapted]) -> None:
-    """Puts adapted layers in the places of their base layers; if anything raises, the model is unchanged."""
+def put_in_place(
+    model: nn.Module, state: AlignState, layers: Mapping[str, Adapted], rows: Mapping[nn.Module, TrainedRows]
+) -> None:
+    """Puts adapted layers, and modules of which rows are trained, in the places of the base's.
+
+    If anything raises, the model is unchanged.
+    """
     register_hooks(model, state)
     for name, layer in layers.items():
         layer.training = layer.base_layer.training
         layer.adapter.train(layer.training)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
+    put(model, rows)
     if state.config.share_inputs:
         join_siblings(model)
     override_methods(model)

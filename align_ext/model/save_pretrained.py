@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 from align_ext.adapters.adapted_linear import AdaptedModule
+from align_ext.base_model.ties import follow_ties, restore_ties
 from align_ext.model.disable import disable_adapter
 from align_ext.system.messages import shown_path
 
@@ -38,6 +39,7 @@ def override_methods(model: nn.Module) -> None:
 
     Methods of a PeftModel that would silently ignore the adapters raise an error; its disable_adapter is ours.
     """
+    follow_ties(model)
     for module in model.modules():
         if any(isinstance(m, AdaptedModule) for m in module.modules()):
             # Partial functions, since these can be copied and pickled with the model.
@@ -56,6 +58,7 @@ def restore_methods(model: nn.Module) -> nn.Module:
     Returns:
         The plain model; for a PeftModel, the model inside it, as PEFT's own unload returns.
     """
+    restore_ties(model)
     for module in model.modules():
         for name in ("save_pretrained", "disable_adapter", *_PEFT_METHODS):
             module.__dict__.pop(name, None)

@@ -22,7 +22,7 @@ SAME = {
     "r": 3, "target_modules": ["up_proj"], "exclude_modules": ["lm_head"], "lora_alpha": 5, "lora_dropout": 0.25,
     "use_rslora": True, "modules_to_save": ["norm"], "init_lora_weights": "gaussian", "layers_to_transform": [1],
     "layers_pattern": ["layers"], "rank_pattern": {"up_proj": 2}, "alpha_pattern": {"up_proj": 3.0},
-    "bias": "all", "lora_bias": True,
+    "bias": "all", "lora_bias": True, "trainable_token_indices": [1, 2],
 }  # fmt: skip
 NEEDS = {"layers_pattern": {"layers_to_transform": [1]}}
 

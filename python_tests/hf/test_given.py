@@ -42,7 +42,7 @@ def test_a_dictionary_is_taken():
 
 BEYOND = {
     "use_dora": True, "use_qalora": True,
-    "target_parameters": ["q_proj.weight"], "trainable_token_indices": [1], "init_lora_weights": "olora",
+    "target_parameters": ["q_proj.weight"], "init_lora_weights": "olora",
 }  # fmt: skip
 
 
