@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from align_ext.adapters.base import Adapter, at_least_float32
-from align_ext.adapters.linear_layer import features_of, has_float_weight, has_hooks, is_conv1d
+from align_ext.adapters.linear_layer import features_of, has_float_weight, has_hooks, is_conv1d, is_transposed
 from align_ext.ops._projection import Weight
 
 
@@ -54,11 +54,13 @@ class AdaptedLinear(AdaptedModule):
     Attributes:
         siblings: the layers that get the same tensor, of which the first one computes all in training
             (adapters/siblings.py); None: there are none.
+        tied_to: the name of another module that holds the base layer's weight too; None: there is none.
         dequantised: returns the function that makes a layer's weight in a dtype, or None where there is none; of a base
             model it is base_model/quantised.py's.
     """
 
     siblings: Any = None
+    tied_to: str | None = None
     dequantised: Callable[[nn.Module, torch.dtype], Callable[[], Tensor] | None] | None = None
 
     def __init__(self, base_layer: nn.Module, adapter: Adapter) -> None:
@@ -70,6 +72,10 @@ class AdaptedLinear(AdaptedModule):
     def weight(self) -> Tensor:
         """The base layer's weight; some models look at it from outside."""
         return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def _lora_bias(self) -> Tensor | None:
+        return getattr(self.adapter, "lora_bias", None)  # merging/arithmetic.py merges a change without an adapter
 
     @property
     def bias(self) -> Tensor | None:
@@ -131,27 +137,36 @@ class AdaptedLinear(AdaptedModule):
 
     def unmergeable_reason(self) -> str | None:
         """Why the adapter cannot be merged into the base weight, or None if it can."""
-        if self.adapter.lora_bias is not None and self.bias is None:
-            return "its adapter has a bias (lora_bias), and the base layer has none to add it to: keep it as an adapter"
         return self.adapter.unmergeable_reason() or self.base_unmergeable_reason()
 
     def base_unmergeable_reason(self) -> str | None:
         """Why nothing can be merged into the base weight, or None."""
         base: Any = self.base_layer
         weight: Any = getattr(base, "weight", None)
+        if self._lora_bias is not None and self.bias is None:
+            return "its adapter has a bias (lora_bias), and the base layer has none to add it to: keep it as an adapter"
         if hasattr(weight, "device_mesh") or hasattr(weight, "ds_id"):
             return "several processes hold parts of the base weight: save the adapter, and merge it in one process"
+        if self.tied_to is not None:
+            return (
+                f"its weight is that of {self.tied_to} too, which merging would change: load the adapter into a base "
+                "whose head has a copy of its own (tie_word_embeddings=False), and merge it there"
+            )
         if not has_float_weight(base):
             return "the base weight is quantised: load the base in a floating-point dtype to merge"
         if not isinstance(base._parameters.get("weight"), nn.Parameter):
             return "the base weight is computed from others (parametrised, pruned)"
-        if not is_conv1d(base) and type(base).forward is not nn.Linear.forward:
+        if self.has_own_forward():
             return f"{type(base).__name__} has a forward of its own"
         if has_hooks(base):
             return "the base layer has hooks, which may change its output"
         if self.weight.is_meta:
             return "the base weight is on the meta device or offloaded: load it first"
         return None
+
+    def has_own_forward(self) -> bool:
+        """Whether the base layer computes something else than the product with its weight."""
+        return not is_conv1d(self.base_layer) and type(self.base_layer).forward is not nn.Linear.forward
 
     def merge(self, delta: Tensor | None = None) -> None:
         """Adds the adapter (or a given delta) to the base weight, in float32 (float64 for float64); once.
@@ -191,11 +206,10 @@ class AdaptedLinear(AdaptedModule):
     @torch.no_grad()
     def _merged_bias(self) -> dict[str, Tensor]:
         """The base's bias + s b, added in float32 or wider and rounded once; nothing without lora_bias."""
-        if self.adapter.lora_bias is None:
+        bias, added = self.bias, self._lora_bias
+        if bias is None or added is None:
             return {}
-        bias, added = self.bias, at_least_float32(self.adapter.lora_bias)
-        assert bias is not None
-        return {"bias": (bias + self.adapter.scaling * added.to(bias.device)).to(bias.dtype)}
+        return {"bias": (bias + self.adapter.scaling * at_least_float32(added).to(bias.device)).to(bias.dtype)}
 
     @torch.no_grad()
     def merged_weight(self, delta: Tensor | None = None) -> Tensor:
@@ -206,7 +220,7 @@ class AdaptedLinear(AdaptedModule):
         """
         delta = self.delta_weight() if delta is None else delta
         weight, delta = self.weight, delta.to(self.weight.device)
-        delta = delta.T if is_conv1d(self.base_layer) else delta
+        delta = delta.T if is_transposed(self.base_layer) else delta
         result = (weight.to(delta.dtype) + delta).to(weight.dtype)
         if not torch.isfinite(result).all():
             if not torch.isfinite(delta).all():

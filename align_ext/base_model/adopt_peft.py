@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from align_ext.adapters.adapted_linear import AdaptedLinear
+from align_ext.adapters.embedding import AdaptedEmbedding, EmbeddingAdapter
 from align_ext.adapters.linear_layer import features_of
 from align_ext.adapters.lora import LoraAdapter
 from align_ext.config import AlignLoraConfig
@@ -41,9 +42,9 @@ def unadoptable_reason(module: Any) -> str | None:
         return "its PEFT adapter is merged: unmerge it first"
     if module.disable_adapters:
         return "its PEFT adapter is disabled: enable it first"
-    linear = isinstance(module.lora_A[adapter], nn.Linear) if adapter in module.lora_A else False
-    if not linear or hasattr(module, "parameter_name"):  # ParamWrapper, for target_parameters
-        return "its PEFT adapter is not one of a linear layer (but of an embedding, a convolution, experts)"
+    factors = isinstance(module.base_layer, nn.Embedding) or isinstance(module.lora_A[adapter], nn.Linear)
+    if not factors or hasattr(module, "parameter_name"):  # ParamWrapper, for target_parameters
+        return "its PEFT adapter is not one of a linear layer or an embedding (but of a convolution, experts)"
     if module.use_dora.get(adapter) or getattr(module, "lora_variant", {}).get(adapter) is not None:
         return "its PEFT adapter is a variant (DoRA, ...) that plain LoRA cannot take over"
     return None
@@ -141,7 +142,7 @@ def adopted_config(config: AlignLoraConfig, targets: Mapping[str, Any]) -> Align
         )
     module = next(iter(targets.values()))
     adapter = module.active_adapters[0]
-    r = module.lora_A[adapter].weight.shape[0]
+    r = _factors(module)[0].shape[0]
     return replace(
         config,
         r=r,
@@ -155,16 +156,27 @@ def adopted_config(config: AlignLoraConfig, targets: Mapping[str, Any]) -> Align
         layers_to_transform=(),
         layers_pattern=(),
         init_lora_weights="kaiming",
-        lora_bias=module.lora_B[adapter].bias is not None,
+        lora_bias=any(_factors(one)[2] is not None for one in targets.values()),
     )
 
 
 def adopt(module: Any, config: AlignLoraConfig) -> AdaptedLinear:
     """Adopts a PEFT LoRA layer: its base layer, the same Parameters, its scaling and dropout."""
-    name = module.active_adapters[0]
-    A, B = module.lora_A[name].weight, module.lora_B[name].weight
+    name, (A, B, bias) = module.active_adapters[0], _factors(module)
+    is_embedding, sizes = isinstance(module.base_layer, nn.Embedding), features_of(module.base_layer)
     with torch.device("meta"):
-        adapter = LoraAdapter(replace(config, r=A.shape[0]), *features_of(module.base_layer))
-    adapter.lora_A, adapter.lora_B, adapter.lora_bias = A, B, module.lora_B[name].bias
+        adapter: Any = (EmbeddingAdapter if is_embedding else LoraAdapter)(replace(config, r=A.shape[0]), *sizes)
+    if is_embedding:
+        adapter.lora_embedding_A, adapter.lora_embedding_B = A, B
+    else:
+        adapter.lora_A, adapter.lora_B, adapter.lora_bias = A, B, bias
     adapter.scaling, adapter.dropout_p = module.scaling[name], getattr(module.lora_dropout[name], "p", 0.0)
-    return AdaptedLinear(module.base_layer, adapter)
+    return (AdaptedEmbedding if is_embedding else AdaptedLinear)(module.base_layer, adapter)
+
+
+def _factors(module: Any) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter | None]:
+    """Returns A, B and the bias of B of a PEFT LoRA layer."""
+    name = module.active_adapters[0]
+    if isinstance(module.base_layer, nn.Embedding):
+        return module.lora_embedding_A[name], module.lora_embedding_B[name], None
+    return module.lora_A[name].weight, module.lora_B[name].weight, module.lora_B[name].bias

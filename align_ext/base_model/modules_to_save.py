@@ -232,7 +232,9 @@ def start_training(model: nn.Module, names: Collection[str]) -> None:
     names = [name for name in names if name in params]
     chosen = {id(params[name]) for name in names}
     names = [name for name, tensor in params.items() if id(tensor) in chosen]  # a tied one under each of its names
-    for name, value in full_values({n: params[n] for n in names if n not in state.originals}, "start_training").items():
+    unknown = all(parameter.is_meta for parameter in model.parameters())  # of a model that is not loaded yet
+    new = {} if unknown else {name: params[name] for name in names if name not in state.originals}
+    for name, value in full_values(new, "start_training").items():
         state.originals[name] = value.clone()
     for name in names:
         params[name].requires_grad_(True)

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from align_ext.adapters.embedding import unsuitable_embedding
 from align_ext.adapters.linear_layer import has_float_weight
 from align_ext.adapters.trained_rows import TokenRows, TrainedRows
 from align_ext.base_model.modules_to_save import is_inside, plain_name
+from align_ext.base_model.select_layers import embeddings_of
 from align_ext.base_model.sharded import full_shapes, full_values
 from align_ext.config import AlignLoraConfig
 
@@ -88,7 +90,7 @@ def rows_to_train(model: nn.Module, config: AlignLoraConfig, taken: Collection[s
                 f"{what} and {same.name} are one tensor, of which two sets of rows are named: give both the same, or "
                 "load the base with tie_word_embeddings=False"
             )
-        if len(holders) > 1 and _input_embeddings(model) not in [m for _, m, _ in _named(model, config)]:
+        if len(holders) > 1 and embeddings_of(model, "input") not in [m for _, m, _ in _named(model, config)]:
             other = next(plain_name(model, n) for n, m in holders if m is not module)
             raise ValueError(
                 f"{what} and {other} are one tensor: name the input embeddings, whose rows are those of both, or load "
@@ -106,7 +108,12 @@ def _named(model: nn.Module, config: AlignLoraConfig) -> Iterator[tuple[str, nn.
     if not option:
         return
     if not isinstance(option, Mapping):
-        embedding = _input_embeddings(model)
+        embedding = embeddings_of(model, "input")
+        if embedding is None:
+            raise ValueError(
+                "trainable_token_indices: the model does not say which its input embeddings are: give their name, "
+                '{"embed_tokens": [...]}'
+            )
         yield next((name, module, option) for name, module in model.named_modules() if module is embedding)
         return
     modules = dict(model.named_modules())
@@ -119,32 +126,15 @@ def _named(model: nn.Module, config: AlignLoraConfig) -> Iterator[tuple[str, nn.
                 yield name, module, tuple(tokens)
 
 
-def _input_embeddings(model: nn.Module) -> nn.Module:
-    try:
-        embedding = model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        embedding = None
-    if not isinstance(embedding, nn.Module):
-        raise ValueError(
-            "trainable_token_indices: the model does not say which its input embeddings are: give their name, "
-            '{"embed_tokens": [...]}'
-        )
-    return embedding
-
-
 def _full_shape(module: Any) -> torch.Size:
     return full_shapes({"weight": module.weight})["weight"].shape
 
 
 def _unsuitable(module: nn.Module) -> str | None:
     """Returns why rows of a module's weight cannot be trained beside it, or None."""
-    if isinstance(module, nn.Embedding):
-        if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
-            return "has max_norm, scale_grad_by_freq or sparse"
-        own = type(module).forward is not nn.Embedding.forward and not hasattr(module, "embed_scale")
-    else:
-        own = not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward
-    return f"({type(module).__name__}) has a forward of its own" if own else None
+    if type(module).forward is nn.Linear.forward:
+        return None
+    return unsuitable_embedding(module)
 
 
 def put(model: nn.Module, places: Mapping[nn.Module, nn.Module]) -> None:

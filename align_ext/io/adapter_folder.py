@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from align_ext.adapters import adapter_class
 from align_ext.adapters.base import Adapter
+from align_ext.adapters.embedding import EmbeddingAdapter
 from align_ext.alignment.model_state import AlignState
-from align_ext.base_model.adopt_peft import PEFT_PREFIX
 from align_ext.base_model.fingerprint import BaseModel
 from align_ext.config import AlignLoraConfig
 from align_ext.io.peft_format import (
@@ -187,8 +187,7 @@ class AdapterFolder:
             biased = any(f".{name}".endswith(".bias") for name in self.trained)
             if "modules_to_save" not in peft:  # older versions wrote the other trained tensors to a separate file
                 tensors |= {base_key(name, self.adapters): tensor for name, tensor in self.trained.items()}
-            layers = [key.removeprefix(PEFT_PREFIX) for key in form.tensors if key.endswith(".lora_A.weight")]
-            layers = [key.removesuffix(".lora_A.weight") for key in layers]
+            layers = list(self.adapters)
             plain_lora_config(path / PEFT_CONFIG, peft, layers)
             bias = {} if biased else {"bias": "none"}
             for option, value in {**dict.fromkeys(BY_LAYER), **bias, **form.options}.items():
@@ -271,10 +270,11 @@ def build_adapters(
     """
     state, ranks, adapters = state or AlignState(config), _ranks(tensors), {}
     for name in _module_names(tensors):
-        A, B = tensors.get(f"{name}.lora_A"), tensors.get(f"{name}.lora_B")
+        kind: Any = EmbeddingAdapter if f"{name}.lora_embedding_A" in tensors else adapter_class(config)
+        A, B = (_factor(tensors, name, part) for part in "AB")
         sizes = (A.shape[-1] if A is not None and A.dim() else 1, B.shape[-2] if B is not None and B.dim() > 1 else 1)
         with torch.device("meta"):
-            adapter = adapter_class(config)(replace(config, r=ranks.get(name, config.r)), *sizes)
+            adapter: Adapter = kind(replace(config, r=ranks.get(name, config.r)), *sizes)
         adapter.state, adapter.scaling = state, scaling.get(name, config.scaling)
         adapters[name] = adapter
     check_tensors(tensors, adapter_tensors(adapters))
@@ -324,8 +324,13 @@ def _module_names(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _ranks(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    shapes = {name: tensors[f"{name}.lora_A"].shape for name in _module_names(tensors) if f"{name}.lora_A" in tensors}
-    return {name: shape[-2] for name, shape in shapes.items() if len(shape) >= 2}
+    factors = {name: _factor(tensors, name, "A") for name in _module_names(tensors)}
+    return {name: A.shape[-2] for name, A in factors.items() if A is not None and A.dim() >= 2}
+
+
+def _factor(tensors: Mapping[str, Tensor], name: str, part: str) -> Tensor | None:
+    """Returns A or B of a layer, or of an embedding."""
+    return tensors.get(f"{name}.lora_{part}", tensors.get(f"{name}.lora_embedding_{part}"))
 
 
 def _is_close(a: Tensor, b: Tensor) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from align_ext.adapters.base import Adapter
+from align_ext.adapters.embedding import EmbeddingAdapter
 from align_ext.alignment.model_state import AlignState
 from align_ext.base_model.adopt_peft import BASE_UNTOUCHED, PEFT_PREFIX
 from align_ext.config import AlignLoraConfig
@@ -103,8 +104,9 @@ def peft_form(
         B = torch.cat([B.detach() for _, B in terms], 1)
         A = torch.cat([A.detach() for A, _ in terms]).to(B.dtype)
         count, ranks[name] = len(terms), A.shape[0]
-        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = A
-        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = B if uniform else B * adapter.scaling
+        key = "lora_embedding_{}" if isinstance(adapter, EmbeddingAdapter) else "lora_{}.weight"
+        tensors[f"{PEFT_PREFIX}{name}.{key.format('A')}"] = A
+        tensors[f"{PEFT_PREFIX}{name}.{key.format('B')}"] = B if uniform else B * adapter.scaling
     tensors |= {base_key(name, adapters): tensor.detach() for name, tensor in (trained or {}).items()}
     biases = {name: adapter.lora_bias.detach() for name, adapter in adapters.items() if adapter.lora_bias is not None}
     for name, b in biases.items():
@@ -138,9 +140,9 @@ def portable(form: PeftForm) -> PeftForm:
     r, alpha, tensors = form.options["r"], form.options["lora_alpha"], dict(form.tensors)
     if form.options.get("rank_pattern"):
         for key, tensor in tensors.items():
-            if key.endswith(".lora_A.weight"):
+            if key.endswith((".lora_A.weight", ".lora_embedding_A")):
                 tensors[key] = functional.pad(tensor, (0, 0, 0, r - tensor.shape[0]))
-            elif key.endswith(".lora_B.weight"):
+            elif key.endswith((".lora_B.weight", ".lora_embedding_B")):
                 tensors[key] = functional.pad(tensor, (0, r - tensor.shape[1]))
     if form.options["use_rslora"]:
         alpha *= math.sqrt(r)

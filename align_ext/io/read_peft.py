@@ -55,9 +55,9 @@ def read_peft(path: Path, peft: Mapping[str, Any]) -> PeftTensors:
     for key, tensor in tensors.items():
         name = key.removeprefix(PEFT_PREFIX)
         owners = [module for module in modules if f"{module}." in name]
-        match = re.fullmatch(r"(.+\.lora_[AB])\.weight|(.+)\.lora_B\.bias", name)
+        match = re.fullmatch(r"(.+\.lora_[AB])\.weight|(.+)\.lora_B\.bias|(.+\.lora_embedding_[AB])", name)
         if name != key and match:
-            lora[match[1] or f"{match[2]}.lora_bias"] = tensor
+            lora[match[1] or match[3] or f"{match[2]}.lora_bias"] = tensor
         elif name != key and peft.get("trainable_token_indices") and name.endswith(f".{ROWS}"):
             trained[name] = tensor
         elif bias and owners and re.search(r"\.(modules_to_save|original_module)\.bias$", name):

@@ -11,7 +11,7 @@ align_ext/merging/lorahub.py finds the weights for `combined` from examples.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from align_ext.adapters.adapted_linear import AdaptedLinear
 from align_ext.adapters.base import Adapter
+from align_ext.adapters.embedding import EmbeddingAdapter
 from align_ext.base_model.adopt_peft import PEFT_PREFIX
 from align_ext.base_model.fingerprint import BaseModel
 from align_ext.config import AlignLoraConfig
@@ -68,9 +69,8 @@ def read_lora(folder: str | os.PathLike[str]) -> LoraWeights:
         ValueError: it is no adapter folder, or has an adapter of another kind (heads, routers, DoRA, biases).
     """
     stored = AdapterFolder.read(folder)
-    reason = unexportable_reason(stored.adapters, stored.config) or (
-        "it trains more than A and B" if stored.trained or stored.config.lora_bias else None
-    )
+    reason = unexportable_reason(stored.adapters, stored.config)
+    reason = reason or more_than_matrices(stored.adapters, stored.config, stored.trained)
     if reason is not None:
         raise ValueError(f"{shown_path(stored.path)}: only plain LoRA adapters can be composed: {reason}")
     base = {} if stored.base is None else {"base": stored.base.to_dict()}
@@ -86,6 +86,15 @@ def matrices(adapters: Mapping[str, Adapter]) -> dict[str, tuple[Tensor, Tensor]
         A, B = torch.cat([A.detach() for A, _ in terms]), torch.cat([B.detach() for _, B in terms], 1)
         layers[name] = (A.float(), B.float() * adapter.scaling)
     return layers
+
+
+def more_than_matrices(
+    adapters: Mapping[str, Adapter], config: AlignLoraConfig, trained: Collection[str]
+) -> str | None:
+    """Returns why matrices of linear layers are not all that is trained, or None."""
+    if any(isinstance(adapter, EmbeddingAdapter) for adapter in adapters.values()):
+        return "it adapts embeddings"
+    return "it trains more than A and B" if trained or config.lora_bias else None
 
 
 def write_lora(adapter: LoraWeights, folder: str | os.PathLike[str]) -> None:

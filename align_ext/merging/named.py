@@ -15,6 +15,7 @@ from align_ext.merging.arithmetic import (
     LoraWeights,
     check_adapters,
     matrices,
+    more_than_matrices,
     options_of,
     task_arithmetic,
     ties,
@@ -95,9 +96,8 @@ def _weights_of(model: nn.Module, adapter_name: str) -> LoraWeights:
     """Returns the matrices of one of a model's adapters, by names in the plain model."""
     adapter = named_adapter(model, adapter_name)
     adapters = {plain_name(model, name): layer.adapter for name, layer in adapter.layers.items()}
-    reason = unexportable_reason(adapters, adapter.state.config) or (
-        "it trains more than adapters" if adapter.trained else None
-    )
+    reason = unexportable_reason(adapters, adapter.state.config)
+    reason = reason or more_than_matrices(adapters, adapter.state.config, adapter.trained)
     if reason is not None:
         raise ValueError(f"adapter {shown(adapter_name)}: only plain LoRA adapters can be composed: {reason}")
     return LoraWeights(matrices(adapters), {})

@@ -50,7 +50,8 @@ def merge_and_unload(
     Exact for lora, align_lora, m_lora, hydra without a router, and the task of a multi_adapter that set_task chose. A
     routed adapter is not a change of the weight; approximate="uniform" merges it with equal weights of all heads,
     measures on a batch how much the outputs change, logs it, and stores it as `model.merge_report` (a MergeReport).
-    Adapters beside whole blocks cannot be merged. Tensors that were trained beside the adapters keep their values.
+    Adapters beside whole blocks, and beside a weight that two modules share (a tied head), cannot be merged. Tensors
+    that were trained beside the adapters keep their values, and trained rows of embeddings are written into them.
 
     Args:
         model: a model with adapters.

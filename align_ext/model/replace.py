@@ -13,6 +13,7 @@ from align_ext.adapters import adapter_class
 from align_ext.adapters.adapted_block import Adapted, AdaptedBlock
 from align_ext.adapters.adapted_linear import AdaptedLinear
 from align_ext.adapters.base import Adapter
+from align_ext.adapters.embedding import AdaptedEmbedding, EmbeddingAdapter
 from align_ext.adapters.linear_layer import device_of, features_of, has_float_weight, is_conv1d
 from align_ext.adapters.siblings import join_siblings
 from align_ext.adapters.trained_rows import TrainedRows
@@ -42,12 +43,15 @@ from align_ext.base_model.modules_to_save import (
 )
 from align_ext.base_model.quantised import dequantised, keep_differentiable
 from align_ext.base_model.select_layers import (
+    adaptable_layers,
+    embeddings_of,
     excessive_rank_reason,
     find_targets,
     linear_layers,
     name_matches,
     nothing_matched_message,
-    output_embeddings,
+    registered_names,
+    tied_to,
     unmatched_hints,
 )
 from align_ext.base_model.token_rows import put, rows_to_train
@@ -97,8 +101,9 @@ def replace_linear_with_align_lora(
 ) -> nn.Module:
     """Freezes a model and adds an adapter to each linear layer that the config names, in place.
 
-    nn.Linear and its subclasses, GPT-2's Conv1D and quantised linears are adapted. lm_head, layers with tied weights
-    and layers whose forward is bypassed (nn.TransformerEncoderLayer's) are not, and the report lists them
+    nn.Linear and its subclasses, GPT-2's Conv1D and quantised linears are adapted, lm_head and embeddings where they
+    are named. Layers with tied weights, but for these, and layers whose forward is bypassed
+    (nn.TransformerEncoderLayer's) are not, and the report lists them
     (`adapter_report(model)`, also logged). The new head of a classification model, or the modules in modules_to_save,
     are fully trained beside the adapters; parameters that get requires_grad later are trained too. LoRA layers of a
     PeftModel are adopted: same Parameters, same scaling. A second call changes nothing.
@@ -141,7 +146,7 @@ def insert_adapters(
     _refuse_wrapped(model)
     refuse_other_peft(model)
     report = ReplaceReport()
-    candidates = dict(linear_layers(model))
+    candidates = adaptable_layers(model)
     adopting = {name: module for name, module in candidates.items() if is_peft_lora(module)}
     state = AlignState(config)
     layers: dict[str, Adapted] = {}
@@ -169,7 +174,9 @@ def insert_adapters(
             for name, module in targets.items():
                 options = config.of_layer(name, matcher) if ranks is None else replace(config, r=ranks[name])
                 adapter = _build(name, module, features_of(module), options, reset=ranks is None)
-                layers[name] = AdaptedLinear(module, adapter)
+                layers[name] = (AdaptedEmbedding if isinstance(module, nn.Embedding) else AdaptedLinear)(
+                    module, adapter
+                )
     keys = [f"{PEFT_PREFIX}{name}.lora_A.weight" for name in layers]
     check_names(keys, "a folder cannot hold the adapters of these layers", maximum=len(keys))
     if config.needs_step:
@@ -177,6 +184,10 @@ def insert_adapters(
     rows = rows_to_train(model, config, [*(name.removeprefix(PEFT_PREFIX) for name in layers), *full_names])
     if fill is not None:
         fill({name: layer.adapter for name, layer in layers.items()})
+    names = registered_names(model)
+    for name, layer in layers.items():
+        if isinstance(layer, AdaptedLinear):
+            layer.tied_to = tied_to(name, layer.base_layer, names)
     wrappers = {module: wrapper for one in rows for module, wrapper in one.wrappers(config).items()}
     put_in_place(model, state, layers, wrappers)  # the last call that may raise
     keep_differentiable(model)
@@ -228,9 +239,9 @@ def put_in_place(
     override_methods(model)
 
 
-def layer_names(model: nn.Module) -> list[str]:
-    """Returns the names of a model's linear layers, without its output head."""
-    head = output_embeddings(model)
+def layer_names(model: nn.Module, *, with_head: bool) -> list[str]:
+    """Returns the names of a model's linear layers, with or without its output head."""
+    head = None if with_head else embeddings_of(model, "output")
     return [name for name, module in linear_layers(model) if module is not head]
 
 
@@ -242,7 +253,7 @@ def layers_to_adapt(model: nn.Module, config: AlignLoraConfig) -> dict[str, tupl
     """
     if config.target_blocks:
         return {name: (hidden, hidden) for name, (_, hidden) in _target_blocks(model, config).items()}
-    candidates, skipped = dict(linear_layers(model)), dict[str, str]()
+    candidates, skipped = adaptable_layers(model), dict[str, str]()
     targets = find_targets(model, config, candidates, skipped, modules_to_train(model, config), by_name=True)
     if not targets:
         raise ValueError(nothing_matched_message(model, candidates, config, skipped))
@@ -290,7 +301,8 @@ def _build(name: str, module: nn.Module, sizes: tuple[int, int], config: AlignLo
     # A float64 base, as in tests of exactness, gets float64 adapters.
     dtype = frozen.dtype if config.adapter_dtype == "base" else torch.promote_types(torch.float32, frozen.dtype)
     with torch.device(device_of(module)):
-        adapter = adapter_class(config)(config, *sizes).to(dtype)
+        kind = EmbeddingAdapter if isinstance(module, nn.Embedding) else adapter_class(config)
+        adapter: Adapter = kind(config, *sizes).to(dtype)
         weight = frozen.T if is_conv1d(module) else frozen
         if reset:
             adapter.reset_lora_parameters(weight if config.init_lora_weights == "pissa" else None)

@@ -61,8 +61,6 @@ UNFIT = {
     "MiCA": (lambda: with_peft(init_lora_weights="mica"), "init_lora_weights='mica'"),
     "without a PeftModel": (lambda: injected("olora"), "init_lora_weights='olora'"),
     "repeated layers": (lambda: with_peft(layer_replication=[[0, 2], [1, 2]]), "layer_replication"),
-    "an embedding": (lambda: for_inference(target_modules=["up_proj", "embed_tokens"]), "embed_tokens cannot be"),
-    "the head": (lambda: for_inference(target_modules=["up_proj", "lm_head"]), "lm_head cannot be adopted"),
     "experts": (
         lambda: mixtral(target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"]),
         "experts cannot be adopted.*not one of a linear layer",
