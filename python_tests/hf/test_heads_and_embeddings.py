@@ -10,6 +10,7 @@ from hf.test_token_rows import gemma, padded, tied
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import batch, gpt2, llama
+from transformers import TrainingArguments
 
 from align_ext import (
     AlignLoraConfig,
@@ -23,6 +24,7 @@ from align_ext import (
     unload,
 )
 from align_ext.evaluation.likelihood import _float32_head
+from align_ext.training.checks import refuse_fused_head
 
 WEIGHTS = "adapter_model.safetensors"
 CASES = {
@@ -155,3 +157,25 @@ def test_scores_in_16_bits_take_the_whole_head_in_float32(options):
         else:
             weight[[3, 5]] = adapter.rows
     torch.testing.assert_close(found, (hidden @ weight.T).log_softmax(-1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_one_adapter_for_both_modules_of_a_tie_is_refused(target):
+    options = {"target_modules": ["q_proj", target], "ensure_weight_tying": True}
+    with pytest.raises(ValueError, match=f"ensure_weight_tying=True and adapts .*{target}, whose weight"):
+        replace_linear_with_align_lora(tied(), LoraConfig(**options))
+    replace_linear_with_align_lora(llama(), LoraConfig(**options))
+    replace_linear_with_align_lora(tied(), LoraConfig(**options | {"target_modules": "all-linear"}))
+
+
+def test_ligers_fused_loss_which_reads_the_heads_weight_is_refused(tmp_path):
+    head = replace_linear_with_align_lora(llama(), r=2, align=None, target_modules=["lm_head"])
+    other = replace_linear_with_align_lora(llama(), r=2, align=None)
+    fused = TrainingArguments(tmp_path, use_liger_kernel=True)
+    not_fused = TrainingArguments(
+        tmp_path, use_liger_kernel=True, liger_kernel_config={"fused_linear_cross_entropy": False}
+    )
+    for args, model in (fused, other), (not_fused, head), (TrainingArguments(tmp_path), head):
+        refuse_fused_head(args, model)
+    with pytest.raises(ValueError, match="fused_linear_cross_entropy reads the weight of the output head past"):
+        refuse_fused_head(fused, head)

@@ -14,12 +14,14 @@ from tiny import VOCAB, batch, gpt2, llama
 from align_ext import (
     AlignLoraConfig,
     adapter_report,
+    add_adapter,
     disable_adapter,
     export_peft,
     load_adapter,
     merge_and_unload,
     replace_linear_with_align_lora,
     save_adapter,
+    set_adapter,
     unload,
 )
 from align_ext.model.memory import training_memory
@@ -268,3 +270,25 @@ def test_the_report_and_the_estimate_of_memory_know_the_rows():
     without = replace_linear_with_align_lora(tied(), r=2, align=None)
     more = training_memory(model, 2, 8).adapters - training_memory(without, 2, 8).adapters
     assert more == 2 * 48 * 4
+
+
+def test_adapters_by_name_have_biases_rows_and_heads_of_their_own():
+    """Each computes as alone, whichever is active before."""
+    options = {
+        "rows": {"trainable_token_indices": [1, 2], "target_modules": ["c_attn"]},
+        "biases": {"bias": "all", "lora_bias": True, "target_modules": ["c_attn"]},
+        "head": {"target_modules": ["lm_head", "wte"]},
+    }
+    options = {name: {"r": 2, "architecture": "lora", **more} for name, more in options.items()}
+    alone = {name: logits(moved(replace_linear_with_align_lora(gpt2(), **more))) for name, more in options.items()}
+    model = replace_linear_with_align_lora(gpt2(), r=2, architecture="lora", target_modules=["c_fc"])
+    for name, more in options.items():
+        torch.manual_seed(0)  # of GPT-2's own start, after which adapters get their first values
+        gpt2()
+        add_adapter(model, name, **more)
+        set_adapter(model, name)
+        moved(model)
+    for name in (*options, *options):
+        set_adapter(model, name)
+        assert torch.equal(logits(model), alone[name])
+    assert torch.equal(logits(unload(model)), logits(gpt2()))
