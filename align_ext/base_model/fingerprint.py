@@ -257,8 +257,11 @@ def _incomplete_modules(model: nn.Module) -> set[str]:
     return {
         plain_name(model, name)
         for name, module in model.named_modules()
-        if any(id(t) not in whole for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
-        or (hasattr(module, "weight") and "weight" not in module._parameters)
+        if not isinstance(module, AdaptedModule)  # whose base layer is looked at
+        and (
+            any(id(t) not in whole for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+            or (hasattr(module, "weight") and "weight" not in module._parameters)
+        )
     }
 
 

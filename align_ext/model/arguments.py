@@ -87,7 +87,7 @@ def _refuse_tied_adapters(model: nn.Module, targets: tuple[str, ...] | str) -> N
         if module in (inner, head) and targets != ALL_LINEAR and name_matches(Matcher(), name, targets):
             raise ValueError(
                 f"peft.LoraConfig has ensure_weight_tying=True and adapts {name}, whose weight the input embeddings "
-                "and the head share: each has an adapter of its own here: leave ensure_weight_tying out, or train with PEFT"
+                "and the head share: here each has its own adapter: leave ensure_weight_tying out, or train with PEFT"
             )
 
 
