@@ -39,7 +39,7 @@ def bert():
 CASES = {
     "all": (qwen2, {"target_modules": ["q_proj"], "bias": "all"}),
     "all, with a module": (gpt2, {"target_modules": ["c_attn"], "bias": "all", "modules_to_save": ["ln_f"]}),
-    "all, with a tied one": (bert, {"target_modules": ["query"], "bias": "all"}),
+    "all, with a tied one": (bert, {"target_modules": ["query", "transform.dense"], "bias": "all"}),
     "adapted layers'": (qwen2, {"target_modules": ["q_proj", "up_proj"], "bias": "lora_only"}),
     "of B": (qwen2, {"target_modules": ["q_proj", "k_proj"], "lora_bias": True}),
     "of B, Conv1D": (gpt2, {"target_modules": ["c_attn"], "lora_bias": True}),
