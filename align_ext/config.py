@@ -15,6 +15,7 @@ from align_ext.option_rules import (
     layers_rule,
     probability_rule,
     targets_rule,
+    tokens_rule,
     weight_rule,
 )
 from align_ext.system.bounds import (
@@ -85,6 +86,17 @@ class AlignLoraConfig:
         'names of modules to train whole, beside the adapters, and to save with them; "auto": the head of a model '
         "that classifies or answers by spans, which starts at random; empty: none.",
     )
+    bias: Literal["none", "all", "lora_only"] = option(
+        "none", 'biases of the base to train beside the adapters: "all" of them, or "lora_only", the adapted layers\'.'
+    )
+    lora_bias: bool = option(
+        False,
+        "a trained bias b of B: y = base(x) + s (B z + b), by lora and align_lora; merges into a layer's own bias.",
+    )
+    trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] = option(
+        (), "numbers of tokens whose embeddings are trained, those of a tied output head with them, in place of whole "
+        "embeddings; or such lists by the names of modules; empty: none.", tokens_rule,
+    )  # fmt: skip
     target_blocks: tuple[str, ...] = option(
         AUTO, 'adapt whole blocks in place of linear layers: "attention", "mlp" or both (mtLoRA).', blocks_rule
     )
@@ -206,6 +218,9 @@ class AlignLoraConfig:
         for name in ("rank_pattern", "alpha_pattern"):
             given = {} if getattr(self, name) is None else getattr(self, name)
             self._set(name, dict(given) if isinstance(given, Mapping) else given)
+        rows: Any = self.trainable_token_indices
+        lists = {k: list(as_tuple(v)) for k, v in rows.items()} if isinstance(rows, Mapping) else as_tuple(rows)
+        self._set("trainable_token_indices", lists)
         for name in ("mmd_bandwidths", "target_blocks"):
             if isinstance(value := getattr(self, name), Iterable) and not isinstance(value, str):
                 self._set(name, tuple(value))
@@ -299,6 +314,10 @@ class AlignLoraConfig:
             refuse("layers_to_transform", "target_modules is a regular expression: say in it which layers are meant")
         if self.layers_pattern and not self.layers_to_transform:
             refuse("layers_pattern", "it does nothing without layers_to_transform: give that too, or leave it out")
+        if self.bias == "lora_only" and self.target_blocks:
+            refuse("bias", 'whole blocks are adapted, which have no bias of their own: take "all", or linear layers')
+        if self.lora_bias and (self.architecture not in ("lora", "align_lora") or self.target_blocks):
+            refuse("lora_bias", "it is the bias of a layer's only B: for lora and align_lora beside linear layers")
         several = (self.num_heads or 1) > 1
         random = self.init_lora_weights in ("random_heads", "orthogonal")
         A_per_head = self.row.A_per_head
@@ -311,6 +330,8 @@ class AlignLoraConfig:
         if self.use_dora and (self.router is not None or self.architecture == "multi_adapter"):
             refuse("use_dora", "DoRA rescales one adapted weight, and there is one for each input or task: use lora, "
                    "align_lora, m_lora, or hydra with router=None")  # fmt: skip
+        if self.use_dora and self.lora_bias:
+            refuse("lora_bias", "DoRA rescales what B returns, and PEFT knows no bias there: leave it or use_dora out")
         if self.use_dora and self.target_blocks:
             refuse("use_dora", "a whole block has no one weight: leave target_blocks out")
         if self.init_lora_weights == "orthogonal" and self.r % 2:

@@ -1,6 +1,6 @@
 """The rules of AlignLoraConfig's options: each returns what a value must be, or None if it is valid."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from align_ext.system.bounds import MAX_SIZE, is_number, is_positive, is_whole, not_negative
@@ -44,3 +44,13 @@ def blocks_rule(value: Any) -> str | None:
     """Checks for names of blocks."""
     valid = isinstance(value, tuple) and all(block in ("attention", "mlp") for block in value)
     return None if valid else 'of "attention" and "mlp", or empty for linear layers'
+
+
+def tokens_rule(value: Any) -> str | None:
+    """Checks for numbers of tokens, or lists of them by the names of modules."""
+    lists = list(value.values()) if isinstance(value, Mapping) else [value] if value else []
+    valid = not isinstance(value, Mapping) or all(isinstance(name, str) and name for name in value)
+    for tokens in lists:
+        numbers = isinstance(tokens, (tuple, list)) and all(is_whole(token, 0, 2**31) for token in tokens)
+        valid = valid and numbers and 0 < len(set(tokens)) == len(tokens)
+    return None if valid else "different numbers of tokens, from 0, or such lists by the names of modules"

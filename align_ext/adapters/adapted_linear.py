@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align_ext.adapters.base import Adapter
+from align_ext.adapters.base import Adapter, at_least_float32
 from align_ext.adapters.dora import rescaled, row_norms, scale_of
-from align_ext.adapters.linear_layer import features_of, has_float_weight, has_hooks, is_conv1d
+from align_ext.adapters.linear_layer import features_of, has_float_weight, has_hooks, is_conv1d, is_transposed
 from align_ext.ops._projection import Weight
 
 
@@ -55,11 +55,13 @@ class AdaptedLinear(AdaptedModule):
     Attributes:
         siblings: the layers that get the same tensor, of which the first one computes all in training
             (adapters/siblings.py); None: there are none.
+        tied_to: the name of another module that holds the base layer's weight too; None: there is none.
         dequantised: returns the function that makes a layer's weight in a dtype, or None where there is none; of a base
             model it is base_model/quantised.py's.
     """
 
     siblings: Any = None
+    tied_to: str | None = None
     dequantised: Callable[[nn.Module, torch.dtype], Callable[[], Tensor] | None] | None = None
 
     def __init__(self, base_layer: nn.Module, adapter: Adapter) -> None:
@@ -71,6 +73,10 @@ class AdaptedLinear(AdaptedModule):
     def weight(self) -> Tensor:
         """The base layer's weight; some models look at it from outside."""
         return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def _lora_bias(self) -> Tensor | None:
+        return getattr(self.adapter, "lora_bias", None)  # merging/arithmetic.py merges a change without an adapter
 
     @property
     def bias(self) -> Tensor | None:
@@ -196,8 +202,15 @@ class AdaptedLinear(AdaptedModule):
         """Why nothing can be merged into the base weight, or None."""
         base: Any = self.base_layer
         weight: Any = getattr(base, "weight", None)
+        if self._lora_bias is not None and self.bias is None:
+            return "its adapter has a bias (lora_bias), and the base layer has none to add it to: keep it as an adapter"
         if hasattr(weight, "device_mesh") or hasattr(weight, "ds_id"):
             return "several processes hold parts of the base weight: save the adapter, and merge it in one process"
+        if self.tied_to is not None:
+            return (
+                f"its weight is that of {self.tied_to} too, which merging would change: load the adapter into a base "
+                "whose head has a copy of its own (tie_word_embeddings=False), and merge it there"
+            )
         if not has_float_weight(base):
             return "the base weight is quantised: load the base in a floating-point dtype to merge"
         if not isinstance(base._parameters.get("weight"), nn.Parameter):
@@ -206,9 +219,14 @@ class AdaptedLinear(AdaptedModule):
             return "the base layer has hooks, which may change its output"
         if self.weight.is_meta:
             return "the base weight is on the meta device or offloaded: load it first"
-        if not is_conv1d(base) and type(base).forward is not nn.Linear.forward and not _multiplies(base):
+        if self.has_own_forward():
             return f"{type(base).__name__} has a forward of its own, which is not its weight's product with x"
         return None
+
+    def has_own_forward(self) -> bool:
+        """Whether the base layer computes something else than the product with its weight."""
+        base = self.base_layer
+        return not is_conv1d(base) and type(base).forward is not nn.Linear.forward and not _multiplies(base)
 
     def merge(self, delta: Tensor | None = None) -> None:
         """Adds the adapter (or a given delta) to the base weight, in float32 (float64 for float64); once.
@@ -220,17 +238,16 @@ class AdaptedLinear(AdaptedModule):
         if reason is not None:
             raise ValueError(f"the layer cannot be merged: {reason}")
         if not self.merged:
-            merged = self.merged_weight(delta)
-            self._before_merging = self.weight.detach().clone()
-            with torch.no_grad():
-                self.weight.copy_(merged)
+            merged = {"weight": self.merged_weight(delta), **self._merged_bias()}
+            parameters = self.base_layer._parameters
+            self._before_merging = {name: parameters[name].detach().clone() for name in merged}  # type: ignore[union-attr]
+            self._set_base(merged)
             self.merged = True
 
     def unmerge(self) -> None:
         """Takes the adapter off the base weight again, to the bit: merge kept the weight as it was."""
         if self.merged:
-            with torch.no_grad():
-                self.weight.copy_(self._before_merging)
+            self._set_base(self._before_merging)
             del self._before_merging
             self.merged = False
 
@@ -238,8 +255,21 @@ class AdaptedLinear(AdaptedModule):
     def merged_base(self, delta: Tensor | None = None) -> nn.Module:
         """The base layer with W + delta in its weight; the adapter is left without its place."""
         if not self.merged:
-            self.weight.copy_(self.merged_weight(delta))
+            self._set_base({"weight": self.merged_weight(delta), **self._merged_bias()})
         return self.base_layer
+
+    @torch.no_grad()
+    def _set_base(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.base_layer._parameters[name].copy_(value)  # type: ignore[union-attr]
+
+    @torch.no_grad()
+    def _merged_bias(self) -> dict[str, Tensor]:
+        """The base's bias + s b, added in float32 or wider and rounded once; nothing without lora_bias."""
+        bias, added = self.bias, self._lora_bias
+        if bias is None or added is None:
+            return {}
+        return {"bias": (bias + self.adapter.scaling * at_least_float32(added).to(bias.device)).to(bias.dtype)}
 
     @torch.no_grad()
     def merged_weight(self, delta: Tensor | None = None) -> Tensor:
@@ -252,7 +282,7 @@ class AdaptedLinear(AdaptedModule):
         """
         delta = self.adapter.delta_weight() if delta is None else delta
         weight, delta = self.weight, delta.to(self.weight.device)
-        transposed = is_conv1d(self.base_layer)
+        transposed = is_transposed(self.base_layer)
         result = self._changed(weight.T if transposed else weight, delta).to(weight.dtype)
         result = result.T if transposed else result
         if not torch.isfinite(result).all():

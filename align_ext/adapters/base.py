@@ -38,12 +38,14 @@ class Adapter(nn.Module):
     Attributes:
         lora_magnitude_vector: m [out_features] of DoRA (adapters/dora.py), which the layer applies, or None.
         drops_whole_input: whether the layer drops x for the base as well (DoRA), so that the op gets it dropped.
+        lora_bias: a bias [m] that is added to y, times the scaling; None without the option of this name.
         capture: a function that gets the latents of each forward (align_ext/adapters/capture.py), or None.
     """
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_magnitude_vector: nn.Parameter | None
+    lora_bias: nn.Parameter | None
     capture: Callable[[Captured], None] | None = None
 
     def __init__(self, config: AlignLoraConfig, in_features: int, out_features: int) -> None:
@@ -53,6 +55,7 @@ class Adapter(nn.Module):
         magnitude = nn.Parameter(torch.empty(out_features)) if config.use_dora else None
         self.register_parameter("lora_magnitude_vector", magnitude)
         self.drops_whole_input = config.use_dora and config.dropout_site == "input"
+        self.register_parameter("lora_bias", nn.Parameter(torch.zeros(out_features)) if config.lora_bias else None)
         self.state: AlignState | None = None
         self.layer: int | None = None  # its number among those whose outputs a step records
         self.layer_key: Tensor | None = None  # the same for compiled graphs
@@ -100,7 +103,12 @@ class Adapter(nn.Module):
         return dropout_p, step.rng_of(self, x.device) if dropout_p > 0 and step and self._records(step) else None
 
     def hand_over(self, step: AlignStep | None, x: Tensor, y: Tensor, z: Tensor, w: Tensor | None = None) -> Tensor:
-        """Gives z and w of a forward to who wants them; returns y with the step's gradients in both behind it."""
+        """Gives z and w of a forward to who wants them; returns y with the step's gradients in both behind it.
+
+        The bias is added here, in the wider of the two dtypes.
+        """
+        if self.lora_bias is not None:
+            y = y.add(self.lora_bias, alpha=self.scaling).to(y.dtype)
         if self.capture is not None:
             self.capture(Captured(z.detach(), None if w is None else w.detach()))
         return step.tap(self, x, y, z, w) if step and self._records(step) else y

@@ -11,9 +11,14 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a module's weight is stored (in, out): Conv1D's, and that of an embedding, whose inputs are tokens."""
+    return is_conv1d(module) or isinstance(module, nn.Embedding)
+
+
 def features_of(base: nn.Module) -> tuple[int, int]:
     """(in_features, out_features) of a linear-like layer, quantised or not."""
-    if is_conv1d(base):
+    if is_transposed(base):
         in_features, out_features = getattr(base.weight, "ds_shape", base.weight.shape)  # type: ignore[misc]
         return int(in_features), int(out_features)
     return int(base.in_features), int(base.out_features)  # type: ignore[arg-type]

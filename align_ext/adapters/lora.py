@@ -18,6 +18,7 @@ class LoraAdapter(Adapter):
 
         z = A dropout(x)                [T, r]
         y = base(x) + s B z             [..., m]
+        y = base(x) + s (B z + b)       with lora_bias
 
     With alignment (Align-LoRA, eq. 2), z is what is aligned. A PiSSA start keeps B0 A0 = B A of the start, frozen:
     y = base(x) + s (B z - B0 A0 dropout(x)), and the base weight is never touched.

@@ -15,6 +15,8 @@ Place = tuple[nn.Module, str]
 def places(model: nn.Module) -> Iterator[tuple[str, Place]]:
     """Every persistent buffer, one that is None so far too, by its name in the model: its module, its name there."""
     for name, module in model.named_modules(remove_duplicate=False):
+        if not module._buffers:
+            continue
         weight = getattr(module, "weight", None) if hasattr(module, "in_features") else torch.empty(0)
         if isinstance(weight, Tensor) and weight.is_floating_point():  # else it is packed
             for key in module._buffers:

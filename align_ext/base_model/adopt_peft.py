@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from align_ext.adapters.adapted_linear import AdaptedLinear
+from align_ext.adapters.embedding import AdaptedEmbedding, EmbeddingAdapter
 from align_ext.adapters.linear_layer import features_of
 from align_ext.adapters.lora import LoraAdapter
 from align_ext.config import AlignLoraConfig
@@ -41,14 +42,12 @@ def unadoptable_reason(module: Any) -> str | None:
         return "its PEFT adapter is merged: unmerge it first"
     if module.disable_adapters:
         return "its PEFT adapter is disabled: enable it first"
-    linear = isinstance(module.lora_A[adapter], nn.Linear) if adapter in module.lora_A else False
-    if not linear or hasattr(module, "parameter_name"):  # ParamWrapper, for target_parameters
-        return "its PEFT adapter is not one of a linear layer (but of an embedding, a convolution, experts)"
+    factors = isinstance(module.base_layer, nn.Embedding) or isinstance(module.lora_A[adapter], nn.Linear)
+    if not factors or hasattr(module, "parameter_name"):  # ParamWrapper, for target_parameters
+        return "its PEFT adapter is not one of a linear layer or an embedding (but of a convolution, experts)"
     variant = getattr(module, "lora_variant", {}).get(adapter)
     if variant is not None and type(variant).__name__ != "DoraLinearVariant":
         return f"its PEFT adapter is a variant ({type(variant).__name__}) that plain LoRA cannot take over"
-    if module.lora_B[adapter].bias is not None:
-        return "its PEFT adapter has lora_bias, which plain LoRA cannot take over"
     return None
 
 
@@ -71,7 +70,7 @@ def refuse_unadoptable(model: nn.Module, targets: Mapping[str, Any], skipped: Ma
             if len(getattr(module, "modules_to_save", ())) != 1 or module.disable_adapters:
                 raise ValueError(
                     f"PEFT trains {name} in a way that cannot be adopted (trainable_token_indices, several adapters, "
-                    "one that is off): remove it from the PEFT configuration"
+                    "one that is off): save it (save_pretrained), and load_adapter the folder into the base model"
                 )
             full_modules[name] = module
     adopted = {id(p) for module in full_modules.values() for p in module.parameters()}
@@ -120,8 +119,9 @@ def refuse_other_peft(model: nn.Module) -> None:
                 )
             if (bias := getattr(config, "bias", "none")) != "none":
                 raise ValueError(
-                    f"the PEFT adapter {name!r} has bias={bias!r}: it changes biases of the base model, which adopting "
-                    'would lose: train it with bias="none", or merge it (merge_and_unload()) and adapt the result'
+                    f"the PEFT adapter {name!r} has bias={bias!r}: it changes biases of the base model, whose values "
+                    "of before are not known any more: save it (save_pretrained), and load_adapter the folder into the "
+                    "base model"
                 )
             if getattr(config, "layer_replication", None):
                 raise ValueError(
@@ -143,7 +143,7 @@ def adopted_config(config: AlignLoraConfig, targets: Mapping[str, Any]) -> Align
         )
     module = next(iter(targets.values()))
     adapter = module.active_adapters[0]
-    r = module.lora_A[adapter].weight.shape[0]
+    r = _factors(module)[0].shape[0]
     return replace(
         config,
         r=r,
@@ -158,17 +158,29 @@ def adopted_config(config: AlignLoraConfig, targets: Mapping[str, Any]) -> Align
         layers_to_transform=(),
         layers_pattern=(),
         init_lora_weights="kaiming",
+        lora_bias=any(_factors(one)[2] is not None for one in targets.values()),
     )
 
 
 def adopt(module: Any, config: AlignLoraConfig) -> AdaptedLinear:
     """Adopts a PEFT LoRA layer: its base layer, the same Parameters, its scaling and dropout."""
-    name = module.active_adapters[0]
-    A, B = module.lora_A[name].weight, module.lora_B[name].weight
+    name, (A, B, bias) = module.active_adapters[0], _factors(module)
+    is_embedding, sizes = isinstance(module.base_layer, nn.Embedding), features_of(module.base_layer)
     with torch.device("meta"):
-        adapter = LoraAdapter(replace(config, r=A.shape[0]), *features_of(module.base_layer))
-    adapter.lora_A, adapter.lora_B = A, B
+        adapter: Any = (EmbeddingAdapter if is_embedding else LoraAdapter)(replace(config, r=A.shape[0]), *sizes)
+    if is_embedding:
+        adapter.lora_embedding_A, adapter.lora_embedding_B = A, B
+    else:
+        adapter.lora_A, adapter.lora_B, adapter.lora_bias = A, B, bias
     if config.use_dora:
         adapter.lora_magnitude_vector = module.lora_magnitude_vector[name].weight
     adapter.scaling, adapter.dropout_p = module.scaling[name], getattr(module.lora_dropout[name], "p", 0.0)
-    return AdaptedLinear(module.base_layer, adapter)
+    return (AdaptedEmbedding if is_embedding else AdaptedLinear)(module.base_layer, adapter)
+
+
+def _factors(module: Any) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter | None]:
+    """Returns A, B and the bias of B of a PEFT LoRA layer."""
+    name = module.active_adapters[0]
+    if isinstance(module.base_layer, nn.Embedding):
+        return module.lora_embedding_A[name], module.lora_embedding_B[name], None
+    return module.lora_A[name].weight, module.lora_B[name].weight, module.lora_B[name].bias

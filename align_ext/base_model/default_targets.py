@@ -9,7 +9,7 @@ from torch import nn
 from align_ext.adapters.linear_layer import features_of
 from align_ext.base_model.find_blocks import has_heads
 from align_ext.base_model.modalities import other_modalities
-from align_ext.base_model.select_layers import linear_layers, output_embeddings
+from align_ext.base_model.select_layers import embeddings_of, linear_layers
 from align_ext.config import AUTO, AlignLoraConfig
 from align_ext.system.names import shortest_ends
 
@@ -36,7 +36,7 @@ def with_targets(config: AlignLoraConfig, model: nn.Module) -> AlignLoraConfig:
     if config.target_modules != AUTO or config.target_blocks:
         return config
     linears = dict(linear_layers(model))
-    head = output_embeddings(model)
+    head = embeddings_of(model, "output")
     layers = {name: features_of(module) for name, module in linears.items() if module is not head}
     others = other_modalities(model, layers)
     own = [name for name in layers if name not in others] or list(layers)

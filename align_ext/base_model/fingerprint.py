@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
@@ -61,7 +62,7 @@ class Sample:
         """Returns the values in bfloat16."""
         return torch.frombuffer(bytearray.fromhex(self.values), dtype=torch.bfloat16)
 
-    def differs(self, weight: Tensor, *, rows_may_differ: bool = False) -> str | None:
+    def differs(self, weight: Tensor, *, rows_may_differ: bool = False, replaced: Sequence[int] = ()) -> str | None:
         """Returns how a weight differs from the recorded one, or None.
 
         A weight that was stored in float16 meanwhile has other rounding: most values are the same, some differ by one
@@ -70,13 +71,15 @@ class Sample:
         Args:
             weight: the weight of the model.
             rows_may_differ: whether the number of rows may differ; then only the rows that both have are compared.
+            replaced: numbers of rows that are not compared.
         """
         shape = tuple(weight.shape)
         if shape != self.shape and not (rows_may_differ and shape[1:] == self.shape[1:]):
             return f"is {list(shape)}, not {list(self.shape)}"
         recorded = self.decoded()
         indices = _sample_indices(math.prod(self.shape), len(recorded))
-        both = indices < weight.numel()
+        row = indices // max(1, math.prod(self.shape[1:]))
+        both = (indices < weight.numel()) & ~torch.isin(row, torch.tensor(replaced, dtype=torch.int64))
         here, there = _values(weight, indices[both]), recorded[both]
         same = (here == there) | (there.float().abs() < 1e-4) | (here.isnan() & there.isnan())
         close = torch.allclose(here.float(), there.float(), rtol=2**-7, atol=1e-6, equal_nan=True)
@@ -142,12 +145,18 @@ class BaseModel:
             raise ValueError("its record of the base model is damaged") from error
         return cls(name, weights, config, buffers)
 
-    def check(self, model: nn.Module, cure: str = "give its own, or go on with force=True") -> None:
+    def check(
+        self,
+        model: nn.Module,
+        cure: str = "give its own, or go on with force=True",
+        replaced: Mapping[str, Sequence[int]] = MappingProxyType({}),
+    ) -> None:
         """Compares the weights that a model has, with or without adapters, and its configuration.
 
         Args:
             model: the model.
             cure: the last words of the message.
+            replaced: by the names of weights, rows that an adapter replaces, and that may differ.
 
         Raises:
             OtherBaseError: it is another base.
@@ -158,7 +167,8 @@ class BaseModel:
             if name in weights and adapted and weights[name].requires_grad:
                 reason = None  # a trained weight may differ
             elif name in weights:
-                reason = sample.differs(weights[name], rows_may_differ=id(weights[name]) in resized)
+                resizable = id(weights[name]) in resized
+                reason = sample.differs(weights[name], rows_may_differ=resizable, replaced=replaced.get(name, ()))
             else:
                 reason = None if name.rpartition(".")[0] in packed else "is not in it"
             if reason is not None:
@@ -203,7 +213,7 @@ def _complete_weights(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, AdaptedModule):
             excluded |= {id(p) for p in module.adapter.parameters()}
             if isinstance(module, AdaptedLinear) and module.merged:
-                excluded.add(id(module.weight))
+                excluded |= {id(p) for p in module.base_layer.parameters()}
     return {
         plain_name(model, name): p
         for name, p in model.named_parameters()
@@ -253,8 +263,11 @@ def _incomplete_modules(model: nn.Module) -> set[str]:
     return {
         plain_name(model, name)
         for name, module in model.named_modules()
-        if any(id(t) not in whole for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
-        or (hasattr(module, "weight") and "weight" not in module._parameters)
+        if not isinstance(module, AdaptedModule)  # whose base layer is looked at
+        and (
+            any(id(t) not in whole for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+            or (hasattr(module, "weight") and "weight" not in module._parameters)
+        )
     }
 
 

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from align_ext.adapters.adapted_block import Adapted
 from align_ext.adapters.adapted_linear import AdaptedModule
+from align_ext.adapters.trained_rows import TokenRows, TrainedRows
 from align_ext.alignment.buffers import Place, assign, places, same_bits
 from align_ext.alignment.model_state import find_state
 from align_ext.base_model.adopt_peft import PEFT_PREFIX
@@ -20,6 +22,7 @@ from align_ext.config import AUTO, AlignLoraConfig
 from align_ext.system.tensors import check_tensors
 
 HEADS = ("classifier", "score", "qa_outputs")  # the modules that PEFT trains by task_type
+ROWS = "token_adapter.trainable_tokens_delta"  # PEFT's name of the trained rows in an embedding
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # name parts of compiled and checkpointed modules
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # have no forward of their own
 
@@ -29,26 +32,45 @@ class ExtraTensors:
     """The tensors that are trained beside the adapters.
 
     Attributes:
-        tensors: parameters, and buffers of the modules, by name; a tied one under each of its names.
+        tensors: parameters, and buffers of the modules, by name; a tied one under each of its names. Trained rows of an
+            embedding have PEFT's name for them.
         modules: names of the fully trained modules, which PEFT calls modules_to_save.
-        others: names of trained parameters and changed buffers outside of these modules, which PEFT cannot store.
+        others: names of trained parameters and changed buffers outside of these modules.
+        bias: "all" or "lora_only", if others are the biases that PEFT's option of this value trains; else "none", and
+            PEFT cannot store them.
     """
 
     tensors: dict[str, Tensor]
     modules: tuple[str, ...]
     others: tuple[str, ...]
+    bias: str = "none"
 
     def unexportable_reason(self, model: nn.Module) -> str | None:
         """Returns why PEFT's format cannot store this, or None."""
-        if self.others:
+        if self.others and self.bias == "none":
             module = self.others[0].rpartition(".")[0]
             cure = f"; modules_to_save={[module]} trains and keeps all of it" if module else ""
             return f"{self.others[0]} is trained beside it without the rest of its module{cure}"
+        if reason := _rows_reason(model):
+            return reason
         names = {plain_name(model, name) for name, _ in model.named_modules(remove_duplicate=False)}
         for name in names - set(self.modules):
             if name.endswith(self.modules) and self.modules:  # PEFT's rule, which also matches inside words
                 return f"PEFT's modules_to_save would take {name} for a module that is trained beside it"
         return None
+
+
+def _rows_reason(model: nn.Module) -> str | None:
+    """Returns why stock PEFT would compute something else with trained rows, or None."""
+    wrapped = {name: module for name, module in model.named_modules() if isinstance(module, TrainedRows)}
+    for name, module in wrapped.items():
+        if getattr(module.base_layer, "bias", None) is not None:
+            return f"PEFT leaves out the bias of {plain_name(model, name)}, of which rows are trained"
+    config: Any = getattr(model, "config", None)
+    ties = hasattr(config, "to_dict") and config.to_dict().get("tie_word_embeddings")
+    if len(wrapped) > len(trained_rows(model)) and not ties:
+        return "PEFT does not know that the weight of which rows are trained is tied: set tie_word_embeddings"
+    return None
 
 
 def find_extra_tensors(model: nn.Module) -> ExtraTensors:
@@ -63,7 +85,50 @@ def find_extra_tensors(model: nn.Module) -> ExtraTensors:
     tensors, ids = tensors_of(model), {id(tensor) for tensor in (*trained, *_changed_buffers(model).values())}
     inside = {name: tensor for name, tensor in tensors.items() if is_inside(name, modules)}
     others = {name: tensor for name, tensor in tensors.items() if id(tensor) in ids and name not in inside}
-    return ExtraTensors(inside | others, tuple(modules), tuple(others))
+    rows = {f"{name}.{ROWS}": module.adapter.rows for name, module in trained_rows(model).items()}
+    return ExtraTensors(inside | others | rows, tuple(modules), tuple(others), _bias_option(model, inside, others))
+
+
+def _bias_option(model: nn.Module, inside: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> str:
+    """Returns PEFT's option that trains just these tensors outside of the fully trained modules; "none": there is none.
+
+    Of two that do, it is the model's own.
+    """
+    state = find_state(model)
+    if state is None or not others:
+        return "none"
+    layers = [plain_name(model, name) for name, module in model.named_modules() if isinstance(module, Adapted)]
+    for option in (state.config.bias, "lora_only", "all"):
+        if {*biases(model, option, layers)} - inside.keys() == others.keys():
+            return option
+    return "none"
+
+
+def trained_rows(model: nn.Module) -> dict[str, TrainedRows]:
+    """Returns the modules of which rows are trained, by name in the plain model; one of each tie."""
+    found: dict[TokenRows, tuple[str, TrainedRows]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, TrainedRows):
+            found.setdefault(module.adapter, (plain_name(model, name), module))
+    return dict(found.values())
+
+
+def biases(model: nn.Module, option: str, adapted: Collection[str]) -> list[str]:
+    """Returns the names of the biases that an option trains: PEFT's rule, parameters of the base called bias.
+
+    Args:
+        model: the model.
+        option: "none", "all", or "lora_only", those of adapted layers.
+        adapted: the names of these in the plain model.
+    """
+    return [
+        name
+        for name, tensor in tensors_of(model).items()
+        if isinstance(tensor, nn.Parameter)
+        and tensor.is_floating_point()
+        and f".{name}".endswith(".bias")
+        and (option == "all" or (option == "lora_only" and name.removesuffix(".bias") in adapted))
+    ]
 
 
 def buffers_of(model: nn.Module) -> dict[str, Tensor | None]:
@@ -167,24 +232,27 @@ def start_training(model: nn.Module, names: Collection[str]) -> None:
     names = [name for name in names if name in params]
     chosen = {id(params[name]) for name in names}
     names = [name for name, tensor in params.items() if id(tensor) in chosen]  # a tied one under each of its names
-    for name, value in full_values({n: params[n] for n in names if n not in state.originals}, "start_training").items():
+    unknown = all(parameter.is_meta for parameter in model.parameters())  # of a model that is not loaded yet
+    new = {} if unknown else {name: params[name] for name in names if name not in state.originals}
+    for name, value in full_values(new, "start_training").items():
         state.originals[name] = value.clone()
     for name in names:
         params[name].requires_grad_(True)
 
 
-def parameters_to_load(model: nn.Module, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def parameters_to_load(model: nn.Module, stored: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the parameters beside the adapters, by name, that get the tensors of a folder.
 
     Args:
         model: a plain or adapted model.
         stored: the folder's tensors, by name in the plain model.
+        rows: tensors of the shapes of trained rows that a plain model gets with the adapters.
 
     Raises:
         ValueError: names, shapes or kinds of dtypes differ.
     """
     if find_state(model) is None:
-        wanted = {name: tensor for name, tensor in tensors_of(model).items() if name in stored}
+        wanted = {name: tensor for name, tensor in tensors_of(model).items() if name in stored} | dict(rows)
     else:
         extra = find_extra_tensors(model)
         wanted = {n: t for n, t in extra.tensors.items() if isinstance(t, nn.Parameter) or is_inside(n, extra.modules)}
@@ -211,9 +279,9 @@ def restore_base(model: nn.Module) -> None:
     Raises:
         ValueError: the base values are no longer known; nothing was changed then.
     """
-    state, extra = find_state(model), find_extra_tensors(model).tensors
+    state, extra, base = find_state(model), find_extra_tensors(model).tensors, tensors_of(model)
     assert state is not None
-    parameters = {name: tensor for name, tensor in extra.items() if isinstance(tensor, nn.Parameter)}
+    parameters = {name: tensor for name, tensor in extra.items() if name in base and isinstance(tensor, nn.Parameter)}
     lost = sorted(parameters.keys() - state.originals.keys())
     if lost:
         raise ValueError(

@@ -2,9 +2,11 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping
+from typing import Literal
 
 from torch import nn
 
+from align_ext.adapters.embedding import unsuitable_embedding
 from align_ext.adapters.linear_layer import has_float_weight, is_conv1d
 from align_ext.base_model.adopt_peft import is_peft_lora, unadoptable_reason
 from align_ext.base_model.bypassed_layers import bypass_reason
@@ -24,28 +26,49 @@ def find_targets(
     fully_trained: Collection[str],
     *,
     by_name: bool,
+    ranked: Collection[str] = (),
 ) -> dict[str, nn.Module]:
     """Finds the layers to adapt.
 
     Args:
         model: the model.
         config: the options.
-        candidates: its linear layers by name.
+        candidates: its linear layers and embeddings by name.
         skipped: gets the reasons of those that match but cannot be adapted, by name.
         fully_trained: names of fully trained modules.
         by_name: whether target_modules and exclude_modules choose among the candidates.
+        ranked: names of layers that are adapted whatever else is trained in them.
     """
-    targets, matcher, names = {}, Matcher(), _registered_names(model)
+    targets, matcher, names = {}, Matcher(), registered_names(model)
     for name, module in candidates.items():
         if by_name and not _matches(matcher, name, config, module, model):
             continue
-        trained = is_inside(f"{name}.", fully_trained)
+        trained = is_inside(f"{name}.", fully_trained) and name not in ranked
         reason = "it is trained whole (modules_to_save)" if trained else _skip_reason(name, module, model, names)
+        if reason is None and isinstance(module, nn.Embedding):
+            reason = _embedding_reason(module, config)
         if reason is None:
             targets[name] = module
         else:
             skipped[name] = reason
     return targets
+
+
+def _embedding_reason(module: nn.Embedding, config: AlignLoraConfig) -> str | None:
+    """Returns why an embedding cannot be adapted with these options, or None."""
+    beyond = config.init_lora_weights == "pissa" or config.lora_bias or config.use_dora
+    if config.architecture not in ("lora", "align_lora") or beyond:
+        return "embeddings are adapted by lora and align_lora alone, without lora_bias, use_dora and pissa"
+    unsuitable = unsuitable_embedding(module)
+    return unsuitable and f"it {unsuitable}"
+
+
+def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns every linear layer and every embedding by name, without those inside PEFT's layers."""
+    found = dict(linear_layers(model))
+    inside = tuple(f"{name}." for name, module in found.items() if is_peft_lora(module))
+    embeddings = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Embedding))
+    return found | {name: module for name, module in embeddings if not name.startswith(inside)}
 
 
 def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -90,7 +113,7 @@ def _matches(matcher: Matcher, name: str, config: AlignLoraConfig, module: nn.Mo
     if config.layers_to_transform and layer_index(name, config.layers_pattern) not in config.layers_to_transform:
         return False
     if all_linear(config):
-        return module is not output_embeddings(model)
+        return module is not embeddings_of(model, "output") and not isinstance(module, nn.Embedding)
     return name_matches(matcher, name, config.target_modules)
 
 
@@ -99,16 +122,16 @@ def all_linear(config: AlignLoraConfig) -> bool:
     return config.target_modules in (ALL_LINEAR, (ALL_LINEAR,))
 
 
-def output_embeddings(model: nn.Module) -> nn.Module | None:
-    """Returns a model's output head, or None."""
-    get_head = getattr(model, "get_output_embeddings", None)
+def embeddings_of(model: nn.Module, which: Literal["input", "output"]) -> nn.Module | None:
+    """Returns a model's input embeddings or its output head, or None."""
+    get = getattr(model, f"get_{which}_embeddings", None)
     try:
-        return get_head() if get_head is not None else None
+        return get() if get is not None else None
     except (NotImplementedError, AttributeError):
         return None
 
 
-def _registered_names(model: nn.Module) -> dict[int, list[str]]:
+def registered_names(model: nn.Module) -> dict[int, list[str]]:
     """Returns the names of each module and parameter by id; a name inside a shared module counts once."""
     names = defaultdict(list)
     for name, module in model.named_modules():
@@ -119,8 +142,6 @@ def _registered_names(model: nn.Module) -> dict[int, list[str]]:
 
 def _skip_reason(name: str, module: nn.Module, model: nn.Module, names: Mapping[int, list[str]]) -> str | None:
     """Returns why a matching layer cannot be adapted, or None."""
-    if module is output_embeddings(model):
-        return "it is the output head (lm_head), often tied to the embeddings"
     if reason := bypass_reason(name, model):
         return reason
     others = [other_name for other_name in names[id(module)] if other_name != name]
@@ -132,10 +153,23 @@ def _skip_reason(name: str, module: nn.Module, model: nn.Module, names: Mapping[
     if isinstance(weight, nn.Parameter):
         if weight.is_meta and not hasattr(module, "_hf_hook") and _is_offloaded_with(name, model):
             return "its weight is offloaded together with its parent's: offload layer by layer instead"
-        owners = [owner for other_name in names[id(weight)] if (owner := other_name.rpartition(".")[0]) != name]
-        if owners:
-            return f"its weight is tied to {owners[0] or 'the model'}"
+        other = tied_to(name, module, names)
+        if other is not None and module not in _token_modules(model):
+            return f"its weight is tied to {other}"
     return None
+
+
+def tied_to(name: str, module: nn.Module, names: Mapping[int, list[str]]) -> str | None:
+    """Returns the name of another module that holds a module's weight, or None."""
+    weight = module._parameters.get("weight")
+    owners = [] if weight is None else [one.rpartition(".")[0] for one in names[id(weight)]]
+    return next((owner or "the model" for owner in owners if owner not in (name, f"{name}.base_layer")), None)
+
+
+def _token_modules(model: nn.Module) -> list[nn.Module]:
+    """Returns a model's input embeddings and its output head, below PEFT's layers."""
+    found = [embeddings_of(model, which) for which in ("input", "output")]
+    return [getattr(module, "base_layer", module) for module in found if module is not None]
 
 
 def _is_offloaded_with(name: str, model: nn.Module) -> bool:
@@ -165,7 +199,7 @@ def nothing_matched_message(
     model: nn.Module, candidates: Mapping[str, nn.Module], config: AlignLoraConfig, skipped: Mapping[str, str]
 ) -> str:
     """Returns the message that no layer was adapted; it lists the linear layers of the model."""
-    kinds = Counter(name.rpartition(".")[2] for name in candidates)
+    kinds = Counter(name.rpartition(".")[2] for name, m in candidates.items() if not isinstance(m, nn.Embedding))
     found = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items())) or "none at all"
     reasons = "".join(f"; {name} matched, but {reason}" for name, reason in list(skipped.items())[:5])
     return (

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from align_ext.adapters.adapted_linear import AdaptedModule
+from align_ext.adapters.trained_rows import TrainedRows
 from align_ext.alignment.forward_hooks import CACHE
 from align_ext.alignment.model_state import find_state
 from align_ext.base_model.checks import model_errors
@@ -119,9 +121,10 @@ class _Head:
         self.handles = []
         if module is not None:
             self.handles.append(module.register_forward_pre_hook(self._select))
-        if type(module) is nn.Linear and module.weight.dtype in (torch.bfloat16, torch.float16):
-            self.weight = module.weight.float()
-            self.bias = None if module.bias is None else module.bias.float()
+        inner: Any = module.base_layer if isinstance(module, AdaptedModule) else module
+        if module is not None and type(inner) is nn.Linear and inner.weight.dtype in (torch.bfloat16, torch.float16):
+            self.weight = inner.weight.float()
+            self.bias = None if inner.bias is None else inner.bias.float()
             self.handles.append(module.register_forward_hook(self._in_float32))
 
     def _select(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -130,7 +133,13 @@ class _Head:
         return (args[0][self.rows, self.columns][None], *args[1:])
 
     def _in_float32(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return nn.functional.linear(args[0].float(), self.weight, self.bias)
+        x = args[0].float()
+        y = nn.functional.linear(x, self.weight, self.bias)
+        if not isinstance(module, AdaptedModule) or module.disabled or getattr(module, "merged", False):
+            return y
+        if isinstance(module, TrainedRows):
+            return module.adapter(x, module.base_layer, y)
+        return module.adapter(x, base_out=y)
 
     def log_probs(self, model: Any, inputs: dict[str, Tensor], rows: list[int], columns: list[int]) -> Tensor:
         """Returns the log-probabilities of the next token, float32 [K, vocabulary], at K tokens of a forward."""

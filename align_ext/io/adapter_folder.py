@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 
 from align_ext.adapters import adapter_class
 from align_ext.adapters.base import Adapter
+from align_ext.adapters.embedding import EmbeddingAdapter
 from align_ext.alignment.model_state import AlignState
-from align_ext.base_model.adopt_peft import PEFT_PREFIX
 from align_ext.base_model.fingerprint import BaseModel
 from align_ext.config import AlignLoraConfig
 from align_ext.io.hub_adapter import local_folder
@@ -26,11 +27,13 @@ from align_ext.io.peft_format import (
     PEFT_CONFIG,
     TASKS,
     WEIGHTS,
+    base_key,
     check_targets,
     one_lora,
     peft_forms,
     plain_lora_config,
     scalings,
+    token_indices,
 )
 from align_ext.io.read_peft import read_file, read_peft, read_trained
 from align_ext.system.bounds import is_number
@@ -66,6 +69,7 @@ class AdapterFolder:
         peft: the content of adapter_config.json; empty if there is no such file.
         plain: whether stock PEFT wrote the folder, so that it has none of our options.
         trained: the tensors that were trained beside the adapters, by name in the plain model.
+        written: weights of the base that stock PEFT wrote too, which must be the model's.
         tied: whether PEFT ties modules_to_save as the base does.
         base: the base model it belongs to; None if none is recorded, as in a folder of stock PEFT.
     """
@@ -77,6 +81,7 @@ class AdapterFolder:
     peft: Mapping[str, Any]
     plain: bool
     trained: dict[str, Tensor]
+    written: dict[str, Tensor]
     tied: bool
     base: BaseModel | None
 
@@ -102,9 +107,11 @@ class AdapterFolder:
         if config is not None and (exists(path / STATE) or not one_lora(config)):
             file, trained = path / STATE, dict[str, Tensor]()
             tensors, record = read_file(file)
+            written = {}
         else:
             file = path / WEIGHTS
-            tensors, trained, record = read_peft(path, peft)
+            content = read_peft(path, peft)
+            tensors, trained, written, record = content.lora, content.trained, content.base, content.record
             config = config or plain_lora_config(path / PEFT_CONFIG, peft, _module_names(tensors))
         in_peft = bool(trained) or not exists(path / TRAINED)
         trained |= {} if in_peft else read_trained(path / TRAINED)
@@ -126,7 +133,7 @@ class AdapterFolder:
             _check_options(path / OUR_CONFIG, file, record.get("options"), key_options(config, factors, names))
         base = None if record.get("base") is None else BaseModel.from_dict(record["base"])
         tied = bool(peft.get("ensure_weight_tying")) if in_peft and trained else True
-        contents = cls(path, config, adapters, names, peft, plain, trained, tied, base)
+        contents = cls(path, config, adapters, names, peft, plain, trained, written, tied, base)
         if not plain:
             contents._check_peft_files()
         return contents
@@ -145,12 +152,20 @@ class AdapterFolder:
         """Returns all tensors by "<module>.<parameter>"."""
         return adapter_tensors(self.adapters)
 
-    def check_model(self, model: nn.Module, layers: Iterable[str], *, force: bool = False) -> None:
+    def check_model(
+        self,
+        model: nn.Module,
+        layers: Iterable[str],
+        replaced: Mapping[str, Sequence[int]] = MappingProxyType({}),
+        *,
+        force: bool = False,
+    ) -> None:
         """Checks that the folder belongs to a model.
 
         Args:
             model: the model.
             layers: the names of its linear layers.
+            replaced: the rows of weights whose values the folder replaces, by the weights' names.
             force: accept another base model.
 
         Raises:
@@ -158,7 +173,7 @@ class AdapterFolder:
                 weights in the folder.
         """
         if self.base is not None and not force:
-            self.base.check(model)
+            self.base.check(model, replaced=replaced)
         if self.plain:
             check_targets(self.path / PEFT_CONFIG, self.peft, list(self.adapters), layers)
 
@@ -168,13 +183,14 @@ class AdapterFolder:
             path = self.path / where
             if not exists(path / WEIGHTS):
                 continue  # the folder has no files for PEFT
-            peft, tensors = read_json(path / PEFT_CONFIG), read_file(path / WEIGHTS)[0]
+            peft, tensors = {"bias": "none"} | read_json(path / PEFT_CONFIG), read_file(path / WEIGHTS)[0]
+            biased = any(f".{name}".endswith(".bias") for name in self.trained)
             if "modules_to_save" not in peft:  # older versions wrote the other trained tensors to a separate file
-                tensors |= {f"{PEFT_PREFIX}{name}": tensor for name, tensor in self.trained.items()}
-            layers = [key.removeprefix(PEFT_PREFIX) for key in form.tensors if key.endswith(".lora_A.weight")]
-            layers = [key.removesuffix(".lora_A.weight") for key in layers]
+                tensors |= {base_key(name, self.adapters): tensor for name, tensor in self.trained.items()}
+            layers = list(self.adapters)
             plain_lora_config(path / PEFT_CONFIG, peft, layers)
-            for option, value in {**dict.fromkeys(BY_LAYER), **form.options}.items():
+            bias = {} if biased else {"bias": "none"}
+            for option, value in {**dict.fromkeys(BY_LAYER), **bias, **form.options}.items():
                 if (peft.get(option) or None) != (value or None):
                     raise ValueError(
                         f"{shown_path(path / PEFT_CONFIG)} has {option}={shown(peft.get(option))}, but {OUR_CONFIG} "
@@ -207,6 +223,7 @@ def key_options(
         "num_tasks": config.num_tasks if multi else None,
         "layer_scaling": dict(scaling or {}),
         "task_names": list(task_names) if multi else [],
+        **({"trainable_token_indices": rows} if (rows := token_indices(config)) else {}),
     }
 
 
@@ -253,10 +270,11 @@ def build_adapters(
     """
     state, ranks, adapters = state or AlignState(config), _ranks(tensors), {}
     for name in _module_names(tensors):
-        A, B = tensors.get(f"{name}.lora_A"), tensors.get(f"{name}.lora_B")
+        kind: Any = EmbeddingAdapter if f"{name}.lora_embedding_A" in tensors else adapter_class(config)
+        A, B = (_factor(tensors, name, part) for part in "AB")
         sizes = (A.shape[-1] if A is not None and A.dim() else 1, B.shape[-2] if B is not None and B.dim() > 1 else 1)
         with torch.device("meta"):
-            adapter = adapter_class(config)(replace(config, r=ranks.get(name, config.r)), *sizes)
+            adapter: Adapter = kind(replace(config, r=ranks.get(name, config.r)), *sizes)
         adapter.state, adapter.scaling = state, scaling.get(name, config.scaling)
         adapters[name] = adapter
     check_tensors(tensors, adapter_tensors(adapters))
@@ -313,8 +331,13 @@ def _module_names(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _ranks(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    shapes = {name: tensors[f"{name}.lora_A"].shape for name in _module_names(tensors) if f"{name}.lora_A" in tensors}
-    return {name: shape[-2] for name, shape in shapes.items() if len(shape) >= 2}
+    factors = {name: _factor(tensors, name, "A") for name in _module_names(tensors)}
+    return {name: A.shape[-2] for name, A in factors.items() if A is not None and A.dim() >= 2}
+
+
+def _factor(tensors: Mapping[str, Tensor], name: str, part: str) -> Tensor | None:
+    """Returns A or B of a layer, or of an embedding."""
+    return tensors.get(f"{name}.lora_{part}", tensors.get(f"{name}.lora_embedding_{part}"))
 
 
 def _is_close(a: Tensor, b: Tensor) -> bool:

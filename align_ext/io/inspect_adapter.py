@@ -56,7 +56,7 @@ def _table(adapters: dict[str, Adapter], config: AlignLoraConfig) -> Table:
     for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
     for name, adapter in adapters.items():
-        params = dict(adapter.named_parameters())
+        params = {"lora_A": adapter.lora_A, "lora_B": adapter.lora_B, **dict(adapter.named_parameters())}
         sizes = (adapter.in_features, adapter.out_features, adapter.r, f"{adapter.scaling:g}")
         norms = [_norm(params[part]) for part in ("lora_A", "lora_B", *(["lora_router.lora_R"] if routed else []))]
         cells = [*map(str, sizes), f"{_numel(adapter):,}", *(f"{x:.3g}" for x in norms), _update(adapter, config)]

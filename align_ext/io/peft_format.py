@@ -1,7 +1,7 @@
 """PEFT's format of an adapter: one A and one B per layer, and the options in adapter_config.json."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from align_ext.adapters.base import Adapter
+from align_ext.adapters.embedding import EmbeddingAdapter
 from align_ext.alignment.model_state import AlignState
 from align_ext.base_model.adopt_peft import BASE_UNTOUCHED, PEFT_PREFIX
 from align_ext.config import AlignLoraConfig
@@ -40,7 +41,8 @@ class PeftForm:
 
     Attributes:
         tensors: the tensors by PEFT's keys, which vLLM and llama.cpp's converter read too.
-        options: r, lora_alpha, use_rslora, use_dora and, if layers differ, rank_pattern and alpha_pattern.
+        options: r, lora_alpha, use_rslora, use_dora, lora_bias, trainable_token_indices and, if layers differ,
+            rank_pattern and alpha_pattern.
     """
 
     tensors: dict[str, Tensor]
@@ -102,18 +104,34 @@ def peft_form(
         B = torch.cat([B.detach() for _, B in terms], 1)
         A = torch.cat([A.detach() for A, _ in terms]).to(B.dtype)
         count, ranks[name] = len(terms), A.shape[0]
-        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = A
-        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = B if uniform else B * adapter.scaling
+        key = "lora_embedding_{}" if isinstance(adapter, EmbeddingAdapter) else "lora_{}.weight"
+        tensors[f"{PEFT_PREFIX}{name}.{key.format('A')}"] = A
+        tensors[f"{PEFT_PREFIX}{name}.{key.format('B')}"] = B if uniform else B * adapter.scaling
         if adapter.lora_magnitude_vector is not None:
             tensors[f"{PEFT_PREFIX}{name}.lora_magnitude_vector"] = adapter.lora_magnitude_vector.detach()
-    tensors |= {f"{PEFT_PREFIX}{name}": tensor.detach() for name, tensor in (trained or {}).items()}
+    tensors |= {base_key(name, adapters): tensor.detach() for name, tensor in (trained or {}).items()}
+    biases = {name: adapter.lora_bias.detach() for name, adapter in adapters.items() if adapter.lora_bias is not None}
+    for name, b in biases.items():
+        tensors[f"{PEFT_PREFIX}{name}.lora_B.bias"] = b if uniform else b * adapters[name].scaling
+    more = {"use_dora": config.use_dora, "lora_bias": bool(biases), "trainable_token_indices": token_indices(config)}
     if uniform:
         alpha = config.lora_alpha * (math.sqrt(count) if config.use_rslora else count)
-        one = {"r": count * config.r, "lora_alpha": alpha, "use_rslora": config.use_rslora}
-        return PeftForm(tensors, one | {"use_dora": config.use_dora})
+        return PeftForm(tensors, {"r": count * config.r, "lora_alpha": alpha, "use_rslora": config.use_rslora} | more)
     r = max(ranks.values())
-    one = {"r": r, "lora_alpha": r, "use_rslora": False, "use_dora": config.use_dora}
+    one = {"r": r, "lora_alpha": r, "use_rslora": False} | more
     return PeftForm(tensors, one | {"rank_pattern": ranks, "alpha_pattern": dict(ranks)})
+
+
+def token_indices(config: AlignLoraConfig) -> list[int] | dict[str, list[int]] | None:
+    """Returns the rows of embeddings that are trained, in PEFT's form of the option."""
+    rows = config.trainable_token_indices
+    return ({name: list(tokens) for name, tokens in rows.items()} if isinstance(rows, Mapping) else list(rows)) or None
+
+
+def base_key(name: str, layers: Container[str]) -> str:
+    """Returns PEFT's key of a tensor of the base: an adapted layer's is that of its base_layer."""
+    module, _, part = name.rpartition(".")
+    return f"{PEFT_PREFIX}{f'{module}.base_layer.{part}' if module in layers else name}"
 
 
 def refuse_dora(config: AlignLoraConfig) -> None:
@@ -133,13 +151,14 @@ def portable(form: PeftForm) -> PeftForm:
     r, alpha, tensors = form.options["r"], form.options["lora_alpha"], dict(form.tensors)
     if form.options.get("rank_pattern"):
         for key, tensor in tensors.items():
-            if key.endswith(".lora_A.weight"):
+            if key.endswith((".lora_A.weight", ".lora_embedding_A")):
                 tensors[key] = functional.pad(tensor, (0, 0, 0, r - tensor.shape[0]))
-            elif key.endswith(".lora_B.weight"):
+            elif key.endswith((".lora_B.weight", ".lora_embedding_B")):
                 tensors[key] = functional.pad(tensor, (0, r - tensor.shape[1]))
     if form.options["use_rslora"]:
         alpha *= math.sqrt(r)
-    return PeftForm(tensors, {"r": r, "lora_alpha": alpha, "use_rslora": False, "use_dora": False})
+    others = {name: value for name, value in form.options.items() if name not in ("rank_pattern", "alpha_pattern")}
+    return PeftForm(tensors, others | {"lora_alpha": alpha, "use_rslora": False})
 
 
 @contextmanager
@@ -160,14 +179,17 @@ def plain_lora_config(file: Path, peft: Mapping[str, Any], modules: Sequence[str
     Raises:
         ValueError: it is not plain LoRA; the message names the option.
     """
-    refused = ["peft_type"] * (peft.get("peft_type") != "LORA") + ["bias"] * (peft.get("bias", "none") != "none")
+    refused = ["peft_type"] * (peft.get("peft_type") != "LORA")
+    refused += ["bias"] * (peft.get("bias", "none") not in ("none", "all", "lora_only"))
     start = peft.get("init_lora_weights")
     refused += ["init_lora_weights"] * (start not in BASE_UNTOUCHED)
-    others = (*_SUPPORTED, "peft_type", "bias", "init_lora_weights")
+    others = (*_SUPPORTED, "peft_type", "bias", "lora_bias", "trainable_token_indices", "init_lora_weights")
     refused += [option for option, value in peft.items() if value and option not in others]
     if refused:
         raise ValueError(f"{shown_path(file)}: {line(refused[0], 80)}={shown(peft.get(refused[0]))} is not plain LoRA")
-    names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
+    names = (
+        "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "lora_bias", "trainable_token_indices",
+    )  # fmt: skip
     options = {"r": _RANK, "lora_alpha": _ALPHA, "lora_dropout": 0.0, "target_modules": tuple(modules) or ("none",)}
     try:
         return AlignLoraConfig.from_dict({"architecture": "lora"} | options | {n: peft[n] for n in names if n in peft})

@@ -1,7 +1,8 @@
 """Reads the tensors of a folder of PEFT's form: the adapters', and those that were trained beside them."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import torch
 from torch import Tensor
 
 from align_ext.base_model.adopt_peft import PEFT_PREFIX
-from align_ext.base_model.modules_to_save import HEADS
+from align_ext.base_model.modules_to_save import HEADS, ROWS
 from align_ext.io.peft_format import PEFT_CONFIG, WEIGHTS
 from align_ext.system.messages import shown, shown_path
 from align_ext.system.names import check_names
 from align_ext.system.reading import exists
 from align_ext.system.tensors import read_tensors
+
+_BASE_WEIGHT = r"((?!.*\.lora_).+?)(?:\.token_adapter)?(?:\.base_layer)?\.weight"
 
 
 def read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -24,23 +27,50 @@ def read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return read_tensors(file)
 
 
-def read_peft(path: Path, peft: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-    """Returns the tensors of the adapters by our keys, those of modules_to_save, and the record, of a PEFT folder."""
+@dataclass(frozen=True)
+class PeftTensors:
+    """The tensors of a PEFT folder.
+
+    Attributes:
+        lora: the adapters', by our keys.
+        trained: those that were trained beside them, by name in the plain model.
+        base: weights of the base that PEFT writes too (save_embedding_layers), by name in the plain model.
+        record: what is recorded beside the tensors.
+    """
+
+    lora: dict[str, Tensor]
+    trained: dict[str, Tensor]
+    base: dict[str, Tensor]
+    record: dict[str, Any]
+
+
+def read_peft(path: Path, peft: Mapping[str, Any]) -> PeftTensors:
+    """Reads the tensors of a PEFT folder, of which peft is the content of adapter_config.json."""
     tensors, record = read_file(path / WEIGHTS)
     if not peft:
         raise ValueError(f"{shown_path(path)} is no adapter folder: {PEFT_CONFIG} is missing")
-    modules = peft.get("modules_to_save") or []
+    modules, bias = peft.get("modules_to_save") or [], peft.get("bias", "none") != "none"
     check_names(modules, f"{shown_path(path / PEFT_CONFIG)}: modules_to_save")
-    lora, trained, unknown, contents = {}, {}, [], set()
+    lora, trained, base, unknown, contents = {}, {}, dict[str, Tensor](), [], set()
     for key, tensor in tensors.items():
         name = key.removeprefix(PEFT_PREFIX)
         owners = [module for module in modules if f"{module}." in name]
-        match = re.fullmatch(r"(.+\.lora_[AB])\.weight|(.+\.lora_magnitude_vector)", name)
+        match = re.fullmatch(
+            r"(.+\.lora_[AB])\.weight|(.+)\.lora_B\.bias|(.+\.lora_embedding_[AB]|.+\.lora_magnitude_vector)", name
+        )
         if name != key and match:
-            lora[match[1] or match[2]] = tensor
+            lora[match[1] or match[3] or f"{match[2]}.lora_bias"] = tensor
+        elif name != key and peft.get("trainable_token_indices") and name.endswith(f".{ROWS}"):
+            trained[name] = tensor
+        elif bias and owners and re.search(r"\.(modules_to_save|original_module)\.bias$", name):
+            continue  # bias="all" writes the biases of modules_to_save again
         elif name != key and owners and ".lora_" not in name:
             trained[name] = tensor
             contents.update(owners)
+        elif name != key and bias and ".lora_" not in name and f".{name}".endswith(".bias"):
+            trained[name.replace(".base_layer.bias", ".bias")] = tensor
+        elif name != key and re.fullmatch(_BASE_WEIGHT, name):
+            base[re.sub(_BASE_WEIGHT, r"\1.weight", name)] = tensor
         else:
             unknown.append(key)
     file, dora = shown_path(path / WEIGHTS), any(key.endswith(".lora_magnitude_vector") for key in lora)
@@ -50,27 +80,15 @@ def read_peft(path: Path, peft: Mapping[str, Any]) -> tuple[dict[str, Tensor], d
             f"{'' if dora else 'no '}lora_magnitude_vector of DoRA: one of them was edited"
         )
     if peft.get("ensure_weight_tying"):  # PEFT then also writes a tied tensor under its other names
-        tied_copies = {key for key in unknown if any(torch.equal(tensors[key], tensor) for tensor in trained.values())}
-        trained |= {key.removeprefix(PEFT_PREFIX): tensors[key] for key in tied_copies}
-        unknown = [key for key in unknown if key not in tied_copies]
+        tied_copies = {n for n, tied in base.items() if any(torch.equal(tied, tensor) for tensor in trained.values())}
+        trained |= {name: base.pop(name) for name in tied_copies}
     if unknown:
         keys = f"of its keys {len(unknown)} are unexpected {shown(sorted(unknown)[:3])}"
-        raise ValueError(f"{file} is no plain LoRA: {keys}{_advice(unknown, peft)}")
+        raise ValueError(f"{file} is no plain LoRA: {keys}")
     empty = [name for name in modules if name not in contents and (name not in HEADS or not contents)]
     if empty:
         raise ValueError(f"{file} has no tensors of modules_to_save={shown(empty[0])}")
-    return lora, trained, record
-
-
-def _advice(unknown: Sequence[str], peft: Mapping[str, Any]) -> str:
-    """Returns advice on keys of a PEFT folder that are not those of plain LoRA."""
-    if (bias := peft.get("bias", "none")) != "none":
-        return f'; bias={shown(bias)} trained biases: train with bias="none"'
-    if any(".base_layer." in key or ".lora_embedding_" in key for key in unknown):
-        return "; PEFT adapted an embedding or the head: leave it out of target_modules, or merge the adapter by PEFT"
-    if all(key.startswith(PEFT_PREFIX) and ".lora_" not in key for key in unknown):
-        return f"; if PEFT wrote whole modules (save_embedding_layers), name them in modules_to_save of {PEFT_CONFIG}"
-    return ""
+    return PeftTensors(lora, trained, base, record)
 
 
 def read_trained(file: Path) -> dict[str, Tensor]:

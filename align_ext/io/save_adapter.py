@@ -21,8 +21,10 @@ save_adapter(model, folder) writes all of these files or none:
   PeftModel.from_pretrained says "Can't find 'adapter_config.json'": load such a folder with load_adapter.
 
 Other trained tensors (modules_to_save, parameters that require a gradient, buffers that training changed) are in PEFT's
-files as modules_to_save, if they make up whole modules. If they do not (a single bias, the running statistics of a
-frozen BatchNorm), or if stock PEFT would confuse the model's layers, there are no files for PEFT.
+files as modules_to_save, if they make up whole modules, as its bias, if they are all biases or those of the adapted
+layers, and as its trainable_token_indices, if they are rows of embeddings. If they are something else (a single bias,
+the running statistics of a frozen BatchNorm), or if stock PEFT would confuse the model's layers, there are no files for
+PEFT.
 
 Nothing is pickled, and load_adapter checks keys, shapes, dtypes, finiteness, and that the files belong together.
 """
@@ -40,7 +42,7 @@ from torch import Tensor, nn
 
 from align_ext.adapters.adapted_block import Adapted, adapted_layers
 from align_ext.adapters.base import Adapter
-from align_ext.adapters.linear_layer import is_conv1d
+from align_ext.adapters.linear_layer import is_transposed
 from align_ext.alignment.model_state import AlignState, require_state
 from align_ext.base_model.adopt_peft import refuse_peft_layers
 from align_ext.base_model.fingerprint import BaseModel
@@ -222,8 +224,8 @@ def _write_peft(path: Path, form: PeftForm, full: _SavedState, record: Mapping[s
         "lora_dropout": full.state.config.lora_dropout,
         "target_modules": _target_modules(full.model, list(full.layers)),
         "modules_to_save": list(full.extra.modules) or None,
-        "fan_in_fan_out": all(is_conv1d(layer.base_layer) for layer in full.layers.values()),
-        "bias": "none",
+        "fan_in_fan_out": all(is_transposed(layer.base_layer) for layer in full.layers.values()),
+        "bias": full.extra.bias,
         "inference_mode": True,
     }
     write_json(path / PEFT_CONFIG, content)

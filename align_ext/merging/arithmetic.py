@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from align_ext.adapters.adapted_linear import AdaptedLinear
 from align_ext.adapters.base import Adapter
+from align_ext.adapters.embedding import EmbeddingAdapter
 from align_ext.base_model.adopt_peft import PEFT_PREFIX
 from align_ext.base_model.fingerprint import BaseModel
 from align_ext.config import AlignLoraConfig
@@ -82,8 +83,10 @@ def uncomposable_reason(
     """Returns why adapters, and what was trained beside them, are no plain LoRA, which adds up with others; or None."""
     if reason := unexportable_reason(adapters, config):
         return reason
-    if trained:
-        return "it trains more than adapters"
+    if any(isinstance(adapter, EmbeddingAdapter) for adapter in adapters.values()):
+        return "it adapts embeddings"
+    if trained or config.lora_bias:
+        return "it trains more than A and B"
     return "it is DoRA, whose changes of a weight do not add up" if config.use_dora else None
 
 

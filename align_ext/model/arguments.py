@@ -7,17 +7,20 @@ from typing import Any
 from torch import nn
 
 from align_ext.alignment.guards import check_model, refuse_parts_of_a_model
+from align_ext.base_model.select_layers import ALL_LINEAR, embeddings_of, name_matches
 from align_ext.config import AlignLoraConfig
 from align_ext.system.messages import shown
+from align_ext.system.names import Matcher
 
 _SUPPORTED = (
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "use_dora",
     "init_lora_weights", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern",
+    "bias", "lora_bias", "trainable_token_indices",
 )  # fmt: skip
 # Options of peft.LoraConfig that do not change the training, or that follow from the layers.
 _IGNORED = (
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "fan_in_fan_out", "runtime_config",
+    "fan_in_fan_out", "runtime_config", "ensure_weight_tying",
 )  # fmt: skip
 
 
@@ -64,6 +67,8 @@ def _from_peft(model: nn.Module, config: Any) -> AlignLoraConfig:
     options["exclude_modules"] = options["exclude_modules"] or ()
     for name in ("target_modules", "exclude_modules"):
         options[name] = options[name] if isinstance(options[name], str) else tuple(sorted(options[name]))
+    if getattr(config, "ensure_weight_tying", False):
+        _refuse_tied_adapters(model, options["target_modules"])
     if options["modules_to_save"] is None:
         del options["modules_to_save"]
     init = options["init_lora_weights"]
@@ -73,6 +78,19 @@ def _from_peft(model: nn.Module, config: Any) -> AlignLoraConfig:
             "or pissa"
         )
     return AlignLoraConfig.from_dict(options)
+
+
+def _refuse_tied_adapters(model: nn.Module, targets: tuple[str, ...] | str) -> None:
+    """Raises if PEFT would give both modules of a tie one adapter."""
+    inner, head = embeddings_of(model, "input"), embeddings_of(model, "output")
+    if inner is None or head is None or getattr(head, "weight", None) is not getattr(inner, "weight", None):
+        return
+    for name, module in model.named_modules():
+        if module in (inner, head) and targets != ALL_LINEAR and name_matches(Matcher(), name, targets):
+            raise ValueError(
+                f"peft.LoraConfig has ensure_weight_tying=True and adapts {name}, whose weight the input embeddings "
+                "and the head share: here each has its own adapter: leave ensure_weight_tying out, or train with PEFT"
+            )
 
 
 def _default_targets(model: nn.Module) -> tuple[str, ...]:

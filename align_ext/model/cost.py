@@ -10,6 +10,7 @@ from torch import nn
 from align_ext.adapters import adapter_class
 from align_ext.adapters.adapted_block import adapted_layers
 from align_ext.adapters.base import Adapter
+from align_ext.adapters.embedding import EmbeddingAdapter
 from align_ext.adapters.linear_layer import features_of
 from align_ext.alignment.guards import check_model
 from align_ext.alignment.model_state import find_state
@@ -150,7 +151,8 @@ def flops_per_token(model: nn.Module) -> FlopsPerToken:
 
 def adapter_flops(adapter: Adapter, config: AlignLoraConfig) -> int:
     """Counts the operations of one adapter per token (see flops_per_token)."""
-    n, m, r, heads = adapter.in_features, adapter.out_features, adapter.r, config.num_heads or 1
+    n = 0 if isinstance(adapter, EmbeddingAdapter) else adapter.in_features  # which looks A's columns up
+    m, r, heads = adapter.out_features, adapter.r, config.num_heads or 1
     logits = (config.routing_groups or 0) * heads if config.router == "linear" else 0
     offset = 2 * r * (n + m) if getattr(adapter, "lora_A0", None) is not None else 0
     again = 2 * n * m if adapter.drops_whole_input and adapter.dropout_p > 0 else 0

@@ -6,8 +6,9 @@ from contextlib import ExitStack, contextmanager
 from torch import nn
 
 from align_ext.adapters.adapted_block import adapted_layers
+from align_ext.adapters.adapted_linear import AdaptedModule
 from align_ext.alignment.model_state import require_state
-from align_ext.base_model.modules_to_save import find_extra_tensors, plain_name
+from align_ext.base_model.modules_to_save import find_extra_tensors, plain_name, tensors_of
 from align_ext.base_model.sharded import refuse_sharded
 
 
@@ -39,7 +40,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
         for module, name, value in _trained_beside(model):
             stack.callback(module._parameters.__setitem__, name, module._parameters[name])
             module._parameters[name] = value
-        for layer in layers.values():
+        for layer in (module for module in model.modules() if isinstance(module, AdaptedModule)):
             stack.callback(setattr, layer, "disabled", False)
             layer.disabled = True
         stack.callback(setattr, state, "disabled", False)
@@ -50,7 +51,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 def _trained_beside(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
     """Yields the place of each parameter that is trained beside the adapters, and its value in the base, frozen."""
     originals, beside = require_state(model).originals, find_extra_tensors(model).tensors
-    if not beside:
+    if not beside.keys() & tensors_of(model).keys():
         return
     refuse_sharded(model, "disable_adapter")
     for place, module in model.named_modules():

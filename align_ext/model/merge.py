@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from align_ext.adapters.adapted_block import AdaptedBlock, adapted_layers
 from align_ext.adapters.adapted_linear import AdaptedLinear
+from align_ext.adapters.trained_rows import TrainedRows
 from align_ext.alignment.forward_hooks import remove_hooks
 from align_ext.alignment.model_state import require_state
-from align_ext.base_model.modules_to_save import restore_base
+from align_ext.base_model.modules_to_save import restore_base, trained_rows
 from align_ext.base_model.sharded import refuse_sharded
+from align_ext.base_model.token_rows import put
 from align_ext.model.save_pretrained import restore_methods
 from align_ext.system.messages import shown
 
@@ -54,7 +56,8 @@ def merge_and_unload(
     Exact for lora, align_lora, m_lora, hydra without a router, and the task of a multi_adapter that set_task chose. A
     routed adapter is not a change of the weight; approximate="uniform" merges it with equal weights of all heads,
     measures on a batch how much the outputs change, logs it, and stores it as `model.merge_report` (a MergeReport).
-    Adapters beside whole blocks cannot be merged. Tensors that were trained beside the adapters keep their values.
+    Adapters beside whole blocks, and beside a weight that two modules share (a tied head), cannot be merged. Tensors
+    that were trained beside the adapters keep their values, and trained rows of embeddings are written into them.
 
     Args:
         model: a model with adapters.
@@ -93,7 +96,10 @@ def merge_and_unload(
     def delta(layer: AdaptedLinear) -> Tensor | None:
         return layer.adapter.uniform_delta_weight() if approximate else None
 
-    bases: dict[str, nn.Module] = {}
+    rows, bases = trained_rows(model), dict[str, nn.Module]()
+    for name, module in rows.items():
+        if not torch.isfinite(module.adapter.rows).all():
+            raise ValueError(f"{name} cannot be merged: its trained rows are not finite: load an earlier checkpoint")
     for change in (False, True) if safe_merge else (True,):
         for name, layer in linears.items():
             try:
@@ -103,6 +109,8 @@ def merge_and_unload(
                     layer.merged_weight(delta(layer))
             except ValueError as error:
                 raise ValueError(f"{name} cannot be merged: {error}") from error
+    for module in rows.values():
+        module.merge()
     plain = restore_layers(model, bases)
     if before is not None and batch is not None:
         plain.merge_report = _compare(before, _log_probabilities(plain, batch))  # type: ignore[assignment]
@@ -142,6 +150,7 @@ def restore_layers(model: nn.Module, bases: Mapping[str, nn.Module]) -> nn.Modul
     for name, base in bases.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, base)
+    put(model, {module: module.base_layer for module in model.modules() if isinstance(module, TrainedRows)})
     remove_hooks(model)
     return restore_methods(model)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from align_ext.adapters.adapted_block import Adapted, adapted_layers
 from align_ext.adapters.linear_layer import device_of
+from align_ext.adapters.trained_rows import TrainedRows
 from align_ext.alignment.model_state import AlignState, require_state
 from align_ext.base_model.modules_to_save import (
     find_extra_tensors,
@@ -40,11 +41,13 @@ class NamedAdapter:
         state: the state that its layers share.
         layers: its layers by name, each with the base's layer in it.
         trained: what it trains beside them, by name in the plain model.
+        rows: modules of the base, and what takes their places to train some rows of their weight.
     """
 
     state: AlignState
     layers: dict[str, Adapted]
     trained: dict[str, Tensor]
+    rows: dict[nn.Module, TrainedRows]
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -124,7 +127,7 @@ def named_adapter(model: nn.Module, adapter_name: str) -> NamedAdapter:
     """
     state = require_state(model)
     if adapter_name == state.name:
-        return NamedAdapter(state, adapted_layers(model), find_extra_tensors(model).tensors)
+        return NamedAdapter(state, adapted_layers(model), find_extra_tensors(model).tensors, _rows(model))
     if adapter_name not in state.others:
         raise ValueError(unknown_name("adapter", adapter_name, adapter_names(model)))
     other: NamedAdapter = state.others[adapter_name]
@@ -172,16 +175,21 @@ def _take_off(model: nn.Module) -> NamedAdapter:
     if merged := [name for name, layer in layers.items() if getattr(layer, "merged", False)]:
         raise ValueError(f"the adapter of {merged[0]} is merged into its weight: unmerge it first")
     trained = {name: tensor.detach().clone() for name, tensor in find_extra_tensors(model).tensors.items()}
+    rows = _rows(model)
     restore_base(model)
     restore_layers(model, {name: layer.base_layer for name, layer in layers.items()})
-    return NamedAdapter(state, layers, trained)
+    return NamedAdapter(state, layers, trained, rows)
+
+
+def _rows(model: nn.Module) -> dict[nn.Module, TrainedRows]:
+    return {module.base_layer: module for module in model.modules() if isinstance(module, TrainedRows)}
 
 
 def _put_on(model: nn.Module, adapter: NamedAdapter) -> None:
     """Gives a base its adapter back."""
-    for layer in adapter.layers.values():
+    for layer in (*adapter.layers.values(), *adapter.rows.values()):
         layer.adapter.to(device_of(layer.base_layer))
-    put_in_place(model, adapter.state, adapter.layers)
+    put_in_place(model, adapter.state, adapter.layers, adapter.rows)
     parameters = {name: tensor for name, tensor in tensors_of(model).items() if isinstance(tensor, nn.Parameter)}
     start_training(model, [name for name in adapter.trained if name in parameters])
     for name, value in adapter.trained.items():

@@ -13,8 +13,10 @@ from align_ext.adapters import adapter_class
 from align_ext.adapters.adapted_block import Adapted, AdaptedBlock, adapted_layers
 from align_ext.adapters.adapted_linear import AdaptedLinear
 from align_ext.adapters.base import Adapter
+from align_ext.adapters.embedding import AdaptedEmbedding, EmbeddingAdapter
 from align_ext.adapters.linear_layer import device_of, features_of, has_float_weight, is_conv1d
 from align_ext.adapters.siblings import join_siblings
+from align_ext.adapters.trained_rows import TrainedRows
 from align_ext.alignment.forward_hooks import register_hooks
 from align_ext.alignment.guards import refuse_parts_of_a_model
 from align_ext.alignment.model_state import AlignState, find_state, require_state
@@ -32,16 +34,27 @@ from align_ext.base_model.default_targets import with_targets
 from align_ext.base_model.find_blocks import find_blocks
 from align_ext.base_model.fingerprint import BaseModel
 from align_ext.base_model.modalities import other_modalities, refuse_other_modalities
-from align_ext.base_model.modules_to_save import buffers_of, is_inside, modules_to_train, start_training, tensors_of
+from align_ext.base_model.modules_to_save import (
+    biases,
+    buffers_of,
+    is_inside,
+    modules_to_train,
+    start_training,
+    tensors_of,
+)
 from align_ext.base_model.quantised import dequantised, keep_differentiable
 from align_ext.base_model.select_layers import (
+    adaptable_layers,
+    embeddings_of,
     find_targets,
     linear_layers,
     name_matches,
     nothing_matched_message,
-    output_embeddings,
+    registered_names,
+    tied_to,
     unmatched_hints,
 )
+from align_ext.base_model.token_rows import put, rows_to_train
 from align_ext.config import AlignLoraConfig
 from align_ext.model.arguments import resolve_config
 from align_ext.model.save_pretrained import override_methods, refuse_outer_model
@@ -67,6 +80,7 @@ class ReplaceReport:
         merged: names of the layers that have it merged into their weight.
         frozen: names of the layers of whose adapter nothing is trained.
         placed: "dtype on device" of the adapters' parameters, each once.
+        rows: name -> number of trained rows, of embeddings of which some rows are trained.
     """
 
     replaced: list[str] = field(default_factory=list)
@@ -80,6 +94,7 @@ class ReplaceReport:
     merged: list[str] = field(default_factory=list)
     frozen: list[str] = field(default_factory=list)
     placed: list[str] = field(default_factory=list)
+    rows: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         kinds = Counter(name.rpartition(".")[2] for name in self.replaced)
@@ -88,6 +103,7 @@ class ReplaceReport:
         if self.adopted:
             lines.append(f"of them {len(self.adopted)} with the weights of a PEFT adapter")
         lines += [f"trained whole beside them: {', '.join(self.trained)}"] if self.trained else []
+        lines += [f"trained rows of {name}: {count}" for name, count in self.rows.items()]
         lines += [f"left alone {name}: {reason}" for name, reason in self.skipped.items()]
         if self.excessive:
             more = f" and of {len(self.excessive) - 1} others" if len(self.excessive) > 1 else ""
@@ -109,8 +125,9 @@ def replace_linear_with_align_lora(
     """Freezes a model and adds an adapter to each linear layer that the config names, in place.
 
     By default those are the feed-forward layers of every block (align_ext/base_model/default_targets.py).
-    nn.Linear and its subclasses, GPT-2's Conv1D and quantised linears are adapted. lm_head, layers with tied weights
-    and layers whose forward is bypassed (nn.TransformerEncoderLayer's) are not, and the report lists them
+    nn.Linear and its subclasses, GPT-2's Conv1D and quantised linears are adapted, lm_head and embeddings where they
+    are named. Layers with tied weights, but for these, and layers whose forward is bypassed
+    (nn.TransformerEncoderLayer's) are not, and the report lists them
     (`adapter_report(model)`, also logged). The new head of a classification model, or the modules in modules_to_save,
     are fully trained beside the adapters; parameters that get requires_grad later are trained too. LoRA layers of a
     PeftModel are adopted: same Parameters, same scaling. A second call changes nothing.
@@ -153,7 +170,7 @@ def insert_adapters(
     _refuse_wrapped(model)
     refuse_other_peft(model)
     report = ReplaceReport()
-    candidates = dict(linear_layers(model))
+    candidates = adaptable_layers(model)
     adopting = {name: module for name, module in candidates.items() if is_peft_lora(module)}
     config = config if adopting else with_targets(config, model)
     state = AlignState(config)
@@ -166,7 +183,8 @@ def insert_adapters(
             layers[name] = AdaptedBlock(block, _build(name, block, (hidden, hidden), config, reset=ranks is None))
     else:
         chosen = adopting or candidates
-        targets = find_targets(model, config, chosen, report.skipped, full_names, by_name=not adopting)
+        fixed = ranks or ()
+        targets = find_targets(model, config, chosen, report.skipped, full_names, by_name=not adopting, ranked=fixed)
         if not targets:
             raise ValueError(nothing_matched_message(model, candidates, config, report.skipped))
         if adopting:
@@ -182,7 +200,8 @@ def insert_adapters(
             for name, module in targets.items():
                 options = config.of_layer(name, matcher) if ranks is None else replace(config, r=ranks[name])
                 adapter = _build(name, module, features_of(module), options, reset=ranks is None)
-                layers[name] = AdaptedLinear(module, adapter)
+                kind = AdaptedEmbedding if isinstance(module, nn.Embedding) else AdaptedLinear
+                layers[name] = kind(module, adapter)
     if ranks is None:
         made = {name: layer.adapter for name, layer in layers.items()}
         report.excessive = [name for name, a in made.items() if a.r > min(a.in_features, a.out_features)]
@@ -192,9 +211,15 @@ def insert_adapters(
     check_names(keys, "a folder cannot hold the adapters of these layers", maximum=len(keys))
     if config.needs_step:
         refuse_other_modalities(model, layers)
+    rows = rows_to_train(model, config, [*(name.removeprefix(PEFT_PREFIX) for name in layers), *full_names])
     if fill is not None:
         fill({name: layer.adapter for name, layer in layers.items()})
-    put_in_place(model, state, layers)  # the last call that may raise
+    names = registered_names(model)
+    for name, layer in layers.items():
+        if isinstance(layer, AdaptedLinear):
+            layer.tied_to = tied_to(name, layer.base_layer, names)
+    wrappers = {module: wrapper for one in rows for module, wrapper in one.wrappers(config).items()}
+    put_in_place(model, state, layers, wrappers)  # the last call that may raise
     keep_differentiable(model)
     model.requires_grad_(False)
     for name, layer in layers.items():
@@ -204,6 +229,10 @@ def insert_adapters(
         layer.dequantised = dequantised
         layer.register_state_dict_pre_hook(refuse_outer_model)
         report.replaced.append(name)
+    for wrapper in wrappers.values():
+        wrapper.adapter.requires_grad_(True)
+        wrapper.register_state_dict_pre_hook(refuse_outer_model)
+    report.rows = {one.name: len(one.tokens) for one in rows}
     watch_layers(model, state)
     if adopting:
         state.originals = adopt_full_modules(model, full_modules)
@@ -211,29 +240,38 @@ def insert_adapters(
     state.buffers = {n: None if buffer is None else buffer.clone() for n, buffer in before.items()}
     if ranks is None:
         report.trained = full_names
-        start_training(model, [name for name in tensors_of(model) if is_inside(name, full_names)])
+        trained_biases = biases(model, config.bias, [name.removeprefix(PEFT_PREFIX) for name in layers])
+        if config.bias != "none" and not trained_biases:
+            report.unmatched.append(f"bias={config.bias!r}: the model has no such biases")
+        start_training(model, [*(name for name in tensors_of(model) if is_inside(name, full_names)), *trained_biases])
     state.samples = dict(BaseModel.of(model).weights)
     state.report = report
     (logger.warning if report.unmatched or report.excessive else logger.info)("%s", report)
     return model
 
 
-def put_in_place(model: nn.Module, state: AlignState, layers: Mapping[str, Adapted]) -> None:
-    """Puts adapted layers in the places of their base layers; if anything raises, the model is unchanged."""
+def put_in_place(
+    model: nn.Module, state: AlignState, layers: Mapping[str, Adapted], rows: Mapping[nn.Module, TrainedRows]
+) -> None:
+    """Puts adapted layers, and modules of which rows are trained, in the places of the base's.
+
+    If anything raises, the model is unchanged.
+    """
     register_hooks(model, state)
     for name, layer in layers.items():
         layer.training = layer.base_layer.training
         layer.adapter.train(layer.training)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
+    put(model, rows)
     if state.config.share_inputs:
         join_siblings(model)
     override_methods(model)
 
 
-def layer_names(model: nn.Module) -> list[str]:
-    """Returns the names of a model's linear layers, without its output head."""
-    head = output_embeddings(model)
+def layer_names(model: nn.Module, *, with_head: bool) -> list[str]:
+    """Returns the names of a model's linear layers, with or without its output head."""
+    head = None if with_head else embeddings_of(model, "output")
     return [name for name, module in linear_layers(model) if module is not head]
 
 
@@ -245,7 +283,7 @@ def layers_to_adapt(model: nn.Module, config: AlignLoraConfig) -> dict[str, tupl
     """
     if config.target_blocks:
         return {name: (hidden, hidden) for name, (_, hidden) in _target_blocks(model, config).items()}
-    candidates, skipped, config = dict(linear_layers(model)), dict[str, str](), with_targets(config, model)
+    candidates, skipped, config = adaptable_layers(model), dict[str, str](), with_targets(config, model)
     targets = find_targets(model, config, candidates, skipped, modules_to_train(model, config), by_name=True)
     if not targets:
         raise ValueError(nothing_matched_message(model, candidates, config, skipped))
@@ -317,7 +355,8 @@ def _build(name: str, module: nn.Module, sizes: tuple[int, int], config: AlignLo
     # A float64 base, as in tests of exactness, gets float64 adapters.
     dtype = frozen.dtype if config.adapter_dtype == "base" else torch.promote_types(torch.float32, frozen.dtype)
     with torch.device(device_of(module)):
-        adapter = adapter_class(config)(config, *sizes).to(dtype)
+        kind = EmbeddingAdapter if isinstance(module, nn.Embedding) else adapter_class(config)
+        adapter: Adapter = kind(config, *sizes).to(dtype)
         weight = frozen.T if is_conv1d(module) else frozen
         if reset:
             adapter.reset_lora_parameters(weight if config.init_lora_weights == "pissa" else None)

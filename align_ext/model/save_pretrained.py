@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from align_ext.adapters.adapted_linear import AdaptedModule
 from align_ext.alignment.model_state import require_state
+from align_ext.base_model.ties import follow_ties, restore_ties
 from align_ext.model.disable import disable_adapter
 from align_ext.system.messages import shown_path
 
@@ -39,6 +40,7 @@ def override_methods(model: nn.Module) -> None:
 
     Methods of a PeftModel that would silently ignore the adapters raise an error; its disable_adapter is ours.
     """
+    follow_ties(model)
     for module in model.modules():
         if any(isinstance(m, AdaptedModule) for m in module.modules()):
             # Partial functions, since these can be copied and pickled with the model.
@@ -59,6 +61,7 @@ def restore_methods(model: nn.Module) -> nn.Module:
     Returns:
         The plain model; for a PeftModel, the model inside it, as PEFT's own unload returns.
     """
+    restore_ties(model)
     for module in model.modules():
         for name in ("save_pretrained", "create_or_update_model_card", "disable_adapter", *_PEFT_METHODS):
             module.__dict__.pop(name, None)

@@ -11,13 +11,16 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from align_ext.adapters.adapted_block import adapted_layers
+from align_ext.adapters.adapted_linear import AdaptedLinear
 from align_ext.alignment.model_state import find_state
+from align_ext.base_model.select_layers import embeddings_of
 from align_ext.base_model.sharded import unwrapped
 from align_ext.data.join_tasks import example_tasks
 from align_ext.system.messages import shown
 
 _TRAINER_METRICS = ("loss", "runtime", "samples_per_second", "steps_per_second", "epoch")
 _NOT_OPTIMIZED = "the optimizer does not have it: give it all parameters that require gradients"
+_FUSED = "fused_linear_cross_entropy"
 _FIRST_LOGS, _FAR = 3, 3.0  # logs of which the mean is looked at; times the model's own loss
 _TASK_LOSS = re.compile(r"(^|_)loss/")
 
@@ -34,6 +37,7 @@ class ChecksBeforeTraining(TrainerCallback):
         sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled  # the optimizer holds shards of parameters
         check_trained(trainer.model, None if sharded else trainer.optimizer)
         check_metric(trainer)
+        refuse_fused_head(args, trainer.model)
 
 
 class LayersThatNeverRan(TrainerCallback):
@@ -159,6 +163,16 @@ def check_trained(model: nn.Module, optimizer: Any) -> None:
     for name, parameter in model.named_parameters():
         if known and parameter.requires_grad and parameter not in adapted and id(parameter) not in known:
             raise ValueError(f"{name} is not trained, though it requires a gradient; {_NOT_OPTIMIZED}, or freeze it")
+
+
+def refuse_fused_head(args: Any, model: nn.Module) -> None:
+    """Raises ValueError if Liger's fused linear cross entropy would read the head's weight past its adapter."""
+    head, fused = embeddings_of(unwrapped(model), "output"), (args.liger_kernel_config or {}).get(_FUSED, True)
+    if args.use_liger_kernel and fused and isinstance(head, AdaptedLinear):
+        raise ValueError(
+            f"use_liger_kernel: its {_FUSED} reads the weight of the output head past its adapter: give "
+            f'liger_kernel_config={{"{_FUSED}": False}}, or leave the head out of target_modules'
+        )
 
 
 def refuse_peft_config(peft_config: Any) -> None:

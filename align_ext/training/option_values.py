@@ -45,7 +45,8 @@ def convert_option(name: str, value: Any, kind: Any, default: Any) -> Any:
         value = [f"{key}={part}" for key, part in pairs_of(value, name, "name=value").items()]
     if default == AUTO and isinstance(value, str) and value == AUTO:
         return AUTO
-    if get_origin(kind) is Mapping:
+    named = isinstance(value, Mapping) or (isinstance(value, str) and "=" in value)
+    if get_origin(kind) is Mapping or (named and any(get_origin(member) is Mapping for member in kinds)):
         return _convert_mapping(name, value)
     if value is None or (isinstance(value, str) and value == "none"):
         if type(None) in kinds:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from align_ext.adapters.adapted_block import adapted_layers
-from align_ext.adapters.linear_layer import is_conv1d
+from align_ext.adapters.linear_layer import is_transposed
 from align_ext.alignment.model_state import find_state
+from align_ext.base_model.modules_to_save import find_extra_tensors, tensors_of, trained_rows
 from align_ext.base_model.quantised import is_quantised
 from align_ext.base_model.sharded import shard_ranks
 from align_ext.data.encode import gold_tokens
@@ -59,11 +60,18 @@ def verify(job: Job, adapter: Path) -> dict[str, Check]:
     rounded = [] if is_quantised(model) else [p for layer in layers.values() for p in layer.base_layer.parameters()]
     limit = rounding_difference(lambda: logits(model), trained, rounded)
     reasons = {"stock PEFT": _peft_unsupported_reason(model, adapter), "merged": _unmergeable_reason(model)}
+    beside = {name: tensor.clone() for name, tensor in find_extra_tensors(model).tensors.items()}
+    rows = list(trained_rows(model).values())
     base = unload(model)
+    modules = {name: module for name, module in base.named_modules(remove_duplicate=False) if name}
+    values = {name: tensor.clone() for name, tensor in tensors_of(base).items() if name in beside}
 
-    def place(modules: Mapping[str, nn.Module]) -> Any:
+    def place(modules: Mapping[str, nn.Module], values: Mapping[str, Tensor]) -> Any:
         for name, module in modules.items():
             base.set_submodule(name, module)
+        for name, tensor in tensors_of(base).items():
+            if name in values:
+                tensor.copy_(values[name])
         return base
 
     def loaded() -> Any:
@@ -81,12 +89,15 @@ def verify(job: Job, adapter: Path) -> dict[str, Check]:
     def changed_otherwise(name: str) -> bool:
         theirs: Any = base.get_submodule(name)
         delta = layers[name].adapter.delta_weight()
-        delta = delta.T if is_conv1d(layers[name].base_layer) else delta
+        delta = delta.T if is_transposed(layers[name].base_layer) else delta
         difference = (theirs.get_delta_weight("default").to(delta.dtype) - delta).abs().max()
         return not bool(difference <= LARGEST_DIFFERENCE * delta.abs().max())  # after no step both are 0
 
     def merged() -> Any:
-        return place({name: layer.merged_base() for name, layer in layers.items()})
+        place({}, beside)
+        for one in rows:
+            one.merge()
+        return place({name: layer.merged_base() for name, layer in layers.items()}, {})
 
     models: dict[str, Callable[[], Any]] = {"loaded again": loaded, "stock PEFT": by_peft, "merged": merged}
     checks = {}
@@ -107,7 +118,7 @@ def verify(job: Job, adapter: Path) -> dict[str, Check]:
         if name != "merged":  # the last one
             if find_state(base) is not None:
                 unload(base)
-            place({name: layer.base_layer for name, layer in layers.items()})
+            place(modules, values)  # in the place of PEFT's
     return checks
 
 

@@ -20,6 +20,7 @@ CASES = {
     "exact accumulation": {"align": "kl", "align_accumulation": "exact"},
     "queue, kl": {"align": "kl", "align_accumulation": "queue"},
     "queue, mmd": {"align": "mmd", "align_accumulation": "queue", "align_queue": 2},
+    "biases and rows": {"align": "kl", "lora_bias": True, "trainable_token_indices": [3, 5]},
     "sft": {"align": "kl"},
 }
 
@@ -43,7 +44,11 @@ def build(case, folder):
 
 def state(model):
     """Everything of the adapters."""
-    return {name: t.detach().clone() for name, t in model.state_dict().items() if "lora_" in name}
+    return {name: t.detach().clone() for name, t in model.state_dict().items() if is_trained(name)}
+
+
+def is_trained(name):
+    return "lora_" in name or name.endswith("adapter.rows")
 
 
 def go_on(_, folder):
@@ -53,7 +58,7 @@ def go_on(_, folder):
         ran = build(case, Path(folder, case))
         with torch.no_grad():
             for name, tensor in ran.model.state_dict().items():
-                if "lora_" in name:
+                if is_trained(name):
                     tensor.add_(1)
         ran.train(resume_from_checkpoint=str(Path(folder, case, f"checkpoint-{SAVED}")))
         save_file(state(ran.model), Path(folder, f"{case}.safetensors"))

@@ -39,14 +39,15 @@ def fsdp(**more):
 
 
 BEST = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "loss"}
+BESIDE = {"trainable_token_indices": [3, 5], "lora_bias": True}
 TASKED = {"architecture": "multi_adapter", "align": None}
 DEEPSPEED = {
-    "zero3": (AlignTrainer, QUEUE, zero(3) | BEST),
+    "zero3": (AlignTrainer, QUEUE | BESIDE, zero(3) | BEST),
     "zero3, Trainer": (Trainer, {}, zero(3, **{GATHER: True})),
     "zero2": (AlignTrainer, {"architecture": "mtlora"}, zero(2)),
 }
 FSDP = {
-    "fsdp": (AlignTrainer, QUEUE, fsdp() | BEST),
+    "fsdp": (AlignTrainer, QUEUE | BESIDE, fsdp() | BEST),
     "fsdp, its files sharded": (AlignTrainer, TASKED, fsdp(state_dict_type="SHARDED_STATE_DICT")),
     "fsdp, Trainer": (Trainer, {"architecture": "mtlora"}, fsdp()),
 }

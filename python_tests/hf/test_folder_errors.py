@@ -89,7 +89,7 @@ def test_a_damaged_folder_is_refused_and_the_model_left_as_it_was(damage, tmp_pa
     [
         ("peft_type", "LOHA"),
         ("use_dora", True),
-        ("bias", "all"),
+        ("bias", "some"),
         ("init_lora_weights", "pissa"),
         ("modules_to_save", ["lm_head"]),
         ("r", 4),
@@ -161,24 +161,20 @@ def test_an_interrupted_first_write_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({}, "name them in modules_to_save"),
-        ({"target_modules": ["lm_head"]}, "leave it out of target_modules"),
-        ({"bias": "lora_only"}, 'bias=.*train with bias="none"'),
-    ],
-)
-def test_what_pefts_options_write_beside_an_adapter_is_refused_with_its_cure(options, message, tmp_path):
-    model = get_peft_model(qwen2(), LoraConfig(**{"target_modules": ["q_proj"]} | options))
-    model.save_pretrained(tmp_path, save_embedding_layers="bias" not in options)
-    with pytest.raises(ValueError, match=f"is no plain LoRA: .*{message}"):
-        load_adapter(qwen2(), tmp_path)
-    if not options:
-        file = tmp_path / "adapter_config.json"
-        content = json.loads(file.read_text()) | {"modules_to_save": ["embed_tokens", "lm_head"]}
-        file.write_text(json.dumps(content))
-        torch.testing.assert_close(logits(load_adapter(qwen2(), tmp_path)), logits(model))
+def test_weights_of_the_base_that_peft_writes_too_must_be_the_models(tmp_path):
+    model = get_peft_model(qwen2(), LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    torch.testing.assert_close(logits(load_adapter(qwen2(), tmp_path)), logits(model))
+    with torch.no_grad():
+        model.base_model.model.lm_head.weight += 1
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    plain = qwen2()
+    with pytest.raises(ValueError, match=r"lm_head\.weight, not the model's.* name it in modules_to_save"):
+        load_adapter(plain, tmp_path)
+    assert plain.state_dict().keys() == qwen2().state_dict().keys()
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"modules_to_save": ["lm_head"]}))
+    torch.testing.assert_close(logits(load_adapter(qwen2(), tmp_path)), logits(model))
 
 
 def test_a_folder_of_stock_peft_with_tied_modules_is_read(tmp_path):

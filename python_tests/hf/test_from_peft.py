@@ -23,6 +23,7 @@ SAME = {
     "use_rslora": True, "use_dora": True, "modules_to_save": ["norm"], "init_lora_weights": "gaussian",
     "layers_to_transform": [1],
     "layers_pattern": ["layers"], "rank_pattern": {"up_proj": 2}, "alpha_pattern": {"up_proj": 3.0},
+    "bias": "all", "lora_bias": True, "trainable_token_indices": [1, 2],
 }  # fmt: skip
 NEEDS = {"layers_pattern": {"layers_to_transform": [1]}}
 

@@ -42,8 +42,7 @@ def test_a_dictionary_is_taken():
 
 
 BEYOND = {
-    "bias": "all", "lora_bias": True,
-    "target_parameters": ["q_proj.weight"], "trainable_token_indices": [1], "init_lora_weights": "olora",
+    "use_qalora": True, "target_parameters": ["q_proj.weight"], "init_lora_weights": "olora",
 }  # fmt: skip
 
 

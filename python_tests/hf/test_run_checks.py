@@ -44,6 +44,8 @@ def test_the_checks_are_content_with_what_was_trained_and_fall_with_one_tensor_a
         "model": str(place / stored), "data": str(place / "rows.jsonl"), "output": str(tmp_path / "out"), "steps": 3,
         "lr": 2e-2, "eval_examples": 2, "dtype": trained, "device": "cpu", "adapter_dtype": adapters,
     }  # fmt: skip
+    if trained == stored:  # with what is trained beside the adapters
+        values |= {"modules_to_save": "norm", "trainable_token_indices": "40,50,60,70"}
     jobs = []
     verify = recipe.verify
 
