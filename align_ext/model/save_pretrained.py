@@ -47,8 +47,9 @@ def override_methods(model: nn.Module) -> None:
             if hasattr(type(module), "save_pretrained"):
                 write: Any = _save if module is model else _refuse_submodule
                 module.save_pretrained = functools.partial(write, module)  # type: ignore[assignment]
-            if module is model:
-                module.create_or_update_model_card = functools.partial(_update_card, module)  # type: ignore[assignment]
+                if module is model:
+                    card = functools.partial(_update_card, module)
+                    module.create_or_update_model_card = card  # type: ignore[assignment]
             for name in _PEFT_METHODS if _is_peft(module) else ():
                 setattr(module, name, functools.partial(_refuse_peft, name))
             if _is_peft(module):
