@@ -114,6 +114,7 @@ LINES = [
     on_gpu("large", "tensors of more than 2^31 elements", "test_large.py", "40 GiB"),
     on_gpu("CUDA graphs", "a captured forward and backward on new inputs", "test_graphs.py"),
     models("architectures", "gradients of all architectures x checkpointing modes", "test_models.py::test_gradients"),
+    models("experts", "gradients of adapted experts, with alignment", "test_models.py::test_experts"),
     models("training twice", "steps of training have the same bits twice", "test_models.py::test_same_training"),
     models("reduce-overhead", "torch.compile's CUDA graphs, with alignment", "test_models.py::test_reduce_overhead"),
     models("Trainer", "AlignTrainer(bf16=True): gradients", "test_trainers.py::test_trainer", "accelerate", "datasets"),

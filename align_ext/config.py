@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from align_ext.architectures import ARCHITECTURES, HYDRA_WITHOUT_ROUTER, Architecture, Row
+from align_ext.combinations import check_combinations
 from align_ext.option_rules import (
     as_tuple,
     bandwidths_rule,
     blocks_rule,
     layers_rule,
     probability_rule,
-    targets_rule,
     tokens_rule,
     weight_rule,
 )
@@ -67,7 +67,12 @@ class AlignLoraConfig:
         'suffixes of module names, a regular expression for the whole name, "all-linear", or "auto": the feed-forward '
         "layers of the blocks, whatever they are called (gate_proj, up_proj and down_proj in Llama), or all layers of "
         "blocks without such layers (Mamba); of several modalities those that see the text.",
-        targets_rule,
+    )
+    target_parameters: tuple[str, ...] = option(
+        (),
+        "names, or their ends, of tensors that hold all experts of a mixture, to be adapted too with an A and a B for "
+        "each expert (lora, align_lora), such as mlp.experts.gate_up_proj; target_modules may then be empty, and auto "
+        "is, where the blocks have no other feed-forward layers.",
     )
     exclude_modules: tuple[str, ...] | str = option((), "suffixes, or a regular expression, of modules to leave alone.")
     rank_pattern: Mapping[str, int] = option(
@@ -213,6 +218,7 @@ class AlignLoraConfig:
             self._normalise_names(name)
         if self.modules_to_save != AUTO:
             self._set("modules_to_save", check_names(self.modules_to_save, "modules_to_save"))
+        self._set("target_parameters", check_names(as_tuple(self.target_parameters), "target_parameters"))
         self._set("layers_to_transform", as_tuple(self.layers_to_transform))
         self._set("layers_pattern", check_names(as_tuple(self.layers_pattern), "layers_pattern"))
         for name in ("rank_pattern", "alpha_pattern"):
@@ -240,7 +246,7 @@ class AlignLoraConfig:
             self._set("align_ddof", 1)
             self._set("align_pairs", "mean")
         self._check_ranges()
-        self._check_combinations()
+        check_combinations(self)
 
     def of_layer(self, name: str, matcher: Matcher | None = None) -> AlignLoraConfig:
         """Returns the options with the rank and the alpha of one layer.
@@ -302,61 +308,9 @@ class AlignLoraConfig:
         if self.top_k is not None and not is_whole(self.top_k, 0, heads or MAX_SIZE):
             raise ValueError(f"top_k must be in 1 .. num_heads = {heads}, or 0 for all heads, got {shown(self.top_k)}")
 
-    def _check_combinations(self) -> None:
-        def refuse(option: str, why: str) -> None:
-            raise ValueError(f"{option}={shown(getattr(self, option))}: {why}")
-
-        for name in ("layers_to_transform", "rank_pattern", "alpha_pattern"):
-            if self.target_blocks and getattr(self, name):
-                refuse(name, "it is about linear layers, and whole blocks are adapted: leave it or target_blocks out")
-        whole = isinstance(self.target_modules, str) and self.target_modules not in ("all-linear", AUTO)
-        if self.layers_to_transform and whole:
-            refuse("layers_to_transform", "target_modules is a regular expression: say in it which layers are meant")
-        if self.layers_pattern and not self.layers_to_transform:
-            refuse("layers_pattern", "it does nothing without layers_to_transform: give that too, or leave it out")
-        if self.bias == "lora_only" and self.target_blocks:
-            refuse("bias", 'whole blocks are adapted, which have no bias of their own: take "all", or linear layers')
-        if self.lora_bias and (self.architecture not in ("lora", "align_lora") or self.target_blocks):
-            refuse("lora_bias", "it is the bias of a layer's only B: for lora and align_lora beside linear layers")
-        several = (self.num_heads or 1) > 1
-        random = self.init_lora_weights in ("random_heads", "orthogonal")
-        A_per_head = self.row.A_per_head
-        if self.architecture == "multi_adapter" and self.num_tasks is None:
-            refuse("num_tasks", "multi_adapter has an adapter for each task: say how many there are")
-        if self.init_lora_weights == "random_heads" and (self.num_heads is None or A_per_head):
-            refuse("init_lora_weights", "random heads are for hydra, r_lora, m_lora and mtlora, heads on one A")
-        if self.init_lora_weights == "pissa" and (not self.row.pissa or self.target_blocks):
-            refuse("init_lora_weights", "PiSSA starts one adapter from one weight: use lora or align_lora, no blocks")
-        if self.use_dora and (self.router is not None or self.architecture == "multi_adapter"):
-            refuse("use_dora", "DoRA rescales one adapted weight, and there is one for each input or task: use lora, "
-                   "align_lora, m_lora, or hydra with router=None")  # fmt: skip
-        if self.use_dora and self.lora_bias:
-            refuse("lora_bias", "DoRA rescales what B returns, and PEFT knows no bias there: leave it or use_dora out")
-        if self.use_dora and self.target_blocks:
-            refuse("use_dora", "a whole block has no one weight: leave target_blocks out")
-        if self.init_lora_weights == "orthogonal" and self.r % 2:
-            refuse("r", "orthogonal initialisation halves the rank: choose an even r")
-        if self.dropout_site != "input" and (self.num_heads is None or A_per_head):
-            refuse("dropout_site", f"{self.architecture} has one mask, on the input")
-        masked = self.dropout_site != "input" and self.lora_dropout > 0
-        if self.router_init == "zeros" and several and not random and not A_per_head and not masked:
-            refuse("router_init", "heads that start at zero with equal weights stay identical: use random heads")
-        if self.router_init == "zeros" and self.top_k and self.top_k < (self.num_heads or 1):
-            refuse("top_k", 'of equal logits the first win: router_init="zeros" would leave the other heads untrained')
-        if self.num_heads is not None and self.router is None and several and not random and not masked:
-            refuse("lora_dropout", "heads that start at zero without masks of their own stay identical: use dropout "
-                   "at latent or input_per_head, or random heads")  # fmt: skip
-        if self.balance == "switch" and not 0 < (self.top_k or 0) < (self.num_heads or 1):
-            refuse("balance", 'where every head takes every token it is a constant: choose a top_k, or "cv2"')
-        if (self.router == "mlp") != (self.routing == "sequence") and self.router is not None:
-            refuse("routing", 'the router "mlp" is for routing="sequence", and "linear" for routing="token"')
-        if self.align_statistics == "position":
-            if self.align != "kl" or self.response_only:
-                refuse("align_statistics", 'per position means align="kl" over all tokens, response_only=False')
-            if self.num_heads is not None and self._latents_per_head():
-                refuse("align_statistics", "per position there is one latent a token: not for latents of each head")
-
-    def _latents_per_head(self) -> bool:
+    @property
+    def latents_per_head(self) -> bool:
+        """Whether each head has a latent of its own."""
         return self.architecture == "lora_moe" or self.dropout_site == "input_per_head"
 
     @property
@@ -367,7 +321,7 @@ class AlignLoraConfig:
     @property
     def latents(self) -> int:
         """The number of latents z per token and layer: N if each head has its own latent, else 1."""
-        return (self.num_heads or 1) if self._latents_per_head() else 1
+        return (self.num_heads or 1) if self.latents_per_head else 1
 
     @property
     def needs_ids(self) -> bool:

@@ -23,11 +23,6 @@ def weight_rule(value: Any) -> str | None:
     return f"{wanted}, or None for the default" if (wanted := not_negative(value)) else None
 
 
-def targets_rule(value: Any) -> str | None:
-    """Checks that target_modules names something."""
-    return None if value else 'suffixes of module names, a regular expression or "all-linear"'
-
-
 def bandwidths_rule(value: Any) -> str | None:
     """Checks for bandwidths of the MMD, or None."""
     valid = isinstance(value, tuple) and 1 <= len(value) <= 32 and all(map(is_positive, value))

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from align_ext.adapters.adapted_experts import AdaptedParameter
 from align_ext.adapters.adapted_linear import AdaptedLinear, AdaptedModule
 
 
@@ -36,11 +37,11 @@ class AdaptedBlock(AdaptedModule):
             return getattr(super().__getattr__("base_layer"), name)
 
 
-Adapted = AdaptedLinear | AdaptedBlock
+Adapted = AdaptedLinear | AdaptedBlock | AdaptedParameter
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
-    """The adapted layers and blocks of a model by module name.
+    """The adapted layers, blocks and tensors of experts of a model by name.
 
     Raises:
         ValueError: there are none.

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from align_ext.adapters.base import Adapter, at_least_float32
 from align_ext.adapters.dora import rescaled, row_norms, scale_of
@@ -36,15 +37,135 @@ class AdaptedModule(nn.Module):
         """Why the adapter cannot be merged into the base's weight, or None if it can."""
         raise NotImplementedError
 
+    def base_name(self, name: str) -> str:
+        """The name of base_layer's own place in the model, where the adapter has this name."""
+        return name
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Accepts a checkpoint of the plain base too: its keys become base_layer's."""
-        ours = (f"{prefix}base_layer.", f"{prefix}adapter.")
+        ours = tuple(f"{prefix}{child}." for child in self._modules)
         for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(ours)]:
             state_dict[f"{prefix}base_layer.{key.removeprefix(prefix)}"] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class AdaptedLinear(AdaptedModule):
+class AdaptedWeight(AdaptedModule):
+    """An adapter beside one frozen weight, into which it may be merged.
+
+    Attributes:
+        merged: whether the weight holds the adapter now.
+    """
+
+    merged = False
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight."""
+        raise NotImplementedError
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the weight is stored [..., in, out]."""
+        raise NotImplementedError
+
+    def delta_weight(self) -> Tensor:
+        """The adapter as a change of the base weight, [out_features, in_features], float32."""
+        return self.adapter.delta_weight()
+
+    def _changed(self, weight: Tensor, delta: Tensor) -> Tensor:
+        """W [..., out, in] + delta in delta's dtype."""
+        return weight.to(delta.dtype) + delta
+
+    def unmergeable_reason(self) -> str | None:
+        """Why the adapter cannot be merged into the base weight, or None if it can."""
+        return self.adapter.unmergeable_reason() or self.base_unmergeable_reason()
+
+    def base_unmergeable_reason(self) -> str | None:
+        """Why nothing can be merged into the base weight, or None."""
+        weight: Any = getattr(self, "weight", None)
+        if hasattr(weight, "device_mesh") or hasattr(weight, "ds_id"):
+            return "several processes hold parts of the base weight: save the adapter, and merge it in one process"
+        if reason := self._weight_problem():
+            return reason
+        if has_hooks(self.base_layer):
+            return "the base layer has hooks, which may change its output"
+        if weight.is_meta:
+            return "the base weight is on the meta device or offloaded: load it first"
+        return self._forward_problem()
+
+    def _forward_problem(self) -> str | None:
+        """Why the base's forward is not the product of a weight that is there, or None."""
+        return None
+
+    def _weight_problem(self) -> str | None:
+        """Why the base's change is not that of its weight, or None."""
+        return None
+
+    def merge(self, delta: Tensor | None = None) -> None:
+        """Adds the adapter (or a given delta) to the base weight, in float32 (float64 for float64); once.
+
+        Raises:
+            ValueError: it cannot be merged; the message says why.
+        """
+        reason = self.base_unmergeable_reason() if delta is not None else self.unmergeable_reason()
+        if reason is not None:
+            raise ValueError(f"the layer cannot be merged: {reason}")
+        if not self.merged:
+            changes = self._changes(delta)
+            self._before_merging = [(tensor, tensor.detach().clone()) for tensor, _ in changes]
+            _apply(changes)
+            self.merged = True
+
+    def unmerge(self) -> None:
+        """Takes the adapter off the base weight again, to the bit: merge kept the weight as it was."""
+        if self.merged:
+            _apply(self._before_merging)
+            del self._before_merging
+            self.merged = False
+
+    @torch.no_grad()
+    def merged_base(self, delta: Tensor | None = None) -> nn.Module:
+        """The base layer with W + delta in its weight; the adapter is left without its place."""
+        if not self.merged:
+            _apply(self._changes(delta))
+        return self.base_layer
+
+    @torch.no_grad()
+    def _changes(self, delta: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+        """The tensors of the base that merging changes, each with its new value."""
+        return [(self.weight, self.merged_weight(delta))]
+
+    @torch.no_grad()
+    def merged_weight(self, delta: Tensor | None = None) -> Tensor:
+        """Computes W + delta (the adapter's, or a given one) in float32 or wider and rounds it once; W is not touched.
+
+        DoRA's norms are those of W + delta: g (W + delta).
+
+        Raises:
+            ValueError: the result is not finite; the message says why.
+        """
+        delta = self.adapter.delta_weight() if delta is None else delta
+        weight, delta = self.weight, delta.to(self.weight.device)
+        result = self._changed(weight.mT if self.is_transposed else weight, delta).to(weight.dtype)
+        result = result.mT if self.is_transposed else result
+        if not torch.isfinite(result).all():
+            if not torch.isfinite(delta).all():
+                reason = "its adapter's change of the weight is not finite: load an earlier checkpoint of the adapter"
+            elif not torch.isfinite(weight).all():
+                reason = "the base weight holds values that are not finite: load the base model again"
+            else:
+                reason = f"the merged weight is too large for {weight.dtype}: load the base in bfloat16 or float32"
+            raise ValueError(reason)
+        return result
+
+
+@torch.no_grad()
+def _apply(changes: list[tuple[Tensor, Tensor]]) -> None:
+    for tensor, value in changes:
+        tensor.copy_(value)
+
+
+class AdaptedLinear(AdaptedWeight):
     """A frozen linear-like layer with an adapter beside it.
 
     The base layer keeps its own forward: it is called as it is (base_out), or, when it is a plain frozen nn.Linear,
@@ -67,12 +188,16 @@ class AdaptedLinear(AdaptedModule):
     def __init__(self, base_layer: nn.Module, adapter: Adapter) -> None:
         super().__init__(base_layer, adapter)
         self.in_features, self.out_features = features_of(base_layer)
-        self.merged = False
 
     @property
     def weight(self) -> Tensor:
         """The base layer's weight; some models look at it from outside."""
         return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the weight is stored [in, out], as Conv1D's and an embedding's are."""
+        return is_transposed(self.base_layer)
 
     @property
     def _lora_bias(self) -> Tensor | None:
@@ -178,6 +303,7 @@ class AdaptedLinear(AdaptedModule):
         """The norms of the rows of the base weight with the adapter's change of it, [out_features], for DoRA."""
         return row_norms(self.base_weight().detach(), self.adapter.delta_factors(), self.adapter.scaling)
 
+    @override
     def delta_weight(self) -> Tensor:
         """The adapter as a change of the base weight, [out_features, in_features], float32."""
         delta = self.adapter.delta_weight()
@@ -186,6 +312,7 @@ class AdaptedLinear(AdaptedModule):
         weight = self.base_weight()
         return self._changed(weight, delta) - weight
 
+    @override
     def _changed(self, weight: Tensor, delta: Tensor) -> Tensor:
         """W [out, in] + delta in delta's dtype, with the norms of DoRA where the adapter trains them."""
         changed = weight.to(delta.dtype) + delta
@@ -194,18 +321,11 @@ class AdaptedLinear(AdaptedModule):
             return changed
         return changed * scale_of(magnitude, torch.linalg.vector_norm(changed, dim=1))[:, None]
 
-    def unmergeable_reason(self) -> str | None:
-        """Why the adapter cannot be merged into the base weight, or None if it can."""
-        return self.adapter.unmergeable_reason() or self.base_unmergeable_reason()
-
-    def base_unmergeable_reason(self) -> str | None:
-        """Why nothing can be merged into the base weight, or None."""
+    @override
+    def _weight_problem(self) -> str | None:
         base: Any = self.base_layer
-        weight: Any = getattr(base, "weight", None)
         if self._lora_bias is not None and self.bias is None:
             return "its adapter has a bias (lora_bias), and the base layer has none to add it to: keep it as an adapter"
-        if hasattr(weight, "device_mesh") or hasattr(weight, "ds_id"):
-            return "several processes hold parts of the base weight: save the adapter, and merge it in one process"
         if self.tied_to is not None:
             return (
                 f"its weight is that of {self.tied_to} too, which merging would change: load the adapter into a base "
@@ -215,12 +335,14 @@ class AdaptedLinear(AdaptedModule):
             return "the base weight is quantised: load the base in a floating-point dtype to merge"
         if not isinstance(base._parameters.get("weight"), nn.Parameter):
             return "the base weight is computed from others (parametrised, pruned)"
-        if has_hooks(base):
-            return "the base layer has hooks, which may change its output"
-        if self.weight.is_meta:
-            return "the base weight is on the meta device or offloaded: load it first"
+        return None
+
+    @override
+    def _forward_problem(self) -> str | None:
         if self.has_own_forward():
-            return f"{type(base).__name__} has a forward of its own, which is not its weight's product with x"
+            return (
+                f"{type(self.base_layer).__name__} has a forward of its own, which is not its weight's product with x"
+            )
         return None
 
     def has_own_forward(self) -> bool:
@@ -228,72 +350,14 @@ class AdaptedLinear(AdaptedModule):
         base = self.base_layer
         return not is_conv1d(base) and type(base).forward is not nn.Linear.forward and not _multiplies(base)
 
-    def merge(self, delta: Tensor | None = None) -> None:
-        """Adds the adapter (or a given delta) to the base weight, in float32 (float64 for float64); once.
-
-        Raises:
-            ValueError: it cannot be merged; the message says why.
-        """
-        reason = self.base_unmergeable_reason() if delta is not None else self.unmergeable_reason()
-        if reason is not None:
-            raise ValueError(f"the layer cannot be merged: {reason}")
-        if not self.merged:
-            merged = {"weight": self.merged_weight(delta), **self._merged_bias()}
-            parameters = self.base_layer._parameters
-            self._before_merging = {name: parameters[name].detach().clone() for name in merged}  # type: ignore[union-attr]
-            self._set_base(merged)
-            self.merged = True
-
-    def unmerge(self) -> None:
-        """Takes the adapter off the base weight again, to the bit: merge kept the weight as it was."""
-        if self.merged:
-            self._set_base(self._before_merging)
-            del self._before_merging
-            self.merged = False
-
-    @torch.no_grad()
-    def merged_base(self, delta: Tensor | None = None) -> nn.Module:
-        """The base layer with W + delta in its weight; the adapter is left without its place."""
-        if not self.merged:
-            self._set_base({"weight": self.merged_weight(delta), **self._merged_bias()})
-        return self.base_layer
-
-    @torch.no_grad()
-    def _set_base(self, values: dict[str, Tensor]) -> None:
-        for name, value in values.items():
-            self.base_layer._parameters[name].copy_(value)  # type: ignore[union-attr]
-
-    @torch.no_grad()
-    def _merged_bias(self) -> dict[str, Tensor]:
-        """The base's bias + s b, added in float32 or wider and rounded once; nothing without lora_bias."""
-        bias, added = self.bias, self._lora_bias
+    @override
+    def _changes(self, delta: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+        """The weight, and with lora_bias the bias + s b, added in float32 or wider and rounded once."""
+        bias, added, changes = self.bias, self._lora_bias, super()._changes(delta)
         if bias is None or added is None:
-            return {}
-        return {"bias": (bias + self.adapter.scaling * at_least_float32(added).to(bias.device)).to(bias.dtype)}
-
-    @torch.no_grad()
-    def merged_weight(self, delta: Tensor | None = None) -> Tensor:
-        """Computes W + delta (the adapter's, or a given one) in float32 or wider and rounds it once; W is not touched.
-
-        DoRA's norms are those of W + delta: g (W + delta).
-
-        Raises:
-            ValueError: the result is not finite; the message says why.
-        """
-        delta = self.adapter.delta_weight() if delta is None else delta
-        weight, delta = self.weight, delta.to(self.weight.device)
-        transposed = is_transposed(self.base_layer)
-        result = self._changed(weight.T if transposed else weight, delta).to(weight.dtype)
-        result = result.T if transposed else result
-        if not torch.isfinite(result).all():
-            if not torch.isfinite(delta).all():
-                reason = "its adapter's change of the weight is not finite: load an earlier checkpoint of the adapter"
-            elif not torch.isfinite(weight).all():
-                reason = "the base weight holds values that are not finite: load the base model again"
-            else:
-                reason = f"the merged weight is too large for {weight.dtype}: load the base in bfloat16 or float32"
-            raise ValueError(reason)
-        return result
+            return changes
+        value = bias + self.adapter.scaling * at_least_float32(added).to(bias.device)
+        return [*changes, (bias, value.to(bias.dtype))]
 
 
 @torch.no_grad()

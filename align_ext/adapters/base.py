@@ -82,12 +82,13 @@ class Adapter(nn.Module):
             self.layer_index = torch.tensor([self.layer], device=device)
 
     def forward(
-        self, x: Tensor, weight: Weight = None, bias: Tensor | None = None, base_out: Tensor | None = None
+        self, x: Tensor, weight: Weight = None, bias: Tensor | None = None, base_out: Tensor | None = None, **op: Any
     ) -> Tensor:
         """Computes base(x) + low rank for x [..., in_features]; the base is weight and bias, or what it returned."""
         step = self.step()
         dropout_p, rng = self.dropout(x, step)
-        y, z, w = self.low_rank_forward(x, dropout_p, step, rng=rng, weight=weight, bias=bias, base_out=base_out)
+        op |= {"rng": rng, "weight": weight, "bias": bias, "base_out": base_out}
+        y, z, w = self.low_rank_forward(x, dropout_p, step, **op)
         return self.hand_over(step, x, y, z, w)
 
     def step(self) -> AlignStep | None:

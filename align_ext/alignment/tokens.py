@@ -5,6 +5,7 @@
 | TOKENS: the model's own; of an encoder-decoder the encoder's, which cross-attention reads too | [B, S] | [B] or [B, S] | attention_mask |
 | DECODER: those of an encoder-decoder's decoder | [B, S'] | [B] | decoder_attention_mask, else those with a label |
 | SAMPLES: one vector a sample, of a pooler say | [B] | [B] | all |
+| ROUTED: TOKENS, each as often as it has experts in a row (adapters/adapted_experts.py) | [B, S k] | as TOKENS | as TOKENS |
 
 S and S' may be alike, so lengths alone tell nothing: a layer's source is found in its first forward and kept
 (AlignState.sources). What is not known is refused.
@@ -20,7 +21,7 @@ from align_ext.losses.tokens import LayerTokens, TokenTasks
 from align_ext.ops import group_rows
 
 NO_TASK = -1
-TOKENS, DECODER, SAMPLES = "tokens", "decoder", "samples"
+TOKENS, DECODER, SAMPLES, ROUTED = "tokens", "decoder", "samples", "routed"
 ENCODER = "encoder"  # a part of a model, as the decoder is
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 Place = tuple[int, torch.Size]  # where a tensor lies, and its shape
@@ -64,6 +65,8 @@ class StepTokens:
         self.all_tokens = self.tokens = TokenTasks(self.given)  # tokens: those that count in the losses
         self.of_decoder: TokenTasks | None = None  # the decoder's tokens that count
         self._of_samples: TokenTasks | None = None
+        self._repeated: dict[int, TokenTasks] = {}  # by k: the tokens that count, k times each
+        self._of_routed: dict[int, TokenTasks] = {}  # by layer
         self._orders: dict[tuple[torch.device, int], Tensor] = {}
         self.memories: list[Place] = []  # the encoder's outputs that the decoder reads
         self.prompt: Tensor | None = None  # bool [B, S]: tokens before the first label, without padding
@@ -224,6 +227,8 @@ class StepTokens:
         if layer not in sources and self.state.encoder_decoder:
             raise RuntimeError(_NOT_LEARNED.format(name=name))
         ids = self.tokens.ids
+        if sources.get(layer) == ROUTED and ids.dim() == 2 and ids.shape[1] > 1 and ids.numel():
+            self._of_routed[layer] = self._times(count // ids.numel())
         if layer not in sources and ids.dim() == 2 and ids.numel() != count == ids.shape[0]:
             sources[layer] = SAMPLES
         self.tokens_of(layer).check(count, name)
@@ -233,9 +238,17 @@ class StepTokens:
                 "its tokens are routed or pooled in a way that is not known; leave it out by exclude_modules"
             )
 
+    def _times(self, k: int) -> TokenTasks:
+        """The tokens that count, each k times in a row."""
+        if k not in self._repeated:
+            self._repeated[k] = TokenTasks(self.tokens.ids.repeat_interleave(k, 1))
+        return self._repeated[k]
+
     def tokens_of(self, layer: int) -> TokenTasks:
         """The tokens that count of those which a layer sees."""
         source = self.state.sources.get(layer, TOKENS)
+        if source == ROUTED:  # ids of samples are repeated over whatever the samples hold
+            return self._of_routed.get(layer, self.tokens)
         if source == DECODER:
             if self.of_decoder is None:
                 raise RuntimeError(_PADDING_UNKNOWN.format(name=self.state.names[layer]))

@@ -42,9 +42,14 @@ def unadoptable_reason(module: Any) -> str | None:
         return "its PEFT adapter is merged: unmerge it first"
     if module.disable_adapters:
         return "its PEFT adapter is disabled: enable it first"
-    factors = isinstance(module.base_layer, nn.Embedding) or isinstance(module.lora_A[adapter], nn.Linear)
-    if not factors or hasattr(module, "parameter_name"):  # ParamWrapper, for target_parameters
-        return "its PEFT adapter is not one of a linear layer or an embedding (but of a convolution, experts)"
+    if hasattr(module, "parameter_name"):
+        return (
+            "its PEFT adapter is one of target_parameters, whose parameters have another form there: save it by "
+            "save_pretrained, and load the folder into the base model by load_adapter"
+        )
+    linear = adapter in module.lora_A and isinstance(module.lora_A[adapter], nn.Linear)
+    if not linear and not isinstance(module.base_layer, nn.Embedding):
+        return "its PEFT adapter is not one of a linear layer or an embedding (but of a convolution)"
     variant = getattr(module, "lora_variant", {}).get(adapter)
     if variant is not None and type(variant).__name__ != "DoraLinearVariant":
         return f"its PEFT adapter is a variant ({type(variant).__name__}) that plain LoRA cannot take over"
@@ -152,6 +157,7 @@ def adopted_config(config: AlignLoraConfig, targets: Mapping[str, Any]) -> Align
         use_dora=bool(module.use_dora.get(adapter)),
         lora_dropout=getattr(module.lora_dropout[adapter], "p", 0.0),
         target_modules=tuple(name.removeprefix(PEFT_PREFIX) for name in targets),
+        target_parameters=(),
         target_blocks=(),
         rank_pattern={},
         alpha_pattern={},

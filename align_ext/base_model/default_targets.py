@@ -31,7 +31,8 @@ def with_targets(config: AlignLoraConfig, model: nn.Module) -> AlignLoraConfig:
     Returns:
         The options; target_modules are the shortest name suffixes that match, among all linear layers, only: gate_proj,
         up_proj and down_proj of the feed-forward parts, if there are all three; else all layers of these parts; else
-        all layers of the blocks (Mamba, mixtures of experts without shared ones); else all but the output head.
+        all layers of the blocks (Mamba, mixtures of experts without shared ones; none of these where target_parameters
+        names the experts); else all but the output head.
     """
     if config.target_modules != AUTO or config.target_blocks:
         return config
@@ -48,7 +49,10 @@ def with_targets(config: AlignLoraConfig, model: nn.Module) -> AlignLoraConfig:
     forward = [name for name in forward if name not in routers]
     gated = [name for name in forward if name.rpartition(".")[2] in _GATED]
     whole = {name.rpartition(".")[2] for name in gated} == _GATED
-    chosen = (gated if whole else forward) or [name for name in blocks if name not in routers]
+    chosen = gated if whole else forward
+    if not chosen and config.target_parameters:
+        return replace(config, target_modules=())
+    chosen = chosen or [name for name in blocks if name not in routers]
     targets = shortest_ends(chosen, linears.keys() - set(chosen))
     return replace(config, target_modules=targets) if targets else config
 

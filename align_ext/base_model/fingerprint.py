@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from align_ext.adapters.adapted_linear import AdaptedLinear, AdaptedModule
+from align_ext.adapters.adapted_linear import AdaptedLinear, AdaptedModule, AdaptedWeight
 from align_ext.alignment.model_state import find_state
 from align_ext.base_model.computing_config import computing_entries, first_difference
 from align_ext.base_model.modules_to_save import buffers_of, plain_name
@@ -214,6 +214,8 @@ def _complete_weights(model: nn.Module) -> dict[str, Tensor]:
             excluded |= {id(p) for p in module.adapter.parameters()}
             if isinstance(module, AdaptedLinear) and module.merged:
                 excluded |= {id(p) for p in module.base_layer.parameters()}
+            elif isinstance(module, AdaptedWeight) and module.merged:
+                excluded.add(id(module.weight))
     return {
         plain_name(model, name): p
         for name, p in model.named_parameters()

@@ -179,20 +179,14 @@ def _is_offloaded_with(name: str, model: nn.Module) -> bool:
     return any(getattr(getattr(m, "_hf_hook", None), "place_submodules", False) for m in ancestors)
 
 
-def unmatched_hints(config: AlignLoraConfig, candidates: Mapping[str, nn.Module], model: nn.Module) -> list[str]:
-    """Returns hints about what was not adapted: patterns without a match, experts in one tensor."""
+def unmatched_hints(config: AlignLoraConfig, candidates: Mapping[str, nn.Module]) -> list[str]:
+    """Returns hints about what was not adapted: patterns without a match."""
     patterns = () if isinstance(config.target_modules, str) or all_linear(config) else config.target_modules
-    lines = [
+    return [
         f"target_modules: {pattern!r} matches no linear layer"
         for pattern in patterns
         if not any(name_matches(Matcher(), name, (pattern,)) for name in candidates)
     ]
-    experts = [name for name, p in model.named_parameters() if p.dim() == 3 and "expert" in name]
-    if experts:
-        lines.append(
-            f"{len(experts)} tensors of experts, such as {experts[0]}, are no linear layers and stay as they are"
-        )
-    return lines
 
 
 def nothing_matched_message(

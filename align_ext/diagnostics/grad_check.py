@@ -300,7 +300,9 @@ def _restored(model: nn.Module, state: AlignState) -> Iterator[None]:
 @contextmanager
 def _norms_held(model: nn.Module) -> Iterator[None]:
     """Keeps the norms of DoRA, which are constants to the gradient, as the first forward in the block has them."""
-    layers = [layer for layer in adapted_layers(model).values() if layer.adapter.lora_magnitude_vector is not None]
+    layers: list[Any] = [
+        layer for layer in adapted_layers(model).values() if layer.adapter.lora_magnitude_vector is not None
+    ]
     for layer in layers:
         vars(layer)["row_norms"] = functools.cache(layer.row_norms)
     try:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from align_ext.adapters.adapted_experts import ExpertsLora
 from align_ext.adapters.capture import adapters_of, capture_latents
 from align_ext.alignment.model_state import require_state
 
@@ -27,7 +28,8 @@ class Recording:
     Attributes:
         tasks: int64 [T], the task of each token, in 0 .. M-1.
         examples: int64 [T], the row of each token, numbered through all batches.
-        latents: module name -> z [T, r], or [T, N, r] where heads have latents of their own.
+        latents: module name -> z [T, r], or [T, N, r] where heads have latents of their own; without experts, whose
+            rows are the tokens several times.
         weights: module name -> a router's weights w [T, G, N]; empty without routers.
         gradients: module name -> parameter name -> [M, *shape], the gradient of each task's loss; empty unless asked
             for.
@@ -74,6 +76,7 @@ def record_adapters(model: nn.Module, batches: Iterable[Mapping[str, Any]], *, g
 class _Recorder:
     def __init__(self, model: nn.Module, gradients: bool) -> None:
         self.model, self.gradients, self.examples = model, gradients, 0
+        self.of_experts = {name for name, adapter in adapters_of(model).items() if isinstance(adapter, ExpertsLora)}
         self.trained = {
             (layer, name): parameter
             for layer, adapter in adapters_of(model).items()
@@ -114,6 +117,9 @@ class _Recorder:
         targets = self._targets(inputs, labels, ids) if self.gradients else None
         with capture_latents(self.model) as captured:
             output = self.model(**inputs)
+        captured = {name: one for name, one in captured.items() if name not in self.of_experts}
+        if not captured:
+            raise ValueError("only experts are adapted, whose rows are not the batch's tokens: nothing to measure")
         tokens = len(next(iter(captured.values())).z)
         ids = ids.expand(-1, tokens // len(ids)) if ids.shape[1] == 1 else ids
         for name, (z, _) in captured.items():

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align_ext.adapters import adapter_class
+from align_ext.adapters import make_adapter
 from align_ext.adapters.base import Adapter
 from align_ext.adapters.embedding import EmbeddingAdapter
 from align_ext.alignment.model_state import AlignState
@@ -28,6 +28,8 @@ from align_ext.io.peft_format import (
     TASKS,
     WEIGHTS,
     base_key,
+    by_kind,
+    check_parameters,
     check_targets,
     one_lora,
     peft_forms,
@@ -112,12 +114,14 @@ class AdapterFolder:
             file = path / WEIGHTS
             content = read_peft(path, peft)
             tensors, trained, written, record = content.lora, content.trained, content.base, content.record
-            config = config or plain_lora_config(path / PEFT_CONFIG, peft, _module_names(tensors))
+            experts = [name for name in _module_names(tensors) if _is_of_experts(tensors, name)]
+            modules = [name for name in _module_names(tensors) if name not in set(experts)]
+            config = config or plain_lora_config(path / PEFT_CONFIG, peft, modules, experts)
         in_peft = bool(trained) or not exists(path / TRAINED)
         trained |= {} if in_peft else read_trained(path / TRAINED)
         check_tensors(trained, trained)
         if plain:
-            check_targets(path / PEFT_CONFIG, peft, _module_names(tensors))
+            check_targets(path / PEFT_CONFIG, peft, modules)
             factors = scalings(path / PEFT_CONFIG, peft, _ranks(tensors))
         else:
             factors = _checked_scaling(path / OUR_CONFIG, scaling, _module_names(tensors))
@@ -156,6 +160,7 @@ class AdapterFolder:
         self,
         model: nn.Module,
         layers: Iterable[str],
+        experts: Iterable[str] = (),
         replaced: Mapping[str, Sequence[int]] = MappingProxyType({}),
         *,
         force: bool = False,
@@ -165,6 +170,7 @@ class AdapterFolder:
         Args:
             model: the model.
             layers: the names of its linear layers.
+            experts: the names of its tensors of experts.
             replaced: the rows of weights whose values the folder replaces, by the weights' names.
             force: accept another base model.
 
@@ -175,7 +181,9 @@ class AdapterFolder:
         if self.base is not None and not force:
             self.base.check(model, replaced=replaced)
         if self.plain:
-            check_targets(self.path / PEFT_CONFIG, self.peft, list(self.adapters), layers)
+            of_experts, others = by_kind(self.adapters)
+            check_targets(self.path / PEFT_CONFIG, self.peft, others, layers)
+            check_parameters(self.path / PEFT_CONFIG, self.peft, of_experts, experts)
 
     def _check_peft_files(self) -> None:
         """Checks that the files for PEFT agree with ours, since one of them may have been replaced or edited."""
@@ -187,8 +195,8 @@ class AdapterFolder:
             biased = any(f".{name}".endswith(".bias") for name in self.trained)
             if "modules_to_save" not in peft:  # older versions wrote the other trained tensors to a separate file
                 tensors |= {base_key(name, self.adapters): tensor for name, tensor in self.trained.items()}
-            layers = list(self.adapters)
-            plain_lora_config(path / PEFT_CONFIG, peft, layers)
+            experts, layers = by_kind(self.adapters)
+            plain_lora_config(path / PEFT_CONFIG, peft, layers, experts)
             bias = {} if biased else {"bias": "none"}
             for option, value in {**dict.fromkeys(BY_LAYER), **bias, **form.options}.items():
                 if (peft.get(option) or None) != (value or None):
@@ -270,11 +278,15 @@ def build_adapters(
     """
     state, ranks, adapters = state or AlignState(config), _ranks(tensors), {}
     for name in _module_names(tensors):
-        kind: Any = EmbeddingAdapter if f"{name}.lora_embedding_A" in tensors else adapter_class(config)
         A, B = (_factor(tensors, name, part) for part in "AB")
         sizes = (A.shape[-1] if A is not None and A.dim() else 1, B.shape[-2] if B is not None and B.dim() > 1 else 1)
+        experts = len(A) if A is not None and _is_of_experts(tensors, name) and one_lora(config) else None
         with torch.device("meta"):
-            adapter: Adapter = kind(replace(config, r=ranks.get(name, config.r)), *sizes)
+            options = replace(config, r=ranks.get(name, config.r))
+            is_embedding = f"{name}.lora_embedding_A" in tensors
+            adapter: Adapter = (
+                EmbeddingAdapter(options, *sizes) if is_embedding else make_adapter(options, *sizes, experts)
+            )
         adapter.state, adapter.scaling = state, scaling.get(name, config.scaling)
         adapters[name] = adapter
     check_tensors(tensors, adapter_tensors(adapters))
@@ -328,6 +340,11 @@ def _module_names(tensors: Mapping[str, Tensor]) -> list[str]:
     """Returns the modules of keys "<module>.lora_...", in the keys' order; any other key is returned itself."""
     matches = {key: re.fullmatch(_ADAPTER_KEY, key) for key in tensors}
     return list(dict.fromkeys(match[1] if match else key for key, match in matches.items()))
+
+
+def _is_of_experts(tensors: Mapping[str, Tensor], name: str) -> bool:
+    """Whether a LoRA's tensors are those of experts, [E, r, n] and [E, m, r]."""
+    return f"{name}.lora_A" in tensors and tensors[f"{name}.lora_A"].dim() == 3
 
 
 def _ranks(tensors: Mapping[str, Tensor]) -> dict[str, int]:

@@ -40,10 +40,10 @@ def inspect_adapter(folder: str | os.PathLike[str], console: Console) -> None:
 
 @torch.no_grad()
 def norm_of_update(terms: list[Factors], scaling: float) -> float:
-    """Computes the Frobenius norm s ||Σ B A|| from the r x r products BᵀB and A Aᵀ."""
-    A = torch.cat([A for A, _ in terms]).double()
-    B = torch.cat([at_least_float32(B) for _, B in terms], 1).double()
-    return scaling * float(((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt())
+    """Computes the Frobenius norm s ||Σ B A|| from the r x r products BᵀB and A Aᵀ; of experts, over all of them."""
+    A = torch.cat([A for A, _ in terms], -2).double()
+    B = torch.cat([at_least_float32(B) for _, B in terms], -1).double()
+    return scaling * float(((B.mT @ B) * (A @ A.mT)).sum().clamp_min(0).sqrt())
 
 
 def _table(adapters: dict[str, Adapter], config: AlignLoraConfig) -> Table:

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from align_ext.adapters.adapted_experts import ExpertsLora
 from align_ext.adapters.base import Adapter
 from align_ext.adapters.embedding import EmbeddingAdapter
 from align_ext.alignment.model_state import AlignState
 from align_ext.base_model.adopt_peft import BASE_UNTOUCHED, PEFT_PREFIX
 from align_ext.config import AlignLoraConfig
+from align_ext.io.peft_experts import flattened, is_named, peft_keys, unflattened
 from align_ext.system.bounds import is_number
 from align_ext.system.messages import line, reason_of, shown, shown_path
 from align_ext.system.names import Matcher, layer_index
@@ -24,14 +26,16 @@ WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TASKS = "tasks"  # the folder that holds one folder per task
 _RANK, _ALPHA = 8, 8  # PEFT's defaults
 # PEFT's options for single layers; PeftForm.options holds those that we write.
-BY_LAYER = ("rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "exclude_modules")
+BY_LAYER = (
+    "target_parameters", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "exclude_modules",
+)  # fmt: skip
 # Options that do not change a plain LoRA adapter, and options that are read below; any other option is refused.
 _SUPPORTED = (
     "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "task_type", "inference_mode", "r",
-    "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora", "use_dora",
-    "modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_config",
-    "megatron_core", "loftq_config", "eva_config", "corda_config", "qalora_group_size", "runtime_config",
-    "ensure_weight_tying",
+    "target_modules", "target_parameters", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out",
+    "use_rslora", "use_dora", "modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern",
+    "alpha_pattern", "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config",
+    "qalora_group_size", "runtime_config", "ensure_weight_tying",
 )  # fmt: skip
 
 
@@ -41,8 +45,8 @@ class PeftForm:
 
     Attributes:
         tensors: the tensors by PEFT's keys, which vLLM and llama.cpp's converter read too.
-        options: r, lora_alpha, use_rslora, use_dora, lora_bias, trainable_token_indices and, if layers differ,
-            rank_pattern and alpha_pattern.
+        options: r, lora_alpha, use_rslora, use_dora, lora_bias, trainable_token_indices, target_parameters of experts
+            and, if layers differ, rank_pattern and alpha_pattern.
     """
 
     tensors: dict[str, Tensor]
@@ -98,15 +102,18 @@ def peft_form(
     PEFT divides alpha by that rank (its square root with rslora), so alpha grows with it. If layers differ in rank or
     scaling, B is multiplied by s and alpha is the rank.
     """
-    uniform, tensors, ranks, count = _is_uniform(adapters, config), {}, {}, 1
+    uniform, tensors, ranks, count = _is_uniform(adapters, config), dict[str, Tensor](), dict[str, int](), 1
+    experts, _ = by_kind(adapters)
+    keys = peft_keys(adapters, experts)
+    parameters: dict[str, Any] = {"target_parameters": experts} if experts else {}
     for name, adapter in adapters.items():
         terms = adapter.delta_factors()
         B = torch.cat([B.detach() for _, B in terms], 1)
         A = torch.cat([A.detach() for A, _ in terms]).to(B.dtype)
-        count, ranks[name] = len(terms), A.shape[0]
-        key = "lora_embedding_{}" if isinstance(adapter, EmbeddingAdapter) else "lora_{}.weight"
-        tensors[f"{PEFT_PREFIX}{name}.{key.format('A')}"] = A
-        tensors[f"{PEFT_PREFIX}{name}.{key.format('B')}"] = B if uniform else B * adapter.scaling
+        count, ranks[name] = len(terms), A.shape[-2]
+        A, B = flattened(A, B if uniform else B * adapter.scaling)
+        key = f"{keys[name]}.lora_" + ("embedding_{}" if isinstance(adapter, EmbeddingAdapter) else "{}.weight")
+        tensors |= {key.format("A"): A, key.format("B"): B}
         if adapter.lora_magnitude_vector is not None:
             tensors[f"{PEFT_PREFIX}{name}.lora_magnitude_vector"] = adapter.lora_magnitude_vector.detach()
     tensors |= {base_key(name, adapters): tensor.detach() for name, tensor in (trained or {}).items()}
@@ -116,9 +123,10 @@ def peft_form(
     more = {"use_dora": config.use_dora, "lora_bias": bool(biases), "trainable_token_indices": token_indices(config)}
     if uniform:
         alpha = config.lora_alpha * (math.sqrt(count) if config.use_rslora else count)
-        return PeftForm(tensors, {"r": count * config.r, "lora_alpha": alpha, "use_rslora": config.use_rslora} | more)
+        one = {"r": count * config.r, "lora_alpha": alpha, "use_rslora": config.use_rslora}
+        return PeftForm(tensors, one | more | parameters)
     r = max(ranks.values())
-    one = {"r": r, "lora_alpha": r, "use_rslora": False} | more
+    one = {"r": r, "lora_alpha": r, "use_rslora": False} | more | parameters
     return PeftForm(tensors, one | {"rank_pattern": ranks, "alpha_pattern": dict(ranks)})
 
 
@@ -149,16 +157,23 @@ def portable(form: PeftForm) -> PeftForm:
     Smaller ranks are filled with zeros. Under rslora, s = alpha / sqrt(r), so alpha is multiplied by sqrt(r).
     """
     r, alpha, tensors = form.options["r"], form.options["lora_alpha"], dict(form.tensors)
-    if form.options.get("rank_pattern"):
-        for key, tensor in tensors.items():
-            if key.endswith((".lora_A.weight", ".lora_embedding_A")):
-                tensors[key] = functional.pad(tensor, (0, 0, 0, r - tensor.shape[0]))
-            elif key.endswith((".lora_B.weight", ".lora_embedding_B")):
-                tensors[key] = functional.pad(tensor, (0, r - tensor.shape[1]))
+    ranks, experts = form.options.get("rank_pattern") or {}, form.options.get("target_parameters") or []
+    for name, key in peft_keys(ranks, experts).items():
+        names = [f"{key}.lora_{part}.weight" for part in "AB"]
+        names = names if names[0] in tensors else [f"{key}.lora_embedding_{part}" for part in "AB"]
+        A, B = unflattened(tensors[names[0]], tensors[names[1]], ranks[name])
+        more = r - ranks[name]
+        tensors |= zip(names, flattened(functional.pad(A, (0, 0, 0, more)), functional.pad(B, (0, more))), strict=True)
     if form.options["use_rslora"]:
         alpha *= math.sqrt(r)
     others = {name: value for name, value in form.options.items() if name not in ("rank_pattern", "alpha_pattern")}
     return PeftForm(tensors, others | {"lora_alpha": alpha, "use_rslora": False})
+
+
+def by_kind(adapters: Mapping[str, Adapter]) -> tuple[list[str], list[str]]:
+    """Returns the names of the adapters of experts, and of the others."""
+    experts = sorted(name for name, adapter in adapters.items() if isinstance(adapter, ExpertsLora))
+    return experts, [name for name in adapters if name not in set(experts)]
 
 
 @contextmanager
@@ -173,8 +188,10 @@ def selected_task(adapters: Mapping[str, Adapter], task: int) -> Iterator[None]:
         state.task = before
 
 
-def plain_lora_config(file: Path, peft: Mapping[str, Any], modules: Sequence[str]) -> AlignLoraConfig:
-    """Returns our options for a folder of stock PEFT that adapts these modules.
+def plain_lora_config(
+    file: Path, peft: Mapping[str, Any], modules: Sequence[str], experts: Sequence[str] = ()
+) -> AlignLoraConfig:
+    """Returns our options for a folder of stock PEFT that adapts these modules and tensors of experts.
 
     Raises:
         ValueError: it is not plain LoRA; the message names the option.
@@ -190,7 +207,8 @@ def plain_lora_config(file: Path, peft: Mapping[str, Any], modules: Sequence[str
     names = (
         "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "lora_bias", "trainable_token_indices",
     )  # fmt: skip
-    options = {"r": _RANK, "lora_alpha": _ALPHA, "lora_dropout": 0.0, "target_modules": tuple(modules) or ("none",)}
+    options = {"r": _RANK, "lora_alpha": _ALPHA, "lora_dropout": 0.0, "target_parameters": tuple(experts)}
+    options["target_modules"] = tuple(modules) or (() if experts else ("none",))
     try:
         return AlignLoraConfig.from_dict({"architecture": "lora"} | options | {n: peft[n] for n in names if n in peft})
     except (ValueError, TypeError) as error:
@@ -210,7 +228,7 @@ def scalings(file: Path, peft: Mapping[str, Any], ranks: Mapping[str, int]) -> d
     """
     matcher, result = Matcher(), {}
     for name, r in ranks.items():
-        expected = _by_pattern(matcher, peft, "rank_pattern", name, peft.get("r", _RANK))
+        expected = rank_of(matcher, peft, name)
         if expected != r:
             raise ValueError(f"{shown_path(file)} has r={shown(expected)} for {name}, whose lora_A has {r} rows")
         alpha = _by_pattern(matcher, peft, "alpha_pattern", name, peft.get("lora_alpha", _ALPHA))
@@ -238,8 +256,8 @@ def check_targets(
     if targets is None:  # PEFT's default then depends on the model type
         return
     try:
-        extra = [name for name in held if not _is_target(matcher, peft, name)]
-        missing = [name for name in layers if name not in set(held) and _is_target(matcher, peft, name)]
+        extra = [name for name in held if not is_target(matcher, peft, name)]
+        missing = [name for name in layers if name not in set(held) and is_target(matcher, peft, name)]
     except (ValueError, TypeError) as error:
         raise ValueError(f"{shown_path(file)}: {reason_of(error)}") from error
     if extra:
@@ -255,7 +273,31 @@ def check_targets(
         )
 
 
-def _is_target(matcher: Matcher, peft: Mapping[str, Any], name: str) -> bool:
+def check_parameters(
+    file: Path, peft: Mapping[str, Any], held: Sequence[str], tensors: Iterable[str] | None = None
+) -> None:
+    """Checks that a PEFT folder holds weights of exactly the tensors of experts that its target_parameters names.
+
+    Args:
+        file: the adapter_config.json.
+        peft: its content.
+        held: the tensors of experts with weights in the folder.
+        tensors: those of the model; None: the model is not known, so missing ones are not found.
+
+    Raises:
+        ValueError: there are tensors without weights.
+    """
+    targets = peft.get("target_parameters") or []
+    missing = [name for name in tensors or () if name not in set(held) and is_named(name, targets)]
+    if missing:
+        raise ValueError(
+            f"{shown_path(file.parent)} holds no weights of {len(missing)} tensors that its "
+            f"target_parameters={shown(targets)} names in this model, {shown(missing[:3])}: some are lost, or it "
+            "belongs to another model"
+        )
+
+
+def is_target(matcher: Matcher, peft: Mapping[str, Any], name: str) -> bool:
     """Applies PEFT's rule: a string is a regular expression for the whole name, a list holds names or name suffixes."""
 
     def is_named(option: str) -> bool:
@@ -275,6 +317,11 @@ def _is_target(matcher: Matcher, peft: Mapping[str, Any], name: str) -> bool:
     lists = peft.get("layers_pattern") or []
     index = layer_index(name, [lists] if isinstance(lists, str) else lists)
     return index is not None and index in (only if isinstance(only, list) else [only])
+
+
+def rank_of(matcher: Matcher, peft: Mapping[str, Any], name: str) -> Any:
+    """Returns the rank that a folder's options give a layer, whatever they hold."""
+    return _by_pattern(matcher, peft, "rank_pattern", name, peft.get("r", _RANK))
 
 
 def _by_pattern(matcher: Matcher, peft: Mapping[str, Any], option: str, name: str, default: Any) -> Any:

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align_ext.adapters.adapted_experts import EXPERT_TENSORS
 from align_ext.base_model.adopt_peft import PEFT_PREFIX
 from align_ext.base_model.modules_to_save import HEADS, ROWS
-from align_ext.io.peft_format import PEFT_CONFIG, WEIGHTS
+from align_ext.io.peft_experts import is_named, unflattened
+from align_ext.io.peft_format import PEFT_CONFIG, WEIGHTS, is_target, rank_of
+from align_ext.system.bounds import is_whole
 from align_ext.system.messages import shown, shown_path
-from align_ext.system.names import check_names
+from align_ext.system.names import Matcher, check_names
 from align_ext.system.reading import exists
 from align_ext.system.tensors import read_tensors
 
@@ -88,7 +91,41 @@ def read_peft(path: Path, peft: Mapping[str, Any]) -> PeftTensors:
     empty = [name for name in modules if name not in contents and (name not in HEADS or not contents)]
     if empty:
         raise ValueError(f"{file} has no tensors of modules_to_save={shown(empty[0])}")
-    return PeftTensors(lora, trained, base, record)
+    return PeftTensors(_by_tensor(path, peft, lora), trained, base, record)
+
+
+def _by_tensor(path: Path, peft: Mapping[str, Any], lora: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns tensors "<module>.lora_A" of PEFT with those of experts as "<experts>.<tensor>.lora_A", [E, r, n].
+
+    Raises:
+        ValueError: there are tensors of more or fewer parameters than target_parameters names, or of other sizes.
+    """
+    file, matcher = path / PEFT_CONFIG, Matcher()
+    targets = check_names(peft.get("target_parameters") or [], f"{shown_path(file)}: target_parameters")
+    wrappers: dict[str, list[str]] = {}  # by module: its wrappers, as many as it has adapted tensors
+    for key in lora if targets else ():
+        wrapper = key.rpartition(".")[0]
+        module = re.sub(r"(\.base_layer)*$", "", wrapper)
+        if wrapper not in wrappers.get(module, []) and not (
+            peft.get("target_modules") and is_target(matcher, peft, module)
+        ):
+            wrappers.setdefault(module, []).append(wrapper)
+    result = dict(lora)
+    for module, of_module in wrappers.items():
+        named = [f"{module}.{tensor}" for tensor in EXPERT_TENSORS if is_named(f"{module}.{tensor}", targets)]
+        if len(named) != len(of_module):
+            raise ValueError(
+                f"{shown_path(path / WEIGHTS)} holds adapters of {len(of_module)} parameters of {module}, of which "
+                f"target_parameters={shown(list(targets))} names {len(named)} tensors of experts: it is of another kind"
+            )
+        for name, wrapper in zip(named, sorted(of_module, key=len, reverse=True), strict=True):
+            A, B = (result.pop(f"{wrapper}.lora_{part}", torch.empty(0)) for part in "AB")
+            r = rank_of(matcher, peft, name)
+            fits = A.dim() == B.dim() == 2 and len(A) == B.shape[1] and is_whole(r, 1, len(A))
+            if not fits or len(A) % r:
+                raise ValueError(f"{shown_path(path / WEIGHTS)} has no lora_A and lora_B of rank {shown(r)} of {name}")
+            result[f"{name}.lora_A"], result[f"{name}.lora_B"] = unflattened(A, B, r)
+    return result
 
 
 def read_trained(file: Path) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ save_adapter(model, folder) writes all of these files or none:
 
 - lora, align_lora: PEFT's files hold everything, of DoRA m too. With PiSSA, which has a frozen offset
   A0, B0, PEFT's files have rank 2r, [A; A0] and [B, -B0], for the unchanged base, and the heads' file has the
-  parameters.
+  parameters. Adapters of experts are PEFT's target_parameters (io/peft_experts.py).
 - m_lora, hydra without a router: PEFT's files hold the sum without dropout, [A; A0] and [c Σ B_i, -B0] (A and c Σ B_i
   without an offset); the heads are in the heads' file.
 - multi_adapter: PEFT's files of each task are in tasks/<name or number>/.
@@ -62,10 +62,12 @@ from align_ext.io.adapter_folder import (
     write_json,
 )
 from align_ext.io.model_card import CARD, CardFacts, has_own_card
+from align_ext.io.peft_experts import peft_keys
 from align_ext.io.peft_format import (
     PEFT_CONFIG,
     WEIGHTS,
     PeftForm,
+    by_kind,
     is_plain,
     peft_form,
     peft_forms,
@@ -116,7 +118,9 @@ class _SavedState:
 
     def peft_load_problem(self) -> str | None:
         """Returns why stock PEFT could not load this into the model, or None."""
-        return peft_misreads(self.model, list(self.layers)) or self.extra.unexportable_reason(self.model)
+        experts, modules = by_kind(self.adapters)
+        keys = list(peft_keys(self.layers, experts).values())
+        return peft_misreads(self.model, modules, experts, keys) or self.extra.unexportable_reason(self.model)
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], task_names: Sequence[str] = ()) -> None:
@@ -214,6 +218,7 @@ def _write_card(path: Path, folder: str | os.PathLike[str], full: _SavedState, t
 
 
 def _write_peft(path: Path, form: PeftForm, full: _SavedState, record: Mapping[str, Any] | None = None) -> None:
+    experts, modules = by_kind(full.adapters)
     path.mkdir(parents=True, exist_ok=True)
     write_tensors(path / WEIGHTS, form.tensors, record or {"base": full.base.to_dict()})
     content = {
@@ -221,8 +226,8 @@ def _write_peft(path: Path, form: PeftForm, full: _SavedState, record: Mapping[s
         "task_type": task_type_of(full.model, full.extra.modules),
         "base_model_name_or_path": full.base.name,
         **form.options,
-        "lora_dropout": full.state.config.lora_dropout,
-        "target_modules": _target_modules(full.model, list(full.layers)),
+        "lora_dropout": 0.0 if experts else full.state.config.lora_dropout,  # PEFT has none on experts, and refuses it
+        "target_modules": _target_modules(full.model, modules),
         "modules_to_save": list(full.extra.modules) or None,
         "fan_in_fan_out": all(is_transposed(layer.base_layer) for layer in full.layers.values()),
         "bias": full.extra.bias,

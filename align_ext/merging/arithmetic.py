@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from align_ext.adapters.adapted_experts import ExpertsLora
 from align_ext.adapters.adapted_linear import AdaptedLinear
 from align_ext.adapters.base import Adapter
 from align_ext.adapters.embedding import EmbeddingAdapter
@@ -94,6 +95,8 @@ def matrices(adapters: Mapping[str, Adapter]) -> dict[str, tuple[Tensor, Tensor]
     """Returns A and B of adapters by module name, in float32; B includes the scaling."""
     layers = {}
     for name, adapter in sorted(adapters.items()):
+        if isinstance(adapter, ExpertsLora):
+            raise ValueError(f"only adapters of layers can be composed, and {name} is a tensor of experts")
         terms = adapter.delta_factors()
         A, B = torch.cat([A.detach() for A, _ in terms]), torch.cat([B.detach() for _, B in terms], 1)
         layers[name] = (A.float(), B.float() * adapter.scaling)

@@ -7,15 +7,16 @@ from typing import Any
 from torch import nn
 
 from align_ext.alignment.guards import check_model, refuse_parts_of_a_model
+from align_ext.base_model.peft_names import renames_experts
 from align_ext.base_model.select_layers import ALL_LINEAR, embeddings_of, name_matches
 from align_ext.config import AlignLoraConfig
 from align_ext.system.messages import shown
 from align_ext.system.names import Matcher
 
 _SUPPORTED = (
-    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "use_dora",
-    "init_lora_weights", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern",
-    "bias", "lora_bias", "trainable_token_indices",
+    "r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters", "exclude_modules", "use_rslora",
+    "use_dora", "init_lora_weights", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform",
+    "layers_pattern", "bias", "lora_bias", "trainable_token_indices",
 )  # fmt: skip
 # Options of peft.LoraConfig that do not change the training, or that follow from the layers.
 _IGNORED = (
@@ -63,8 +64,9 @@ def _from_peft(model: nn.Module, config: Any) -> AlignLoraConfig:
             )
     options = {name: getattr(config, name) for name in _SUPPORTED}
     if options["target_modules"] is None:
-        options["target_modules"] = _default_targets(model)
+        options["target_modules"] = _default_targets(model, config)
     options["exclude_modules"] = options["exclude_modules"] or ()
+    options["target_parameters"] = tuple(sorted(options["target_parameters"] or ()))
     for name in ("target_modules", "exclude_modules"):
         options[name] = options[name] if isinstance(options[name], str) else tuple(sorted(options[name]))
     if getattr(config, "ensure_weight_tying", False):
@@ -93,11 +95,13 @@ def _refuse_tied_adapters(model: nn.Module, targets: tuple[str, ...] | str) -> N
             )
 
 
-def _default_targets(model: nn.Module) -> tuple[str, ...]:
-    """Returns the layers that PEFT adapts by default."""
+def _default_targets(model: nn.Module, config: Any) -> tuple[str, ...]:
+    """Returns the layers that PEFT adapts by default; beside target_parameters of most mixtures none."""
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
 
     kind = getattr(getattr(model, "config", None), "model_type", None)
+    if config.target_parameters and (kind not in KNOWN or renames_experts(model)):
+        return ()
     if kind not in KNOWN:
         raise ValueError(f"peft.LoraConfig names no target_modules, and PEFT knows none for {shown(kind)}: name them")
     return tuple(KNOWN[kind])

@@ -7,7 +7,7 @@ from math import prod
 import torch
 from torch import nn
 
-from align_ext.adapters import adapter_class
+from align_ext.adapters import make_adapter
 from align_ext.adapters.adapted_block import adapted_layers
 from align_ext.adapters.base import Adapter
 from align_ext.adapters.embedding import EmbeddingAdapter
@@ -102,7 +102,7 @@ def match_rank(config: AlignLoraConfig, model: nn.Module, budget: int | AlignLor
             f"budget={allowed:,} is below {minimum:,}, what {config.architecture!r} trains at r={step}: give it more, "
             "fewer heads, or fewer layers"
         )
-    max_rank = min(min(sizes) for sizes in layers_to_adapt(model, config).values())
+    max_rank = min(min(sizes[:2]) for sizes in layers_to_adapt(model, config).values())
     return min(step * (1 + (allowed - minimum) // (second - minimum)), max_rank - max_rank % step)
 
 
@@ -119,7 +119,7 @@ def planned_adapters(config: AlignLoraConfig, model: nn.Module) -> list[Adapter]
             options = config.of_layer(name, matcher)
             key = (*size, options.r)
             if key not in made:
-                made[key] = adapter_class(config)(options, *size)
+                made[key] = make_adapter(options, *size)
             found.append(made[key])
     return found
 
@@ -133,8 +133,9 @@ def flops_per_token(model: nn.Module) -> FlopsPerToken:
 
     One adapter takes 2 ((r L + G N) n + N r m): L latents (N if each head has its own A_i or mask on x, else 1), N
     heads (else 1), G N outputs of a linear router; a frozen offset adds 2 r (n + m). In a multi_adapter, a token uses
-    one of the adapters. The cost per token of a sequence router is negligible. DoRA with dropout of x adds the base's
-    2 n m for the dropped x; its norms take 2 r n m in each forward, whatever the number of tokens, and are left out.
+    one of the adapters; of a mixture's experts, those of one are counted. The cost per token of a sequence router is
+    negligible. DoRA with dropout of x adds the base's 2 n m for the dropped x; its norms take 2 r n m in each forward,
+    whatever the number of tokens, and are left out.
 
     Args:
         model: a model with or without adapters.

@@ -21,6 +21,7 @@ from align_ext.base_model.modules_to_save import (
     tensors_of,
     trained_rows,
 )
+from align_ext.base_model.select_experts import expert_tensors
 from align_ext.base_model.select_layers import ALL_LINEAR
 from align_ext.base_model.sharded import full_shapes, full_values, set_values, unwrapped
 from align_ext.base_model.token_rows import rows_to_train
@@ -87,8 +88,8 @@ def load_adapter(
     check_ties(model, stored.trained, alone=not stored.tied)  # before check_model, which would report another base
     replaced = {f"{name}.weight": one.tokens for one in rows for name in (one.name, *one.shared)}
     by_name = stored.peft.get("target_modules") != ALL_LINEAR  # which leaves the head out
-    layers = layer_names(model, with_head=by_name) if state is None else []
-    stored.check_model(model, layers, replaced, force=force)
+    layers, experts = ([], {}) if state is not None else (layer_names(model, with_head=by_name), expert_tensors(model))
+    stored.check_model(model, layers, experts, replaced, force=force)
     if state is None and stored.plain:
         _refuse_lost_biases(model, stored)
     _refuse_other_weights(model, stored, replaced)

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from align_ext.adapters.adapted_block import AdaptedBlock, adapted_layers
-from align_ext.adapters.adapted_linear import AdaptedLinear
+from align_ext.adapters.adapted_block import Adapted, adapted_layers
+from align_ext.adapters.adapted_linear import AdaptedWeight
 from align_ext.adapters.trained_rows import TrainedRows
 from align_ext.alignment.forward_hooks import remove_hooks
 from align_ext.alignment.model_state import require_state
@@ -91,27 +91,27 @@ def merge_and_unload(
         if reason := layer.unmergeable_reason() if approximate is None else _approximation_problem(layer):
             raise ValueError(f"{name} cannot be merged: {reason}")
     before = None if batch is None or approximate is None else _log_probabilities(model, batch)
-    linears = {name: layer for name, layer in layers.items() if isinstance(layer, AdaptedLinear)}
+    weights = {name: layer for name, layer in layers.items() if isinstance(layer, AdaptedWeight)}
 
-    def delta(layer: AdaptedLinear) -> Tensor | None:
+    def delta(layer: AdaptedWeight) -> Tensor | None:
         return layer.adapter.uniform_delta_weight() if approximate else None
 
-    rows, bases = trained_rows(model), dict[str, nn.Module]()
+    rows = trained_rows(model)
     for name, module in rows.items():
         if not torch.isfinite(module.adapter.rows).all():
             raise ValueError(f"{name} cannot be merged: its trained rows are not finite: load an earlier checkpoint")
     for change in (False, True) if safe_merge else (True,):
-        for name, layer in linears.items():
+        for name, weight in weights.items():
             try:
                 if change:
-                    bases[name] = layer.merged_base(delta(layer))
-                elif not layer.merged:
-                    layer.merged_weight(delta(layer))
+                    weight.merged_base(delta(weight))
+                elif not weight.merged:
+                    weight.merged_weight(delta(weight))
             except ValueError as error:
                 raise ValueError(f"{name} cannot be merged: {error}") from error
     for module in rows.values():
         module.merge()
-    plain = restore_layers(model, bases)
+    plain = restore_layers(model, layers)
     if before is not None and batch is not None:
         plain.merge_report = _compare(before, _log_probabilities(plain, batch))  # type: ignore[assignment]
         logger.info("merged approximately: %s", plain.merge_report)
@@ -131,25 +131,25 @@ def unload(model: nn.Module) -> nn.Module:
     layers = adapted_layers(model)
     restore_base(model)
     for layer in layers.values():
-        if isinstance(layer, AdaptedLinear):
+        if isinstance(layer, AdaptedWeight):
             layer.unmerge()
-    return restore_layers(model, {name: layer.base_layer for name, layer in layers.items()})
+    return restore_layers(model, layers)
 
 
-def _approximation_problem(layer: AdaptedLinear | AdaptedBlock) -> str | None:
+def _approximation_problem(layer: Adapted) -> str | None:
     """Returns why not even an approximation can be merged, or None."""
-    if not isinstance(layer, AdaptedLinear):
+    if not isinstance(layer, AdaptedWeight):
         return layer.unmergeable_reason()
     return layer.base_unmergeable_reason() or (
         "its adapter is merged already: unmerge it first" if layer.merged else None
     )
 
 
-def restore_layers(model: nn.Module, bases: Mapping[str, nn.Module]) -> nn.Module:
-    """Puts layers in the places of the adapted ones; returns the plain model."""
-    for name, base in bases.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, base)
+def restore_layers(model: nn.Module, layers: Mapping[str, Adapted]) -> nn.Module:
+    """Puts the base's layers in the places of the adapted ones; returns the plain model."""
+    for name, layer in layers.items():
+        parent, _, child = layer.base_name(name).rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.base_layer)
     put(model, {module: module.base_layer for module in model.modules() if isinstance(module, TrainedRows)})
     remove_hooks(model)
     return restore_methods(model)

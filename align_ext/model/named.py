@@ -177,7 +177,7 @@ def _take_off(model: nn.Module) -> NamedAdapter:
     trained = {name: tensor.detach().clone() for name, tensor in find_extra_tensors(model).tensors.items()}
     rows = _rows(model)
     restore_base(model)
-    restore_layers(model, {name: layer.base_layer for name, layer in layers.items()})
+    restore_layers(model, layers)
     return NamedAdapter(state, layers, trained, rows)
 
 

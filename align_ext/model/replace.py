@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from align_ext.adapters import adapter_class
+from align_ext.adapters import make_adapter
 from align_ext.adapters.adapted_block import Adapted, AdaptedBlock, adapted_layers
+from align_ext.adapters.adapted_experts import AdaptedParameter, insert_parameter
 from align_ext.adapters.adapted_linear import AdaptedLinear
 from align_ext.adapters.base import Adapter
 from align_ext.adapters.embedding import AdaptedEmbedding, EmbeddingAdapter
@@ -43,6 +44,7 @@ from align_ext.base_model.modules_to_save import (
     tensors_of,
 )
 from align_ext.base_model.quantised import dequantised, keep_differentiable
+from align_ext.base_model.select_experts import aligns_experts, find_expert_tensors, hints_of_experts, sizes_of
 from align_ext.base_model.select_layers import (
     adaptable_layers,
     embeddings_of,
@@ -72,7 +74,7 @@ class ReplaceReport:
         replaced: names of the adapted layers.
         adopted: names of the adapted layers that have the weights of a PEFT adapter.
         skipped: name -> reason, for layers that matched target_modules but were not adapted.
-        unmatched: hints: patterns that match nothing, experts that are no linear layers.
+        unmatched: hints: patterns that match nothing, experts that are not adapted or not aligned.
         trained: names of the modules that are fully trained beside the adapters.
         excessive: names of the adapted layers whose r is above the smaller of their inputs and outputs.
         active: the name of the adapter that this is about.
@@ -126,8 +128,8 @@ def replace_linear_with_align_lora(
 
     By default those are the feed-forward layers of every block (align_ext/base_model/default_targets.py).
     nn.Linear and its subclasses, GPT-2's Conv1D and quantised linears are adapted, lm_head and embeddings where they
-    are named. Layers with tied weights, but for these, and layers whose forward is bypassed
-    (nn.TransformerEncoderLayer's) are not, and the report lists them
+    are named, and tensors of experts that target_parameters names. Layers with tied weights, but for these, and layers
+    whose forward is bypassed (nn.TransformerEncoderLayer's) are not, and the report lists them
     (`adapter_report(model)`, also logged). The new head of a classification model, or the modules in modules_to_save,
     are fully trained beside the adapters; parameters that get requires_grad later are trained too. LoRA layers of a
     PeftModel are adopted: same Parameters, same scaling. A second call changes nothing.
@@ -185,7 +187,8 @@ def insert_adapters(
         chosen = adopting or candidates
         fixed = ranks or ()
         targets = find_targets(model, config, chosen, report.skipped, full_names, by_name=not adopting, ranked=fixed)
-        if not targets:
+        experts = {} if adopting else find_expert_tensors(model, config, full_names)
+        if not targets and not experts:
             raise ValueError(nothing_matched_message(model, candidates, config, report.skipped))
         if adopting:
             full_modules = refuse_unadoptable(model, targets, report.skipped)
@@ -195,13 +198,18 @@ def insert_adapters(
             layers = {name: adopt(module, config) for name, module in targets.items()}
             full_names = [name.removeprefix(PEFT_PREFIX) for name in full_modules]
         else:
-            report.unmatched = unmatched_hints(config, candidates, model)
+            report.unmatched = unmatched_hints(config, candidates) + hints_of_experts(model, config, experts)
             matcher = Matcher()
-            for name, module in targets.items():
+            for name, module in (targets | experts).items():
                 options = config.of_layer(name, matcher) if ranks is None else replace(config, r=ranks[name])
-                adapter = _build(name, module, features_of(module), options, reset=ranks is None)
-                kind = AdaptedEmbedding if isinstance(module, nn.Embedding) else AdaptedLinear
-                layers[name] = kind(module, adapter)
+                tensor = name.rpartition(".")[2] if name in experts else None
+                sizes = features_of(module) if tensor is None else sizes_of(module, tensor)
+                adapter = _build(name, module, sizes, options, reset=ranks is None)
+                if tensor is not None:
+                    layers[name] = AdaptedParameter(module, tensor, adapter)
+                else:
+                    kind = AdaptedEmbedding if isinstance(module, nn.Embedding) else AdaptedLinear
+                    layers[name] = kind(module, adapter)
     if ranks is None:
         made = {name: layer.adapter for name, layer in layers.items()}
         report.excessive = [name for name, a in made.items() if a.r > min(a.in_features, a.out_features)]
@@ -224,7 +232,7 @@ def insert_adapters(
     model.requires_grad_(False)
     for name, layer in layers.items():
         layer.adapter.requires_grad_(True)
-        if config.needs_step:
+        if config.needs_step and (aligns_experts(model, config) or not isinstance(layer, AdaptedParameter)):
             layer.adapter.join(state, name)
         layer.dequantised = dequantised
         layer.register_state_dict_pre_hook(refuse_outer_model)
@@ -261,8 +269,11 @@ def put_in_place(
     for name, layer in layers.items():
         layer.training = layer.base_layer.training
         layer.adapter.train(layer.training)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
+        if isinstance(layer, AdaptedParameter):
+            insert_parameter(model, name, layer)
+        else:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer)
     put(model, rows)
     if state.config.share_inputs:
         join_siblings(model)
@@ -275,8 +286,10 @@ def layer_names(model: nn.Module, *, with_head: bool) -> list[str]:
     return [name for name, module in linear_layers(model) if module is not head]
 
 
-def layers_to_adapt(model: nn.Module, config: AlignLoraConfig) -> dict[str, tuple[int, int]]:
-    """Returns (in, out) of each layer or block of a plain model that a config would adapt, by name.
+def layers_to_adapt(model: nn.Module, config: AlignLoraConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the sizes of each layer, block or tensor of experts of a plain model that a config would adapt, by name.
+
+    These are (in, out), and (in, out, experts) of a tensor of experts.
 
     Raises:
         ValueError: the config would adapt no layer.
@@ -284,10 +297,13 @@ def layers_to_adapt(model: nn.Module, config: AlignLoraConfig) -> dict[str, tupl
     if config.target_blocks:
         return {name: (hidden, hidden) for name, (_, hidden) in _target_blocks(model, config).items()}
     candidates, skipped, config = adaptable_layers(model), dict[str, str](), with_targets(config, model)
-    targets = find_targets(model, config, candidates, skipped, modules_to_train(model, config), by_name=True)
-    if not targets:
+    trained = modules_to_train(model, config)
+    targets = find_targets(model, config, candidates, skipped, trained, by_name=True)
+    experts = find_expert_tensors(model, config, trained)
+    if not targets and not experts:
         raise ValueError(nothing_matched_message(model, candidates, config, skipped))
-    return {name: features_of(module) for name, module in targets.items()}
+    sizes: dict[str, tuple[int, ...]] = {name: features_of(module) for name, module in targets.items()}
+    return sizes | {name: sizes_of(module, name.rpartition(".")[2]) for name, module in experts.items()}
 
 
 def _target_blocks(model: nn.Module, config: AlignLoraConfig) -> dict[str, tuple[nn.Module, int]]:
@@ -344,7 +360,7 @@ def _start_magnitudes(layers: Mapping[str, Any], *, reset: bool) -> None:
             layer.adapter.lora_magnitude_vector.data = norms
 
 
-def _build(name: str, module: nn.Module, sizes: tuple[int, int], config: AlignLoraConfig, *, reset: bool) -> Adapter:
+def _build(name: str, module: nn.Module, sizes: tuple[int, ...], config: AlignLoraConfig, *, reset: bool) -> Adapter:
     """Builds an adapter with initial values, on the module's device and in the dtype of the options."""
     if reset and config.init_lora_weights == "pissa" and config.r > min(sizes):
         raise ValueError(
@@ -352,10 +368,11 @@ def _build(name: str, module: nn.Module, sizes: tuple[int, int], config: AlignLo
             f"choose r <= {min(sizes)}, leave the layer out by exclude_modules, or start otherwise"
         )
     frozen: Any = next((layer.weight for layer in module.modules() if has_float_weight(layer)), torch.empty(0))
+    frozen = getattr(module, name.rpartition(".")[2]) if len(sizes) > 2 else frozen
     # A float64 base, as in tests of exactness, gets float64 adapters.
     dtype = frozen.dtype if config.adapter_dtype == "base" else torch.promote_types(torch.float32, frozen.dtype)
     with torch.device(device_of(module)):
-        kind = EmbeddingAdapter if isinstance(module, nn.Embedding) else adapter_class(config)
+        kind = EmbeddingAdapter if isinstance(module, nn.Embedding) else make_adapter
         adapter: Adapter = kind(config, *sizes).to(dtype)
         weight = frozen.T if is_conv1d(module) else frozen
         if reset:

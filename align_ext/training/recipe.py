@@ -179,8 +179,8 @@ def _exclude_idle(
 def _check_idle_layers(model: Any, ran: frozenset[str]) -> None:
     """Raises ValueError if no adapted layer runs, or if a layer that every step needs does not always run."""
     state, layers = model.align_state, adapted_layers(model)
-    idle = [name for name in layers if name not in ran]
-    if idle and (len(idle) == len(layers) or not ran.issuperset(state.names)):
+    idle = [name for name, layer in layers.items() if layer.base_name(name) not in ran]
+    if idle and (len(idle) == len(layers) or not set(idle).isdisjoint(state.names)):
         cure = ",".join(shortest_ends(idle, ran))
         cure += ", or give --align none" * (len(idle) < len(layers) and state.config.align is not None)
         raise ValueError(

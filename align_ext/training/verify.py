@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from align_ext.adapters.adapted_block import adapted_layers
-from align_ext.adapters.linear_layer import is_transposed
 from align_ext.alignment.model_state import find_state
 from align_ext.base_model.modules_to_save import find_extra_tensors, tensors_of, trained_rows
 from align_ext.base_model.quantised import is_quantised
@@ -87,9 +86,12 @@ def verify(job: Job, adapter: Path) -> dict[str, Check]:
         return peft.PeftModel.from_pretrained(base, str(adapter)).eval()
 
     def changed_otherwise(name: str) -> bool:
-        theirs: Any = base.get_submodule(name)
-        delta = layers[name].adapter.delta_weight()
-        delta = delta.T if is_transposed(layers[name].base_layer) else delta
+        layer: Any = layers[name]
+        theirs: Any = base.get_submodule(layer.base_name(name))
+        while getattr(theirs, "parameter_name", "") != getattr(layer, "parameter", ""):  # PEFT's wrappers of experts
+            theirs = theirs.base_layer
+        delta = layer.adapter.delta_weight()
+        delta = delta.mT if layer.is_transposed else delta
         difference = (theirs.get_delta_weight("default").to(delta.dtype) - delta).abs().max()
         return not bool(difference <= LARGEST_DIFFERENCE * delta.abs().max())  # after no step both are 0
 
@@ -97,7 +99,7 @@ def verify(job: Job, adapter: Path) -> dict[str, Check]:
         place({}, beside)
         for one in rows:
             one.merge()
-        return place({name: layer.merged_base() for name, layer in layers.items()}, {})
+        return place({layer.base_name(name): layer.merged_base() for name, layer in layers.items()}, {})
 
     models: dict[str, Callable[[], Any]] = {"loaded again": loaded, "stock PEFT": by_peft, "merged": merged}
     checks = {}

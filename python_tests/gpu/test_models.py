@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from hf import mixtures
 from losses.test_modes import CASES, options_of
 from test_batch import CHECKPOINTING, checkpointed
 from tiny import Oracle, adapted, batch, error, gradients, llama
@@ -101,3 +102,16 @@ def test_reduce_overhead(device, name):
         skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
         print(f"figure: {name}: {skipped} graphs without CUDA graphs")
         assert skipped == 0
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "GptOss"])
+def test_experts(device, kind):
+    """The experts of a mixture, in one tensor: by torch's grouped product on a GPU that has one."""
+
+    def of(dtype, place):
+        model = mixtures.adapted(kind, dtype).to(place)
+        inputs, tasks = on_device(0, place)
+        model(**inputs, task_ids=tasks, use_cache=False).loss.backward()
+        return {name: g.cpu() for name, g in mixtures.gradients(model).items()}
+
+    assert error(of(torch.float32, device), of(torch.float64, "cpu")) < ROUNDING

@@ -63,7 +63,7 @@ UNFIT = {
     "repeated layers": (lambda: with_peft(layer_replication=[[0, 2], [1, 2]]), "layer_replication"),
     "experts": (
         lambda: mixtral(target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"]),
-        "experts cannot be adopted.*not one of a linear layer",
+        "experts cannot be adopted.*load the folder into the base model by load_adapter",
     ),
     "a layer's parameter": (
         lambda: mixtral(target_modules=["v_proj"], target_parameters=["q_proj.weight"]),

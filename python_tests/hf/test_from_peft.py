@@ -21,7 +21,7 @@ FUNCTIONS = re.findall(r"^\| `(\w+)` \| ([^|]+?) \|", PAGE.partition("## Functio
 SAME = {
     "r": 3, "target_modules": ["up_proj"], "exclude_modules": ["lm_head"], "lora_alpha": 5, "lora_dropout": 0.25,
     "use_rslora": True, "use_dora": True, "modules_to_save": ["norm"], "init_lora_weights": "gaussian",
-    "layers_to_transform": [1],
+    "layers_to_transform": [1], "target_parameters": ["experts.down_proj"],
     "layers_pattern": ["layers"], "rank_pattern": {"up_proj": 2}, "alpha_pattern": {"up_proj": 3.0},
     "bias": "all", "lora_bias": True, "trainable_token_indices": [1, 2],
 }  # fmt: skip

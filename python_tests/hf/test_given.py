@@ -42,7 +42,7 @@ def test_a_dictionary_is_taken():
 
 
 BEYOND = {
-    "use_qalora": True, "target_parameters": ["q_proj.weight"], "init_lora_weights": "olora",
+    "use_qalora": True, "init_lora_weights": "olora",
 }  # fmt: skip
 
 

@@ -3,32 +3,14 @@
 import pytest
 import torch
 from hf.folders import files
+from hf.mixtures import mixture
 from peft import PeftModel
 from rich.console import Console
-from tiny import VOCAB
 
 from align_ext import export_peft, load_adapter, replace_linear_with_align_lora, save_adapter
 from align_ext.io.inspect_adapter import inspect_adapter
 
-MIXTURES = {
-    "Glm4Moe": {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1},
-    "Qwen3Next": {
-        "num_experts": 4, "shared_expert_intermediate_size": 16, "layer_types": ["linear_attention", "full_attention"],
-    },
-    "Qwen3Moe": {"num_experts": 4, "mlp_only_layers": [0]},  # one dense layer
-    "Ernie4_5_Moe": {"moe_num_experts": 4, "moe_num_shared_experts": 1, "moe_layer_start_index": 1},
-    "Llama4Text": {"num_local_experts": 2, "interleave_moe_layer_step": 2},  # PEFT leaves its names alone
-}  # fmt: skip
-
-
-def mixture(kind):
-    import transformers
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_experts_per_tok": 1}
-    config = getattr(transformers, f"{kind}Config")(**sizes, **heads, **MIXTURES[kind], vocab_size=VOCAB)
-    return transformers.AutoModelForCausalLM.from_config(config).float().eval()
+KINDS = ("Glm4Moe", "Qwen3Next", "Qwen3Moe", "Ernie4_5_Moe", "Llama4Text")  # PEFT leaves the last one's names alone
 
 
 def trained(kind, targets, **options):
@@ -47,7 +29,7 @@ def logits(model):
     return model.eval()(input_ids=torch.arange(1, 9)[None], use_cache=False).logits
 
 
-@pytest.mark.parametrize("kind", MIXTURES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("targets", [("gate_proj", "up_proj", "down_proj"), ("down_proj", "o_proj"), ("o_proj",)])
 def test_stock_peft_computes_the_same_or_finds_no_adapter(kind, targets, tmp_path):
     model = trained(kind, targets)
@@ -62,7 +44,7 @@ def test_stock_peft_computes_the_same_or_finds_no_adapter(kind, targets, tmp_pat
         theirs = PeftModel.from_pretrained(mixture(kind), tmp_path)
         torch.testing.assert_close(logits(theirs), expected, rtol=1e-5, atol=1e-5)
         return
-    assert files(tmp_path) == ["align_lora_config.json", "align_lora_heads.safetensors"]
+    assert files(tmp_path) == ["README.md", "align_lora_config.json", "align_lora_heads.safetensors"]
     assert "cannot: it would misread" in console.export_text()
     with pytest.raises(ValueError, match="models it"):
         export_peft(model, tmp_path / "peft")
@@ -72,4 +54,4 @@ def test_stock_peft_computes_the_same_or_finds_no_adapter(kind, targets, tmp_pat
 
 def test_the_folders_of_tasks_are_not_written_either(tmp_path):
     save_adapter(trained("Glm4Moe", ["down_proj"], architecture="multi_adapter"), tmp_path)
-    assert files(tmp_path) == ["align_lora_config.json", "align_lora_heads.safetensors"]
+    assert files(tmp_path) == ["README.md", "align_lora_config.json", "align_lora_heads.safetensors"]
