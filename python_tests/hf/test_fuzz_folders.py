@@ -152,7 +152,7 @@ def change_kind(file, pick):
 
 def change(folder, pick):
     file = folder / pick.choice(files(folder))
-    of_content = change_json if file.suffix == ".json" else change_tensors
+    of_content = {".json": change_json, ".safetensors": change_tensors}.get(file.suffix, change_bytes)
     pick.choice([of_content, of_content, change_bytes, change_kind])(file, pick)
 
 

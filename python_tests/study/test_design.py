@@ -88,7 +88,7 @@ def test_steps_for_each_task_count_the_tasks_that_are_named_in_a_text():
         ({"train": {"tasks": "a,b"}, "vary": {"tasks": [3]}}, "vary.tasks: 3 must be a number of the 2 tasks"),
         ({"train": {"tasks": "a,b"}, "vary": {"tasks": [0]}}, "vary.tasks: 0 must be a number of the 2 tasks"),
         ({"train": {}, "steps_per_task": 2}, "steps_per_task needs the names of the tasks: set train.tasks"),
-        ({"vary": {"lr": [-1.0]}}, "lr must be a positive number, got -1"),
+        ({"vary": {"lr": [-1.0]}}, "lr must be a positive number, at most 1000, got -1"),
         ({"score": {"test": 0}}, "test must be"),
         ({"score": {"unseen": {"taskz": ["a"]}}}, "unknown option of score.unseen 'taskz'; did you mean 'tasks'"),
         ({"compare": {"with": "lore"}}, "unknown baseline arm 'lore'; did you mean 'lora'"),
