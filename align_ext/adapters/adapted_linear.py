@@ -290,13 +290,13 @@ class AdaptedLinear(AdaptedWeight):
             made = None if weight is None or self.dequantised is None else self.dequantised(base, dtype)
             if made is not None:
                 return made()
-        shape = (self.in_features, self.out_features)[:: 1 if is_conv1d(base) else -1]
+        shape = (self.in_features, self.out_features)[:: 1 if self.is_transposed else -1]
         if weight is None or not weight.is_floating_point() or weight.element_size() < 2 or weight.shape != shape:
             raise ValueError(f"use_dora: {type(base).__name__} does not tell the values of its quantised weight: load "
                              "the base in 4 bits of bitsandbytes or in a floating-point dtype")  # fmt: skip
         if weight.is_meta and not self.adapter.lora_A.is_meta:
             raise ValueError("use_dora: the base weight is offloaded: load the base on one device")
-        return weight.T if is_conv1d(base) else weight
+        return weight.T if self.is_transposed else weight
 
     @torch.no_grad()
     def row_norms(self) -> Tensor:
@@ -315,7 +315,7 @@ class AdaptedLinear(AdaptedWeight):
     @override
     def _changed(self, weight: Tensor, delta: Tensor) -> Tensor:
         """W [out, in] + delta in delta's dtype, with the norms of DoRA where the adapter trains them."""
-        changed = weight.to(delta.dtype) + delta
+        changed = super()._changed(weight, delta)
         magnitude = getattr(self.adapter, "lora_magnitude_vector", None)
         if magnitude is None:
             return changed

@@ -137,6 +137,11 @@ def _unsuitable(module: nn.Module) -> str | None:
     return unsuitable_embedding(module)
 
 
+def wrappers_of(model: nn.Module) -> dict[nn.Module, TrainedRows]:
+    """Returns what stands in the place of each module of the base of which rows are trained."""
+    return {module.base_layer: module for module in model.modules() if isinstance(module, TrainedRows)}
+
+
 def put(model: nn.Module, places: Mapping[nn.Module, nn.Module]) -> None:
     """Puts modules in the place of others, under each of their names."""
     for parent in list(model.modules()):

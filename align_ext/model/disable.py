@@ -1,11 +1,11 @@
 """Runs a model as its base, for the reference of DPO, KTO or GRPO, or to compare: `with disable_adapter(model)`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 from torch import nn
 
-from align_ext.adapters.adapted_block import adapted_layers
+from align_ext.adapters.adapted_block import Adapted, adapted_layers
 from align_ext.adapters.adapted_linear import AdaptedModule
 from align_ext.alignment.model_state import require_state
 from align_ext.base_model.modules_to_save import find_extra_tensors, plain_name, tensors_of
@@ -33,9 +33,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     state, layers = require_state(model), adapted_layers(model)
     if state.disabled:
         raise ValueError("the adapters are disabled already: leave the inner disable_adapter out")
-    merged = next((name for name, layer in layers.items() if getattr(layer, "merged", False)), None)
-    if merged is not None:
-        raise ValueError(f"the adapter of {merged} is merged into its weight: unmerge it first")
+    refuse_merged(layers)
     with ExitStack() as stack:
         for module, name, value in _trained_beside(model):
             stack.callback(module._parameters.__setitem__, name, module._parameters[name])
@@ -46,6 +44,13 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
         stack.callback(setattr, state, "disabled", False)
         state.disabled = True
         yield model
+
+
+def refuse_merged(layers: Mapping[str, Adapted]) -> None:
+    """Raises ValueError if the adapter of a layer is merged into its weight."""
+    merged = next((name for name, layer in layers.items() if getattr(layer, "merged", False)), None)
+    if merged is not None:
+        raise ValueError(f"the adapter of {merged} is merged into its weight: unmerge it first")
 
 
 def _trained_beside(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 
 from align_ext.adapters.adapted_block import Adapted, adapted_layers
 from align_ext.adapters.adapted_linear import AdaptedWeight
-from align_ext.adapters.trained_rows import TrainedRows
 from align_ext.alignment.forward_hooks import remove_hooks
 from align_ext.alignment.model_state import require_state
 from align_ext.base_model.modules_to_save import restore_base, trained_rows
 from align_ext.base_model.sharded import refuse_sharded
-from align_ext.base_model.token_rows import put
+from align_ext.base_model.token_rows import put, wrappers_of
 from align_ext.model.save_pretrained import restore_methods
 from align_ext.system.messages import shown
 
@@ -150,7 +149,7 @@ def restore_layers(model: nn.Module, layers: Mapping[str, Adapted]) -> nn.Module
     for name, layer in layers.items():
         parent, _, child = layer.base_name(name).rpartition(".")
         setattr(model.get_submodule(parent), child, layer.base_layer)
-    put(model, {module: module.base_layer for module in model.modules() if isinstance(module, TrainedRows)})
+    put(model, {wrapper: base for base, wrapper in wrappers_of(model).items()})
     remove_hooks(model)
     return restore_methods(model)
 

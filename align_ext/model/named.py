@@ -25,7 +25,9 @@ from align_ext.base_model.modules_to_save import (
     tensors_of,
 )
 from align_ext.base_model.sharded import refuse_sharded
+from align_ext.base_model.token_rows import wrappers_of
 from align_ext.config import AlignLoraConfig
+from align_ext.model.disable import refuse_merged
 from align_ext.model.merge import restore_layers
 from align_ext.model.replace import put_in_place, replace_linear_with_align_lora
 from align_ext.system.bounds import unknown_name
@@ -127,7 +129,7 @@ def named_adapter(model: nn.Module, adapter_name: str) -> NamedAdapter:
     """
     state = require_state(model)
     if adapter_name == state.name:
-        return NamedAdapter(state, adapted_layers(model), find_extra_tensors(model).tensors, _rows(model))
+        return NamedAdapter(state, adapted_layers(model), find_extra_tensors(model).tensors, wrappers_of(model))
     if adapter_name not in state.others:
         raise ValueError(unknown_name("adapter", adapter_name, adapter_names(model)))
     other: NamedAdapter = state.others[adapter_name]
@@ -172,17 +174,12 @@ def _take_off(model: nn.Module) -> NamedAdapter:
                          "and others by name into the plain model")  # fmt: skip
     if state.disabled or state.current is not None:
         raise ValueError("the adapter is disabled, or a step of it is open: leave that block first")
-    if merged := [name for name, layer in layers.items() if getattr(layer, "merged", False)]:
-        raise ValueError(f"the adapter of {merged[0]} is merged into its weight: unmerge it first")
+    refuse_merged(layers)
     trained = {name: tensor.detach().clone() for name, tensor in find_extra_tensors(model).tensors.items()}
-    rows = _rows(model)
+    rows = wrappers_of(model)
     restore_base(model)
     restore_layers(model, layers)
     return NamedAdapter(state, layers, trained, rows)
-
-
-def _rows(model: nn.Module) -> dict[nn.Module, TrainedRows]:
-    return {module.base_layer: module for module in model.modules() if isinstance(module, TrainedRows)}
 
 
 def _put_on(model: nn.Module, adapter: NamedAdapter) -> None:

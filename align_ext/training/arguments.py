@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from align_ext.base_model.dtypes import best_dtype
+
 
 def align_training_arguments(output_dir: str, **overrides: Any) -> TrainingArguments:
     """Returns TrainingArguments with the recipe of the Align-LoRA paper: 2e-4, cosine, warm-up over 3%, bfloat16.
@@ -28,4 +30,4 @@ def align_training_arguments(output_dir: str, **overrides: Any) -> TrainingArgum
 
 def has_bfloat16() -> bool:
     """Whether there is a GPU that multiplies in bfloat16."""
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cuda.is_available() and best_dtype("cuda") == torch.bfloat16

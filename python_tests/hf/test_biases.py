@@ -60,6 +60,17 @@ def moved(model):
     return model
 
 
+def check_saved(architecture, base, model, folder):
+    """The folder gives what the model gives, loaded again, and by PEFT where it has a form for it."""
+    task = 1 if architecture == "multi_adapter" else None
+    save_adapter(model, folder)
+    assert torch.equal(logits(load_adapter(base(), folder), task), logits(model, task))
+    stock = {"m_lora": folder, "multi_adapter": folder / "tasks" / "1"}.get(architecture)
+    if stock is not None:
+        theirs = PeftModel.from_pretrained(base(), stock)
+        torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-5, atol=1e-5)
+
+
 def shapes(folder):
     """Of a folder's tensors, without those that PEFT writes twice."""
     again = (".modules_to_save.bias", ".original_module.bias")
@@ -121,13 +132,7 @@ def test_all_biases_beside_every_architecture(architecture, tmp_path):
     model = moved(replace_linear_with_align_lora(qwen2(), AlignLoraConfig(**options)))
     names = [f"model.layers.{i}.self_attn.{part}_proj.bias" for i in range(2) for part in "qkv"]
     assert sorted(find_extra_tensors(model).tensors) == sorted(names)
-    task = 1 if architecture == "multi_adapter" else None
-    save_adapter(model, tmp_path)
-    assert torch.equal(logits(load_adapter(qwen2(), tmp_path), task), logits(model, task))
-    stock = {"m_lora": tmp_path, "multi_adapter": tmp_path / "tasks" / "1"}.get(architecture)
-    if stock is not None:
-        theirs = PeftModel.from_pretrained(qwen2(), stock)
-        torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-5, atol=1e-5)
+    check_saved(architecture, qwen2, model, tmp_path)
 
 
 def gradients_of_b(model):

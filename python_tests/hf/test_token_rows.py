@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from hf.folders import files, logits
-from hf.test_biases import bert, moved
+from hf.test_biases import bert, check_saved, moved
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import VOCAB, batch, gpt2, llama
@@ -150,13 +150,7 @@ def test_merged_disabled_and_unloaded(case):
 def test_beside_every_architecture(architecture, tmp_path):
     options = {"r": 2, "num_tasks": 3, "architecture": architecture, "trainable_token_indices": [5, 9]}
     model = moved(replace_linear_with_align_lora(tied(), AlignLoraConfig(**options)))
-    task = 1 if architecture == "multi_adapter" else None
-    save_adapter(model, tmp_path)
-    assert torch.equal(logits(load_adapter(tied(), tmp_path), task), logits(model, task))
-    stock = {"m_lora": tmp_path, "multi_adapter": tmp_path / "tasks" / "1"}.get(architecture)
-    if stock is not None:
-        theirs = PeftModel.from_pretrained(tied(), stock)
-        torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-5, atol=1e-5)
+    check_saved(architecture, tied, model, tmp_path)
 
 
 def test_a_compiled_model_in_16_bits_computes_the_same():
