@@ -30,7 +30,7 @@ from align_ext.system.writing import atomic_file
 from align_ext.training.options import TrainOptions, known_options
 from align_ext.training.rows import choose, read_pools
 
-PLAN = "plan.json"
+PLAN, CELLS = "plan.json", "cells"
 _FIXED = ("data", "dtype", "device", "base_parameters")  # what may not change while a study grows
 
 
@@ -166,22 +166,28 @@ def make_plan(study: Study, before: Mapping[str, Any] | None = None) -> dict[str
 def store_plan(folder: Path, study: Study) -> dict[str, Any]:
     """Makes and writes the plan of a study, or reads it if the design is the same.
 
-    A study may grow by arms, seeds and values, but keeps its data and its precision.
+    A study may grow by arms, seeds and values, but keeps its data and its precision from its first cell on; before that
+    a plan binds to nothing.
 
     Raises:
         ValueError: as in make_plan; or the data, the model or the dtype are not those of the cells that are there.
     """
     file = folder / PLAN
     before = read_json(file) if file.is_file() else None
-    if before is not None and before.get("design") == design_digest(study):
+    same, begun = before is not None and before.get("design") == design_digest(study), _begun(folder)
+    if before is not None and same and begun:
         return before
-    plan = make_plan(study, before)
-    for name in _FIXED if before is not None else ():
+    plan = make_plan(study, before if same or begun else None)  # the same dtype for workers that start together
+    for name in _FIXED if before is not None and begun else ():
         if json.loads(json.dumps(plan[name])) != before[name]:  # type: ignore[index]
             raise _changed(name, folder)
     with atomic_file(file) as new:
         new.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
     return plan
+
+
+def _begun(folder: Path) -> bool:
+    return (folder / CELLS).is_dir() and any((folder / CELLS).iterdir())
 
 
 def check_data(folder: Path, study: Study, plan: Mapping[str, Any]) -> None:

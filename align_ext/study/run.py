@@ -21,7 +21,7 @@ from rich.console import Console
 from align_ext.study.cell import claimed_by_first, is_done, run_base, run_cell, work_folder
 from align_ext.study.deeper import MECHANISM, look_deeper, wants_look
 from align_ext.study.design import BASE, Cell, Study
-from align_ext.study.plan import PLAN, check_data, store_plan
+from align_ext.study.plan import CELLS, PLAN, check_data, store_plan
 from align_ext.system import processes
 from align_ext.system.bounds import unknown_name
 from align_ext.system.locks import InUse, claimed
@@ -31,8 +31,6 @@ from align_ext.system.terminal import print_line
 from align_ext.system.writing import atomic_file, remove_leftovers
 from align_ext.training.options import TrainOptions
 from align_ext.training.whole_checkpoints import checkpoints
-
-CELLS = "cells"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from typing import Any
 
 from rich.table import Table
 
-from align_ext.study.run import CELLS, CellStatus
+from align_ext.study.plan import CELLS
+from align_ext.study.run import CellStatus
 from align_ext.system.reading import read_json
 
 _OFF = 0.02  # a larger difference of parameters is pointed out

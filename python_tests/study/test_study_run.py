@@ -24,7 +24,7 @@ from align_ext.cli.app import app
 from align_ext.model.load_adapter import load_adapter
 from align_ext.study import cell as cell_module
 from align_ext.study.design import parse, read_study
-from align_ext.study.plan import make_plan
+from align_ext.study.plan import make_plan, store_plan
 from align_ext.study.run import run, statuses
 
 ARMS = {
@@ -181,10 +181,17 @@ def test_run_again_does_nothing_and_a_new_arm_or_seed_alone_runs(finished, place
     start(finished)
 
 
+def begin(folder):
+    """A study whose first cell has been begun, but is not finished."""
+    store_plan(folder, read_study(folder))
+    cell = folder / "cells" / "begun"
+    cell.mkdir(parents=True)
+    return cell
+
+
 def test_a_study_whose_data_changed_is_refused(place, tmp_path):
     folder = write(tmp_path / "s", design(place, arms={"lora": ARMS["lora"]}))
-    first = make_plan(read_study(folder))
-    (folder / "plan.json").write_text(json.dumps(first))
+    begin(folder)
     changed = design(place, arms={"lora": ARMS["lora"]})
     changed["train"] |= {"train_examples": 5}
     write(folder, changed)
@@ -198,11 +205,21 @@ def test_rows_that_changed_in_their_file_are_refused_while_a_cell_is_missing(pla
     content = design(place, arms={"lora": ARMS["lora"]})
     content["train"] |= {"data": str(rows)}
     folder = write(tmp_path / "s", content)
-    (folder / "plan.json").write_text(json.dumps(make_plan(read_study(folder))))
+    begun = begin(folder)
     rows.write_text(rows.read_text().replace("comes", "stands"))
     with pytest.raises(ValueError, match=r"data of the study in .* has changed since its first cell"):
         start(folder)
-    assert not list(folder.glob("cells/*"))
+    assert list(folder.glob("cells/*")) == [begun]
+
+
+def test_a_plan_without_a_cell_binds_to_nothing(place, tmp_path):
+    content = design(place, arms={"lora": ARMS["lora"]})
+    folder = write(tmp_path / "s", content)
+    first = store_plan(folder, read_study(folder))
+    content["train"] |= {"train_examples": 5}
+    second = store_plan(write(folder, content), read_study(folder))
+    assert second["data"]["digest"] != first["data"]["digest"]
+    assert json.loads((folder / "plan.json").read_text()) == json.loads(json.dumps(second))
 
 
 def test_an_l2_control_of_another_loss_is_another_cell(place, tmp_path):
