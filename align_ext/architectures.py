@@ -39,7 +39,7 @@ _ROUTED = {
     "top_k": 0, "router_temperature": 1.0,
 }  # fmt: skip
 _LATENT_MASKS = {"dropout_site": "latent", "init_lora_weights": "random_heads"}
-_BLOCKS = {"routing_groups": 2, "target_blocks": ("attention", "mlp"), "balance": "cv2", "spectral": "paper"}
+_BLOCKS = {"routing_groups": 2, "target_blocks": ("mlp",), "balance": "cv2", "spectral": "paper"}
 
 _LORA = ("lora:LoraAdapter", "s B A x", "r (n + m)", "2106.09685; aligned: 2508.05078")
 ARCHITECTURES: Mapping[str, Row] = {

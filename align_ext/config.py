@@ -39,6 +39,7 @@ Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "random_heads"]
 
 DEFAULT_WEIGHT: Mapping[str, float] = {"kl": 0.1, "mmd": 0.15, "l2": 0.1}
 AUTO: Any = "auto"  # an option's default that depends on the architecture or the model
+MOST_HEADS = 16  # by default: mtLoRA's on 15 to 25 tasks, and what the fused path covers
 MOST_TASKS = 10_000  # a limit, since reports have tables of all pairs of tasks
 
 
@@ -119,7 +120,12 @@ class AlignLoraConfig:
         "offset that is subtracted again; the base weight is never touched.",
     )
     init_gamma: float = option(64.0, 'gamma of "random_heads".', positive)
-    num_heads: int | None = option(AUTO, "N, how many B_i (or experts) there are.", integer_rule())
+    num_heads: int | None = option(
+        AUTO,
+        "N, how many B_i (or experts) there are; by default one for each of num_tasks, at most 16; 5 for one task, or "
+        "where num_tasks is not given.",
+        integer_rule(),
+    )
     reduce: Literal["sum", "mean"] | None = option(AUTO, 'heads without a router: their "sum" or "mean".')
     router: Literal["linear", "mlp"] | None = option(
         AUTO,
@@ -202,7 +208,7 @@ class AlignLoraConfig:
         'mtLoRA\'s regularisation of the heads\' overlap: "paper" (spectral-aware), "uniform", "released" (each '
         "head by itself) or None. DDP with reentrant checkpointing needs static_graph=True for it.",
     )
-    spectral_weight: float = option(1e-4, "of the spectral regularisation in the loss.", not_negative)
+    spectral_weight: float = option(2e-3, "of the spectral regularisation, a mean over layers.", not_negative)
     spectral_steps: int = option(100, "k, forwards between two refreshes of its projectors.", integer_rule())
     share_inputs: bool = option(
         True,
@@ -235,7 +241,7 @@ class AlignLoraConfig:
         if self.architecture not in get_args(Architecture):
             raise ValueError(unknown_name("architecture", self.architecture, get_args(Architecture)))
         equal_weights = self.router_init == AUTO and self.init_lora_weights in (AUTO, "random_heads")
-        self._fill_in(self.row.defaults)
+        self._fill_in({**self.row.defaults, **self._heads_of_tasks()})
         if equal_weights and self.router is not None and self.init_lora_weights == "random_heads":
             self._set("router_init", "zeros")  # so that the adapter does not change the model at the start
         if self.align is not None and self.align not in get_args(Align):
@@ -283,6 +289,12 @@ class AlignLoraConfig:
             self._set(name, check_names(tuple(value), name, maximum=100_000))
         else:
             raise ValueError(f"{name} must be module names or a regular expression, got {shown(value)}")
+
+    def _heads_of_tasks(self) -> dict[str, int]:
+        """One head for each task, where there are heads and the tasks are known (docs/faithfulness.md)."""
+        tasks = self.num_tasks
+        several = is_whole(tasks, 2, MOST_TASKS) and self.row.defaults["num_heads"] is not None
+        return {"num_heads": min(tasks, MOST_HEADS)} if several and tasks is not None else {}
 
     def _fill_in(self, defaults: Mapping[str, Any]) -> None:
         """Sets "auto" options to the architecture's values; refuses options that the architecture does not have."""

@@ -12,18 +12,21 @@ from align_ext.adapters import adapter_class
 from align_ext.adapters.adapted_linear import AdaptedLinear
 from align_ext.architectures import ARCHITECTURES
 from align_ext.data.rows import ROWS
+from align_ext.model.cost import trained_parameters
+from align_ext.study.published import meta_model, published
 
 # What is one change in an option, and yet an architecture of its own.
 VARIANTS: dict[str, dict[str, Any]] = {"hydra": {"router": None}}
 # mtLoRA's ablation (2603.01526): each row differs from the one above, or from "block", by what its name says.
-_ROUTED = {"architecture": "hydra", "balance": "cv2"}
-_BLOCK = {**_ROUTED, "target_blocks": ("attention", "mlp")}
+_SIZES = {"r": 16, "lora_alpha": 64, "num_heads": 16}
+_ROUTED = {"architecture": "hydra", "balance": "cv2", **_SIZES}
+_BLOCK = {**_ROUTED, "target_blocks": ("mlp",)}
 ABLATION: dict[str, dict[str, Any]] = {
-    "HydraLoRA": _ROUTED,
+    "HydraLoRA": {**_ROUTED, "target_modules": ("q_proj", "v_proj")},
     "+ block": _BLOCK,
     "+ block + spectral": {**_BLOCK, "spectral": "paper"},
     "+ block + fine-grained": {**_BLOCK, "routing_groups": 2},
-    "all: mtLoRA": {"architecture": "mtlora"},
+    "all: mtLoRA": {"architecture": "mtlora", **_SIZES},
 }
 
 
@@ -63,11 +66,25 @@ def architectures() -> str:
 
 
 def ablation() -> str:
-    """The table of mtLoRA's ablation as options of `align-lora train`."""
-    lines = ["| row | `align-lora train` |", "|---|---|"]
+    """The table of mtLoRA's ablation as options of `align-lora train`, with what they train of LLaMA-2-7B."""
+    lines = ["| row | trained of LLaMA-2-7B | `align-lora train` |", "|---|---|---|"]
+    model = meta_model("LLaMA-2-7B")
     for row, options in ABLATION.items():
         flags = (f"--{name.replace('_', '-')} {_word(value)}" for name, value in options.items())
-        lines.append(f"| {row} | `{' '.join(flags)}` |")
+        trained = trained_parameters(AlignLoraConfig(**options), model)
+        lines.append(f"| {row} | {trained / 1e6:.1f} M | `{' '.join(flags)}` |")
+    return "\n".join(lines)
+
+
+def published_counts() -> str:
+    """The table of the papers' numbers beside what is counted here."""
+    lines = ["| paper | what | model | settings | printed | counted | the same | note |", "|---|" + 7 * "---|"]
+    for row in published():
+        cells = (
+            _linked(row.paper) + f", {row.table}", row.method, row.model, row.settings, f"{row.printed} {row.unit}",
+            row.rounded, "yes" if row.agrees else "**no**", row.note,
+        )  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -88,7 +105,7 @@ def rows() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"architectures": architectures, "ablation": ablation, "rows": rows}
+TABLES = {"architectures": architectures, "ablation": ablation, "published": published_counts, "rows": rows}
 
 
 def renewed(text: str) -> str:

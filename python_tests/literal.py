@@ -207,11 +207,17 @@ def spectral(B: Tensor, kind: str) -> Tensor:
     """The overlap of each pair of heads, "paper" with projectors by an SVD of the [m, r] heads as they are now."""
     heads = list(B)
     if kind == "released":
-        eye = torch.eye(B.shape[-1], dtype=B.dtype)
-        return sum(((b.T @ b - eye) ** 2).sum() for b in heads) / len(heads)
+        return sum(map(self_orthogonality, heads)) / len(heads)
     if kind == "paper":
         heads = [b @ projector(b.detach()) for b in heads]
     return sum(((a.T @ b) ** 2).sum() for a, b in itertools.combinations(heads, 2))
+
+
+def self_orthogonality(B: Tensor) -> Tensor:
+    """||diag(w) (Bᵀ B - c² I) diag(w)||_F² of one head, w = exp(-Sigma / mean Sigma), c = ||B||_F / sqrt(r)."""
+    sigma, c = torch.linalg.svdvals(B.detach()), B.detach().norm() / B.shape[-1] ** 0.5
+    w = torch.diag(torch.exp(-sigma / sigma.mean()))
+    return (w @ (B.T @ B - c**2 * torch.eye(B.shape[-1], dtype=B.dtype)) @ w).square().sum()
 
 
 def projector(B: Tensor) -> Tensor:

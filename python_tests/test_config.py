@@ -104,8 +104,8 @@ def test_an_unknown_option_names_the_nearest():
         (
             {"architecture": "mtlora"},
             {
-                "routing_groups": 2, "target_blocks": ("attention", "mlp"), "balance": "cv2", "spectral": "paper",
-                "spectral_weight": 1e-4, "balance_weight": 0.01, "needs_step": True, "needs_ids": False,
+                "routing_groups": 2, "target_blocks": ("mlp",), "balance": "cv2", "spectral": "paper",
+                "spectral_weight": 2e-3, "balance_weight": 0.01, "needs_step": True, "needs_ids": False,
             },
         ),
         ({"architecture": "r_lora", "init_lora_weights": "kaiming"}, {"router_init": "kaiming"}),

@@ -76,7 +76,7 @@ class Oracle:
     """The same model with layers in plain PyTorch, and its losses literally, for autograd.
 
     lm + align_weight * mean over layers (and a layer's latents) of the alignment + balance_weight * mean over layers of
-    the balance + spectral_weight * sum over layers of the spectral loss.
+    the balance + spectral_weight * mean over layers of the spectral loss.
     """
 
     def __init__(self, model: nn.Module, batches: Callable[[int], Any] = batch) -> None:
@@ -154,7 +154,7 @@ class Oracle:
         if self.config.spectral is None:
             return 0.0
         losses = [literal.spectral(adapter.lora_B, self.config.spectral) for adapter in self.adapters]
-        return self.config.spectral_weight * sum(losses)
+        return self.config.spectral_weight * sum(losses) / len(losses)
 
     def alignment(self, output: literal.Output, task: Tensor) -> Tensor:
         """That of a layer; by position padding counts and each sample has its first token's task."""

@@ -120,7 +120,7 @@ class AlignStep(StepOutputs):
         # The node is needed even if it adds nothing, since recomputed layers look for the step.
         loss = _total(loss, self, factors, of_gradients, recorded)
         if config.spectral:
-            self.spectral = torch.stack([of_layer() for of_layer in self.state.spectral]).sum()
+            self.spectral = torch.stack([of_layer() for of_layer in self.state.spectral]).mean()
             loss = (loss + (config.spectral_weight * scale) * self.spectral).to(loss.dtype)
         return loss
 

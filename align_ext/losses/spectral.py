@@ -17,10 +17,7 @@ def projectors(B: Tensor) -> Tensor:
     """
     B = _accumulated(B.detach())
     squares, V = torch.linalg.eigh(B.mT @ B)
-    sigma = squares.clamp_min(0).sqrt()
-    mean = sigma.mean(1, keepdim=True)
-    decay = torch.where(mean < 1e-12, torch.ones_like(sigma), torch.exp(-sigma / mean.clamp_min(1e-12)))
-    return (V * decay[:, None]) @ V.mT
+    return (V * _decay(squares.clamp_min(0).sqrt())[:, None]) @ V.mT
 
 
 def overlap(B: Tensor, P: Tensor | None = None) -> Tensor:
@@ -42,10 +39,27 @@ def overlap(B: Tensor, P: Tensor | None = None) -> Tensor:
 
 
 def self_orthogonality(B: Tensor) -> Tensor:
-    """Computes Σ_i ||B_iᵀ B_i - I||_F² / N, as mtLoRA's released code does; it compares no head with another."""
+    """Computes 1/N Σ_i ||w_i w_iᵀ * (B_iᵀ B_i - c_i² I)||_F², as mtLoRA's released code does.
+
+    w_ik = exp(-sigma_ik / mean_k sigma_ik), where sigma_i1 >= sigma_i2 ... are the singular values of B_i, and
+    c_i = ||B_i||_F / sqrt(r), both constants for the gradient. It compares no head with another, and weighs the columns
+    of B_i, in their order, by the singular values in theirs. What the released code adds to means and norms to keep
+    them off zero (1e-8) is left out: heads of zeros have w = 1.
+    """
     B = _accumulated(B)
     gram = B.mT @ B
-    return (gram - torch.eye(B.shape[-1], dtype=B.dtype, device=B.device)).square().sum((1, 2)).mean()
+    with torch.no_grad():
+        sigma = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().flip(-1)
+        w = _decay(sigma)
+        mean_square = gram.diagonal(dim1=-2, dim2=-1).mean(-1)  # c²
+        target = mean_square[:, None, None] * torch.eye(B.shape[-1], dtype=B.dtype, device=B.device)
+    return (w[:, :, None] * w[:, None] * (gram - target)).square().sum((1, 2)).mean()
+
+
+def _decay(sigma: Tensor) -> Tensor:
+    """Computes exp(-Sigma / mean Sigma) of each head's singular values [N, r], 1 where their mean is below 1e-12."""
+    mean = sigma.mean(1, keepdim=True)
+    return torch.where(mean < 1e-12, torch.ones_like(sigma), torch.exp(-sigma / mean.clamp_min(1e-12)))
 
 
 def _accumulated(B: Tensor) -> Tensor:

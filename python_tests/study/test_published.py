@@ -1,9 +1,12 @@
 import io
 
 import pytest
+import yaml
 from rich.console import Console
 
-from align_ext.model.cost import count_parameters
+from align_ext.model.cost import count_parameters, trained_parameters
+from align_ext.study.design import parse
+from align_ext.study.new import presets
 from align_ext.study.published import meta_model, published, show
 
 
@@ -86,3 +89,12 @@ def test_the_tables_show_every_row(rows):
 def test_another_model_is_named():
     with pytest.raises(ValueError, match="name='GPT-2' is no model of the papers: give one of LLaMA-2-7B"):
         meta_model("GPT-2")
+
+
+def test_the_preset_of_the_ablation_trains_what_the_paper_prints():
+    study, model = parse(yaml.safe_load(presets()["mtlora-ablation"])), meta_model("LLaMA-2-7B")
+    first = {cell.arm: study.options_of(cell) for cell in reversed(list(study.cells()))}
+    trained = {arm: trained_parameters(options.adapter_config(25), model) / 1e6 for arm, options in first.items()}
+    assert {arm: round(millions, 1) for arm, millions in trained.items()} == {
+        "hydra": 75.5, "block": 37.7, "block_spectral": 37.7, "block_groups": 39.8, "uniform": 39.8, "mtlora": 39.8,
+    }  # fmt: skip
