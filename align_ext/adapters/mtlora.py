@@ -9,7 +9,6 @@ class MtLoraAdapter(RoutedAdapter):
         z = A dropout(x),   w_g = softmax(R_g x),   g = 1 .. G
         y[o] = base(x)[o] + s Σ_i w_{g(o), i} B_i[o] z,   g(o) = floor(o G / m)
 
-    By default it stands beside whole attention and MLP blocks (align_ext/adapters/adapted_block.py), with the
-    spectral-aware regularisation of its heads (align_ext/losses/spectral.py) and a balance loss
-    (align_ext/losses/balance.py).
+    By default it stands beside whole MLP blocks (align_ext/adapters/adapted_block.py), with the spectral-aware
+    regularisation of its heads (align_ext/losses/spectral.py) and a balance loss (align_ext/losses/balance.py).
     """
