@@ -1,0 +1,77 @@
+"""Every option of the adapters does something: with another value the parameters, losses or gradients are others."""
+
+import pytest
+import torch
+from hf.mixtures import mixture
+from tiny import batch, qwen2
+
+from align_ext import AlignLoraConfig, replace_linear_with_align_lora
+from align_ext.training.options import known_options
+
+MTLORA = {"architecture": "mtlora", "target_blocks": ()}
+MMD, ROUTED, QUEUE = {"align": "mmd"}, {"architecture": "lora_moe"}, {"align_accumulation": "queue"}
+BESIDE = {"routing": {"router": "mlp"}}  # what goes with the value alone
+ELSEWHERE = {"layers_pattern"}  # test_by_layer.py, since the model here has one list of layers
+# Of each option a value that is not the default, and the options that both sides have beside it.
+TRIED = {
+    "architecture": ("hydra", {}), "r": (4, {}), "lora_alpha": (16, {}), "lora_dropout": (0.5, {}),
+    "target_modules": (["q_proj"], {}), "target_parameters": (["experts.down_proj"], {"target_modules": ["q_proj"]}),
+    "exclude_modules": (["up_proj"], {}), "rank_pattern": ({"up_proj": 2}, {}), "alpha_pattern": ({"up_proj": 2}, {}),
+    "layers_to_transform": ([1], {"target_modules": ["q_proj"]}),
+    "modules_to_save": (["lm_head"], {}), "bias": ("all", {}), "lora_bias": (True, {}),
+    "trainable_token_indices": ([3, 5], {}), "target_blocks": (["mlp"], {"architecture": "mtlora"}),
+    "use_rslora": (True, {}), "use_dora": (True, {}), "init_lora_weights": ("orthogonal", {}),
+    "init_gamma": (8.0, {"architecture": "m_lora"}), "num_heads": (3, ROUTED),
+    "reduce": ("mean", {"architecture": "m_lora"}), "router": (None, {"architecture": "hydra"}),
+    "router_init": ("zeros", ROUTED), "routing": ("sequence", MTLORA),
+    "routing_groups": (1, MTLORA), "top_k": (2, ROUTED), "router_temperature": (0.5, ROUTED),
+    "dropout_site": ("input_per_head", {"architecture": "hydra"}), "align": ("l2", {}), "align_weight": (0.5, {}),
+    "num_tasks": (5, {}), "align_eps": (0.1, {}), "align_ddof": (1, {}), "align_statistics": ("position", {}),
+    "align_pairs": ("mean", {}), "align_layers": ("sum", {}), "align_accumulation": ("queue", {}),
+    "align_queue": (1, QUEUE), "mmd_bandwidths": ([1.0, 2.0], MMD), "mmd_kernels": (2, MMD),
+    "mmd_statistic": ("u", MMD), "mmd_n_max": (4, MMD), "response_only": (True, {}), "balance": ("cv2", ROUTED),
+    "balance_weight": (0.5, {**ROUTED, "balance": "cv2"}), "spectral": ("uniform", {**MTLORA, "spectral_weight": 0.5}),
+    "spectral_weight": (0.5, MTLORA), "spectral_steps": (1, {**MTLORA, "spectral_weight": 1.0}),
+    "share_inputs": (False, {}), "adapter_dtype": ("base", {}),
+}  # fmt: skip
+
+
+def steps(model, **options):
+    """Name and shape of each trained parameter, and its gradients and the loss in three steps of SGD."""
+    torch.manual_seed(0)
+    replace_linear_with_align_lora(model, AlignLoraConfig(**{"num_tasks": 3} | options))
+    model.train()
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    found = [(name, parameter.shape, parameter.dtype) for name, parameter in trained.items()]
+    optimizer = torch.optim.SGD(trained.values(), lr=0.1)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        inputs, tasks = batch(seed)
+        loss = model(**inputs, task_ids=tasks).loss
+        optimizer.zero_grad()
+        loss.backward()
+        found += [loss.item(), *((name, p.grad.double().norm().item()) for name, p in trained.items())]
+        optimizer.step()
+    return found
+
+
+def test_every_option_of_the_adapters_is_tried_here():
+    assert {name for name, option in known_options().items() if option.of_adapter} == TRIED.keys() | ELSEWHERE
+
+
+def of(name):
+    """A model in which the option can do something."""
+    if name == "target_parameters":
+        return mixture("Qwen3Moe")
+    return qwen2().bfloat16() if name == "adapter_dtype" else qwen2()
+
+
+@pytest.mark.parametrize("options", [{}, MMD, QUEUE, ROUTED, MTLORA])
+def test_the_same_options_do_the_same(options):
+    assert steps(qwen2(), **options) == steps(qwen2(), **options)
+
+
+@pytest.mark.parametrize("name", TRIED)
+def test_an_option_of_the_adapters_does_something(name):
+    value, others = TRIED[name]
+    assert steps(of(name), **others) != steps(of(name), **others, **{name: value}, **BESIDE.get(name, {}))
