@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -97,7 +98,7 @@ def training_memory(
     weights += sum(buffer.nbytes for buffer in model.buffers())
     try:
         twin = _twin(model)
-        with FakeTensorMode():
+        with FakeTensorMode(), _GroupedProducts():
             _pretend(twin, _device(model))
             kept, logits = _kept(twin, rows, tokens)
             block = 0
@@ -110,6 +111,16 @@ def training_memory(
         raise ValueError(f"the memory of this model cannot be estimated: {type(error).__name__}: {error}") from error
     activations = kept + max(_GRADIENTS * logits, block * 4 // 3 - _SAVED * logits)
     return TrainingMemory(weights, trained, trained, round(state * trained), activations, rows, tokens)
+
+
+class _GroupedProducts(TorchDispatchMode):
+    """Gives the products of frozen experts their shape: torch's own rule for fake tensors knows bfloat16 alone."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._grouped_mm.default:
+            rows, weights = args[:2]  # [S, in], [E, in, out]
+            return rows.new_empty(rows.shape[0], weights.shape[-1])
+        return func(*args, **(kwargs or {}))
 
 
 def _scales(parameter: Any) -> int:

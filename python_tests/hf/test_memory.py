@@ -18,6 +18,8 @@ from transformers import (
     LlamaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     TrainingArguments,
 )
 
@@ -36,6 +38,10 @@ QWEN2 = Qwen2Config(
     hidden_size=128, intermediate_size=352, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=4,
     vocab_size=500,
 )  # fmt: skip
+MIXTURE = Qwen3MoeConfig(
+    hidden_size=128, moe_intermediate_size=96, num_experts=4, num_experts_per_tok=2, num_hidden_layers=4,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=32, vocab_size=1000,
+)  # fmt: skip
 BASES = {
     "llama": (LlamaForCausalLM, LLAMA, {"target_modules": "all-linear"}),
     "few logits": (Qwen2ForCausalLM, QWEN2, {"target_modules": ["q_proj", "v_proj"]}),
@@ -44,6 +50,7 @@ BASES = {
         {"target_modules": ["c_attn", "c_fc"]},
     ),
     "DoRA": (LlamaForCausalLM, LLAMA, {"architecture": "lora", "use_dora": True}),
+    "frozen experts": (Qwen3MoeForCausalLM, MIXTURE, {"target_modules": ["q_proj", "v_proj"]}),
     "routed": (LlamaForCausalLM, LLAMA, {"architecture": "hydra"}),
 }  # fmt: skip
 

@@ -15,6 +15,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 TEMPLATE = (
@@ -60,6 +62,13 @@ def qwen3():
     torch.manual_seed(0)
     sizes = _SIZES | {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_key_value_heads": 2}
     return Qwen3ForCausalLM(Qwen3Config(**sizes, **_SPEECH, vocab_size=len(tokenizer()))).eval()
+
+
+def qwen3_moe():
+    torch.manual_seed(0)
+    sizes = _SIZES | {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+    config = Qwen3MoeConfig(**sizes, **_SPEECH, num_key_value_heads=2, vocab_size=len(tokenizer()))
+    return Qwen3MoeForCausalLM(config).eval()
 
 
 def wide_qwen2():
