@@ -24,7 +24,7 @@ from align_ext.report.run_words import cautions, findings, glossary
 from align_ext.report.svg import Picture
 from align_ext.report.templates import templates
 from align_ext.system.writing import atomic_file
-from align_ext.training.in_words import shown_steps, stored_bits
+from align_ext.training.in_words import shown_steps, shown_times, stored_bits
 from align_ext.training.options import known_options
 
 REPORT = "report.html"
@@ -256,6 +256,6 @@ def _check(check: Mapping[str, Any]) -> str:
 
 
 def _cost_table(run: Run) -> Table | None:
-    rows = [{"part": name, "seconds": seconds} for name, seconds in run.results.get("seconds", {}).items()]
+    rows = [{"part": name, "seconds": seconds} for name, seconds in shown_times(run.results).items()]
     columns = [Column("part", "part"), Column("seconds", "seconds", "number")]
     return Table("cost", "Time", "Where the time went.", columns, rows) if rows else None

@@ -31,6 +31,7 @@ from align_ext.training.run_folder import RunFolder
 from align_ext.training.trainer import AlignTrainer
 from align_ext.training.trainer_options import NEEDED, check_field
 from align_ext.training.trial import made_arguments
+from align_ext.training.whole_checkpoints import step_of
 
 # transformers renamed the argument within version 5 and warns about the old name.
 _CHECKPOINTING = next(
@@ -172,12 +173,16 @@ def fit(job: Job, bars: Bars, console: Console) -> dict[str, Any]:
         raise
     log = trainer.state.log_history
     losses = [entry for entry in log if "loss" in entry]
+    begun = 0 if checkpoint is None else step_of(checkpoint)
     return {
         "losses": losses,
         "measures": [entry for entry in log if "adapters" in entry],
         "evaluations": [entry for entry in log if "eval_loss" in entry],
         "cost": clock.cost(losses, tokens),
-        "steps": {"planned": options.steps, "done": trainer.state.global_step, "best": trainer.state.best_global_step},
+        "steps": {
+            "planned": options.steps, "done": trainer.state.global_step, "best": trainer.state.best_global_step,
+            "begun": begun,
+        },
     }
 
 

@@ -23,6 +23,13 @@ def shown_steps(results: Mapping[str, Any]) -> str:
     return text + f" (the adapter is that of step {kept:,})" * (kept != done)
 
 
+def shown_times(results: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the seconds of a run's parts by name; that of a training that was resumed says from which step on."""
+    begun = (results.get("steps") or {}).get("begun", 0)
+    later = {"train": f"train from step {begun:,} on"} if begun else {}
+    return {later.get(name, name): seconds for name, seconds in results.get("seconds", {}).items()}
+
+
 def stored_bits(options: Mapping[str, Any]) -> str:
     """Returns how the base model's weights were stored while it trained: " in 4 bits", or "" as they are."""
     return next((f" in {bits} bits" for bits in (4, 8) if options.get(f"load_in_{bits}bit")), "")

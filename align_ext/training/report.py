@@ -15,7 +15,7 @@ from align_ext.evaluation.same_logits import verdict
 from align_ext.system.memory import shown_bytes
 from align_ext.system.terminal import Bars, print_line
 from align_ext.training.cost import peak_memory
-from align_ext.training.in_words import shown_steps
+from align_ext.training.in_words import shown_steps, shown_times
 
 _MOST_TASKS = 6  # whose losses stand in a line
 
@@ -116,5 +116,5 @@ def summarise(results: dict[str, Any], target: Path, console: Console) -> None:
     for name, check in results["checks"].items():
         result = check["detail"] or verdict(check["difference"], passed=check["passed"])
         print_line(console, f"{name}: " + ("does not apply: " if check["passed"] is None else "") + result)
-    times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in results["seconds"].items())
+    times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in shown_times(results).items())
     print_line(console, f"wrote {target} ({times})")

@@ -53,7 +53,7 @@ def test_a_training_that_ends_early_says_what_it_did_and_kept(place, best):
     results, said = run(place, steps=40, lr=30.0, warmup=0.0, checks="none", **given)
     losses = [(one["eval_loss"], one["step"]) for one in results["evaluations"]]
     done, least = losses[-1][1], min(losses)[1]
-    assert results["steps"] == {"planned": 40, "done": done, "best": least}
+    assert results["steps"] == {"planned": 40, "done": done, "best": least, "begun": 0}
     assert least == done - 2 < 38
     words = f"{done} of 40 steps" + f" (the adapter is that of step {least})" * best
     assert f"\ntrained {words}\n" in said

@@ -345,7 +345,7 @@ def test_the_best_adapter_on_examples_that_are_not_scored_is_kept(run, place, tm
     found = results(tmp_path)
     losses = [entry["eval_loss"] for entry in found["evaluations"]]
     best = losses.index(min(losses))
-    assert found["steps"] == {"planned": 12, "done": best + 3, "best": best + 1}
+    assert found["steps"] == {"planned": 12, "done": best + 3, "best": best + 1, "begun": 0}
     assert len(losses) == best + 3 < 12
     assert found["data"]["tasks"]["next"]["dev"]["used"] == 2
     kept = load_file(tmp_path / f"work/out/checkpoints/checkpoint-{best + 1}/adapter_model.safetensors")

@@ -1,6 +1,7 @@
 """The training job end to end on a tiny model: what it writes, what it proves, and what stays when it fails."""
 
 import json
+import re
 from typing import get_args
 
 import pytest
@@ -264,6 +265,7 @@ def test_an_interrupted_run_that_is_resumed_is_the_unbroken_one_to_the_bit(place
     assert "going on from out/checkpoints/checkpoint-3" in said
     assert "step 1/6" not in said, "a run from the start would end in the same bits"
     assert "step 6/6" in said
+    assert re.search(r"wrote out \(score before \d+ s, train from step 3 on \d+ s, ", said)
     for name, tensor in weights(work / "whole").items():
         assert torch.equal(weights(work / "out")[name], tensor), name
     timeless = ("loss", "align_loss", "align_weight", "step")
