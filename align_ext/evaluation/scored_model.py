@@ -72,6 +72,8 @@ class ModelRequest:
                 try:
                     merge_and_unload(model)
                 except ValueError as error:
+                    if "approximate=" not in str(error):
+                        raise
                     raise ValueError(
                         f"{error} (with `align-lora merge`, and score the model that it writes)"
                     ) from error
