@@ -26,7 +26,9 @@ _BASE_WEIGHT = r"((?!.*\.lora_).+?)(?:\.token_adapter)?(?:\.base_layer)?\.weight
 def read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Returns the tensors of a file, and what it records beside them; a missing file is an error."""
     if not exists(file):
-        raise ValueError(f"{shown_path(file.parent)} is no adapter folder: {file.name} is missing")
+        inside = file.parent / "adapter"  # of a run
+        there = f"; {shown_path(inside)} is one" * exists(inside / file.name)
+        raise ValueError(f"{shown_path(file.parent)} is no adapter folder: {file.name} is missing{there}")
     return read_tensors(file)
 
 

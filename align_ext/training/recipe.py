@@ -125,6 +125,8 @@ def _prepare(folder: RunFolder, device: str, dtype: torch.dtype, console: Consol
         check_packing(model, scored)
     if by_default:
         config = _exclude_idle(config, [name for name, _ in linear_layers(model) if name not in ran], ran, console)
+    if options.adapter_from is not None and (base := AdapterFolder.read(options.adapter_from).base) is not None:
+        base.check(model, "give --model that one, or another --adapter-from")
     transformers.set_seed(options.seed)
     replace_linear_with_align_lora(model, config)
     _check_idle_layers(model, ran)

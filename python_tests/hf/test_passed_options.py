@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from hf.words import model_folder, qwen3, write_rows
+from hf.words import llama, model_folder, qwen3, write_rows
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -377,6 +377,11 @@ def test_an_adapter_to_go_on_from_is_where_the_training_starts(run, place, tmp_p
     first = results(tmp_path)
     train(run, place, "--adapter-from", "out/adapter", "--output", "more", "--checks", "none")
     assert results(tmp_path, "more")["before"]["tasks"] == first["after"]["tasks"] != first["before"]["tasks"]
+    said = train(run, place, "--adapter-from", "out", "--output", "other", code=2)
+    assert "out is no adapter folder: adapter_model.safetensors is missing; out/adapter is one" in said
+    another = ("--model", model_folder(tmp_path / "another", model=llama), "--adapter-from", "out/adapter")
+    said = train(run, place, *another, "--output", "other", code=2)
+    assert said.rstrip().endswith("; give --model that one, or another --adapter-from")
     assert "r=8, the model's adapters r=4" in train(run, place, "--adapter-from", "out/adapter", "--r", 4,
                                                     "--output", "other", code=2)  # fmt: skip
 
