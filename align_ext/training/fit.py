@@ -180,7 +180,9 @@ def fit(job: Job, bars: Bars, console: Console) -> dict[str, Any]:
         "evaluations": [entry for entry in log if "eval_loss" in entry],
         "cost": clock.cost(losses, tokens),
         "steps": {
-            "planned": options.steps, "done": trainer.state.global_step, "best": trainer.state.best_global_step,
+            "planned": options.steps,
+            "done": trainer.state.global_step,
+            "best": trainer.state.best_global_step,
             "begun": begun,
         },
     }

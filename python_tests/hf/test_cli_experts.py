@@ -13,7 +13,16 @@ EXPERTS = ("--target-parameters", "mlp.experts.gate_up_proj,mlp.experts.down_pro
 def test_a_mixture_goes_through_every_command(run, tmp_path, flags):
     model_folder(tmp_path / "model", model=qwen3_moe)
     write_rows(tmp_path / "rows.jsonl")
-    options = ("--model", tmp_path / "model", "--data", tmp_path / "rows.jsonl", "--device", "cpu", "--dtype", "float32")
+    options = (
+        "--model",
+        tmp_path / "model",
+        "--data",
+        tmp_path / "rows.jsonl",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+    )
     sizes = ("--steps", 4, "--lr", 2e-2, "--eval-examples", 4, "--lora-dropout", 0)
     code, out, err = run("train", *options, *sizes, "--output", "out", *flags)
     assert code == 0, err
@@ -32,7 +41,9 @@ def test_a_mixture_goes_through_every_command(run, tmp_path, flags):
         found = json.loads((tmp_path / "work/scores.json").read_text())["tasks"]
         return {task: score["loss"] for task, score in found.items()}
 
-    after, before = ({task: one["loss"] for task, one in results[when]["tasks"].items()} for when in ("after", "before"))
+    after, before = (
+        {task: one["loss"] for task, one in results[when]["tasks"].items()} for when in ("after", "before")
+    )
     assert losses() == pytest.approx(after, rel=1e-5)
     assert losses("--merge") == pytest.approx(after, rel=1e-4)
     assert losses("--adapter", "none") == pytest.approx(before, rel=1e-5)

@@ -1,11 +1,18 @@
-"""Every option of the adapters does something: with another value the parameters, losses or gradients are others."""
+"""Every option of the adapters does something: with another value the parameters, losses or gradients are others.
+
+So do those of the job that no result of a run shows. test_passed_options.py has what goes to TrainingArguments.
+"""
 
 import pytest
 import torch
+from hf import runs
 from hf.mixtures import mixture
+from hf.words import model_folder, write_rows
 from tiny import batch, qwen2
 
 from align_ext import AlignLoraConfig, replace_linear_with_align_lora
+from align_ext.data.task_sampler import TaskSampler
+from align_ext.training import fit, recipe
 from align_ext.training.options import known_options
 
 MTLORA = {"architecture": "mtlora", "target_blocks": ()}
@@ -75,3 +82,50 @@ def test_the_same_options_do_the_same(options):
 def test_an_option_of_the_adapters_does_something(name):
     value, others = TRIED[name]
     assert steps(of(name), **others) != steps(of(name), **others, **{name: value}, **BESIDE.get(name, {}))
+
+
+def of_job(place, **options):
+    """A job with the options, its TrainingArguments among it."""
+    return runs.prepare(place, **{"steps": 4, "lora_dropout": 0.0} | options)
+
+
+def test_options_of_the_model_and_of_the_steps_arrive_in_the_job(place):
+    plain, other = of_job(place), of_job(place, attn_implementation="eager", gradient_checkpointing=True)
+    attention = [job.model.config._attn_implementation for job in (plain, other)]
+    recomputing = [getattr(job.arguments, fit._CHECKPOINTING) for job in (plain, other)]
+    assert (attention, recomputing) == (["sdpa", "eager"], [False, True])
+
+
+def test_the_alignment_rises_over_its_warmup(place):
+    losses = runs.run(place, log_steps=1, steps=4, align_warmup=0.5)[0]["losses"]
+    weights = [entry["align_weight"] for entry in losses]
+    assert weights[0] < weights[1] < weights[2] == weights[3] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(("given", "share"), [({}, 2 / 3), ({"mixing_temperature": 1}, 4 / 5)])
+def test_the_temperature_of_the_mixing_decides_the_shares(place, given, share):
+    job = of_job(place, train_examples="next=16,threes=4", architecture="lora", mixing="temperature", **given)
+    assert TaskSampler(**fit.mixing(job)).shares[job.data.names.index("next")] == pytest.approx(share)
+
+
+def test_the_rows_of_a_forward_of_the_scores_are_as_many_as_were_given(place):
+    job, seen = of_job(place, eval_batch_size=3), []
+    job.model.register_forward_pre_hook(lambda _, args, given: seen.append(len(given["input_ids"])), with_kwargs=True)
+    recipe.score(job)
+    assert max(seen) == 3
+
+
+def test_columns_are_renamed_and_left_out_by_the_commands(run, tmp_path):
+    rows = [{"q": f"{i}+1", "completion": str(i + 1), "note": f"a note of many words {i}"} for i in range(8)]
+    write_rows(tmp_path / "x.test.jsonl", rows)
+    data = ("--data", tmp_path / "x.test.jsonl", "--model", model_folder(tmp_path / "model"), "--device", "cpu")
+    named = ("--columns", "prompt=q")
+    code, _, error = run("eval", *data, "--no-generate", *named)
+    assert (code, "note" in error) == (2, True)
+    code, _, error = run("eval", *data, "--no-generate", "--ignore-columns", "note")
+    assert (code, "no column prompt" in error) == (2, True)
+    assert run("eval", *data, "--no-generate", *named, "--ignore-columns", "note")[0] == 0
+    write_rows(tmp_path / "x.train.jsonl", [row | {"q": f"2 * {row['q']}"} for row in rows])
+    train = ("data", *data, "--data", tmp_path / "x.train.jsonl", "--align", "none", *named)
+    assert run(*train)[0] == 2
+    assert run(*train, "--ignore-columns", "note")[0] == 0
