@@ -30,6 +30,7 @@ Output = Annotated[str, typer.Option(help="new or empty folder for the result; i
 Task = Annotated[str | None, typer.Option(help="multi_adapter: name or number (from 0) of the task")]
 Force = Annotated[bool, typer.Option("--force", help="go on where the adapter belongs to another base model")]
 
+_IN_ONE_PROCESS = ("merge", "export", "generate", "inspect", "report")
 _INTERRUPTED = 130  # the exit code of shells and typer for Ctrl-C
 
 
@@ -73,9 +74,11 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _app(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show it.")] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand in _IN_ONE_PROCESS and processes.started() > 1:
+        raise UserError(f"{context.invoked_subcommand} is the work of one process: start it without torchrun")
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from align_ext.data.packing import pack
 from align_ext.data.rows import Example
 from align_ext.data.task_sampler import TaskSampler
 from align_ext.data.tasks import TaskData
+from align_ext.system import processes
 from align_ext.system.messages import shown
 from align_ext.system.terminal import print_line, show_status
 from align_ext.system.writing import atomic_file, check_file, user_path
@@ -32,12 +33,20 @@ _MARKS = ("[[", "]]")  # around what is learnt
 def show_data(options: TrainOptions, file: str | None, console: Console) -> dict[str, Any]:
     """Prints what a run with these options would train and score on, and writes it as JSON if a file is given.
 
+    Of several processes the first one does, for a run of all of them.
+
     Returns:
         The content of the file.
 
     Raises:
         ValueError: an option or the data cannot be used; nothing is written.
     """
+    with processes.joined("cpu"):
+        shared = options.for_processes(processes.count())
+        return processes.by_first(lambda: _show_data(shared, file, console))
+
+
+def _show_data(options: TrainOptions, file: str | None, console: Console) -> dict[str, Any]:
     path = None if file is None else user_path(file, "--json")
     if path is not None:
         check_file("--json", path, f'"written_by": "{MARK}"')

@@ -149,6 +149,22 @@ def test_eval_divides_the_rows_and_gives_the_same_ones(place):
         assert one["greedy"] == other["greedy"]
 
 
+def test_the_data_are_shown_once_for_a_run_of_all_processes(place):
+    options = ("--model", "model", "--data", "rows.jsonl", "--per-device-train-batch-size", 3, "--json", "data.json")
+    text = said(start(place, 2, "data", *options))
+    assert text.count("the first example of 'next'") == 1
+    assert json.loads((place / "data.json").read_text())["options"]["batch_size"] == 6
+
+
+@pytest.mark.parametrize("command", ["merge", "export", "generate", "inspect", "report"])
+def test_what_one_process_does_says_so_to_several(run, monkeypatch, command):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    output = ("--output", "new") if command in ("merge", "export") else ()
+    said = f"align-lora: error: {command} is the work of one process: start it without torchrun\n"
+    assert run(command, "out/adapter", *output) == (2, "", said)
+
+
 def test_a_mistake_is_one_line_of_one_process(place):
     text = said(train(place, 2, "mistaken", "--data", "none.jsonl"), 1)
     assert text.count("align-lora: error:") == text.count("there is no data file or folder 'none.jsonl'") == 1
