@@ -1,4 +1,4 @@
-"""A mixture of experts by the commands: trained, scored, exported, merged, asked; its experts adapted, or as they are."""
+"""A mixture of experts by the commands: trained, scored, exported, merged, asked; its experts adapted or frozen."""
 
 import json
 
