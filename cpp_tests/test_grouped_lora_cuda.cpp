@@ -1,5 +1,7 @@
 // The CUDA kernels of grouped_lora, unmodified, under the SIMT engine: no error in any thread order, the numbers of
 // naive loops in double, the same bits in every order, and the bytes of the data sheets.
+#include <stdexcept>
+
 #include "cuda/plan.h"
 #include "grouped_lora_cuda.h"
 
@@ -29,6 +31,17 @@ TEST(a_tiny_case_gives_the_numbers_worked_out_by_hand) {
     CHECK(clean());
     check_tiny(data);
   }
+}
+
+TEST(without_tensor_cores_bfloat16_is_refused_and_float16_is_not) {
+  check_problem<float16>({{20, 72, 40, 8, 1}, 0.3}, /*major=*/7);
+  bool refused = false;
+  try {
+    check_problem<bfloat16>({{20, 72, 40, 8, 1}, 0.3}, /*major=*/7);
+  } catch (const std::runtime_error&) {
+    refused = true;
+  }
+  CHECK(refused);
 }
 
 TEST(kernels_agree_with_naive_loops_for_every_padded_rank) {
@@ -69,7 +82,7 @@ TEST(adapters_may_be_float_on_16_bit_inputs) {
 TEST(before_sm_80_ordinary_multiply_adds_do_the_same) {
   for (int64_t rank : {8, 20}) {
     check_problem<float>({{140, 72, 56, rank, 2}, 0.2}, 7);
-    check_problem<bfloat16>({{140, 72, 57, rank, 1}, 0.2}, 7);
+    check_problem<float16>({{140, 72, 57, rank, 1}, 0.2}, 7);
     check_problem<float16>({{40, 320, 72, rank, 1}, 0.2}, 7);
   }
 }

@@ -91,7 +91,7 @@ def launched_on(kernel):
     archs = set(cuda_static.MULTIPROCESSORS)
     if "Mma<" in kernel.name or "sweep" in kernel.name or "32>" in kernel.name:
         archs -= {75}
-    if "Ffma<bfloat16" in kernel.name or "Ffma<float16" in kernel.name:
+    if "Ffma<float16" in kernel.name:
         archs &= {75}
     if "Ffma<float, 64>" in kernel.name:
         archs &= {80, 90, 100}
@@ -134,7 +134,7 @@ def test_no_product_is_outside_of_the_hot_loops(kernels):
 
 
 def test_a_kernel_has_code_only_where_it_is_used(kernels):
-    plain = {k.name for k in kernels if "Ffma<bfloat16" in k.name or "Ffma<float16" in k.name}  # for sm_75
+    plain = {k.name for k in kernels if "Ffma<float16" in k.name}  # for sm_75
     assert {k.name for k in kernels if k.empty} == plain
 
 

@@ -2,6 +2,9 @@
 // depend on the operator, which projection.cu compiles once.
 #pragma once
 
+#include <stdexcept>
+#include <type_traits>
+
 #include "cuda/backward.cuh"
 #include "cuda/ffma.cuh"
 #include "cuda/mma.cuh"
@@ -35,11 +38,16 @@ struct LatentRows {
   __device__ void save(const RowTile&, int, int, int, int) const {}
 };
 
-// Calls body(Math{}) with the products that the plan has chosen.
+// Calls body(Math{}) with the products that the plan has chosen. Without tensor cores (sm_75) there is no bfloat16 either,
+// which these GPUs would emulate.
 template <typename T, typename Body>
 void with_math(const Plan& plan, const Body& body) {
   if constexpr (sizeof(T) == 2) {
-    if (!plan.tensor_cores) return body(Ffma<T, 16>{});
+    if constexpr (std::is_same_v<T, float16>) {
+      if (!plan.tensor_cores) return body(Ffma<T, 16>{});
+    } else if (!plan.tensor_cores) {
+      throw std::runtime_error("bfloat16 takes a GPU of sm_80 or newer: use float16 or float32 on this one");
+    }
     if (plan.padded_rank == 16) return body(Mma<T, 16>{});
     if (plan.padded_rank == 32) return body(Mma<T, 32>{});
     return body(Mma<T, 64>{});
@@ -53,7 +61,7 @@ void with_math(const Plan& plan, const Body& body) {
 // clang-format off
 #define ALIGN_FOR_EACH_MATH(DO)                                             \
   DO(Ffma<float, 16>) DO(Ffma<float, 32>) DO(Ffma<float, 64>)               \
-  DO(Ffma<bfloat16, 16>) DO(Ffma<float16, 16>)                              \
+  DO(Ffma<float16, 16>)                                                     \
   DO(Mma<bfloat16, 16>) DO(Mma<bfloat16, 32>) DO(Mma<bfloat16, 64>)         \
   DO(Mma<float16, 16>) DO(Mma<float16, 32>) DO(Mma<float16, 64>)
 // clang-format on
