@@ -166,5 +166,5 @@ def _refuse_other_options(stored: AdapterFolder, config: AlignLoraConfig) -> Non
         if here.get(option) != value:
             raise ValueError(
                 f"the adapter in {stored.path} has {option}={getattr(stored.config, option)!r}, the model's adapters "
-                f"{option}={getattr(config, option)!r}: load it into a plain model, or adapt this one alike"
+                f"{option}={getattr(config, option)!r}: adapt the model with the folder's, or load it into a plain one"
             )

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from align_ext.diagnostics.module_types import by_component, component_of
 from align_ext.report.mechanism_figures import heat_maps
@@ -245,6 +245,9 @@ def _by_depth(
             panel.grid(**_GRID)
         if min(everything) > 0 and max(everything) > 30 * min(everything):
             panels[0].set_yscale("log")
+            panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panels[0].yaxis.set_major_formatter("{x:g}")
+            panels[0].yaxis.set_minor_locator(NullLocator())
         panels[0].set_ylabel(unit)
         legend_below(figure, panels[0])
         return picture(name, title, caption, figure)

@@ -51,8 +51,8 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], record: Mapping[str
     metadata = {"tensors": digest_of(content), **(record or {})}
     try:
         save_file(content, file, metadata={"format": "pt", _RECORD: json.dumps(metadata)})
-    except SafetensorError as error:  # for example, the disk is full
-        raise OSError(f"{shown_path(file)} cannot be written: {reason_of(error)}") from error
+    except SafetensorError as error:  # for example, the disk is full; the file's folder is a hidden one
+        raise OSError(f"{file.name} cannot be written: {reason_of(error)}") from error
     _sort_metadata(file)
 
 
