@@ -17,6 +17,7 @@ class Row(NamedTuple):
         defaults: the values for options that are "auto"; None: the option does not apply and may not be set.
         A_per_head: whether each head has its own A, so that no offset of rank r can subtract the initial heads.
         pissa: whether it can start from the base weight (init_lora_weights="pissa").
+        by_task: whether what a layer computes depends on the task of the token, so that every token needs one.
     """
 
     adapter: str
@@ -26,6 +27,7 @@ class Row(NamedTuple):
     defaults: Mapping[str, Any]
     A_per_head: bool = False
     pissa: bool = False
+    by_task: bool = False
 
 
 _ONE = {
@@ -46,7 +48,8 @@ ARCHITECTURES: Mapping[str, Row] = {
     "align_lora": Row(*_LORA, {**_ONE, "align": "kl"}, pissa=True),
     "lora": Row(*_LORA, _ONE, pissa=True),
     "multi_adapter": Row(
-        "lora:MultiAdapter", "s B_k A_k x, k the task", "M r (n + m)", "2508.05078, baseline", _ONE, A_per_head=True
+        "by_task:MultiAdapter", "s B_k A_k x, k the task", "M r (n + m)", "2508.05078, baseline", _ONE,
+        A_per_head=True, by_task=True,
     ),
     "lora_moe": Row(
         "lora_moe:LoraMoeAdapter", "s Σ w_i(x) B_i A_i x", "N r (n + m) + N n", "2312.09979", _ROUTED, A_per_head=True

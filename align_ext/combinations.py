@@ -44,13 +44,13 @@ def check_combinations(config: Any) -> None:
     several = (config.num_heads or 1) > 1
     random = config.init_lora_weights in ("random_heads", "orthogonal")
     A_per_head = config.row.A_per_head
-    if config.architecture == "multi_adapter" and config.num_tasks is None:
-        refuse("num_tasks", "multi_adapter has an adapter for each task: say how many there are")
+    if config.row.by_task and config.num_tasks is None:
+        refuse("num_tasks", f"{config.architecture} has an adapter for each task: say how many there are")
     if config.init_lora_weights == "random_heads" and (config.num_heads is None or A_per_head):
         refuse("init_lora_weights", "random heads are for hydra, r_lora, m_lora and mtlora, heads on one A")
     if config.init_lora_weights == "pissa" and (not config.row.pissa or config.target_blocks):
         refuse("init_lora_weights", "PiSSA starts one adapter from one weight: use lora or align_lora, no blocks")
-    if config.use_dora and (config.router is not None or config.architecture == "multi_adapter"):
+    if config.use_dora and (config.router is not None or config.row.by_task):
         refuse("use_dora", "DoRA rescales one adapted weight, and there is one for each input or task: use lora, "
                "align_lora, m_lora, or hydra with router=None")  # fmt: skip
     if config.use_dora and config.lora_bias:

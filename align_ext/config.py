@@ -323,7 +323,8 @@ class AlignLoraConfig:
     @property
     def latents_per_head(self) -> bool:
         """Whether each head has a latent of its own."""
-        return self.architecture == "lora_moe" or self.dropout_site == "input_per_head"
+        several = self.num_heads is not None
+        return several and (self.row.A_per_head or self.dropout_site == "input_per_head")
 
     @property
     def scaling(self) -> float:
@@ -338,7 +339,7 @@ class AlignLoraConfig:
     @property
     def needs_ids(self) -> bool:
         """Whether training needs the tasks of the tokens."""
-        return self.align is not None or self.architecture == "multi_adapter"
+        return self.align is not None or self.row.by_task
 
     @property
     def needs_step(self) -> bool:

@@ -47,7 +47,7 @@ def merges(config: AlignLoraConfig) -> str:
     layer = AdaptedLinear(nn.Linear(8, 8), adapter_class(config)(config, 8, 8))
     if layer.unmergeable_reason() is None:
         return "yes"
-    return "a task" if config.architecture == "multi_adapter" else "no"
+    return "a task" if config.row.by_task else "no"
 
 
 def architectures() -> str:

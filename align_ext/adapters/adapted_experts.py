@@ -48,8 +48,7 @@ class ExpertsLora(Adapter):
 
     @override
     def reset_lora_parameters(self, weight: Tensor | None) -> None:
-        for of_expert in zip(self.lora_A.data, self.lora_B.data, strict=True):
-            init.ZERO_PRODUCT[self.init](*of_expert)
+        init.each(self.init, self.lora_A.data, self.lora_B.data)
 
     @override
     def join(self, state: AlignState, name: str) -> None:

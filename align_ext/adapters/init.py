@@ -55,3 +55,9 @@ def pissa(A: Tensor, B: Tensor, weight: Tensor, scaling: float) -> None:
 
 
 ZERO_PRODUCT = {"kaiming": kaiming, "gaussian": gaussian, "orthogonal": orthogonal}  # starts with B A = 0
+
+
+def each(kind: str, A: Tensor, B: Tensor) -> None:
+    """Starts every pair of A [N, r, n] and B [N, m, r] by itself."""
+    for pair in zip(A, B, strict=True):
+        ZERO_PRODUCT[kind](*pair)

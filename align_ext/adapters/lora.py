@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021, 2106.09685), Align-LoRA (2508.05078) and one LoRA for each task (Multi-Adapter)."""
+"""LoRA (Hu et al. 2021, 2106.09685) and Align-LoRA (2508.05078)."""
 
 from typing import Any
 
@@ -66,66 +66,3 @@ class LoraAdapter(Adapter):
     def delta_factors(self) -> list[Factors]:
         """(A, B), and the offset (A0, -B0) of a PiSSA start."""
         return [(self.lora_A, self.lora_B), *offset_factors(self.lora_A0, self.lora_B0)]
-
-
-class MultiAdapter(Adapter):
-    """An adapter of its own for each of M tasks; k is the task of the token (Multi-Adapter of 2508.05078).
-
-        z = A_k dropout(x),   y = base(x) + s B_k z
-
-    In evaluation a task has to be named: model(..., task_ids=ids) or set_task(model, k).
-    """
-
-    def __init__(self, config: AlignLoraConfig, in_features: int, out_features: int) -> None:
-        super().__init__(config, in_features, out_features)
-        assert config.num_tasks is not None
-        self.init = config.init_lora_weights
-        self.lora_A = nn.Parameter(torch.empty(config.num_tasks, self.r, in_features))
-        self.lora_B = nn.Parameter(torch.empty(config.num_tasks, out_features, self.r))
-
-    @override
-    def reset_lora_parameters(self, weight: Tensor | None) -> None:
-        A, B = self.lora_A.data, self.lora_B.data
-        for of_task in zip(A, B, strict=True):
-            init.ZERO_PRODUCT[self.init](*of_task)
-
-    @override
-    def low_rank_forward(self, x: Tensor, dropout_p: float, current: AlignStep | None, **op: Any) -> LowRankOutput:
-        A, B = self.lora_A, self.lora_B
-        if current is not None:
-            op["order"] = current.order(x)
-            return *grouped_lora(x, A, B, self.scaling, dropout_p=dropout_p, **op), None
-        k = self._named_task()
-        if isinstance(k, Tensor):
-            op["group"] = _of_samples(k, x)
-            return *grouped_lora(x, A, B, self.scaling, dropout_p=dropout_p, **op), None
-        return *grouped_lora(x, A[k], B[k], self.scaling, dropout_p=dropout_p, **op), None
-
-    def _named_task(self) -> int | Tensor:
-        task = None if self.state is None else self.state.task
-        if task is None:
-            raise RuntimeError(
-                "a multi_adapter model needs to know the task: call model(..., task_ids=ids), or set_task(model, k) "
-                "for generation"
-            )
-        return task
-
-    def unmergeable_reason(self) -> str | None:
-        """Why not: no task is named."""
-        if self.state is None or self.state.task is None:
-            return "it has an adapter for each task: name one with set_task(model, k)"
-        return None
-
-    @override
-    def delta_factors(self) -> list[Factors]:
-        """(A_k, B_k) of the named task k."""
-        task = self._named_task()
-        return [(self.lora_A[task], self.lora_B[task])]
-
-
-def _of_samples(tasks: Tensor, x: Tensor) -> Tensor:
-    """int64 [T], the task of every token of x [rows, ..., n]: each sample has as many rows as the next (beams)."""
-    rows, tokens = len(x), x.shape[:-1].numel()
-    if rows % len(tasks):
-        raise RuntimeError(f"a layer saw {rows} rows of tokens, but {len(tasks)} samples have a task")
-    return tasks.to(x.device).repeat_interleave(tokens // len(tasks))

@@ -103,7 +103,7 @@ def _opens(config: AlignLoraConfig, training: bool, ids: Tensor | None) -> bool:
     """Whether a forward opens a step: in training, and in evaluation if the output depends on tasks or sequences."""
     if training:
         return config.needs_step and (ids is not None or not config.needs_ids)
-    return config.routing == "sequence" or (config.architecture == "multi_adapter" and ids is not None)
+    return config.routing == "sequence" or (config.row.by_task and ids is not None)
 
 
 @torch.compiler.disable

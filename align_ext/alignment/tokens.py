@@ -88,7 +88,7 @@ class StepTokens:
         else:
             tasks = state.tasks
         # Every token runs through an adapter: with one for each task, no token can be without.
-        least = 0 if config.architecture == "multi_adapter" else NO_TASK
+        least = 0 if config.row.by_task else NO_TASK
         allowed = f"task_ids must be in 0 .. num_tasks-1 = {tasks - 1}" + ("" if least == 0 else ", or -1 for none")
         if ids.is_cuda:
             torch._assert_async(((ids >= least) & (ids < tasks)).all(), allowed)  # does not wait for the device

@@ -30,7 +30,6 @@ from align_ext.system.reading import check_folder, exists
 from align_ext.system.terminal import print_line, show_status
 
 _MOST_TOKENS = 10**6
-_MULTI = "multi_adapter"
 _HELP = "/reset forgets the turns before, {}/quit ends"
 
 
@@ -155,8 +154,9 @@ def run(request: AnswerRequest, console: Console) -> None:
     asked = [] if request.prompt is None else [request.prompt]
     prompts = asked if request.file is None else read_prompts(request.file)
     stored = None if request.adapter is None else AdapterFolder.read(request.adapter)
-    if stored is not None and task_number(stored, request.task) is None and stored.config.architecture == _MULTI:
-        raise ValueError(f"a multi_adapter answers as one of its tasks: name it by --task ({task_list(stored)})")
+    if stored is not None and task_number(stored, request.task) is None and stored.config.row.by_task:
+        kind = stored.config.architecture
+        raise ValueError(f"a {kind} answers as one of its tasks: name it by --task ({task_list(stored)})")
     with show_status(console, "loading the model"):
         speakers = _load(request)
     with torch.inference_mode():
@@ -194,7 +194,7 @@ def _answer(speakers: list[Speaker], prompt: str, number: int, console: Console,
 
 def _talk(speakers: list[Speaker], stored: AdapterFolder | None, console: Console) -> None:
     """Reads lines and answers each until the end of the input, /quit or Ctrl-C."""
-    several = stored is not None and stored.config.architecture == _MULTI
+    several = stored is not None and stored.config.row.by_task
     if sys.stdin.isatty():
         print_line(console, _HELP.format("/task NAME changes the task, " if several else ""))
         if not speakers[0].remembers:
@@ -240,7 +240,7 @@ def _lines() -> Iterator[str]:
 
 
 def _change_task(speaker: Speaker, stored: AdapterFolder | None, task: str) -> None:
-    if stored is None or stored.config.architecture != _MULTI or speaker.request.merge:
+    if stored is None or not stored.config.row.by_task or speaker.request.merge:
         raise ValueError("/task changes the task of a multi_adapter that is not merged, and this is none")
     if not task:
         raise ValueError(f"/task needs a task: {task_list(stored)}")

@@ -62,7 +62,7 @@ def merge(request: Request, approximate: Any, prompts: str | None, dtype: str, c
         stored = AdapterFolder.read(request.adapter)
         texts = PROMPTS if prompts is None else read_prompts(prompts)
         task = task_number(stored, request.task)
-        if stored.config.architecture == "multi_adapter":
+        if stored.config.row.by_task:
             if task is None:
                 raise ValueError(f"the adapter has one part for each task: name one with --task ({task_list(stored)})")
         elif approximate is None and (reason := next(iter(stored.adapters.values())).unmergeable_reason()):
@@ -100,7 +100,7 @@ def export(request: Request, verify: bool, console: Console) -> bool:
         refuse_dora(stored.config)
         task = task_number(stored, request.task)
         subfolders: dict[str, int | None] = {"": task}
-        if stored.config.architecture == "multi_adapter":
+        if stored.config.row.by_task:
             names = stored.task_names or tuple(map(str, range(stored.config.num_tasks or 0)))
             subfolders = {name: number for number, name in enumerate(names)} if task is None else subfolders
         elif reason := unexportable_reason(stored.adapters, stored.config):

@@ -149,14 +149,14 @@ def _base(request: EvalRequest, options: TrainOptions) -> tuple[Any, Any]:
 
 def _task_ids(stored: AdapterFolder, tasks: tuple[str, ...], request: EvalRequest) -> dict[str, int] | None:
     """Returns the id of each task's adapter in a multi_adapter, or None for other adapters."""
-    if stored.config.architecture != "multi_adapter":
+    if not stored.config.row.by_task:
         if request.task is not None:
             raise ValueError(f"--task {shown(request.task)}: an adapter of architecture {stored.config.architecture!r} "
                              "is one for all tasks: leave it out")  # fmt: skip
         return None
     if request.merge:
-        raise ValueError("--merge: a multi_adapter has one adapter for each task: score it without, or score what "
-                         "`align-lora merge --task` writes")  # fmt: skip
+        raise ValueError(f"--merge: a {stored.config.architecture} has one adapter for each task: score it without, "
+                         "or score what `align-lora merge --task` writes")  # fmt: skip
     names = stored.task_names or tuple(str(i) for i in range(stored.config.num_tasks or 0))
     if request.task is not None:
         chosen = int(request.task) if request.task.isdecimal() and request.task not in names else None

@@ -233,7 +233,8 @@ def _task_ids(model: nn.Module, examples: Sequence[Example], ids: Mapping[str, i
     """Returns the id of each example's task, or -1 if it is not given and not needed."""
     missing = sorted({example.task for example in examples} - set(ids or {}))
     if missing and by_task(model):
-        raise ValueError(f"a multi_adapter model is scored with the id of every task: ids lacks {', '.join(missing)}")
+        kind = require_state(model).config.architecture
+        raise ValueError(f"a {kind} model is scored with the id of every task: ids lacks {', '.join(missing)}")
     return [(ids or {}).get(example.task, -1) for example in examples]
 
 

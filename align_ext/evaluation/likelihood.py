@@ -265,6 +265,6 @@ def _common(rows: Sequence[Sequence[int]]) -> int:
 
 
 def by_task(model: nn.Module) -> bool:
-    """Whether a model has one adapter per task (multi_adapter), so that it needs the task of each row."""
+    """Whether a model computes by the task (multi_adapter, moelora, ...), so that it needs the task of each row."""
     state = find_state(model)
-    return state is not None and state.config.architecture == "multi_adapter"
+    return state is not None and state.config.row.by_task

@@ -64,7 +64,7 @@ def _model_class() -> Any:
                 raise ValueError(f"model_args: {names} is no option of align (pretrained, adapter, task, merge, dtype, "
                                  "device) or of the harness's own model")  # fmt: skip
             config = None if adapter is None else AdapterFolder.read(adapter).config
-            if config is not None and config.architecture == "multi_adapter" and task is None:
+            if config is not None and config.row.by_task and task is None:
                 raise ValueError("the adapter has one part for each task: name one, as task=...")
             if config is not None and config.routing == "sequence":
                 raise ValueError('an adapter with routing="sequence" would route by the answers that are scored: use '

@@ -220,7 +220,7 @@ def key_options(
     config: AlignLoraConfig, scaling: Mapping[str, float] | None = None, task_names: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Returns the options that decide what adapters hold and compute, in a form that can be compared."""
-    architecture, multi = config.architecture, config.architecture == "multi_adapter"
+    architecture, multi = config.architecture, config.row.by_task
     start, offset = config.init_lora_weights, config.init_lora_weights in ("pissa", "random_heads")
     options = {option: getattr(config, option) for option in _DECISIVE}
     return {
@@ -241,7 +241,7 @@ def checked_task_names(names: Any, config: AlignLoraConfig) -> tuple[str, ...]:
     Raises:
         ValueError: they are invalid, are more than the tasks, or cannot name the folders of a multi_adapter.
     """
-    checked = check_names(names, "task_names", for_folders=config.architecture == "multi_adapter")
+    checked = check_names(names, "task_names", for_folders=config.row.by_task)
     tasks = config.num_tasks or len(checked)
     if len(checked) > tasks:
         raise ValueError(f"task_names={shown(list(checked))} are {len(checked)}, but num_tasks={tasks}")
@@ -370,7 +370,7 @@ def task_number(stored: AdapterFolder, task: str | None) -> int | None:
     """
     if task is None:
         return None
-    if stored.config.architecture != "multi_adapter":
+    if not stored.config.row.by_task:
         raise ValueError(f"--task {task}: {stored.config.architecture} is one adapter for all tasks")
     if task in stored.task_names:
         return stored.task_names.index(task)

@@ -66,7 +66,7 @@ def _table(adapters: dict[str, Adapter], config: AlignLoraConfig) -> Table:
 
 def _update(adapter: Adapter, config: AlignLoraConfig) -> str:
     """Returns the norm of the update, or the smallest and largest norm over the tasks."""
-    if config.architecture != "multi_adapter":
+    if not config.row.by_task:
         return f"{norm_of_update(adapter.uniform_delta_factors(), adapter.scaling):.3g}"
     norms = []
     for task in range(config.num_tasks or 0):
@@ -86,7 +86,7 @@ def _options(config: AlignLoraConfig) -> str:
 
 
 def _peft_support(stored: AdapterFolder) -> str:
-    if stored.config.architecture == "multi_adapter":
+    if stored.config.row.by_task:
         return f"loads each folder in {stored.path / 'tasks'}, one a task"
     if reason := unexportable_reason(stored.adapters, stored.config):
         return f"cannot: {reason}"

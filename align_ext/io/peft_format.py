@@ -82,7 +82,7 @@ def peft_forms(
     A multi_adapter has one form per task, in tasks/<its name or number>; other adapters have one, in the folder. Each
     form also holds the tensors that are trained beside the adapters, by name in the plain model.
     """
-    if config.architecture != "multi_adapter":
+    if not config.row.by_task:
         return {} if unexportable_reason(adapters, config) else {"": peft_form(adapters, config, trained)}
     if config.target_blocks:
         return {}

@@ -192,7 +192,7 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str], task: int | No
     config = require_state(model).config
     refuse_dora(config)
     if task is not None:
-        tasks = (config.num_tasks or 0) if config.architecture == "multi_adapter" else 0
+        tasks = (config.num_tasks or 0) if config.row.by_task else 0
         if not is_whole(task, 0, tasks - 1):
             raise ValueError(f"task={shown(task)}: the model has an adapter for each of {tasks} tasks, by number")
     full = _SavedState.of(model, "export_peft")

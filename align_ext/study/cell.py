@@ -210,7 +210,7 @@ def _decode_times(job: Job, tokens: int) -> dict[str, float | None]:
     The model is merged afterwards. merged is None for adapters that do not merge for all tasks.
     """
     model, layers = job.model.eval(), adapted_layers(job.model).values()
-    by_task = require_state(model).config.architecture == "multi_adapter"
+    by_task = require_state(model).config.row.by_task
     if by_task:
         set_task(model, 0)
     inputs = {"input_ids": torch.tensor([job.train_rows[0]["input_ids"]], device=job.device)}

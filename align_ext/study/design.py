@@ -175,9 +175,7 @@ class Study:
         options = {**self.train, **arm.options}
         named = {name: options[name] for name in ("architecture", "align") if name in options}
         chosen: dict[str, Any] = {name: None if value == "none" else value for name, value in named.items()}
-        if chosen.get("architecture") == "multi_adapter":
-            chosen["num_tasks"] = 2
-        return AlignLoraConfig(**chosen).align
+        return AlignLoraConfig(**chosen, num_tasks=2).align
 
     def options_of(self, cell: Cell, **changed: Any) -> TrainOptions:
         """Returns the training options of a cell, with equal scaling but without matched ranks.

@@ -160,7 +160,7 @@ class AlignMixin(SafeMixin):
             raise ValueError(_NO_IDS)
         if not model.training and torch.is_grad_enabled() and self._aligned():
             raise ValueError("the model is in eval mode in training, where nothing is aligned: call model.train()")
-        if ids is not None and not model.training and config is not None and config.architecture == "multi_adapter":
+        if ids is not None and not model.training and config is not None and config.row.by_task:
             inputs["task_ids"] = ids  # each sample uses the adapter of its task
         part = self._next_part(model) if aligned else None
         mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None  # only the forward knows other kinds

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from align_ext.adapters.adapted_block import adapted_layers
-from align_ext.alignment.model_state import find_state
+from align_ext.alignment.model_state import find_state, require_state
 from align_ext.base_model.modules_to_save import find_extra_tensors, tensors_of, trained_rows
 from align_ext.base_model.quantised import is_quantised
 from align_ext.base_model.sharded import shard_ranks
@@ -131,7 +131,7 @@ def _batches(job: Job) -> list[dict[str, Tensor]]:
     for example in examples:
         prompt, answer = gold_tokens(job.tokenizer, example)
         batches.append({"input_ids": torch.tensor([prompt + answer], device=job.model.device)})
-        if job.options.adapter["architecture"] == "multi_adapter":
+        if require_state(job.model).config.row.by_task:
             batches[-1]["task_ids"] = torch.tensor([ids[example.task]], device=job.model.device)
     return batches
 
