@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-Architecture = Literal["align_lora", "lora", "multi_adapter", "lora_moe", "hydra", "r_lora", "m_lora", "mtlora"]
+Architecture = Literal[
+    "align_lora", "lora", "multi_adapter", "lora_moe", "hydra", "r_lora", "m_lora", "mtlora", "multilora"
+]
 
 
 class Row(NamedTuple):
@@ -65,6 +67,10 @@ ARCHITECTURES: Mapping[str, Row] = {
     "mtlora": Row(
         "mtlora:MtLoraAdapter", "s Σ w_gi(x) B_gi A x, by group g of outputs", "r (n + N m) + G N n", "2603.01526",
         {**_ROUTED, **_BLOCKS},
+    ),
+    "multilora": Row(
+        "multilora:MultiLoraAdapter", "s Σ c_i * B_i A_i x, c_i trained", "N r (n + m) + N m", "2311.11501",
+        {**_ONE, "num_heads": 5}, A_per_head=True,
     ),
 }  # fmt: skip
 HYDRA_WITHOUT_ROUTER = Row(

@@ -66,7 +66,8 @@ def check_combinations(config: Any) -> None:
         refuse("router_init", "heads that start at zero with equal weights stay identical: use random heads")
     if config.router_init == "zeros" and config.top_k and config.top_k < (config.num_heads or 1):
         refuse("top_k", 'of equal logits the first win: router_init="zeros" would leave the other heads untrained')
-    if config.num_heads is not None and config.router is None and several and not random and not masked:
+    alike = config.router is None and several and not random and not A_per_head
+    if alike and not masked:
         refuse("lora_dropout", "heads that start at zero without masks of their own stay identical: use dropout "
                "at latent or input_per_head, or random heads")  # fmt: skip
     if config.balance == "switch" and not 0 < (config.top_k or 0) < (config.num_heads or 1):

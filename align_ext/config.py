@@ -58,7 +58,8 @@ class AlignLoraConfig:
         'latents aligned), "multi_adapter" (A and B of each task), "lora_moe" (routed experts with A and B of '
         'their own), "hydra" (one A, routed heads B_i; with router=None their sum), "r_lora" (hydra with random '
         'heads and a dropout mask for each), "m_lora" (the same without a router), "mtlora" (routed heads beside '
-        "whole blocks, fine-grained routing, spectral regularisation).",
+        'whole blocks, fine-grained routing, spectral regularisation), "multilora" (LoRAs in parallel, each with '
+        "trained scalings).",
     )
     r: int = option(8, "rank of A and B.", integer_rule())
     lora_alpha: float = option(32, "alpha; the scaling is s = alpha / r.", positive)

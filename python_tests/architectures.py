@@ -33,6 +33,7 @@ ARCHITECTURES = {
         "architecture": "mtlora", "target_blocks": (), "router": "mlp", "routing": "sequence",
     },
     "mtlora, blocks": {"architecture": "mtlora"},
+    "multilora": {"architecture": "multilora"},
 }  # fmt: skip
 ON_LAYERS = [name for name in ARCHITECTURES if name != "mtlora, blocks"]
 

@@ -64,7 +64,7 @@ def low_rank(
                 low = low - xd @ adapter.lora_A0.to(x.dtype).T @ adapter.lora_B0.to(x.dtype).T
         return Output((adapter.scaling * low).view(*x.shape[:-1], -1), [z])
 
-    heads, r, own = config.num_heads, adapter.r, config.architecture == "lora_moe"
+    heads, r, own = config.num_heads, adapter.r, config.row.A_per_head
     site, xd = config.dropout_site, rows
     if site == "input":
         xd = rows * mask(tokens, width)[:, :n]
@@ -79,7 +79,9 @@ def low_rank(
         latents = [(rows * masks[:, i]) @ A.T for i in range(heads)]
         inner = latents
     weights = None
-    if config.router is None:
+    if config.architecture == "multilora":
+        low = sum(adapter.lora_scaling[i].to(x.dtype) * (inner[i] @ B[i].T) for i in range(heads))
+    elif config.router is None:
         low = sum(inner[i] @ B[i].T for i in range(heads)) / (heads if config.reduce == "mean" else 1)
     else:
         weights = routing_weights(adapter.lora_router, config, x, prompt)

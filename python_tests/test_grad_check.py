@@ -81,6 +81,7 @@ ARCHITECTURES = {
     "m_lora": {"align": "kl"},
     "mtlora": {"align": "kl"},
     "lora": {},
+    "multilora": {"align": "kl"},
 }
 
 

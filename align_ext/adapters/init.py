@@ -8,9 +8,14 @@ from torch import Tensor, nn
 
 def kaiming(A: Tensor, B: Tensor) -> None:
     """A ~ U(-1/sqrt n, 1/sqrt n) (Kaiming, a = sqrt 5), B = 0: PEFT's default. A [..., r, n], B [..., m, r]."""
-    for matrix in A.view(-1, *A.shape[-2:]):
-        nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
+    uniform(A)
     nn.init.zeros_(B)
+
+
+def uniform(matrices: Tensor) -> None:
+    """Each of the matrices [..., m, n] ~ U(-1/sqrt n, 1/sqrt n): Kaiming's with a = sqrt 5, nn.Linear's start."""
+    for matrix in matrices.view(-1, *matrices.shape[-2:]):
+        nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
 
 
 def gaussian(A: Tensor, B: Tensor) -> None:

@@ -211,6 +211,8 @@ def _low_rank(x: Tensor, config: AlignLoraConfig, tensors: dict[str, Tensor]) ->
     A, B, R = tensors["lora_A"], tensors["lora_B"], tensors.get("lora_router.lora_R")
     if config.architecture == "multi_adapter":
         A, B = A[1], B[1]
+    elif config.architecture == "multilora":
+        B = tensors["lora_scaling"][:, :, None] * B
     A, B = (t if t.dim() == 3 else t[None] for t in (A, B))
     heads = torch.einsum("tn,irn,imr->tim", x, A.expand(len(B), -1, -1), B)
     if R is not None:  # weights [T, G, N], each for 8 / G outputs

@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import get_args
 
 import pytest
 import yaml
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from align_ext import AlignLoraConfig
+from align_ext.architectures import Architecture
 from align_ext.system.reading import read_yaml
 from align_ext.training.options import TrainOptions, known_options
 
@@ -60,7 +62,7 @@ NESTED = st.recursive(
 )
 OF_JOB = [name for name, option in known_options().items() if not option.of_adapter]
 OF_ADAPTER = [name for name, option in known_options().items() if option.of_adapter]
-ARCHITECTURES = ["align_lora", "lora", "multi_adapter", "lora_moe", "hydra", "r_lora", "m_lora", "mtlora"]
+ARCHITECTURES = get_args(Architecture)
 
 
 def check_config(options):

@@ -1,5 +1,6 @@
 """The training job end to end on a tiny model: what it writes, what it proves, and what stays when it fails."""
 
+import itertools
 import json
 import re
 from typing import get_args
@@ -53,11 +54,16 @@ def folders(tmp_path_factory):
 
 
 ALIGN, ARCHITECTURES = ("kl", "mmd", "none"), get_args(Architecture)
-MERGED = ("lora", "align_lora", "m_lora")  # these are one change of each weight, and PEFT's LoRA can express it
+MERGED = ("lora", "align_lora", "m_lora", "multilora")  # one change of each weight, which PEFT's LoRA can express
+# Each of the two papers' own architectures with every alignment; those that they compare with take turns.
+OWN = ARCHITECTURES.index("mtlora") + 1
+CASES = [
+    *itertools.product(ARCHITECTURES[:OWN], ALIGN),
+    *zip(ARCHITECTURES[OWN:], itertools.cycle(ALIGN), strict=False),
+]
 
 
-@pytest.mark.parametrize("align", ALIGN)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("architecture", "align"), CASES)
 def test_every_architecture_trains_with_every_alignment_and_saves_what_it_trained(place, folders, architecture, align):
     # Over the alignments, every architecture meets every model.
     model = folders[(ARCHITECTURES.index(architecture) + ALIGN.index(align)) % 3]

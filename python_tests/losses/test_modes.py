@@ -19,7 +19,7 @@ from test_batch import (
 )
 from tiny import Oracle, adapted, batch, error, gpt2, gradients, llama, qwen2
 
-from align_ext import align_parts
+from align_ext import AlignLoraConfig, align_parts
 
 # Dropout everywhere: its masks must be the same in recomputation, and in the oracle.
 CASES = {
@@ -40,6 +40,7 @@ CASES = {
         "architecture": "r_lora", "align": "kl", "align_statistics": "position", "balance": "cv2",
     },
     "m_lora, kl": {"architecture": "m_lora", "align": "kl", "spectral": "released"},
+    "multilora, kl": {"architecture": "multilora", "align": "kl", "spectral": "uniform"},
     "mtlora on layers, kl": {"architecture": "mtlora", "align": "kl", "target_blocks": ()},
     "mtlora": {"architecture": "mtlora"},
     "mtlora by sequence, mmd": {
@@ -51,7 +52,8 @@ LOUD = {"balance_weight": 0.5, "spectral_weight": 0.2}  # weights at which a los
 
 
 def options_of(name):
-    heads = {} if "multi" in name or "align_lora" in name or name.startswith("lora,") else {"num_heads": 3}
+    config = AlignLoraConfig(**{"num_tasks": 3} | CASES[name])
+    heads = {} if config.num_heads is None else {"num_heads": 3}
     return {"lora_dropout": 0.2} | LOUD | heads | CASES[name]
 
 

@@ -112,7 +112,7 @@ def test_a_mistake_is_named_with_its_place_and_the_nearest_word(changed, message
 def test_every_preset_is_a_valid_design_that_asks_a_question(tmp_path):
     assert set(presets()) >= {
         "quick", "five-tasks", "eight-tasks", "unseen", "lambda", "rank", "attention-only", "align-on-heads",
-        "mtlora-ablation", "collapse",
+        "mtlora-ablation", "collapse", "methods",
     }  # fmt: skip
     for name, text in presets().items():
         made = parse(yaml.safe_load(text))

@@ -31,6 +31,7 @@ KEYS = {
     "r_lora": OF_ALL | {"heads", "routing"},
     "lora_moe": OF_ALL | {"heads", "routing"},
     "mtlora": OF_ALL | {"heads", "routing"},
+    "multilora": OF_ALL | {"heads"},
 }
 
 

@@ -1,0 +1,39 @@
+"""The methods that the papers compare themselves with, by hand: one layer, small numbers."""
+
+import torch
+from torch import nn
+
+from align_ext import replace_linear_with_align_lora
+
+
+def layer(weight, **options):
+    """A linear layer of this weight with an adapter of rank 1 and s = 1, in evaluation."""
+    model = nn.Sequential(nn.Linear(len(weight[0]), len(weight), bias=False)).double()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor(weight))
+    options = {"r": 1, "lora_alpha": 1, "lora_dropout": 0.0, "target_modules": ["0"], "align": None} | options
+    return replace_linear_with_align_lora(model, **options).eval()
+
+
+def fill(adapter, **values):
+    with torch.no_grad():
+        for name, value in values.items():
+            getattr(adapter, name).copy_(torch.tensor(value))
+
+
+def test_multilora_by_hand():
+    model = layer([[1.0, 0.0], [0.0, 1.0]], architecture="multilora", num_heads=2)
+    A, B = [[[1.0, 2.0]], [[3.0, 0.0]]], [[[1.0], [5.0]], [[2.0], [1.0]]]
+    fill(model[0].adapter, lora_A=A, lora_B=B, lora_scaling=[[1.0, 0.0], [0.5, 2.0]])
+    # x = (1, 1): z = 3, 3; c * B z = (3, 0) and (3, 6)
+    assert model(torch.ones(1, 2, dtype=torch.float64)).tolist() == [[1 + 3 + 3, 1 + 0 + 6]]
+
+
+def test_multilora_starts_with_scalings_of_zero_and_no_other_zero():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(300, 200))
+    adapter = replace_linear_with_align_lora(model, architecture="multilora", target_modules=["0"], r=40)[0].adapter
+    assert not adapter.lora_scaling.any()
+    for matrix, inputs in ((adapter.lora_A, 300), (adapter.lora_B, 40)):  # uniform within 1 / sqrt(inputs)
+        assert 0.99 < matrix.abs().max() * inputs**0.5 <= 1
+        assert abs(matrix.std() * (3 * inputs) ** 0.5 - 1) < 0.02
