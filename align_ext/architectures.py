@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 Architecture = Literal[
-    "align_lora", "lora", "multi_adapter", "lora_moe", "hydra", "r_lora", "m_lora", "mtlora", "multilora"
+    "align_lora", "lora", "multi_adapter", "lora_moe", "hydra", "r_lora", "m_lora", "mtlora", "multilora", "moelora"
 ]
 
 
@@ -20,6 +20,7 @@ class Row(NamedTuple):
         A_per_head: whether each head has its own A, so that no offset of rank r can subtract the initial heads.
         pissa: whether it can start from the base weight (init_lora_weights="pissa").
         by_task: whether what a layer computes depends on the task of the token, so that every token needs one.
+        paths: the LoRAs of rank r that a token goes through, where there are no num_heads.
     """
 
     adapter: str
@@ -30,6 +31,7 @@ class Row(NamedTuple):
     A_per_head: bool = False
     pissa: bool = False
     by_task: bool = False
+    paths: int = 1
 
 
 _ONE = {
@@ -71,6 +73,10 @@ ARCHITECTURES: Mapping[str, Row] = {
     "multilora": Row(
         "multilora:MultiLoraAdapter", "s Σ c_i * B_i A_i x, c_i trained", "N r (n + m) + N m", "2311.11501",
         {**_ONE, "num_heads": 5}, A_per_head=True,
+    ),
+    "moelora": Row(
+        "moelora:MoeLoraAdapter", "s Σ w_ki B_i A_i x, k the task", "N r (n + m) + 64 (M + N)", "2310.18339",
+        {**_ONE, "num_heads": 8}, A_per_head=True, by_task=True,
     ),
 }  # fmt: skip
 HYDRA_WITHOUT_ROUTER = Row(

@@ -59,7 +59,7 @@ class AlignLoraConfig:
         'their own), "hydra" (one A, routed heads B_i; with router=None their sum), "r_lora" (hydra with random '
         'heads and a dropout mask for each), "m_lora" (the same without a router), "mtlora" (routed heads beside '
         'whole blocks, fine-grained routing, spectral regularisation), "multilora" (LoRAs in parallel, each with '
-        "trained scalings).",
+        'trained scalings), "moelora" (experts weighed by the task).',
     )
     r: int = option(8, "rank of A and B.", integer_rule())
     lora_alpha: float = option(32, "alpha; the scaling is s = alpha / r.", positive)
@@ -307,7 +307,7 @@ class AlignLoraConfig:
                 raise ValueError(f"{name}={shown(value)}: architecture {self._name()} has no {name}; leave it out")
             elif default is not None and value is None and not optional:
                 raise ValueError(f"{name}=None: architecture {self._name()} needs it; leave it out for {default!r}")
-        routed, heads = self.router is not None, self.num_heads is not None
+        routed, heads = self.router is not None, self.num_heads is not None and not self.row.by_task
         for name, available, what in (("balance", routed, "router"), ("spectral", heads, "heads")):
             if getattr(self, name) is not None and not available:
                 raise ValueError(f"{name}={shown(getattr(self, name))}: architecture {self._name()} has no {what}")

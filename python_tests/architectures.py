@@ -34,6 +34,7 @@ ARCHITECTURES = {
     },
     "mtlora, blocks": {"architecture": "mtlora"},
     "multilora": {"architecture": "multilora"},
+    "moelora": {"architecture": "moelora"},
 }  # fmt: skip
 ON_LAYERS = [name for name in ARCHITECTURES if name != "mtlora, blocks"]
 

@@ -35,7 +35,7 @@ def low_rank(
         config: its options.
         x: [..., n].
         p: of dropout.
-        tasks: int64 [T], of every token; for multi_adapter.
+        tasks: int64 [T], of every token; where the architecture is by task.
         prompt: bool [B, S], what routing="sequence" pools over.
         rng: seed and offset of the mask; drawn here if not given.
         number: which of how many masks on x that follow one another it is.
@@ -79,7 +79,10 @@ def low_rank(
         latents = [(rows * masks[:, i]) @ A.T for i in range(heads)]
         inner = latents
     weights = None
-    if config.architecture == "multilora":
+    if config.architecture == "moelora":
+        gates = (adapter.lora_task @ adapter.lora_gate.T).softmax(1).to(x.dtype)[tasks]
+        low = sum(gates[:, i, None] * (inner[i] @ B[i].T) for i in range(heads))
+    elif config.architecture == "multilora":
         low = sum(adapter.lora_scaling[i].to(x.dtype) * (inner[i] @ B[i].T) for i in range(heads))
     elif config.router is None:
         low = sum(inner[i] @ B[i].T for i in range(heads)) / (heads if config.reduce == "mean" else 1)

@@ -147,6 +147,7 @@ CASES = [
     ("m_lora", {}),
     ("mtlora", {"target_blocks": (), "routing_groups": 3}),
     ("multilora", {}),
+    ("moelora", {}),
 ]
 
 

@@ -82,6 +82,7 @@ ARCHITECTURES = {
     "mtlora": {"align": "kl"},
     "lora": {},
     "multilora": {"align": "kl"},
+    "moelora": {"align": "kl"},
 }
 
 

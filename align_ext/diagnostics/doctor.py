@@ -186,7 +186,7 @@ def _architecture(name: str) -> Test:
         generator = torch.Generator().manual_seed(0)
         x, base, grad = (torch.randn(6, 8, generator=generator) for _ in range(3))
         for tensor in (*adapter.parameters(), *adapter.buffers()):
-            torch.nn.init.normal_(tensor, generator=generator)
+            torch.nn.init.normal_(tensor, std=0.5, generator=generator)  # no router is sure
         adapter.state = AlignState(config)
         adapter.state.task = 1
         tensors = [x, base, *(p.detach() for p in adapter.parameters())]
@@ -211,6 +211,8 @@ def _low_rank(x: Tensor, config: AlignLoraConfig, tensors: dict[str, Tensor]) ->
     A, B, R = tensors["lora_A"], tensors["lora_B"], tensors.get("lora_router.lora_R")
     if config.architecture == "multi_adapter":
         A, B = A[1], B[1]
+    elif config.architecture == "moelora":
+        B = (tensors["lora_gate"] @ tensors["lora_task"][1]).softmax(0)[:, None, None] * B
     elif config.architecture == "multilora":
         B = tensors["lora_scaling"][:, :, None] * B
     A, B = (t if t.dim() == 3 else t[None] for t in (A, B))

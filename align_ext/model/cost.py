@@ -132,8 +132,8 @@ def flops_per_token(model: nn.Module) -> FlopsPerToken:
     """Counts the operations of a forward pass per token, for the base and for the adapters (formulas: csrc/ops/*.h).
 
     One adapter takes 2 ((r L + G N) n + N r m): L latents (N if each head has its own A_i or mask on x, else 1), N
-    heads (else 1), G N outputs of a linear router; a frozen offset adds 2 r (n + m). In a multi_adapter, a token uses
-    one of the adapters; of a mixture's experts, those of one are counted. The cost per token of a sequence router is
+    heads (else 1), G N outputs of a linear router; a frozen offset adds 2 r (n + m). Of adapters by task, a token uses
+    those of one; of a mixture's experts, those of one are counted. The cost per token of a sequence router is
     negligible. DoRA with dropout of x adds the base's 2 n m for the dropped x; its norms take 2 r n m in each forward,
     whatever the number of tokens, and are left out.
 
@@ -153,7 +153,7 @@ def flops_per_token(model: nn.Module) -> FlopsPerToken:
 def adapter_flops(adapter: Adapter, config: AlignLoraConfig) -> int:
     """Counts the operations of one adapter per token (see flops_per_token)."""
     n = 0 if isinstance(adapter, EmbeddingAdapter) else adapter.in_features  # which looks A's columns up
-    m, r, heads = adapter.out_features, adapter.r, config.num_heads or 1
+    m, r, heads = adapter.out_features, adapter.r * config.row.paths, config.num_heads or 1
     logits = (config.routing_groups or 0) * heads if config.router == "linear" else 0
     offset = 2 * r * (n + m) if getattr(adapter, "lora_A0", None) is not None else 0
     again = 2 * n * m if adapter.drops_whole_input and adapter.dropout_p > 0 else 0

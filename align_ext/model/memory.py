@@ -139,8 +139,10 @@ def _twin(model: Any) -> Any:
     adapters = replace(require_state(model).config, **losses)
     if adapters.init_lora_weights == "pissa":  # which reads the weights
         adapters = replace(adapters, init_lora_weights="kaiming")
-    if adapters.architecture == "multi_adapter":  # of which each token uses one
-        adapters = replace(adapters, architecture="lora")
+    if adapters.row.by_task:  # each token goes through one LoRA of the rank of all of its paths
+        paths = adapters.num_heads or adapters.row.paths
+        ranks = {name: paths * r for name, r in adapters.rank_pattern.items()}
+        adapters = replace(adapters, architecture="lora", num_heads=None, r=paths * adapters.r, rank_pattern=ranks)
     with torch.device("meta"):
         twin = AutoModelForCausalLM.from_config(
             config, dtype=model.dtype, attn_implementation=model.config._attn_implementation

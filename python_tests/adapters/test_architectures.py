@@ -115,7 +115,7 @@ def test_the_start_is_no_change_of_the_model_and_the_base_is_never_touched(name,
         plain, (x, _, _) = plain_layer(dtype=dtype), batch(dtype)
         assert torch.equal(model[0].base_layer.weight, plain.weight)
         model[0].adapter.dropout_p = p
-        if config.architecture == "multi_adapter":
+        if config.row.by_task:
             set_task(model, 1)
         with step_of(model, config) if training else contextlib.nullcontext():
             y = model.train(training)(x)
@@ -175,7 +175,7 @@ def test_heads_do_not_stay_alike(name):
 def test_evaluation_is_the_merged_layer_and_unmerging_restores_the_bits(name, base):
     model, config = adapted_layer(name, base, start=False)
     layer, (x, _, _) = model.eval()[0], batch()
-    if config.architecture == "multi_adapter":
+    if config.row.by_task:
         assert "name one with set_task" in layer.unmergeable_reason()
         with pytest.raises(RuntimeError, match="needs to know the task"):
             model(x)
@@ -225,7 +225,7 @@ def test_heads_in_another_order_have_their_gradients_in_that_order(name):
     groups = config.routing_groups or 1
     rows = torch.cat([g * 3 + order for g in range(groups)])
     of_heads = {"lora_B": order, "lora_R": rows, **({"lora_A": order} if config.row.A_per_head else {})}
-    of_heads["lora_scaling"] = order
+    of_heads |= {"lora_scaling": order, "lora_gate": order}
     with torch.no_grad():
         for key, parameter in twin[0].adapter.named_parameters():
             if (permutation := of_heads.get(key.rpartition(".")[2])) is not None:

@@ -3,7 +3,9 @@
 import torch
 from torch import nn
 
-from align_ext import replace_linear_with_align_lora
+from align_ext import replace_linear_with_align_lora, set_task
+
+ONES = torch.ones(1, 2, dtype=torch.float64)
 
 
 def layer(weight, **options):
@@ -26,7 +28,7 @@ def test_multilora_by_hand():
     A, B = [[[1.0, 2.0]], [[3.0, 0.0]]], [[[1.0], [5.0]], [[2.0], [1.0]]]
     fill(model[0].adapter, lora_A=A, lora_B=B, lora_scaling=[[1.0, 0.0], [0.5, 2.0]])
     # x = (1, 1): z = 3, 3; c * B z = (3, 0) and (3, 6)
-    assert model(torch.ones(1, 2, dtype=torch.float64)).tolist() == [[1 + 3 + 3, 1 + 0 + 6]]
+    assert model(ONES).tolist() == [[1 + 3 + 3, 1 + 0 + 6]]
 
 
 def test_multilora_starts_with_scalings_of_zero_and_no_other_zero():
@@ -37,3 +39,17 @@ def test_multilora_starts_with_scalings_of_zero_and_no_other_zero():
     for matrix, inputs in ((adapter.lora_A, 300), (adapter.lora_B, 40)):  # uniform within 1 / sqrt(inputs)
         assert 0.99 < matrix.abs().max() * inputs**0.5 <= 1
         assert abs(matrix.std() * (3 * inputs) ** 0.5 - 1) < 0.02
+
+
+def test_moelora_by_hand():
+    model = layer([[1.0, 0.0], [0.0, 1.0]], architecture="moelora", num_heads=2, num_tasks=2)
+    adapter = model[0].adapter
+    A, B = [[[1.0, 2.0]], [[3.0, 0.0]]], [[[1.0], [5.0]], [[2.0], [1.0]]]
+    gate, task = torch.zeros(2, 64), torch.zeros(2, 64)
+    gate[0, 0], task[0, 0] = 1.0, torch.log(torch.tensor(3.0))  # the weights of task 0 are 3/4 and 1/4
+    fill(adapter, lora_A=A, lora_B=B, lora_gate=gate.tolist(), lora_task=task.tolist())
+    for k, (first, second) in enumerate([(0.75, 0.25), (0.5, 0.5)]):
+        set_task(model, k)
+        # x = (1, 1): z = 3, 3; B z = (3, 15) and (6, 3)
+        wanted = torch.tensor([[1 + 3 * first + 6 * second, 1 + 15 * first + 3 * second]], dtype=torch.float64)
+        torch.testing.assert_close(model(ONES), wanted, rtol=1e-7, atol=0)

@@ -83,7 +83,7 @@ def test_every_architecture_trains_on_packed_weights_and_is_saved(architecture, 
     save_adapter(model, tmp_path)
     loaded = load_adapter(packed(), tmp_path)
     inputs, tasks = batch()
-    of_task = {"task_ids": tasks} if config.architecture == "multi_adapter" else {}
+    of_task = {"task_ids": tasks} if config.row.by_task else {}
     assert torch.equal(loaded.eval()(**inputs, **of_task).logits, model.eval()(**inputs, **of_task).logits)
 
 

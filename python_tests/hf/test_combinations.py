@@ -78,7 +78,7 @@ def adapted(base, options, seed):
 
 
 def named(model):
-    if model.align_state.config.architecture == "multi_adapter":
+    if model.align_state.config.row.by_task:
         set_task(model, 1)
     return model.eval()
 

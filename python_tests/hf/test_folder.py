@@ -13,6 +13,7 @@ from hf.folders import (
     MODELS,
     ONE_LORA,
     ROUTED,
+    TASKED,
     TASKS,
     assert_same_bits,
     files,
@@ -52,7 +53,7 @@ def test_what_is_loaded_is_what_was_saved_to_the_bit(kind, base, tmp_path):
     assert torch.equal(torch.get_rng_state(), generator)  # no first values are drawn that nobody needs
     assert loaded.align_state.config == model.align_state.config
     assert_same_bits(state(loaded), state(model))
-    for task in range(TASKS) if kind == "multi_adapter" else [None]:
+    for task in range(TASKS) if kind in TASKED else [None]:
         assert torch.equal(logits(loaded, task), logits(model, task))
 
 
@@ -122,9 +123,9 @@ def test_alpha_grows_by_the_root_of_two_with_rslora(tmp_path):
     assert math.isclose(config["lora_alpha"] / math.sqrt(config["r"]), 5 / math.sqrt(3))
 
 
-@pytest.mark.parametrize("kind", [*ONE_LORA, "multi_adapter"])
+@pytest.mark.parametrize("kind", [*ONE_LORA, *TASKED])
 def test_an_exported_folder_is_stock_pefts_alone_and_both_load_it(kind, tmp_path):
-    model, task = trained(kind), 1 if kind == "multi_adapter" else None
+    model, task = trained(kind), 1 if kind in TASKED else None
     export_peft(model, tmp_path / "adapter", task=task)
     assert files(tmp_path / "adapter") == [CARD, PEFT_CONFIG, WEIGHTS]
     expected = logits(model, task)

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from hf.folders import ARCHITECTURES, as_version_0_1_0, files, plain, trained
+from hf.folders import ARCHITECTURES, TASKED, as_version_0_1_0, files, plain, trained
 from hostile import check_line
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,7 +43,7 @@ def identity(folder):
     """Everything that makes an adapter what it is."""
     stored = AdapterFolder.read(folder)
     scaling = {name: adapter.scaling for name, adapter in stored.adapters.items()}
-    names = stored.task_names if stored.config.architecture == "multi_adapter" else ()
+    names = stored.task_names if stored.config.row.by_task else ()
     return key_options(stored.config), scaling, names, stored.state(), stored.trained
 
 
@@ -62,7 +62,7 @@ def folders(tmp_path_factory):
     made = {}
     for kind in ARCHITECTURES:
         path = tmp_path_factory.mktemp("adapters") / "adapter"
-        save_adapter(trained(kind), path, ["a", "b", "c"] if kind == "multi_adapter" else ())
+        save_adapter(trained(kind), path, ["a", "b", "c"] if kind in TASKED else ())
         made[kind] = (path, identity(path))
     for kind in ("lora", "r_lora"):
         model, path = trained(kind), tmp_path_factory.mktemp("adapters") / "adapter"

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hf.folders import ARCHITECTURES, logits, plain, trained
+from hf.folders import ARCHITECTURES, TASKED, logits, plain, trained
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers import EncoderDecoderModel, Trainer, TrainingArguments
@@ -14,7 +14,7 @@ from align_ext import load_adapter, merge_and_unload, replace_linear_with_align_
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_it_writes_the_adapter(kind, tmp_path):
-    model, task = trained(kind), 1 if kind == "multi_adapter" else None
+    model, task = trained(kind), 1 if kind in TASKED else None
     model.save_pretrained(tmp_path)
     assert not (tmp_path / "model.safetensors").exists()
     assert torch.equal(logits(load_adapter(plain(), tmp_path), task), logits(model, task))

@@ -41,6 +41,7 @@ CASES = {
     },
     "m_lora, kl": {"architecture": "m_lora", "align": "kl", "spectral": "released"},
     "multilora, kl": {"architecture": "multilora", "align": "kl", "spectral": "uniform"},
+    "moelora, mmd": {"architecture": "moelora", "align": "mmd"},
     "mtlora on layers, kl": {"architecture": "mtlora", "align": "kl", "target_blocks": ()},
     "mtlora": {"architecture": "mtlora"},
     "mtlora by sequence, mmd": {

@@ -32,6 +32,7 @@ KEYS = {
     "lora_moe": OF_ALL | {"heads", "routing"},
     "mtlora": OF_ALL | {"heads", "routing"},
     "multilora": OF_ALL | {"heads"},
+    "moelora": OF_ALL | {"heads"},
 }
 
 
