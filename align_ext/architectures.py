@@ -4,7 +4,17 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 Architecture = Literal[
-    "align_lora", "lora", "multi_adapter", "lora_moe", "hydra", "r_lora", "m_lora", "mtlora", "multilora", "moelora"
+    "align_lora",
+    "lora",
+    "multi_adapter",
+    "lora_moe",
+    "hydra",
+    "r_lora",
+    "m_lora",
+    "mtlora",
+    "multilora",
+    "moelora",
+    "mtlora_cvpr",
 ]
 
 
@@ -77,6 +87,10 @@ ARCHITECTURES: Mapping[str, Row] = {
     "moelora": Row(
         "moelora:MoeLoraAdapter", "s Σ w_ki B_i A_i x, k the task", "N r (n + m) + 64 (M + N)", "2310.18339",
         {**_ONE, "num_heads": 8}, A_per_head=True, by_task=True,
+    ),
+    "mtlora_cvpr": Row(
+        "mtlora_cvpr:MtLoraCvprAdapter", "s (B_0 A_0 + B_k A_k) x, k the task", "(1 + M) r (n + m)",
+        "MTLoRA, CVPR 2024", _ONE, A_per_head=True, by_task=True, paths=2,
     ),
 }  # fmt: skip
 HYDRA_WITHOUT_ROUTER = Row(

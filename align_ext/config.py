@@ -59,7 +59,8 @@ class AlignLoraConfig:
         'their own), "hydra" (one A, routed heads B_i; with router=None their sum), "r_lora" (hydra with random '
         'heads and a dropout mask for each), "m_lora" (the same without a router), "mtlora" (routed heads beside '
         'whole blocks, fine-grained routing, spectral regularisation), "multilora" (LoRAs in parallel, each with '
-        'trained scalings), "moelora" (experts weighed by the task).',
+        'trained scalings), "moelora" (experts weighed by the task), "mtlora_cvpr" '
+        "(one adapter of all tasks, and one of each).",
     )
     r: int = option(8, "rank of A and B.", integer_rule())
     lora_alpha: float = option(32, "alpha; the scaling is s = alpha / r.", positive)

@@ -35,7 +35,10 @@ ARCHITECTURES = {
     "mtlora, blocks": {"architecture": "mtlora"},
     "multilora": {"architecture": "multilora"},
     "moelora": {"architecture": "moelora"},
+    "mtlora_cvpr": {"architecture": "mtlora_cvpr"},
 }  # fmt: skip
+# What the papers compare with. Their operators are those of the others, so that slow tests leave them out.
+COMPARED = ["multilora", "moelora", "mtlora_cvpr"]
 ON_LAYERS = [name for name in ARCHITECTURES if name != "mtlora, blocks"]
 
 

@@ -57,6 +57,10 @@ def low_rank(
         if config.architecture == "multi_adapter":
             z = torch.stack([A[k] @ xd[t] for t, k in enumerate(tasks.tolist())])
             low = torch.stack([B[k] @ z[t] for t, k in enumerate(tasks.tolist())])
+        elif config.architecture == "mtlora_cvpr":
+            z = xd @ A[0].T
+            own = torch.stack([B[1 + k] @ (A[1 + k] @ xd[t]) for t, k in enumerate(tasks.tolist())])
+            low = z @ B[0].T + own
         else:
             z = xd @ A.T
             low = z @ B.T

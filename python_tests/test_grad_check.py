@@ -6,7 +6,7 @@ from test_batch import by_context, by_keyword, checkpointed
 from tiny import WEIGHT, Oracle, adapted, batch
 from torch import nn
 
-from align_ext import align_step
+from align_ext import AlignLoraConfig, align_step
 from align_ext.adapters.adapted_block import adapted_layers
 from align_ext.diagnostics.grad_check import grad_check
 from align_ext.losses.kl import KlAlignment
@@ -83,12 +83,13 @@ ARCHITECTURES = {
     "lora": {},
     "multilora": {"align": "kl"},
     "moelora": {"align": "kl"},
+    "mtlora_cvpr": {"align": "kl"},
 }
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_passes_with_its_losses(architecture):
-    heads = {} if architecture in ("align_lora", "multi_adapter", "lora") else {"num_heads": 3}
+    heads = {} if AlignLoraConfig(architecture=architecture, num_tasks=3).num_heads is None else {"num_heads": 3}
     model = adapted(architecture=architecture, **heads, **ARCHITECTURES[architecture])
     if architecture == "r_lora":
         for layer in adapted_layers(model).values():

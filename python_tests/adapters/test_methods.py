@@ -53,3 +53,12 @@ def test_moelora_by_hand():
         # x = (1, 1): z = 3, 3; B z = (3, 15) and (6, 3)
         wanted = torch.tensor([[1 + 3 * first + 6 * second, 1 + 15 * first + 3 * second]], dtype=torch.float64)
         torch.testing.assert_close(model(ONES), wanted, rtol=1e-7, atol=0)
+
+
+def test_mtlora_cvpr_by_hand():
+    model = layer([[1.0, 0.0], [0.0, 1.0]], architecture="mtlora_cvpr", num_tasks=2)
+    A, B = [[[1.0, 2.0]], [[3.0, 0.0]], [[0.0, 1.0]]], [[[1.0], [5.0]], [[2.0], [1.0]], [[7.0], [0.0]]]
+    fill(model[0].adapter, lora_A=A, lora_B=B)
+    for task, own in enumerate([(6, 3), (7, 0)]):  # x = (1, 1): the shared z = 3, B_0 z = (3, 15)
+        set_task(model, task)
+        assert model(ONES).tolist() == [[1 + 3 + own[0], 1 + 15 + own[1]]]

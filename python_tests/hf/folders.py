@@ -32,7 +32,11 @@ DORA = {
     "DoRA": {"architecture": "lora", "use_dora": True},
     "m_lora, DoRA": {"architecture": "m_lora", "use_dora": True},
 }  # what is one change of the weight, and in PEFT's form has a magnitude beside
-TASKED = {"multi_adapter": {"architecture": "multi_adapter"}, "moelora": {"architecture": "moelora", "num_heads": 3}}
+TASKED = {
+    "multi_adapter": {"architecture": "multi_adapter"},
+    "moelora": {"architecture": "moelora", "num_heads": 3},
+    "mtlora_cvpr": {"architecture": "mtlora_cvpr"},
+}
 ROUTED = {
     "hydra": {"architecture": "hydra"},
     "lora_moe": {"architecture": "lora_moe", "top_k": 2},

@@ -42,6 +42,7 @@ CASES = {
     "m_lora, kl": {"architecture": "m_lora", "align": "kl", "spectral": "released"},
     "multilora, kl": {"architecture": "multilora", "align": "kl", "spectral": "uniform"},
     "moelora, mmd": {"architecture": "moelora", "align": "mmd"},
+    "mtlora_cvpr, kl": {"architecture": "mtlora_cvpr", "align": "kl"},
     "mtlora on layers, kl": {"architecture": "mtlora", "align": "kl", "target_blocks": ()},
     "mtlora": {"architecture": "mtlora"},
     "mtlora by sequence, mmd": {

@@ -33,6 +33,7 @@ KEYS = {
     "mtlora": OF_ALL | {"heads", "routing"},
     "multilora": OF_ALL | {"heads"},
     "moelora": OF_ALL | {"heads"},
+    "mtlora_cvpr": OF_ALL | {"heads"},
 }
 
 
