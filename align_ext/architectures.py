@@ -15,6 +15,7 @@ Architecture = Literal[
     "multilora",
     "moelora",
     "mtlora_cvpr",
+    "nlora",
 ]
 
 
@@ -91,6 +92,10 @@ ARCHITECTURES: Mapping[str, Row] = {
     "mtlora_cvpr": Row(
         "mtlora_cvpr:MtLoraCvprAdapter", "s (B_0 A_0 + B_k A_k) x, k the task", "(1 + M) r (n + m)",
         "MTLoRA, CVPR 2024", _ONE, A_per_head=True, by_task=True, paths=2,
+    ),
+    "nlora": Row(
+        "nlora:NLoraAdapter", "s (B N A - B0 A0) x", "r (n + m + r)", "2502.14482",
+        {**_ONE, "init_lora_weights": "nystrom"},
     ),
 }  # fmt: skip
 HYDRA_WITHOUT_ROUTER = Row(

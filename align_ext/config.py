@@ -35,7 +35,7 @@ from align_ext.system.names import Matcher, check_names, check_pattern
 
 Align = Literal["kl", "mmd", "l2"]
 Mixing = Literal["proportional", "temperature", "equal", "round_robin"]  # of tasks into batches
-Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "random_heads"]
+Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "random_heads", "nystrom"]
 
 DEFAULT_WEIGHT: Mapping[str, float] = {"kl": 0.1, "mmd": 0.15, "l2": 0.1}
 AUTO: Any = "auto"  # an option's default that depends on the architecture or the model
@@ -60,7 +60,7 @@ class AlignLoraConfig:
         'heads and a dropout mask for each), "m_lora" (the same without a router), "mtlora" (routed heads beside '
         'whole blocks, fine-grained routing, spectral regularisation), "multilora" (LoRAs in parallel, each with '
         'trained scalings), "moelora" (experts weighed by the task), "mtlora_cvpr" '
-        "(one adapter of all tasks, and one of each).",
+        '(one adapter of all tasks, and one of each), "nlora" (a trained matrix between A and B).',
     )
     r: int = option(8, "rank of A and B.", integer_rule())
     lora_alpha: float = option(32, "alpha; the scaling is s = alpha / r.", positive)
@@ -118,7 +118,8 @@ class AlignLoraConfig:
         AUTO,
         '"kaiming" (A uniform, B = 0), "gaussian" (A ~ N(0, 1/r²), B = 0), "orthogonal" (A and B random with B A = 0; '
         'even r), "pissa" (the r largest singular directions of the base weight, 2404.02948; one adapter only), '
-        '"random_heads" (R-LoRA, 2502.15455, Table 1). The last two start from B A != 0 and keep it frozen as an '
+        '"random_heads" (R-LoRA, 2502.15455, Table 1), "nystrom" (rows and columns of the base weight, 2502.14482; '
+        "nlora only). The last three start from B A != 0 and keep it frozen as an "
         "offset that is subtracted again; the base weight is never touched.",
     )
     init_gamma: float = option(64.0, 'gamma of "random_heads".', positive)

@@ -36,9 +36,12 @@ ARCHITECTURES = {
     "multilora": {"architecture": "multilora"},
     "moelora": {"architecture": "moelora"},
     "mtlora_cvpr": {"architecture": "mtlora_cvpr"},
+    "nlora, nystrom": {"architecture": "nlora"},
+    "nlora, kaiming": {"architecture": "nlora", "init_lora_weights": "kaiming"},
 }  # fmt: skip
 # What the papers compare with. Their operators are those of the others, so that slow tests leave them out.
-COMPARED = ["multilora", "moelora", "mtlora_cvpr"]
+COMPARED = ["multilora", "moelora", "mtlora_cvpr", "nlora, nystrom", "nlora, kaiming"]
+FROM_WEIGHT = ["lora, pissa", "nlora, nystrom"]  # which start from the base weight
 ON_LAYERS = [name for name in ARCHITECTURES if name != "mtlora, blocks"]
 
 

@@ -63,8 +63,8 @@ def low_rank(
             low = z @ B[0].T + own
         else:
             z = xd @ A.T
-            low = z @ B.T
-            if config.init_lora_weights == "pissa":
+            low = (z @ adapter.lora_N.to(x.dtype).T if config.architecture == "nlora" else z) @ B.T
+            if config.init_lora_weights in ("pissa", "nystrom"):
                 low = low - xd @ adapter.lora_A0.to(x.dtype).T @ adapter.lora_B0.to(x.dtype).T
         return Output((adapter.scaling * low).view(*x.shape[:-1], -1), [z])
 

@@ -149,6 +149,7 @@ CASES = [
     ("multilora", {}),
     ("moelora", {}),
     ("mtlora_cvpr", {}),
+    ("nlora", {}),
 ]
 
 

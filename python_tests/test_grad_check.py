@@ -84,6 +84,7 @@ ARCHITECTURES = {
     "multilora": {"align": "kl"},
     "moelora": {"align": "kl"},
     "mtlora_cvpr": {"align": "kl"},
+    "nlora": {"align": "kl"},
 }
 
 

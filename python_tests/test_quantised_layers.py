@@ -8,7 +8,7 @@ import bitsandbytes
 import pytest
 import torch
 import torchao.quantization as torchao
-from architectures import ON_LAYERS, config_of
+from architectures import FROM_WEIGHT, ON_LAYERS, config_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -74,7 +74,7 @@ def trained(model, x, needs_step=True, through=lambda layer, x: layer(x)):
 @pytest.mark.parametrize(
     "form", ["nf4", "torchao int8", *(pytest.param(form, marks=pytest.mark.slow) for form in ("fp4", "torchao float8"))]
 )
-@pytest.mark.parametrize("name", [name for name in ON_LAYERS if "pissa" not in name and "by sequence" not in name])
+@pytest.mark.parametrize("name", [n for n in ON_LAYERS if n not in FROM_WEIGHT and "by sequence" not in n])
 def test_every_architecture_trains_as_beside_the_weight_that_is_stored(name, form):
     dropout = 0.0 if name == "lora, DoRA" else 0.2  # with it the layer's own product is taken
     config = config_of(name, target_modules=["0"], lora_dropout=dropout)

@@ -46,7 +46,7 @@ def adapted(model=None, dtype=torch.float64, **options):
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(("lora_B", "lora_R", "lora_scaling")):
+            if name.endswith(("lora_B", "lora_R", "lora_scaling", "lora_N")):
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model.train()
 

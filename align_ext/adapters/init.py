@@ -59,6 +59,16 @@ def pissa(A: Tensor, B: Tensor, weight: Tensor, scaling: float) -> None:
         A.copy_(root[:, None] * V[:r])
 
 
+def nystrom(A: Tensor, B: Tensor, N: Tensor, weight: Tensor) -> None:
+    """A = W[:r], B = W[:, :r], N = W[:r, :r]: NLoRA's (2502.14482, released code)."""
+    r = A.shape[0]
+    if weight.is_meta or weight.dim() != 2:
+        raise ValueError('init_lora_weights="nystrom" needs the base weight in memory and in a floating-point dtype')
+    for tensor, part in ((A, weight[:r]), (B, weight[:, :r]), (N, weight[:r, :r])):
+        tensor.copy_(part.detach())
+
+
+FROM_WEIGHT = ("pissa", "nystrom")  # starts that need the base weight
 ZERO_PRODUCT = {"kaiming": kaiming, "gaussian": gaussian, "orthogonal": orthogonal}  # starts with B A = 0
 
 

@@ -211,6 +211,8 @@ def _low_rank(x: Tensor, config: AlignLoraConfig, tensors: dict[str, Tensor]) ->
     A, B, R = tensors["lora_A"], tensors["lora_B"], tensors.get("lora_router.lora_R")
     if config.architecture == "multi_adapter":
         A, B = A[1], B[1]
+    elif config.architecture == "nlora":
+        B = B @ tensors["lora_N"]
     elif config.architecture == "mtlora_cvpr":
         A, B = A[[0, 2]], B[[0, 2]]
     elif config.architecture == "moelora":

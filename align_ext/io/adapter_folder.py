@@ -221,7 +221,7 @@ def key_options(
 ) -> dict[str, Any]:
     """Returns the options that decide what adapters hold and compute, in a form that can be compared."""
     architecture, multi = config.architecture, config.row.by_task
-    start, offset = config.init_lora_weights, config.init_lora_weights in ("pissa", "random_heads")
+    start, offset = config.init_lora_weights, config.init_lora_weights in ("pissa", "random_heads", "nystrom")
     options = {option: getattr(config, option) for option in _DECISIVE}
     return {
         "architecture": "lora" if architecture == "align_lora" else architecture,

@@ -1,5 +1,6 @@
 """The cost of adapters: trained parameters, the rank for a parameter budget, and floating-point operations."""
 
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import prod
@@ -95,15 +96,16 @@ def match_rank(config: AlignLoraConfig, model: nn.Module, budget: int | AlignLor
         raise ValueError("the model has adapters already: give the plain model, or unload(model) first")
     allowed = trained_parameters(budget, model) if isinstance(budget, AlignLoraConfig) else budget
     step = 2 if config.init_lora_weights == "orthogonal" else 1
-    # In all architectures the number of parameters is linear in r, plus those of a router.
-    minimum, second = (trained_parameters(replace(config, r=r), model) for r in (step, 2 * step))
+    minimum = trained_parameters(replace(config, r=step), model)
     if allowed < minimum:
         raise ValueError(
             f"budget={allowed:,} is below {minimum:,}, what {config.architecture!r} trains at r={step}: give it more, "
             "fewer heads, or fewer layers"
         )
     max_rank = min(min(sizes[:2]) for sizes in layers_to_adapt(model, config).values())
-    return min(step * (1 + (allowed - minimum) // (second - minimum)), max_rank - max_rank % step)
+    ranks = range(step, max_rank + 1, step)
+    found = bisect_right(ranks, allowed, key=lambda r: trained_parameters(replace(config, r=r), model))
+    return ranks[found - 1]
 
 
 def trained_parameters(config: AlignLoraConfig, model: nn.Module) -> int:

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from align_ext.adapters.init import FROM_WEIGHT
 from align_ext.alignment.model_state import require_state
 from align_ext.model.replace import replace_linear_with_align_lora
 from align_ext.system.memory import shown_bytes
@@ -137,7 +138,7 @@ def _twin(model: Any) -> Any:
         del config.quantization_config
     losses: dict[str, Any] = {"align": None, "balance": None, "spectral": None}  # which keep numbers of rank r alone
     adapters = replace(require_state(model).config, **losses)
-    if adapters.init_lora_weights == "pissa":  # which reads the weights
+    if adapters.init_lora_weights in FROM_WEIGHT:
         adapters = replace(adapters, init_lora_weights="kaiming")
     if adapters.row.by_task:  # each token goes through one LoRA of the rank of all of its paths
         paths = adapters.num_heads or adapters.row.paths

@@ -52,10 +52,9 @@ def merge_and_unload(
 ) -> nn.Module:
     """Merges each adapter into its base weight, W + s Σ B A in float32 (DoRA: g times that), restores the base layers.
 
-    Exact for what is one change of the weight (lora, align_lora, m_lora, multilora, hydra without a router) and, of
-    what is one for each task (multi_adapter, moelora), that of the task that set_task chose. A routed adapter is not a
-    change of the weight; approximate="uniform" merges it with equal weights of all heads, measures on a batch how much
-    the outputs change, logs it, and stores it as `model.merge_report` (a MergeReport).
+    Exact for all without a router; of those with an adapter for each task, it is that of the task that set_task chose.
+    A routed adapter is not a change of the weight; approximate="uniform" merges it with equal weights of all heads,
+    measures on a batch how much the outputs change, logs it, and stores it as `model.merge_report` (a MergeReport).
     Adapters beside whole blocks, and beside a weight that two modules share (a tied head), cannot be merged. Tensors
     that were trained beside the adapters keep their values, and trained rows of embeddings are written into them.
 

@@ -15,6 +15,7 @@ from align_ext.adapters.adapted_experts import AdaptedParameter, insert_paramete
 from align_ext.adapters.adapted_linear import AdaptedLinear
 from align_ext.adapters.base import Adapter
 from align_ext.adapters.embedding import AdaptedEmbedding, EmbeddingAdapter
+from align_ext.adapters.init import FROM_WEIGHT
 from align_ext.adapters.linear_layer import device_of, features_of, has_float_weight, is_conv1d
 from align_ext.adapters.siblings import join_siblings
 from align_ext.adapters.trained_rows import TrainedRows
@@ -362,9 +363,11 @@ def _start_magnitudes(layers: Mapping[str, Any], *, reset: bool) -> None:
 
 def _build(name: str, module: nn.Module, sizes: tuple[int, ...], config: AlignLoraConfig, *, reset: bool) -> Adapter:
     """Builds an adapter with initial values, on the module's device and in the dtype of the options."""
-    if reset and config.init_lora_weights == "pissa" and config.r > min(sizes):
+    start = config.init_lora_weights
+    if reset and start in FROM_WEIGHT and config.r > min(sizes):
+        what, by = ("singular directions", "PiSSA") if start == "pissa" else ("rows or columns", "NLoRA")
         raise ValueError(
-            f"{name}: r={config.r} is above the {min(sizes)} singular directions of its weight, by which PiSSA starts: "
+            f"{name}: r={config.r} is above the {min(sizes)} {what} of its weight, by which {by} starts: "
             f"choose r <= {min(sizes)}, leave the layer out by exclude_modules, or start otherwise"
         )
     frozen: Any = next((layer.weight for layer in module.modules() if has_float_weight(layer)), torch.empty(0))
@@ -376,5 +379,5 @@ def _build(name: str, module: nn.Module, sizes: tuple[int, ...], config: AlignLo
         adapter: Adapter = kind(config, *sizes).to(dtype)
         weight = frozen.T if is_conv1d(module) else frozen
         if reset:
-            adapter.reset_lora_parameters(weight if config.init_lora_weights == "pissa" else None)
+            adapter.reset_lora_parameters(weight if start in FROM_WEIGHT else None)
     return adapter

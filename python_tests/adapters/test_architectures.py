@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from architectures import HEADS, MERGEABLE, ON_LAYERS, ROUTED, config_of
+from architectures import FROM_WEIGHT, HEADS, MERGEABLE, ON_LAYERS, ROUTED, config_of
 from literal import low_rank
 from torch import nn
 
@@ -254,7 +254,7 @@ def test_a_16_bit_base_gets_float32_adapters_and_answers_in_16_bits(name):
     assert all(torch.isfinite(p.grad).all() and p.grad.any() for p in model[0].adapter.parameters())
 
 
-@pytest.mark.parametrize("name", [name for name in ON_LAYERS if name != "lora, pissa"])
+@pytest.mark.parametrize("name", [name for name in ON_LAYERS if name not in FROM_WEIGHT])
 def test_a_rank_above_the_layers_size_starts_as_no_change_and_trains(name):
     model, config = adapted_layer(name, r=14, align="kl")
     model[0].adapter.dropout_p = 0.0

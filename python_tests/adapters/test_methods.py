@@ -62,3 +62,15 @@ def test_mtlora_cvpr_by_hand():
     for task, own in enumerate([(6, 3), (7, 0)]):  # x = (1, 1): the shared z = 3, B_0 z = (3, 15)
         set_task(model, task)
         assert model(ONES).tolist() == [[1 + 3 + own[0], 1 + 15 + own[1]]]
+
+
+def test_nlora_starts_from_rows_and_columns_of_the_weight_by_hand():
+    model = layer([[1.0, 2.0, 0.0], [0.0, 1.0, 3.0], [4.0, 0.0, 1.0]], architecture="nlora", r=2, lora_alpha=2)
+    adapter = model[0].adapter
+    assert adapter.lora_A.tolist() == [[1, 2, 0], [0, 1, 3]]
+    assert adapter.lora_B.tolist() == [[1, 2], [0, 1], [4, 0]]
+    assert adapter.lora_N.tolist() == [[1, 2], [0, 1]]
+    x = torch.tensor([[1.0, 0.0, 1.0]], dtype=torch.float64)
+    assert torch.equal(model(x), model[0].base_layer(x))
+    fill(adapter, lora_N=[[1.0, 2.0], [0.0, 2.0]])  # z = (1, 3): N z moves from (7, 3) to (7, 6), B N z by (6, 3, 0)
+    assert (model(x) - model[0].base_layer(x)).tolist() == [[6, 3, 0]]

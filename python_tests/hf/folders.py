@@ -27,6 +27,7 @@ ONE_LORA = {
     "m_lora, rslora": {"architecture": "m_lora", "use_rslora": True, "spectral": "paper"},
     "hydra without router": {"architecture": "hydra", "router": None, "lora_dropout": 0.1},
     "multilora": {"architecture": "multilora"},
+    "nlora": {"architecture": "nlora"},
 }  # what is one change of the weight, hence one LoRA
 DORA = {
     "DoRA": {"architecture": "lora", "use_dora": True},

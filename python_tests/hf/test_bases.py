@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from architectures import ON_LAYERS, config_of
+from architectures import FROM_WEIGHT, ON_LAYERS, config_of
 from hf.test_replace import PackedLinear
 from tiny import VOCAB, batch, llama
 from torch import nn
@@ -74,7 +74,7 @@ def test_a_mixture_of_experts_trains_beside_its_attention():
     assert align_parts(model).align > 0
 
 
-@pytest.mark.parametrize("architecture", [n for n in ON_LAYERS if n != "lora, pissa" and "DoRA" not in n])
+@pytest.mark.parametrize("architecture", [n for n in ON_LAYERS if n not in FROM_WEIGHT and "DoRA" not in n])
 def test_every_architecture_trains_on_packed_weights_and_is_saved(architecture, tmp_path):
     config = config_of(architecture, r=4)
     model = replace_linear_with_align_lora(packed(), config)

@@ -5,7 +5,7 @@ import functools
 import peft
 import pytest
 import torch
-from architectures import COMPARED, ON_LAYERS, config_of
+from architectures import COMPARED, FROM_WEIGHT, ON_LAYERS, config_of
 from tiny import llama
 from torch.profiler import ProfilerActivity, profile
 
@@ -50,7 +50,7 @@ def peak_of_peft(use_dora):
     return peak(peft.get_peft_model(base(), options).train())
 
 
-NAMES = [name for name in ON_LAYERS if "pissa" not in name and "by sequence" not in name and name not in COMPARED]
+NAMES = [name for name in ON_LAYERS if name not in COMPARED + FROM_WEIGHT and "by sequence" not in name]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -54,7 +54,13 @@ def folders(tmp_path_factory):
 
 
 ALIGN, ARCHITECTURES = ("kl", "mmd", "none"), get_args(Architecture)
-MERGED = ("lora", "align_lora", "m_lora", "multilora")  # one change of each weight, which PEFT's LoRA can express
+MERGED = (
+    "lora",
+    "align_lora",
+    "m_lora",
+    "multilora",
+    "nlora",
+)  # one change of each weight, which PEFT's LoRA can express
 # Each of the two papers' own architectures with every alignment; those that they compare with take turns.
 OWN = ARCHITECTURES.index("mtlora") + 1
 CASES = [

@@ -43,6 +43,7 @@ CASES = {
     "multilora, kl": {"architecture": "multilora", "align": "kl", "spectral": "uniform"},
     "moelora, mmd": {"architecture": "moelora", "align": "mmd"},
     "mtlora_cvpr, kl": {"architecture": "mtlora_cvpr", "align": "kl"},
+    "nlora, mmd": {"architecture": "nlora", "align": "mmd"},
     "mtlora on layers, kl": {"architecture": "mtlora", "align": "kl", "target_blocks": ()},
     "mtlora": {"architecture": "mtlora"},
     "mtlora by sequence, mmd": {

@@ -34,6 +34,7 @@ KEYS = {
     "multilora": OF_ALL | {"heads"},
     "moelora": OF_ALL | {"heads"},
     "mtlora_cvpr": OF_ALL | {"heads"},
+    "nlora": OF_ALL,
 }
 
 
