@@ -4,19 +4,9 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 Architecture = Literal[
-    "align_lora",
-    "lora",
-    "multi_adapter",
-    "lora_moe",
-    "hydra",
-    "r_lora",
-    "m_lora",
-    "mtlora",
-    "multilora",
-    "moelora",
-    "mtlora_cvpr",
-    "nlora",
-]
+    "align_lora", "lora", "multi_adapter", "lora_moe", "hydra", "r_lora", "m_lora", "mtlora", "multilora", "moelora",
+    "mtlora_cvpr", "nlora", "malora",
+]  # fmt: skip
 
 
 class Row(NamedTuple):
@@ -47,7 +37,7 @@ class Row(NamedTuple):
 
 _ONE = {
     "align": None, "num_heads": None, "reduce": None, "router": None, "router_init": None, "routing": None,
-    "routing_groups": None, "top_k": None, "router_temperature": None, "dropout_site": "input",
+    "routing_groups": None, "top_k": None, "router_temperature": None, "shared_rank": None, "dropout_site": "input",
     "init_lora_weights": "kaiming", "target_blocks": (), "balance": None, "spectral": None,
 }  # fmt: skip
 _SUMMED = {**_ONE, "num_heads": 5, "reduce": "sum", "dropout_site": "input_per_head"}
@@ -96,6 +86,10 @@ ARCHITECTURES: Mapping[str, Row] = {
     "nlora": Row(
         "nlora:NLoraAdapter", "s (B N A - B0 A0) x", "r (n + m + r)", "2502.14482",
         {**_ONE, "init_lora_weights": "nystrom"},
+    ),
+    "malora": Row(
+        "malora:MaLoraAdapter", "s Σ w_i(x) B_i C_i S x, S d rows", "d n + N r (d + m) + N n", "2410.22782",
+        {**_ROUTED, "num_heads": 8, "top_k": 2, "shared_rank": 16}, A_per_head=True,
     ),
 }  # fmt: skip
 HYDRA_WITHOUT_ROUTER = Row(

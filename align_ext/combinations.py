@@ -53,6 +53,8 @@ def check_combinations(config: Any) -> None:
     if config.architecture == "nlora" and (config.init_lora_weights == "orthogonal" or config.target_blocks):
         refuse("init_lora_weights", 'nlora starts beside one linear layer by "nystrom", or as SLoRA by "kaiming" or '
                '"gaussian": choose one of these, no blocks')  # fmt: skip
+    if config.architecture == "malora" and config.init_lora_weights == "orthogonal":
+        refuse("init_lora_weights", 'A_i is a product of two matrices: start malora by "kaiming" or "gaussian"')
     if config.init_lora_weights == "nystrom" and config.architecture != "nlora":
         refuse("init_lora_weights", "it starts a matrix between A and B: use nlora, or start otherwise")
     if config.use_dora and (config.router is not None or config.row.by_task):

@@ -60,7 +60,8 @@ class AlignLoraConfig:
         'heads and a dropout mask for each), "m_lora" (the same without a router), "mtlora" (routed heads beside '
         'whole blocks, fine-grained routing, spectral regularisation), "multilora" (LoRAs in parallel, each with '
         'trained scalings), "moelora" (experts weighed by the task), "mtlora_cvpr" '
-        '(one adapter of all tasks, and one of each), "nlora" (a trained matrix between A and B).',
+        '(one adapter of all tasks, and one of each), "nlora" (a trained matrix between A and B), '
+        '"malora" (routed experts, whose A_i lie in a shared subspace).',
     )
     r: int = option(8, "rank of A and B.", integer_rule())
     lora_alpha: float = option(32, "alpha; the scaling is s = alpha / r.", positive)
@@ -150,6 +151,7 @@ class AlignLoraConfig:
     )
     top_k: int | None = option(AUTO, "heads with weight; 0: all of them.")
     router_temperature: float | None = option(AUTO, "tau of the softmax.", positive)
+    shared_rank: int | None = option(AUTO, "d, the rows of what the experts' A_i share (malora).", integer_rule())
     dropout_site: Literal["input", "latent", "input_per_head"] = option(
         AUTO, 'what dropout acts on: "input" (x), "latent" (z, a mask for each head), "input_per_head".'
     )

@@ -38,9 +38,10 @@ ARCHITECTURES = {
     "mtlora_cvpr": {"architecture": "mtlora_cvpr"},
     "nlora, nystrom": {"architecture": "nlora"},
     "nlora, kaiming": {"architecture": "nlora", "init_lora_weights": "kaiming"},
+    "malora": {"architecture": "malora", "shared_rank": 6},
 }  # fmt: skip
 # What the papers compare with. Their operators are those of the others, so that slow tests leave them out.
-COMPARED = ["multilora", "moelora", "mtlora_cvpr", "nlora, nystrom", "nlora, kaiming"]
+COMPARED = ["multilora", "moelora", "mtlora_cvpr", "nlora, nystrom", "nlora, kaiming", "malora"]
 FROM_WEIGHT = ["lora, pissa", "nlora, nystrom"]  # which start from the base weight
 ON_LAYERS = [name for name in ARCHITECTURES if name != "mtlora, blocks"]
 

@@ -42,6 +42,8 @@ def low_rank(
     """
     rows = x.reshape(-1, x.shape[-1])
     A, B = adapter.lora_A.to(x.dtype), adapter.lora_B.to(x.dtype)
+    if config.architecture == "malora":
+        A = torch.stack([C @ A for C in adapter.lora_C.to(x.dtype)])
     rng = None if p == 0 else torch.randint(0, 2**63 - 1, (2,)) if rng is None else rng
     tokens, n = rows.shape
     width = n

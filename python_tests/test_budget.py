@@ -150,6 +150,7 @@ CASES = [
     ("moelora", {}),
     ("mtlora_cvpr", {}),
     ("nlora", {}),
+    ("malora", {}),
 ]
 
 
@@ -162,7 +163,7 @@ def test_the_operations_of_an_adapter_are_those_of_its_plain_form(architecture, 
     replace_linear_with_align_lora(model, wanted)
     (adapter,) = (layer.adapter for layer in adapted_layers(model).values())
     x, rng = torch.randn(tokens, n), torch.tensor([1, 0])
-    A, B = adapter.lora_A.detach(), adapter.lora_B.detach()
+    A, B = adapter.A.detach(), adapter.lora_B.detach()
     common = {"base_out": torch.zeros(tokens, m), "dropout_p": 0.5, "rng": rng}
     if getattr(adapter, "lora_A0", None) is not None:
         common |= {"A0": adapter.lora_A0, "B0": adapter.lora_B0}

@@ -85,6 +85,7 @@ ARCHITECTURES = {
     "moelora": {"align": "kl"},
     "mtlora_cvpr": {"align": "kl"},
     "nlora": {"align": "kl"},
+    "malora": {"align": "kl", "balance": "cv2"},
 }
 
 
@@ -97,7 +98,7 @@ def test_every_architecture_passes_with_its_losses(architecture):
             torch.nn.init.zeros_(layer.adapter.lora_router.lora_R)
     report = grad_check(model, with_tasks(), differences=2)
     assert report.ok, str(report)
-    balanced = architecture in ("lora_moe", "hydra", "r_lora", "mtlora")
+    balanced = architecture in ("lora_moe", "hydra", "r_lora", "mtlora", "malora")
     losses = ["align" if model.align_state.config.align else "loss"] + ["balance"] * balanced
     assert list(report.scale) == losses
     # R-LoRA starts with a uniform router, where "cv2" has its minimum.

@@ -61,6 +61,11 @@ class Adapter(nn.Module):
         self.layer_key: Tensor | None = None  # the same for compiled graphs
         self.layer_index: Tensor | None = None  # and on the device of the parameters, [1], as of a step's opening
 
+    @property
+    def A(self) -> Tensor:
+        """A as the operators take it, where it is not lora_A itself."""
+        return self.lora_A
+
     def reset_lora_parameters(self, weight: Tensor | None) -> None:
         """Gives the parameters their first values; weight: the base's [out, in], where the initialisation needs it."""
         raise NotImplementedError

@@ -71,7 +71,7 @@ class HeadsAdapter(Adapter):
     def uniform_delta_factors(self) -> list[Factors]:
         """(A, c Σ_i B_i) and the offset (A0, -B0), the heads of equal weight; an A_i of each head makes A [N r, n]."""
         if self.A_per_head:
-            return [(self.lora_A.flatten(0, 1), at_least_float32(self.lora_B).transpose(0, 1).flatten(1) / self.heads)]
+            return [(self.A.flatten(0, 1), at_least_float32(self.lora_B).transpose(0, 1).flatten(1) / self.heads)]
         return [
             (self.lora_A, self._collapsed(at_least_float32(self.lora_B))),
             *offset_factors(self.lora_A0, self.lora_B0),

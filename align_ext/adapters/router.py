@@ -29,7 +29,7 @@ class LinearRouter(nn.Module):
         self, adapter: Any, x: Tensor, current: AlignStep | None, **options: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Computes y, z, w of an adapter."""
-        A, B = adapter.lora_A, adapter.lora_B
+        A, B = adapter.A, adapter.lora_B
         return routed_lora(x, A, B, self.lora_R, adapter.scaling, **options)
 
 
@@ -81,7 +81,7 @@ class SequenceRouter(nn.Module):
         columns = logits.shape[1] + -(x.shape[-1] + logits.shape[1]) % 8  # rows stay aligned
         further = pad(logits, (0, columns - logits.shape[1]))[:, None].expand(-1, x.shape[1], -1)
         R = pad(torch.eye(logits.shape[1], dtype=x.dtype, device=x.device), (x.shape[-1], columns - logits.shape[1]))
-        A = pad(adapter.lora_A, (0, columns))
+        A = pad(adapter.A, (0, columns))
         if options.get("A0") is not None:
             options["A0"] = pad(options["A0"], (0, columns))
         weight, bias = options.pop("weight", None), options.pop("bias", None)

@@ -64,7 +64,7 @@ def head_bands(model: nn.Module, start: Mapping[str, Tensor] | None = None) -> B
     if not adapters:
         raise ValueError("no layer has several heads: for one adapter use gradient_bands(model, recording)")
     heads = changes({name: adapter.lora_B for name, adapter in adapters.items()}, start)
-    spectra = {name: _Spectrum.of(B, adapters[name].lora_A) for name, B in heads.items()}
+    spectra = {name: _Spectrum.of(B, adapters[name].A) for name, B in heads.items()}
     edges = _edges(spectra.values())
     found = []
     for spectrum in spectra.values():

@@ -211,6 +211,8 @@ def _low_rank(x: Tensor, config: AlignLoraConfig, tensors: dict[str, Tensor]) ->
     A, B, R = tensors["lora_A"], tensors["lora_B"], tensors.get("lora_router.lora_R")
     if config.architecture == "multi_adapter":
         A, B = A[1], B[1]
+    elif config.architecture == "malora":
+        A = tensors["lora_C"] @ A
     elif config.architecture == "nlora":
         B = B @ tensors["lora_N"]
     elif config.architecture == "mtlora_cvpr":
@@ -222,7 +224,9 @@ def _low_rank(x: Tensor, config: AlignLoraConfig, tensors: dict[str, Tensor]) ->
     A, B = (t if t.dim() == 3 else t[None] for t in (A, B))
     heads = torch.einsum("tn,irn,imr->tim", x, A.expand(len(B), -1, -1), B)
     if R is not None:  # weights [T, G, N], each for 8 / G outputs
-        w = (x @ R.T).unflatten(1, (config.routing_groups or 1, -1)).softmax(2)
+        logits = (x @ R.T).unflatten(1, (config.routing_groups or 1, -1))
+        least = logits.topk(config.top_k or len(B), 2).values[..., -1:]
+        w = logits.masked_fill(logits < least, -torch.inf).softmax(2)
         heads = heads * w.mT.repeat_interleave(8 // w.shape[1], 2)
     offset = x @ tensors["lora_A0"].double().T @ tensors["lora_B0"].double().T if "lora_A0" in tensors else 0.0
     return heads.sum(1) - offset

@@ -51,9 +51,9 @@ TRAINED = "align_trained.safetensors"
 # Options that decide what adapters hold and compute; the others (dropout, losses) may change between training runs.
 _DECISIVE = (
     "r", "lora_alpha", "use_rslora", "use_dora", "num_heads", "reduce", "router", "routing", "routing_groups", "top_k",
-    "router_temperature", "target_blocks",
+    "router_temperature", "target_blocks", "shared_rank",
 )  # fmt: skip
-_LATER = {"use_dora": False}  # decisive options that older files do not record
+_LATER = {"use_dora": False, "shared_rank": None}  # decisive options that older files do not record
 _ADAPTER_KEY = r"(.+?)(\.lora_router\.lora_[RH]|\.lora_\w+)"  # the name of a module, and of a tensor of its adapter
 _NAMES = (PEFT_CONFIG, WEIGHTS, OUR_CONFIG, STATE, TRAINED)
 _FILES = "|".join(map(re.escape, _NAMES))
@@ -348,8 +348,8 @@ def _is_of_experts(tensors: Mapping[str, Tensor], name: str) -> bool:
 
 
 def _ranks(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    factors = {name: _factor(tensors, name, "A") for name in _module_names(tensors)}
-    return {name: A.shape[-2] for name, A in factors.items() if A is not None and A.dim() >= 2}
+    factors = {name: _factor(tensors, name, "B") for name in _module_names(tensors)}
+    return {name: B.shape[-1] for name, B in factors.items() if B is not None and B.dim() >= 2}
 
 
 def _factor(tensors: Mapping[str, Tensor], name: str, part: str) -> Tensor | None:

@@ -78,8 +78,8 @@ def _update(adapter: Adapter, config: AlignLoraConfig) -> str:
 def _options(config: AlignLoraConfig) -> str:
     names = (
         "r", "lora_alpha", "use_rslora", "use_dora", "lora_dropout", "init_lora_weights", "num_heads", "reduce",
-        "router", "routing", "routing_groups", "top_k", "router_temperature", "target_blocks", "align", "align_weight",
-        "balance", "spectral",
+        "router", "routing", "routing_groups", "top_k", "router_temperature", "shared_rank", "target_blocks", "align",
+        "align_weight", "balance", "spectral",
     )  # fmt: skip
     values = {name: getattr(config, name) for name in names}
     return ", ".join(f"{name}={value}" for name, value in values.items() if value not in (None, False, ()))

@@ -224,8 +224,8 @@ def test_heads_in_another_order_have_their_gradients_in_that_order(name):
     twin = copy.deepcopy(model)
     groups = config.routing_groups or 1
     rows = torch.cat([g * 3 + order for g in range(groups)])
-    of_heads = {"lora_B": order, "lora_R": rows, **({"lora_A": order} if config.row.A_per_head else {})}
-    of_heads |= {"lora_scaling": order, "lora_gate": order}
+    of_heads = {"lora_B": order, "lora_R": rows, **({"lora_A": order} if model[0].adapter.lora_A.dim() == 3 else {})}
+    of_heads |= {"lora_scaling": order, "lora_gate": order, "lora_C": order}
     with torch.no_grad():
         for key, parameter in twin[0].adapter.named_parameters():
             if (permutation := of_heads.get(key.rpartition(".")[2])) is not None:

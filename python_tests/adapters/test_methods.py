@@ -74,3 +74,13 @@ def test_nlora_starts_from_rows_and_columns_of_the_weight_by_hand():
     assert torch.equal(model(x), model[0].base_layer(x))
     fill(adapter, lora_N=[[1.0, 2.0], [0.0, 2.0]])  # z = (1, 3): N z moves from (7, 3) to (7, 6), B N z by (6, 3, 0)
     assert (model(x) - model[0].base_layer(x)).tolist() == [[6, 3, 0]]
+
+
+def test_malora_by_hand():
+    model = layer([[1.0, 0.0], [0.0, 1.0]], architecture="malora", num_heads=3, shared_rank=2)
+    adapter = model[0].adapter
+    C, B = [[[1.0, 0.0]], [[1.0, 1.0]], [[9.0, 9.0]]], [[[1.0], [5.0]], [[2.0], [1.0]], [[9.0], [9.0]]]
+    fill(adapter, lora_A=[[1.0, 2.0], [0.0, 1.0]], lora_C=C, lora_B=B)
+    fill(adapter.lora_router, lora_R=[[0.0, 0.0], [0.0, 0.0], [-1.0, -1.0]])  # the first two, half each
+    # x = (1, 1): S x = (3, 1), z = 3 and 4, B z = (3, 15) and (8, 4)
+    assert model(ONES).tolist() == [[1 + 5.5, 1 + 9.5]]

@@ -41,6 +41,7 @@ TASKED = {
 ROUTED = {
     "hydra": {"architecture": "hydra"},
     "lora_moe": {"architecture": "lora_moe", "top_k": 2},
+    "malora": {"architecture": "malora", "num_heads": 3, "shared_rank": 5},
     "r_lora": {"architecture": "r_lora"},
     "mtlora": {"architecture": "mtlora", "target_blocks": ()},
     "sequence router": {"architecture": "mtlora", "target_blocks": (), "router": "mlp", "routing": "sequence"},

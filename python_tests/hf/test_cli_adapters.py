@@ -149,7 +149,16 @@ def test_inspect_needs_no_model(kind, run, tmp_path):
     assert ("stock PEFT loads" if kind not in NO_PEFT else "stock PEFT cannot: ") in text
 
 
-NO_PEFT = ("hydra", "lora_moe", "r_lora", "mtlora", "sequence router", "mtlora beside blocks", "lora beside blocks")
+NO_PEFT = (
+    "hydra",
+    "lora_moe",
+    "malora",
+    "r_lora",
+    "mtlora",
+    "sequence router",
+    "mtlora beside blocks",
+    "lora beside blocks",
+)
 
 
 def test_a_narrow_terminal_shows_whole_names(run, tmp_path, monkeypatch):

@@ -44,6 +44,7 @@ CASES = {
     "moelora, mmd": {"architecture": "moelora", "align": "mmd"},
     "mtlora_cvpr, kl": {"architecture": "mtlora_cvpr", "align": "kl"},
     "nlora, mmd": {"architecture": "nlora", "align": "mmd"},
+    "malora, kl, switch": {"architecture": "malora", "align": "kl", "balance": "switch"},
     "mtlora on layers, kl": {"architecture": "mtlora", "align": "kl", "target_blocks": ()},
     "mtlora": {"architecture": "mtlora"},
     "mtlora by sequence, mmd": {

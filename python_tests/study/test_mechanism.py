@@ -35,6 +35,7 @@ KEYS = {
     "moelora": OF_ALL | {"heads"},
     "mtlora_cvpr": OF_ALL | {"heads"},
     "nlora": OF_ALL,
+    "malora": OF_ALL | {"heads", "routing"},
 }
 
 
