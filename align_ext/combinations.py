@@ -50,16 +50,17 @@ def check_combinations(config: Any) -> None:
         refuse("init_lora_weights", "random heads are for hydra, r_lora, m_lora and mtlora, heads on one A")
     if config.init_lora_weights == "pissa" and (not config.row.pissa or config.target_blocks):
         refuse("init_lora_weights", "PiSSA starts one adapter from one weight: use lora or align_lora, no blocks")
-    if config.architecture == "nlora" and (config.init_lora_weights == "orthogonal" or config.target_blocks):
-        refuse("init_lora_weights", 'nlora starts beside one linear layer by "nystrom", or as SLoRA by "kaiming" or '
-               '"gaussian": choose one of these, no blocks')  # fmt: skip
+    start = config.init_lora_weights
+    if config.architecture == "nlora" and (start == "orthogonal" or (start == "nystrom" and config.target_blocks)):
+        refuse("init_lora_weights", 'nlora starts from one weight by "nystrom", or as SLoRA by "kaiming" or '
+               '"gaussian", which blocks take too: choose one of these')  # fmt: skip
     if config.architecture == "malora" and config.init_lora_weights == "orthogonal":
         refuse("init_lora_weights", 'A_i is a product of two matrices: start malora by "kaiming" or "gaussian"')
     if config.init_lora_weights == "nystrom" and config.architecture != "nlora":
         refuse("init_lora_weights", "it starts a matrix between A and B: use nlora, or start otherwise")
     if config.use_dora and (config.router is not None or config.row.by_task):
         refuse("use_dora", "DoRA rescales one adapted weight, and there is one for each input or task: use lora, "
-               "align_lora, m_lora, or hydra with router=None")  # fmt: skip
+               "align_lora, m_lora, multilora, nlora, or hydra with router=None")  # fmt: skip
     if config.use_dora and config.lora_bias:
         refuse("lora_bias", "DoRA rescales what B returns, and PEFT knows no bias there: leave it or use_dora out")
     if config.use_dora and config.target_blocks:

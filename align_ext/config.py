@@ -113,7 +113,7 @@ class AlignLoraConfig:
     use_dora: bool = option(
         False,
         "DoRA (2402.09353): train the norm of each row of the adapted weight, too (align_ext/adapters/dora.py); lora, "
-        "align_lora, m_lora, and hydra with router=None.",
+        "align_lora, m_lora, multilora, nlora, and hydra with router=None.",
     )
     init_lora_weights: Init = option(
         AUTO,

@@ -20,6 +20,7 @@ OTHER_LOSSES = (
     {"architecture": "multi_adapter", "align": "kl", "align_statistics": "position"},
     {"architecture": "lora_moe", "align": "kl", "top_k": 2, "balance": "switch"} | LOUD,
     {"architecture": "mtlora", "align": "mmd"} | LOUD,
+    {"architecture": "moelora", "align": "kl", "lora_dropout": 0.2, "num_heads": 3},
 )
 
 

@@ -18,9 +18,9 @@ class MoeLoraAdapter(TaskAdapter):
         z_i = A_i dropout(x),   w_k = softmax(G e_k)
         y = base(x) + s Σ_i w_ki B_i z_i
 
-    e_k [64] is a trained embedding of the task, G [N, 64] the layer's gate. Of a named task it is one LoRA of rank N r,
-    [w_k1 B_1 .. w_kN B_N] [A_1; ..; A_N]; the paper calls N r the rank. Its alignment is the mean over the experts of
-    that of their latents z_i.
+    e_k [64] is a trained embedding of the task, G [N, 64] the layer's gate; the released code has one of each layer, as
+    here, and another that all layers share. Of a named task it is one LoRA of rank N r, which the paper calls r,
+    [w_k1 B_1 .. w_kN B_N] [A_1; ..; A_N]. Its alignment is the mean over the experts of that of their latents z_i.
     """
 
     def __init__(self, config: AlignLoraConfig, in_features: int, out_features: int) -> None:

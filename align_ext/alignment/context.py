@@ -128,7 +128,7 @@ def align_parts(model: nn.Module) -> LossReport | None:
 
 
 def set_task(model: nn.Module, task: int | None) -> None:
-    """Names the task of what a multi_adapter model evaluates or generates next, where no task_ids are given.
+    """Names the task of what a model with adapters by task evaluates or generates next, where no task_ids are given.
 
     Args:
         model: with adapters.
@@ -145,7 +145,7 @@ def set_task(model: nn.Module, task: int | None) -> None:
 
 @contextlib.contextmanager
 def named_tasks(model: nn.Module, ids: Tensor) -> Iterator[None]:
-    """Names the task of each sample, [B], of what a multi_adapter model evaluates or generates inside the context."""
+    """Names the task of each sample, [B], of what such a model evaluates or generates inside the context."""
     state = require_state(model)
     before, state.task = state.task, ids
     try:

@@ -241,7 +241,7 @@ def _lines() -> Iterator[str]:
 
 def _change_task(speaker: Speaker, stored: AdapterFolder | None, task: str) -> None:
     if stored is None or not stored.config.row.by_task or speaker.request.merge:
-        raise ValueError("/task changes the task of a multi_adapter that is not merged, and this is none")
+        raise ValueError("/task changes the task of an adapter by task that is not merged, and this is none")
     if not task:
         raise ValueError(f"/task needs a task: {task_list(stored)}")
     set_task(speaker.model, task_number(stored, task))

@@ -27,7 +27,9 @@ app = typer.Typer(
 Folder = Annotated[str, typer.Argument(help="folder of save_adapter or `train` (its adapter/), or of stock PEFT")]
 Model = Annotated[str | None, typer.Option(help="base model: folder or hub id; none: the one the adapter names")]
 Output = Annotated[str, typer.Option(help="new or empty folder for the result; it appears only when it is complete")]
-Task = Annotated[str | None, typer.Option(help="multi_adapter: name or number (from 0) of the task")]
+Task = Annotated[
+    str | None, typer.Option(help="multi_adapter, moelora, mtlora_cvpr: name or number (from 0) of the task")
+]
 Force = Annotated[bool, typer.Option("--force", help="go on where the adapter belongs to another base model")]
 
 _IN_ONE_PROCESS = ("merge", "export", "generate", "inspect", "report")

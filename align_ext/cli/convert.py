@@ -87,7 +87,7 @@ def merge(request: Request, approximate: Any, prompts: str | None, dtype: str, c
 
 @enough_memory("export where there is more")
 def export(request: Request, verify: bool, console: Console) -> bool:
-    """Writes the adapter as a folder of stock PEFT; a multi_adapter without a given task gets one subfolder per task.
+    """Writes the adapter as a folder of stock PEFT; one by task gets a subfolder per task if none is given.
 
     Returns:
         False if verify is set and the model loaded from a folder computes other logits.

@@ -44,7 +44,7 @@ def evaluate(
         bool, typer.Option("--base", help="score the base alone on the same rows too: paired differences to it")
     ] = False,
     task: Annotated[
-        str | None, typer.Option(help="multi_adapter: name or number of the task whose adapter scores all tasks")
+        str | None, typer.Option(help="an adapter by task: name or number of the task as which it scores all tasks")
     ] = None,
     generate: Annotated[bool, typer.Option(help="generate answers too, which takes longer than likelihoods")] = True,
     dtype: Annotated[str, typer.Option(help="auto, stored, float32, bfloat16 or float16")] = "auto",
@@ -59,7 +59,7 @@ def evaluate(
 
     For each task, with standard errors: the loss per token of the gold answer; where there are choices, how often the
     gold one has the least loss per token; and the score of greedy answers, by the task's own scorer or else exact
-    match. A multi_adapter scores each task with its adapter. The file also holds each row's result by its id, and its
+    match. An adapter by task scores each task as that task. The file also holds each row's result by its id, and its
     greedy answer. With --base a second table has what the adapter changes, paired by row, with 95% intervals.
 
     Example: align-lora eval --adapter run/adapter --tasks syllogism,chain_sum --json scores.json

@@ -27,10 +27,10 @@ def merge(
 ) -> None:
     """Merges an adapter into its base model: writes an ordinary model folder, which needs neither PEFT nor align_ext.
 
-    Exact (in float32, rounded once) for lora, align_lora, m_lora, hydra without a router, and one task of
-    multi_adapter. Routed adapters (lora_moe, hydra, r_lora, mtlora) weigh their heads anew for every token and cannot
-    be merged exactly: --approximate uniform merges their mean and says how far the outputs moved (KL). Adapters beside
-    whole blocks cannot be merged.
+    Exact (in float32, rounded once) for adapters without a router; of those with a part for each task (multi_adapter,
+    moelora, mtlora_cvpr), for one task. Routed adapters (lora_moe, malora, hydra, r_lora, mtlora) weigh their heads
+    anew for every token and cannot be merged exactly: --approximate uniform merges their mean and says how far the
+    outputs moved (KL). Adapters beside whole blocks cannot be merged.
 
     Example: align-lora merge run/adapter --model Qwen/Qwen2.5-0.5B --output merged
     """

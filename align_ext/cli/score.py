@@ -148,7 +148,7 @@ def _base(request: EvalRequest, options: TrainOptions) -> tuple[Any, Any]:
 
 
 def _task_ids(stored: AdapterFolder, tasks: tuple[str, ...], request: EvalRequest) -> dict[str, int] | None:
-    """Returns the id of each task's adapter in a multi_adapter, or None for other adapters."""
+    """Returns the id of each task for an adapter by task, or None for other adapters."""
     if not stored.config.row.by_task:
         if request.task is not None:
             raise ValueError(f"--task {shown(request.task)}: an adapter of architecture {stored.config.architecture!r} "

@@ -25,10 +25,10 @@ def head_similarity(model: nn.Module, start: Mapping[str, Tensor] | None = None)
 
     Values near 1 mean that the heads learned the same and one would be enough. Heads that started at random (r_lora,
     m_lora) keep the similarity of their start for many steps, whatever they learn: there the change is what tells.
-    For multi_adapter, the B of the tasks.
+    For multi_adapter, the B of the tasks; for mtlora_cvpr, that of all tasks and then those.
 
     Args:
-        model: a model whose adapters have several heads (hydra, r_lora, m_lora, lora_moe, mtlora) or tasks.
+        model: a model whose adapters have several heads (hydra, m_lora, lora_moe, ...) or tasks.
         start: what copy_heads returned before training.
 
     Returns:

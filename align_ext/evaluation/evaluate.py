@@ -59,11 +59,11 @@ def score_rows(
         examples: examples of any number of tasks.
         batch_size: the number of answers in a forward.
         progress: a running rich display to which a bar is added.
-        ids: the id of each task, for a model with one adapter per task (multi_adapter).
+        ids: the id of each task, for a model whose adapters depend on it.
         generate: whether to generate answers to examples without choices ("free"), to "all", or to "none".
 
     Raises:
-        ValueError: ids lacks a task of a multi_adapter, or the model cannot run or generate.
+        ValueError: ids lacks a task that the adapters depend on, or the model cannot run or generate.
     """
     tasks = _task_ids(model, examples, ids)
     questions = [_question(tokenizer, example, task) for example, task in zip(examples, tasks, strict=True)]
@@ -79,7 +79,7 @@ def score_rows(
     with eval_mode(model), _plain_generation_config(model, tokenizer):
         sums = answer_nll(model, tokenizer.pad_token_id, questions, batch_size, advance)
         generated: dict[int, tuple[float, str]] = {}
-        # Task by task, since the longest answer differs between tasks, and a multi_adapter needs the task.
+        # Task by task, since the longest answer differs between tasks, and an adapter by task needs it.
         for _, same in itertools.groupby(sorted(free, key=lambda i: examples[i].task), lambda i: examples[i].task):
             group = list(same)
             with _named_task(model, tasks[group[0]]):

@@ -29,12 +29,12 @@ def align_lm(
     Args:
         pretrained: the base model, a folder or hub id; None: SmolLM2-135M-Instruct.
         adapter: a folder of save_adapter or stock PEFT; None: no adapter.
-        task: for a multi_adapter, the name or number of the task to use.
+        task: for an adapter by task, the name or number of the task to use.
         **options: merge, dtype, device as in `align-lora eval`, also "cuda:1"; where a device cannot be used, a
             warning says so and the CPU is taken. Other options are those of HFLM (batch_size, ...).
 
     Raises:
-        ValueError: the model or adapter cannot be loaded; a multi_adapter has no task; or the adapter has
+        ValueError: the model or adapter cannot be loaded; an adapter by task has no task; or the adapter has
             routing="sequence", whose router would see the answers that the harness scores.
         ModuleNotFoundError: lm-eval is not installed.
     """

@@ -42,7 +42,7 @@ class ModelRequest:
         """Loads the base model with its adapter in eval mode, and the tokenizer.
 
         Args:
-            task: the name or number of a multi_adapter's task.
+            task: the name or number of the task of an adapter by task.
 
         Raises:
             ValueError: as in load_model, check_base, load_adapter and merge_and_unload; or there is no such task.

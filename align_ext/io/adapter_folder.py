@@ -239,7 +239,7 @@ def checked_task_names(names: Any, config: AlignLoraConfig) -> tuple[str, ...]:
     """Returns the names of tasks 0, 1, ...: none, or one per task; a task without a name gets its number as name.
 
     Raises:
-        ValueError: they are invalid, are more than the tasks, or cannot name the folders of a multi_adapter.
+        ValueError: they are invalid, are more than the tasks, or cannot name the folders of an adapter by task.
     """
     checked = check_names(names, "task_names", for_folders=config.row.by_task)
     tasks = config.num_tasks or len(checked)

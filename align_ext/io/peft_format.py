@@ -79,8 +79,8 @@ def peft_forms(
 ) -> dict[str, PeftForm]:
     """Returns the adapters in PEFT's format, by subfolder; empty if PEFT's format cannot hold them.
 
-    A multi_adapter has one form per task, in tasks/<its name or number>; other adapters have one, in the folder. Each
-    form also holds the tensors that are trained beside the adapters, by name in the plain model.
+    An adapter by task has one form per task, in tasks/<its name or number>; others have one, in the folder. Each form
+    also holds the tensors that are trained beside the adapters, by name in the plain model.
     """
     if not config.row.by_task:
         return {} if unexportable_reason(adapters, config) else {"": peft_form(adapters, config, trained)}
@@ -178,7 +178,7 @@ def by_kind(adapters: Mapping[str, Adapter]) -> tuple[list[str], list[str]]:
 
 @contextmanager
 def selected_task(adapters: Mapping[str, Adapter], task: int) -> Iterator[None]:
-    """Selects the task whose terms a multi_adapter returns within the block."""
+    """Selects the task whose terms adapters by task return within the block."""
     state: AlignState | None = next(iter(adapters.values())).state
     assert state is not None
     before, state.task = state.task, task

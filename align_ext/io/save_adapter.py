@@ -15,9 +15,10 @@ save_adapter(model, folder) writes all of these files or none:
   parameters. Adapters of experts are PEFT's target_parameters (io/peft_experts.py).
 - m_lora, hydra without a router: PEFT's files hold the sum without dropout, [A; A0] and [c Σ B_i, -B0] (A and c Σ B_i
   without an offset); the heads are in the heads' file.
-- multi_adapter: PEFT's files of each task are in tasks/<name or number>/.
-- lora_moe, hydra, r_lora, mtlora, and adapters of whole blocks: the change of the weights depends on the input, or
-  belongs to no single layer, so PEFT's format cannot hold it. There is no adapter_config.json, and
+- multilora, nlora: PEFT's files hold the change of the weight, the parameters are in the heads' file.
+- multi_adapter, moelora, mtlora_cvpr: the same for each task, PEFT's files in tasks/<name or number>/.
+- lora_moe, malora, hydra, r_lora, mtlora, and adapters of whole blocks: the change of the weights depends on the
+  input, or belongs to no single layer, so PEFT's format cannot hold it. There is no adapter_config.json, and
   PeftModel.from_pretrained says "Can't find 'adapter_config.json'": load such a folder with load_adapter.
 
 Other trained tensors (modules_to_save, parameters that require a gradient, buffers that training changed) are in PEFT's
@@ -132,7 +133,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], task_names: S
     Args:
         model: a model that replace_linear_with_align_lora adapted.
         folder: gets the files of the table above; other files in it stay.
-        task_names: the names of tasks 0, 1, ...; they are stored, and name the folders of a multi_adapter's tasks. A
+        task_names: the names of tasks 0, 1, ...; they are stored, and name the folders of an adapter by task. A
             task without a name gets its number.
 
     Raises:
@@ -182,7 +183,7 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str], task: int | No
     Args:
         model: a model that replace_linear_with_align_lora adapted.
         folder: gets adapter_model.safetensors, adapter_config.json and the model card; other files in it stay.
-        task: the task of a multi_adapter; None: the task of set_task.
+        task: the task of an adapter by task; None: the task of set_task.
 
     Raises:
         ValueError: PEFT's format cannot hold these adapters (the message says why), other programs cannot read them

@@ -274,6 +274,13 @@ def test_pissa_takes_no_more_directions_than_there_are():
     assert adapted_layer("lora, pissa", r=10)[0][0].adapter.r == 10
 
 
+def test_nlora_takes_no_more_rows_and_columns_than_there_are():
+    with pytest.raises(ValueError, match=r"0: r=11 is above the 10 rows or columns of its weight, by which NLoRA"):
+        adapted_layer("nlora, nystrom", r=11)
+    with pytest.raises(ValueError, match="needs the base weight in memory"), torch.device("meta"):
+        adapted_layer("nlora, nystrom")
+
+
 def test_groups_that_do_not_divide_the_outputs_are_refused():
     with pytest.raises(ValueError, match="routing_groups=3 does not divide the 10 outputs of a layer"):
         adapted_layer("mtlora, two groups", routing_groups=3)

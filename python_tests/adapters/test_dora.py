@@ -19,6 +19,8 @@ KINDS = {
     "m_lora, sum": {},
     "m_lora, mean": {"dropout_site": "input"},
     "hydra without router, orthogonal": {},
+    "multilora": {},
+    "nlora, nystrom": {},
 }
 
 
@@ -170,7 +172,8 @@ def test_a_compiled_layer_is_one_graph_and_computes_the_same(name, base):
 
 @pytest.mark.parametrize("options", [
     {"architecture": "hydra"}, {"architecture": "lora_moe"}, {"architecture": "r_lora"},
-    {"architecture": "multi_adapter", "num_tasks": 2}, {"architecture": "mtlora", "target_blocks": ()},
+    {"architecture": "multi_adapter", "num_tasks": 2}, {"architecture": "moelora", "num_tasks": 2},
+    {"architecture": "mtlora", "target_blocks": ()},
     {"architecture": "lora", "target_blocks": ("mlp",)},
 ])  # fmt: skip
 def test_what_has_no_one_weight_is_refused(options):

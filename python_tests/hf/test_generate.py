@@ -124,7 +124,7 @@ def test_a_conversation_changes_the_task_and_a_mistake_in_it_is_a_line(run, runs
     rest += f"unknown command '/x': /reset, /task NAME or /quit\n{texts['threes']}\n"
     assert out == f"{texts['next']}\n{texts['threes']}\n{rest}"
     out = talk(run, monkeypatch, "/task next\n" + "x" * 3000, runs / "plain")
-    assert out.startswith("/task changes the task of a multi_adapter that is not merged, and this is none\n")
+    assert out.startswith("/task changes the task of an adapter by task that is not merged, and this is none\n")
     assert "the prompt has 3001 tokens, and the model has room for 2048: write a shorter one" in out
 
 
