@@ -15,7 +15,8 @@ class Row(NamedTuple):
     Attributes:
         adapter: the adapter's class, as "module:name" in align_ext/adapters.
         formula: the term that it adds to W x.
-        parameters: the trained parameters per layer, in n, m (in, out), r, N (num_heads), M (num_tasks) and G.
+        parameters: the trained parameters per layer, in n, m (in, out), r, N (num_heads), M (num_tasks), G
+            (routing_groups) and d (shared_rank).
         paper: the paper; after "aligned: ", that of its alignment.
         defaults: the values for options that are "auto"; None: the option does not apply and may not be set.
         A_per_head: whether each head has its own A, so that no offset of rank r can subtract the initial heads.
@@ -40,10 +41,11 @@ _ONE = {
     "routing_groups": None, "top_k": None, "router_temperature": None, "shared_rank": None, "dropout_site": "input",
     "init_lora_weights": "kaiming", "target_blocks": (), "balance": None, "spectral": None,
 }  # fmt: skip
-_SUMMED = {**_ONE, "num_heads": 5, "reduce": "sum", "dropout_site": "input_per_head"}
+HEADS_OF_TASKS = 5  # as many heads as tasks, and this where they are not known; another number is the method's own
+_SUMMED = {**_ONE, "num_heads": HEADS_OF_TASKS, "reduce": "sum", "dropout_site": "input_per_head"}
 _ROUTED = {
-    **_ONE, "num_heads": 5, "router": "linear", "router_init": "kaiming", "routing": "token", "routing_groups": 1,
-    "top_k": 0, "router_temperature": 1.0,
+    **_ONE, "num_heads": HEADS_OF_TASKS, "router": "linear", "router_init": "kaiming", "routing": "token",
+    "routing_groups": 1, "top_k": 0, "router_temperature": 1.0,
 }  # fmt: skip
 _LATENT_MASKS = {"dropout_site": "latent", "init_lora_weights": "random_heads"}
 _BLOCKS = {"routing_groups": 2, "target_blocks": ("mlp",), "balance": "cv2", "spectral": "paper"}
@@ -73,7 +75,7 @@ ARCHITECTURES: Mapping[str, Row] = {
     ),
     "multilora": Row(
         "multilora:MultiLoraAdapter", "s Σ c_i * B_i A_i x, c_i trained", "N r (n + m) + N m", "2311.11501",
-        {**_ONE, "num_heads": 5}, A_per_head=True,
+        {**_ONE, "num_heads": HEADS_OF_TASKS}, A_per_head=True,
     ),
     "moelora": Row(
         "moelora:MoeLoraAdapter", "s Σ w_ki B_i A_i x, k the task", "N r (n + m) + 64 (M + N)", "2310.18339",

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-from align_ext.architectures import ARCHITECTURES, HYDRA_WITHOUT_ROUTER, Architecture, Row
+from align_ext.architectures import ARCHITECTURES, HEADS_OF_TASKS, HYDRA_WITHOUT_ROUTER, Architecture, Row
 from align_ext.combinations import check_combinations
 from align_ext.option_rules import (
     as_tuple,
@@ -127,7 +127,7 @@ class AlignLoraConfig:
     num_heads: int | None = option(
         AUTO,
         "N, how many B_i (or experts) there are; by default one for each of num_tasks, at most 16; 5 for one task, or "
-        "where num_tasks is not given.",
+        "where num_tasks is not given; 8 in moelora and malora.",
         integer_rule(),
     )
     reduce: Literal["sum", "mean"] | None = option(AUTO, 'heads without a router: their "sum" or "mean".')
@@ -296,9 +296,9 @@ class AlignLoraConfig:
             raise ValueError(f"{name} must be module names or a regular expression, got {shown(value)}")
 
     def _heads_of_tasks(self) -> dict[str, int]:
-        """One head for each task, where there are heads and the tasks are known (docs/faithfulness.md)."""
+        """One head for each task, where there are such heads and the tasks are known (docs/faithfulness.md)."""
         tasks = self.num_tasks
-        several = is_whole(tasks, 2, MOST_TASKS) and self.row.defaults["num_heads"] is not None
+        several = is_whole(tasks, 2, MOST_TASKS) and self.row.defaults["num_heads"] == HEADS_OF_TASKS
         return {"num_heads": min(tasks, MOST_HEADS)} if several and tasks is not None else {}
 
     def _fill_in(self, defaults: Mapping[str, Any]) -> None:

@@ -86,6 +86,7 @@ def test_the_parameter_formulas_count_what_real_modules_train(words):
     config = CONFIGS[words]
     formula = re.sub(r"(?<=[\w)]) (?=[\w(])", " * ", config.row.parameters)
     sizes = {"n": 6, "m": 10, "r": config.r, "N": config.num_heads, "M": config.num_tasks, "G": config.routing_groups}
+    sizes["d"] = config.shared_rank
     adapter = adapter_class(config)(config, sizes["n"], sizes["m"])
     assert sum(p.numel() for p in adapter.parameters()) == eval(formula, sizes)
 
