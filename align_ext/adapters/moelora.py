@@ -20,7 +20,8 @@ class MoeLoraAdapter(TaskAdapter):
 
     e_k [64] is a trained embedding of the task, G [N, 64] the layer's gate; the released code has one of each layer, as
     here, and another that all layers share. Of a named task it is one LoRA of rank N r, which the paper calls r,
-    [w_k1 B_1 .. w_kN B_N] [A_1; ..; A_N]. Its alignment is the mean over the experts of that of their latents z_i.
+    [w_k1 B_1 .. w_kN B_N] [A_1; ..; A_N]; those of all tasks, M m N r numbers, are made in each forward. Its alignment
+    is the mean over the experts of that of their latents z_i.
     """
 
     def __init__(self, config: AlignLoraConfig, in_features: int, out_features: int) -> None:

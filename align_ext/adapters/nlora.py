@@ -20,7 +20,7 @@ class NLoraAdapter(Adapter):
         y = base(x) + s (B N z - B0 A0 dropout(x))
 
     "nystrom" starts from the first r rows and columns of the base weight, A = W[:r], B = W[:, :r] and N = W[:r, :r]:
-    the released code's, which takes the block itself and not the pseudo-inverse of Nystroem's approximation of W. That
+    the released code's, which takes the block itself and not the pseudo-inverse of Nyström's approximation of W. That
     start, A0 = A and B0 = B N, is frozen and subtracted, so that the adapter starts as no change. Other starts are
     SLoRA, the paper's adapter without it: N Kaiming uniform, B = 0 and no offset. What is aligned is z.
     """
