@@ -39,7 +39,7 @@ def _models(setting: Setting) -> dict[str, Any]:
     for name in (*ARCHITECTURES, *RIVALS):
         shared = {id(p): p for p in frozen.parameters()}  # all models share the frozen weights
         result[name] = models.adapt(copy.deepcopy(frozen, shared), name, setting.sizes)
-        if name == "multi_adapter":
+        if name in ARCHITECTURES and ARCHITECTURES[name].by_task:
             set_task(result[name], 0)
     return result
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from align_ext.alignment.context import align_step
+from align_ext.architectures import ARCHITECTURES
 from align_ext.bench.baselines import ALPHA, LORA, SEVERAL, Make, Sizes, compiled
 from align_ext.bench.setting import TASKS, Case, Setting, name_of
 from align_ext.bench.timing import ROW_MS, Call, Comparison, Goal, visits
@@ -47,7 +48,8 @@ IN_A_ROW = 16
 
 def config(options: dict[str, Any], sizes: Sizes, *, float32: bool) -> AlignLoraConfig:
     """Returns an architecture's options for these sizes, with adapters in float32 or in the base's dtype."""
-    heads = {} if options["architecture"] in ("lora", "align_lora", "multi_adapter") else {"num_heads": sizes.heads}
+    several = ARCHITECTURES[options["architecture"]].defaults["num_heads"] is not None
+    heads = {"num_heads": sizes.heads} if several else {}
     common = {
         "r": sizes.rank, "lora_alpha": ALPHA, "lora_dropout": sizes.dropout_p, "num_tasks": TASKS,
         "adapter_dtype": "float32" if float32 else "base",

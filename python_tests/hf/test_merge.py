@@ -40,7 +40,7 @@ def test_the_uniform_mixture_is_merged_and_its_distance_is_the_kl_of_the_outputs
     deltas, before, mask = {}, model.eval()(**inputs()).logits.detach().double(), inputs()["attention_mask"].bool()
     for name, layer in adapted_layers(model).items():
         adapter, N = layer.adapter, layer.adapter.heads
-        A = adapter.lora_A if adapter.A_per_head else adapter.lora_A.expand(N, -1, -1)
+        A = adapter.A if adapter.A_per_head else adapter.A.expand(N, -1, -1)
         delta = sum(B @ A for A, B in zip(A, adapter.lora_B, strict=True)) / N
         if adapter.lora_A0 is not None:
             delta = delta - adapter.lora_B0 @ adapter.lora_A0
