@@ -39,7 +39,7 @@ TRIED = {
     "mmd_statistic": ("u", MMD), "mmd_n_max": (4, MMD), "response_only": (True, {}), "balance": ("cv2", ROUTED),
     "balance_weight": (0.5, {**ROUTED, "balance": "cv2"}), "spectral": ("uniform", {**MTLORA, "spectral_weight": 0.5}),
     "spectral_weight": (0.5, MTLORA), "spectral_steps": (1, {**MTLORA, "spectral_weight": 1.0}),
-    "share_inputs": (False, {}), "adapter_dtype": ("base", {}),
+    "share_inputs": (False, {}), "adapter_dtype": ("base", {}), "shared_rank": (4, {"architecture": "malora"}),
 }  # fmt: skip
 
 
