@@ -30,8 +30,8 @@ TEST(kernels_agree_with_naive_loops_where_rows_are_cut_into_chunks) {
   for (int64_t tokens : {511, 512, 513, 1025}) check_problem<bfloat16>({{tokens, 24, 40, 8, 1}, 0.2});
   check_problem<float>({{513, 20, 36, 5, 1}, 0.2});
   check_problem<float16>({{1024, 136, 9, 16, 1}, 0.2});
-  check_problem<bfloat16>({{1025, 24, 40, 20, 1}, 0.2});              // two passes over dy
-  check_problem<bfloat16, float>({{2049, 16, 8, 70, 1}, 0.2});        // chunks of ranks
+  check_problem<bfloat16>({{1025, 24, 40, 20, 1}, 0.2});             // two passes over dy
+  check_problem<bfloat16, float>({{2049, 16, 8, 70, 1}, 0.2});       // chunks of ranks
   check_problem<float16>({{600, 24, 40, 20, 1}, 0.2}, /*major=*/7);  // and of 16
 }
 

@@ -38,8 +38,8 @@ struct LatentRows {
   __device__ void save(const RowTile&, int, int, int, int) const {}
 };
 
-// Calls body(Math{}) with the products that the plan has chosen. Without tensor cores (sm_75) there is no bfloat16 either,
-// which these GPUs would emulate.
+// Calls body(Math{}) with the products that the plan has chosen. Without tensor cores (sm_75) there is no bfloat16
+// either, which these GPUs would emulate.
 template <typename T, typename Body>
 void with_math(const Plan& plan, const Body& body) {
   if constexpr (sizeof(T) == 2) {
