@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from align_ext.adapters.adapted_linear import AdaptedLinear
 from align_ext.adapters.base import Adapter, Factors
+from align_ext.adapters.dora import scale_of
 from align_ext.alignment.model_state import AlignState
 from align_ext.config import AlignLoraConfig
 
@@ -19,7 +20,8 @@ class EmbeddingAdapter(Adapter):
         z = A[:, ids]                   [T, r]
         y = c E[ids] + c s B z          [..., m]
 
-    There is no dropout, and z, which says which token it is of and no more, is not aligned.
+    DoRA multiplies y by m / ||E + s A^T B^T||, the norms those of the columns [m] (adapters/dora.py). There is no
+    dropout, and z, which says which token it is of and no more, is not aligned.
     """
 
     def __init__(self, config: AlignLoraConfig, in_features: int, out_features: int) -> None:
@@ -68,7 +70,11 @@ class AdaptedEmbedding(AdaptedLinear):
     def forward(self, ids: Tensor) -> Tensor:
         """Computes what the base looks up + low rank, [..., m]; the base alone while merged or disabled."""
         y: Tensor = self.base_layer(ids)
-        return y if self.merged or self.disabled else self.adapter(ids, self.base_layer, y)
+        if self.merged or self.disabled:
+            return y
+        y = self.adapter(ids, self.base_layer, y)
+        magnitude = self.adapter.lora_magnitude_vector
+        return y if magnitude is None else (y * scale_of(magnitude, self.row_norms())).to(y.dtype)
 
     @override
     def has_own_forward(self) -> bool:

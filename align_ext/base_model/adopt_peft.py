@@ -51,7 +51,7 @@ def unadoptable_reason(module: Any) -> str | None:
     if not linear and not isinstance(module.base_layer, nn.Embedding):
         return "its PEFT adapter is not one of a linear layer or an embedding (but of a convolution)"
     variant = getattr(module, "lora_variant", {}).get(adapter)
-    if variant is not None and type(variant).__name__ != "DoraLinearVariant":
+    if variant is not None and type(variant).__name__ not in ("DoraLinearVariant", "DoraEmbeddingVariant"):
         return f"its PEFT adapter is a variant ({type(variant).__name__}) that plain LoRA cannot take over"
     return None
 
