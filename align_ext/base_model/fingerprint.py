@@ -170,7 +170,7 @@ class BaseModel:
                 resizable = id(weights[name]) in resized
                 reason = sample.differs(weights[name], rows_may_differ=resizable, replaced=replaced.get(name, ()))
             else:
-                reason = None if name.rpartition(".")[0] in packed else "is not in it"
+                reason = None if name.rpartition(".")[0] in packed else _lacking(model, name)
             if reason is not None:
                 self._refuse(model, f"{shown(name)} {reason}; {cure}")
         buffers = _float_buffers(model)
@@ -182,8 +182,15 @@ class BaseModel:
             self._refuse(model, f"the weights are the same, but of the configuration {entry}; {cure}")
 
     def _refuse(self, model: nn.Module, reason: str) -> NoReturn:
-        here = shown(base_name(model))
-        raise OtherBaseError(f"the adapter belongs to another base model, {shown(self.name)}: in {here} {reason}")
+        known = "" if self.name is None else f", {shown(self.name)}"
+        here = "this one" if (name := base_name(model)) is None else shown(name)
+        raise OtherBaseError(f"the adapter belongs to another base model{known}: in {here} {reason}")
+
+
+def _lacking(model: nn.Module, name: str) -> str:
+    """Returns why a model has no weight of its own by this name."""
+    tied = any(plain_name(model, other) == name for other, _ in model.named_parameters(remove_duplicate=False))
+    return "is tied to another weight, and the adapter's is not (tie_word_embeddings=False)" if tied else "is not in it"
 
 
 def base_name(model: nn.Module) -> str | None:

@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Literal
 
 from torch import nn
@@ -56,9 +57,9 @@ def find_targets(
 
 def _embedding_reason(module: nn.Embedding, config: AlignLoraConfig) -> str | None:
     """Returns why an embedding cannot be adapted with these options, or None."""
-    beyond = config.init_lora_weights == "pissa" or config.lora_bias or config.use_dora
+    beyond = config.init_lora_weights == "pissa" or config.lora_bias
     if config.architecture not in ("lora", "align_lora") or beyond:
-        return "embeddings are adapted by lora and align_lora alone, without lora_bias, use_dora and pissa"
+        return "embeddings are adapted by lora and align_lora alone, without lora_bias and pissa"
     unsuitable = unsuitable_embedding(module)
     return unsuitable and f"it {unsuitable}"
 
@@ -153,17 +154,27 @@ def _skip_reason(name: str, module: nn.Module, model: nn.Module, names: Mapping[
     if isinstance(weight, nn.Parameter):
         if weight.is_meta and not hasattr(module, "_hf_hook") and _is_offloaded_with(name, model):
             return "its weight is offloaded together with its parent's: offload layer by layer instead"
-        other = tied_to(name, module, names)
-        if other is not None and module not in _token_modules(model):
-            return f"its weight is tied to {other}"
+        others = _tied_to(name, module, names)
+        if others and module not in _token_modules(model):
+            return f"its weight is tied to {others[0] or 'the model'}"
+        tables = [other for other in others if isinstance(model.get_submodule(other), nn.Embedding)]
+        if tables and isinstance(module, nn.Embedding):
+            return (
+                f"its weight is that of {tables[0]} too, and nothing says which of the two the model calls: train "
+                "rows of it (trainable_token_indices) or all of it (modules_to_save)"
+            )
     return None
 
 
 def tied_to(name: str, module: nn.Module, names: Mapping[int, list[str]]) -> str | None:
     """Returns the name of another module that holds a module's weight, or None."""
+    return next((owner or "the model" for owner in _tied_to(name, module, names)), None)
+
+
+def _tied_to(name: str, module: nn.Module, names: Mapping[int, list[str]]) -> list[str]:
     weight = module._parameters.get("weight")
     owners = [] if weight is None else [one.rpartition(".")[0] for one in names[id(weight)]]
-    return next((owner or "the model" for owner in owners if owner not in (name, f"{name}.base_layer")), None)
+    return [owner for owner in owners if owner not in (name, f"{name}.base_layer")]
 
 
 def _token_modules(model: nn.Module) -> list[nn.Module]:
@@ -179,14 +190,26 @@ def _is_offloaded_with(name: str, model: nn.Module) -> bool:
     return any(getattr(getattr(m, "_hf_hook", None), "place_submodules", False) for m in ancestors)
 
 
-def unmatched_hints(config: AlignLoraConfig, candidates: Mapping[str, nn.Module]) -> list[str]:
-    """Returns hints about what was not adapted: patterns without a match."""
-    patterns = () if isinstance(config.target_modules, str) or all_linear(config) else config.target_modules
-    return [
-        f"target_modules: {pattern!r} matches no linear layer"
-        for pattern in patterns
-        if not any(name_matches(Matcher(), name, (pattern,)) for name in candidates)
-    ]
+def unmatched_hints(
+    config: AlignLoraConfig, candidates: Mapping[str, nn.Module], targets: Collection[str], skipped: Mapping[str, str]
+) -> list[str]:
+    """Returns hints about what was not adapted: patterns without a match, or of whose matches none is adapted."""
+    hints, matcher = [], Matcher()
+    for pattern in () if isinstance(config.target_modules, str) or all_linear(config) else config.target_modules:
+        matched = [name for name in candidates if name_matches(matcher, name, (pattern,))]
+        reasons = [f"{name} is left alone: {skipped[name]}" for name in matched if name in skipped]
+        if not matched:
+            hints.append(f"target_modules: {pattern!r} matches no linear layer")
+        elif not set(matched).intersection(targets):
+            hints.append(f"target_modules: {pattern!r} adapts no layer: {[*reasons, _left_out(config)][0]}")
+    return hints
+
+
+def _left_out(config: AlignLoraConfig) -> str:
+    """Returns which options leave layers out that target_modules names."""
+    options = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    given = [f"{name}={shown(getattr(config, name))}" for name in options if getattr(config, name)]
+    return f"{' with '.join(given)} leaves out all that it names"
 
 
 def nothing_matched_message(
@@ -196,6 +219,9 @@ def nothing_matched_message(
     kinds = Counter(name.rpartition(".")[2] for name, m in candidates.items() if not isinstance(m, nn.Embedding))
     found = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items())) or "none at all"
     reasons = "".join(f"; {name} matched, but {reason}" for name, reason in list(skipped.items())[:5])
+    everything = replace(config, exclude_modules=(), layers_to_transform=(), layers_pattern=())
+    if not skipped and any(_matches(Matcher(), name, everything, m, model) for name, m in candidates.items()):
+        reasons = f", since {_left_out(config)}"
     return (
         f"no layer was adapted: target_modules={shown(config.target_modules)} matches no linear layer that can "
         f"be{reasons}. "

@@ -188,6 +188,9 @@ def insert_adapters(
         chosen = adopting or candidates
         fixed = ranks or ()
         targets = find_targets(model, config, chosen, report.skipped, full_names, by_name=not adopting, ranked=fixed)
+        for name in fixed if not adopting else ():
+            if name in report.skipped:
+                raise ValueError(f"the folder has an adapter of {name}, which cannot have one: {report.skipped[name]}")
         experts = {} if adopting else find_expert_tensors(model, config, full_names)
         if not targets and not experts:
             raise ValueError(nothing_matched_message(model, candidates, config, report.skipped))
@@ -199,7 +202,8 @@ def insert_adapters(
             layers = {name: adopt(module, config) for name, module in targets.items()}
             full_names = [name.removeprefix(PEFT_PREFIX) for name in full_modules]
         else:
-            report.unmatched = unmatched_hints(config, candidates) + hints_of_experts(model, config, experts)
+            report.unmatched = unmatched_hints(config, candidates, targets, report.skipped)
+            report.unmatched += hints_of_experts(model, config, experts)
             matcher = Matcher()
             for name, module in (targets | experts).items():
                 options = config.of_layer(name, matcher) if ranks is None else replace(config, r=ranks[name])

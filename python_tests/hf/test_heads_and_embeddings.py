@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from hf.families import family
 from hf.folders import logits
 from hf.test_biases import moved
 from hf.test_token_rows import gemma, padded, tied
@@ -82,6 +83,40 @@ def test_it_is_trained_saved_and_read_as_by_peft(case, tmp_path):
     assert torch.equal(logits(again), logits(ours))
     adopted = replace_linear_with_align_lora(theirs, align=None)
     torch.testing.assert_close(logits(adopted), expected)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "head" not in case])
+def test_dora_of_an_embedding_is_pefts(case, tmp_path):
+    make, targets = CASES[case]
+    options = {"r": 2, "target_modules": targets, "use_dora": True}
+    theirs = moved(get_peft_model(make().double(), LoraConfig(**options)))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, expected = load_adapter(make().double(), tmp_path / "theirs"), logits(theirs)
+    torch.testing.assert_close(logits(ours), expected)
+    for model in (theirs, ours):
+        torch.manual_seed(0)  # of GPT-2's dropout
+        model.train()(**batch()[0]).loss.backward()
+    gradients = {n.removeprefix("base_model.model."): p.grad for n, p in theirs.named_parameters() if p.requires_grad}
+    for name, parameter in ours.named_parameters():
+        if parameter.requires_grad:
+            name = name.replace(".adapter", "") + ".default"
+            torch.testing.assert_close(parameter.grad, gradients.get(name, gradients.get(f"{name}.weight")))
+    save_adapter(ours, tmp_path / "ours")
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(make().double(), tmp_path / "ours")), expected)
+    assert torch.equal(logits(load_adapter(make().double(), tmp_path / "ours")), logits(ours))
+    torch.testing.assert_close(logits(replace_linear_with_align_lora(theirs, align=None)), expected)
+    fresh = replace_linear_with_align_lora(make().double(), architecture="lora", **options)
+    torch.testing.assert_close(logits(fresh), logits(make().double()))
+    if "tied" not in case:
+        torch.testing.assert_close(logits(merge_and_unload(ours)), expected)
+
+
+def test_an_embedding_whose_weight_another_one_reads_is_not_adapted(tmp_path):
+    with pytest.raises(ValueError, match=r"shared matched, but its weight is that of encoder\.embed_tokens too, "):
+        replace_linear_with_align_lora(family("t5"), target_modules=["shared"], architecture="lora")
+    get_peft_model(family("t5"), LoraConfig(target_modules=["shared", "q"])).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"the folder has an adapter of shared, which cannot have one: its weight"):
+        load_adapter(family("t5"), tmp_path)
 
 
 @pytest.mark.parametrize("case", CASES)

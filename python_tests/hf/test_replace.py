@@ -168,6 +168,18 @@ def test_nothing_matched_lists_the_models_linears():
         replace_linear_with_align_lora(llama(), target_modules=["gate_prj"])
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"exclude_modules": "model.*"}, r"since exclude_modules='model\.\*' leaves out all that it names"),
+        ({"layers_to_transform": [0], "layers_pattern": ["h"]}, r"since layers_to_transform=\(0,\) with layers_patt"),
+    ],
+)
+def test_what_leaves_out_everything_that_is_named_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        replace_linear_with_align_lora(llama(), target_modules=["gate_proj"], **options)
+
+
 def test_a_refused_call_changes_nothing():
     model = llama()
     before = [(n, type(m)) for n, m in model.named_modules()], [p.requires_grad for p in model.parameters()]
@@ -350,6 +362,15 @@ def test_what_was_meant_and_not_found_is_reported(caplog):
     replace_linear_with_align_lora(model, target_modules=["q_proj", "gate_prj"])
     assert "'gate_prj' matches no linear layer" in caplog.text
     assert "tensors of experts" in caplog.text
+
+
+def test_a_name_of_which_nothing_is_adapted_is_reported_with_the_reason(caplog):
+    options = {"architecture": "m_lora", "target_modules": ["q_proj", "embed_tokens"]}
+    replace_linear_with_align_lora(llama(), **options)
+    assert "'embed_tokens' adapts no layer: model.embed_tokens is left alone: embeddings are" in caplog.text
+    caplog.clear()
+    replace_linear_with_align_lora(llama(), target_modules=["q_proj", "k_proj"], exclude_modules=["k_proj"])
+    assert "'k_proj' adapts no layer: exclude_modules=('k_proj',) leaves out all that it names" in caplog.text
 
 
 def test_adapters_of_packed_layers_are_where_the_packed_weight_is():
