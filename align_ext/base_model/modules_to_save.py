@@ -195,16 +195,17 @@ def modules_to_train(model: nn.Module, config: AlignLoraConfig) -> list[str]:
     """Returns the modules to train fully by modules_to_save; "auto" gives the model's head if it is new.
 
     A PreTrainedModel without output embeddings predicts no tokens and has a new head (classification, rewards): all
-    modules outside its base_model, or those with the names that PEFT knows.
+    modules outside its base_model, or those with the names that PEFT knows. A name is the end of one, as in PEFT:
+    "norm" is also input_layernorm.
 
     Raises:
         ValueError: there is no such module, or it has nothing to train.
     """
     if config.modules_to_save != AUTO:
         named = dict(model.named_modules())
-        found = [name for name in named if any(f".{name}".endswith(f".{wanted}") for wanted in config.modules_to_save)]
+        found = [name for name in named if name and name.endswith(config.modules_to_save)]
         for wanted in config.modules_to_save:
-            fits = [name for name in found if f".{name}".endswith(f".{wanted}")]
+            fits = [name for name in found if name.endswith(wanted)]
             if not fits:
                 raise ValueError(f"modules_to_save: the model has no module {wanted!r}")
             floats = [p.is_floating_point() for name in fits for p in named[name].parameters()]

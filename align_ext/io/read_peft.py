@@ -55,6 +55,8 @@ def read_peft(path: Path, peft: Mapping[str, Any]) -> PeftTensors:
     if not peft:
         raise ValueError(f"{shown_path(path)} is no adapter folder: {PEFT_CONFIG} is missing")
     modules, bias = peft.get("modules_to_save") or [], peft.get("bias", "none") != "none"
+    if isinstance(modules, list) and all(isinstance(module, str) for module in modules):
+        modules = list(dict.fromkeys(modules))  # PEFT adds the names of heads again when it writes what it has read
     check_names(modules, f"{shown_path(path / PEFT_CONFIG)}: modules_to_save")
     lora, trained, base, unknown, contents = {}, {}, dict[str, Tensor](), [], set()
     for key, tensor in tensors.items():
@@ -67,7 +69,7 @@ def read_peft(path: Path, peft: Mapping[str, Any]) -> PeftTensors:
             lora[match[1] or match[3] or f"{match[2]}.lora_bias"] = tensor
         elif name != key and peft.get("trainable_token_indices") and name.endswith(f".{ROWS}"):
             trained[name] = tensor
-        elif bias and owners and re.search(r"\.(modules_to_save|original_module)\.bias$", name):
+        elif bias and owners and re.search(r"\.(modules_to_save|original_module)\.(.+\.)?bias$", name):
             continue  # bias="all" writes the biases of modules_to_save again
         elif name != key and owners and ".lora_" not in name:
             trained[name] = tensor

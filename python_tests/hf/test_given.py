@@ -16,6 +16,7 @@ TAKEN = {
     "a pattern": {"target_modules": r".*\.layers\.1\..*_proj", "exclude_modules": ["q_proj"], "use_rslora": True},
     "all-linear": {"target_modules": "all-linear", "init_lora_weights": "gaussian", "task_type": "CAUSAL_LM"},
     "a module": {"target_modules": ["up_proj"], "modules_to_save": ["lm_head"]},
+    "all modules whose names end so": {"target_modules": ["up_proj"], "modules_to_save": ["norm"]},
 }
 
 
