@@ -53,7 +53,7 @@ def keep_differentiable(model: nn.Module) -> None:
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 (bitsandbytes' own)
-        weight: Any = getattr(module, "weight", None)
+        weight: Any = module._parameters.get("weight")  # a property may make one
         if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
             from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpack
 

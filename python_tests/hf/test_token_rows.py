@@ -24,6 +24,7 @@ from align_ext import (
     set_adapter,
     unload,
 )
+from align_ext.adapters.trained_rows import TokenRows
 from align_ext.model.memory import training_memory
 from align_ext.training.options import TrainOptions
 
@@ -256,6 +257,14 @@ def test_other_rows_are_not_taken_for_those_of_a_folder(tmp_path):
         with pytest.raises(ValueError, match=r"has trainable_token_indices=.*edited"):
             load_adapter(llama(), tmp_path)
         (tmp_path / file).write_text(text)
+
+
+def test_no_weight_of_the_models_size_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(TokenRows, "merged", None)
+    model = replace_linear_with_align_lora(tied(), architecture="lora", trainable_token_indices=[1, 3])
+    model.train()(**batch()[0]).loss.backward()
+    save_adapter(model, tmp_path)
+    load_adapter(tied(), tmp_path)
 
 
 def test_the_report_and_the_estimate_of_memory_know_the_rows():
