@@ -4,9 +4,9 @@ import pytest
 import torch
 from hf import shards
 from hf.folders import assert_same_bits, files, logits, plain
+from peft import PeftModel
 from processes import spawn
 from safetensors.torch import load_file
-from tiny import llama
 
 from align_ext import load_adapter, save_adapter, set_task
 from align_ext.base_model import sharded
@@ -16,17 +16,22 @@ from align_ext.io.peft_format import WEIGHTS
 from align_ext.system.tensors import read_tensors
 
 
-def assert_holds(folder, base, kind):
-    """The folder's adapter, loaded into the base by one process, is what was trained."""
+def assert_holds(folder, kind):
+    """The folder's adapter, loaded into the base by one process, is what was trained; and so is what PEFT reads."""
     expected = load_file(folder / "expected.safetensors")
-    loaded = load_adapter(base, folder / "adapter")
+    loaded = load_adapter(shards.base_of(kind), folder / "adapter")
     found = {name: p for name, p in loaded.named_parameters() if p.requires_grad}
     assert found.keys() == expected.keys()
-    fresh = dict(shards.model_of(kind, tied=kind == "tied").named_parameters())
+    fresh = dict(shards.model_of(kind).named_parameters())
     for name, tensor in found.items():
         assert torch.equal(tensor, expected[name]), (kind, name)
         assert not torch.equal(tensor, fresh[name]), (kind, name)
-    return loaded
+    if (folder / "peft").exists():
+        set_task(loaded, 1)
+        for read in (load_adapter, PeftModel.from_pretrained):
+            torch.testing.assert_close(
+                logits(read(shards.base_of(kind), folder / "peft")), logits(loaded), rtol=1e-5, atol=1e-5
+            )
 
 
 def assert_knows_its_base(folder):
@@ -42,23 +47,32 @@ def assert_knows_its_base(folder):
 
 def test_fsdp2_saves_and_loads_what_it_trained(tmp_path, unused_port):
     spawn(shards.fsdp2, unused_port, str(tmp_path))
-    for kind in shards.KINDS:
-        loaded = assert_holds(tmp_path / kind, plain(), kind)
-        if (tmp_path / kind / "peft").exists():
-            set_task(loaded, 1)
-            exported = load_adapter(plain(), tmp_path / kind / "peft")
-            torch.testing.assert_close(logits(exported), logits(loaded), rtol=1e-5, atol=1e-5)
-    assert_holds(tmp_path / "tied", llama(tie_word_embeddings=True), "tied")
+    for kind in (*shards.KINDS, "tied"):
+        assert_holds(tmp_path / kind, kind)
     assert_knows_its_base(tmp_path / shards.KINDS[0] / "adapter")
     assert not [name for name in files(tmp_path) if ".tmp" in name]
 
 
+def test_fsdp2_saves_and_loads_what_is_trained_beside_linear_layers(tmp_path, unused_port):
+    spawn(shards.fsdp2_beside, unused_port, str(tmp_path))
+    for kind in (*shards.BESIDE, *shards.DORA):
+        assert_holds(tmp_path / kind, kind)
+
+
 @pytest.mark.slow  # test_sharded_trainers saves by ZeRO-3, too
 def test_zero3_saves_what_it_trained(tmp_path, unused_port):
-    spawn(shards.zero3, unused_port, str(tmp_path))
-    for kind in ("lora", "m_lora, rslora"):
-        assert_holds(tmp_path / kind, plain(), kind)
+    kinds = ("lora", "m_lora, rslora")
+    spawn(shards.zero3, unused_port, str(tmp_path), kinds)
+    for kind in kinds:
+        assert_holds(tmp_path / kind, kind)
         assert_knows_its_base(tmp_path / kind / "adapter")
+
+
+@pytest.mark.slow
+def test_zero3_saves_what_is_trained_beside_linear_layers(tmp_path, unused_port):
+    spawn(shards.zero3, unused_port, str(tmp_path), tuple(shards.BESIDE))
+    for kind in shards.BESIDE:
+        assert_holds(tmp_path / kind, kind)
 
 
 @pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel])
