@@ -149,7 +149,8 @@ def _callers() -> Iterator[tuple[str, Any]]:
 def _refuse_peft(name: str, *args: Any, **kwargs: Any) -> NoReturn:
     raise RuntimeError(
         f"PEFT's {name} would pass over the adapters, which align_ext adopted: use its merge_and_unload(model), "
-        "unload(model), save_adapter(model, folder) and load_adapter(model, folder)"
+        "unload(model), save_adapter(model, folder) and load_adapter(model, folder); several adapters, and trainers "
+        "that add a copy of one as their reference (TRL's), take a plain model with replace_linear_with_align_lora"
     )
 
 
