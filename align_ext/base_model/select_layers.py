@@ -219,8 +219,9 @@ def nothing_matched_message(
     kinds = Counter(name.rpartition(".")[2] for name, m in candidates.items() if not isinstance(m, nn.Embedding))
     found = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items())) or "none at all"
     reasons = "".join(f"; {name} matched, but {reason}" for name, reason in list(skipped.items())[:5])
-    everything = replace(config, exclude_modules=(), layers_to_transform=(), layers_pattern=())
-    if not skipped and any(_matches(Matcher(), name, everything, m, model) for name, m in candidates.items()):
+    everything, matcher = replace(config, exclude_modules=(), layers_to_transform=(), layers_pattern=()), Matcher()
+    named = everything != config and any(_matches(matcher, n, everything, m, model) for n, m in candidates.items())
+    if named and not skipped:
         reasons = f", since {_left_out(config)}"
     return (
         f"no layer was adapted: target_modules={shown(config.target_modules)} matches no linear layer that can "
