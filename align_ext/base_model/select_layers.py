@@ -13,6 +13,7 @@ from align_ext.base_model.adopt_peft import is_peft_lora, unadoptable_reason
 from align_ext.base_model.bypassed_layers import bypass_reason
 from align_ext.base_model.modules_to_save import is_inside
 from align_ext.config import AlignLoraConfig
+from align_ext.option_rules import as_tuple
 from align_ext.system.messages import shown
 from align_ext.system.names import Matcher, layer_index
 
@@ -111,7 +112,8 @@ def name_matches(matcher: Matcher, name: str, patterns: tuple[str, ...] | str) -
 def _matches(matcher: Matcher, name: str, config: AlignLoraConfig, module: nn.Module, model: nn.Module) -> bool:
     if name_matches(matcher, name, config.exclude_modules):
         return False
-    if config.layers_to_transform and layer_index(name, config.layers_pattern) not in config.layers_to_transform:
+    by_layer = config.layers_to_transform and name not in as_tuple(config.target_modules)  # as in PEFT
+    if by_layer and layer_index(name, config.layers_pattern) not in config.layers_to_transform:
         return False
     if all_linear(config):
         return module is not embeddings_of(model, "output") and not isinstance(module, nn.Embedding)

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from hf.families import classes, family
 from hf.folders import as_version_0_1_0, assert_same_bits, files, logits, state
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
@@ -202,20 +201,6 @@ def test_folders_of_stock_peft_load_with_their_modules(modules, tmp_path):
     torch.testing.assert_close(logits(loaded), logits(peft))
     save_adapter(loaded, tmp_path / "again")
     torch.testing.assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path / "again")), logits(peft))
-
-
-@pytest.mark.parametrize("options", [{}, {"bias": "all", "modules_to_save": ["pooler"]}])
-def test_a_classifier_that_peft_wrote_again_loads(options, tmp_path):
-    """PEFT then names its head twice; biases of a module that is trained whole are written twice."""
-    config = LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS", **options)
-    get_peft_model(family("bert"), config).save_pretrained(tmp_path / "once")
-    peft = PeftModel.from_pretrained(family("bert"), tmp_path / "once", is_trainable=True)
-    with torch.no_grad():
-        for parameter in peft.parameters():
-            parameter.add_(parameter.requires_grad * torch.randn_like(parameter))
-    peft.save_pretrained(tmp_path / "twice")
-    loaded, inputs = load_adapter(family("bert"), tmp_path / "twice"), classes()
-    torch.testing.assert_close(loaded(**inputs).logits, peft(**inputs).logits)
 
 
 def test_a_module_without_its_tensors_is_refused(tmp_path):

@@ -26,6 +26,10 @@ CASES = {
     "rslora": {"rank_pattern": {"down_proj": 3}, "use_rslora": True},
     "one layer": {"layers_to_transform": 1},
     "layers of a list": {"layers_to_transform": [0], "layers_pattern": "layers"},
+    "one layer, and what is in none by its whole name": {
+        "layers_to_transform": 1,
+        "target_modules": ["up_proj", "down_proj", "lm_head"],
+    },
 }
 BASE = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ["up_proj", "down_proj"]}
 

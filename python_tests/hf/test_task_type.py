@@ -6,9 +6,10 @@ import peft
 import pytest
 import torch
 import transformers as hf
+from hf.families import classes, family
 from hf.kinds import VOCAB, adapted, bart, bert, made, padded, t5, whisper
 
-from align_ext import save_adapter
+from align_ext import load_adapter, save_adapter
 
 LLAMA = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
 MODELS = {
@@ -60,3 +61,17 @@ def test_stock_pefts_class_of_the_kind_loads_the_adapter(tmp_path, kind):
     with torch.no_grad():
         here, there = model(**inputs)[0], found.eval()(**inputs)[0]
     assert (here - there).abs().max() < 1e-5 * here.abs().max()
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": "all", "modules_to_save": ["pooler"]}])
+def test_a_classifier_that_peft_wrote_again_loads(options, tmp_path):
+    """PEFT then names its head twice; biases of a module that is trained whole are written twice."""
+    config = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS", **options)
+    peft.get_peft_model(family("bert"), config).save_pretrained(tmp_path / "once")
+    stock = peft.PeftModel.from_pretrained(family("bert"), tmp_path / "once", is_trainable=True)
+    with torch.no_grad():
+        for parameter in stock.parameters():
+            parameter.add_(parameter.requires_grad * torch.randn_like(parameter))
+    stock.save_pretrained(tmp_path / "twice")
+    loaded, inputs = load_adapter(family("bert"), tmp_path / "twice"), classes()
+    torch.testing.assert_close(loaded(**inputs).logits, stock(**inputs).logits)
