@@ -138,6 +138,8 @@ def set_task(model: nn.Module, task: int | None) -> None:
         ValueError: no adapters, or no such task.
     """
     state = require_state(model)
+    if task is not None and not state.tasks:
+        raise ValueError(f"task={shown(task)}: the model knows of no tasks: give num_tasks in its options")
     if task is not None and not is_whole(task, 0, state.tasks - 1):
         raise ValueError(f"task must be an integer in 0 .. num_tasks-1 = {state.tasks - 1}, or None, got {shown(task)}")
     state.task = task

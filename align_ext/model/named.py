@@ -117,7 +117,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
             f"{shown(adapter_name)} is active: set_adapter(model, ...) another one first, or unload(model)"
         )
     if adapter_name not in state.others:
-        raise ValueError(unknown_name("adapter_name", adapter_name, [*state.others]))
+        raise ValueError(unknown_name("adapter_name", adapter_name, adapter_names(model)))
     del state.others[adapter_name]
 
 

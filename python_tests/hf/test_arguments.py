@@ -32,6 +32,7 @@ def test_a_value_of_another_kind_is_refused_by_the_name_of_its_argument(tmp_path
     for task in (1.0, True, "1"):
         refused(set_task, model, task, match="task must be an integer")
         refused(export_peft, model, tmp_path / "x", task, match="task=")
+    refused(set_task, trained("lora", num_tasks=None), 0, match="task=0: the model knows of no tasks: give num_tasks")
     for batch in (5, "x", [1]):
         refused(merge_and_unload, trained("hydra"), "uniform", batch, match="batch=")
     for write in (save_adapter, export_peft):

@@ -247,6 +247,7 @@ def test_what_cannot_be_is_one_sentence_and_changes_nothing():
         (lambda: add_adapter(model, "", r=2), "is no name"),
         (lambda: add_adapter(model, "third", target_modules=("nothing",)), "no layer was adapted"),
         (lambda: delete_adapter(model, "default"), "'default' is active"),
+        (lambda: delete_adapter(model, "third"), r"unknown adapter_name 'third' \(known: default, second\)"),
         (lambda: add_weighted_adapter(model, ["default", "second"], [1, 1], "sum"), "adapter 'second': only plain"),
         (lambda: add_weighted_adapter(model, ["default"], [1], "sum", "linear"), "unknown combination_type 'linear'"),
         (lambda: add_weighted_adapter(model, ["default"], [1, 2], "sum"), "weights"),
