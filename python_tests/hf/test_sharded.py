@@ -53,6 +53,7 @@ def test_fsdp2_saves_and_loads_what_it_trained(tmp_path, unused_port):
     assert not [name for name in files(tmp_path) if ".tmp" in name]
 
 
+@pytest.mark.slow
 def test_fsdp2_saves_and_loads_what_is_trained_beside_linear_layers(tmp_path, unused_port):
     spawn(shards.fsdp2_beside, unused_port, str(tmp_path))
     for kind in (*shards.BESIDE, *shards.DORA):
