@@ -217,8 +217,9 @@ class AlignLoraConfig:
     spectral_steps: int = option(100, "k, forwards between two refreshes of its projectors.", integer_rule())
     share_inputs: bool = option(
         True,
-        "compute adapted layers that a module calls with the same tensor (q, k, v; gate, up) together in training: one "
-        "LoRA each, by lora and align_lora; of others, and of what is compiled, each layer is on its own.",
+        "compute adapted layers that a module calls with the same tensor (q, k, v; gate, up) together in training; on "
+        "its own is each layer of multi_adapter, with masks of each head on its input, routed by sequence, or "
+        "compiled.",
     )
     adapter_dtype: Literal["float32", "base"] = option(
         "float32", 'dtype of A and B: "float32" (PEFT\'s default, also on a 16-bit base) or "base".'

@@ -20,7 +20,6 @@ struct Problem {
   bool dx_wanted = true;
   double scaling = 1.5;
   std::vector<int64_t> group_rows = {};  // the rows of each group; empty: at random
-  int mask = 0, masks = 1;               // which of how many masks of a row
 };
 
 // Everything of one problem in type T.
@@ -78,7 +77,7 @@ Expected expect(const Problem& problem, const Data<T>& data) {
   const auto y_in = to_double(data.y_in), dx_in = to_double(data.dx_in);
   const uint32_t threshold = dropout_threshold(problem.p);
   const auto mask = [&](int64_t e) {
-    const int64_t number = (e / in_dim * problem.masks + problem.mask) * in_dim + e % in_dim;
+    const int64_t number = (e / in_dim) * in_dim + e % in_dim;
     return dropout_keep(data.rng[0], data.rng[1], number, threshold) ? dropout_scale(threshold) : 0.0;
   };
   Expected want;

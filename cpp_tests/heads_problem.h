@@ -23,6 +23,7 @@ struct HeadsProblem {
   bool in_place = false;        // y_in == y and dx_in == dx
   bool dx_wanted = true;
   double scaling = 1.5, offset_scaling = -0.75;
+  int64_t first_number = 0, row_numbers = 0;  // of the masks, as in DropoutArgs
 
   bool routed() const { return routing.groups > 0; }
   int64_t latents() const { return shape.tokens * shape.latents() * shape.rank; }
@@ -96,17 +97,20 @@ struct HeadsOracle {
     for (int64_t t = 0; t < shape.tokens; ++t) row(t);
   }
 
-  double mask(int64_t e) const {
+  // The mask of an element of a row's masks.
+  double mask(int64_t t, int64_t e) const {
     const uint32_t threshold = dropout_threshold(problem.p);
-    return dropout_keep(data.rng[0], data.rng[1], e, threshold) ? dropout_scale(threshold) : 0.0;
+    const int64_t row_numbers = problem.row_numbers > 0 ? problem.row_numbers : shape.mask_elements();
+    const int64_t number = problem.first_number + t * row_numbers + e;
+    return dropout_keep(data.rng[0], data.rng[1], number, threshold) ? dropout_scale(threshold) : 0.0;
   }
   // The mask on x that head i sees, and that on its latent.
   double x_mask(int64_t t, int64_t i, int64_t c) const {
-    if (shape.site == DropoutSite::kInput) return mask(t * shape.in_dim + c);
-    return shape.site == DropoutSite::kInputPerHead ? mask((t * shape.heads + i) * shape.in_dim + c) : 1;
+    if (shape.site == DropoutSite::kInput) return mask(t, c);
+    return shape.site == DropoutSite::kInputPerHead ? mask(t, i * shape.in_dim + c) : 1;
   }
   double latent_mask(int64_t t, int64_t i, int64_t d) const {
-    return shape.site == DropoutSite::kLatent ? mask((t * shape.heads + i) * shape.rank + d) : 1;
+    return shape.site == DropoutSite::kLatent ? mask(t, i * shape.rank + d) : 1;
   }
   double offset_mask(int64_t t, int64_t c) const { return shape.site == DropoutSite::kInput ? x_mask(t, 0, c) : 1; }
   int64_t latent(int64_t t, int64_t i, int64_t d) const {

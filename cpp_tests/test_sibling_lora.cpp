@@ -8,52 +8,47 @@ namespace {
 
 template <typename T>
 void run(const SiblingProblem& problem, SiblingData<T>& data) {
-  const DropoutArgs dropout{problem.p, problem.p > 0 ? data.layers[0].rng.data() : nullptr};
-  const int64_t tokens = problem.tokens;
-  const std::vector<int64_t> offsets{0, tokens};
   SiblingLoraForwardArgs<T> forward{problem.count(), {}, nullptr};
   SiblingLoraBackwardArgs<T> backward{problem.count(), {}, nullptr};
-  std::vector<T>& dx = data.layers[0].dx;
-  dx = unassigned<T>(tokens * problem.in_dim);
+  HeadsData<T>& first = data.layers[0];
+  first.dx = unassigned<T>(problem.tokens * problem.in_dim);
   for (int i = 0; i < problem.count(); ++i) {
-    const Problem of_layer = problem.layer(i);
-    const GroupedLoraShape& shape = of_layer.shape;
-    Data<T>& layer = data.layers[i];
-    layer.z = unassigned<Acc<T>>(tokens * shape.rank), layer.y = unassigned<T>(tokens * shape.out_dim);
-    layer.dA = unassigned<Acc<T>>(shape.rank * shape.in_dim), layer.dB = unassigned<Acc<T>>(shape.out_dim * shape.rank);
-    forward.layers[i] = {.shape = shape,
-                         .row_groups = {nullptr, offsets.data()},
-                         .dropout = dropout,
-                         .scaling = of_layer.scaling,
-                         .x = layer.x.data(),
-                         .A = layer.A.data(),
-                         .B = layer.B.data(),
-                         .y_in = layer.y_in.data(),
-                         .bias = layer.bias.data(),
-                         .z = layer.z.data(),
-                         .y = layer.y.data(),
-                         .workspace = nullptr};
-    backward.layers[i] = {.shape = shape,
-                          .row_groups = {nullptr, offsets.data()},
-                          .dropout = dropout,
-                          .scaling = of_layer.scaling,
-                          .x = layer.x.data(),
-                          .z = layer.z.data(),
-                          .A = layer.A.data(),
-                          .B = layer.B.data(),
-                          .dx_in = problem.gradients_in ? data.layers[0].dx_in.data() : nullptr,
-                          .dy = layer.dy.data(),
-                          .dz_in = problem.gradients_in ? layer.dz_in.data() : nullptr,
-                          .dx = problem.dx_wanted ? dx.data() : nullptr,
-                          .dA = layer.dA.data(),
-                          .dB = layer.dB.data(),
-                          .workspace = nullptr};
+    const HeadsProblem of_layer = problem.layer(i);
+    HeadsData<T>& layer = data.layers[i];
+    layer.z = unassigned<Acc<T>>(of_layer.latents()), layer.w = unassigned<Acc<T>>(of_layer.factors());
+    layer.y = unassigned<T>(int64_t(layer.dy.size()));
+    layer.dA = unassigned<Acc<T>>(int64_t(layer.A.size())), layer.dB = unassigned<Acc<T>>(int64_t(layer.B.size()));
+    layer.dR = unassigned<Acc<T>>(int64_t(layer.R.size()));
+    const HeadsInputs<T> inputs{.shape = of_layer.shape,
+                                .dropout = {problem.p, problem.p > 0 ? first.rng.data() : nullptr},
+                                .scaling = of_layer.scaling,
+                                .offset_scaling = of_layer.offset_scaling,
+                                .x = first.x.data(),
+                                .A = layer.A.data(),
+                                .B = layer.B.data(),
+                                .A0 = layer.A0.data(),
+                                .B0 = layer.B0.data()};
+    forward.layers[i] = {{inputs, layer.y_in.data(), layer.bias.data(), layer.z.data(), layer.y.data(), nullptr},
+                         of_layer.routing,
+                         layer.R.data(),
+                         layer.w.data()};
+    backward.layers[i] = {{.inputs = inputs,
+                           .z = layer.z.data(),
+                           .dx_in = problem.gradients_in ? first.dx_in.data() : nullptr,
+                           .dy = layer.dy.data(),
+                           .dz_in = problem.gradients_in ? layer.dz_in.data() : nullptr,
+                           .dx = problem.dx_wanted ? first.dx.data() : nullptr,
+                           .dA = layer.dA.data(),
+                           .dB = layer.dB.data(),
+                           .workspace = nullptr},
+                          of_layer.routing,
+                          layer.R.data(),
+                          layer.w.data(),
+                          problem.gradients_in ? layer.dw_in.data() : nullptr,
+                          layer.dR.data()};
   }
-  const bool masks = problem.p > 0;
-  run_in_workspace(forward, cpu::sibling_lora_forward_workspace(problem.shape(), masks, sizeof(Acc<T>)),
-                   cpu::sibling_lora_forward<T, T>);
-  run_in_workspace(backward, cpu::sibling_lora_backward_workspace(problem.shape(), masks, sizeof(Acc<T>)),
-                   cpu::sibling_lora_backward<T, T>);
+  run_in_workspace(forward, cpu::sibling_lora_workspace(forward), cpu::sibling_lora_forward<T, T>);
+  run_in_workspace(backward, cpu::sibling_lora_workspace(backward), cpu::sibling_lora_backward<T, T>);
 }
 
 template <typename T>
@@ -82,11 +77,24 @@ TEST(layers_agree_with_naive_loops) {
   }
 }
 
-TEST(optional_gradients_may_be_absent) {
-  check_all_types({20, 24, {{16, 4}, {8, 4}}, 0.3, /*gradients_in=*/false});
-  check_all_types({20, 24, {{16, 4}, {8, 4}}, 0.3, true, /*dx_wanted=*/false});
+TEST(layers_with_heads_and_routers_agree_with_naive_loops) {
+  for (const SiblingKind& kind : {kMLora, kPissa, kHydra, kRLora, kLoraMoe}) {
+    for (double p : {0.0, 0.3}) {
+      check_all_types({40, 72, {{40, 8}, {24, 8}, {24, 8}}, p, kind});
+      check_all_types({33, 31, {{18, 3}, {40, 5}}, p, kind});
+    }
+  }
 }
 
-TEST(there_may_be_no_rows) { check_all_types({0, 8, {{8, 4}, {8, 4}}, 0.5}); }
+TEST(optional_gradients_may_be_absent) {
+  for (const SiblingKind& kind : {SiblingKind{}, kRLora}) {
+    check_all_types({20, 24, {{16, 4}, {8, 4}}, 0.3, kind, /*gradients_in=*/false});
+    check_all_types({20, 24, {{16, 4}, {8, 4}}, 0.3, kind, true, /*dx_wanted=*/false});
+  }
+}
+
+TEST(there_may_be_no_rows) {
+  for (const SiblingKind& kind : {SiblingKind{}, kHydra}) check_all_types({0, 8, {{8, 4}, {8, 4}}, 0.5, kind});
+}
 
 int main() { return check::run_tests(); }

@@ -38,7 +38,7 @@ def low_rank(
         tasks: int64 [T], of every token; where the architecture is by task.
         prompt: bool [B, S], what routing="sequence" pools over.
         rng: seed and offset of the mask; drawn here if not given.
-        number: which of how many masks on x that follow one another it is.
+        number: which of how many layers it is whose masks of a token follow one another.
     """
     rows = x.reshape(-1, x.shape[-1])
     A, B = adapter.lora_A.to(x.dtype), adapter.lora_B.to(x.dtype)
@@ -52,10 +52,12 @@ def low_rank(
         width += logits + -(n + logits) % SEQUENCE_COLUMNS
 
     def mask(*shape):
-        return torch.ones(shape, dtype=x.dtype) if rng is None else dropout_mask(rng, p, shape, x.dtype)
+        if rng is None:
+            return torch.ones(tokens, *shape, dtype=x.dtype)
+        return dropout_mask(rng, p, (tokens, number[1], *shape), x.dtype)[:, number[0]]
 
     if config.num_heads is None:
-        xd = rows * mask(tokens, number[1], n)[:, number[0]]
+        xd = rows * mask(n)
         if config.architecture == "multi_adapter":
             z = torch.stack([A[k] @ xd[t] for t, k in enumerate(tasks.tolist())])
             low = torch.stack([B[k] @ z[t] for t, k in enumerate(tasks.tolist())])
@@ -73,15 +75,15 @@ def low_rank(
     heads, r, own = config.num_heads, adapter.r, config.row.A_per_head
     site, xd = config.dropout_site, rows
     if site == "input":
-        xd = rows * mask(tokens, width)[:, :n]
+        xd = rows * mask(width)[:, :n]
         latents = [xd @ (A[i] if own else A).T for i in range(heads)]
         inner = latents
     elif site == "latent":
-        masks = mask(tokens, heads, r)
+        masks = mask(heads, r)
         latents = [rows @ A.T for _ in range(heads)]
         inner = [latents[i] * masks[:, i] for i in range(heads)]
     else:
-        masks = mask(tokens, heads, width)[:, :, :n]
+        masks = mask(heads, width)[:, :, :n]
         latents = [(rows * masks[:, i]) @ A.T for i in range(heads)]
         inner = latents
     weights = None
@@ -106,12 +108,14 @@ def low_rank(
     return Output((adapter.scaling * low).view(*x.shape[:-1], -1), distinct, weights)
 
 
-def dora(layer, config, x: Tensor, p: float = 0.0, rng: Tensor | None = None) -> Output:
+def dora(
+    layer, config, x: Tensor, p: float = 0.0, rng: Tensor | None = None, number: tuple[int, int] = (0, 1)
+) -> Output:
     """What DoRA adds to a layer's base: (g V - W) dropout(x), or g V x - W x where the masks act on latents."""
     adapter, W = layer.adapter, layer.weight.T if type(layer.base_layer).__name__ == "Conv1D" else layer.weight
     on_input = config.dropout_site == "input"
     xd = torch.nn.functional.dropout(x, p) if on_input else x
-    inner = low_rank(adapter, config, xd, 0.0 if on_input else p, rng=rng)
+    inner = low_rank(adapter, config, xd, 0.0 if on_input else p, rng=rng, number=number)
     change = low_rank(adapter, config, torch.eye(x.shape[-1], dtype=x.dtype)).low.T
     g = adapter.lora_magnitude_vector / (W + change).detach().norm(dim=1)
     return Output((g - 1) * (xd @ W.T) + g * inner.low, inner.latents)

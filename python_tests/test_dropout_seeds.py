@@ -19,7 +19,7 @@ class Draws(TorchDispatchMode):
         if operator is torch.ops.align_ext.grouped_lora.default:
             self.rngs.append(args[7])
         if operator is torch.ops.align_ext.sibling_lora.default:  # gate and up
-            self.rngs.append(args[5])
+            self.rngs.append(args[12])
         return operator(*args, **(kwargs or {}))
 
 

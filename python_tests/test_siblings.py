@@ -22,6 +22,7 @@ from align_ext.bench.models import in_4_bits
 from align_ext.model.merge import unload
 
 EVERY = {"target_modules": "all-linear"}
+JOINED = [("gate_proj", "up_proj"), ("q_proj", "k_proj", "v_proj")]
 
 
 def groups_of(model):
@@ -32,16 +33,16 @@ def groups_of(model):
 @pytest.mark.parametrize(
     ("options", "groups"),
     [
-        (EVERY, [("gate_proj", "up_proj"), ("q_proj", "k_proj", "v_proj")]),
+        (EVERY, JOINED),
         (EVERY | {"exclude_modules": ["k_proj"]}, [("gate_proj", "up_proj"), ("q_proj", "v_proj")]),
-        (EVERY | {"architecture": "lora"}, [("gate_proj", "up_proj"), ("q_proj", "k_proj", "v_proj")]),
+        (EVERY | {"architecture": "lora"}, JOINED),
         ({"target_modules": ["up_proj", "down_proj"]}, []),
         (EVERY | {"share_inputs": False}, []),
-        (EVERY | {"architecture": "lora", "init_lora_weights": "pissa"}, []),
-        (EVERY | {"architecture": "hydra", "num_heads": 2}, []),
+        (EVERY | {"architecture": "lora", "init_lora_weights": "pissa"}, JOINED),
+        (EVERY | {"architecture": "multi_adapter"}, []),
     ],
 )
-def test_layers_are_joined_where_each_is_one_lora(options, groups):
+def test_layers_are_joined_where_one_operator_computes_all(options, groups):
     assert groups_of(adapted(**options)) == groups
 
 
@@ -58,7 +59,7 @@ def test_every_mode_is_exact_with_and_without(make, mode):
 
 
 @pytest.mark.parametrize("mode", CHECKPOINTING)
-@pytest.mark.parametrize("architecture", ["lora", "align_lora"])
+@pytest.mark.parametrize("architecture", ["lora", "align_lora", "r_lora"])
 def test_what_is_recomputed_has_the_same_masks(architecture, mode):
     """lora has no step: its masks are drawn where its layers are computed, as often in a recomputation."""
     results = []
@@ -66,7 +67,7 @@ def test_what_is_recomputed_has_the_same_masks(architecture, mode):
         model = checkpointed(adapted(lora_dropout=0.3, architecture=architecture, **EVERY), checkpointing)
         torch.manual_seed(7)
         inputs, tasks = batch()
-        ids = {"task_ids": tasks} if architecture == "align_lora" else {}
+        ids = {} if architecture == "lora" else {"task_ids": tasks}
         model(**inputs, **ids).loss.backward()
         results.append(gradients(model))
     assert error(results[1], results[0]) < EXACT
@@ -96,7 +97,9 @@ def calls(model, seed=0):
     """How often the operators of layers are called in a training step."""
     with Operators() as operators:
         by_keyword(model, seed)().backward()
-    return {name.removeprefix("align_ext."): n for name, n in operators.calls.items() if "_lora" in name}
+    return {
+        name.removeprefix("align_ext."): n for name, n in operators.calls.items() if "_lora" in name or "_sum" in name
+    }
 
 
 def test_a_layer_of_the_model_takes_four_operators_in_place_of_seven():
@@ -114,22 +117,25 @@ def test_layers_of_dora_are_computed_together_where_all_see_x_itself(dropout):
     assert error(gradients(model), Oracle(adapted(**options)).gradients([1])) < EXACT
 
 
+def kept(**options):
+    """The bytes that a step keeps for backward beside the parameters."""
+    model = adapted(**options)
+    own, storages = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            storages[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        by_keyword(model, 0)
+    assert not any(m.siblings._kept for m in model.modules() if getattr(m, "siblings", None) is not None)
+    return sum(size for size, _ in storages.values())
+
+
 def test_nothing_more_is_kept_for_backward_and_no_output_is_held():
-    def kept(share):
-        model = adapted(lora_dropout=0.1, share_inputs=share, **EVERY)
-        own, storages = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
-
-        def keep(tensor):
-            if tensor.untyped_storage().data_ptr() not in own:
-                storages[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
-            return tensor
-
-        with saved_tensors_hooks(keep, lambda tensor: tensor):
-            by_keyword(model, 0)
-        assert not any(m.siblings._kept for m in model.modules() if getattr(m, "siblings", None) is not None)
-        return sum(size for size, _ in storages.values())
-
-    assert kept(True) <= kept(False)
+    options = {"lora_dropout": 0.1, **EVERY}
+    assert kept(**options) <= kept(share_inputs=False, **options)
 
 
 def frozen(model):

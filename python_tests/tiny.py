@@ -98,7 +98,7 @@ class Oracle:
         p = self.config.lora_dropout if layer.training else 0.0
         rng, number = self._rng(layer, p)
         if self.config.use_dora:
-            self.outputs.append(literal.dora(layer, self.config, x, p, rng))
+            self.outputs.append(literal.dora(layer, self.config, x, p, rng, number))
         else:
             of_batch = self.tasks, self.prompt, rng, number
             self.outputs.append(literal.low_rank(layer.adapter, self.config, x, p, *of_batch))

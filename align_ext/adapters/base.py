@@ -28,6 +28,18 @@ class Captured(NamedTuple):
     w: Tensor | None
 
 
+class SiblingArguments(NamedTuple):
+    """What sibling_lora takes of a layer.
+
+    Attributes:
+        own: A, B, scaling, and R, A0, B0 where there are any: the layer's element of each list, by name.
+        common: options that all layers must have alike.
+    """
+
+    own: dict[str, Any]
+    common: dict[str, Any]
+
+
 class Adapter(nn.Module):
     """The low-rank path of one layer: parameters, and one call of an op.
 
@@ -119,8 +131,8 @@ class Adapter(nn.Module):
             self.capture(Captured(z.detach(), None if w is None else w.detach()))
         return step.tap(self, x, y, z, w) if step and self._records(step) else y
 
-    def sibling_arguments(self) -> tuple[Tensor, Tensor, float] | None:
-        """A, B and scaling as sibling_lora takes them, if that is all of the layer's low-rank path."""
+    def sibling_arguments(self) -> SiblingArguments | None:
+        """What sibling_lora takes of the layer, if it computes what low_rank_forward does."""
         return None
 
     def delta_factors(self) -> list[Factors]:

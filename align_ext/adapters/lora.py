@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from align_ext.adapters import init
-from align_ext.adapters.base import Adapter, Factors, LowRankOutput, offset_factors
+from align_ext.adapters.base import Adapter, Factors, LowRankOutput, SiblingArguments, offset_factors
 from align_ext.alignment.step import AlignStep
 from align_ext.config import AlignLoraConfig
 from align_ext.ops import dropout_sum, grouped_lora
@@ -58,9 +58,11 @@ class LoraAdapter(Adapter):
         return *dropout_sum(x, A, B[None], self.scaling, dropout_p=dropout_p, **op), None
 
     @override
-    def sibling_arguments(self) -> tuple[Tensor, Tensor, float] | None:
-        plain = type(self) is LoraAdapter and self.init != "pissa"  # a subclass may compute something else
-        return (self.lora_A, self.lora_B, self.scaling) if plain else None
+    def sibling_arguments(self) -> SiblingArguments | None:
+        own = {"A": self.lora_A, "B": self.lora_B, "scaling": self.scaling}
+        if self.init == "pissa":
+            own |= {"A0": self.lora_A0, "B0": self.lora_B0}
+        return SiblingArguments(own, {"site": "input"})
 
     @override
     def delta_factors(self) -> list[Factors]:

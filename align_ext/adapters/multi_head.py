@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from align_ext.adapters import init, router
-from align_ext.adapters.base import Adapter, Factors, LowRankOutput, at_least_float32, offset_factors
+from align_ext.adapters.base import Adapter, Factors, LowRankOutput, SiblingArguments, at_least_float32, offset_factors
 from align_ext.alignment.model_state import AlignState
 from align_ext.alignment.step import AlignStep
 from align_ext.config import AlignLoraConfig
@@ -67,6 +67,11 @@ class HeadsAdapter(Adapter):
         """A0 and B0 as the ops take them."""
         return {"A0": self.lora_A0, "B0": self.lora_B0}
 
+    def _own(self) -> dict[str, Any]:
+        """A, B, scaling and offset of the layer, as sibling_lora takes them."""
+        offset = {} if self.lora_A0 is None else self.offset
+        return {"A": self.lora_A, "B": self.lora_B, "scaling": self.scaling, **offset}
+
     @override
     def uniform_delta_factors(self) -> list[Factors]:
         """(A, c Σ_i B_i) and the offset (A0, -B0), the heads of equal weight; an A_i of each head makes A [N r, n]."""
@@ -115,6 +120,12 @@ class SummedAdapter(HeadsAdapter):
         A, B = self.lora_A, self.lora_B
         return *dropout_sum(x, A, B, self.scaling, **options, **op), None
 
+    @override
+    def sibling_arguments(self) -> SiblingArguments | None:
+        if self.site == "input_per_head":  # as many masks on x as there are heads
+            return None
+        return SiblingArguments(self._own(), {"reduce": self.config.reduce, "site": self.site})
+
     def _collapsed(self, B: Tensor) -> Tensor:
         return B.mean(0) if self.config.reduce == "mean" else B.sum(0)
 
@@ -148,6 +159,13 @@ class RoutedAdapter(HeadsAdapter):
             "dropout_p": dropout_p, **self.offset,
         }  # fmt: skip
         return self.lora_router.route(self, x, current, **options, **op)
+
+    @override
+    def sibling_arguments(self) -> SiblingArguments | None:
+        if not isinstance(self.lora_router, router.LinearRouter) or self.site == "input_per_head":
+            return None
+        common = {"top_k": self.config.top_k or None, "tau": self.config.router_temperature, "site": self.site}
+        return SiblingArguments(self._own() | {"R": self.lora_router.lora_R}, common)
 
     def unmergeable_reason(self) -> str | None:
         """Why not: the weight depends on the input."""

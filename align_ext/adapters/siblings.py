@@ -17,10 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from align_ext.adapters.adapted_linear import AdaptedLinear
+from align_ext.adapters.base import Adapter, SiblingArguments
 from align_ext.adapters.linear_layer import has_hooks
 from align_ext.ops import sibling_lora
 from align_ext.ops.sibling_lora import MAX_SIBLINGS
 
+Outputs = tuple[Tensor, Tensor, Tensor | None]  # y, z, w
+_VERSIONED = {"A", "B", "R", "A0", "B0"}
 _CONDITIONAL = (ast.IfExp, ast.BoolOp, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
@@ -55,7 +58,7 @@ class Siblings:
         self._versions: tuple[Any, ...] = ()
         self._parameters: tuple[Tensor, ...] = ()
         self._together = False  # whether they were computed together, or each layer is on its own
-        self._kept: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self._kept: dict[nn.Module, Outputs] = {}
 
     @property
     def parent(self) -> nn.Module | None:
@@ -76,8 +79,8 @@ class Siblings:
         parent = self.parent
         return [] if parent is None else [parent._modules.get(name) for name in self.names]
 
-    def outputs(self, layer: AdaptedLinear, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Returns y and z of a layer for x, computed together with those of its siblings; None: it is on its own."""
+    def outputs(self, layer: AdaptedLinear, x: Tensor) -> Outputs | None:
+        """Returns y, z and w of a layer for x, computed together with those of its siblings; None: it is on its own."""
         if x.is_inference() or torch._C._are_functorch_transforms_active():
             return None
         same = self._x() is x and self._versions == self._versions_of(x)
@@ -96,27 +99,30 @@ class Siblings:
         """Whether there is an output of the layer that backward has not gone through yet, and freed what it needs."""
         return layer in self._kept and not getattr(self._kept[layer][0].grad_fn, "went_back", False)
 
-    def _compute(self, x: Tensor) -> dict[nn.Module, tuple[Tensor, Tensor]]:
-        """Returns y and z of all layers that can be computed together; nothing where that is one or none."""
-        inputs: dict[nn.Module, tuple[Any, ...]] = {}
-        dropout_p = None  # that of the first one
+    def _compute(self, x: Tensor) -> dict[nn.Module, Outputs]:
+        """Returns y, z and w of all layers that can be computed together; nothing where that is one or none."""
+        own: dict[nn.Module, dict[str, Any]] = {}
+        common: Any = None  # what is that of the first one in all
         for layer in self.layers():
-            plain = isinstance(layer, AdaptedLinear) and _is_plain(layer)
-            low_rank = layer.adapter.sibling_arguments() if plain else None
-            if low_rank is None or dropout_p not in (None, layer.adapter.dropout_p):
+            if not isinstance(layer, AdaptedLinear) or not _is_plain(layer):
                 continue
-            base = layer.weight_arguments(x) if _is_whole(low_rank[0], x) and _is_whole(low_rank[1], x) else None
+            given = _arguments(layer.adapter)
+            if given is None or common not in (None, (given.common, layer.adapter.dropout_p)):
+                continue
+            whole = all(_is_whole(tensor, x) for tensor in given.own.values() if isinstance(tensor, Tensor))
+            base = layer.weight_arguments(x) if whole else None
             if base is not None and isinstance(base[0], Tensor):  # quantised weights are made one at a time
-                inputs[layer], dropout_p = (*low_rank, *base), layer.adapter.dropout_p
+                own[layer] = given.own | {"weight": base[0], "bias": base[1]}
+                common = given.common, layer.adapter.dropout_p
         self._parameters = ()
-        if len(inputs) < 2:
+        if len(own) < 2:
             return {}
-        A, B, scaling, weight, bias = zip(*inputs.values(), strict=True)
-        self._parameters = *A, *B
-        first: Any = next(iter(inputs)).adapter
+        of_layers: dict[str, Any] = {name: [given[name] for given in own.values()] for name in next(iter(own.values()))}
+        self._parameters = tuple(t for name in _VERSIONED & of_layers.keys() for t in of_layers[name])
+        first: Any = next(iter(own)).adapter
         dropout_p, rng = first.dropout(x, first.step())
-        y, z = sibling_lora(x, A, B, scaling, dropout_p=dropout_p, rng=rng, weight=weight, bias=bias)
-        return dict(zip(inputs, zip(y, z, strict=True), strict=True))
+        y, z, w = sibling_lora(x, **of_layers, **common[0], dropout_p=dropout_p, rng=rng)
+        return dict(zip(own, zip(y, z, w or [None] * len(own), strict=True), strict=True))
 
 
 def _nothing() -> None:
@@ -125,7 +131,15 @@ def _nothing() -> None:
 
 def _joins(layer: nn.Module | None) -> bool:
     """Whether a module is a layer that sibling_lora computes."""
-    return isinstance(layer, AdaptedLinear) and layer.adapter.sibling_arguments() is not None
+    return isinstance(layer, AdaptedLinear) and _arguments(layer.adapter) is not None
+
+
+def _arguments(adapter: Adapter) -> SiblingArguments | None:
+    """What sibling_lora takes of a layer; None of a subclass that computes something else than what its base says."""
+    for kind in type(adapter).__mro__:
+        if "low_rank_forward" in vars(kind) or "sibling_arguments" in vars(kind):
+            return adapter.sibling_arguments() if "sibling_arguments" in vars(kind) else None
+    return None
 
 
 def _is_plain(layer: AdaptedLinear) -> bool:
@@ -134,9 +148,9 @@ def _is_plain(layer: AdaptedLinear) -> bool:
     return not changed and _is_only_forward(layer) and _is_only_forward(layer.adapter)
 
 
-def _is_whole(parameter: Tensor, x: Tensor) -> bool:
-    """Whether a parameter is one, where x is, and not a shard."""
-    return type(parameter) is nn.Parameter and parameter.device == x.device and parameter.numel() > 0
+def _is_whole(tensor: Tensor, x: Tensor) -> bool:
+    """Whether a parameter or buffer is one, where x is, and not a shard."""
+    return type(tensor) in (nn.Parameter, Tensor) and tensor.device == x.device and tensor.numel() > 0
 
 
 def _is_only_forward(module: nn.Module) -> bool:

@@ -10,12 +10,15 @@ def dropout_sum(
     x: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0, *, reduce: str = "sum", site: str = "latent",
     dropout_p: float = 0.0, rng: Tensor | None = None, A0: Tensor | None = None, B0: Tensor | None = None,
     weight: Tensor | None = None, bias: Tensor | None = None, base_out: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Computes y = base(x) + scaling c Σ_i u_i B_iᵀ - scaling (xd A0ᵀ) B0ᵀ, and z."""
+    """Computes y = base(x) + scaling c Σ_i u_i B_iᵀ - scaling (xd A0ᵀ) B0ᵀ, and z; mask: in place of rng's."""
     A, B = A.to(x.dtype), B.to(x.dtype)
     rows, heads = x.reshape(-1, x.shape[-1]), len(B)
     shape = {"input": rows.shape, "latent": (len(rows), heads, len(A))}.get(site, (len(rows), heads, rows.shape[1]))
-    mask = dropout_mask(rng, dropout_p, shape, x.dtype) if dropout_p > 0 and rng is not None else x.new_ones(shape)
+    if mask is None and dropout_p > 0 and rng is not None:
+        mask = dropout_mask(rng, dropout_p, shape, x.dtype)
+    mask = x.new_ones(shape) if mask is None else mask.reshape(shape)
     xd = rows * mask if site == "input" else rows
     z = (rows[:, None] * mask) @ A.T if site == "input_per_head" else xd @ A.T
     latents = z if z.dim() == 3 else z[:, None].expand(-1, heads, -1)

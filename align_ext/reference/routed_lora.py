@@ -17,15 +17,18 @@ def routed_lora(
     x: Tensor, A: Tensor, B: Tensor, R: Tensor, scaling: float = 1.0, *, top_k: int | None = None, tau: float = 1.0,
     site: str = "input", dropout_p: float = 0.0, rng: Tensor | None = None, A0: Tensor | None = None,
     B0: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None, base_out: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Computes y = base(x) + scaling Σ_i w_i u_i B_iᵀ - scaling (xd A0ᵀ) B0ᵀ, z and w."""
+    """Computes y = base(x) + scaling Σ_i w_i u_i B_iᵀ - scaling (xd A0ᵀ) B0ᵀ, z and w; mask: as in dropout_sum."""
     A, B, R = A.to(x.dtype), B.to(x.dtype), R.to(x.dtype)
     rows, heads, rank, n = x.reshape(-1, x.shape[-1]), len(B), B.shape[-1], x.shape[-1]
     groups = len(R) // heads
     acc = torch.promote_types(x.dtype, torch.float32)
     w = _weights((rows @ R.T).to(acc).unflatten(-1, (groups, heads)) / tau, top_k or heads)
     shape = {"input": (len(rows), 1, n), "latent": (len(rows), heads, rank)}.get(site, (len(rows), heads, n))
-    mask = dropout_mask(rng, dropout_p, shape, x.dtype) if dropout_p > 0 and rng is not None else x.new_ones(shape)
+    if mask is None and dropout_p > 0 and rng is not None:
+        mask = dropout_mask(rng, dropout_p, shape, x.dtype)
+    mask = x.new_ones(shape) if mask is None else mask.reshape(shape)
     xd = rows[:, None] * mask if site in ("input", "input_per_head") else rows[:, None]
     head_inputs = xd.expand(-1, heads, -1) if A.dim() == 3 else xd
     z = torch.einsum("tin,irn->tir", head_inputs, A) if A.dim() == 3 else head_inputs @ A.T

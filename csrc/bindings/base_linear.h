@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <vector>
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
@@ -39,38 +40,44 @@ inline Tensor transposed(const Tensor& weight) {
   return view_of<2>(weight, {weight.size(1), weight.size(0)}, {weight.stride(1), weight.stride(0)});
 }
 
-// A new tensor of a projection, y or dx, and the product of the frozen layer in it: y = x Wᵀ for x [..., in_dim] with
-// `rows` rows and weight [out_dim, in_dim], or dx = dy W. The kernels add the bias.
+// A new tensor of a projection, y or dx, and the products of frozen layers in it: y = x Wᵀ for x [..., in_dim] with
+// `rows` rows and weight [out_dim, in_dim], or dx = dy W, of several layers the sum. The kernels add the bias.
 //
-//   BaseProduct y(x, transposed(weight), rows, out, low_rank_first<Device>());
+//   BaseProduct y({{x, transposed(weight)}}, rows, out, low_rank_first<Device>());
 //   kernels(.in = data<T>(y.in), .out = mutable_data<T>(y.out));
 //   y.finish();
 class BaseProduct {
  public:
+  struct Factors {
+    Tensor x, weight;
+  };
   Tensor out;
   OptionalTensor in;  // what the kernels add to; none: they write the term alone
 
-  BaseProduct(const Tensor& x, const Tensor& weight, int64_t rows, const Tensor& to, bool later)
-      : out(to), x_(rows_of(x, rows)), rows_(rows) {
+  BaseProduct(const std::vector<Factors>& products, int64_t rows, const Tensor& to, bool later) : out(to), rows_(rows) {
     if (later) {
-      weight_ = weight;
+      left_ = products;
     } else {
-      mm_out(x_, weight, rows_of(out, rows));
+      multiply(products, /*add=*/false);
       in = out;
     }
   }
   // Without a product: the kernels add to `given`, or to nothing.
-  BaseProduct(const OptionalTensor& given, const Tensor& to) : out(to), in(given), x_(to), rows_(0) {}
+  BaseProduct(const OptionalTensor& given, const Tensor& to) : out(to), in(given), rows_(0) {}
 
   // After the kernels.
-  void finish() const {
-    if (weight_) mm_add(x_, *weight_, rows_of(out, rows_));
-  }
+  void finish() const { multiply(left_, /*add=*/true); }
 
  private:
-  Tensor x_;
-  OptionalTensor weight_;  // of a product that is still to come
+  std::vector<Factors> left_;  // products that are still to come
   int64_t rows_;
+
+  void multiply(const std::vector<Factors>& products, bool add) const {
+    for (const auto& [x, weight] : products) {
+      (add ? mm_add : mm_out)(rows_of(x, rows_), weight, rows_of(out, rows_));
+      add = true;
+    }
+  }
 };
 
 }  // namespace align

@@ -41,18 +41,20 @@ std::tuple<Tensor, Tensor, Tensor> dropout_sum_backward(const Tensor& dy, const 
   const Device device(x);
   const ScalarType dtype = adapter_type(x, {A, B});
   const HeadsTensors in(shape, x, adapters, dtype, scaling, offset_scaling, p, rng);
-  HeadsGradients out(in, adapters, dy, dz, z, weight, need_dx, low_rank_first<Device>());
+  HeadsGradients out(in, adapters, dy, dz, z, weight);
+  BaseProduct dx = dx_of(in.x, out.dy, weight, need_dx, low_rank_first<Device>());
   dispatch_types<Device>(x, dtype, [&]<typename T, typename TA>(T, TA) {
     if constexpr (Device::kCuda) {
       Tensor workspace = empty_bytes(x, cuda::dropout_sum_backward_workspace(in.inputs<T, TA>()));
-      cuda::dropout_sum_backward<T, TA>(out.args<T, TA>(in, mutable_data<void>(workspace)), device.stream());
+      cuda::dropout_sum_backward<T, TA>(out.args<T, TA>(in, dx, need_dx, mutable_data<void>(workspace)),
+                                        device.stream());
     } else {
       const auto workspace = host_bytes(cpu::dropout_sum_backward_workspace(shape, p > 0, sizeof(Acc<T>)));
-      cpu::dropout_sum_backward<T, TA>(out.args<T, TA>(in, workspace.get()));
+      cpu::dropout_sum_backward<T, TA>(out.args<T, TA>(in, dx, need_dx, workspace.get()));
     }
   });
-  out.dx.finish();
-  return {out.dx.out, out.dA, out.dB};
+  dx.finish();
+  return {dx.out, out.dA, out.dB};
 }
 
 template <class Device>

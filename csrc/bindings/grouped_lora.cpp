@@ -1,7 +1,36 @@
-#include "bindings/grouped_lora.h"
+#include "ops/grouped_lora.h"
+
+#include "bindings/projection.h"
 
 namespace align {
+
+static std::vector<int64_t> latent_sizes(const GroupedLoraShape& shape) { return {shape.tokens, shape.rank}; }
+
 namespace {
+
+GroupedLoraShape check_inputs(const Tensor& x, const Tensor& A, const Tensor& B) {
+  ALIGN_CHECK(A.dim() == 2 || A.dim() == 3, "A must be [rank, in_dim] or [groups, rank, in_dim], got ", shape_of(A));
+  GroupedLoraShape shape;
+  shape.tokens = tokens_of(x);
+  shape.in_dim = x.size(x.dim() - 1);
+  shape.groups = A.dim() == 3 ? A.size(0) : 1;
+  shape.rank = A.size(A.dim() - 2);
+  ALIGN_CHECK(A.size(A.dim() - 1) == shape.in_dim, "A must be [", A.dim() == 3 ? "groups, " : "",
+              "rank, in_dim] with in_dim ", shape.in_dim, " as in x, got ", shape_of(A));
+  ALIGN_CHECK(B.dim() == A.dim() && B.size(B.dim() - 1) == shape.rank && (B.dim() == 2 || B.size(0) == shape.groups),
+              "B must be [", A.dim() == 3 ? "groups, " : "", "out_dim, rank] to match A ", shape_of(A), ", got ",
+              shape_of(B));
+  shape.out_dim = B.size(B.dim() - 2);
+  check_floating(A, "A");
+  check_floating(B, "B");
+  check_columns(shape.in_dim, shape.out_dim);
+  check_size(shape.rank, kMaxRanks, "rank, the rows of A,");
+  check_size(shape.groups, kMaxCount, "groups, of A,");
+  ALIGN_CHECK(shape.groups > 0 || shape.tokens == 0, "A holds no group, but x has ", shape.tokens, " rows");
+  check_device(A, x, "A");
+  check_device(B, x, "B");
+  return shape;
+}
 
 // The order that group_rows found: rows [tokens] in the order of their groups, then offsets [groups + 1].
 int64_t size_of_order(int64_t tokens, int64_t groups) { return tokens + groups + 1; }
@@ -139,7 +168,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_lora_backward(const Tensor& dy, const
   const OptionalTensor dzc = contiguous_as(dz, acc);
   const Dropout dropout(p, rng, x);
   const GroupedRows<Device> rows(shape, x, offsets, order);
-  BaseProduct dx = dx_of(shape, xc, dyc, weight, need_dx, low_rank_first<Device>());
+  BaseProduct dx = dx_of(xc, dyc, weight, need_dx, low_rank_first<Device>());
   Tensor dA = like_adapter(A, x), dB = like_adapter(B, x);
   dispatch_types<Device>(x, adapters, [&]<typename T, typename TA>(T, TA) {
     GroupedLoraBackwardArgs<T, TA> args{.shape = shape,

@@ -1,4 +1,5 @@
-// Shared by the bindings of dropout_sum and routed_lora: checks, outputs, and the arguments of the kernels.
+// Shared by the bindings of dropout_sum, routed_lora and sibling_lora: checks, outputs, and the arguments of the
+// kernels.
 #pragma once
 
 #include "bindings/projection.h"
@@ -34,12 +35,15 @@ inline void check_offset(HeadsShape& shape, const Tensor& x, const HeadsAdapters
   check_device(given.B0, x, "B0");
 }
 
-// Bounds the sum of all ranks of a product. On CUDA the ranks that see a mask of x begin at multiples of 8.
+// The sum of all ranks of a product. On CUDA the ranks that see a mask of x begin at multiples of 8.
+inline int64_t ranks_of(const HeadsShape& shape, int64_t logits) {
+  return shape.heads * ((shape.rank + 7) / 8 * 8) + shape.offset_rank + logits;
+}
+
 inline void check_ranks(const HeadsShape& shape, int64_t logits) {
   check_size(shape.rank, kMaxRanks, "rank, of B,");
   check_size(shape.offset_rank, kMaxRanks, "offset_rank, the rows of A0,");
-  check_size(shape.heads * ((shape.rank + 7) / 8 * 8) + shape.offset_rank + logits, kMaxRanks,
-             "the ranks of all heads, of A0 and of R together");
+  check_size(ranks_of(shape, logits), kMaxRanks, "the ranks of all heads, of A0 and of R together");
 }
 
 inline HeadsShape check_heads(const Tensor& x, const HeadsAdapters& given, int64_t site, bool may_have_A_per_head) {
@@ -129,27 +133,21 @@ struct HeadsOutputs {
   }
 };
 
-// The gradients, and the tensors from which they are computed.
+// The gradients but dx, and the tensors from which they are computed.
 struct HeadsGradients {
-  bool need_dx;
-  Tensor dy, z;
-  BaseProduct dx;
-  Tensor dA, dB;
+  Tensor dy, z, dA, dB;
   OptionalTensor dz;
 
   HeadsGradients(const HeadsTensors& in, const HeadsAdapters& adapters, const Tensor& given_dy,
-                 const OptionalTensor& given_dz, const Tensor& given_z, const OptionalTensor& weight, bool want_dx,
-                 bool product_last)
-      : need_dx(want_dx),
-        dy(checked(in, given_dy, given_dz, given_z, weight)),
+                 const OptionalTensor& given_dz, const Tensor& given_z, const OptionalTensor& weight)
+      : dy(checked(in, given_dy, given_dz, given_z, weight)),
         z(contiguous_as(given_z, acc_type(in.x))),
-        dx(dx_of(in.shape, in.x, dy, weight, want_dx, product_last)),
         dA(like_adapter(adapters.A, in.x)),
         dB(like_adapter(adapters.B, in.x)),
         dz(contiguous_as(given_dz, acc_type(in.x))) {}
 
   template <typename T, typename TA = T>
-  HeadsBackwardArgs<T, TA> args(const HeadsTensors& in, void* workspace) {
+  HeadsBackwardArgs<T, TA> args(const HeadsTensors& in, BaseProduct& dx, bool need_dx, void* workspace) {
     return {.inputs = in.inputs<T, TA>(),
             .z = data<Acc<T>>(z),
             .dx_in = data<T>(dx.in),

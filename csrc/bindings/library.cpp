@@ -10,13 +10,6 @@ STABLE_TORCH_LIBRARY(align_ext, m) {
         "Tensor? offsets, Tensor? order, float p, Tensor? rng, Tensor? weight, bool need_dx) "
         "-> (Tensor dx, Tensor dA, Tensor dB)");
 
-  // Up to three layers with the same x. bias and dz: empty, or one for each layer, without elements where there is none.
-  m.def("sibling_lora(Tensor x, Tensor[] A, Tensor[] B, float[] scaling, float p, Tensor? rng, Tensor[] weight, "
-        "Tensor[] bias) -> (Tensor[] y, Tensor[] z)");
-  m.def("sibling_lora_backward(Tensor[] dy, Tensor[] dz, Tensor x, Tensor[] z, Tensor[] A, Tensor[] B, "
-        "float[] scaling, float p, Tensor? rng, Tensor[] weight, bool need_dx) "
-        "-> (Tensor dx, Tensor[] dA, Tensor[] dB)");
-
   m.def("dropout_sum(Tensor x, Tensor A, Tensor B, float scaling, float offset_scaling, Tensor? A0, Tensor? B0, "
         "int site, float p, Tensor? rng, Tensor? weight, Tensor? bias, Tensor? base_out) -> (Tensor y, Tensor z)");
   m.def("dropout_sum_backward(Tensor dy, Tensor? dz, Tensor x, Tensor z, Tensor A, Tensor B, float scaling, "
@@ -29,6 +22,16 @@ STABLE_TORCH_LIBRARY(align_ext, m) {
   m.def("routed_lora_backward(Tensor dy, Tensor? dz, Tensor? dw, Tensor x, Tensor z, Tensor w, Tensor A, Tensor B, "
         "Tensor R, float scaling, float offset_scaling, Tensor? A0, Tensor? B0, float tau, int site, float p, "
         "Tensor? rng, Tensor? weight, bool need_dx) -> (Tensor dx, Tensor dA, Tensor dB, Tensor dR)");
+
+  // Up to three layers with the same x, each as in dropout_sum or, with R, routed_lora. R, A0, B0, bias, dz and dw:
+  // empty, or one for each layer, without elements where there is none.
+  m.def("sibling_lora(Tensor x, Tensor[] A, Tensor[] B, Tensor[] R, float[] scaling, float[] offset_scaling, "
+        "Tensor[] A0, Tensor[] B0, int top_k, float tau, int site, float p, Tensor? rng, Tensor[] weight, "
+        "Tensor[] bias) -> (Tensor[] y, Tensor[] z, Tensor[] w)");
+  m.def("sibling_lora_backward(Tensor[] dy, Tensor[] dz, Tensor[] dw, Tensor x, Tensor[] z, Tensor[] w, Tensor[] A, "
+        "Tensor[] B, Tensor[] R, float[] scaling, float[] offset_scaling, Tensor[] A0, Tensor[] B0, float tau, "
+        "int site, float p, Tensor? rng, Tensor[] weight, bool need_dx) "
+        "-> (Tensor dx, Tensor[] dA, Tensor[] dB, Tensor[] dR)");
 
   // These take all layers at once: z holds the latents [tokens, rank of the layer] of each, for the same tokens.
   m.def("task_moments(Tensor[] z, Tensor task, int num_tasks, int rank) -> Tensor");

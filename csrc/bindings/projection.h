@@ -71,7 +71,7 @@ BaseProduct output_of(const Tensor& x, const Shape& shape, const OptionalTensor&
     check_dtype(*bias, dtype, "bias", "of the dtype of x");
   }
   const Tensor out = make_empty(x, with_last_dim(x, shape.out_dim));
-  return {x, transposed(*weight), shape.tokens, out, product_last};
+  return {{{x, transposed(*weight)}}, shape.tokens, out, product_last};
 }
 
 template <typename Shape>
@@ -93,13 +93,20 @@ void check_gradients(const Shape& shape, const Tensor& x, const Tensor& dy, cons
   }
 }
 
-// Returns a new dx, to which the frozen layer's, if there is a weight, and the low-rank term are added.
-template <typename Shape>
-BaseProduct dx_of(const Shape& shape, const Tensor& x, const Tensor& dy, const OptionalTensor& weight, bool need_dx,
-                  bool product_last) {
+// Returns a new dx, to which those of the frozen layers, dy W each, and the low-rank term are added.
+inline BaseProduct dx_of(const Tensor& x, const std::vector<BaseProduct::Factors>& products, bool need_dx,
+                         bool product_last) {
   const Tensor dx = need_dx ? make_empty(x, sizes_of(x)) : make_empty(x, {0});
-  if (!need_dx || !weight) return {std::nullopt, dx};
-  return {dy, *weight, shape.tokens, dx, product_last};
+  if (!need_dx || products.empty()) return {std::nullopt, dx};
+  return {products, tokens_of(x), dx, product_last};
+}
+
+// Of one layer, which may have no weight.
+inline BaseProduct dx_of(const Tensor& x, const Tensor& dy, const OptionalTensor& weight, bool need_dx,
+                         bool product_last) {
+  std::vector<BaseProduct::Factors> products;
+  if (weight) products.push_back({dy, *weight});
+  return dx_of(x, products, need_dx, product_last);
 }
 
 // The gradient of an adapter, in the accumulation type.

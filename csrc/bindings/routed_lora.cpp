@@ -1,39 +1,9 @@
 #include "ops/routed_lora.h"
 
-#include "bindings/heads.h"
+#include "bindings/router.h"
 
 namespace align {
 namespace {
-
-// Checks the router and its options.
-Routing check_router(const HeadsShape& shape, const Tensor& x, const Tensor& R, int64_t top_k, double tau) {
-  ALIGN_CHECK(R.dim() == 2 && R.size(1) == shape.in_dim && R.size(0) > 0 && R.size(0) % shape.heads == 0,
-              "R must be [groups * heads, in_dim] with heads ", shape.heads, " as in B and in_dim ", shape.in_dim,
-              " as in x, got ", shape_of(R));
-  check_floating(R, "R");
-  const int64_t groups = R.size(0) / shape.heads;
-  check_size(groups, kMaxCount, "groups, R's rows / heads,");
-  check_ranks(shape, R.size(0));
-  ALIGN_CHECK(shape.out_dim % groups == 0, "R has ", groups, " groups, which must divide out_dim ", shape.out_dim);
-  ALIGN_CHECK(top_k >= 1 && top_k <= shape.heads, "top_k must be in 1 .. ", shape.heads, ", got ", top_k);
-  ALIGN_CHECK(tau > 0, "tau must be positive, got ", tau);
-  check_device(R, x, "R");
-  return {groups, top_k, tau};
-}
-
-std::vector<int64_t> factor_sizes(const HeadsShape& shape, const Routing& routing) {
-  return {shape.tokens, routing.groups, shape.heads};
-}
-
-// Checks the router's weights, an output of the forward pass, and their gradient.
-void check_factors(const std::vector<int64_t>& sizes, const Tensor& x, const Tensor& w, const OptionalTensor& dw) {
-  check_shape(w, sizes, "w");
-  check_device(w, x, "w");
-  check_device(dw, x, "dw");
-  check_accumulated(w, x, "w");
-  check_accumulated(dw, x, "dw");
-  if (dw) check_shape(*dw, sizes, "dw");
-}
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> routed_lora(const Tensor& x, const Tensor& A, const Tensor& B, const Tensor& R,
@@ -82,7 +52,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> routed_lora_backward(
   check_factors(factor_sizes(shape, routing), x, w, dw);
   const Tensor Rc = contiguous_as(R, dtype), wc = contiguous_as(w, acc_type(x));
   const OptionalTensor dwc = contiguous_as(dw, acc_type(x));
-  HeadsGradients out(in, adapters, dy, dz, z, weight, need_dx, low_rank_first<Device>());
+  HeadsGradients out(in, adapters, dy, dz, z, weight);
+  BaseProduct dx = dx_of(in.x, out.dy, weight, need_dx, low_rank_first<Device>());
   Tensor dR = like_adapter(R, x);
   dispatch_types<Device>(x, dtype, [&]<typename T, typename TA>(T, TA) {
     RoutedLoraBackwardArgs<T, TA> args{.routing = routing,
@@ -93,16 +64,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> routed_lora_backward(
     if constexpr (Device::kCuda) {
       const auto inputs = in.inputs<T, TA>();
       Tensor workspace = empty_bytes(x, cuda::routed_lora_backward_workspace(inputs, args.R, routing));
-      args.projection = out.args<T, TA>(in, mutable_data<void>(workspace));
+      args.projection = out.args<T, TA>(in, dx, need_dx, mutable_data<void>(workspace));
       cuda::routed_lora_backward<T, TA>(args, device.stream());
     } else {
       const auto workspace = host_bytes(cpu::routed_lora_backward_workspace(shape, routing, p > 0, sizeof(Acc<T>)));
-      args.projection = out.args<T, TA>(in, workspace.get());
+      args.projection = out.args<T, TA>(in, dx, need_dx, workspace.get());
       cpu::routed_lora_backward<T, TA>(args);
     }
   });
-  out.dx.finish();
-  return {out.dx.out, out.dA, out.dB, dR};
+  dx.finish();
+  return {dx.out, out.dA, out.dB, dR};
 }
 
 template <class Device>

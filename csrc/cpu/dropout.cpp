@@ -113,14 +113,10 @@ void DropoutBits::draw(int64_t first, int64_t count, uint8_t* bytes) const {
 }
 
 template <typename A>
-void drop_rows(A* data, int64_t stride, int64_t rows, int64_t columns, const MaskRow& first, A scale) {
-  run_widest([&](auto width) ALIGN_INLINE_LAMBDA {
-    for (int64_t i = 0; i < rows; ++i) {
-      drop_columns<width()>(data + i * stride, columns, mask_row(first.bytes, first.shift + i * columns), scale);
-    }
-  });
+void drop_row(A* data, int64_t columns, const MaskRow& row, A scale) {
+  run_widest([&](auto width) ALIGN_INLINE_LAMBDA { drop_columns<width()>(data, columns, row, scale); });
 }
-template void drop_rows(float*, int64_t, int64_t, int64_t, const MaskRow&, float);
-template void drop_rows(double*, int64_t, int64_t, int64_t, const MaskRow&, double);
+template void drop_row(float*, int64_t, const MaskRow&, float);
+template void drop_row(double*, int64_t, const MaskRow&, double);
 
 }  // namespace align::cpu

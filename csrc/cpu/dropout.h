@@ -49,9 +49,8 @@ ALIGN_INLINE Vec<A, W> zero_dropped(const Vec<A, W>& v, const MaskRow& row, int6
   return select_lanes<W, A>(v, window >> (kWholeBytes ? row.shift : row.shift + uint32_t(c % 8)));
 }
 
-// Multiplies the kept elements of a matrix by scale and sets the others to zero. Its rows lie stride elements apart;
-// the bits of a row follow those of the row before.
+// Multiplies the kept elements of a row by scale and sets the others to zero.
 template <typename A>
-void drop_rows(A* data, int64_t stride, int64_t rows, int64_t columns, const MaskRow& first, A scale);
+void drop_row(A* data, int64_t columns, const MaskRow& row, A scale);
 
 }  // namespace align::cpu

@@ -38,7 +38,7 @@ template <typename A>
 ChunkScratch<A> carve_chunk(Arena& arena, const ProjectionPlan& plan) {
   const auto of_block = [&](int64_t rank) { return arena.allocate_rows<A>(kRowBlock, round_up(rank, kColumnAlign)); };
   ChunkScratch<A> s;
-  if (plan.dropout) s.mask_bits = arena.allocate<uint8_t>(kRowBlock * DropoutBits::bytes(plan.mask_elements()));
+  if (plan.dropout) s.mask_bits = arena.allocate<uint8_t>(kRowBlock * DropoutBits::bytes(plan.shape.mask_elements()));
   for (int64_t k = 0; k < plan.terms(); ++k) s.g.push_back(of_block(plan.rank(k)));
   s.u = of_block(plan.columns());
   s.combined = of_block(plan.combined());
@@ -175,11 +175,6 @@ int64_t ProjectionPlan::bt_tile(int64_t group) const {
   return group * (backward ? dot_tiles(combined(), outputs()) : add_tiles(combined(), outputs()));
 }
 
-int64_t ProjectionPlan::mask_elements() const {
-  const int64_t by_site[] = {0, shape.in_dim, shape.heads * shape.rank, shape.heads * shape.in_dim};
-  return by_site[int64_t(shape.site)];
-}
-
 int64_t projection_workspace(const ProjectionPlan& plan, int64_t tokens, int64_t acc_bytes) {
   const auto bytes = [&](auto zero) {
     using A = decltype(zero);
@@ -221,15 +216,14 @@ PackedProjection<T> pack_projection(const ProjectionPlan& plan, const HeadsInput
 
 // ---- Chunks
 
-// The bits of all masks of a row.
 template <typename T>
-static MaskBits mask_bits(const PackedProjection<T>& projection, const uint8_t* bytes) {
-  const int64_t elements = projection.plan.mask_elements();
+MaskBits PackedProjection<T>::mask_bits(const uint8_t* bytes) const {
+  const int64_t elements = plan.shape.mask_elements();
   return {.bytes = bytes,
           .row_bytes = DropoutBits::bytes(elements),
           .row_elements = elements,
-          .row_numbers = projection.dropout.masks * elements,
-          .first_number = projection.dropout.mask * elements};
+          .row_numbers = dropout.row_numbers > 0 ? dropout.row_numbers : elements,
+          .first_number = dropout.first};
 }
 
 template <typename T>
@@ -239,7 +233,7 @@ ProjectionBlock<T> begin_chunk(const PackedProjection<T>& projection, int64_t ch
   const ChunkScratch<Acc<T>>& s = block.scratch;
   for (int64_t k = 0; k < plan.terms(); ++k) {
     const bool masked = plan.masks_inputs() && plan.makes_z(k);
-    MaskBits mask = mask_bits(projection, masked ? s.mask_bits : nullptr);
+    MaskBits mask = projection.mask_bits(masked ? s.mask_bits : nullptr);
     mask.first = k * plan.shape.in_dim;
     const RowMajor<Acc<T>> a{projection.a.row(plan.a_row(k)), projection.a.stride};
     const bfloat16* tiles = projection.amx ? projection.a_tiles + plan.a_tile(k) : nullptr;
@@ -259,10 +253,10 @@ void begin_block(ProjectionBlock<T>& block, int64_t first, int64_t count, bool f
   block.first_of_chunk = first_of_chunk;
   block.rows = {all.order, all.first + first, count, all.end};
   if (!block.plan.dropout) return;
-  const int64_t elements = block.plan.mask_elements();
+  const int64_t elements = block.plan.shape.mask_elements();
   uint8_t* const bytes = block.scratch.mask_bits;
   const DropoutBits& masks = block.projection.masks;
-  const MaskBits bits = mask_bits(block.projection, bytes);
+  const MaskBits bits = block.projection.mask_bits(bytes);
   if (!bits.one_by_one(all)) return masks.draw(bits.number(block.rows.first), count * elements, bytes);
   for (int64_t i = 0; i < count; ++i) {
     masks.draw(bits.number(block.rows.row(i)), elements, bytes + i * bits.row_bytes);
@@ -327,6 +321,7 @@ void finish_gradients(const PackedProjection<T>& projection, Acc<T>* dA, Acc<T>*
 }
 
 #define ALIGN_INSTANTIATE(T)                                                    \
+  template MaskBits PackedProjection<T>::mask_bits(const uint8_t*) const;       \
   template ProjectionBlock<T> begin_chunk(const PackedProjection<T>&, int64_t); \
   template void begin_block(ProjectionBlock<T>&, int64_t, int64_t, bool);       \
   template void finish_gradients(const PackedProjection<T>&, Acc<T>*, Acc<T>*, Acc<T>*);

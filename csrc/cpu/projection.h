@@ -68,8 +68,6 @@ struct ProjectionPlan {
   TermColumn router() const;
   TermColumn offset() const;
 
-  int64_t mask_elements() const;  // elements of all masks of a row
-
   // The least number of rows of a chunk, roughly. In the backward pass the sums of dB should be much smaller than the
   // rows of dy of the chunk.
   int64_t chunk_rows() const { return backward ? std::max(4 * kRowBlock, 6 * combined()) : kRowBlock; }
@@ -102,6 +100,7 @@ struct PackedProjection {
     return {bt.row(group * round_up(plan.combined(), kRankAlign)), bt.stride};
   }
   RowMajor<Acc<T>> b_of(int64_t group) const { return {b.row(group * plan.outputs()), b.stride}; }
+  MaskBits mask_bits(const uint8_t* bytes) const;  // the bits of all masks of a row
   const bfloat16* bt_tiles_of(int64_t group) const { return amx ? bt_tiles + plan.bt_tile(group) : nullptr; }
 };
 

@@ -10,10 +10,11 @@ namespace {
 template <typename T>
 void mask_latents(const ProjectionBlock<T>& block, const RowMajor<Acc<T>>& of_heads) {
   if (!block.plan.masks_latents()) return;
-  const int64_t elements = block.plan.mask_elements();
-  const MaskBits mask{block.scratch.mask_bits, 0, elements, 0};
-  drop_rows(of_heads.data, of_heads.stride, block.rows.count, elements, mask_row(mask.bytes, mask.begin(block.rows, 0)),
-            block.projection.mask_scale);
+  const MaskBits mask = block.projection.mask_bits(block.scratch.mask_bits);
+  for (int64_t i = 0; i < block.rows.count; ++i) {
+    drop_row(of_heads.row(i), mask.row_elements, mask_row(mask.bytes, mask.begin(block.rows, i)),
+             block.projection.mask_scale);
+  }
 }
 
 }  // namespace

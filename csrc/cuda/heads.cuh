@@ -10,6 +10,7 @@
 //
 // All heads together take one pass over x and one over y, and their latents are padded together to a rank of 16, 32 or
 // 64. With dropout on x, dR of a router takes one more pass over x, because the router sees x without dropout.
+// sibling_heads.cuh does the same for several layers with one x.
 #pragma once
 
 #include "cuda/projection.cuh"
@@ -17,22 +18,29 @@
 
 namespace align::cuda {
 
+// Where a layer's columns lie in the rows of the result of shrink, and of dz.
+struct HeadsColumns {
+  int width;   // columns of a row
+  int first;   // the first latent's, after which come the others and the offset path
+  int block;   // columns of these, and what lies between them and the next ones
+  int router;  // the first logit's
+};
+
 struct HeadsParams {
   int64_t tokens;
   int rank, heads, latents;  // a row has 1 latent or one for each head
   int stride;                // columns of a latent in the result of shrink: rank, or more if each head has a mask on x
   int offset_rank;
   int groups;  // groups of outputs of a router; 0: no router
-  int router;  // first column of the logits
+  HeadsColumns columns;
   int top_k;
   float logit_scale;  // 1 / tau
   float scaling, offset_scaling;
   DropoutArgs masks;  // masks on the latents of the heads; p = 0: none
 
   __host__ __device__ int z_width() const { return latents * rank; }
-  // The result of shrink has the latents, the offset path and the logits.
+  // The first column of the offset path in the block.
   __host__ __device__ int offset_start() const { return latents * stride; }
-  __host__ __device__ int width() const { return groups > 0 ? router + logits() : offset_start() + offset_rank; }
   // Columns of the latents of all heads, and of these with the offset path.
   __host__ __device__ int u_width() const { return heads * rank; }
   __host__ __device__ int du_width() const { return u_width() + offset_rank; }
@@ -60,7 +68,7 @@ struct CombineHeadsBackwardJob {
   const float* dz_in;  // [tokens, z_width], or null: zero
   const float* dw_in;  // [tokens, groups, heads], or null: zero
   float* u;            // [tokens, u_width], assigned
-  float* dz;           // [tokens, width], assigned; zero between the offset path and the logits
+  float* dz;           // [tokens, width]; of it the layer's columns are assigned, zero after the offset path
 };
 
 // Defined in projection.cu.
@@ -78,87 +86,60 @@ struct Router {
   explicit operator bool() const { return routing.groups > 0; }
 };
 
-template <typename T, typename TA>
-struct HeadsLaunch {
-  using Inputs = HeadsInputs<T, TA>;
-  HeadsParams params;
-  AdapterMatrix<T> a, b, r;            // a: A, A0 and R; b: B and B0; r: R alone
-  GroupedLoraShape a_shape, b_shape;   // a and b as projections of one group
-  Plan a_plan, b_plan, both, of_mask;  // of_mask: the ranks of A that see one mask of x
-  RankMasks on_x;
+// The columns of a latent: if each head has a mask on x, they begin at multiples of kMaskedRanks.
+inline int latent_stride(const HeadsShape& s) {
+  return int(s.site == DropoutSite::kInputPerHead ? ceil_div(s.rank, kMaskedRanks) * kMaskedRanks : s.rank);
+}
 
-  HeadsLaunch(const Inputs& in, const Router<TA>& router) {
+// The masks on x itself; p = 0: none.
+inline DropoutArgs masks_of_x(const HeadsShape& s, const DropoutArgs& given) {
+  return s.site == DropoutSite::kInputPerHead || s.site == DropoutSite::kInput ? given : DropoutArgs{0, nullptr};
+}
+
+inline float scale_of(const DropoutArgs& dropout) { return float(dropout_scale(dropout_threshold(dropout.p))); }
+
+// What a layer does with its latents, once shrink has computed them.
+template <typename T, typename TA>
+struct HeadsLayer {
+  HeadsParams params;
+  AdapterMatrix<T> b;  // B and B0
+  GroupedLoraShape shape;
+  Plan plan;
+
+  HeadsLayer() = default;
+  HeadsLayer(const HeadsInputs<T, TA>& in, const Routing& routing, const HeadsColumns& columns) {
     const HeadsShape& s = in.shape;
     constexpr bool kFloat = std::is_same_v<TA, float>;
-    const bool per_head = s.site == DropoutSite::kInputPerHead;
-    const int stride = int(per_head ? ceil_div(s.rank, kMaskedRanks) * kMaskedRanks : s.rank);
-    const int a_ranks = int(s.latents()) * stride, b_ranks = int(s.heads * s.rank);
-    const int more = int(s.offset_rank), groups = int(router.routing.groups);
-    const int r_ranks = groups * int(s.heads);
-    const Adapter R{.data = router.R,
-                    .is_float = kFloat,
-                    .ranks = r_ranks,
-                    .layout = layout_of_a(r_ranks, s.in_dim),
-                    .group_stride = r_ranks * s.in_dim};
-    const Layout of_a{.inner = std::max(stride, 1),
-                      .stored = int(s.rank),
-                      .rank_stride = s.in_dim,
-                      .head_stride = s.A_per_head ? s.rank * s.in_dim : 0,
-                      .col_stride = 1};
-    const int64_t a_elements = (s.A_per_head ? s.heads : 1) * s.rank * s.in_dim, b_elements = b_ranks * s.out_dim;
-    a = stack<T>(s.in_dim, {in.A, kFloat, a_ranks, of_a, a_elements},
-                 {in.A0, kFloat, more, layout_of_a(more, s.in_dim)}, R, kMaskedRanks);
-    b = stack<T>(s.out_dim, {in.B, kFloat, b_ranks, layout_of_b(s.rank, s.out_dim), b_elements},
+    const int ranks = int(s.heads * s.rank), more = int(s.offset_rank), groups = int(routing.groups);
+    b = stack<T>(s.out_dim, {in.B, kFloat, ranks, layout_of_b(s.rank, s.out_dim), ranks * s.out_dim},
                  {in.B0, kFloat, more, layout_of_b(more, s.out_dim)});
-    r = stack<T>(s.in_dim, R);
-    a_shape = b_shape = {s.tokens, s.in_dim, s.out_dim, 0, 1};
-    a_shape.rank = a.ranks, b_shape.rank = b.ranks;
-    const auto plan_rank = [&](int64_t rank) {
-      return plan(s.tokens, s.in_dim, s.out_dim, rank, 1, sizeof(T), current_device(), std::max(groups, 1));
-    };
-    a_plan = plan_rank(a.ranks), b_plan = plan_rank(b.ranks), both = plan_rank(std::max(a.ranks, b.ranks));
-    const DropoutArgs none = {0, nullptr};
-    const DropoutArgs dropout = per_head || s.site == DropoutSite::kInput ? in.dropout : none;
-    const float mask_scale = float(dropout_scale(dropout_threshold(dropout.p)));
-    on_x = kNoMasks;
-    if (per_head) {
-      on_x = {dropout, int(s.heads), stride, mask_scale};
-    } else if (dropout.p > 0) {
-      on_x = {dropout, 1, router ? a.adapters[2].start : kAllRanks, mask_scale};
-    }
-    of_mask = plan_rank(std::min(on_x.ranks_each, a.ranks));
+    shape = {s.tokens, s.in_dim, s.out_dim, b.ranks, 1};
+    plan = plan_of(b.ranks, groups);
+    DropoutArgs masks = s.site == DropoutSite::kLatent ? in.dropout : DropoutArgs{0, nullptr};
+    if (masks.row_numbers == 0) masks.row_numbers = ranks;
     params = {.tokens = s.tokens,
               .rank = int(s.rank),
               .heads = int(s.heads),
               .latents = int(s.latents()),
-              .stride = stride,
+              .stride = latent_stride(s),
               .offset_rank = more,
               .groups = groups,
-              .router = a.adapters[2].start,
-              .top_k = int(router.routing.top_k),
-              .logit_scale = float(1 / router.routing.tau),
+              .columns = columns,
+              .top_k = int(routing.top_k),
+              .logit_scale = float(1 / routing.tau),
               .scaling = float(in.scaling),
               .offset_scaling = float(in.offset_scaling),
-              .masks = s.site == DropoutSite::kLatent ? in.dropout : none};
+              .masks = masks};
   }
 
-  // Whether dA and dR take a launch of their own: each mask of x has fewer ranks than the launch with dx would compute.
-  bool separate_masks() const { return of_mask.padded_rank < both.padded_rank && on_x.count > 1; }
-  int64_t forward_floats() const { return params.tokens * (a_plan.shrink.splits * params.width() + params.du_width()); }
-  // Whether dR takes a pass of its own over x: it sees x without the masks that dA sees.
-  bool separate_router() const { return params.groups > 0 && on_x.ranks_each < kAllRanks; }
-  // The sums of chunks of rows, of dA, dR and dB.
-  int64_t chunk_floats() const {
-    const int64_t of_r =
-        separate_router() ? floats_of_sums(a_shape, kNoMasks, r, 0) : floats_of_sums(a_shape, on_x, a, 2);
-    return floats_of_sums(a_shape, on_x, a, 0) + of_r + floats_of_sums(b_shape, kNoMasks, b, 0);
+  // How so many ranks are computed beside this layer's tokens and columns.
+  Plan plan_of(int64_t ranks, int64_t groups) const {
+    return align::cuda::plan(shape.tokens, shape.in_dim, shape.out_dim, ranks, 1, sizeof(T), current_device(),
+                             std::max<int64_t>(groups, 1));
   }
-  int64_t dy_partials() const { return params.output_groups() * b_plan.shrink_dy.splits; }
-  // What backward needs before these sums.
-  int64_t latent_floats() const {
-    return params.tokens * (dy_partials() * params.du_width() + params.width() + params.u_width());
-  }
-  int64_t backward_floats() const { return latent_floats() + chunk_floats(); }
+  int64_t u_floats() const { return params.tokens * params.u_width(); }
+  int64_t du_floats() const { return params.tokens * params.du_width(); }
+  int64_t dy_partials() const { return params.output_groups() * plan.shrink_dy.splits * du_floats(); }
   // The latents of the heads and, in the forward pass, of the offset path.
   LatentRows latents(const float* u, int width, const float* w) const {
     return {.latent = u,
@@ -170,37 +151,37 @@ struct HeadsLaunch {
             .heads = params.heads,
             .rank = params.rank};
   }
+  // The gradient dB, not yet cut into chunks.
+  OuterJob<T> d_b(const HeadsBackwardArgs<T, TA>& args) const {
+    return {.shape = shape,
+            .x = token_matrix(args.dy, shape.out_dim, params.output_groups()),
+            .masks = kNoMasks,
+            .summed_masks = 1,
+            .m = b,
+            .out = {args.dB},
+            .output_groups = params.output_groups()};
+  }
 };
 
+// z, w and y from the partials of shrink. u [tokens, du_width] is memory.
 template <typename T, typename TA>
-void heads_forward(const HeadsForwardArgs<T, TA>& args, const Router<TA>& router, float* w, Stream stream) {
-  const HeadsLaunch<T, TA> l(args.inputs, router);
-  const HeadsShape& s = args.inputs.shape;
-  const int64_t splits = l.a_plan.shrink.splits;
-  float* partials = static_cast<float*>(args.workspace);
-  float* u = partials + splits * s.tokens * l.params.width();
-  with_math<T>(l.a_plan, [&](auto math) {
-    shrink<decltype(math)>({.shape = l.a_shape,
-                            .x = token_matrix(args.inputs.x, s.in_dim),
-                            .m = l.a,
-                            .masks = l.on_x,
-                            .partials = partials,
-                            .cut = l.a_plan.shrink},
-                           l.a_plan.rank_chunks, stream);
-  });
-  combine_heads({.params = l.params, .partials = partials, .splits = splits, .z = args.z, .w = w, .u = u}, stream);
-  with_math<T>(l.b_plan, [&](auto math) {
-    expand<decltype(math)>({.shape = l.b_shape,
-                            .in = token_matrix(args.y_in, s.out_dim, l.params.output_groups()),
+void expand_heads(const HeadsLayer<T, TA>& layer, const HeadsForwardArgs<T, TA>& args, float* w, const float* partials,
+                  int64_t splits, float* u, Stream stream) {
+  const HeadsParams& params = layer.params;
+  combine_heads({.params = params, .partials = partials, .splits = splits, .z = args.z, .w = w, .u = u}, stream);
+  const TokenMatrix<T> y = token_matrix<T>(args.y, layer.shape.out_dim, params.output_groups());
+  with_math<T>(layer.plan, [&](auto math) {
+    expand<decltype(math)>({.shape = layer.shape,
+                            .in = token_matrix(args.y_in, layer.shape.out_dim, params.output_groups()),
                             .out = args.y,
-                            .out_aligned = token_matrix<T>(args.y, s.out_dim, l.params.output_groups()).aligned,
+                            .out_aligned = y.aligned,
                             .bias = args.bias,
-                            .m = l.b,
+                            .m = layer.b,
                             .masks = kNoMasks,
                             .scale = 1,
-                            .cut = l.b_plan.expand,
-                            .output_groups = l.params.output_groups()},
-                           l.latents(u, l.params.du_width(), w), stream);
+                            .cut = layer.plan.expand,
+                            .output_groups = params.output_groups()},
+                           layer.latents(u, params.du_width(), w), stream);
   });
 }
 
@@ -211,29 +192,24 @@ struct RouterGradient {
   float* dR;
 };
 
+// The layer's columns of dz, and u, from dy. partials [dy_partials] is memory.
 template <typename T, typename TA>
-void heads_backward(const HeadsBackwardArgs<T, TA>& args, const Router<TA>& router, const RouterGradient& gradient,
-                    Stream stream) {
-  const HeadsLaunch<T, TA> l(args.inputs, router);
-  const HeadsShape& s = args.inputs.shape;
-  float* partials = static_cast<float*>(args.workspace);
-  float* dz = partials + l.dy_partials() * s.tokens * l.params.du_width();
-  float* u = dz + s.tokens * l.params.width();
-  const TokenMatrix<T> x = token_matrix(args.inputs.x, s.in_dim),
-                       dy = token_matrix(args.dy, s.out_dim, l.params.output_groups());
-  with_math<T>(l.b_plan, [&](auto math) {
-    shrink<decltype(math)>({.shape = l.b_shape,
-                            .x = dy,
-                            .m = l.b,
+void latent_gradients(const HeadsLayer<T, TA>& layer, const HeadsBackwardArgs<T, TA>& args,
+                      const RouterGradient& gradient, float* partials, float* dz, float* u, Stream stream) {
+  const HeadsParams& params = layer.params;
+  with_math<T>(layer.plan, [&](auto math) {
+    shrink<decltype(math)>({.shape = layer.shape,
+                            .x = token_matrix(args.dy, layer.shape.out_dim, params.output_groups()),
+                            .m = layer.b,
                             .masks = kNoMasks,
                             .partials = partials,
-                            .cut = l.b_plan.shrink_dy,
-                            .output_groups = l.params.output_groups()},
-                           l.b_plan.rank_chunks, stream);
+                            .cut = layer.plan.shrink_dy,
+                            .output_groups = params.output_groups()},
+                           layer.plan.rank_chunks, stream);
   });
-  combine_heads_backward({.params = l.params,
+  combine_heads_backward({.params = params,
                           .partials = partials,
-                          .splits = l.b_plan.shrink_dy.splits,
+                          .splits = layer.plan.shrink_dy.splits,
                           .w = gradient.w,
                           .z = args.z,
                           .dz_in = args.dz_in,
@@ -241,10 +217,102 @@ void heads_backward(const HeadsBackwardArgs<T, TA>& args, const Router<TA>& rout
                           .u = u,
                           .dz = dz},
                          stream);
-  const int width = l.params.width();
+}
+
+// ---- One layer
+
+template <typename T, typename TA>
+struct HeadsLaunch {
+  AdapterMatrix<T> a, r;  // a: A, A0 and R; r: R alone
+  HeadsLayer<T, TA> layer;
+  GroupedLoraShape a_shape;    // a as a projection of one group
+  Plan a_plan, both, of_mask;  // of_mask: the ranks of A that see one mask of x
+  RankMasks on_x;
+
+  HeadsLaunch(const HeadsInputs<T, TA>& in, const Router<TA>& router) {
+    const HeadsShape& s = in.shape;
+    constexpr bool kFloat = std::is_same_v<TA, float>;
+    const int stride = latent_stride(s), a_ranks = int(s.latents()) * stride, more = int(s.offset_rank);
+    const int r_ranks = int(router.routing.groups * s.heads);
+    const Adapter R{.data = router.R,
+                    .is_float = kFloat,
+                    .ranks = r_ranks,
+                    .layout = layout_of_a(r_ranks, s.in_dim),
+                    .group_stride = r_ranks * s.in_dim};
+    const Layout of_a{.inner = std::max(stride, 1),
+                      .stored = int(s.rank),
+                      .rank_stride = s.in_dim,
+                      .head_stride = s.A_per_head ? s.rank * s.in_dim : 0,
+                      .col_stride = 1};
+    const int64_t a_elements = (s.A_per_head ? s.heads : 1) * s.rank * s.in_dim;
+    a = stack<T>(s.in_dim, {in.A, kFloat, a_ranks, of_a, a_elements},
+                 {in.A0, kFloat, more, layout_of_a(more, s.in_dim)}, R, kMaskedRanks);
+    r = stack<T>(s.in_dim, R);
+    const int logits = a.adapters[2].start;
+    layer = HeadsLayer<T, TA>(in, router.routing,
+                              {.width = a.ranks, .first = 0, .block = router ? logits : a.ranks, .router = logits});
+    a_shape = layer.shape;
+    a_shape.rank = a.ranks;
+    const auto plan_rank = [&](int64_t rank) { return layer.plan_of(rank, router.routing.groups); };
+    a_plan = plan_rank(a.ranks), both = plan_rank(std::max<int64_t>(a.ranks, layer.b.ranks));
+    const DropoutArgs dropout = masks_of_x(s, in.dropout);
+    on_x = kNoMasks;
+    if (s.site == DropoutSite::kInputPerHead) {
+      on_x = {dropout, int(s.heads), stride, scale_of(dropout)};
+    } else if (dropout.p > 0) {
+      on_x = {dropout, 1, router ? logits : kAllRanks, scale_of(dropout)};
+    }
+    of_mask = plan_rank(std::min(on_x.ranks_each, a.ranks));
+  }
+
+  // Whether dA and dR take a launch of their own: each mask of x has fewer ranks than the launch with dx would compute.
+  bool separate_masks() const { return of_mask.padded_rank < both.padded_rank && on_x.count > 1; }
+  int64_t forward_floats() const { return a_plan.shrink.splits * layer.params.tokens * a.ranks + layer.du_floats(); }
+  // Whether dR takes a pass of its own over x: it sees x without the masks that dA sees.
+  bool separate_router() const { return layer.params.groups > 0 && on_x.ranks_each < kAllRanks; }
+  // The sums of chunks of rows, of dA, dR and dB.
+  int64_t chunk_floats() const {
+    const int64_t of_r =
+        separate_router() ? floats_of_sums(a_shape, kNoMasks, r, 0) : floats_of_sums(a_shape, on_x, a, 2);
+    return floats_of_sums(a_shape, on_x, a, 0) + of_r + floats_of_sums(layer.shape, kNoMasks, layer.b, 0);
+  }
+  // What backward needs before these sums.
+  int64_t latent_floats() const { return layer.dy_partials() + layer.params.tokens * a.ranks + layer.u_floats(); }
+  int64_t backward_floats() const { return latent_floats() + chunk_floats(); }
+};
+
+template <typename T, typename TA>
+void heads_forward(const HeadsForwardArgs<T, TA>& args, const Router<TA>& router, float* w, Stream stream) {
+  const HeadsLaunch<T, TA> l(args.inputs, router);
+  const HeadsShape& s = args.inputs.shape;
+  const int64_t splits = l.a_plan.shrink.splits;
+  float* partials = static_cast<float*>(args.workspace);
+  with_math<T>(l.a_plan, [&](auto math) {
+    shrink<decltype(math)>({.shape = l.a_shape,
+                            .x = token_matrix(args.inputs.x, s.in_dim),
+                            .m = l.a,
+                            .masks = l.on_x,
+                            .partials = partials,
+                            .cut = l.a_plan.shrink},
+                           l.a_plan.rank_chunks, stream);
+  });
+  expand_heads(l.layer, args, w, partials, splits, partials + splits * s.tokens * l.a.ranks, stream);
+}
+
+template <typename T, typename TA>
+void heads_backward(const HeadsBackwardArgs<T, TA>& args, const Router<TA>& router, const RouterGradient& gradient,
+                    Stream stream) {
+  const HeadsLaunch<T, TA> l(args.inputs, router);
+  const HeadsShape& s = args.inputs.shape;
+  const HeadsParams& params = l.layer.params;
+  float* partials = static_cast<float*>(args.workspace);
+  float* dz = partials + l.layer.dy_partials();
+  float* u = dz + s.tokens * l.a.ranks;
+  latent_gradients(l.layer, args, gradient, partials, dz, u, stream);
+  const int width = l.a.ranks;
   const bool separate_router = l.separate_router(), separate_masks = l.separate_masks();
   OuterJob<T> d_a{.shape = l.a_shape,
-                  .x = x,
+                  .x = token_matrix(args.inputs.x, s.in_dim),
                   .masks = l.on_x,
                   .summed_masks = s.A_per_head ? 1 : l.on_x.count,
                   .m = l.a,
@@ -252,13 +320,7 @@ void heads_backward(const HeadsBackwardArgs<T, TA>& args, const Router<TA>& rout
   OuterJob<T> d_r = d_a;
   d_r.masks = kNoMasks, d_r.summed_masks = 1, d_r.m = l.r, d_r.out[0] = separate_router ? gradient.dR : nullptr,
   d_r.out[2] = nullptr;
-  OuterJob<T> d_b{.shape = l.b_shape,
-                  .x = dy,
-                  .masks = kNoMasks,
-                  .summed_masks = 1,
-                  .m = l.b,
-                  .out = {args.dB},
-                  .output_groups = l.params.output_groups()};
+  OuterJob<T> d_b = l.layer.d_b(args);
   place_sums(d_b, place_sums(d_r, place_sums(d_a, partials + l.latent_floats())));
   const ExpandJob<T> dx{.shape = l.a_shape,
                         .in = token_matrix(args.dx_in, s.in_dim),
@@ -268,8 +330,8 @@ void heads_backward(const HeadsBackwardArgs<T, TA>& args, const Router<TA>& rout
                         .masks = l.on_x,
                         .scale = 1,
                         .cut = l.both.expand_dx};
-  const LatentRows dz_rows{dz, width, width}, logit_rows{dz + l.params.router, width, l.params.logits()};
-  const LatentRows u_rows = l.latents(u, l.params.u_width(), gradient.w);
+  const LatentRows dz_rows{dz, width, width}, logit_rows{dz + params.columns.router, width, params.logits()};
+  const LatentRows u_rows = l.layer.latents(u, params.u_width(), gradient.w);
   const auto launch_backward = [&](const Plan& plan, bool of_x, bool of_dy_and_dx) {
     with_math<T>(plan, [&](auto math) {
       using Job = BackwardJob<decltype(math), LatentRows>;

@@ -243,6 +243,8 @@ void sweep(const OuterJob<typename Math::Element>& job, const LatentSource& sour
          job.template blocks<true>());
 }
 
+constexpr int kChunkSums = 3 * kAdapters;
+
 // The gradients whose sums of chunks of rows are added.
 struct ChunkSums {
   struct Gradient {
@@ -250,29 +252,38 @@ struct ChunkSums {
     const float* sums;  // [chunks, elements]
     int64_t elements;
     int chunk_rows;
-    int blocks;  // 0: there is no such gradient
+    int64_t stride;       // from the sums of one chunk to those of the next
+    bool of_only_chunks;  // whether those of a group's only chunk are here too, and not in `out` yet
+    int blocks;           // 0: there is no such gradient
   };
   GroupedLoraShape shape;
   RowGroups groups;
-  Gradient gradients[2 * kAdapters];
+  Gradient gradients[kChunkSums];
+  int count = 0;
+
+  void add(float* out, const float* sums, int64_t elements, int chunk_rows, int64_t stride, bool of_only_chunks) {
+    const int blocks = int(Grid(ceil_div(elements, kThreads) * shape.groups).x);
+    gradients[count++] = {out, sums, elements, chunk_rows, stride, of_only_chunks, blocks};
+  }
+  // The gradients that `outer` and `sweep` have left as sums.
+  template <typename T>
+  void add(const OuterJob<T>& job) {
+    for (int i = 0; i < kAdapters; ++i) {
+      const int64_t elements = job.m.adapters[i].group_stride;
+      if (job.out[i] == nullptr || floats_of_sums(job.shape, job.masks, job.m, i) == 0) continue;
+      add(job.out[i], job.sums[i], elements, job.chunk_rows, elements, /*of_only_chunks=*/false);
+    }
+  }
 };
 
 void sum_chunks(const ChunkSums& job, Stream stream);  // defined in projection.cu
 
-// Adds the sums of chunks that outer and sweep have left, of up to 2 * kAdapters gradients, in one launch.
+// Adds the sums of chunks of up to kChunkSums gradients in one launch.
 template <typename T>
 void sum_chunks(std::initializer_list<OuterJob<T>> jobs, Stream stream) {
   ChunkSums all = {jobs.begin()->shape, jobs.begin()->groups, {}};
-  int count = 0;
-  for (const OuterJob<T>& job : jobs) {
-    for (int i = 0; i < kAdapters; ++i) {
-      const int64_t elements = job.m.adapters[i].group_stride;
-      if (job.out[i] == nullptr || floats_of_sums(job.shape, job.masks, job.m, i) == 0) continue;
-      const int blocks = int(Grid(ceil_div(elements, kThreads) * job.shape.groups).x);
-      all.gradients[count++] = {job.out[i], job.sums[i], elements, job.chunk_rows, blocks};
-    }
-  }
-  if (count > 0) sum_chunks(all, stream);
+  for (const OuterJob<T>& job : jobs) all.add(job);
+  sum_chunks(all, stream);
 }
 
 }  // namespace align::cuda

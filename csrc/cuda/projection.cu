@@ -9,7 +9,7 @@ namespace {
 // The mask of column i * rank + d of the latents of a row.
 __device__ float latent_mask(const HeadsParams& params, const Dropout& masks, int64_t row, int column) {
   if (masks.threshold == 0) return 1;
-  const uint64_t element = row * params.u_width() + column;
+  const uint64_t element = row * params.masks.row_numbers + params.masks.first + column;
   const PhiloxBlock block = philox(masks.seed, element / kPhiloxLanes, masks.offset);
   const int lane = int(element % kPhiloxLanes);  // no index that is computed: the block would lie in memory
   const uint32_t first = lane < 2 ? block.word[0] : block.word[1], second = lane < 6 ? block.word[2] : block.word[3];
@@ -59,9 +59,9 @@ __global__ void __launch_bounds__(kThreads) sum_chunks_kernel(ChunkSums job) {
   group_bounds(job.groups, job.shape.tokens, group, &begin, &end);
   const int chunks = count_chunks(end - begin, gradient.chunk_rows);
   const int64_t e = int64_t(index / groups) * kThreads + threadIdx.x, elements = gradient.elements;
-  if (chunks == 1 || e >= elements) return;
-  const float* sums = gradient.sums + first_chunk(begin, group, gradient.chunk_rows) * elements;
-  gradient.out[group * elements + e] = sum_of_partials(sums, chunks, elements, e);
+  if ((chunks == 1 && !gradient.of_only_chunks) || e >= elements) return;
+  const float* sums = gradient.sums + first_chunk(begin, group, gradient.chunk_rows) * gradient.stride;
+  gradient.out[group * elements + e] = sum_of_partials(sums, chunks, gradient.stride, e);
 }
 
 constexpr int kRowsOfBlock = 8;
@@ -80,22 +80,23 @@ __device__ __forceinline__ void for_each_column(int64_t tokens, int columns, con
 // Computes, for one row, the logits of a group (column < 0), a column of z, or a latent of the offset path.
 __device__ void combine_column(const CombineHeadsJob& job, int64_t row, int column) {
   const HeadsParams& params = job.params;
+  const HeadsColumns& columns = params.columns;
   const auto sum = [&](int column) {
-    return sum_of_partials(job.partials, job.splits, params.tokens * params.width(), row * params.width() + column);
+    return sum_of_partials(job.partials, job.splits, params.tokens * columns.width, row * columns.width + column);
   };
   const int offset = column - params.z_width();
   float* u = job.u + row * params.du_width();
   if (column < 0) {
     const int first = (column + params.groups) * params.heads;
     float* w = job.w + row * params.logits() + first;
-    for (int i = 0; i < params.heads; ++i) w[i] = __fmul_rn(params.logit_scale, sum(params.router + first + i));
+    for (int i = 0; i < params.heads; ++i) w[i] = __fmul_rn(params.logit_scale, sum(columns.router + first + i));
     softmax(params, w);
   } else if (offset < 0) {
     float* z = job.z + row * params.z_width() + column;
-    *z = sum(column / params.rank * params.stride + column % params.rank);
+    *z = sum(columns.first + column / params.rank * params.stride + column % params.rank);
     write_u(params, row, column, *z, u);
   } else {
-    u[params.u_width() + offset] = params.offset_scaling * sum(params.offset_start() + offset);
+    u[params.u_width() + offset] = params.offset_scaling * sum(columns.first + params.offset_start() + offset);
   }
 }
 
@@ -128,7 +129,7 @@ __device__ void logit_gradients(const CombineHeadsBackwardJob& job, int64_t row,
   const HeadsParams& params = job.params;
   const int64_t first = (row * params.groups + group) * params.heads;
   const float *w = job.w + first, *u = job.u + row * params.u_width();
-  float* dl = job.dz + row * params.width() + params.router + group * params.heads;
+  float* dl = job.dz + row * params.columns.width + params.columns.router + group * params.heads;
   float mean = 0;
   for (int i = 0; i < params.heads; ++i) {
     float dw = job.dw_in ? job.dw_in[first + i] : 0.f;
@@ -139,8 +140,8 @@ __device__ void logit_gradients(const CombineHeadsBackwardJob& job, int64_t row,
   for (int i = 0; i < params.heads; ++i) dl[i] = params.logit_scale * w[i] * (dl[i] - mean);
 }
 
-// Computes, for one row, the gradient of the logits of a group (column < 0), or another column of dz: the sum of the
-// gradients of all heads that use it.
+// Computes, for one row, the gradient of the logits of a group (column < 0), or a column of the block in dz: the sum of
+// the gradients of all heads that use it.
 __device__ void combine_column_backward(const CombineHeadsBackwardJob& job, int64_t row, int column) {
   const HeadsParams& params = job.params;
   if (column < 0) return logit_gradients(job, row, column + params.groups);
@@ -154,7 +155,7 @@ __device__ void combine_column_backward(const CombineHeadsBackwardJob& job, int6
     }
     return total;
   };
-  float* dz = job.dz + row * params.width() + column;
+  float* dz = job.dz + row * params.columns.width + params.columns.first + column;
   if (offset >= params.offset_rank || (offset < 0 && column % params.stride >= params.rank)) {
     *dz = 0;
   } else if (offset >= 0) {
@@ -174,7 +175,7 @@ __global__ void __launch_bounds__(kThreads) combine_heads_backward_kernel(Combin
   const HeadsParams& params = job.params;
   for_each_column(params.tokens, params.du_width(), [&](int64_t row, int j) { add_partials(job, row, j); });
   __syncthreads();  // the sums and u of the block's rows are complete
-  for_each_column(params.tokens, params.width() - params.logits() + params.groups,
+  for_each_column(params.tokens, params.columns.block + params.groups,
                   [&](int64_t row, int column) { combine_column_backward(job, row, column - params.groups); });
 }
 
@@ -188,7 +189,7 @@ void for_each_row(void (*kernel)(Job...), int64_t tokens, Stream stream, Job... 
 void sum_chunks(const ChunkSums& job, Stream stream) {
   int64_t blocks = 0;
   for (const ChunkSums::Gradient& gradient : job.gradients) blocks += gradient.blocks;
-  launch(sum_chunks_kernel, blocks, dim3(kThreads), 0, stream, job);
+  if (blocks > 0) launch(sum_chunks_kernel, blocks, dim3(kThreads), 0, stream, job);
 }
 
 void combine_heads(const CombineHeadsJob& job, Stream stream) {

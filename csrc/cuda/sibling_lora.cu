@@ -1,3 +1,5 @@
+// Layers that are one LoRA each; those with heads, offsets or routers: sibling_heads.cuh.
+//
 // The layers' A lie one below the other in one adapter matrix, each from a multiple of kMaskedRanks on, so that one
 // pass over x computes all latents, another one all dA, and dx is written once.
 //
@@ -10,96 +12,143 @@
 #include "ops/sibling_lora.h"
 
 #include "cuda/grouped_lora.cuh"
+#include "cuda/sibling_heads.cuh"
 
 namespace align::cuda {
 namespace {
 
+// A layer as grouped_lora takes it.
+template <typename T, typename TA>
+GroupedLoraForwardArgs<T, TA> grouped(const RoutedLoraForwardArgs<T, TA>& layer) {
+  const auto& [in, y_in, bias, z, y, workspace] = layer.projection;
+  return {.shape = {in.shape.tokens, in.shape.in_dim, in.shape.out_dim, in.shape.rank, 1},
+          .row_groups = {},
+          .dropout = masks_of_x(in.shape, in.dropout),
+          .scaling = in.scaling,
+          .x = in.x,
+          .A = in.A,
+          .B = in.B,
+          .y_in = y_in,
+          .bias = bias,
+          .z = z,
+          .y = y,
+          .workspace = workspace};
+}
+template <typename T, typename TA>
+GroupedLoraBackwardArgs<T, TA> grouped(const RoutedLoraBackwardArgs<T, TA>& layer) {
+  const auto& [in, z, dx_in, dy, dz_in, dx, dA, dB, workspace] = layer.projection;
+  return {.shape = {in.shape.tokens, in.shape.in_dim, in.shape.out_dim, in.shape.rank, 1},
+          .row_groups = {},
+          .dropout = masks_of_x(in.shape, in.dropout),
+          .scaling = in.scaling,
+          .x = in.x,
+          .z = z,
+          .A = in.A,
+          .B = in.B,
+          .dx_in = dx_in,
+          .dy = dy,
+          .dz_in = dz_in,
+          .dx = dx,
+          .dA = dA,
+          .dB = dB,
+          .workspace = workspace};
+}
+
+// Whether each layer is one LoRA.
+template <typename Args>
+bool is_plain(const Args& args) {
+  bool plain = true;
+  for (int i = 0; i < args.count; ++i) {
+    const HeadsShape& s = args.layers[i].projection.inputs.shape;
+    plain = plain && s.heads == 1 && s.offset_rank == 0 && s.site != DropoutSite::kLatent && !s.A_per_head &&
+            args.layers[i].routing.groups == 0;
+  }
+  return plain;
+}
+
 // How the layers share x.
+template <typename Layer>
 struct Shared {
-  SiblingLoraShape shape;
+  int count;
+  Layer layers[kMaxSiblings];
   int stride;               // ranks from one layer's first to the next one's
   GroupedLoraShape of_x;    // the rank is that of all layers together
   Plan plan, plan_of_mask;  // of all ranks, and of those that see one mask
 
-  Shared(const SiblingLoraShape& given, bool dropout, int64_t element_bytes) : shape(given), of_x(given.layers[0]) {
+  template <typename Args>
+  Shared(const Args& args, int64_t element_bytes) : count(args.count) {
     int64_t most = 1;
-    for (int i = 0; i < shape.count; ++i) most = std::max(most, shape.layers[i].rank);
+    for (int i = 0; i < count; ++i) {
+      layers[i] = grouped(args.layers[i]);
+      most = std::max(most, layers[i].shape.rank);
+    }
+    of_x = layers[0].shape;
     stride = int(ceil_div(most, kMaskedRanks)) * kMaskedRanks;
-    of_x.rank = (shape.count - 1) * stride + shape.layers[shape.count - 1].rank;
+    of_x.rank = (count - 1) * stride + layers[count - 1].shape.rank;
     plan = plan_for(of_x, element_bytes);
     GroupedLoraShape of_mask = of_x;
-    if (dropout) of_mask.rank = std::min<int64_t>(stride, of_x.rank);
+    if (drops()) of_mask.rank = std::min<int64_t>(stride, of_x.rank);
     plan_of_mask = plan_for(of_mask, element_bytes);
   }
 
-  RankMasks masks(const DropoutArgs& dropout) const {
-    if (dropout.p == 0) return kNoMasks;
-    const float scale = float(dropout_scale(dropout_threshold(dropout.p)));
-    return {dropout, shape.count, stride, scale};
+  bool drops() const { return layers[0].dropout.p > 0; }
+  RankMasks masks() const {
+    return drops() ? RankMasks{layers[0].dropout, count, stride, scale_of(layers[0].dropout)} : kNoMasks;
   }
 
-  // The A of all layers, of args.layers.
-  template <typename T, typename Args>
-  AdapterMatrix<T> matrix(const Args& args) const {
+  // The A of all layers.
+  template <typename T>
+  AdapterMatrix<T> matrix() const {
     Adapter adapters[kMaxSiblings] = {};
-    for (int i = 0; i < shape.count; ++i) adapters[i] = adapter_a<T>(shape.layers[i], args.layers[i].A);
+    for (int i = 0; i < count; ++i) adapters[i] = adapter_a<T>(layers[i].shape, layers[i].A);
     return stack<T>(of_x.in_dim, adapters[0], adapters[1], adapters[2], stride, stride);
   }
 
-  Plan plan_of(int layer, int64_t element_bytes) const { return plan_for(shape.layers[layer], element_bytes); }
+  Plan plan_of(int layer, int64_t element_bytes) const { return plan_for(layers[layer].shape, element_bytes); }
 
   // The floats of the partials of each layer's dz.
   int64_t partial_floats(int layer, int64_t element_bytes) const {
-    const GroupedLoraShape& of = shape.layers[layer];
+    const GroupedLoraShape& of = layers[layer].shape;
     return dz_partials(plan_of(layer, element_bytes), of, element_bytes) * of.tokens * of.rank;
   }
 };
 
-template <typename Args>
-SiblingLoraShape shape_of(const Args& args) {
-  SiblingLoraShape shape = {args.count, {}};
-  for (int i = 0; i < args.count; ++i) shape.layers[i] = args.layers[i].shape;
-  return shape;
-}
-
-}  // namespace
-
-int64_t sibling_lora_forward_workspace(const SiblingLoraShape& shape, bool dropout, int64_t element_bytes) {
-  const Shared shared(shape, dropout, element_bytes);
+template <typename T, typename TA>
+int64_t plain_workspace(const SiblingLoraForwardArgs<T, TA>& args) {
+  const Shared<GroupedLoraForwardArgs<T, TA>> shared(args, sizeof(T));
   return shared.plan.shrink.splits * shared.of_x.tokens * shared.of_x.rank * int64_t(sizeof(float));
 }
 
-int64_t sibling_lora_backward_workspace(const SiblingLoraShape& shape, bool dropout, int64_t element_bytes) {
-  const Shared shared(shape, dropout, element_bytes);
+template <typename T, typename TA>
+int64_t plain_workspace(const SiblingLoraBackwardArgs<T, TA>& args) {
+  const Shared<GroupedLoraBackwardArgs<T, TA>> shared(args, sizeof(T));
   const GroupedLoraShape& x = shared.of_x;
   int64_t floats = x.tokens * x.rank;
-  for (int i = 0; i < shape.count; ++i) {
-    const GroupedLoraShape& layer = shape.layers[i];
-    const int64_t ranks_of_a = dropout ? std::min<int64_t>(shared.stride, x.rank) : x.rank;
-    floats +=
-        shared.partial_floats(i, element_bytes) + layer.rank * (outer_sums(x.tokens, 1, ranks_of_a) * layer.in_dim +
-                                                                outer_sums(x.tokens, 1, layer.rank) * layer.out_dim);
+  for (int i = 0; i < args.count; ++i) {
+    const GroupedLoraShape& layer = shared.layers[i].shape;
+    const int64_t ranks_of_a = shared.drops() ? std::min<int64_t>(shared.stride, x.rank) : x.rank;
+    floats += shared.partial_floats(i, sizeof(T)) + layer.rank * (outer_sums(x.tokens, 1, ranks_of_a) * layer.in_dim +
+                                                                  outer_sums(x.tokens, 1, layer.rank) * layer.out_dim);
   }
   return floats * int64_t(sizeof(float));
 }
 
 template <typename T, typename TA>
-void sibling_lora_forward(const SiblingLoraForwardArgs<T, TA>& args, Stream stream) {
-  const auto& first = args.layers[0];
-  const Shared shared(shape_of(args), first.dropout.p > 0, sizeof(T));
+void plain_forward(const SiblingLoraForwardArgs<T, TA>& args, Stream stream) {
+  const Shared<GroupedLoraForwardArgs<T, TA>> shared(args, sizeof(T));
   const GroupedLoraShape& x = shared.of_x;
   float* partials = static_cast<float*>(args.workspace);
   with_math<T>(shared.plan, [&](auto math) {
     shrink<decltype(math)>({.shape = x,
-                            .x = token_matrix(first.x, x.in_dim),
-                            .m = shared.matrix<T>(args),
-                            .masks = shared.masks(first.dropout),
+                            .x = token_matrix(shared.layers[0].x, x.in_dim),
+                            .m = shared.template matrix<T>(),
+                            .masks = shared.masks(),
                             .partials = partials,
                             .cut = shared.plan.shrink},
                            shared.plan.rank_chunks, stream);
   });
   for (int i = 0; i < args.count; ++i) {
-    const auto& layer = args.layers[i];
+    const auto& layer = shared.layers[i];
     const SumOfPartials z{
         partials + i * shared.stride, shared.plan.shrink.splits, x.tokens, x.rank, layer.shape.rank, layer.z};
     expand_y(layer, shared.plan_of(i, sizeof(T)), z, stream);
@@ -107,11 +156,11 @@ void sibling_lora_forward(const SiblingLoraForwardArgs<T, TA>& args, Stream stre
 }
 
 template <typename T, typename TA>
-void sibling_lora_backward(const SiblingLoraBackwardArgs<T, TA>& args, Stream stream) {
-  const auto& first = args.layers[0];
-  const Shared shared(shape_of(args), first.dropout.p > 0, sizeof(T));
+void plain_backward(const SiblingLoraBackwardArgs<T, TA>& args, Stream stream) {
+  const Shared<GroupedLoraBackwardArgs<T, TA>> shared(args, sizeof(T));
+  const auto& first = shared.layers[0];
   const GroupedLoraShape& x = shared.of_x;
-  const RankMasks masks = shared.masks(first.dropout);
+  const RankMasks masks = shared.masks();
   const int width = int(x.rank);
   float* dz = static_cast<float*>(args.workspace);
   float* floats = dz + x.tokens * width;
@@ -119,14 +168,14 @@ void sibling_lora_backward(const SiblingLoraBackwardArgs<T, TA>& args, Stream st
                   .x = token_matrix(first.x, x.in_dim),
                   .masks = masks,
                   .summed_masks = 1,
-                  .m = shared.matrix<T>(args),
+                  .m = shared.template matrix<T>(),
                   .out = {}};
-  for (int i = 0; i < args.count; ++i) d_a.out[i] = args.layers[i].dA;
+  for (int i = 0; i < args.count; ++i) d_a.out[i] = shared.layers[i].dA;
   floats = place_sums(d_a, floats);
   OuterJob<T> d_b[kMaxSiblings] = {};
   SumDzJob sums{.layers = {}, .dz_in = {}, .dz = dz, .width = width, .stride = shared.stride};
   for (int i = 0; i < args.count; ++i) {
-    const auto& layer = args.layers[i];
+    const auto& layer = shared.layers[i];
     const Plan plan = shared.plan_of(i, sizeof(T));
     const int rank = int(layer.shape.rank);
     d_b[i] = d_b_of<T>(layer, floats);
@@ -168,7 +217,31 @@ void sibling_lora_backward(const SiblingLoraBackwardArgs<T, TA>& args, Stream st
   sum_chunks({d_a, d_b[0], d_b[1], d_b[2]}, stream);
 }
 
+}  // namespace
+
+template <typename T, typename TA>
+int64_t sibling_lora_workspace(const SiblingLoraForwardArgs<T, TA>& args) {
+  return is_plain(args) ? plain_workspace(args) : SiblingHeads<T, TA>(args).forward_bytes();
+}
+
+template <typename T, typename TA>
+int64_t sibling_lora_workspace(const SiblingLoraBackwardArgs<T, TA>& args) {
+  return is_plain(args) ? plain_workspace(args) : SiblingHeads<T, TA>(args).backward_bytes();
+}
+
+template <typename T, typename TA>
+void sibling_lora_forward(const SiblingLoraForwardArgs<T, TA>& args, Stream stream) {
+  is_plain(args) ? plain_forward(args, stream) : sibling_heads_forward(args, stream);
+}
+
+template <typename T, typename TA>
+void sibling_lora_backward(const SiblingLoraBackwardArgs<T, TA>& args, Stream stream) {
+  is_plain(args) ? plain_backward(args, stream) : sibling_heads_backward(args, stream);
+}
+
 #define ALIGN_INSTANTIATE(T, TA)                                                           \
+  template int64_t sibling_lora_workspace(const SiblingLoraForwardArgs<T, TA>&);           \
+  template int64_t sibling_lora_workspace(const SiblingLoraBackwardArgs<T, TA>&);          \
   template void sibling_lora_forward<T, TA>(const SiblingLoraForwardArgs<T, TA>&, Stream); \
   template void sibling_lora_backward<T, TA>(const SiblingLoraBackwardArgs<T, TA>&, Stream);
 ALIGN_FOR_CUDA_TYPES_AND_ADAPTERS(ALIGN_INSTANTIATE)

@@ -37,6 +37,11 @@ struct HeadsShape {
 
   // The number of latents of a row: 1 or heads.
   int64_t latents() const { return A_per_head || site == DropoutSite::kInputPerHead ? heads : 1; }
+  // The elements of all masks of a row.
+  int64_t mask_elements() const {
+    const int64_t by_site[] = {0, in_dim, heads * rank, heads * in_dim};
+    return by_site[int64_t(site)];
+  }
 };
 
 template <typename T, typename TA = T>  // TA: type of the adapters, T or float

@@ -72,8 +72,9 @@ ALIGN_HOST_DEVICE inline bool dropout_keep(uint64_t seed, uint64_t offset, uint6
 struct DropoutArgs {
   double p;             // 0: no dropout, rng is not read
   const uint64_t* rng;  // [2] seed, offset
-  // On a CPU: which mask of how many, whose elements are numbered row by row, one mask of a row after the other.
-  int mask = 0, masks = 1;
+  // Where rows share their numbers with the masks of other layers: the number of the first element of row 0, and how
+  // many numbers a row has; 0: those of its own masks. Masks of x are numbered like this on a CPU alone.
+  int64_t first = 0, row_numbers = 0;
 };
 
 }  // namespace align

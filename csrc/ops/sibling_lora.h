@@ -1,32 +1,36 @@
-// Sibling LoRA: the low-rank paths of up to kMaxSiblings layers that see the same x (q, k, v; gate, up), each with a
-// LoRA of its own, as in grouped_lora with one group.
+// Sibling LoRA: the low-rank paths of up to kMaxSiblings layers that see the same x (q, k, v; gate, up). Each is the
+// projection of dropout_sum or, with a router, of routed_lora; one head without an offset path is LoRA.
 //
-//   xd_i   = x * mask_i                                 element (t, c) has the dropout number (t * count + i) * in_dim
-//   + c z_i[t] = A_i xd_i[t] y_i[t] += scaling_i * B_i z_i[t]
+//   z_i, w_i, y_i of layer i as in dropout_sum.h or routed_lora.h: up to site latent, with masks of its own
 //
-// Backward, with g_i = dL/dy_i and the gradient dzin_i that reaches z_i from outside:
-//   dz_i   = scaling_i * B_i^T g_i + dzin_i
-//   dB_i   = scaling_i * sum_t g_i[t] z_i[t]^T
-//   dA_i   = sum_t dz_i[t] xd_i[t]^T
-//   dx    += sum_i (A_i^T dz_i) * mask_i
+// The masks of a token follow one another: with E_i elements in all masks of a row of layer i (n for site input,
+// heads * rank for latent) and E their sum over the layers, element e of row t has the number t * E + E_1 + ... +
+// E_{i-1} + e. Site input_per_head is not among them: its masks on x are as many as there are heads.
 //
-// On CUDA x is read once in each direction and dx is written once, however many layers there are; with dropout dA reads
-// x for each mask, in blocks that run side by side. Bytes moved (lower bound): forward x + sum_i (2 y_i + z_i),
-// backward x + 2 dx + sum_i (g_i + z_i).
+// Backward: dz_i, dA_i, dB_i and dR_i as there, and
+//   dx    += sum_i (A_i^T dz_i + offset_i) * mask_i + R_i^T dl_i
+//
+// On CUDA x is read once in each direction for each 64 ranks (A, A0 and R of all layers together, A and A0 of a layer
+// padded to a multiple of 8), and dx is written once, however many layers there are; with dropout on x, dA reads x for
+// each mask, in blocks that run side by side, and dR once more. Bytes moved (lower bound): forward x + sum_i (2 y_i +
+// z_i + w_i), backward x + 2 dx + sum_i (g_i + z_i + w_i).
 #pragma once
 
-#include "ops/grouped_lora.h"
+#include <algorithm>
+
+#include "ops/routed_lora.h"
 
 namespace align {
 
 constexpr int kMaxSiblings = 3;
 
-// The arguments of each layer, as in grouped_lora: the same tokens, in_dim, x [tokens, in_dim] and p in all, one group,
-// and one rng for all masks.
+// The arguments of each layer, as in routed_lora, or of dropout_sum, its projection alone, where its routing has no
+// groups: the same tokens, in_dim, x [tokens, in_dim], site and p in all, and one rng for all masks. Their workspaces
+// are not used.
 template <typename T, typename TA = T>
 struct SiblingLoraForwardArgs {
   int count;
-  GroupedLoraForwardArgs<T, TA> layers[kMaxSiblings];
+  RoutedLoraForwardArgs<T, TA> layers[kMaxSiblings];
   void* workspace;
 };
 
@@ -34,18 +38,28 @@ struct SiblingLoraForwardArgs {
 template <typename T, typename TA = T>
 struct SiblingLoraBackwardArgs {
   int count;
-  GroupedLoraBackwardArgs<T, TA> layers[kMaxSiblings];
+  RoutedLoraBackwardArgs<T, TA> layers[kMaxSiblings];
   void* workspace;
 };
 
-struct SiblingLoraShape {
-  int count;
-  GroupedLoraShape layers[kMaxSiblings];
-};
+// The dropout arguments of layer i, whose masks follow those of the layers before.
+template <typename Args>
+DropoutArgs dropout_of(const Args& args, int i) {
+  DropoutArgs dropout = args.layers[i].projection.inputs.dropout;
+  dropout.first = dropout.row_numbers = 0;
+  for (int k = 0; k < args.count; ++k) {
+    const int64_t elements = args.layers[k].projection.inputs.shape.mask_elements();
+    dropout.row_numbers += elements;
+    if (k < i) dropout.first += elements;
+  }
+  return dropout;
+}
 
 namespace cpu {  // T: float, double, bfloat16, float16; TA: T, or float for 16-bit T
-int64_t sibling_lora_forward_workspace(const SiblingLoraShape& shape, bool dropout, int64_t acc_bytes);   // bytes
-int64_t sibling_lora_backward_workspace(const SiblingLoraShape& shape, bool dropout, int64_t acc_bytes);  // bytes
+template <typename T, typename TA>
+int64_t sibling_lora_workspace(const SiblingLoraForwardArgs<T, TA>& args);  // bytes
+template <typename T, typename TA>
+int64_t sibling_lora_workspace(const SiblingLoraBackwardArgs<T, TA>& args);  // bytes
 template <typename T, typename TA>
 void sibling_lora_forward(const SiblingLoraForwardArgs<T, TA>& args);
 template <typename T, typename TA>
@@ -53,8 +67,10 @@ void sibling_lora_backward(const SiblingLoraBackwardArgs<T, TA>& args);
 }  // namespace cpu
 
 namespace cuda {  // T: float, bfloat16, float16; TA: T or float
-int64_t sibling_lora_forward_workspace(const SiblingLoraShape& shape, bool dropout, int64_t element_bytes);   // bytes
-int64_t sibling_lora_backward_workspace(const SiblingLoraShape& shape, bool dropout, int64_t element_bytes);  // bytes
+template <typename T, typename TA>
+int64_t sibling_lora_workspace(const SiblingLoraForwardArgs<T, TA>& args);  // bytes
+template <typename T, typename TA>
+int64_t sibling_lora_workspace(const SiblingLoraBackwardArgs<T, TA>& args);  // bytes
 template <typename T, typename TA>
 void sibling_lora_forward(const SiblingLoraForwardArgs<T, TA>& args, Stream stream);
 template <typename T, typename TA>

@@ -21,13 +21,17 @@ from align_ext.ops import _checks
 X = {"x": "T n", "base_out": "T m"}
 OFFSET = {"A0": "q n", "B0": "m q"}
 BACKWARD = {"x": "T n", "dy": "T m"}
-LAYERS = {"A": ["r n", "r n"], "B": ["m r", "m r"], "weight": ["m n", "m n"]}
+LAYERS = {
+    "A": ["N r n"] * 2, "B": ["N m r"] * 2, "R": ["NG n"] * 2, "A0": ["q n"] * 2, "B0": ["m q"] * 2,
+    "weight": ["m n"] * 2,
+}  # fmt: skip
+OF_LAYERS = {"dy": ["T m"] * 2, "z": ["T N r"] * 2, "dz": ["T N r"] * 2, "w": ["T G N"] * 2, "dw": ["T G N"] * 2}
 SHAPES = {
     "group_rows": {"group": "T"},
     "grouped_lora": X | {"A": "G r n", "B": "G m r", "order": "T+G+1"},
     "grouped_lora_backward": BACKWARD | {"z": "T r", "dz": "T r", "A": "G r n", "B": "G m r", "order": "T+G+1"},
     "sibling_lora": {"x": "T n", **LAYERS, "bias": ["m", "m"]},
-    "sibling_lora_backward": {"dy": ["T m", "T m"], "dz": ["T r", "T r"], "x": "T n", "z": ["T r", "T r"], **LAYERS},
+    "sibling_lora_backward": {"x": "T n", **OF_LAYERS, **LAYERS},
     "dropout_sum": X | OFFSET | {"A": "r n", "B": "N m r"},
     "dropout_sum_backward": BACKWARD | OFFSET | {"z": "T r", "dz": "T r", "A": "r n", "B": "N m r"},
     "routed_lora": X | OFFSET | {"A": "N r n", "B": "N m r", "R": "NG n"},
@@ -104,7 +108,8 @@ def call_of(name, device, sizes=SMALL, **options):
         known["order"] = torch.cat([torch.arange(sizes["T"]), offsets]).to(device)
     arguments = {argument.name: known.get(argument.name) for argument in operator(name)._schema.arguments}
     if name.startswith("sibling_lora"):
-        arguments["scaling"] = len(arguments["A"]) * [arguments["scaling"]]
+        for key in ("scaling", "offset_scaling"):
+            arguments[key] = len(arguments["A"]) * [arguments[key]]
     return arguments
 
 

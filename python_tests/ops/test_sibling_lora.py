@@ -50,7 +50,7 @@ def run(op, inputs, dtype, *, p, with_dz=True, device="cpu"):
     A, B = ([t.detach().clone().requires_grad_() for t in tensors] for tensors in (A, B))
     biases = [None if i == 1 else b for i, b in enumerate(bias)]
     rng = RNG.to(device) if p else None
-    y, z = op(x, A, B, SCALING[: len(A)], dropout_p=p, rng=rng, weight=W, bias=biases)
+    y, z, _ = op(x, A, B, SCALING[: len(A)], dropout_p=p, rng=rng, weight=W, bias=biases)
     outputs = [*y, *z] if with_dz else y
     torch.autograd.backward(outputs, [d.to(o.dtype) for o, d in zip(outputs, [*dy, *dz][: len(outputs)], strict=True)])
     results = {"dx": x.grad}
@@ -76,7 +76,7 @@ def test_a_hand_computed_case(device):
 
     x, zeros = leaf([[1.0, 2.0], [3.0, -1.0]]), torch.zeros(1, 2, device=device)
     A, B = [leaf([[1.0, 1.0]]), leaf([[0.0, 2.0]])], [leaf([[2.0]]), leaf([[-1.0]])]
-    (y0, y1), (z0, z1) = ops.sibling_lora(x, A, B, [0.5, 1.0], weight=[zeros, zeros + 1])
+    (y0, y1), (z0, z1), _ = ops.sibling_lora(x, A, B, [0.5, 1.0], weight=[zeros, zeros + 1])
     assert (z0.tolist(), z1.tolist()) == ([[3.0], [2.0]], [[4.0], [-2.0]])
     assert (y0.tolist(), y1.tolist()) == ([[3.0], [2.0]], [[-1.0], [4.0]])  # 0 + B z / 2;  x summed - z
     torch.autograd.backward([y0, y1], [torch.ones_like(y0), torch.tensor([[0.0], [1.0]], device=device)])
@@ -109,7 +109,7 @@ def test_float32_adapters_on_a_16_bit_input(device, dtype):
 def test_each_layer_is_what_grouped_lora_makes_of_it(device, dtype):
     x, A, B, W, *_ = make(70, 136, (40, 24, 72), (8, 8, 8), dtype)
     x, (A, B, W) = x.to(device), ([t.to(device) for t in tensors] for tensors in (A, B, W))
-    y, z = ops.sibling_lora(x, A, B, SCALING, weight=W)
+    y, z, _ = ops.sibling_lora(x, A, B, SCALING, weight=W)
     for i in range(3):
         one_y, one_z = ops.grouped_lora(x, A[i], B[i], SCALING[i], weight=W[i])
         torch.testing.assert_close(z[i], one_z)
@@ -121,7 +121,7 @@ def test_a_layer_that_the_loss_does_not_reach_has_no_gradient(device):
     x, (A, B, W) = x.to(device).requires_grad_(), ([t.to(device) for t in tensors] for tensors in (A, B, W))
     for adapter in [*A, *B]:
         adapter.requires_grad_()
-    y, z = ops.sibling_lora(x, A, B, SCALING, weight=W)
+    y, z, _ = ops.sibling_lora(x, A, B, SCALING, weight=W)
     (y[0].sum() + z[2].sum()).backward()
     assert [adapter.grad is None for adapter in [*A, *B]] == [False, True, False, False, True, False]
     assert torch.equal(B[2].grad, torch.zeros_like(B[2]))  # dy is zero, z alone is reached
@@ -136,7 +136,7 @@ def test_x_may_need_no_gradient(device):
     grads = []
     for needed in (True, False):
         leaves = [t.detach().clone().requires_grad_() for t in (*A, *B)]
-        y, _ = ops.sibling_lora(x.clone().requires_grad_(needed), leaves[:2], leaves[2:], [1.0, 1.0], weight=W)
+        y, *_ = ops.sibling_lora(x.clone().requires_grad_(needed), leaves[:2], leaves[2:], [1.0, 1.0], weight=W)
         (y[0].sum() * 2 + y[1].square().sum()).backward()
         grads.append([leaf.grad for leaf in leaves])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
@@ -147,7 +147,7 @@ def test_the_masks_of_a_token_follow_one_another(device, columns):
     x, zero = torch.ones(70, columns, device=device), torch.zeros(8, columns, device=device)
     eye, out = torch.eye(columns, device=device), torch.zeros(8, columns, device=device)
     rng = RNG.to(device)
-    _, z = ops.sibling_lora(x, [eye, eye], [out, out], [1.0, 1.0], dropout_p=0.5, rng=rng, weight=[zero, zero])
+    _, z, _ = ops.sibling_lora(x, [eye, eye], [out, out], [1.0, 1.0], dropout_p=0.5, rng=rng, weight=[zero, zero])
     masks = reference.philox.dropout_mask(RNG, 0.5, (70, 2, columns), torch.float32)
     assert all(torch.equal(z[i].cpu(), masks[:, i]) for i in range(2))
 
@@ -159,7 +159,7 @@ def test_gradcheck_of_all_outputs_together(p):
     leaves = [t.requires_grad_() for t in (x, *A, *B)]
 
     def call(x, *adapters):
-        y, z = ops.sibling_lora(x, adapters[:3], adapters[3:], SCALING, dropout_p=p, rng=RNG, weight=W, bias=bias)
+        y, z, _ = ops.sibling_lora(x, adapters[:3], adapters[3:], SCALING, dropout_p=p, rng=RNG, weight=W, bias=bias)
         return *y, *z
 
     assert torch.autograd.gradcheck(call, leaves)
@@ -173,12 +173,13 @@ def test_opcheck(device, p, with_bias):
     rng = RNG.to(device) if p else None
     for t in (x, *A, *B):
         t.requires_grad_()
-    args = (x, A, B, [0.5, 1.0], p, rng, W, bias if with_bias else [])
+    scalings, none = ([0.5, 1.0], [-0.5, -1.0]), []
+    args = (x, A, B, none, *scalings, none, none, 1, 1.0, 1, p, rng, W, bias if with_bias else none)
     opcheck(torch.ops.align_ext.sibling_lora.default, args)
-    y, z = ([t.detach() for t in tensors] for tensors in torch.ops.align_ext.sibling_lora(*args))
+    y, z, w = ([t.detach() for t in tensors] for tensors in torch.ops.align_ext.sibling_lora(*args))
     x, (A, B) = x.detach(), ([t.detach() for t in tensors] for tensors in (A, B))
     for dz in (z, []):
-        backward = (y, dz, x, z, A, B, [0.5, 1.0], p, rng, W, True)
+        backward = (y, dz, w, x, z, w, A, B, none, *scalings, none, none, 1.0, 1, p, rng, W, True)
         opcheck(torch.ops.align_ext.sibling_lora_backward.default, backward)
 
 
@@ -188,7 +189,7 @@ def test_compiles_without_a_graph_break(device):
     rng = RNG.to(device)
 
     def loss(x, *adapters):
-        y, z = ops.sibling_lora(x, adapters[:2], adapters[2:], [1.0, 0.5], dropout_p=0.2, rng=rng, weight=W)
+        y, z, _ = ops.sibling_lora(x, adapters[:2], adapters[2:], [1.0, 0.5], dropout_p=0.2, rng=rng, weight=W)
         return sum(t.square().sum() for t in (*y, *z))
 
     results = []
@@ -211,18 +212,18 @@ def test_the_same_bits_twice(device, dtype):
 def test_what_contradicts_is_refused(device):
     x, A, B, W, bias, *_ = make(4, 6, (8, 6), (4, 3), torch.float32)
     x, (A, B, W, bias) = x.to(device), ([t.to(device) for t in tensors] for tensors in (A, B, W, bias))
-    with pytest.raises(ValueError, match="for each of 1 to 3 layers, got 2, 1, 2, 2 and 2"):
+    with pytest.raises(ValueError, match="for each of 1 to 3 layers, got 2, 1, 2, 2, 2, 0, 0 and 0"):
         ops.sibling_lora(x, A, B[:1], [1.0, 1.0], weight=W)
-    with pytest.raises(ValueError, match="got 4, 4, 4, 4 and 4"):
+    with pytest.raises(ValueError, match="got 4, 4, 4, 4, 4, 0, 0 and 0"):
         ops.sibling_lora(x, 2 * A, 2 * B, 4 * [1.0], weight=2 * W)
     with pytest.raises(ValueError, match="must be frozen"):
         ops.sibling_lora(x, A, B, [1.0, 1.0], weight=[W[0], W[1].clone().requires_grad_()])
     with pytest.raises(RuntimeError, match=r"weight must have shape \[6, 6\]"):
         ops.sibling_lora(x, A, B, [1.0, 1.0], weight=[W[0], W[0]])
-    with pytest.raises(RuntimeError, match="A of every layer must be"):
+    with pytest.raises(RuntimeError, match=r"A must have shape \[4, 6\], got \[1, 4, 6\]"):
         ops.sibling_lora(x, [a[None] for a in A], [b[None] for b in B], [1.0, 1.0], weight=W)
     with pytest.raises(RuntimeError, match="a row at least"):
         ops.sibling_lora(x, [A[0], A[1][:0]], [B[0], B[1][:, :0]], [1.0, 1.0], weight=W)
-    y, _ = ops.sibling_lora(x, [a.requires_grad_() for a in A], B, [1.0, 1.0], weight=W, bias=bias)
+    y, *_ = ops.sibling_lora(x, [a.requires_grad_() for a in A], B, [1.0, 1.0], weight=W, bias=bias)
     with pytest.raises(RuntimeError, match="sibling_lora cannot be differentiated twice"):
         torch.autograd.grad(y[0].sum(), A[0], create_graph=True)
