@@ -7,9 +7,9 @@ from tiny import TASKS, VOCAB, adapted, error, gradients, llama
 
 from align_ext import align_step
 
-ROUTED = {"architecture": "lora_moe", "align": "kl", "num_heads": 3, "top_k": 2, "balance": "switch"}
-LORA = {"architecture": "lora", "align": "kl", "share_inputs": False}  # compiled layers have masks of their own
-MODELS = {"lora": LORA, "lora_moe": ROUTED | {"balance_weight": 0.5}}
+ROUTED = {"architecture": "lora_moe", "num_heads": 3, "top_k": 2, "balance": "switch", "balance_weight": 0.5}
+ALIGNED = {"align": "kl", "share_inputs": False}  # compiled layers have masks of their own
+MODELS = {"lora": {"architecture": "lora"} | ALIGNED, "lora_moe": ROUTED | ALIGNED}
 SHAPES = ((6, 10), (5, 8), (4, 12))  # samples, tokens
 
 

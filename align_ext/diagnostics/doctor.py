@@ -129,7 +129,7 @@ def _test_sibling_lora(device: torch.device, dtype: torch.dtype) -> float:
 
         def run(x: Tensor, *t: Tensor) -> tuple[Tensor, ...]:
             weight = [of_layer.detach() for of_layer in t[4:]]
-            y, _ = namespace.sibling_lora(x, t[:2], t[2:4], [0.5, 1.0], dropout_p=0.2, rng=rng, weight=weight)
+            y, *_ = namespace.sibling_lora(x, t[:2], t[2:4], [0.5, 1.0], dropout_p=0.2, rng=rng, weight=weight)
             return (*y,)
 
         return run
