@@ -117,7 +117,7 @@ MUTANTS = [  # the seam, from task ids to the gradient in every latent
     Mutant("leave the sums of an only chunk of siblings on CUDA", "csrc/cuda/projection.cu",
            "(chunks == 1 && !gradient.of_only_chunks)", "chunks == 1", "test_sibling_lora_cuda"),
     Mutant("leave a layer's own number of latent masks out on CUDA", "csrc/cuda/projection.cu",
-           "params.masks.row_numbers + params.masks.first", "params.masks.row_numbers", "test_sibling_lora_cuda"),
+           "(params.first_number + column)", "column", "test_sibling_lora_cuda"),
     Mutant("take siblings for alike whatever their options are", "align_ext/adapters/siblings.py",
            "common not in (None, (given.common, layer.adapter.dropout_p))", "False",
            "python_tests/test_siblings.py -k not_like"),

@@ -36,7 +36,8 @@ struct HeadsParams {
   int top_k;
   float logit_scale;  // 1 / tau
   float scaling, offset_scaling;
-  DropoutArgs masks;  // masks on the latents of the heads; p = 0: none
+  DropoutArgs masks;              // masks on the latents of the heads; p = 0: none
+  int first_number, row_numbers;  // of these masks, as in DropoutArgs
 
   __host__ __device__ int z_width() const { return latents * rank; }
   // The first column of the offset path in the block.
@@ -115,8 +116,6 @@ struct HeadsLayer {
                  {in.B0, kFloat, more, layout_of_b(more, s.out_dim)});
     shape = {s.tokens, s.in_dim, s.out_dim, b.ranks, 1};
     plan = plan_of(b.ranks, groups);
-    DropoutArgs masks = s.site == DropoutSite::kLatent ? in.dropout : DropoutArgs{0, nullptr};
-    if (masks.row_numbers == 0) masks.row_numbers = ranks;
     params = {.tokens = s.tokens,
               .rank = int(s.rank),
               .heads = int(s.heads),
@@ -129,7 +128,9 @@ struct HeadsLayer {
               .logit_scale = float(1 / routing.tau),
               .scaling = float(in.scaling),
               .offset_scaling = float(in.offset_scaling),
-              .masks = masks};
+              .masks = s.site == DropoutSite::kLatent ? in.dropout : DropoutArgs{0, nullptr},
+              .first_number = int(in.dropout.first),
+              .row_numbers = in.dropout.row_numbers > 0 ? int(in.dropout.row_numbers) : ranks};
   }
 
   // How so many ranks are computed beside this layer's tokens and columns.

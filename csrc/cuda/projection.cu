@@ -9,7 +9,7 @@ namespace {
 // The mask of column i * rank + d of the latents of a row.
 __device__ float latent_mask(const HeadsParams& params, const Dropout& masks, int64_t row, int column) {
   if (masks.threshold == 0) return 1;
-  const uint64_t element = row * params.masks.row_numbers + params.masks.first + column;
+  const uint64_t element = row * params.row_numbers + (params.first_number + column);
   const PhiloxBlock block = philox(masks.seed, element / kPhiloxLanes, masks.offset);
   const int lane = int(element % kPhiloxLanes);  // no index that is computed: the block would lie in memory
   const uint32_t first = lane < 2 ? block.word[0] : block.word[1], second = lane < 6 ? block.word[2] : block.word[3];
