@@ -40,6 +40,9 @@ def groups_of(model):
         (EVERY | {"share_inputs": False}, []),
         (EVERY | {"architecture": "lora", "init_lora_weights": "pissa"}, JOINED),
         (EVERY | {"architecture": "multi_adapter"}, []),
+        (EVERY | {"architecture": "malora"}, []),
+        (EVERY | {"architecture": "multilora"}, []),
+        (EVERY | {"architecture": "nlora"}, []),
     ],
 )
 def test_layers_are_joined_where_one_operator_computes_all(options, groups):

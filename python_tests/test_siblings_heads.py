@@ -11,7 +11,7 @@ NAMES = [
     "m_lora, mean", "r_lora", "hydra", "hydra, random heads", "lora_moe, top 2", "mtlora, two groups", "m_lora, DoRA",
     "lora, pissa",
 ]  # fmt: skip
-ALONE = ["hydra, gaussian", "hydra without router", "mtlora, by sequence"]
+ALONE = ["hydra, gaussian", "hydra without router", "mtlora, by sequence", "malora"]
 
 
 def options_of(name, **options):

@@ -33,6 +33,11 @@ class MaLoraAdapter(RoutedAdapter):
         return self.lora_C @ self.lora_A
 
     @override
+    def sibling_arguments(self) -> None:
+        """None: its A_i are no parameters, but made of them in each forward."""
+        return None
+
+    @override
     def reset_lora_parameters(self, weight: Tensor | None) -> None:
         super().reset_lora_parameters(weight)
         init.uniform(self.lora_C.data)
