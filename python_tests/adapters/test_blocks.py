@@ -8,7 +8,7 @@ from torch import nn
 from align_ext import adapter_report, replace_linear_with_align_lora
 from align_ext.adapters.adapted_block import AdaptedBlock
 
-OPTIONS = {"architecture": "mtlora", "num_heads": 3, "r": 4}
+OPTIONS = {"architecture": "mtlora", "num_heads": 3, "r": 4, "target_blocks": ("attention", "mlp")}
 
 
 @pytest.mark.parametrize(("make", "names"), [(llama, "self_attn mlp"), (qwen2, "self_attn mlp"), (gpt2, "attn mlp")])
@@ -26,7 +26,7 @@ def test_every_attention_and_mlp_block_is_adapted_and_starts_as_no_change(make, 
 
 
 def test_one_kind_of_block_and_excluded_ones_are_left_alone():
-    model = replace_linear_with_align_lora(llama(), **OPTIONS, target_blocks=["mlp"])
+    model = replace_linear_with_align_lora(llama(), **OPTIONS | {"target_blocks": ["mlp"]})
     assert adapter_report(model).replaced == ["model.layers.0.mlp", "model.layers.1.mlp"]
     model = replace_linear_with_align_lora(llama(), **OPTIONS, exclude_modules=r"model\.layers\.0\..*")
     assert adapter_report(model).replaced == ["model.layers.1.self_attn", "model.layers.1.mlp"]

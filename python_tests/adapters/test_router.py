@@ -10,7 +10,7 @@ from align_ext.adapters.router import SequenceRouter
 
 OPTIONS = {
     "architecture": "mtlora", "router": "mlp", "routing": "sequence", "num_heads": 3, "lora_dropout": 0.0,
-    "balance": None, "spectral": None,
+    "balance": None, "spectral": None, "target_blocks": ("attention", "mlp"),
 }  # fmt: skip
 
 

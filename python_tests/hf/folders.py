@@ -47,7 +47,7 @@ ROUTED = {
     "sequence router": {"architecture": "mtlora", "target_blocks": (), "router": "mlp", "routing": "sequence"},
 }
 BLOCKS = {
-    "mtlora beside blocks": {"architecture": "mtlora"},
+    "mtlora beside blocks": {"architecture": "mtlora", "target_blocks": ("attention", "mlp")},
     "lora beside blocks": {"architecture": "lora", "target_blocks": ("mlp",)},
 }
 ARCHITECTURES = ONE_LORA | DORA | TASKED | ROUTED | BLOCKS

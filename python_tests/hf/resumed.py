@@ -16,7 +16,12 @@ COMMON = {"r": 4, "num_tasks": 3, "lora_dropout": 0.2}
 CASES = {
     "kl, heads with masks": {"architecture": "m_lora", "align": "kl"},
     "mmd, mixed tasks": {"align": "mmd"},
-    "spectral, blocks": {"architecture": "mtlora", "align": "kl", "spectral_steps": 2},
+    "spectral, blocks": {
+        "architecture": "mtlora",
+        "align": "kl",
+        "spectral_steps": 2,
+        "target_blocks": ("attention", "mlp"),
+    },
     "exact accumulation": {"align": "kl", "align_accumulation": "exact"},
     "queue, kl": {"align": "kl", "align_accumulation": "queue"},
     "queue, mmd": {"align": "mmd", "align_accumulation": "queue", "align_queue": 2},

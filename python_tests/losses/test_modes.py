@@ -46,7 +46,7 @@ CASES = {
     "nlora, mmd": {"architecture": "nlora", "align": "mmd"},
     "malora, kl, switch": {"architecture": "malora", "align": "kl", "balance": "switch"},
     "mtlora on layers, kl": {"architecture": "mtlora", "align": "kl", "target_blocks": ()},
-    "mtlora": {"architecture": "mtlora"},
+    "mtlora": {"architecture": "mtlora", "target_blocks": ("attention", "mlp")},
     "mtlora by sequence, mmd": {
         "architecture": "mtlora", "align": "mmd", "routing": "sequence", "router": "mlp", "balance": "switch",
         "top_k": 2,
