@@ -32,7 +32,7 @@ ARCHITECTURES = {
     "mtlora, by sequence": {
         "architecture": "mtlora", "target_blocks": (), "router": "mlp", "routing": "sequence",
     },
-    "mtlora, blocks": {"architecture": "mtlora"},
+    "mtlora, blocks": {"architecture": "mtlora", "target_blocks": ("attention", "mlp")},
     "multilora": {"architecture": "multilora"},
     "moelora": {"architecture": "moelora"},
     "mtlora_cvpr": {"architecture": "mtlora_cvpr"},

@@ -138,6 +138,7 @@ def test_the_blocks_of_a_family_are_found_and_those_of_other_modalities_left_alo
     model, batch = family(name), FAMILIES[name][2]()
     before = logits(model, batch)
     options = {"architecture": "mtlora", "num_heads": 2, "r": 4, "align": "kl", "num_tasks": 2}
+    options["target_blocks"] = ["attention", "mlp"]
     replace_linear_with_align_lora(model, options)
     found = adapter_report(model).replaced
     assert {layer.rpartition(".")[2] for layer in found} == set(BLOCKS[name].split())

@@ -222,7 +222,7 @@ def test_layers_of_different_ranks_and_scalings_keep_their_weights_as_they_are(t
         ("m_lora", {"r": 5}, "r=3"),
         ("lora", {"lora_alpha": 7}, "lora_alpha=5"),
         ("m_lora", {"use_rslora": True}, "use_rslora=False"),
-        ("m_lora", {"num_heads": 2}, "num_heads=5"),
+        ("m_lora", {"num_heads": 2}, "num_heads=3"),
         ("m_lora", {"reduce": "mean"}, "reduce='sum'"),
         ("m_lora", {"init_lora_weights": "kaiming", "lora_dropout": 0.1}, "init_lora_weights='random_heads'"),
         ("m_lora, rslora", {"spectral": "uniform"}, "spectral='paper'"),

@@ -54,9 +54,9 @@ DAMAGES = {
     "missing": (lambda f: (f / STATE).unlink(), r"align_lora_heads\.safetensors is missing"),
     "a key is missing": (edit_state(lambda t: t.pop(f"{KEY}.lora_B0")), "1 keys are missing"),
     "a key too many": (edit_state(lambda t: t.update({f"{KEY}.lora_X": torch.ones(1)})), "1 are unexpected"),
-    "four heads of five": (
-        edit_state(lambda t: t.update({f"{KEY}.lora_B": t[f"{KEY}.lora_B"][:4].clone()})),
-        r"up_proj\.lora_B is \[4, 80, 3\]",
+    "two heads of three": (
+        edit_state(lambda t: t.update({f"{KEY}.lora_B": t[f"{KEY}.lora_B"][:2].clone()})),
+        r"up_proj\.lora_B is \[2, 80, 3\]",
     ),
     "one dimension": (edit_state(lambda t: t.update({f"{KEY}.lora_A": torch.ones(3)})), r"lora_A is \[3\]"),
     "integers": (edit_state(lambda t: t.update({f"{KEY}.lora_A": t[f"{KEY}.lora_A"].int()})), "A is torch.int32"),
