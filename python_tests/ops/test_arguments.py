@@ -176,7 +176,9 @@ def test_fuzz_sizes_give_a_result_or_an_error_that_names_the_argument(device, na
     letters = sorted(set(SMALL) & set(str(SHAPES[name].values())))
     sizes = SMALL | {letter: data.draw(st.sampled_from([0, 1, 2, 5]), letter) for letter in letters}
     absurd = data.draw(st.lists(st.sampled_from(letters), max_size=2, unique=True), "absurd")
-    sizes |= {letter: data.draw(st.sampled_from(ABSURD), f"absurd {letter}") for letter in absurd}
+    several = name.startswith("sibling")  # tensors of 8 GiB each fit the machine, but not those of all layers together
+    huge = ABSURD[2:] if several else ABSURD
+    sizes |= {letter: data.draw(st.sampled_from(huge), f"absurd {letter}") for letter in absurd}
     try:
         arguments = call_of(name, device, sizes)
     except (RuntimeError, TypeError):
