@@ -218,8 +218,8 @@ class AlignLoraConfig:
     share_inputs: bool = option(
         True,
         "compute adapted layers that a module calls with the same tensor (q, k, v; gate, up) together in training; on "
-        "its own is each layer of multi_adapter, with masks of each head on its input, routed by sequence, or "
-        "compiled.",
+        "its own is each layer of multi_adapter, moelora, mtlora_cvpr, malora, multilora and nlora, with masks of each "
+        "head on its input, routed by sequence, or compiled.",
     )
     adapter_dtype: Literal["float32", "base"] = option(
         "float32", 'dtype of A and B: "float32" (PEFT\'s default, also on a 16-bit base) or "base".'
