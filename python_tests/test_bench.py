@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd import gradcheck
 
 from align_ext import cli, reference
-from align_ext.bench import losses, models, plots, run, step
+from align_ext.bench import layers, losses, models, plots, run, step
 from align_ext.bench.baselines import ALPHA, LORA, SEVERAL, ConcatenatedHeads, LoopedHeads, Sizes
 from align_ext.bench.setting import Case, Setting
 from align_ext.bench.timing import Comparison, Goal, measure, visits
@@ -120,8 +120,10 @@ def test_a_short_call_is_repeated_until_its_row_takes_long_enough(monkeypatch):
 
 
 def test_a_visit_has_one_round_at_least_and_adds_to_those_before():
-    taken = visits(dict.fromkeys("ab", lambda: None), 9, "cpu", seconds=0)
+    taken = visits(dict.fromkeys("ab", lambda: None), 9, "cpu", seconds=lambda: 0.0)
     assert [len(next(taken).times_ms["b"]) for _ in range(3)] == [1, 2, 3]
+    twice = visits(dict.fromkeys("ab", lambda: None), 9, "cpu", least=2, seconds=lambda: 0.0)
+    assert [len(next(twice).times_ms["b"]) for _ in range(2)] == [2, 4]
 
 
 def test_visits_to_one_comparison_lie_between_those_to_others_and_whole_steps_are_one(monkeypatch):
@@ -133,12 +135,51 @@ def test_visits_to_one_comparison_lie_between_those_to_others_and_whole_steps_ar
                 order.append(title)
                 yield Comparison({"base": [1.0] * (done + 1)})
 
-        return Case(title, visit)
+        return Case("a table", title, visit)
 
     monkeypatch.setattr(run, "SUITES", {"some": lambda _: iter([case("a", 3), case("b", 1)])})
-    results = run.run(["some"], Setting(visits=3))
+    results, left_out = run.run(["some"], Setting(visits=3))
+    assert left_out == []
     assert order == ["a", "b", "a", "a"]
-    assert {title: len(c.times_ms["base"]) for title, c in results.items()} == {"a": 3, "b": 1}
+    assert {title: len(c.times_ms["base"]) for title, c in results.items()} == {"a table: a": 3, "a table: b": 1}
+    order.clear()
+    assert run.run(["some"], Setting(visits=3, seconds=0)) == ({}, ["a table: a", "a table: b"])  # no time at all
+    assert order == []
+
+
+def test_a_comparison_whose_round_would_take_too_long_is_left_out(monkeypatch):
+    shape, dtype = (16, 24), torch.float32
+    monkeypatch.setattr(layers, "frozen_seconds", lambda *_: 1e-3)
+    assert [layers.takes_too_long(Setting(seconds=30), 4, tokens, shape, dtype) for tokens in (250, 251)] == [
+        False,
+        True,
+    ]
+    outcome = run.run(["restructured"], Setting(shapes=(shape,), dtypes=(dtype,), batches=(8, 2000), visits=1))
+    assert [title.partition(": ")[2] for title in outcome.results] == ["T=8, 16 -> 24, float32"]
+    assert [title.partition(": ")[2] for title in outcome.left_out] == ["T=2000, 16 -> 24, float32"]
+
+
+def test_the_time_of_a_run_is_shared_among_the_visits_that_are_left(monkeypatch):
+    now, shares = 0.0, []
+
+    def suite(setting):
+        def visit(title, seconds):
+            def visits(_):
+                nonlocal now
+                while True:
+                    shares.append((title, setting.share()))
+                    now += seconds
+                    yield Comparison({"base": [1.0]})
+
+            return visits
+
+        yield Case("a table", "slow", visit("slow", 30))
+        yield Case("a table", "fast", visit("fast", 2))
+
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(run, "SUITES", {"some": suite})
+    run.run(["some"], Setting(visits=2, seconds=80))
+    assert shares == [("slow", 20), ("fast", 50 / 3), ("slow", 24), ("fast", 18)]
 
 
 def test_an_interrupted_run_shows_and_keeps_what_it_has(monkeypatch, capsys, tmp_path):
@@ -146,12 +187,12 @@ def test_an_interrupted_run_shows_and_keeps_what_it_has(monkeypatch, capsys, tmp
         yield Comparison({"base": [1.0], "ours": [3.0]}, baselines={"ours": [(1.0, 1.0)]})
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "SUITES", {"some": lambda _: iter([Case("a table", visit)])})
+    monkeypatch.setattr(run, "SUITES", {"some": lambda _: iter([Case("a table", "a column", visit)])})
     with pytest.raises(KeyboardInterrupt):
         run.run(["some"], Setting(visits=3), tmp_path / "all.json")
     assert "a table" in (out := capsys.readouterr().out)
     assert "3.000 .. 3.000" in out
-    assert json.loads((tmp_path / "all.json").read_text())["a table"]["times_ms"]["ours"] == [3]
+    assert json.loads((tmp_path / "all.json").read_text())["a table: a column"]["times_ms"]["ours"] == [3]
 
 
 @pytest.mark.parametrize("variant", [v for v in models.variants("every") if "compiled" not in v])
@@ -199,7 +240,16 @@ def test_every_suite_runs_and_writes_what_it_measured(bench, tmp_path):
         assert comparison["goals"] == {}
         assert all(len(times) >= 3 for times in comparison["times_ms"].values())
     kinds = {title.split(",")[0].split(" M=")[0] for title in results}
-    assert kinds >= {"one adapter", "several heads", "gaussian_kl", "mk_mmd", "dropout of x", "whole step", "decoding"}
+    assert kinds >= {
+        "restructured",
+        "one adapter",
+        "several heads",
+        "gaussian_kl",
+        "mk_mmd",
+        "dropout of x",
+        "whole step",
+        "decoding",
+    }
     heads = next(c["times_ms"] for title, c in results.items() if title.startswith("several heads"))
     assert {*SEVERAL, "r_lora", "r_lora, offset", "lora_moe", "mtlora", "hydra, input_per_head"} <= heads.keys()
     whole = next(c for title, c in results.items() if title.startswith("whole step"))
@@ -247,6 +297,10 @@ def test_without_matplotlib_a_plot_is_refused_before_anything_is_measured(monkey
         (["--only", ","], "names no suite"),
         (["--quick", "--full"], "not both"),
         (["--device", "gpu"], "unknown device 'gpu'"),
+        (["--check", "--only", "layers"], "--check is about the suite restructured, which --only layers leaves out"),
+        (["elsewhere"], "'elsewhere' is the folder of --save"),
+        (["--quick", "--save"], "--quick measures nothing worth keeping"),
+        (["--save", "absent"], "cannot be written: No such file"),
         (["--json", "absent/all.json"], "json='absent/all.json' cannot be written: No such file"),
         (["--only", "decode", "--model", "/absent"], "no model folder '/absent'"),
     ],

@@ -24,11 +24,8 @@ def decode(setting: Setting) -> Iterator[Case]:
     models.fetch(setting.model)
     models_of = functools.cache(functools.partial(_models, setting))  # the same models for all batches
     for batch in (1, 8):
-        yield Case(
-            f"decoding, {setting.model} model, T=1, batch {batch}, bfloat16, r={setting.sizes.rank}, "
-            f"N={setting.sizes.heads}",
-            functools.partial(_decoding, setting, batch, models_of),
-        )
+        table = f"decoding, {setting.model} model, T=1, bfloat16, r={setting.sizes.rank}, N={setting.sizes.heads}"
+        yield Case(table, f"batch {batch}", functools.partial(_decoding, setting, batch, models_of))
 
 
 def _models(setting: Setting) -> dict[str, Any]:
@@ -47,7 +44,7 @@ def _models(setting: Setting) -> dict[str, Any]:
 def _decoding(setting: Setting, batch: int, make: Callable[[], dict[str, Any]], _: PrintLine) -> Iterator[Comparison]:
     ids = torch.ones((batch, 1), dtype=torch.int64, device=setting.device)
     calls = {name: _call(model.eval(), ids) for name, model in make().items()}
-    yield from visits(calls, setting.rounds, setting.device, host=True, seconds=setting.seconds)
+    yield from visits(calls, setting.rounds, setting.device, host=True, seconds=setting.share)
 
 
 def _call(model: Any, ids: torch.Tensor) -> Call:

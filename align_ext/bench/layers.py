@@ -1,5 +1,6 @@
 """Measures one adapted layer: forward and backward with the frozen base and dx, relative to the frozen layer."""
 
+import functools
 import importlib.util
 import itertools
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from align_ext.alignment.context import align_step
 from align_ext.architectures import ARCHITECTURES
 from align_ext.bench.baselines import ALPHA, LORA, SEVERAL, Make, Sizes, compiled
 from align_ext.bench.setting import TASKS, Case, Setting, name_of
-from align_ext.bench.timing import ROW_MS, Call, Comparison, Goal, visits
+from align_ext.bench.timing import ROW_MS, Call, Comparison, Goal, visits, wall_clock
 from align_ext.config import AlignLoraConfig
 from align_ext.model.replace import replace_linear_with_align_lora
 from align_ext.system.terminal import PrintLine
@@ -44,6 +45,7 @@ FLOAT32_GOALS = (1.25, 1.08)
 WIDE = 2048  # in_features
 TINY, TINY_MS = 16, 0.06  # width of a layer that has next to nothing to compute, and what its call may take
 IN_A_ROW = 16
+PROBED = 128  # tokens
 
 
 def config(options: dict[str, Any], sizes: Sizes, *, float32: bool) -> AlignLoraConfig:
@@ -123,6 +125,24 @@ def variants(
     return {name: training_call(layer, x, dy) for name, layer in {FROZEN: base, **layers}.items()}
 
 
+@functools.cache
+def frozen_seconds(shape: tuple[int, int], dtype: torch.dtype, device: str) -> float:
+    """Returns the seconds that both passes of a frozen layer take for each of PROBED tokens."""
+    n, m = shape
+    x, dy, weight = (torch.randn(size).to(device, dtype) for size in ((PROBED, n), (PROBED, m), (m, n)))
+
+    def both(tokens: int) -> None:
+        x[:tokens] @ weight.T, dy[:tokens] @ weight
+
+    both(1)  # the first call may compile
+    return wall_clock(lambda: both(PROBED)) / 1e3 / PROBED
+
+
+def takes_too_long(setting: Setting, count: int, tokens: int, shape: tuple[int, int], dtype: torch.dtype) -> bool:
+    """Whether a round of so many layers is left out, as one of bfloat16 is on a processor that only emulates it."""
+    return count * tokens * frozen_seconds(shape, dtype, setting.device) > setting.longest_round
+
+
 def available(makes: dict[str, Any]) -> dict[str, Any]:
     """Returns the variants that can run: without those of PEFT if it is not installed."""
     peft = importlib.util.find_spec("peft") is not None
@@ -149,16 +169,18 @@ def _cases(kind: str, setting: Setting, makes: dict[str, Make], mixed: dict[str,
         if dtype != torch.float32 and shape in setting.shapes[: setting.mixed]:
             every |= mixed
         yield Case(
-            f"{kind}, forward + backward, {shape[0]} -> {shape[1]}, {name_of(dtype)}, {setting.sizes}",
+            f"{kind}, forward + backward, {setting.sizes}", f"{shape[0]} -> {shape[1]}, {name_of(dtype)}",
             partial(_measured, setting, available(every), shape, dtype),
-        )
+        )  # fmt: skip
 
 
 def _measured(
     setting: Setting, makes: dict[str, Make], shape: tuple[int, int], dtype: torch.dtype, _: PrintLine
 ) -> Iterator[Comparison]:
+    if takes_too_long(setting, len(makes), setting.sizes.tokens, shape, dtype):
+        return
     calls = variants(makes, setting.sizes, shape, dtype, setting.device)
-    for result in visits(calls, setting.rounds, setting.device, seconds=setting.seconds):
+    for result in visits(calls, setting.rounds, setting.device, seconds=setting.share):
         result.goals = goals(calls, shape[0], dtype)
         yield result
 
@@ -181,15 +203,15 @@ def dispatch(setting: Setting) -> Iterator[Case]:
     """Measures the cost of a call that computes almost nothing, and the gain from a second thread."""
     sizes = replace(setting.sizes, tokens=4)
     tiny = f"forward + backward, {TINY} -> {TINY}, {sizes}"
-    yield Case(f"calling one of {IN_A_ROW} layers in a row, {tiny}", partial(_calls, setting, sizes, IN_A_ROW))
-    yield Case(f"a step of one layer, {tiny}", partial(_calls, setting, sizes, 1))
+    yield Case(f"calling, {tiny}", f"one of {IN_A_ROW} layers in a row", partial(_calls, setting, sizes, IN_A_ROW))
+    yield Case(f"calling, {tiny}", "a step of one layer", partial(_calls, setting, sizes, 1))
     threads = torch.get_num_threads()
     if setting.device == "cpu" and threads > 1:
         for name in (FROZEN, *SINGLE, "r_lora, offset"):
             yield Case(
-                f"threads, {name}, {setting.shapes[0][0]} -> {setting.shapes[0][1]}, {setting.sizes}",
+                f"threads, {setting.shapes[0][0]} -> {setting.shapes[0][1]}, float32, {setting.sizes}", name,
                 partial(_over_threads, setting, name, threads),
-            )
+            )  # fmt: skip
 
 
 def _calls(setting: Setting, sizes: Sizes, count: int, _: PrintLine) -> Iterator[Comparison]:
@@ -208,7 +230,7 @@ def _calls(setting: Setting, sizes: Sizes, count: int, _: PrintLine) -> Iterator
     calls = {name: training_call(layers, x, dy) for name, layers in rows.items()}
     for result in visits(
         calls, setting.rounds, setting.device, host=True, repeats=2 * IN_A_ROW // count, row_ms=ROW_MS,
-        seconds=setting.seconds,
+        seconds=setting.share,
     ):  # fmt: skip
         result = result.per(count)
         if count > 1:
@@ -229,7 +251,7 @@ def _over_threads(setting: Setting, name: str, threads: int, _: PrintLine) -> It
         return run
 
     calls = {"1 thread": on(1), f"{threads} threads": on(threads)}
-    return visits(calls, setting.rounds, setting.device, seconds=setting.seconds)
+    return visits(calls, setting.rounds, setting.device, seconds=setting.share)
 
 
 AXES = {"tokens": (512, 1024, 2048, 4096), "rank": (4, 8, 16, 32, 64), "heads": (1, 2, 4, 8, 16)}
@@ -243,15 +265,15 @@ def sweep(setting: Setting) -> Iterator[Case]:
         for value in values:
             sizes = replace(setting.sizes, **{axis: value})
             yield Case(
-                f"sweep over {axis}, {setting.shapes[0][0]} -> {setting.shapes[0][1]}, float32, {sizes}",
+                f"sweep over {axis}, {setting.shapes[0][0]} -> {setting.shapes[0][1]}, float32", str(sizes),
                 partial(_point, setting, makes, sizes, (axis, value)),
-            )
+            )  # fmt: skip
 
 
 def _point(
     setting: Setting, makes: dict[str, Make], sizes: Sizes, point: tuple[str, int], _: PrintLine
 ) -> Iterator[Comparison]:
     calls = variants(makes, sizes, setting.shapes[0], torch.float32, setting.device)
-    for result in visits(calls, setting.rounds, setting.device, seconds=setting.seconds / 4):
+    for result in visits(calls, setting.rounds, setting.device, seconds=lambda: setting.share() / 4):
         result.point = point
         yield result

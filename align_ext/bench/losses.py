@@ -124,7 +124,7 @@ def _mask_alone(comparison: Comparison, dtype: torch.dtype) -> Comparison:
 
 def losses(setting: Setting) -> Iterator[Case]:
     """Measures gaussian_kl, mk_mmd and dropout; the ratio says how much longer plain PyTorch takes."""
-    device, tokens, seconds = setting.device, setting.sizes.tokens, setting.seconds
+    device, tokens, seconds = setting.device, setting.sizes.tokens, setting.share
     per_task = min(MMD_TOKENS, tokens)
     compiled = setting.compiled > 0
 
@@ -147,25 +147,22 @@ def losses(setting: Setting) -> Iterator[Case]:
             yield _mask_alone(result, dtype)
 
     for tasks, rank in KL_CASES:
-        yield Case(f"gaussian_kl, M={tasks}, T={tokens}, r={rank}", partial(kl, tasks, rank))
+        yield Case(f"gaussian_kl, T={tokens}", f"M={tasks}, r={rank}", partial(kl, tasks, rank))
     for rank in MMD_RANKS:
-        yield Case(f"mk_mmd, M={TASKS}, {per_task} tokens each, r={rank}", partial(mmd, rank))
+        yield Case(f"mk_mmd, M={TASKS}, {per_task} tokens each", f"r={rank}", partial(mmd, rank))
     for dtype in setting.dtypes:
-        shape = f"{tokens} x {setting.shapes[0][0]}"
-        yield Case(f"dropout of x, {shape}, {name_of(dtype)}, p=0.1", partial(mask, dtype))
+        yield Case(f"dropout of x, {tokens} x {setting.shapes[0][0]}, p=0.1", name_of(dtype), partial(mask, dtype))
 
 
 def sweep(setting: Setting) -> Iterator[Case]:
     """Measures gaussian_kl for several numbers of tasks: points of the plots."""
     for tasks in (2, 5, 10, 25):
-        yield Case(
-            f"sweep over tasks, gaussian_kl, M={tasks}, T={setting.sizes.tokens}, r={setting.sizes.rank}",
-            partial(_point, setting, tasks),
-        )
+        table = f"sweep over tasks, gaussian_kl, T={setting.sizes.tokens}, r={setting.sizes.rank}"
+        yield Case(table, f"M={tasks}", partial(_point, setting, tasks))
 
 
 def _point(setting: Setting, tasks: int, _: PrintLine) -> Iterator[Comparison]:
     calls = gaussian_kl(setting.sizes.tokens, tasks, setting.sizes.rank, setting.device)
-    for result in visits(calls, setting.rounds, setting.device, seconds=setting.seconds / 4, row_ms=ROW_MS):
+    for result in visits(calls, setting.rounds, setting.device, seconds=lambda: setting.share() / 4, row_ms=ROW_MS):
         result.point = ("tasks", tasks)
         yield result

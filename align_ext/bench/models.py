@@ -15,6 +15,8 @@ FROZEN = "frozen model"
 TARGETS = ("gate_proj", "up_proj", "down_proj")
 PEFT = "PEFT's LoRA"
 USUAL = ("align_lora", "hydra", "r_lora", "m_lora")
+# Every linear layer of the blocks: q, k and v as one operator, gate and up as another, or each layer one of its own.
+SIBLINGS, ALONE = ", all layers", ", all layers, share_inputs=False"
 _MODELS: dict[str, dict[str, int]] = {
     "random": {
         "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
@@ -82,21 +84,24 @@ def variants(which: str) -> list[str]:
     if which == "quantised":
         return [FROZEN, *(name + FLOAT32 for name in (PEFT, "lora", *USUAL))]
     rivals = [PEFT, "LoRA, restructured", "R-LoRA, loop", "R-LoRA, restructured"]
+    siblings = [name + how for name in ("align_lora", "r_lora", "hydra", "m_lora") for how in (SIBLINGS, ALONE)]
     if which == "usual":
-        return [FROZEN, *rivals, *USUAL]
+        return [FROZEN, *rivals, *USUAL, *siblings[:4]]
     rivals += ["HydraLoRA, loop", "HydraLoRA, restructured"]
     forms = [f"{name}, compiled" for name in rivals if not name.startswith("PEFT")]
-    return [FROZEN, *rivals, *forms, PEFT + FLOAT32, *ARCHITECTURES, "align_lora" + FLOAT32]
+    return [FROZEN, *rivals, *forms, PEFT + FLOAT32, *ARCHITECTURES, "align_lora" + FLOAT32, *siblings]
 
 
 def adapt(model: nn.Module, variant: str, sizes: Sizes) -> nn.Module:
-    """Adds a variant's adapters to gate, up and down projections (mtlora: to blocks), in place."""
+    """Adds a variant's adapters to gate, up and down projections (mtlora: to blocks) or all layers, in place."""
     if variant == FROZEN:
         return model
     dtype = next(model.parameters()).dtype
-    name = variant.removesuffix(FLOAT32)
+    name = variant.removesuffix(FLOAT32).removesuffix(ALONE).removesuffix(SIBLINGS)
     if name in ARCHITECTURES:
-        options = {"architecture": name, "target_modules": TARGETS}
+        every = variant.endswith((SIBLINGS, ALONE))
+        options: dict[str, Any] = {"architecture": name, "target_modules": "all-linear" if every else TARGETS}
+        options["share_inputs"] = not variant.endswith(ALONE)
         return replace_linear_with_align_lora(model, config(options, sizes, float32=variant.endswith(FLOAT32)))
     make = (LORA | SEVERAL)[name.removesuffix(", compiled")]
     _replace(model, compiled(make) if name.endswith(", compiled") else make, sizes, dtype, variant.endswith(FLOAT32))

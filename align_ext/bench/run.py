@@ -1,16 +1,19 @@
 """Runs suites of the benchmark with a progress bar, prints their tables, and writes JSON and plots."""
 
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch._dynamo.config as dynamo
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from align_ext.bench import layers, losses, plots
+from align_ext.bench import layers, losses, plots, restructured, saved
 from align_ext.bench.baselines import Sizes
 from align_ext.bench.setting import Case, Setting
 from align_ext.bench.timing import Comparison, as_json, machine, report
@@ -42,6 +45,7 @@ def _sweep(setting: Setting) -> Iterator[Case]:
 
 
 SUITES: dict[str, Callable[[Setting], Iterator[Case]]] = {
+    "restructured": restructured.restructured,  # the first, so that a slow machine gives it its turns
     "layers": layers.layers,
     "heads": layers.several,
     "losses": losses.losses,
@@ -53,14 +57,17 @@ SUITES: dict[str, Callable[[Setting], Iterator[Case]]] = {
 }
 ASKED_FOR = ("quantised",)  # suites that run only where they are named
 _QUICK = Setting(
-    sizes=Sizes(tokens=16), shapes=((64, 96),), visits=3, rounds=1, compiled=0, model="tiny", batch=5, seq_len=8,
-    step_rounds=3, steps="few", goals=False,
+    sizes=Sizes(tokens=16), shapes=((64, 96),), batches=(16,), visits=3, rounds=1, compiled=0, model="tiny", batch=5,
+    seq_len=8, step_rounds=3, steps="few", goals=False,
 )  # fmt: skip
 _FULL = Setting(
-    visits=8, rounds=5, seconds=8, compiled=4, mixed=2, batch=8, step_rounds=5, steps="every",
-    step_dtypes=(torch.bfloat16, torch.float32),
+    visits=8, rounds=5, seconds=3300, compiled=4, mixed=2, batch=8, step_rounds=5, step_seconds=math.inf,
+    steps="every", step_dtypes=(torch.bfloat16, torch.float32),
 )  # fmt: skip
-_CUDA = {"sizes": Sizes(tokens=8192), "shapes": ((576, 1536), (2048, 5504), (4096, 11264))}
+_CUDA = {
+    "sizes": Sizes(tokens=8192), "shapes": ((576, 1536), (2048, 5504), (4096, 11264)),
+    "batches": (128, 256, 1024, 2048, 8192),
+}  # fmt: skip
 
 
 def setting(device: str = "auto", effort: str = "normal", model: str | None = None) -> Setting:
@@ -80,7 +87,10 @@ def setting(device: str = "auto", effort: str = "normal", model: str | None = No
         raise ValueError('device="cuda": torch sees no CUDA device here; leave it out, or give --device cpu')
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    result = replace({"quick": _QUICK, "normal": Setting(), "full": _FULL}[effort], device=device)
+    efforts = {"quick": _QUICK, "normal": Setting(), "full": _FULL}
+    result = replace(efforts[effort], device=device)
+    if device == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
+        result = replace(result, step_dtypes=(torch.float32,))  # bfloat16 takes twenty times as long
     if device == "cuda" and effort != "quick":
         result = replace(result, **_CUDA)  # type: ignore[arg-type]
     return result if model is None else replace(result, model=model)
@@ -103,24 +113,44 @@ def chosen(only: str | None) -> list[str]:
     return names
 
 
+class Outcome(NamedTuple):
+    """What a run measured: comparisons by title, and the titles of those that it left out."""
+
+    results: dict[str, Comparison]
+    left_out: list[str]
+
+    @property
+    def restructured(self) -> tuple[list[restructured.Cell], list[str]]:
+        """The cells of the suite restructured, and what of it was left out."""
+        cells = restructured.cells(self.results)
+        return cells, [title for title in self.left_out if title.startswith("restructured, ")]
+
+
 def run(
-    names: Sequence[str], how: Setting, json: Path | None = None, plot: Path | None = None
-) -> dict[str, Comparison]:
-    """Measures suites, visit by visit, then prints their tables.
+    names: Sequence[str], how: Setting, json: Path | None = None, plot: Path | None = None, save: Path | None = None
+) -> Outcome:
+    """Measures suites, visit by visit, then prints their tables, and in which cells a restructured form is faster.
 
     Args:
         names: the names of the suites.
         how: the sizes.
         json: the file for all results so far, which is written after each visit to a comparison.
         plot: the file for the plots of the sweep; its suffix selects the format (.png, .svg, .pdf).
+        save: the file for the figures of a complete run (saved.py).
 
     Returns:
-        Comparisons by title.
+        What it measured.
     """
     console = Console(soft_wrap=True)
     console = console if console.is_terminal else Console(width=120)
     console.print(machine(how.device), highlight=False, markup=False)
-    cases = [case for name in names for case in SUITES[name](how)]
+    begin = time.monotonic()
+    left = 0  # visits
+
+    def share() -> float:
+        return max(0.0, begin + how.seconds - time.monotonic()) / max(left, 1)
+
+    cases = [case for name in names for case in SUITES[name](replace(how, share=share))]
     # All comparisons stay alive, since torch.compile compiles a function at most eight times, then gives up silently.
     dynamo.recompile_limit, dynamo.fail_on_recompile_limit_hit = 64, True
     results: dict[str, Comparison] = {}
@@ -132,13 +162,15 @@ def run(
                 progress.update(bar, description=f"{title}: {what}" if what else title)
 
             measured = {case.title: case.run(partial(print_line, case.title)) for case in cases}
-            bar = progress.add_task("", total=how.visits * len(cases))
+            left = how.visits * len(cases)
+            bar = progress.add_task("", total=left)
             for _ in range(how.visits):
                 for title, visits in measured.items():
                     print_line(title)
-                    results[title] = next(visits, None) or results[title]  # whole steps are one visit
-                    if not how.goals:
-                        results[title].goals = {}
+                    if time.monotonic() < begin + how.seconds and (result := next(visits, None)):
+                        results[title] = result  # whole steps are one visit
+                        result.goals = result.goals if how.goals else {}
+                    left -= 1
                     progress.advance(bar)
                     if json is not None:
                         with atomic_file(json) as new:
@@ -146,6 +178,14 @@ def run(
     finally:  # an interrupted run shows its results so far
         for title, comparison in results.items():
             report(title, comparison, console)
+        outcome = Outcome(results, [case.title for case in cases if case.title not in results])
+        late = [f"Left out, as this machine is slow (--only and --full leave more time): {t}" for t in outcome.left_out]
+        for line in (*late, "", *restructured.summary(*outcome.restructured)):
+            console.print(line, highlight=False, markup=False)
     if plot is not None:
         plots.write(plot, results, machine(how.device))
-    return results
+    if save is not None:
+        with atomic_file(save) as new:
+            new.write_text(saved.content(how.device, names, saved.tables(cases, results), time.monotonic() - begin))
+        console.print(f"saved: {save}", highlight=False, markup=False)
+    return outcome

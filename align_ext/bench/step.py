@@ -28,6 +28,7 @@ from align_ext.bench.timing import Baselines, Call, Comparison, Goal, measure
 from align_ext.system.terminal import PrintLine
 
 TOGETHER = 4  # processes at a time; each holds its model and its allocator's memory between steps
+LEAST_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,12 @@ class Process:
         )
 
     def __enter__(self) -> Process:
-        self._answer()  # waits until the process is ready
+        self.wait()
         return self
+
+    def wait(self) -> None:
+        """Waits until the process is ready."""
+        self._answer()
 
     def __exit__(self, *_: object) -> None:
         self.process.kill()
@@ -143,7 +148,7 @@ def step(setting: Setting) -> Iterator[Case]:
     models.fetch(setting.model)
     work, sizes = f"whole step, {setting.model} model, {setting.batch} x {setting.seq_len} tokens", setting.sizes
     for dtype in map(name_of, setting.step_dtypes):
-        yield Case(f"{work}, {dtype}, r={sizes.rank}, N={sizes.heads}", partial(_whole_steps, setting, dtype))
+        yield Case(f"{work}, r={sizes.rank}, N={sizes.heads}", dtype, partial(_whole_steps, setting, dtype))
 
 
 def quantised(setting: Setting) -> Iterator[Case]:
@@ -152,7 +157,7 @@ def quantised(setting: Setting) -> Iterator[Case]:
     sizes, dtype = setting.sizes, name_of(setting.step_dtypes[0])
     work = f"whole step, {setting.model} model in nf4, {setting.batch} x {setting.seq_len} tokens"
     few = replace(setting, steps="quantised", step_rounds=min(setting.step_rounds, 3))
-    yield Case(f"{work}, {dtype}, r={sizes.rank}, N={sizes.heads}", partial(_whole_steps, few, dtype))
+    yield Case(f"{work}, r={sizes.rank}, N={sizes.heads}", dtype, partial(_whole_steps, few, dtype))
 
 
 def _whole_steps(setting: Setting, dtype: str, print_line: PrintLine) -> Iterator[Comparison]:
@@ -164,21 +169,26 @@ def _whole_steps(setting: Setting, dtype: str, print_line: PrintLine) -> Iterato
     with Process(work(setting, first, dtype)) as frozen:
         for begin in range(0, len(others), TOGETHER):
             group = others[begin : begin + TOGETHER]
+            if begin and not setting.share():  # the time of the run is over
+                break
             with ExitStack() as alive:
-                processes = {}
-                for index, variant in enumerate(group):
+                processes = {variant: alive.push(Process(work(setting, variant, dtype))) for variant in group}
+                for index, (variant, process) in enumerate(processes.items()):
                     print_line(f"{variant} ({begin + index + 1} of {len(others)})")
-                    processes[variant] = alive.enter_context(Process(work(setting, variant, dtype)))
-                print_line(f"{', '.join(group)}: {setting.step_rounds} rounds")
+                    process.wait()
+                print_line(f"{', '.join(group)}: up to {setting.step_rounds} rounds")
                 steps: dict[str, Call] = {name: process.step for name, process in processes.items()}
-                result = measure({first: frozen.step, **steps}, setting.step_rounds, "cpu")
+                result = measure(
+                    {first: frozen.step, **steps}, setting.step_rounds, "cpu", least=LEAST_ROUNDS,
+                    seconds=lambda: setting.step_seconds,
+                )  # fmt: skip
                 peak |= {variant: process.finish() for variant, process in processes.items()}
             times[first] += result.times_ms.pop(first)
             times |= result.times_ms
             baselines |= result.baselines
         peak[first] = frozen.finish()
     result = Comparison(times, tokens=tokens, baselines=baselines, peak_mib=peak)
-    if {"R-LoRA, loop", "LoRA, restructured"} <= set(others):
+    if {"R-LoRA, loop", "LoRA, restructured", "r_lora"} <= set(times):
         # 1.5 times as fast as the loop, and within 5% of LoRA with one head.
         limit = min(result.ratios("R-LoRA, loop")[1] / 1.5, 1.05 * result.ratios("LoRA, restructured")[1])
         result.goals = {"r_lora": Goal(round(limit, 3))}

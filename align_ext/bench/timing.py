@@ -63,6 +63,7 @@ class Comparison:
         baselines: the divisor of each time of another variant: the first variant's times before and after it.
         peak_mib: the largest memory of each variant's process, or of the device.
         goals: the goals of some variants.
+        restructured: the variants that a variant of the same round restructures: ours -> the other.
         point: the varied quantity and its value, such as ("heads", 4), for plots.
     """
 
@@ -72,6 +73,7 @@ class Comparison:
     baselines: Baselines = field(default_factory=dict)
     peak_mib: dict[str, float] = field(default_factory=dict)
     goals: dict[str, Goal] = field(default_factory=dict)
+    restructured: dict[str, str] = field(default_factory=dict)
     point: tuple[str, int] | None = None
 
     def ratios(self, name: str) -> tuple[float, float, float]:
@@ -79,9 +81,12 @@ class Comparison:
         if name not in self.baselines:
             return 1.0, 1.0, 1.0
         rounds = zip(self.times_ms[name], self.baselines[name], strict=True)
-        ratios = [time / baseline for time, baselines in rounds for baseline in baselines]
-        low, mid, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        return low, mid, high
+        return quartiles([time / baseline for time, baselines in rounds for baseline in baselines])
+
+    def to_restructured(self, name: str) -> tuple[float, float, float]:
+        """Returns the quartiles of a variant's ratios to the restructured one of the same round."""
+        times = zip(self.times_ms[name], self.times_ms[self.restructured[name]], strict=True)
+        return quartiles([ours / other for ours, other in times])
 
     def per(self, count: int) -> Comparison:
         """Returns the measurements divided by the number of equal parts of each call."""
@@ -98,6 +103,12 @@ class Comparison:
             return None
         value = statistics.median(self.times_ms[name]) if goal.in_ms else self.ratios(name)[1]
         return value >= goal.limit if goal.at_least else value <= goal.limit
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """Returns lower quartile, median and upper quartile."""
+    low, mid, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * values
+    return low, mid, high
 
 
 def wall_clock(call: Call) -> float:
@@ -145,9 +156,14 @@ def gpu_clock(calls: list[Call]) -> Callable[[Call], float]:
     return clock
 
 
+def endless() -> float:
+    """The time of a visit that ends by its rounds."""
+    return math.inf
+
+
 def visits(
     variants: dict[str, Call], rounds: int, device: str, *, host: bool = False, repeats: int = 1, row_ms: float = 0,
-    seconds: float = math.inf,
+    least: int = 1, seconds: Callable[[], float] = endless,
 ) -> Iterator[Comparison]:  # fmt: skip
     """Measures the variants in turn after warm-up calls; yields all times so far after every visit.
 
@@ -159,7 +175,8 @@ def visits(
         repeats: the number of calls in one measurement, for very short calls.
         row_ms: on a CPU each variant is repeated until one measurement takes so long, so that a short call does not
             pay for the caches that a long one leaves behind.
-        seconds: the time after which a visit begins no further round; it has at least one.
+        least: the least rounds of a visit.
+        seconds: returns, at the start of a visit, the time after which it begins no further round.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
     for call in variants.values():
@@ -179,10 +196,10 @@ def visits(
         return times[name][-1]
 
     while True:
-        start = time.monotonic()
+        end = time.monotonic() + seconds()
         before = measure_once(first)
-        for done in range(rounds):
-            if done and time.monotonic() - start > seconds:
+        for done in range(max(rounds, least)):
+            if done >= least and time.monotonic() > end:
                 break
             for group in groups:
                 for name in group:

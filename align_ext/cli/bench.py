@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from align_ext.cli.app import UserError, app
+from align_ext.system.messages import shown
 from align_ext.system.terminal import continue_without_output
 from align_ext.system.writing import check_file
 
@@ -21,15 +22,26 @@ def bench(
     ] = None,
     json: Annotated[Path | None, typer.Option(help="write every measured time to this file")] = None,
     plot: Annotated[Path | None, typer.Option(help="write plots of the sweep to this file; needs matplotlib")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="exit code 1 unless no cell of restructured is slower, and none open")
+    ] = False,
+    save: Annotated[bool, typer.Option("--save", help="write the figures to a file named after the machine")] = False,
+    folder: Annotated[
+        Path | None, typer.Argument(help="of --save [docs/measurements of a checkout, else the current folder]")
+    ] = None,
 ) -> None:
     """Measures what adapters and alignment losses cost here, beside plain PyTorch and PEFT; under ten minutes.
 
     The variants of a table take turns, so that whatever else the machine does meets them all. A ratio is the median
     of a variant's times divided by the first variant's just before and just after, followed by its quartiles: 1.10
     means that the adapter adds 10% to the frozen layer. The rounds are spread over the whole run, so that another
-    run's medians lie within these quartiles or near them. Times in ms hold for the machine of the first line only.
+    run's medians lie within these quartiles or near them. It ends by the clock: a slow machine has fewer rounds, leaves
+    out what would take too long, and says so. Times in ms hold for the machine of the first line only.
 
     Suites:
+
+    restructured: lora, m_lora, r_lora and hydra of 128 to 2048 tokens, beside the same mathematics as one product of
+    concatenated heads. The report ends with the cells in which ours is slower: in three of four paired turns.
 
     layers: one adapted layer, forward and backward, with the frozen product and dx: lora and align_lora, against plain
     PyTorch, a hand-written restructuring, torch.compile of both, and PEFT's layer.
@@ -44,16 +56,17 @@ def bench(
 
     sweep: the ratio against tokens, rank and heads, the loss against tasks: what --plot draws.
 
-    step: whole training steps of a 135M model, each variant in a process of its own: tokens per second, peak memory.
+    step: whole training steps of a 135M model, each variant in a process of its own: tokens per second, peak memory;
+    layers that read the same x as one operator and each by itself.
 
     quantised: the same with the model's weights in nf4 by bitsandbytes, beside PEFT; only when it is named.
 
     decode: one token at a time, adapters merged into the weights and beside them.
 
-    Examples: align-lora bench --only layers,heads; align-lora bench --only step --model smollm2; align-lora bench
-    --only sweep --plot cost.png
+    Examples: align-lora bench --save; align-lora bench --only restructured --check; align-lora bench --only step
+    --model smollm2; align-lora bench --only sweep --plot cost.png
     """
-    from align_ext.bench import plots, run
+    from align_ext.bench import plots, restructured, run, saved
     from align_ext.bench.timing import MARK
 
     try:
@@ -61,17 +74,28 @@ def bench(
             raise ValueError("give --quick or --full, not both")
         names = run.chosen(only)
         how = run.setting(device, "quick" if quick else "full" if full else "normal", model)
+        if check and "restructured" not in names:
+            raise ValueError(f"--check is about the suite restructured, which --only {only} leaves out: add it")
+        if folder is not None and not save:
+            raise ValueError(f"{shown(str(folder))} is the folder of --save: give that too, or leave it out")
+        if quick and save:
+            raise ValueError("--quick measures nothing worth keeping: leave out --save, or take --json")
+        file = saved.file_in(folder, how.device) if save else None
+        if file is not None:
+            check_file("save", file, saved.MARK)
         if json is not None:
             check_file("json", json, f'"written_by": "{MARK}"')
         if plot is not None:
             plots.check(plot)
     except ValueError as error:
         raise UserError(str(error)) from error
-    if json is not None or plot is not None:
+    if json is not None or plot is not None or file is not None:
         continue_without_output()
     try:
-        run.run(names, how, json, plot)
+        outcome = run.run(names, how, json, plot, file)
     except ValueError as error:
         raise UserError(str(error)) from error
     except ModuleNotFoundError as error:
         raise UserError(f"this suite needs {error.name}: pip install {error.name}") from error
+    if check and not restructured.holds(*outcome.restructured):
+        raise typer.Exit(1)
