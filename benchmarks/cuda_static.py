@@ -1,6 +1,6 @@
 """What the compiler made of each CUDA kernel, without a GPU: registers, spills, blocks per multiprocessor, code.
 
-Usage: python benchmarks/cuda_static.py [--archs 80,90] [--write docs/performance.md]
+Usage: python benchmarks/cuda_static.py [--archs 80,90] [--write docs/cuda.md]
 
 Prints a table kernel x architecture, or rewrites the one between the markers of a file. Needs nvcc and nvdisasm (a
 dependency of align_ext[test]).

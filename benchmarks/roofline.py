@@ -4,7 +4,7 @@
 
 A paper model: nothing is measured. kernel_work.py has the bytes and the work, gpus.py the hardware.
 
-Usage: python benchmarks/roofline.py [--gemm 0.65] [--hbm 0.9] [--write docs/performance.md]
+Usage: python benchmarks/roofline.py [--gemm 0.65] [--hbm 0.9] [--write docs/cuda.md]
 
 Prints the tables, or rewrites those between the markers of a file.
 """

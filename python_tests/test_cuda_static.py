@@ -139,11 +139,11 @@ def test_a_kernel_has_code_only_where_it_is_used(kernels):
 
 
 def test_the_table_in_the_documentation_is_of_these_kernels(kernels, arch):
-    version, written = cuda_static.read_table((ROOT / "docs/performance.md").read_text())
+    version, written = cuda_static.read_table((ROOT / "docs/cuda.md").read_text())
     if version != cuda_static.nvcc_version():
         pytest.skip(f"the table is of nvcc {version}, this is {cuda_static.nvcc_version()}")
     written = {row: {f"sm_{arch}": cells[f"sm_{arch}"]} for row, cells in written.items()}
-    assert written == cuda_static.cells(kernels), "python benchmarks/cuda_static.py --write docs/performance.md"
+    assert written == cuda_static.cells(kernels), "python benchmarks/cuda_static.py --write docs/cuda.md"
 
 
 # ---- What a tile takes (tile_work.py)

@@ -33,9 +33,9 @@ def moved(works):
 
 
 def test_the_tables_in_the_documentation_are_of_this_model():
-    page = (ROOT / "docs/performance.md").read_text()
+    page = (ROOT / "docs/cuda.md").read_text()
     written = page.split(roofline.BEGIN)[1].split(roofline.END)[0].strip()
-    assert written == roofline.tables(Gpu()), "python benchmarks/roofline.py --write docs/performance.md"
+    assert written == roofline.tables(Gpu()), "python benchmarks/roofline.py --write docs/cuda.md"
 
 
 def test_a_kernel_takes_the_longest_of_its_limits_and_a_launch():
