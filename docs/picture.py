@@ -1,13 +1,14 @@
-"""The README's picture, of figures in docs/performance.md: python docs/picture.py [--write]."""
+"""The README's picture, of figures in docs/measurements: python docs/picture.py [--write]."""
 
 import argparse
-import re
+import json
 from pathlib import Path
 
 DOCS = Path(__file__).parent
 PICTURE = DOCS / "layer_time.svg"
-COLUMN = 4  # 2048 -> 5504, bfloat16
-BARS = {  # the name in the picture -> the row of the measured tables, and whether it is ours
+MEASURED = DOCS / "measurements/x86-64-amx-2-threads.json"
+COLUMN = "2048 -> 5504, bfloat16"
+BARS = {  # the name in the picture -> the variant that was measured, and whether it is ours
     "LoRA, this package": ("lora", True),
     "Align-LoRA with its loss, this package": ("align_lora, kl", True),
     "LoRA, PEFT": ("PEFT's LoRA", False),
@@ -32,14 +33,10 @@ DARK = """@media (prefers-color-scheme: dark) {
 
 
 def medians() -> dict[str, float]:
-    """The median of each bar, from the tables of layers in docs/performance.md."""
-    section = (DOCS / "performance.md").read_text().partition("## On a CPU")[2].partition("### ")[0]
-    measured: dict[str, str] = {}
-    for line in section.splitlines():
-        cells = [cell.strip() for cell in line.split("|")]
-        if len(cells) == COLUMN + 3:
-            measured.setdefault(cells[1], cells[COLUMN + 1])
-    return {name: float(re.match(r"[\d.]+", measured[row])[0]) for name, (row, _) in BARS.items()}  # type: ignore[index]
+    """The median of each bar."""
+    tables = json.loads(MEASURED.read_text())["tables"]
+    rows = {name: row for columns in tables.values() for name, row in columns.get(COLUMN, {}).items()}
+    return {name: rows[row]["ratio"][1] for name, (row, _) in BARS.items()}
 
 
 def look(kind: str) -> str:

@@ -1,5 +1,6 @@
 """What the README says is so; that its commands and Python run is in hf/test_guide.py."""
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -66,10 +67,10 @@ def test_the_picture_and_the_figures_beside_it_are_those_that_were_measured():
     medians = PICTURE["medians"]()
     assert f"**{medians['Align-LoRA with its loss, this package']} times** the frozen layer's time" in text
     assert f"it is {medians['LoRA, PEFT']} times" in text
-    without_amx = (ROOT / "docs/performance.md").read_text().partition("### Without AMX")[2]
-    names = ("| align_lora, kl |", "| PEFT's LoRA |")
-    rows = [line.split("|") for line in without_amx.splitlines() if line.startswith(names)]
-    assert "limited to AVX512_BF16 it is {} and {} (".format(*(cells[4].split()[0] for cells in rows[:2])) in text
+    limited = json.loads((ROOT / "docs/measurements/x86-64-amx-limited-to-avx512-bf16-2-threads.json").read_text())
+    rows = next(iter(limited["tables"].values()))[PICTURE["COLUMN"]]
+    ours, peft = (rows[name]["ratio"][1] for name in ("align_lora, kl", "PEFT's LoRA"))
+    assert f"limited to AVX512_BF16 it is {ours} and {peft} (" in text
 
 
 def test_the_two_commands_are_the_ones_that_ci_runs():
