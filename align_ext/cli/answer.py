@@ -18,6 +18,7 @@ from transformers import TextStreamer
 from align_ext.alignment.context import set_task
 from align_ext.base_model.checks import check_base, model_errors
 from align_ext.cli.convert import read_prompts
+from align_ext.cli.scored_run import as_stored, base_note, load_run_base
 from align_ext.data.conversation import Turn
 from align_ext.data.encode import prompt_tokens
 from align_ext.evaluation.evaluate import plain_generation
@@ -28,6 +29,7 @@ from align_ext.system.memory import enough_memory
 from align_ext.system.messages import shown, shown_path
 from align_ext.system.reading import check_folder, exists
 from align_ext.system.terminal import print_line, show_status
+from align_ext.training.options import TrainOptions
 
 _MOST_TOKENS = 10**6
 _HELP = "/reset forgets the turns before, {}/quit ends"
@@ -44,6 +46,7 @@ class AnswerRequest(ModelRequest):
     temperature: float = 0.0
     seed: int = 0
     task: str | None = None
+    run: TrainOptions | None = None  # of the adapter, where its base was quantised
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,12 +77,18 @@ class AnswerRequest(ModelRequest):
         check_folder(folder)
         path = Path(folder).expanduser()
         if exists(path / "adapter"):
-            return cls(adapter=str(path / "adapter"), **options)
+            return cls(adapter=str(path / "adapter"), **options | as_stored(path, options))
         if exists(path / "config.json"):
             if options["model"] is not None:
                 raise ValueError(f"--model names an adapter's base, and {shown_path(path)} holds a whole model")
             return cls(**options | {"model": str(path)})
         return cls(adapter=str(path), **options)
+
+    def load_base(self) -> tuple[Any, Any]:
+        """Loads the base model, and the tokenizer; that of a run as it was stored in training."""
+        if self.run is None:
+            return super().load_base()
+        return load_run_base(replace(self, model=self.model or self.run.model), self.run)
 
 
 @dataclass
@@ -159,6 +168,8 @@ def run(request: AnswerRequest, console: Console) -> None:
         raise ValueError(f"a {kind} answers as one of its tasks: name it by --task ({task_list(stored)})")
     with show_status(console, "loading the model"):
         speakers = _load(request)
+    if request.adapter is not None and request.run is None and (note := base_note(request.adapter)):
+        print_line(console, note)
     with torch.inference_mode():
         if not prompts:
             _talk(speakers, stored, console)

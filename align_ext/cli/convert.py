@@ -14,6 +14,7 @@ from torch import Tensor
 
 from align_ext.alignment.context import set_task
 from align_ext.base_model.checks import check_base, model_errors
+from align_ext.cli.scored_run import base_note
 from align_ext.data.encode import text_batch
 from align_ext.evaluation.same_logits import LARGEST_DIFFERENCE, relative_difference, verdict
 from align_ext.io.adapter_folder import AdapterFolder, task_list, task_number
@@ -73,6 +74,8 @@ def merge(request: Request, approximate: Any, prompts: str | None, dtype: str, c
             if batch is not None:
                 check_base(model, tokenizer, _rows(batch), cure="give shorter lines in --prompts")
             load_adapter(model, request.adapter, force=request.force)
+        if note := base_note(request.adapter):
+            print_line(console, note)
         if task is not None:
             set_task(model, task)
         with _timed_status("merging", console):
@@ -110,6 +113,8 @@ def export(request: Request, verify: bool, console: Console) -> bool:
             if verify:
                 check_base(model, tokenizer, _rows(text_batch(tokenizer, PROMPTS)), cure="leave --verify out")
             load_adapter(model, request.adapter, force=request.force)
+        if note := base_note(request.adapter):
+            print_line(console, note)
         with _timed_status(f"writing {target}", console), atomic_folder(target) as path:
             for folder, number in subfolders.items():
                 export_peft(model, path / folder, number)

@@ -3,15 +3,14 @@
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from align_ext.base_model.checks import check_base
-from align_ext.base_model.dtypes import usable_device
-from align_ext.cli.scored_run import held_out, read_finished, trained_note, with_run
+from align_ext.cli.scored_run import base_note, held_out, load_run_base, read_finished, trained_note, with_run
 from align_ext.data.encode import check_conversations, fits, token_rows
 from align_ext.data.tasks import TaskData, read_tasks, scored_examples
 from align_ext.evaluation.evaluate import score_together
@@ -28,7 +27,6 @@ from align_ext.system.messages import shown
 from align_ext.system.terminal import print_line, progress_bars, show_status
 from align_ext.system.versions import versions
 from align_ext.system.writing import atomic_file, check_file, user_path
-from align_ext.training.base import load_job_base
 from align_ext.training.options import TrainOptions
 from align_ext.training.rows import read_pools
 
@@ -90,7 +88,7 @@ def score(request: EvalRequest, file: str | None, console: Console) -> dict[str,
     stored = None if request.adapter is None else AdapterFolder.read(request.adapter)
     ids = None if stored is None else _task_ids(stored, tuple(pools.tasks), request)
     with show_status(console, "loading the model"):
-        model, tokenizer = _base(request, run[1]) if run else request.load_base()
+        model, tokenizer = load_run_base(request, run[1]) if run else request.load_base()
     check_conversations(tokenizer, pools.examples())
     fit = functools.partial(fits, tokenizer, max_tokens=request.seq_len)
     if run:
@@ -105,8 +103,9 @@ def score(request: EvalRequest, file: str | None, console: Console) -> dict[str,
     )
     for line in data.report():
         print_line(console, f"  {line}")
-    if not run and request.adapter is not None and (warning := trained_note(request.adapter, request.data)):
-        print_line(console, warning)
+    if not run and request.adapter is not None:
+        for line in filter(None, (base_note(request.adapter), trained_note(request.adapter, request.data))):
+            print_line(console, line)
     generate = "all" if request.generate else "none"
     alone: list[RowScore] = []
     with progress_bars(console) as bars:
@@ -140,11 +139,6 @@ def score(request: EvalRequest, file: str | None, console: Console) -> dict[str,
         with atomic_file(path) as new:
             new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return scores
-
-
-def _base(request: EvalRequest, options: TrainOptions) -> tuple[Any, Any]:
-    """Loads the base model as the run did, quantised if it was."""
-    return load_job_base(replace(options, model=request.model), request.dtype, usable_device(request.device))
 
 
 def _task_ids(stored: AdapterFolder, tasks: tuple[str, ...], request: EvalRequest) -> dict[str, int] | None:

@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -14,14 +13,13 @@ from align_ext.data.encode import check_conversations, encode_example
 from align_ext.data.overview import learnt_parts, lengths, overlaps, padding
 from align_ext.data.packing import pack
 from align_ext.data.rows import Example
-from align_ext.data.task_sampler import TaskSampler
 from align_ext.data.tasks import TaskData
 from align_ext.system import processes
 from align_ext.system.messages import shown
 from align_ext.system.terminal import print_line, show_status
 from align_ext.system.writing import atomic_file, check_file, user_path
 from align_ext.training.options import TrainOptions
-from align_ext.training.rows import batches, choose, encoded_rows, read_pools, train_rows
+from align_ext.training.rows import choose, encoded_rows, mixing_note, read_pools, sampler_of, train_rows
 
 MARK = "align-lora data"  # identifies files of counts, which may be overwritten
 _LETTERS = 1200  # the most letters of an example that are shown
@@ -79,11 +77,21 @@ def _content(options: TrainOptions, data: TaskData, tokenizer: Any, too_long: li
         for split, usage in splits.items():
             sizes = trained if split == "train" else scored
             usage["tokens"] = lengths(sizes[number] if usage["used"] else [])
+    packed = [(row["task_ids"], len(row["input_ids"])) for row in pack(plain, options.seq_len)]
+    mixed = [task for task, _ in packed] if options.packing else plain["task_ids"]
+    options = options.for_examples(len(mixed))
+    sampler = sampler_of(options, data, mixed)
+    for number, share in sampler.drawn().items():
+        counts["tasks"][data.names[number]]["train"]["share"] = {"asked": sampler.shares[number], "drawn": share}
     found = overlaps(data.train, data.test)
     return {
         "written_by": MARK, "options": options.to_dict(), **counts,
         "too_long": {"rows": len(too_long), "longest": max(too_long, default=0)},
-        "padding": _padding(options, data, plain),
+        "mixing": mixing_note(options, sampler, data.names),
+        "padding": padding(plain, options.batch_size, sampler_of(options, data, plain["task_ids"])) | {
+            "packed_rows": len(packed),
+            "filled": sum(size for _, size in packed) / (len(packed) * options.seq_len),
+        },
         "overlap": {
             "exact": sum(exact for *_, exact in found), "near": sum(not exact for *_, exact in found),
             "pairs": [[one.where or one.task, other.where or other.task] for one, other, _ in found[:_PAIRS]],
@@ -109,18 +117,9 @@ def _first(task: int, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return next(row for row in rows if row["task_ids"] == task)
 
 
-def _padding(options: TrainOptions, data: TaskData, plain: Dataset) -> dict[str, Any]:
-    """Returns the padding of rows by themselves, and how full packed rows are."""
-    arguments = batches(options, data, plain["task_ids"])
-    sampler = TaskSampler(arguments.pop("tasks"), seed=options.order_seed, **arguments)
-    packed = [len(row["input_ids"]) for row in pack(plain, options.seq_len)]
-    filled = sum(packed) / (len(packed) * options.seq_len)
-    return padding(plain, options.batch_size, sampler) | {"packed_rows": len(packed), "filled": filled}
-
-
 def _table(content: dict[str, Any]) -> Table:
-    table = Table("task", "split", title="rows, and the tokens of those used")
-    for title in ("rows", "used", *_LENGTHS):
+    table = Table("task", "split", title="rows, the tokens of those used, and shares of the run's rows")
+    for title in ("rows", "used", *_LENGTHS, "of the run"):
         table.add_column(title, justify="right")
     table.add_column("left out")
     for name, splits in content["tasks"].items():
@@ -130,15 +129,17 @@ def _table(content: dict[str, Any]) -> Table:
             ]
             reasons = [f"{count:,} {reason}" for reason, count in usage["left_out"].items()]
             reasons += [f"({usage['repeated']:,} repeated)"] if usage["repeated"] else []
+            share = f"{usage['share']['drawn']:.0%}" if split == "train" else ""
             table.add_row(
                 Text("" if number else shown(name)[1:-1]), split, f"{usage['rows']:,}", f"{usage['used']:,}", *tokens,
-                Text(", ".join(reasons)),
+                share, Text(", ".join(reasons)),
             )  # fmt: skip
     return table
 
 
 def _remarks(options: TrainOptions, content: dict[str, Any]) -> list[str]:
     lines, costs, overlap = list(content["notes"]), content["padding"], content["overlap"]
+    lines += [content["mixing"]] * bool(content["mixing"])
     if content["too_long"]["rows"]:
         longest = content["too_long"]["longest"]
         lines.append(

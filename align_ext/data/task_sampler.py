@@ -1,6 +1,7 @@
 """Mixes tasks into batches by given shares, with enough examples of each task in a batch, reproducibly."""
 
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import get_args
 
@@ -80,6 +81,12 @@ class TaskSampler(Sampler[int]):
 
     def __len__(self) -> int:
         return self.batches * self.batch_size
+
+    def drawn(self) -> dict[int, float]:
+        """Returns the share that each task has of an epoch's examples, where `shares` is what was asked for."""
+        task_of = {index: task for task, pool in self.pools.items() for index in pool}
+        counts = Counter(task_of[index] for index in self)
+        return {task: counts[task] / len(self) for task in self.shares} if len(self) else dict(self.shares)
 
     def __iter__(self) -> Iterator[int]:
         rng = random.Random(f"{self.seed} {self.epoch}")

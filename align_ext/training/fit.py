@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from align_ext.data.packing import PackedCollator
-from align_ext.data.task_sampler import TaskSampler
 from align_ext.system import processes
 from align_ext.system.bounds import unknown_name
 from align_ext.system.ending import deferred
@@ -26,7 +25,7 @@ from align_ext.training.job import Job
 from align_ext.training.options import TrainOptions, arguments_of
 from align_ext.training.record import MeasureAdapters
 from align_ext.training.report import ShowProgress
-from align_ext.training.rows import batches
+from align_ext.training.rows import batches, sampler_of
 from align_ext.training.run_folder import RunFolder
 from align_ext.training.trainer import AlignTrainer
 from align_ext.training.trainer_options import NEEDED, check_field
@@ -190,13 +189,17 @@ def fit(job: Job, bars: Bars, console: Console) -> dict[str, Any]:
 
 def mixing(job: Job) -> dict[str, Any]:
     """Returns the arguments of the TaskSampler (see rows.batches)."""
-    return batches(job.options, job.data, job.mixed_by or job.train_rows["task_ids"])
+    return batches(job.options, job.data, mixed_by(job))
+
+
+def mixed_by(job: Job) -> Sequence[int]:
+    """Returns the task of each row, by which the batches are mixed."""
+    return job.mixed_by or job.train_rows["task_ids"]
 
 
 def trained_tokens(job: Job) -> int:
     """Returns the number of tokens of all training examples that a run trains on, without padding."""
-    arguments = mixing(job)
-    sampler = TaskSampler(arguments.pop("tasks"), seed=job.options.order_seed, **arguments)
+    sampler = sampler_of(job.options, job.data, mixed_by(job))
     return sum(len(job.train_rows[index]["input_ids"]) for index in sampler)
 
 

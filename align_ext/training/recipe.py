@@ -46,7 +46,7 @@ from align_ext.training.model_card import check_hub, write_card
 from align_ext.training.options import TrainOptions
 from align_ext.training.record import measure_adapters, shown_answers
 from align_ext.training.report import summarise
-from align_ext.training.rows import choose, encoded_rows, read_pools, train_rows
+from align_ext.training.rows import choose, encoded_rows, mixing_note, read_pools, sampler_of, train_rows
 from align_ext.training.run_folder import RunFolder
 from align_ext.training.trial import try_arguments
 from align_ext.training.verify import verify
@@ -117,7 +117,8 @@ def _prepare(folder: RunFolder, device: str, dtype: torch.dtype, console: Consol
         rows, scored = train_rows(options, tokenizer, data), encoded_rows(tokenizer, data, data.test)
     options = options.for_examples(len(rows))
     arguments.max_steps = options.steps
-    if note := _warmup_note(options, arguments):
+    sampler = sampler_of(options, data, rows["task_ids"])
+    for note in filter(None, (_warmup_note(options, arguments), mixing_note(options, sampler, names))):
         print_line(console, note)
     token_ids = itertools.chain((row["input_ids"] for row in rows), token_rows(tokenizer, data.test))
     ran = check_base(model, tokenizer, token_ids, training=True)

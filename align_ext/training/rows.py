@@ -10,8 +10,12 @@ from align_ext.data.encode import features, fits
 from align_ext.data.on_disk import Examples, ExampleStore, rows_on_disk
 from align_ext.data.packing import cut_texts, pack
 from align_ext.data.rows import Example
+from align_ext.data.task_sampler import TaskSampler
 from align_ext.data.tasks import Pools, TaskData, read_tasks, select
+from align_ext.system.messages import shown
 from align_ext.training.options import TrainOptions
+
+_FAR = 0.05  # a difference of shares that a run tells
 
 
 def read_pools(options: TrainOptions, dev: int = 0) -> Pools:
@@ -85,6 +89,26 @@ def train_rows(options: TrainOptions, tokenizer: Any, data: TaskData, *, packing
 def encoded_rows(tokenizer: Any, data: TaskData, examples: Sequence[Example]) -> list[dict[str, Any]]:
     """Returns the rows of examples to score or to choose on, of which the answers alone count."""
     return list(features(tokenizer, examples, data.ids()))
+
+
+def sampler_of(options: TrainOptions, data: TaskData, tasks: Sequence[int]) -> TaskSampler:
+    """Returns the order in which a run takes its rows, of which `tasks` are the tasks."""
+    arguments = batches(options, data, tasks)
+    return TaskSampler(arguments.pop("tasks"), seed=options.order_seed, **arguments)
+
+
+def mixing_note(options: TrainOptions, sampler: TaskSampler, names: Sequence[str]) -> str:
+    """Returns a line on the task whose share of a run is furthest from what was asked, if that is far, or ""."""
+    drawn, asked = sampler.drawn(), sampler.shares
+    task = max(drawn, key=lambda task: abs(drawn[task] - asked[task]))
+    if abs(drawn[task] - asked[task]) < _FAR:
+        return ""
+    why = "the run is too short for the turns of its tasks: more --steps come nearer"
+    if options.mixing != "round_robin" and len(drawn) > 1:
+        least = f"{sampler.per_task} rows of each or more"
+        why = f"a micro-batch of {options.batch_size} holds two tasks or more, {least}: "
+        why += "a larger --batch-size" + " or a smaller --per-task" * (sampler.per_task > 1) + " comes nearer"
+    return f"{shown(names[task])} has {drawn[task]:.0%} of the run's rows, where {asked[task]:.0%} are asked: {why}"
 
 
 def batches(options: TrainOptions, data: TaskData, tasks: Sequence[int]) -> dict[str, Any]:

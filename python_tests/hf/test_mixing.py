@@ -55,6 +55,14 @@ def test_a_share_too_small_for_a_pair_in_each_batch_waits_and_a_temperature_of_o
     assert list(same[0]) == list(same[1])
 
 
+def test_the_shares_drawn_are_counted_of_the_order_itself():
+    sampler = TaskSampler([0] * 9 + [1] * 3, 4, "equal", batches=6, weights={0: 19})
+    assert sampler.shares == {0: 0.95, 1: 0.05}
+    drawn = Counter(int(index >= 9) for index in sampler)
+    assert sampler.drawn() == {0: drawn[0] / 24, 1: drawn[1] / 24} == {0: 0.5, 1: 0.5}
+    assert TaskSampler([0, 0, 1, 1], 4, batches=0).drawn() == {0: 0.5, 1: 0.5}
+
+
 @pytest.mark.parametrize("mixing", MIXINGS)
 @pytest.mark.parametrize(("batch_size", "per_task"), [(4, 2), (7, 2), (8, 3), (12, 4), (2, 1)])
 def test_a_batch_has_two_tasks_at_least_and_enough_of_each(mixing, batch_size, per_task):

@@ -82,6 +82,23 @@ def test_counts_and_rows_are_those_of_the_run(place):
     assert fit.trained_tokens(job) > 0
 
 
+def test_shares_that_a_batch_cannot_hold_are_told_by_the_command_and_the_run(place):
+    rows = [{"task": t, "prompt": f"{t}{i}", "answer": t} for t in "ab" for i in range(12)]
+    write_rows(place / "rows.jsonl", rows)
+    far = {"mixing_weights": "a=9", "batch_size": 4, "per_task": 2, "steps": 10, "eval_examples": 2}
+    said = {}
+    for name, given in (("far", far), ("near", far | {"batch_size": 20}), ("free", far | {"mixing_weights": ()})):
+        content, said[name] = shown(options(place, **given))
+        share = {task: content["tasks"][task]["train"]["share"] for task in "ab"}
+        assert share["a"]["asked"] == pytest.approx(0.5 if name == "free" else 0.9)
+        assert share["a"]["drawn"] == pytest.approx({"far": 0.5, "near": 0.9, "free": 0.5}[name])
+    line = "'a' has 50% of the run's rows, where 90% are asked: a micro-batch of 4 holds two tasks or more"
+    assert [line in said[name] for name in said] == [True, False, False]
+    out = Console(file=io.StringIO(), width=300)
+    prepare(place, said=out, **far)
+    assert line in out.file.getvalue()
+
+
 def test_the_turns_that_are_learnt_are_those_that_the_option_names(tmp_path):
     place = {"model": str(model_folder(tmp_path / "model", chat=True)), "eval_examples": 1, "steps": 1}
     talk = [{"role": role, "content": text} for role, text in [("user", "a"), ("assistant", "b")]] * 2

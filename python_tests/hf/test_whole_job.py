@@ -11,6 +11,8 @@ from hf.test_several_processes import said, start
 from hf.words import model_folder, wide_qwen2, write_rows
 from safetensors.torch import load_file
 
+from align_ext.cli.answer import AnswerRequest
+
 STEPS = 40
 
 
@@ -83,6 +85,15 @@ def test_the_folder_holds_what_was_learnt_of_whom_and_where_the_trackers_find_it
         assert f"{found['after']['tasks'][task]['loss']:.3f}" in card
         assert f"{found['after']['tasks'][task]['loss']:.3f}" in report
     assert "load_in_4bit: true" in card
+
+
+def test_it_answers_on_the_base_as_it_was_trained_and_says_where_it_does_not(place):
+    request = AnswerRequest.of(str(place / "two"), model=str(place / "model"), merge=False, dtype="auto", device="cpu")
+    kinds = {type(layer).__name__ for layer in request.load()[0].modules()}
+    assert "Linear4bit" in kinds
+    note = "the adapter was trained on its base model in 4 bits"
+    assert note not in said(start(place, 1, "generate", "two", "--model", "model", "--prompt", "a", "--device", "cpu"))
+    assert note in said(start(place, 1, "merge", "two/adapter", "--model", "model", "--output", "merged"))
 
 
 @pytest.mark.slow
