@@ -88,7 +88,8 @@ class CardFacts:
         base = "base = ...  # the model that it was trained on"
         if self.base is not None and self.base_class is not None:
             base = (
-                f'from transformers import {self.base_class}\nbase = {self.base_class}.from_pretrained("{self.base}")'
+                f'from transformers import {self.base_class}\nbase = {self.base_class}.from_pretrained("{name}")'
+                + "  # its folder" * (self.hub_id is None)
             )
         text = f"""---
 {_yaml(self.metadata(peft=peft))}---

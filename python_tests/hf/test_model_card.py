@@ -26,11 +26,13 @@ def save_and_export(model, folder):
     write_lora(read_lora(folder / "saved"), folder / "composed")
 
 
-def test_what_the_card_says_of_loading_runs_with_align_ext_and_with_peft(tmp_path):
+def test_what_the_card_says_of_loading_runs_with_align_ext_and_with_peft(tmp_path, monkeypatch):
     llama().save_pretrained(tmp_path / "base")
     model = adapted(llama().from_pretrained(tmp_path / "base"), torch.float32, num_tasks=2).eval()
     save_adapter(model, tmp_path / "adapter", ("sums", "news"))
     text = card_of(tmp_path / "adapter").text
+    assert str(tmp_path) not in text  # a folder's place is nobody else's business
+    monkeypatch.chdir(tmp_path)
     ((code),) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     ours, theirs = code.replace("FOLDER", str(tmp_path / "adapter")).split("from peft")
     inputs = {"input_ids": batch()[0]["input_ids"]}
