@@ -32,7 +32,7 @@ def pytest_addoption(parser):
     parser.addoption("--device", choices=LACKS, default="cpu", help="where the operators' tests run")
     parser.addoption("--slow", action="store_true", help="also run what only make check-full has time for")
     parser.addoption("--every", type=int, default=1, help="run only every n-th case of each test")
-    parser.addoption("--fuzz", type=int, default=100, help="how many cases a test by hypothesis makes")
+    parser.addoption("--fuzz", type=int, default=40, help="how many cases a test by hypothesis makes")
 
 
 def pytest_configure(config):

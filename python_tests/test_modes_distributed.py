@@ -4,7 +4,7 @@ import pytest
 from processes import spawn
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [3, pytest.param(2, marks=pytest.mark.slow)])
 def test_uneven_processes_give_the_gradient_of_the_union_batch(processes, unused_port):
     from ranks import train_unevenly  # a module of its own, which the processes can import by name
 

@@ -23,7 +23,14 @@ def memory(tensors: list[torch.Tensor]) -> int:
 
 
 @pytest.mark.parametrize(
-    ("losses", "mode"), [("kl", None), ("kl", "non-reentrant"), ("kl", "reentrant"), ("mmd", None), ("queue", None)]
+    ("losses", "mode"),
+    [
+        ("kl", None),
+        ("queue", None),
+        pytest.param("mmd", None, marks=pytest.mark.slow),
+        pytest.param("kl", "non-reentrant", marks=pytest.mark.slow),
+        pytest.param("kl", "reentrant", marks=pytest.mark.slow),
+    ],
 )
 def test_memory_is_flat_in_the_number_of_micro_batches(losses, mode):
     others = tensors_alive()  # those of tests before this one, which live on so that their ids stay theirs

@@ -27,7 +27,11 @@ def few(command, folder, data):
     return [command, "--model", folder, "--data", data, "--dtype", "float32", *own]
 
 
-INPUTS = [["input_ids"], ["input_ids", "token_type_ids"], ["input_ids", "token_type_ids", "attention_mask"]]
+INPUTS = [
+    ["input_ids"],
+    pytest.param(["input_ids", "token_type_ids"], marks=pytest.mark.slow),
+    pytest.param(["input_ids", "token_type_ids", "attention_mask"], marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize("names", INPUTS)
