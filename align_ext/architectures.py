@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 Architecture = Literal[
     "align_lora", "lora", "multi_adapter", "lora_moe", "hydra", "r_lora", "m_lora", "mtlora", "multilora", "moelora",
-    "mtlora_cvpr", "nlora", "malora",
+    "mtlora_cvpr", "nlora", "malora", "mixlora",
 ]  # fmt: skip
 
 
@@ -16,13 +16,15 @@ class Row(NamedTuple):
         adapter: the adapter's class, as "module:name" in align_ext/adapters.
         formula: the term that it adds to W x.
         parameters: the trained parameters per layer, in n, m (in, out), r, N (num_heads), M (num_tasks), G
-            (routing_groups) and d (shared_rank).
+            (routing_groups) and d (shared_rank); behind ";", those of a block's router.
         paper: the paper; after "aligned: ", that of its alignment.
         defaults: the values for options that are "auto"; None: the option does not apply and may not be set.
         A_per_head: whether each head has its own A, so that no offset of rank r can subtract the initial heads.
         pissa: whether it can start from the base weight (init_lora_weights="pissa").
         by_task: whether what a layer computes depends on the task of the token, so that every token needs one.
         paths: the LoRAs of rank r that a token goes through, where there are no num_heads.
+        mixture: whether its experts are whole feed-forward blocks behind one router (adapters/mixlora.py); layers in no
+            such block get one LoRA.
     """
 
     adapter: str
@@ -34,6 +36,7 @@ class Row(NamedTuple):
     pissa: bool = False
     by_task: bool = False
     paths: int = 1
+    mixture: bool = False
 
 
 _ONE = {
@@ -92,6 +95,12 @@ ARCHITECTURES: Mapping[str, Row] = {
     "malora": Row(
         "malora:MaLoraAdapter", "s Σ w_i(x) B_i C_i S x, S d rows", "d n + N r (d + m) + N n", "2410.22782",
         {**_ROUTED, "num_heads": 8, "top_k": 2, "shared_rank": 16}, A_per_head=True,
+    ),
+    "mixlora": Row(
+        "mixlora:MixLoraAdapter", "s B_i A_i x in block i of N, which together give Σ w_i(x) block_i(x)",
+        "N r (n + m); a block N n", "2404.15159",
+        {**_ROUTED, "num_heads": 8, "top_k": 2, "routing": None, "routing_groups": None, "balance": "switch"},
+        A_per_head=True, mixture=True,
     ),
 }  # fmt: skip
 HYDRA_WITHOUT_ROUTER = Row(

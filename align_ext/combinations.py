@@ -56,6 +56,8 @@ def check_combinations(config: Any) -> None:
                '"gaussian", which blocks take too: choose one of these')  # fmt: skip
     if config.architecture == "malora" and config.init_lora_weights == "orthogonal":
         refuse("init_lora_weights", 'A_i is a product of two matrices: start malora by "kaiming" or "gaussian"')
+    if config.row.mixture and config.target_blocks:
+        refuse("target_blocks", "the layers of its blocks are adapted: name them in target_modules, and leave it out")
     if config.init_lora_weights == "nystrom" and config.architecture != "nlora":
         refuse("init_lora_weights", "it starts a matrix between A and B: use nlora, or start otherwise")
     if config.use_dora and (config.router is not None or config.row.by_task):

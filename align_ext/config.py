@@ -61,7 +61,8 @@ class AlignLoraConfig:
         'whole blocks, fine-grained routing, spectral regularisation), "multilora" (LoRAs in parallel, each with '
         'trained scalings), "moelora" (experts weighed by the task), "mtlora_cvpr" '
         '(one adapter of all tasks, and one of each), "nlora" (a trained matrix between A and B), '
-        '"malora" (routed experts, whose A_i lie in a shared subspace).',
+        '"malora" (routed experts, whose A_i lie in a shared subspace), "mixlora" (experts that are whole feed-forward '
+        "blocks behind one router each; a LoRA beside layers elsewhere).",
     )
     r: int = option(8, "rank of A and B.", integer_rule())
     lora_alpha: float = option(32, "alpha; the scaling is s = alpha / r.", positive)
@@ -127,7 +128,7 @@ class AlignLoraConfig:
     num_heads: int | None = option(
         AUTO,
         "N, how many B_i (or experts) there are; by default one for each of num_tasks, at most 16; 5 for one task, or "
-        "where num_tasks is not given; 8 in moelora and malora.",
+        "where num_tasks is not given; 8 in moelora, malora and mixlora.",
         integer_rule(),
     )
     reduce: Literal["sum", "mean"] | None = option(AUTO, 'heads without a router: their "sum" or "mean".')
@@ -218,8 +219,8 @@ class AlignLoraConfig:
     share_inputs: bool = option(
         True,
         "compute adapted layers that a module calls with the same tensor (q, k, v; gate, up) together in training; on "
-        "its own is each layer of multi_adapter, moelora, mtlora_cvpr, malora, multilora and nlora, with masks of each "
-        "head on its input, routed by sequence, or compiled.",
+        "its own is each layer of multi_adapter, moelora, mtlora_cvpr, malora, multilora and nlora, of mixlora's blocks, "
+        "with masks of each head on its input, routed by sequence, or compiled.",
     )
     adapter_dtype: Literal["float32", "base"] = option(
         "float32", 'dtype of A and B: "float32" (PEFT\'s default, also on a 16-bit base) or "base".'
@@ -312,7 +313,8 @@ class AlignLoraConfig:
                 raise ValueError(f"{name}={shown(value)}: architecture {self._name()} has no {name}; leave it out")
             elif default is not None and value is None and not optional:
                 raise ValueError(f"{name}=None: architecture {self._name()} needs it; leave it out for {default!r}")
-        routed, heads = self.router is not None, self.num_heads is not None and not self.row.by_task
+        routed = self.router is not None
+        heads = self.num_heads is not None and not self.row.by_task and not self.row.mixture
         for name, available, what in (("balance", routed, "router"), ("spectral", heads, "heads")):
             if getattr(self, name) is not None and not available:
                 raise ValueError(f"{name}={shown(getattr(self, name))}: architecture {self._name()} has no {what}")
@@ -339,8 +341,9 @@ class AlignLoraConfig:
 
     @property
     def latents(self) -> int:
-        """The number of latents z per token and layer: N if each head has its own latent, else 1."""
-        return (self.num_heads or 1) if self.latents_per_head else 1
+        """The number of latents z per token and layer: N if each head has its own latent, else 1; k in a mixture."""
+        heads = self.num_heads or 1
+        return (self.row.mixture and self.top_k) or heads if self.latents_per_head else 1
 
     @property
     def needs_ids(self) -> bool:

@@ -121,6 +121,63 @@ def dora(
     return Output((g - 1) * (xd @ W.T) + g * inner.low, inner.latents)
 
 
+def likeliest(row: list[float], k: int) -> list[int]:
+    """The k largest, the largest first, and of equal ones the first."""
+    return sorted(range(len(row)), key=lambda i: (-row[i], i))[:k]
+
+
+class Mixture:
+    """A feed-forward block as N experts: each is the block's own forward for all tokens, and a token takes k of them.
+
+    Args:
+        block: the block, in which the forward of each adapted layer is the literal one from now on.
+        config: its options.
+        rng_of: returns seed and offset of a layer's mask and p.
+    """
+
+    def __init__(self, block, config, rng_of) -> None:
+        self.block, self.config, self.rng_of, self.plain = block, config, rng_of, block.forward
+        self.layers = [layer for layer in block.modules() if hasattr(layer, "adapter")]
+        (self.router,) = (layer.adapter.lora_router for layer in self.layers if layer.adapter.lora_router is not None)
+        for layer in self.layers:
+            layer.forward = lambda x, layer=layer: self.layer(layer, x)
+
+    def forward(self, x: Tensor, *others) -> tuple[Tensor, list[Output]]:
+        """The block's output, and what each adapted layer hands over, in the order in which they run."""
+        rows, experts = x.reshape(-1, x.shape[-1]), range(self.config.num_heads)
+        p = (rows @ self.router.lora_R.to(x.dtype).T / self.config.router_temperature).softmax(1)
+        self.chosen = [likeliest(row, self.config.top_k or len(experts)) for row in p.tolist()]
+        self.rngs, self.latents, outputs = {}, {}, []
+        for self.expert in experts:
+            outputs.append(self.plain(x, *others).flatten(0, -2))
+        y = [
+            sum(p[t, i] * outputs[i][t] for i in chosen) / sum(p[t, i] for i in chosen)
+            for t, chosen in enumerate(self.chosen)
+        ]
+        return torch.stack(y).view(*x.shape[:-1], -1), [self.output(layer, p) for layer in self.latents]
+
+    def layer(self, layer, x: Tensor) -> Tensor:
+        """A layer with the LoRA of the expert whose turn it is."""
+        adapter, rows, k = layer.adapter, x.reshape(-1, x.shape[-1]), len(self.chosen[0])
+        if layer not in self.rngs:
+            self.rngs[layer] = self.rng_of(layer)
+        (rng, p), xd = self.rngs[layer], rows
+        if p:
+            place = [chosen.index(self.expert) if self.expert in chosen else 0 for chosen in self.chosen]
+            mask = dropout_mask(rng, p, (len(rows), k, rows.shape[1]), x.dtype)
+            xd = rows * mask[torch.arange(len(rows)), place]
+        z = xd @ adapter.lora_A[self.expert].to(x.dtype).T
+        self.latents.setdefault(layer, []).append(z)
+        low = adapter.scaling * z @ adapter.lora_B[self.expert].to(x.dtype).T
+        return layer.base_layer(x) + low.view(*x.shape[:-1], -1)
+
+    def output(self, layer, p: Tensor) -> Output:
+        """The latents of a token's first expert, of its second one, ...; with the router, p."""
+        places = zip(*self.chosen, strict=True)
+        latents = [torch.stack([self.latents[layer][i][t] for t, i in enumerate(place)]) for place in places]
+        return Output(p, latents, None if layer.adapter.lora_router is None else p[:, None])
+
+
 def routing_weights(router, config, x: Tensor, prompt: Tensor | None) -> Tensor:
     """w [T, G, N]: a softmax over all heads, or over the top_k largest logits, of each token and group."""
     R = router.lora_R.to(x.dtype)
@@ -205,13 +262,16 @@ def reduced(pairs: list[Tensor], config) -> Tensor:
     return total if config.align_pairs == "batch" else every * total / len(pairs)
 
 
-def balance(w: Tensor, valid: Tensor, kind: str) -> Tensor:
-    """How unevenly the heads are used; w [T, G, N], valid bool [T]."""
+def balance(w: Tensor, valid: Tensor, kind: str, top_k: int | None = None) -> Tensor:
+    """How unevenly the heads are used; w [T, G, N], valid bool [T]; top_k: how many a token takes, if not all with w."""
     rows = w[valid].flatten(0, 1)
     heads = rows.shape[1]
     P = [rows[:, i].sum() / len(rows) for i in range(heads)]
     if kind == "switch":
-        return heads * sum((rows[:, i] > 0).to(w.dtype).mean() * P[i] for i in range(heads))
+        taken = rows > 0 if top_k is None else torch.zeros_like(rows, dtype=torch.bool)
+        for t, row in enumerate(rows.tolist() if top_k else []):
+            taken[t, likeliest(row, top_k)] = True
+        return heads * sum(taken[:, i].to(w.dtype).mean() * P[i] for i in range(heads))
     if heads == 1:
         return P[0] * 0
     mean = sum(P) / heads

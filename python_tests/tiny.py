@@ -1,5 +1,6 @@
 """Tiny real models and batches with tasks, and a literal oracle of their gradients."""
 
+import functools
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from align_ext import AlignLoraConfig, replace_linear_with_align_lora
 from align_ext.adapters.adapted_linear import AdaptedModule
 
 TASKS, WEIGHT, VOCAB, LENGTH = 3, 0.3, 64, 10
+PLAIN = AlignLoraConfig(architecture="lora")
 
 
 def llama(**options):
@@ -87,6 +89,11 @@ class Oracle:
         for layer in model.modules():
             if isinstance(layer, AdaptedModule):
                 layer.forward = types.MethodType(self._forward, layer)
+        for block in {a.block: model.get_submodule(a.block) for a in self.adapters if hasattr(a, "block")}.values():
+            mixture = literal.Mixture(block, self.config, self._own_rng)
+            block.forward = functools.partial(self._mixed, mixture)
+            block._forward_pre_hooks.clear()
+            block._forward_hooks.clear()
         model._forward_pre_hooks.clear()
         model._forward_hooks.clear()
 
@@ -101,10 +108,22 @@ class Oracle:
             self.outputs.append(literal.dora(layer, self.config, x, p, rng, number))
         else:
             of_batch = self.tasks, self.prompt, rng, number
-            self.outputs.append(literal.low_rank(layer.adapter, self.config, x, p, *of_batch))
+            config = PLAIN if self.config.row.mixture else self.config  # beside a mixture's blocks
+            self.outputs.append(literal.low_rank(layer.adapter, config, x, p, *of_batch))
         if isinstance(base_out, tuple):
             return base_out[0] + self.outputs[-1].low, *base_out[1:]
         return base_out + self.outputs[-1].low
+
+    def _mixed(self, mixture: literal.Mixture, *args: Any) -> Tensor:
+        y, outputs = mixture.forward(*args)
+        self.outputs += outputs
+        return y
+
+    def _own_rng(self, layer: AdaptedModule) -> tuple[Tensor | None, float]:
+        """Seed and offset of the mask of a layer without siblings, and p."""
+        p = self.config.lora_dropout if layer.training else 0.0
+        rng = self._rng(layer, p)[0]
+        return torch.randint(0, 2**63 - 1, (2,)) if p and rng is None else rng, p
 
     def _rng(self, layer: AdaptedModule, p: float) -> tuple[Tensor | None, tuple[int, int]]:
         """Seed and offset of a layer's mask, and which one of how many it is: siblings have those of the first."""
@@ -132,7 +151,8 @@ class Oracle:
         self.prompt = prompts(inputs)
         self.outputs = []
         drawn_at_once = self.config.lora_dropout > 0 and any(a.layer is not None for a in self.adapters)
-        self.seeds = torch.randint(2**63 - 1, (len(self.adapters), 2)) if drawn_at_once else None
+        layers = len(self.model.align_state.names)
+        self.seeds = torch.randint(2**63 - 1, (layers, 2)) if drawn_at_once else None
         lm = self.model(**inputs).loss
         return lm, self.outputs, torch.where(inputs["attention_mask"] == 1, tasks[:, None], -1).flatten()
 
@@ -142,9 +162,15 @@ class Oracle:
         if self.config.align:
             total = total + align * sum(self.alignment(output, task) for output in outputs) / self._layers()
         if self.config.balance:
-            losses = [literal.balance(output.weights, task >= 0, self.config.balance) for output in outputs]
+            losses = self.balances(outputs, task)
             total = total + self.config.balance_weight * sum(losses) / len(losses)
         return total
+
+    def balances(self, outputs: list[literal.Output], task: Tensor) -> list[Tensor]:
+        """The balance of each router."""
+        kind, top_k = self.config.balance, self.config.latents if self.config.row.mixture else None
+        routed = [output.weights for output in outputs if output.weights is not None]
+        return [literal.balance(weights, task >= 0, kind, top_k) for weights in routed]
 
     def _layers(self) -> int:
         return len(self.adapters) if self.config.align_layers == "mean" else 1

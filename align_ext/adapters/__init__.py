@@ -12,8 +12,18 @@ def adapter_class(config: AlignLoraConfig) -> Any:
     return getattr(import_module(f"align_ext.adapters.{module}"), name)
 
 
-def make_adapter(config: AlignLoraConfig, in_features: int, out_features: int, experts: int | None = None) -> Any:
-    """Makes the adapter of a layer of these sizes; experts: their number, beside a tensor of experts."""
-    if experts is None:
-        return adapter_class(config)(config, in_features, out_features)
-    return import_module("align_ext.adapters.adapted_experts").ExpertsLora(config, in_features, out_features, experts)
+def make_adapter(config: AlignLoraConfig, in_features: int, out_features: int, *part: int) -> Any:
+    """Makes the adapter of a layer of these sizes.
+
+    Args:
+        config: the options.
+        in_features: n.
+        out_features: m.
+        part: of a tensor of experts, their number; of a layer in a mixture's block, the width of the block's input and
+            whether the layer holds the router; nothing of other layers.
+    """
+    if config.row.mixture and not part:
+        return import_module("align_ext.adapters.mixlora").LoraBesideExperts(config, in_features, out_features)
+    if part and not config.row.mixture:
+        return import_module("align_ext.adapters.adapted_experts").ExpertsLora(config, in_features, out_features, *part)
+    return adapter_class(config)(config, in_features, out_features, *part)

@@ -20,8 +20,9 @@ class Captured(NamedTuple):
     """The latents and routing weights of one call of an adapter, without a graph.
 
     Attributes:
-        z: latents [T, r], or [T, N, r] where heads have latents of their own; T the tokens of the layer's input.
-        w: a router's weights [T, G, N]; None without one.
+        z: latents [T, r], [T, N, r] where heads have latents of their own, or [T, k, r] of a token's k experts; T the
+            tokens of the layer's input.
+        w: a router's weights [T, G, N], of mixlora the probabilities of all experts; None without one.
     """
 
     z: Tensor
@@ -87,9 +88,9 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def join(self, state: AlignState, name: str) -> None:
-        """Takes part in the model's steps under this name."""
+        """Takes part in the model's steps under this name, if it has latents or routing weights for them."""
         self.state = state
-        if state.config.align or state.config.balance:
+        if state.config.align or (state.config.balance and getattr(self, "lora_router", None) is not None):
             self.layer = state.add_layer(name, self.r)
             self.layer_key = as_key(self.layer)
 

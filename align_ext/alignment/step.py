@@ -110,7 +110,10 @@ class AlignStep(StepOutputs):
                 self.alignment = self._all_statistics(of, distributed).evaluate(config)
             if config.balance:
                 weights = self.recorded[WEIGHTS]
-                self.balance = Balance.of(weights, self.counting, config.balance, distributed=distributed)
+                top_k = config.latents if config.row.mixture else None
+                self.balance = Balance.of(
+                    weights, self.counting, config.balance, distributed=distributed, top_k=top_k
+                )
         recorded = self.release()
         factors = {LATENT: self._weight * scale, WEIGHTS: config.balance_weight * scale}
         # Data parallelism averages gradients over the processes, but the statistics are those of the whole batch. Each

@@ -1,10 +1,14 @@
 """Finds the attention and MLP blocks of a transformer by their structure, whatever their classes are called."""
 
 from collections.abc import Collection, Iterator
+from typing import NamedTuple
 
 from torch import nn
 
 from align_ext.adapters.linear_layer import features_of, is_conv1d
+from align_ext.alignment.sources import encoder_decoder
+from align_ext.config import AlignLoraConfig
+from align_ext.system.messages import shown
 
 
 def find_blocks(model: nn.Module, kinds: Collection[str]) -> dict[str, tuple[nn.Module, int]]:
@@ -23,7 +27,62 @@ def find_blocks(model: nn.Module, kinds: Collection[str]) -> dict[str, tuple[nn.
     Raises:
         ValueError: there are no such layers.
     """
-    blocks: dict[str, tuple[nn.Module, int]] = {}
+    blocks = dict(_blocks(model, kinds))
+    if not blocks:
+        raise ValueError(
+            f"target_blocks={tuple(kinds)!r}: found no layers of one attention and one MLP block of linear layers, as "
+            "Llama, GPT-2, Falcon and ViT have them; use target_blocks=() to adapt linear layers by target_modules"
+        )
+    return blocks
+
+
+class BlockPart(NamedTuple):
+    """The place of a layer in a mixture's block.
+
+    Attributes:
+        block: the block's name.
+        hidden: the width of its input.
+        routes: whether the layer holds the block's router: the first one that is adapted does.
+    """
+
+    block: str
+    hidden: int
+    routes: bool
+
+
+def mixture_parts(model: nn.Module, config: AlignLoraConfig, layers: Collection[str]) -> dict[str, BlockPart]:
+    """Returns the places of those layers that are in feed-forward blocks, where the architecture mixes such blocks.
+
+    Args:
+        model: the model.
+        config: the options.
+        layers: the names of the layers to adapt, in the model's order.
+
+    Raises:
+        ValueError: none of them is in such a block, or the model is an encoder-decoder whose losses need tokens.
+    """
+    if not config.row.mixture:
+        return {}
+    parts = dict[str, BlockPart]()
+    for block, (_, hidden) in _blocks(model, ("mlp",)):
+        inside = [name for name in layers if name.startswith(f"{block}.")]
+        parts |= {name: BlockPart(block, hidden, name == inside[0]) for name in inside}
+    if not parts:
+        raise ValueError(
+            f"architecture={config.architecture!r} mixes whole feed-forward blocks, and target_modules="
+            f"{shown(config.target_modules)} names no layer in one (a module of linear layers beside the attention, as "
+            "Llama's mlp): name such layers, or use lora_moe, whose experts are layers"
+        )
+    if config.needs_step and encoder_decoder(model) is not None:
+        raise ValueError(
+            f"architecture={config.architecture!r}: an encoder-decoder's layers are known by the number of their "
+            "tokens, and a block of experts runs on several rows a token: use align=None and balance=None, or lora_moe"
+        )
+    return parts
+
+
+def _blocks(model: nn.Module, kinds: Collection[str]) -> Iterator[tuple[str, tuple[nn.Module, int]]]:
+    """Yields the blocks of these kinds, and their hidden sizes, by name."""
     for name, layer in model.named_modules():
         children = dict(layer.named_children())
         attention = [child for child, module in children.items() if _is_attention(module)]
@@ -35,13 +94,7 @@ def find_blocks(model: nn.Module, kinds: Collection[str]) -> dict[str, tuple[nn.
             continue
         for kind, child in (("attention", attention[0]), ("mlp", mlp[0])):
             if kind in kinds:
-                blocks[f"{name}.{child}" if name else child] = (children[child], hidden)
-    if not blocks:
-        raise ValueError(
-            f"target_blocks={tuple(kinds)!r}: found no layers of one attention and one MLP block of linear layers, as "
-            "Llama, GPT-2, Falcon and ViT have them; use target_blocks=() to adapt linear layers by target_modules"
-        )
-    return blocks
+                yield f"{name}.{child}" if name else child, (children[child], hidden)
 
 
 def _linears(module: nn.Module) -> Iterator[nn.Module]:

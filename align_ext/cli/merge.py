@@ -30,7 +30,7 @@ def merge(
     Exact (in float32, rounded once) for adapters without a router; of those with a part for each task (multi_adapter,
     moelora, mtlora_cvpr), for one task. Routed adapters (lora_moe, malora, hydra, r_lora, mtlora) weigh their heads
     anew for every token and cannot be merged exactly: --approximate uniform merges their mean and says how far the
-    outputs moved (KL). Adapters beside whole blocks cannot be merged.
+    outputs moved (KL). Adapters beside whole blocks, and experts that are whole blocks (mixlora), cannot be merged.
 
     Example: align-lora merge run/adapter --model Qwen/Qwen2.5-0.5B --output merged
     """

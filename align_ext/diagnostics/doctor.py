@@ -11,6 +11,7 @@ from torch import Tensor
 
 from align_ext import ops, reference
 from align_ext.adapters import adapter_class
+from align_ext.adapters.mixlora import Rows
 from align_ext.alignment.model_state import AlignState
 from align_ext.architectures import ARCHITECTURES
 from align_ext.config import AlignLoraConfig
@@ -182,7 +183,7 @@ def _architecture(name: str) -> Test:
     def test(device: torch.device, dtype: torch.dtype) -> float:
         options: dict[str, Any] = {"target_blocks": (), "align": None, "balance": None, "spectral": None}
         config = AlignLoraConfig(architecture=name, r=2, num_tasks=2, **options)  # type: ignore[arg-type]
-        adapter = adapter_class(config)(config, 8, 8).eval()
+        adapter = adapter_class(config)(config, 8, 8, *((8, True) if config.row.mixture else ())).eval()
         generator = torch.Generator().manual_seed(0)
         x, base, grad = (torch.randn(6, 8, generator=generator) for _ in range(3))
         for tensor in (*adapter.parameters(), *adapter.buffers()):
@@ -193,7 +194,12 @@ def _architecture(name: str) -> Test:
 
         def ours(x: Tensor, base: Tensor, *parameters: Tensor) -> tuple[Tensor]:
             named = dict(zip((n for n, _ in adapter.named_parameters()), parameters, strict=True))
-            return (torch.func.functional_call(adapter, named, (x,), {"base_out": base}),)
+            if not config.row.mixture:
+                return (torch.func.functional_call(adapter, named, (x,), {"base_out": base}),)
+            logits = torch.func.functional_call(adapter.lora_router, {"lora_R": named["lora_router.lora_R"]}, (x,))
+            rows = adapter.mixture.rows = Rows.of(x, logits, config.latents)  # of a block of this layer alone
+            options = {"base_out": rows.repeat(base)}
+            return (rows.mix(torch.func.functional_call(adapter, named, (rows.repeated,), options)),)
 
         def plain(x: Tensor, base: Tensor, *parameters: Tensor) -> tuple[Tensor]:
             named = dict(zip((n for n, _ in adapter.named_parameters()), parameters, strict=True))

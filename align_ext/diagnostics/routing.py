@@ -29,7 +29,8 @@ def routing(recording: Recording) -> dict[str, Routing]:
     """Measures the routers (entropy: mtLoRA, 2603.01526, Figure 1A, there in nats and not divided by log N).
 
     Args:
-        recording: what record_adapters returned for a model with routers (hydra, r_lora, lora_moe, malora, mtlora).
+        recording: what record_adapters returned for a model with routers (hydra, r_lora, lora_moe, malora,
+            mtlora, mixlora); of mixlora, the probabilities that its choice is made by.
 
     Returns:
         Module name -> Routing.
@@ -38,7 +39,7 @@ def routing(recording: Recording) -> dict[str, Routing]:
         ValueError: no layer has a router.
     """
     if not recording.weights:
-        raise ValueError("no layer has a router: routing is measured for hydra, r_lora, lora_moe, malora and mtlora")
+        raise ValueError("no layer has a router: routing is measured for hydra, r_lora, lora_moe, malora, mtlora and mixlora")
     return {name: _routing(w.flatten(0, 1)) for name, w in recording.weights.items()}
 
 

@@ -280,12 +280,18 @@ def build_adapters(
     for name in _module_names(tensors):
         A, B = (_factor(tensors, name, part) for part in "AB")
         sizes = (A.shape[-1] if A is not None and A.dim() else 1, B.shape[-2] if B is not None and B.dim() > 1 else 1)
-        experts = len(A) if A is not None and _is_of_experts(tensors, name) and one_lora(config) else None
+        part: tuple[int, ...] = ()
+        if A is not None and _is_of_experts(tensors, name):
+            if config.row.mixture:
+                R = tensors.get(f"{name}.lora_router.lora_R")
+                part = (0, False) if R is None or not R.dim() else (R.shape[-1], True)
+            elif one_lora(config):
+                part = (len(A),)
         with torch.device("meta"):
             options = replace(config, r=ranks.get(name, config.r))
             is_embedding = f"{name}.lora_embedding_A" in tensors
             adapter: Adapter = (
-                EmbeddingAdapter(options, *sizes) if is_embedding else make_adapter(options, *sizes, experts)
+                EmbeddingAdapter(options, *sizes) if is_embedding else make_adapter(options, *sizes, *part)
             )
         adapter.state, adapter.scaling = state, scaling.get(name, config.scaling)
         adapters[name] = adapter

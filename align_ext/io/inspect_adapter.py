@@ -58,8 +58,9 @@ def _table(adapters: dict[str, Adapter], config: AlignLoraConfig) -> Table:
     for name, adapter in adapters.items():
         params = {"lora_A": adapter.lora_A, "lora_B": adapter.lora_B, **dict(adapter.named_parameters())}
         sizes = (adapter.in_features, adapter.out_features, adapter.r, f"{adapter.scaling:g}")
-        norms = [_norm(params[part]) for part in ("lora_A", "lora_B", *(["lora_router.lora_R"] if routed else []))]
-        cells = [*map(str, sizes), f"{_numel(adapter):,}", *(f"{x:.3g}" for x in norms), _update(adapter, config)]
+        parts = ("lora_A", "lora_B", *(["lora_router.lora_R"] if routed else []))
+        norms = [f"{_norm(params[part]):.3g}" if part in params else "" for part in parts]  # a block has one router
+        cells = [*map(str, sizes), f"{_numel(adapter):,}", *norms, _update(adapter, config)]
         table.add_row(name, *cells)
     return table
 

@@ -57,7 +57,7 @@ def unexportable_reason(adapters: Mapping[str, Adapter], config: AlignLoraConfig
     """Returns why PEFT's format cannot hold these adapters, or None."""
     if config.target_blocks:
         return "its adapters stand beside whole blocks, which PEFT does not know"
-    return next(iter(adapters.values())).unmergeable_reason()
+    return next(filter(None, (adapter.unmergeable_reason() for adapter in adapters.values())), None)
 
 
 def is_plain(adapters: Mapping[str, Adapter], config: AlignLoraConfig) -> bool:

@@ -32,11 +32,21 @@ class Balance:
     d_w: dict[int, Tensor]
 
     @classmethod
-    def of(cls, weights: Latents, tokens: TokenTasks, kind: str, *, distributed: bool) -> Balance:
-        """Evaluates the routing weights w [T, G, N] of the layers, by layer, over all processes."""
+    def of(
+        cls, weights: Latents, tokens: TokenTasks, kind: str, *, distributed: bool, top_k: int | None = None
+    ) -> Balance:
+        """Evaluates the routing weights w [T, G, N] of the layers, by layer, over all processes.
+
+        Args:
+            weights: w by layer.
+            tokens: the tokens that count.
+            kind: "cv2" or "switch".
+            distributed: whether several processes train.
+            top_k: how many heads a token takes, where w says of all how likely they are; None: those with w > 0.
+        """
         first = next(iter(weights.values()))
         sums = torch.stack(
-            [_sums(w, tokens.of(layer)).to(first) for layer, w in sorted(weights.items())]
+            [_sums(w, tokens.of(layer), top_k).to(first) for layer, w in sorted(weights.items())]
         )  # [layers, 2 N + 1]
         if distributed:
             sums = torch.stack(gather(sums)).sum(0)
@@ -61,10 +71,11 @@ def _valid(w: Tensor, tokens: TokenTasks) -> Tensor:
     return (tokens.expand(w.device, len(w)) >= 0).to(w.dtype)
 
 
-def _sums(w: Tensor, tokens: TokenTasks) -> Tensor:
-    """Sums over this process's valid tokens, [2 N + 1]: (token, group) pairs | w by head | how often w > 0 by head."""
+def _sums(w: Tensor, tokens: TokenTasks, top_k: int | None) -> Tensor:
+    """Sums over this process's valid tokens, [2 N + 1]: (token, group) pairs | w by head | how often chosen by head."""
     valid = _valid(w, tokens)
-    total, chosen = (torch.einsum("t,tgi->i", valid, x) for x in (w, (w > 0).to(w.dtype)))
+    taken = w > 0 if top_k is None else torch.zeros_like(w).scatter_(-1, w.topk(top_k).indices, 1)
+    total, chosen = (torch.einsum("t,tgi->i", valid, x) for x in (w, taken.to(w.dtype)))
     return torch.cat([valid.sum()[None] * w.shape[1], total, chosen])
 
 

@@ -13,6 +13,7 @@ from align_ext.adapters.adapted_block import adapted_layers
 from align_ext.adapters.base import Adapter
 from align_ext.adapters.embedding import EmbeddingAdapter
 from align_ext.adapters.linear_layer import features_of
+from align_ext.adapters.mixlora import MixLoraAdapter
 from align_ext.alignment.guards import check_model
 from align_ext.alignment.model_state import find_state
 from align_ext.base_model.select_layers import is_linear
@@ -135,7 +136,9 @@ def flops_per_token(model: nn.Module) -> FlopsPerToken:
 
     One adapter takes 2 ((r L + G N) n + N r m): L latents (N if each head has its own A_i or mask on x, else 1), N
     heads (else 1), G N outputs of a linear router; a frozen offset adds 2 r (n + m). Of adapters by task, a token uses
-    those of one; of a mixture's experts, those of one are counted. The cost per token of a sequence router is
+    those of one; of a mixture's experts, those of one are counted. In a block of mixlora a token goes through k LoRAs,
+    2 k r (n + m), of a router with 2 N n for all layers, and the base's 2 n m are made k times in layers that do not
+    take the block's own input (which are told by their width). The cost per token of a sequence router is
     negligible. DoRA with dropout of x adds the base's 2 n m for the dropped x; its norms take 2 r n m in each forward,
     whatever the number of tokens, and are left out.
 
@@ -154,9 +157,19 @@ def flops_per_token(model: nn.Module) -> FlopsPerToken:
 
 def adapter_flops(adapter: Adapter, config: AlignLoraConfig) -> int:
     """Counts the operations of one adapter per token (see flops_per_token)."""
+    if isinstance(adapter, MixLoraAdapter):
+        return _flops_in_block(adapter)
     n = 0 if isinstance(adapter, EmbeddingAdapter) else adapter.in_features  # which looks A's columns up
-    m, r, heads = adapter.out_features, adapter.r * config.row.paths, config.num_heads or 1
+    one = config.row.mixture  # a LoRA beside the blocks
+    m, r, heads = adapter.out_features, adapter.r * config.row.paths, 1 if one else config.num_heads or 1
     logits = (config.routing_groups or 0) * heads if config.router == "linear" else 0
     offset = 2 * r * (n + m) if getattr(adapter, "lora_A0", None) is not None else 0
     again = 2 * n * m if adapter.drops_whole_input and adapter.dropout_p > 0 else 0
-    return 2 * ((r * config.latents + logits) * n + heads * r * m) + offset + again
+    return 2 * ((r * (1 if one else config.latents) + logits) * n + heads * r * m) + offset + again
+
+
+def _flops_in_block(adapter: MixLoraAdapter) -> int:
+    n, m, k = adapter.in_features, adapter.out_features, adapter.top_k
+    logits = 0 if adapter.lora_router is None else adapter.lora_router.lora_R.numel()
+    again = (k - 1) * n * m if n != adapter.hidden else 0
+    return 2 * (k * adapter.r * (n + m) + logits + again)

@@ -17,6 +17,7 @@ from align_ext.adapters.base import Adapter
 from align_ext.adapters.embedding import AdaptedEmbedding, EmbeddingAdapter
 from align_ext.adapters.init import FROM_WEIGHT
 from align_ext.adapters.linear_layer import device_of, features_of, has_float_weight, is_conv1d
+from align_ext.adapters.mixlora import ExpertLinear, mix_blocks
 from align_ext.adapters.siblings import join_siblings
 from align_ext.adapters.trained_rows import TrainedRows
 from align_ext.alignment.forward_hooks import register_hooks
@@ -33,7 +34,7 @@ from align_ext.base_model.adopt_peft import (
     refuse_unadoptable,
 )
 from align_ext.base_model.default_targets import with_targets
-from align_ext.base_model.find_blocks import find_blocks
+from align_ext.base_model.find_blocks import find_blocks, mixture_parts
 from align_ext.base_model.fingerprint import BaseModel
 from align_ext.base_model.modalities import other_modalities, refuse_other_modalities
 from align_ext.base_model.modules_to_save import (
@@ -204,14 +205,16 @@ def insert_adapters(
         else:
             report.unmatched = unmatched_hints(config, candidates, targets, report.skipped)
             report.unmatched += hints_of_experts(model, config, experts)
-            matcher = Matcher()
-            for name, module in (targets | experts).items():
+            matcher, parts = Matcher(), mixture_parts(model, config, targets)
+            for name, sizes in _sizes(model, config, targets, experts).items():
                 options = config.of_layer(name, matcher) if ranks is None else replace(config, r=ranks[name])
-                tensor = name.rpartition(".")[2] if name in experts else None
-                sizes = features_of(module) if tensor is None else sizes_of(module, tensor)
+                module = (targets | experts)[name]
                 adapter = _build(name, module, sizes, options, reset=ranks is None)
-                if tensor is not None:
-                    layers[name] = AdaptedParameter(module, tensor, adapter)
+                if name in experts:
+                    layers[name] = AdaptedParameter(module, name.rpartition(".")[2], adapter)
+                elif name in parts:
+                    layers[name] = ExpertLinear(module, adapter)
+                    adapter.block = parts[name].block
                 else:
                     kind = AdaptedEmbedding if isinstance(module, nn.Embedding) else AdaptedLinear
                     layers[name] = kind(module, adapter)
@@ -280,6 +283,7 @@ def put_in_place(
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer)
     put(model, rows)
+    state.handles += mix_blocks(model, layers)
     if state.config.share_inputs:
         join_siblings(model)
     override_methods(model)
@@ -294,7 +298,7 @@ def layer_names(model: nn.Module, *, with_head: bool) -> list[str]:
 def layers_to_adapt(model: nn.Module, config: AlignLoraConfig) -> dict[str, tuple[int, ...]]:
     """Returns the sizes of each layer, block or tensor of experts of a plain model that a config would adapt, by name.
 
-    These are (in, out), and (in, out, experts) of a tensor of experts.
+    These are what make_adapter takes: (in, out), and more for experts.
 
     Raises:
         ValueError: the config would adapt no layer.
@@ -307,7 +311,15 @@ def layers_to_adapt(model: nn.Module, config: AlignLoraConfig) -> dict[str, tupl
     experts = find_expert_tensors(model, config, trained)
     if not targets and not experts:
         raise ValueError(nothing_matched_message(model, candidates, config, skipped))
-    sizes: dict[str, tuple[int, ...]] = {name: features_of(module) for name, module in targets.items()}
+    return _sizes(model, config, targets, experts)
+
+
+def _sizes(
+    model: nn.Module, config: AlignLoraConfig, targets: Mapping[str, nn.Module], experts: Mapping[str, nn.Module]
+) -> dict[str, tuple[int, ...]]:
+    """Returns the sizes of linear layers and of tensors of experts, as make_adapter takes them."""
+    parts = mixture_parts(model, config, targets)
+    sizes = {name: (*features_of(module), *parts.get(name, ("",))[1:]) for name, module in targets.items()}
     return sizes | {name: sizes_of(module, name.rpartition(".")[2]) for name, module in experts.items()}
 
 
@@ -375,7 +387,7 @@ def _build(name: str, module: nn.Module, sizes: tuple[int, ...], config: AlignLo
             f"choose r <= {min(sizes)}, leave the layer out by exclude_modules, or start otherwise"
         )
     frozen: Any = next((layer.weight for layer in module.modules() if has_float_weight(layer)), torch.empty(0))
-    frozen = getattr(module, name.rpartition(".")[2]) if len(sizes) > 2 else frozen
+    frozen = getattr(module, name.rpartition(".")[2]) if len(sizes) == 3 else frozen  # a tensor of experts
     # A float64 base, as in tests of exactness, gets float64 adapters.
     dtype = frozen.dtype if config.adapter_dtype == "base" else torch.promote_types(torch.float32, frozen.dtype)
     with torch.device(device_of(module)):

@@ -253,7 +253,7 @@ def _describe(
         "percent": 100 * parameters / (parameters + base),
         "budget_off": None if budget is None or "r" in arm.options else parameters / budget - 1,
         "flops_per_token": {"base": sum(linears), "adapters": sum(adapter_flops(a, config) for a in adapters)},
-        "merges": not config.target_blocks and adapters[0].unmergeable_reason() is None,
+        "merges": not config.target_blocks and all(a.unmergeable_reason() is None for a in adapters),
         "options": dict(arm.options),
     }  # fmt: skip
 

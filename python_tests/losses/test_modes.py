@@ -45,6 +45,9 @@ CASES = {
     "mtlora_cvpr, kl": {"architecture": "mtlora_cvpr", "align": "kl"},
     "nlora, mmd": {"architecture": "nlora", "align": "mmd"},
     "malora, kl, switch": {"architecture": "malora", "align": "kl", "balance": "switch"},
+    "mixlora": {"architecture": "mixlora"},
+    "mixlora, mmd": {"architecture": "mixlora", "align": "mmd", "router_temperature": 0.7, "balance": "cv2"},
+    "mixlora and attention, kl": {"architecture": "mixlora", "align": "kl", "target_modules": "all-linear"},
     "mtlora on layers, kl": {"architecture": "mtlora", "align": "kl", "target_blocks": ()},
     "mtlora": {"architecture": "mtlora", "target_blocks": ("attention", "mlp")},
     "mtlora by sequence, mmd": {
@@ -105,14 +108,14 @@ def test_the_parts_are_the_literal_losses(name):
         assert sum(parts.per_task) == pytest.approx(2 * parts.align, rel=1e-9)
     config = oracle.config
     if config.balance:
-        losses = [literal.balance(output.weights, task >= 0, config.balance) for output in outputs]
+        losses = oracle.balances(outputs, task)
         assert parts.balance == pytest.approx((sum(losses) / len(losses)).item(), rel=1e-9)
     if config.spectral:
         losses = [literal.spectral(adapter.lora_B, config.spectral) for adapter in oracle.adapters]
         assert parts.spectral == pytest.approx((sum(losses) / len(losses)).item(), rel=1e-9)
 
 
-@pytest.mark.parametrize("name", ["multi_adapter, kl", "lora_moe, kl, switch", "hydra without router, kl", "mtlora"])
+@pytest.mark.parametrize("name", ["multi_adapter, kl", "lora_moe, kl, switch", "hydra without router, kl", "mtlora", "mixlora, mmd"])
 def test_a_compiled_model_is_exact_without_a_break_and_is_compiled_once(name):
     torch._dynamo.reset()
     options = {**options_of(name), "share_inputs": False}  # compiled layers have masks of their own
