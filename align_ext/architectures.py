@@ -97,7 +97,7 @@ ARCHITECTURES: Mapping[str, Row] = {
         {**_ROUTED, "num_heads": 8, "top_k": 2, "shared_rank": 16}, A_per_head=True,
     ),
     "mixlora": Row(
-        "mixlora:MixLoraAdapter", "s B_i A_i x in block i of N, which together give Σ w_i(x) block_i(x)",
+        "mixlora:MixLoraAdapter", "s B_i A_i x in each layer of FFN_i; a block gives Σ w_i(x) FFN_i(x)",
         "N r (n + m); a block N n", "2404.15159",
         {**_ROUTED, "num_heads": 8, "top_k": 2, "routing": None, "routing_groups": None, "balance": "switch"},
         A_per_head=True, mixture=True,

@@ -219,7 +219,7 @@ class AlignLoraConfig:
     share_inputs: bool = option(
         True,
         "compute adapted layers that a module calls with the same tensor (q, k, v; gate, up) together in training; on "
-        "its own is each layer of multi_adapter, moelora, mtlora_cvpr, malora, multilora and nlora, of mixlora's blocks, "
+        "its own is each layer of multi_adapter, moelora, mtlora_cvpr, malora, multilora, nlora, of mixlora's blocks, "
         "with masks of each head on its input, routed by sequence, or compiled.",
     )
     adapter_dtype: Literal["float32", "base"] = option(

@@ -39,11 +39,12 @@ ARCHITECTURES = {
     "nlora, nystrom": {"architecture": "nlora"},
     "nlora, kaiming": {"architecture": "nlora", "init_lora_weights": "kaiming"},
     "malora": {"architecture": "malora", "shared_rank": 6},
+    "mixlora": {"architecture": "mixlora"},
 }  # fmt: skip
 # What the papers compare with. Their operators are those of the others, so that slow tests leave them out.
 COMPARED = ["multilora", "moelora", "mtlora_cvpr", "nlora, nystrom", "nlora, kaiming", "malora"]
 FROM_WEIGHT = ["lora, pissa", "nlora, nystrom"]  # which start from the base weight
-ON_LAYERS = [name for name in ARCHITECTURES if name != "mtlora, blocks"]
+ON_LAYERS = [name for name in ARCHITECTURES if name not in ("mtlora, blocks", "mixlora")]
 
 
 def config_of(name: str, **options: Any) -> AlignLoraConfig:

@@ -263,7 +263,7 @@ def reduced(pairs: list[Tensor], config) -> Tensor:
 
 
 def balance(w: Tensor, valid: Tensor, kind: str, top_k: int | None = None) -> Tensor:
-    """How unevenly the heads are used; w [T, G, N], valid bool [T]; top_k: how many a token takes, if not all with w."""
+    """How unevenly the heads are used; w [T, G, N], valid bool [T]; top_k: how many a token takes, else all with w."""
     rows = w[valid].flatten(0, 1)
     heads = rows.shape[1]
     P = [rows[:, i].sum() / len(rows) for i in range(heads)]

@@ -21,6 +21,7 @@ OTHER_LOSSES = (
     {"architecture": "lora_moe", "align": "kl", "top_k": 2, "balance": "switch"} | LOUD,
     {"architecture": "mtlora", "align": "mmd"} | LOUD,
     {"architecture": "moelora", "align": "kl", "lora_dropout": 0.2, "num_heads": 3},
+    {"architecture": "mixlora", "align": "kl", "target_modules": "all-linear", "share_inputs": False} | LOUD,
 )
 
 

@@ -86,6 +86,7 @@ ARCHITECTURES = {
     "mtlora_cvpr": {"align": "kl"},
     "nlora": {"align": "kl"},
     "malora": {"align": "kl", "balance": "cv2"},
+    "mixlora": {"align": "kl", "target_modules": "all-linear"},
 }
 
 
@@ -98,7 +99,7 @@ def test_every_architecture_passes_with_its_losses(architecture):
             torch.nn.init.zeros_(layer.adapter.lora_router.lora_R)
     report = grad_check(model, with_tasks(), differences=2)
     assert report.ok, str(report)
-    balanced = architecture in ("lora_moe", "hydra", "r_lora", "mtlora", "malora")
+    balanced = architecture in ("lora_moe", "hydra", "r_lora", "mtlora", "malora", "mixlora")
     losses = ["align" if model.align_state.config.align else "loss"] + ["balance"] * balanced
     assert list(report.scale) == losses
     # R-LoRA starts with a uniform router, where "cv2" has its minimum.

@@ -10,6 +10,7 @@ from align_ext import align_step
 ROUTED = {"architecture": "lora_moe", "num_heads": 3, "top_k": 2, "balance": "switch", "balance_weight": 0.5}
 ALIGNED = {"align": "kl", "share_inputs": False}  # compiled layers have masks of their own
 MODELS = {"lora": {"architecture": "lora"} | ALIGNED, "lora_moe": ROUTED | ALIGNED}
+MODELS |= {"mixlora": ROUTED | ALIGNED | {"architecture": "mixlora"}}
 SHAPES = ((6, 10), (5, 8), (4, 12))  # samples, tokens
 
 
@@ -42,8 +43,9 @@ def test_one_graph_serves_batches_of_other_sizes_and_lengths(name, checkpointing
     torch._dynamo.reset()
     eager, model = model_of(name, checkpointing=False), model_of(name, checkpointing)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=None if marked else True)
+    changes = {"skip_fwd_side_effects_in_bwd_under_checkpoint": name == "mixlora"}  # its blocks hold the rows meanwhile
     for seed, shape in enumerate(SHAPES):
-        with torch._dynamo.config.patch(error_on_recompile=seed > 0):
+        with torch._dynamo.config.patch(error_on_recompile=seed > 0, **changes):
             train(model, compiled, seed, shape, marked)
         train(eager, eager, seed, shape)
         assert error(gradients(model), gradients(eager)) < EXACT, shape

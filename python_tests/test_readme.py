@@ -85,10 +85,11 @@ def test_the_two_commands_are_the_ones_that_ci_runs():
 @pytest.mark.parametrize("words", CONFIGS)
 def test_the_parameter_formulas_count_what_real_modules_train(words):
     config = CONFIGS[words]
-    formula = re.sub(r"(?<=[\w)]) (?=[\w(])", " * ", config.row.parameters)
+    of_layer, _, of_router = config.row.parameters.partition("; a block ")
+    formula = re.sub(r"(?<=[\w)]) (?=[\w(])", " * ", f"{of_layer} + {of_router or 0}")
     sizes = {"n": 6, "m": 10, "r": config.r, "N": config.num_heads, "M": config.num_tasks, "G": config.routing_groups}
     sizes["d"] = config.shared_rank
-    adapter = adapter_class(config)(config, sizes["n"], sizes["m"])
+    adapter = adapter_class(config)(config, sizes["n"], sizes["m"], *((sizes["n"], True) if of_router else ()))
     assert sum(p.numel() for p in adapter.parameters()) == eval(formula, sizes)
 
 

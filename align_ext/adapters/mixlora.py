@@ -103,6 +103,8 @@ class MixLoraAdapter(Adapter):
         routes: whether the layer holds the router.
     """
 
+    lora_router: BlockRouter | None
+
     def __init__(
         self, config: AlignLoraConfig, in_features: int, out_features: int, hidden: int = 0, routes: bool = False
     ) -> None:
@@ -153,7 +155,7 @@ class MixLoraAdapter(Adapter):
 
     def unmergeable_reason(self) -> str:
         """Why not: the weight depends on the token."""
-        return "its block chooses experts anew for every token, and mixes what they return: keep the adapter"
+        return "its block's router chooses experts anew for every token, and mixes what they return: keep the adapter"
 
 
 class LoraBesideExperts(LoraAdapter):
@@ -212,7 +214,7 @@ def mix_blocks(model: nn.Module, layers: Mapping[str, Any]) -> tuple[RemovableHa
         before = partial(_before_block, mixture, routing.removeprefix(f"{block}."))
         handles += [
             module.register_forward_pre_hook(before, with_kwargs=True),
-            # Also after an error: recomputation by activation checkpointing ends with one.
+            # Also after an error, with which the rows' memory goes.
             module.register_forward_hook(partial(_after_block, mixture), always_call=True),
         ]
     return tuple(handles)
@@ -227,6 +229,7 @@ def _before_block(
         return None
     x: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     adapter: MixLoraAdapter = layer.adapter
+    assert adapter.lora_router is not None
     logits = adapter.lora_router(x) / adapter.config.router_temperature
     rows = mixture.rows = Rows.of(x, logits, adapter.top_k)
 

@@ -111,9 +111,7 @@ class AlignStep(StepOutputs):
             if config.balance:
                 weights = self.recorded[WEIGHTS]
                 top_k = config.latents if config.row.mixture else None
-                self.balance = Balance.of(
-                    weights, self.counting, config.balance, distributed=distributed, top_k=top_k
-                )
+                self.balance = Balance.of(weights, self.counting, config.balance, distributed=distributed, top_k=top_k)
         recorded = self.release()
         factors = {LATENT: self._weight * scale, WEIGHTS: config.balance_weight * scale}
         # Data parallelism averages gradients over the processes, but the statistics are those of the whole batch. Each

@@ -168,10 +168,11 @@ class _Probe:
 
     def __init__(self, model: nn.Module, observer: Observer, loop: Callable[[], Any], loss: str) -> None:
         self.model, self.observer, self.loop, self.loss = model, observer, loop, loss
+        # Of the layers of a block of experts one has the router.
         self.parameters = {
             name: _parameter(loss, adapter)
             for name, adapter in observer.adapters.items()
-            if loss != "balance" or getattr(adapter, "lora_router", None) is not None  # a block of experts has one router
+            if loss != "balance" or getattr(adapter, "lora_router", None) is not None
         }
         self.buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
         self.weight = 1.0 if loss == "loss" else getattr(observer.state.config, f"{loss}_weight") or 1.0

@@ -39,7 +39,9 @@ def routing(recording: Recording) -> dict[str, Routing]:
         ValueError: no layer has a router.
     """
     if not recording.weights:
-        raise ValueError("no layer has a router: routing is measured for hydra, r_lora, lora_moe, malora, mtlora and mixlora")
+        raise ValueError(
+            "no layer has a router: routing is measured for hydra, r_lora, lora_moe, malora, mtlora and mixlora"
+        )
     return {name: _routing(w.flatten(0, 1)) for name, w in recording.weights.items()}
 
 

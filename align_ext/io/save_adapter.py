@@ -17,8 +17,8 @@ save_adapter(model, folder) writes all of these files or none:
   without an offset); the heads are in the heads' file.
 - multilora, nlora: PEFT's files hold the change of the weight, the parameters are in the heads' file.
 - multi_adapter, moelora, mtlora_cvpr: the same for each task, PEFT's files in tasks/<name or number>/.
-- lora_moe, malora, hydra, r_lora, mtlora, mixlora, and adapters of whole blocks: the change of the weights depends on the
-  input, or belongs to no single layer, so PEFT's format cannot hold it. There is no adapter_config.json, and
+- lora_moe, malora, hydra, r_lora, mtlora, mixlora, and adapters of whole blocks: the change of the weights depends on
+  the input, or belongs to no single layer, so PEFT's format cannot hold it. There is no adapter_config.json, and
   PeftModel.from_pretrained says "Can't find 'adapter_config.json'": load such a folder with load_adapter.
 
 Other trained tensors (modules_to_save, parameters that require a gradient, buffers that training changed) are in PEFT's

@@ -213,8 +213,8 @@ def insert_adapters(
                 if name in experts:
                     layers[name] = AdaptedParameter(module, name.rpartition(".")[2], adapter)
                 elif name in parts:
-                    layers[name] = ExpertLinear(module, adapter)
-                    adapter.block = parts[name].block
+                    layers[name] = expert = ExpertLinear(module, adapter)
+                    expert.adapter.block = parts[name].block
                 else:
                     kind = AdaptedEmbedding if isinstance(module, nn.Embedding) else AdaptedLinear
                     layers[name] = kind(module, adapter)

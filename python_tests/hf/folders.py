@@ -50,7 +50,10 @@ BLOCKS = {
     "mtlora beside blocks": {"architecture": "mtlora", "target_blocks": ("attention", "mlp")},
     "lora beside blocks": {"architecture": "lora", "target_blocks": ("mlp",)},
 }
-ARCHITECTURES = ONE_LORA | DORA | TASKED | ROUTED | BLOCKS
+MIXTURES = {
+    "mixlora": {"architecture": "mixlora", "num_heads": 4, "router_temperature": 0.5, "target_modules": "all-linear"}
+}
+ARCHITECTURES = ONE_LORA | DORA | TASKED | ROUTED | BLOCKS | MIXTURES
 
 
 def trained(kind, base="llama", dtype=torch.float32, **options):

@@ -158,6 +158,7 @@ NO_PEFT = (
     "sequence router",
     "mtlora beside blocks",
     "lora beside blocks",
+    "mixlora",
 )
 
 

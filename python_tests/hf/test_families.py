@@ -133,6 +133,29 @@ BLOCKS = {
 }  # fmt: skip
 
 
+MIXED = [*BLOCKS, "phi3", "gpt2", "gemma", "phi", "modernbert"]
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_the_feed_forward_blocks_of_a_family_become_experts(name, tmp_path):
+    model, batch = family(name), FAMILIES[name][2]()
+    before = logits(model, batch)
+    replace_linear_with_align_lora(model, architecture="mixlora", num_heads=4, r=4, align="kl", num_tasks=2)
+    report = adapter_report(model)
+    assert all(any(layer.endswith(f".{end}") for end in FAMILIES[name][3]) for layer in report.replaced)
+    torch.testing.assert_close(logits(model, batch), before, rtol=1e-5, atol=1e-5)
+    model.train()(**batch, task_ids=TASKS).loss.backward()
+    assert all(value > 0 for value in align_parts(model).per_layer.values())
+    assert align_parts(model).balance > 0
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    assert not torch.allclose(logits(model, batch), before, rtol=1e-3)
+    save_adapter(model, tmp_path)
+    assert torch.equal(logits(load_adapter(family(name), tmp_path), batch), logits(model, batch))
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 def test_the_blocks_of_a_family_are_found_and_those_of_other_modalities_left_alone(name, tmp_path):
     model, batch = family(name), FAMILIES[name][2]()

@@ -10,6 +10,7 @@ from hf.folders import (
     ARCHITECTURES,
     BLOCKS,
     DORA,
+    MIXTURES,
     MODELS,
     ONE_LORA,
     ROUTED,
@@ -86,7 +87,7 @@ def test_stock_peft_computes_the_same_from_each_tasks_folder(base, tmp_path):
     assert model.align_state.task == TASKS - 1  # as set_task left it
 
 
-@pytest.mark.parametrize("kind", ROUTED | BLOCKS)
+@pytest.mark.parametrize("kind", ROUTED | BLOCKS | MIXTURES)
 def test_an_adapter_that_peft_has_no_form_of_is_nothing_that_peft_would_misread(kind, tmp_path):
     model = trained(kind)
     save_adapter(model, tmp_path / "adapter")

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from hf.folders import BLOCKS, MODELS, ROUTED, TASKED, assert_same_bits, logits, plain, state, trained
+from hf.folders import BLOCKS, MIXTURES, MODELS, ROUTED, TASKED, assert_same_bits, logits, plain, state, trained
 from tiny import batch
 from torch.distributions import Categorical, kl_divergence
 
@@ -23,13 +23,21 @@ def weights(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("kind", ROUTED | BLOCKS | TASKED)
+@pytest.mark.parametrize("kind", ROUTED | BLOCKS | TASKED | MIXTURES)
 def test_what_is_no_change_of_the_weight_is_refused_and_nothing_changed(kind):
     model = trained(kind)
     before = weights(model)
-    reason = "beside a whole block" if kind in BLOCKS else "set_task" if kind in TASKED else "its router"
+    reason = "beside a whole block" if kind in BLOCKS else "set_task" if kind in TASKED else "router"
     with pytest.raises(ValueError, match=rf"model\.layers\.0.* cannot be merged: .*{reason}"):
         merge_and_unload(model)
+    assert_same_bits(weights(model), before)
+
+
+def test_of_a_mixture_of_blocks_nothing_is_merged_and_no_approximation_either():
+    model = trained("mixlora")
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"mlp\.gate_proj cannot be merged: its block's router chooses experts anew"):
+        merge_and_unload(model, approximate="uniform", batch=inputs())
     assert_same_bits(weights(model), before)
 
 

@@ -76,7 +76,7 @@ def test_every_architecture_trains_with_every_alignment_and_saves_what_it_traine
     changed = {"architecture": architecture, "align": align, "steps": 2, "eval_examples": 2, "log_steps": 1}
     results, said = run(place, model=str(model), r=4, **changed)
     logged = {name for name in results["losses"][0] if name.endswith("_loss")}
-    own = {"balance_loss", "spectral_loss"} if architecture == "mtlora" else set()
+    own = {"mtlora": {"balance_loss", "spectral_loss"}, "mixlora": {"balance_loss"}}.get(architecture, set())
     assert logged == {"lm_loss", *own} | ({"align_loss"} if align != "none" else set())
     assert results["before"]["align"] > 0, "alignment is measured where it is not trained, too"
     for task in ("threes", "next"):

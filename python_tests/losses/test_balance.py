@@ -30,6 +30,13 @@ def test_switch_by_hand():
     assert torch.allclose(loss.d_w[0], torch.tensor([3.0, 1.5, 0.0]) / 2)  # N f_i / tokens
 
 
+def test_switch_of_probabilities_by_hand():
+    p = torch.tensor([[[0.6, 0.3, 0.1]], [[0.2, 0.5, 0.3]]])  # P = 0.4, 0.4, 0.2; of two, chosen by 1/2, 1, 1/2
+    loss = Balance.of({0: p}, EVERY, "switch", distributed=False, top_k=2)
+    assert loss.value.item() == pytest.approx(3 * (0.2 + 0.4 + 0.1))
+    assert torch.allclose(loss.d_w[0], torch.tensor([1.5, 3.0, 1.5]) / 2)
+
+
 @pytest.mark.parametrize("kind", ["cv2", "switch"])
 @pytest.mark.parametrize("groups", [1, 3])
 def test_value_and_gradient_are_the_literal_ones(kind, groups):

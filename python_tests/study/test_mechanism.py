@@ -36,6 +36,7 @@ KEYS = {
     "mtlora_cvpr": OF_ALL | {"heads"},
     "nlora": OF_ALL,
     "malora": OF_ALL | {"heads", "routing"},
+    "mixlora": OF_ALL | {"heads", "routing"},
 }
 
 
