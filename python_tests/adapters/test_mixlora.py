@@ -256,3 +256,18 @@ def test_the_rows_of_a_block_tell_nothing_about_the_batch_s_layout():
     model, ids = adapted(**MIXLORA), torch.ones(6, 6, dtype=torch.long)
     with pytest.raises(RuntimeError, match="whose first dimension may be the samples or the tokens"):
         model(input_ids=ids, attention_mask=ids, labels=ids, task_ids=torch.arange(6) % TASKS)
+
+
+def test_in_an_encoder_decoder_no_loss_is_about_the_rows_of_blocks():
+    from transformers import GPT2Config, VisionEncoderDecoderConfig, VisionEncoderDecoderModel, ViTConfig
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    sides = ViTConfig(**sizes, image_size=8, patch_size=4), GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=40)
+    model = VisionEncoderDecoderModel(VisionEncoderDecoderConfig.from_encoder_decoder_configs(*sides))
+    model.config.pad_token_id, model.config.decoder_start_token_id = 0, 1
+    options = {**MIXLORA, "target_modules": ["fc1", "fc2"]}
+    with pytest.raises(ValueError, match="use align=None and balance=None, or lora_moe"):
+        replace_linear_with_align_lora(model, **options)
+    replace_linear_with_align_lora(model, **options, balance=None)
+    model.train()(pixel_values=torch.randn(2, 3, 8, 8), labels=torch.ones(2, 5, dtype=torch.long)).loss.backward()
+    assert any(name.endswith("lora_B") and gradient.any() for name, gradient in gradients(model).items())
