@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 Architecture = Literal[
     "align_lora", "lora", "multi_adapter", "lora_moe", "hydra", "r_lora", "m_lora", "mtlora", "multilora", "moelora",
-    "mtlora_cvpr", "nlora", "malora", "mixlora",
+    "mtlora_cvpr", "nlora", "malora", "mixlora", "adalora",
 ]  # fmt: skip
 
 
@@ -39,7 +39,9 @@ class Row(NamedTuple):
     mixture: bool = False
 
 
+_SCHEDULE: dict[str, Any] = dict.fromkeys(("target_r", "init_r", "tinit", "tfinal", "total_step"))  # of ranks
 _ONE = {
+    **_SCHEDULE, "deltaT": None, "beta1": None, "beta2": None, "orth_reg_weight": None,
     "align": None, "num_heads": None, "reduce": None, "router": None, "router_init": None, "routing": None,
     "routing_groups": None, "top_k": None, "router_temperature": None, "shared_rank": None, "dropout_site": "input",
     "init_lora_weights": "kaiming", "target_blocks": (), "balance": None, "spectral": None,
@@ -101,6 +103,13 @@ ARCHITECTURES: Mapping[str, Row] = {
         "N r (n + m); a block N n", "2404.15159",
         {**_ROUTED, "num_heads": 8, "top_k": 2, "routing": None, "routing_groups": None, "balance": "switch"},
         A_per_head=True, mixture=True,
+    ),
+    "adalora": Row(
+        "adalora:AdaLoraAdapter", "s P Λ Q x, Λ diagonal, pruned", "r (n + m + 1)", "2303.10512",
+        {
+            **{name: default for name, default in _ONE.items() if name not in _SCHEDULE},
+            "init_lora_weights": "gaussian", "deltaT": 1, "beta1": 0.85, "beta2": 0.85, "orth_reg_weight": 0.1,
+        },
     ),
 }  # fmt: skip
 HYDRA_WITHOUT_ROUTER = Row(

@@ -1,5 +1,6 @@
 """Which options of AlignLoraConfig exclude one another, or need another."""
 
+from collections.abc import Callable
 from typing import Any
 
 from align_ext.system.messages import shown
@@ -41,6 +42,8 @@ def check_combinations(config: Any) -> None:
     if config.target_parameters and config.init_lora_weights == "pissa":
         refuse("init_lora_weights", "PiSSA starts from one weight, and experts have many: leave it or "
                "target_parameters out")  # fmt: skip
+    if config.architecture == "adalora":
+        _check_adalora(config, refuse)
     several = (config.num_heads or 1) > 1
     random = config.init_lora_weights in ("random_heads", "orthogonal")
     A_per_head = config.row.A_per_head
@@ -89,3 +92,19 @@ def check_combinations(config: Any) -> None:
             refuse("align_statistics", 'per position means align="kl" over all tokens, response_only=False')
         if config.num_heads is not None and config.latents_per_head:
             refuse("align_statistics", "per position there is one latent a token: not for latents of each head")
+
+
+def _check_adalora(config: Any, refuse: Callable[[str, str], None]) -> None:
+    if config.init_lora_weights != "gaussian":
+        refuse("init_lora_weights", "adalora starts from Λ = 0 with P and Q of N(0, 0.02²): leave it out")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if getattr(config, name):
+            refuse(name, "the layers of adalora begin with one rank and one scaling, and compete: leave it out")
+    if config.use_dora:
+        refuse("use_dora", "DoRA has no form for ranks that are pruned: leave it out, or use lora")
+    if config.target_r is not None and config.target_r > config.r:
+        refuse("target_r", f"ranks fall from r={config.r} to it: choose a target_r <= r")
+    total = config.total_step
+    if total is not None and (config.tinit or 0) + (config.tfinal or 0) >= total:
+        refuse("total_step", f"tinit={config.tinit} and tfinal={config.tfinal} leave no step in which ranks fall: "
+               "choose smaller ones, or more steps")  # fmt: skip

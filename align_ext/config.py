@@ -12,9 +12,11 @@ from align_ext.combinations import check_combinations
 from align_ext.option_rules import (
     as_tuple,
     bandwidths_rule,
+    below_one_rule,
     blocks_rule,
     layers_rule,
     probability_rule,
+    steps_rule,
     tokens_rule,
     weight_rule,
 )
@@ -62,7 +64,7 @@ class AlignLoraConfig:
         'trained scalings), "moelora" (experts weighed by the task), "mtlora_cvpr" '
         '(one adapter of all tasks, and one of each), "nlora" (a trained matrix between A and B), '
         '"malora" (routed experts, whose A_i lie in a shared subspace), "mixlora" (experts that are whole feed-forward '
-        "blocks behind one router each; a LoRA beside layers elsewhere).",
+        'blocks behind one router each; a LoRA beside layers elsewhere), "adalora" (ranks that layers compete for).',
     )
     r: int = option(8, "rank of A and B.", integer_rule())
     lora_alpha: float = option(32, "alpha; the scaling is s = alpha / r.", positive)
@@ -121,7 +123,7 @@ class AlignLoraConfig:
         '"kaiming" (A uniform, B = 0), "gaussian" (A ~ N(0, 1/r²), B = 0), "orthogonal" (A and B random with B A = 0; '
         'even r), "pissa" (the r largest singular directions of the base weight, 2404.02948; one adapter only), '
         '"random_heads" (R-LoRA, 2502.15455, Table 1), "nystrom" (rows and columns of the base weight, 2502.14482; '
-        "nlora only). The last three start from B A != 0 and keep it frozen as an "
+        "nlora only); adalora has a start of its own. The last three start from B A != 0 and keep it frozen as an "
         "offset that is subtracted again; the base weight is never touched.",
     )
     init_gamma: float = option(64.0, 'gamma of "random_heads".', positive)
@@ -153,6 +155,19 @@ class AlignLoraConfig:
     top_k: int | None = option(AUTO, "heads with weight; 0: all of them.")
     router_temperature: float | None = option(AUTO, "tau of the softmax.", positive)
     shared_rank: int | None = option(AUTO, "d, the rows of what the experts' A_i share (malora).", integer_rule())
+    target_r: int | None = option(None, "adalora: the mean rank at the end; None: two thirds of r.", integer_rule())
+    init_r: int | None = option(None, "adalora: PEFT's name for r, whose place it takes.", integer_rule())
+    tinit: int | None = option(None, "adalora: the steps before ranks fall; None: a sixth of all.", steps_rule(0))
+    tfinal: int | None = option(None, "adalora: the last steps, of fixed ranks; None: half of all.", steps_rule(0))
+    deltaT: int | None = option(AUTO, "adalora: the steps from one allocation of ranks to the next.", steps_rule())
+    beta1: float | None = option(AUTO, "adalora: of the moving average of a weight's sensitivity.", below_one_rule)
+    beta2: float | None = option(AUTO, "adalora: of the moving average of its uncertainty.", below_one_rule)
+    orth_reg_weight: float | None = option(
+        AUTO, "adalora: of ||PᵀP - I||² and ||QQᵀ - I||² in the loss, a mean over matrices.", not_negative
+    )
+    total_step: int | None = option(
+        None, "adalora: the optimizer steps that its schedule is about; None: those of the Trainer.", steps_rule()
+    )
     dropout_site: Literal["input", "latent", "input_per_head"] = option(
         AUTO, 'what dropout acts on: "input" (x), "latent" (z, a mask for each head), "input_per_head".'
     )
@@ -219,8 +234,8 @@ class AlignLoraConfig:
     share_inputs: bool = option(
         True,
         "compute adapted layers that a module calls with the same tensor (q, k, v; gate, up) together in training; on "
-        "its own is each layer of multi_adapter, moelora, mtlora_cvpr, malora, multilora, nlora, of mixlora's blocks, "
-        "with masks of each head on its input, routed by sequence, or compiled.",
+        "its own is each layer of multi_adapter, moelora, mtlora_cvpr, malora, multilora, nlora, adalora, of mixlora's "
+        "blocks, with masks of each head on its input, routed by sequence, or compiled.",
     )
     adapter_dtype: Literal["float32", "base"] = option(
         "float32", 'dtype of A and B: "float32" (PEFT\'s default, also on a 16-bit base) or "base".'
@@ -247,6 +262,9 @@ class AlignLoraConfig:
             self._set("init_lora_weights", "kaiming")
         if self.architecture not in get_args(Architecture):
             raise ValueError(unknown_name("architecture", self.architecture, get_args(Architecture)))
+        if self.architecture == "adalora" and is_whole(self.init_r):
+            self._set("r", self.init_r)
+            self._set("init_r", None)
         equal_weights = self.router_init == AUTO and self.init_lora_weights in (AUTO, "random_heads")
         self._fill_in({**self.row.defaults, **self._heads_of_tasks()})
         if equal_weights and self.router is not None and self.init_lora_weights == "random_heads":
@@ -340,6 +358,11 @@ class AlignLoraConfig:
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     @property
+    def final_rank(self) -> int:
+        """The mean rank of adalora's layers at the end."""
+        return max(1, round(2 * self.r / 3)) if self.target_r is None else self.target_r
+
+    @property
     def latents(self) -> int:
         """The number of latents z per token and layer: N if each head has its own latent, else 1; k in a mixture."""
         heads = self.num_heads or 1
@@ -353,7 +376,8 @@ class AlignLoraConfig:
     @property
     def needs_step(self) -> bool:
         """Whether training needs a step (align_ext/alignment): for a loss in addition to the model's, or for ids."""
-        return self.needs_ids or bool(self.balance or self.spectral) or self.routing == "sequence"
+        losses = self.balance or self.spectral or self.orth_reg_weight
+        return self.needs_ids or bool(losses) or self.routing == "sequence"
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready dictionary; from_dict(to_dict()) is equal, also through JSON."""

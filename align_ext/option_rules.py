@@ -1,9 +1,12 @@
 """The rules of AlignLoraConfig's options: each returns what a value must be, or None if it is valid."""
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from align_ext.system.bounds import MAX_SIZE, is_number, is_positive, is_whole, not_negative
+from align_ext.system.bounds import MAX_SIZE, integer_rule, is_number, is_positive, is_whole, not_negative
+
+steps_rule = functools.partial(integer_rule, maximum=10**9)  # of optimizer steps, from `minimum` on
 
 
 def as_tuple(value: Any) -> tuple[Any, ...]:
@@ -16,6 +19,11 @@ def as_tuple(value: Any) -> tuple[Any, ...]:
 def probability_rule(value: Any) -> str | None:
     """Checks for a number in [0, 1) after rounding to a multiple of 1/65536, as in the kernels."""
     return None if is_number(value) and 0 <= round(value * 65536) < 65536 else "in [0, 1)"
+
+
+def below_one_rule(value: Any) -> str | None:
+    """Checks for a number between 0 and 1, neither of them included."""
+    return None if is_positive(value) and value < 1 else "in (0, 1)"
 
 
 def weight_rule(value: Any) -> str | None:

@@ -40,9 +40,10 @@ ARCHITECTURES = {
     "nlora, kaiming": {"architecture": "nlora", "init_lora_weights": "kaiming"},
     "malora": {"architecture": "malora", "shared_rank": 6},
     "mixlora": {"architecture": "mixlora"},
+    "adalora": {"architecture": "adalora"},
 }  # fmt: skip
 # What the papers compare with. Their operators are those of the others, so that slow tests leave them out.
-COMPARED = ["multilora", "moelora", "mtlora_cvpr", "nlora, nystrom", "nlora, kaiming", "malora"]
+COMPARED = ["multilora", "moelora", "mtlora_cvpr", "nlora, nystrom", "nlora, kaiming", "malora", "adalora"]
 FROM_WEIGHT = ["lora, pissa", "nlora, nystrom"]  # which start from the base weight
 ON_LAYERS = [name for name in ARCHITECTURES if name not in ("mtlora, blocks", "mixlora")]
 

@@ -44,6 +44,8 @@ def low_rank(
     A, B = adapter.lora_A.to(x.dtype), adapter.lora_B.to(x.dtype)
     if config.architecture == "malora":
         A = torch.stack([C @ A for C in adapter.lora_C.to(x.dtype)])
+    if config.architecture == "adalora":
+        A = torch.diag(adapter.lora_E[:, 0]).to(x.dtype) @ A
     rng = None if p == 0 else torch.randint(0, 2**63 - 1, (2,)) if rng is None else rng
     tokens, n = rows.shape
     width = n
@@ -276,6 +278,12 @@ def balance(w: Tensor, valid: Tensor, kind: str, top_k: int | None = None) -> Te
         return P[0] * 0
     mean = sum(P) / heads
     return sum((p - mean) ** 2 for p in P) / (heads - 1) / (mean**2 + 1e-10)
+
+
+def orthogonality(P: Tensor, Q: Tensor) -> Tensor:
+    """The mean of ||PᵀP - I||_F² and ||Q Qᵀ - I||_F², product by product of two columns, or rows."""
+    vectors = (P.unbind(1), Q.unbind(0))
+    return sum((a @ b - float(i == j)) ** 2 for of in vectors for i, a in enumerate(of) for j, b in enumerate(of)) / 2
 
 
 def spectral(B: Tensor, kind: str) -> Tensor:

@@ -151,6 +151,7 @@ CASES = [
     ("mtlora_cvpr", {}),
     ("nlora", {}),
     ("malora", {}),
+    ("adalora", {}),
 ]
 
 

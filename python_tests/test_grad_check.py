@@ -87,6 +87,7 @@ ARCHITECTURES = {
     "nlora": {"align": "kl"},
     "malora": {"align": "kl", "balance": "cv2"},
     "mixlora": {"align": "kl", "target_modules": "all-linear"},
+    "adalora": {"align": "kl"},
 }
 
 

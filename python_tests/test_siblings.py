@@ -43,6 +43,7 @@ def groups_of(model):
         (EVERY | {"architecture": "malora"}, []),
         (EVERY | {"architecture": "multilora"}, []),
         (EVERY | {"architecture": "nlora"}, []),
+        (EVERY | {"architecture": "adalora"}, []),
     ],
 )
 def test_layers_are_joined_where_one_operator_computes_all(options, groups):

@@ -346,5 +346,5 @@ def test_every_architecture_is_recorded(name):
     replace_linear_with_align_lora(model, config_of(name))
     found = record_adapters(model, [with_tasks()], gradients=True)
     assert list(found.gradients) == list(found.latents) == list(adapters(model))
-    first = "_scaling" if name == "multilora" else "_B"  # what is trained before the others
+    first = {"multilora": "_scaling", "adalora": "_E"}.get(name, "_B")  # what is trained before the others
     assert all(bool(gradient.any()) for of in found.gradients.values() for n, gradient in of.items() if first in n)

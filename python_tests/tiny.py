@@ -48,7 +48,7 @@ def adapted(model=None, dtype=torch.float64, **options):
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(("lora_B", "lora_R", "lora_scaling", "lora_N")):
+            if name.endswith(("lora_B", "lora_R", "lora_scaling", "lora_N", "lora_E")):
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model.train()
 
@@ -78,7 +78,7 @@ class Oracle:
     """The same model with layers in plain PyTorch, and its losses literally, for autograd.
 
     lm + align_weight * mean over layers (and a layer's latents) of the alignment + balance_weight * mean over layers of
-    the balance + spectral_weight * mean over layers of the spectral loss.
+    the balance + spectral_weight * mean over layers of the spectral loss, or orth_reg_weight * orthogonality.
     """
 
     def __init__(self, model: nn.Module, batches: Callable[[int], Any] = batch) -> None:
@@ -175,8 +175,11 @@ class Oracle:
     def _layers(self) -> int:
         return len(self.adapters) if self.config.align_layers == "mean" else 1
 
-    def spectral(self) -> Tensor | float:
-        """The weighted spectral loss, its projectors those of the heads as they are now."""
+    def of_parameters(self) -> Tensor | float:
+        """The weighted orthogonality, or the spectral loss, its projectors those of the heads as they are now."""
+        if self.config.orth_reg_weight:
+            losses = [literal.orthogonality(adapter.lora_B, adapter.lora_A) for adapter in self.adapters]
+            return self.config.orth_reg_weight * sum(losses) / len(losses)
         if self.config.spectral is None:
             return 0.0
         losses = [literal.spectral(adapter.lora_B, self.config.spectral) for adapter in self.adapters]
@@ -195,7 +198,7 @@ class Oracle:
         align = self.config.align_weight if align is None else align
         parts = [self.forward(i) for i in range(len(weights))]
         total = sum(w * lm for w, (lm, _, _) in zip(weights, parts, strict=True))
-        total = total + sum(weights) * self.spectral()
+        total = total + sum(weights) * self.of_parameters()
         if union:
             layers = [together(outputs) for outputs in zip(*(outputs for _, outputs, _ in parts), strict=True)]
             total = total + self.extra(layers, torch.cat([task for _, _, task in parts]), align)

@@ -86,7 +86,7 @@ class HeadsAdapter(Adapter):
     def join(self, state: AlignState, name: str) -> None:
         super().join(state, name)
         if state.config.spectral:
-            state.spectral.append(self.spectral_loss)
+            state.of_parameters.append(self.spectral_loss)
 
     def spectral_loss(self) -> Tensor:
         """This layer's spectral loss (align_ext/losses/spectral.py); refreshes the projectors when they are due."""

@@ -15,6 +15,7 @@ class LossReport:
         per_task: alignment of each task with all others.
         balance: the balance loss, before its weight; None without.
         spectral: the spectral loss, before its weight; None without.
+        orthogonality: that of AdaLoRA's P and Q, before its weight; None without.
         pairs: how many pairs of tasks were aligned; None without alignment.
     """
 
@@ -25,4 +26,5 @@ class LossReport:
     per_task: list[float]
     balance: float | None = None
     spectral: float | None = None
+    orthogonality: float | None = None
     pairs: float | None = None

@@ -36,7 +36,8 @@ class AlignState:
         self.rank = 0  # the largest one of the layers
         self.tasks = config.num_tasks or 0
         self.task: int | Tensor | None = None  # the task that evaluation is about (set_task), or one a sample, [B]
-        self.spectral: list[Callable[[], Tensor]] = []  # each layer's spectral loss
+        self.of_parameters: list[Callable[[], Tensor]] = []  # each layer's loss on its parameters alone
+        self.ranks: Any = None  # the importance of AdaLoRA's triplets (model/rank_allocation.py)
         self.queue: deque[Statistics] = deque(maxlen=config.align_queue)  # statistics of the last micro-batches
         self.disabled = False  # whether the model runs without its adapters (model/disable.py)
         # The steps (AlignStep).

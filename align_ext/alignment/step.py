@@ -10,8 +10,8 @@ In backward the loss node runs first, since the model's own loss hangs below it,
 in every latent, times what came in. The node behind each layer, which knows the step by a number, hands the layer's
 share on as dz (tap.py). So the gradient is exact whatever the training loop does: activation checkpointing of either
 kind, accumulation, loss scaling, pending forwards, compilation, data parallelism.
-A router's weights w go the same way as the latents; the spectral loss depends on parameters alone and is ordinary
-autograd.
+A router's weights w go the same way as the latents; the spectral loss and AdaLoRA's orthogonality depend on parameters
+alone and are ordinary autograd.
 docs/numerics.md derives the tables; docs/architecture.md follows one batch through these files.
 """
 
@@ -33,7 +33,7 @@ from align_ext.ops._autograd import apply_of
 
 
 class AlignStep(StepOutputs):
-    """The losses on the adapters of one forward: alignment, balance, spectral.
+    """The losses on the adapters of one forward: alignment, balance, and that on parameters alone.
 
     Args:
         state: the model's.
@@ -53,6 +53,7 @@ class AlignStep(StepOutputs):
         self.alignment: Alignment | None = None
         self.balance: Balance | None = None
         self.spectral: Tensor | None = None
+        self.orthogonality: Tensor | None = None
         self._own: Statistics | None = None  # for the queue, once the loss is differentiated
         self._lm: Tensor | None = None
         self._weight = 0.0
@@ -91,6 +92,8 @@ class AlignStep(StepOutputs):
     ) -> Tensor:
         """Computes loss + scale * (weight * align + balance_weight * balance + spectral_weight * spectral).
 
+        AdaLoRA has orth_reg_weight * orthogonality in the place of the spectral loss, which is one of heads.
+
         Args:
             loss: scalar, the model's loss of this step's forward.
             weight: lambda; None takes config.align_weight.
@@ -120,9 +123,13 @@ class AlignStep(StepOutputs):
         of_gradients = {LATENT: factors[LATENT] * world * parts, WEIGHTS: factors[WEIGHTS] * world}
         # The node is needed even if it adds nothing, since recomputed layers look for the step.
         loss = _total(loss, self, factors, of_gradients, recorded)
-        if config.spectral:
-            self.spectral = torch.stack([of_layer() for of_layer in self.state.spectral]).mean()
-            loss = (loss + (config.spectral_weight * scale) * self.spectral).to(loss.dtype)
+        if self.state.of_parameters:
+            value = torch.stack([of_layer() for of_layer in self.state.of_parameters]).mean()
+            if config.spectral:
+                self.spectral, of_value = value, config.spectral_weight
+            else:
+                self.orthogonality, of_value = value, config.orth_reg_weight or 0.0
+            loss = (loss + (of_value * scale) * value).to(loss.dtype)
         return loss
 
     def _all_statistics(self, of: MicroBatchShare | None, distributed: bool) -> Statistics:
@@ -172,6 +179,7 @@ class AlignStep(StepOutputs):
             per_task=[] if alignment is None else alignment.statistics.per_task(state.config),
             balance=None if self.balance is None else float(self.balance.value),
             spectral=None if self.spectral is None else float(self.spectral.detach()),
+            orthogonality=None if self.orthogonality is None else float(self.orthogonality.detach()),
             pairs=None if alignment is None else float(alignment.statistics.pairs(state.config)),
         )
 

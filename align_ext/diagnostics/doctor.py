@@ -219,6 +219,8 @@ def _low_rank(x: Tensor, config: AlignLoraConfig, tensors: dict[str, Tensor]) ->
         A, B = A[1], B[1]
     elif config.architecture == "malora":
         A = tensors["lora_C"] @ A
+    elif config.architecture == "adalora":
+        A = tensors["lora_E"] * A
     elif config.architecture == "nlora":
         B = B @ tensors["lora_N"]
     elif config.architecture == "mtlora_cvpr":

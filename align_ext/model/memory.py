@@ -138,6 +138,8 @@ def _twin(model: Any) -> Any:
         del config.quantization_config
     losses: dict[str, Any] = {"align": None, "balance": None, "spectral": None}  # which keep numbers of rank r alone
     adapters = replace(require_state(model).config, **losses)
+    if adapters.orth_reg_weight:
+        adapters = replace(adapters, orth_reg_weight=0.0)
     if adapters.init_lora_weights in FROM_WEIGHT:
         adapters = replace(adapters, init_lora_weights="kaiming")
     if adapters.row.by_task:  # each token goes through one LoRA of the rank of all of its paths

@@ -44,6 +44,8 @@ CASES = {
     "moelora, mmd": {"architecture": "moelora", "align": "mmd"},
     "mtlora_cvpr, kl": {"architecture": "mtlora_cvpr", "align": "kl"},
     "nlora, mmd": {"architecture": "nlora", "align": "mmd"},
+    "adalora, kl": {"architecture": "adalora", "align": "kl", "orth_reg_weight": 0.2},
+    "adalora, mmd": {"architecture": "adalora", "align": "mmd"},
     "malora, kl, switch": {"architecture": "malora", "align": "kl", "balance": "switch"},
     "mixlora": {"architecture": "mixlora"},
     "mixlora, mmd": {"architecture": "mixlora", "align": "mmd", "router_temperature": 0.7, "balance": "cv2"},
@@ -82,12 +84,15 @@ def test_the_gradient_is_the_literal_one(name, mode):
             assert error(gradients(model), expected(name, *weights)) < EXACT, (flow.__name__, way.__name__)
 
 
-@pytest.mark.parametrize("name", ["multi_adapter", "lora_moe, kl, switch", "m_lora, kl", "mtlora by sequence, mmd"])
+@pytest.mark.parametrize(
+    "name", ["multi_adapter", "lora_moe, kl, switch", "m_lora, kl", "mtlora by sequence, mmd", "adalora, kl"]
+)
 def test_each_loss_moves_the_gradient(name):
     """Otherwise an oracle without it would have passed too."""
     options = options_of(name)
     with_all = expected(name, 1)
-    for loss, weight in (("align", "align_weight"), ("balance", "balance_weight"), ("spectral", "spectral_weight")):
+    weights = {"align": "align_weight", "balance": "balance_weight", "spectral": "spectral_weight"}
+    for loss, weight in (weights | {"orth_reg_weight": "orth_reg_weight"}).items():
         if not getattr(adapted(**options).align_state.config, loss):
             continue
         without = Oracle(adapted(**options | {weight: 0.0})).gradients([1])
@@ -113,9 +118,13 @@ def test_the_parts_are_the_literal_losses(name):
     if config.spectral:
         losses = [literal.spectral(adapter.lora_B, config.spectral) for adapter in oracle.adapters]
         assert parts.spectral == pytest.approx((sum(losses) / len(losses)).item(), rel=1e-9)
+    if config.orth_reg_weight:
+        losses = [literal.orthogonality(adapter.lora_B, adapter.lora_A) for adapter in oracle.adapters]
+        assert parts.orthogonality == pytest.approx((sum(losses) / len(losses)).item(), rel=1e-9)
 
 
 COMPILED = ["multi_adapter, kl", "lora_moe, kl, switch", "hydra without router, kl", "mtlora", "mixlora, mmd"]
+COMPILED += ["adalora, kl"]
 
 
 @pytest.mark.parametrize("name", COMPILED)

@@ -37,6 +37,7 @@ KEYS = {
     "nlora": OF_ALL,
     "malora": OF_ALL | {"heads", "routing"},
     "mixlora": OF_ALL | {"heads", "routing"},
+    "adalora": OF_ALL,
 }
 
 
