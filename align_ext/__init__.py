@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from align_ext.model.load_adapter import load_adapter
     from align_ext.model.merge import merge_and_unload, unload
     from align_ext.model.named import adapter_names, add_adapter, delete_adapter, set_adapter
+    from align_ext.model.rank_allocation import allocated_ranks, update_and_allocate
     from align_ext.model.replace import adapter_report, replace_linear_with_align_lora
     from align_ext.ops._backend import backend
 
@@ -42,6 +43,7 @@ __all__ = [
     "align_parts",
     "align_statistics",
     "align_step",
+    "allocated_ranks",
     "backend",
     "capture_latents",
     "copy_heads",
@@ -78,6 +80,7 @@ __all__ = [
     "task_divergence",
     "tsne",
     "unload",
+    "update_and_allocate",
 ]
 __version__ = version("align_ext")
 
@@ -99,6 +102,7 @@ _LAZY = {  # imported on first use: the operators need torch alone, these names 
     "align_parts": "align_ext.alignment.context",
     "align_statistics": "align_ext.alignment.accumulation",
     "align_step": "align_ext.alignment.context",
+    "allocated_ranks": "align_ext.model.rank_allocation",
     "backend": "align_ext.ops._backend",
     "capture_latents": "align_ext.adapters.capture",
     "copy_heads": "align_ext.diagnostics.heads",
@@ -135,6 +139,7 @@ _LAZY = {  # imported on first use: the operators need torch alone, these names 
     "task_divergence": "align_ext.diagnostics.latents",
     "tsne": "align_ext.diagnostics.separation",
     "unload": "align_ext.model.merge",
+    "update_and_allocate": "align_ext.model.rank_allocation",
 }
 
 

@@ -1,5 +1,6 @@
 """What each of several processes runs; imported by name in the processes."""
 
+import copy
 import dataclasses
 import itertools
 
@@ -13,6 +14,7 @@ from tiny import VOCAB, WEIGHT, Oracle, adapted, batch, error, gradients, llama,
 from torch import nn
 
 from align_ext import replace_linear_with_align_lora
+from align_ext.model.rank_allocation import allocated_ranks, update_and_allocate
 
 LOUD = {"balance_weight": 0.5, "spectral_weight": 0.2, "lora_dropout": 0.2, "num_heads": 3}
 OTHER_LOSSES = (
@@ -115,6 +117,39 @@ def train_in_further_ways(rank, port):
         accumulate_exactly(rank, align)
         accumulate_with_a_queue(rank, align)
     whole_layers_are_needed()
+
+
+def allocate_on_rank(rank, port):
+    """Trains AdaLoRA on batch `rank` under DDP: the ranks of the layers are those of one process on both batches."""
+    join(rank, 2, port)
+    options = {"architecture": "adalora", "align": "kl", "target_r": 2, "tinit": 1, "tfinal": 2, "total_step": 5}
+    both, alone = adapted(**options), adapted(**options)
+    call = wrapped(both, "ddp")
+    for model, batches in ((call, [rank]), (alone, [0, 1])):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+        for step in range(1, 6):
+            optimizer.zero_grad()
+            if model is alone:
+                for name, gradient in Oracle(copy.deepcopy(alone)).gradients([0.5] * len(batches), union=True).items():
+                    alone.get_parameter(name).grad = gradient
+            else:
+                by_keyword(model, rank)().backward()
+            optimizer.step()
+            update_and_allocate(model, step)
+    assert allocated_ranks(call) == allocated_ranks(alone)
+    assert sum(allocated_ranks(call).values()) == 12
+    assert len(set(allocated_ranks(call).values())) > 1
+    for name, parameter in both.named_parameters():
+        if "lora_" in name:
+            parts = [torch.empty_like(parameter) for _ in range(2)]
+            dist.all_gather(parts, parameter.detach())
+            assert torch.equal(*parts)
+            torch.testing.assert_close(parameter, alone.get_parameter(name), rtol=1e-9, atol=1e-12)
+    model = adapted(**options)
+    call = wrapped(model, "fsdp2")
+    by_keyword(call, rank)().backward()
+    with pytest.raises(ValueError, match="processes hold parts here: train with DDP"):
+        update_and_allocate(call, 1)
 
 
 def whole_layers_are_needed():

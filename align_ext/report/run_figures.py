@@ -17,6 +17,7 @@ _MOST_ROWS = 40  # of a figure with one row a task
 _MOST_NAMES = 30  # of a heat map
 _TERMS = {
     "align_loss": "alignment loss", "balance_loss": "balance loss", "spectral_loss": "spectral loss",
+    "orth_loss": "orthogonality loss",
     "grad_norm": "norm of the gradient", "learning_rate": "learning rate",
 }  # fmt: skip
 _GRID: dict[str, Any] = {"color": INK, "alpha": 0.12, "linewidth": 0.6}

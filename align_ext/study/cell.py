@@ -42,7 +42,10 @@ from align_ext.training.run_folder import RunFolder, open_shared_run
 from align_ext.training.whole_checkpoints import checkpoints
 
 _FILES = r"cell\.json|cost\.json|rows\.jsonl\.gz|losses\.csv|adapter/.*"
-_LOSSES = ("lm_loss", "align_loss", "aligned_pairs", "balance_loss", "spectral_loss", "learning_rate", "grad_norm")
+_LOSSES = (
+    "lm_loss", "align_loss", "aligned_pairs", "balance_loss", "spectral_loss", "orth_loss", "learning_rate",
+    "grad_norm",
+)  # fmt: skip
 
 
 def run_base(study: Study, options: TrainOptions, target: Path, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""Saves and strictly loads the model's part of a Trainer's checkpoint: the adapter folder and the queue."""
+"""Saves and strictly loads the model's part of a Trainer's checkpoint: adapter folder, queue, importance of ranks."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,15 +11,16 @@ from align_ext.base_model.sharded import shard_ranks
 from align_ext.io.save_adapter import save_adapter
 from align_ext.losses.statistics import STATISTICS, Statistics
 from align_ext.model.load_adapter import load_adapter
+from align_ext.model.rank_allocation import TripletImportance, importance_like
 from align_ext.system.messages import reason_of, shown_path
 from align_ext.system.reading import exists
-from align_ext.system.tensors import read_tensors, write_tensors
+from align_ext.system.tensors import check_tensors, read_tensors, write_tensors
 
-QUEUE = "align_queue.safetensors"
+QUEUE, RANKS = "align_queue.safetensors", "align_ranks.safetensors"
 
 
 def save_trained(model: nn.Module, folder: str | Path, task_names: Sequence[str] = ()) -> None:
-    """Saves the trained tensors by save_adapter, and the queue of the last micro-batches' statistics.
+    """Saves the trained tensors by save_adapter, the queue of the last micro-batches' statistics, and AdaLoRA's scores.
 
     Args:
         model: a model with adapters.
@@ -27,6 +28,8 @@ def save_trained(model: nn.Module, folder: str | Path, task_names: Sequence[str]
         task_names: as in save_adapter.
     """
     save_adapter(model, folder, task_names)
+    if _allocates(model):
+        write_tensors(Path(folder, RANKS), (_state(model).ranks or TripletImportance()).to_tensors())
     ranks = shard_ranks(model.parameters())
     if (queue := _state(model).queue) and (not ranks or torch.distributed.get_rank() == ranks[0]):
         states = (t.to_tensors().items() for t in queue)
@@ -39,9 +42,10 @@ def load_trained(model: nn.Module, folder: str | Path) -> None:
     Raises:
         ValueError: as in load_adapter, or the folder holds other parameters than those that are trained.
     """
-    queue = _read_queue(model, folder)
+    queue, importance = _read_queue(model, folder), _read_importance(model, folder)
     load_adapter(model, folder)
     _set_queue(model, queue)
+    _state(model).ranks = importance
 
 
 def load_queue(model: nn.Module, folder: str | Path) -> None:
@@ -69,6 +73,28 @@ def _read_queue(model: nn.Module, folder: str | Path) -> list[Statistics]:
         return [statistics.from_tensors(tensors) for _, tensors in sorted(entries.items())]
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{shown_path(file)} is damaged: {reason_of(error)}") from error
+
+
+def _allocates(model: nn.Module) -> bool:
+    return _state(model).config.architecture == "adalora"
+
+
+def _read_importance(model: nn.Module, folder: str | Path) -> TripletImportance | None:
+    if not _allocates(model):
+        return None
+    file, device, importance = Path(folder, RANKS), next(model.parameters()).device, TripletImportance()
+    if not exists(file):
+        raise ValueError(f"{shown_path(file)} is missing, which says what the ranks of adalora are decided by")
+    tensors, _ = read_tensors(file, empty=True)
+    expected = importance_like(model, final=any(key.startswith("kept/") for key in tensors)) if tensors else {}
+    try:
+        check_tensors(tensors, expected)
+    except ValueError as error:
+        raise ValueError(f"{shown_path(file)} is damaged: {reason_of(error)}") from error
+    for key, tensor in tensors.items():
+        part, _, name = key.partition("/")
+        getattr(importance, part)[name] = tensor.to(device)
+    return importance
 
 
 def _state(model: nn.Module) -> AlignState:

@@ -54,7 +54,7 @@ class ShowProgress(transformers.TrainerCallback):
         if "lm_loss" not in logs:
             return
         text = f"loss {logs['lm_loss']:.3f}"
-        for name in ("align", "balance", "spectral"):
+        for name in ("align", "balance", "spectral", "orth"):
             if f"{name}_loss" in logs:
                 text += f", {name} {logs[f'{name}_loss']:.3g}"
         self._tasks |= {name: value for name, value in logs.items() if name.startswith("loss/")}

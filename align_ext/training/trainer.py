@@ -23,6 +23,7 @@ from align_ext.data.task_sampler import Mixing, TaskSampler
 from align_ext.io.adapter_folder import checked_task_names
 from align_ext.system.bounds import unknown_name
 from align_ext.system.messages import shown
+from align_ext.training.allocates_ranks import AllocatesRanks
 from align_ext.training.checkpoint import load_queue, load_trained, save_trained
 from align_ext.training.checks import (
     AlignmentDominates,
@@ -49,10 +50,11 @@ class AlignMixin(SafeMixin):
     The loss is Trainer's loss plus weight * alignment; with gradient accumulation, each micro-batch has the same weight
     in the alignment. The model's align_accumulation decides what is aligned together; with "exact", each step begins
     with a forward of all its micro-batches for their statistics. Besides `loss` it logs `lm_loss` and, if they are on,
-    `align_loss`, `balance_loss` and `spectral_loss`, as means without weights over the steps since the last log, and
-    `loss/<task>` from the batches of the logging steps (not with logging_strategy="epoch"). Evaluation logs
-    `eval_loss/<task>`; metric_for_best_model takes the lowest. The loss of a task is the model's loss over the task's
-    tokens or samples (training/task_losses.py). task_ids are optional if the model does not need them (plain LoRA).
+    `align_loss`, `balance_loss`, `spectral_loss` and `orth_loss`, as means without weights over the steps since the
+    last log, and `loss/<task>` from the batches of the logging steps (not with logging_strategy="epoch"). Evaluation
+    logs `eval_loss/<task>`; metric_for_best_model takes the lowest. The loss of a task is the model's loss over the
+    task's tokens or samples (training/task_losses.py). task_ids are optional if the model does not need them (plain
+    LoRA). Of adalora it allocates the ranks after each optimizer step (model/rank_allocation.py).
 
     Args:
         *args: as in Trainer.
@@ -112,6 +114,7 @@ class AlignMixin(SafeMixin):
         self.add_callback(ChecksBeforeTraining(self))
         self.add_callback(LayersThatNeverRan(self))
         self.add_callback(AlignmentDominates(self))
+        self.add_callback(AllocatesRanks(self))
         if self.mixing is not None and not has_length(self.train_dataset):
             raise ValueError("mixing needs a dataset of known size: join_tasks mixes iterable ones, leave mixing out")
         if self._aligned() and self.args.n_gpu > 1:
@@ -273,7 +276,8 @@ class AlignMixin(SafeMixin):
             self._train_sums.add("aligned_pairs", step.alignment.statistics.pairs(config) * weight_in_step)
         values = {"align_loss": step.alignment, "balance_loss": step.balance}
         losses = {name: part.value for name, part in values.items() if part is not None}
-        losses |= {} if step.spectral is None else {"spectral_loss": step.spectral}
+        of_parameters = {"spectral_loss": step.spectral, "orth_loss": step.orthogonality}
+        losses |= {name: value for name, value in of_parameters.items() if value is not None}
         for name, value in losses.items():
             self._train_sums.add(name, value * weight_in_step)
         return total

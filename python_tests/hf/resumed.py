@@ -26,6 +26,7 @@ CASES = {
     "queue, kl": {"align": "kl", "align_accumulation": "queue"},
     "queue, mmd": {"align": "mmd", "align_accumulation": "queue", "align_queue": 2},
     "biases and rows": {"align": "kl", "lora_bias": True, "trainable_token_indices": [3, 5]},
+    "adalora": {"architecture": "adalora", "align": "kl", "tinit": 1, "tfinal": 1},
     "sft": {"align": "kl"},
 }
 

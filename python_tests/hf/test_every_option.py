@@ -12,10 +12,12 @@ from tiny import batch, qwen2
 
 from align_ext import AlignLoraConfig, replace_linear_with_align_lora
 from align_ext.data.task_sampler import TaskSampler
+from align_ext.model.rank_allocation import allocated_ranks, update_and_allocate
 from align_ext.training import fit, recipe
 from align_ext.training.options import known_options
 
 MTLORA = {"architecture": "mtlora", "target_blocks": ()}
+ADALORA = {"architecture": "adalora", "total_step": 9}
 MMD, ROUTED, QUEUE = {"align": "mmd"}, {"architecture": "lora_moe"}, {"align_accumulation": "queue"}
 BESIDE = {"routing": {"router": "mlp"}}  # what goes with the value alone
 ELSEWHERE = {"layers_pattern"}  # test_by_layer.py, since the model here has one list of layers
@@ -39,12 +41,19 @@ TRIED = {
     "mmd_statistic": ("u", MMD), "mmd_n_max": (4, MMD), "response_only": (True, {}), "balance": ("cv2", ROUTED),
     "balance_weight": (0.5, {**ROUTED, "balance": "cv2"}), "spectral": ("uniform", {**MTLORA, "spectral_weight": 0.5}),
     "spectral_weight": (0.5, MTLORA), "spectral_steps": (1, {**MTLORA, "spectral_weight": 1.0}),
+    "init_r": (4, ADALORA), "target_r": (1, ADALORA), "tinit": (2, ADALORA), "tfinal": (0, ADALORA),
+    "deltaT": (2, ADALORA), "beta1": (0.5, ADALORA), "beta2": (0.5, ADALORA), "orth_reg_weight": (0.0, ADALORA),
+    "total_step": (5, {"architecture": "adalora", "tinit": 0}),
     "share_inputs": (False, {}), "adapter_dtype": ("base", {}), "shared_rank": (4, {"architecture": "malora"}),
 }  # fmt: skip
 
 
+def norms(tensors):
+    return [tensor.double().norm().item() for tensor in tensors.values()]
+
+
 def steps(model, **options):
-    """Name and shape of each trained parameter, and its gradients and the loss in three steps of SGD."""
+    """Name and shape of each trained parameter, its gradients, the loss, and AdaLoRA's ranks in three steps of SGD."""
     torch.manual_seed(0)
     replace_linear_with_align_lora(model, AlignLoraConfig(**{"num_tasks": 3} | options))
     model.train()
@@ -59,6 +68,10 @@ def steps(model, **options):
         loss.backward()
         found += [loss.item(), *((name, p.grad.double().norm().item()) for name, p in trained.items())]
         optimizer.step()
+        if model.align_state.config.architecture == "adalora":
+            update_and_allocate(model, seed + 1, total_step=4)
+            ranks = model.align_state.ranks
+            found += [list(allocated_ranks(model).values()), *map(norms, (ranks.sensitivity, ranks.uncertainty))]
     return found
 
 

@@ -60,6 +60,7 @@ MERGED = (
     "m_lora",
     "multilora",
     "nlora",
+    "adalora",
 )  # one change of each weight, which PEFT's LoRA can express
 # Each of the two papers' own architectures with every alignment; those that they compare with take turns.
 OWN = ARCHITECTURES.index("mtlora") + 1
@@ -76,9 +77,11 @@ def test_every_architecture_trains_with_every_alignment_and_saves_what_it_traine
     changed = {"architecture": architecture, "align": align, "steps": 2, "eval_examples": 2, "log_steps": 1}
     results, said = run(place, model=str(model), r=4, **changed)
     logged = {name for name in results["losses"][0] if name.endswith("_loss")}
-    own = {"mtlora": {"balance_loss", "spectral_loss"}, "mixlora": {"balance_loss"}}.get(architecture, set())
+    own = {"mtlora": {"balance_loss", "spectral_loss"}, "mixlora": {"balance_loss"}, "adalora": {"orth_loss"}}
+    own = own.get(architecture, set())
     assert logged == {"lm_loss", *own} | ({"align_loss"} if align != "none" else set())
-    assert results["before"]["align"] > 0, "alignment is measured where it is not trained, too"
+    measured = results["after" if architecture == "adalora" else "before"]  # whose latents start from zero
+    assert measured["align"] > 0, "alignment is measured where it is not trained, too"
     for task in ("threes", "next"):
         assert results["after"]["tasks"][task]["loss"] != results["before"]["tasks"][task]["loss"]
     one = True if architecture in MERGED else None
