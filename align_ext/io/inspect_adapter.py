@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from align_ext.adapters.adalora import AdaLoraAdapter
 from align_ext.adapters.base import Adapter, Factors, at_least_float32
 from align_ext.base_model.modules_to_save import describe
 from align_ext.config import AlignLoraConfig
@@ -61,6 +62,10 @@ def _table(adapters: dict[str, Adapter], config: AlignLoraConfig) -> Table:
         parts = ("lora_A", "lora_B", *(["lora_router.lora_R"] if routed else []))
         norms = [f"{_norm(params[part]):.3g}" if part in params else "" for part in parts]  # a block has one router
         cells = [*map(str, sizes), f"{_numel(adapter):,}", *norms, _update(adapter, config)]
+        kept = f"{adapter.kept_rank} of {adapter.r}" if isinstance(adapter, AdaLoraAdapter) else adapter.r
+        sizes = (adapter.in_features, adapter.out_features, kept, f"{adapter.scaling:g}")
+        norms = [_norm(params[part]) for part in ("lora_A", "lora_B", *(["lora_router.lora_R"] if routed else []))]
+        cells = [*map(str, sizes), f"{_numel(adapter):,}", *(f"{x:.3g}" for x in norms), _update(adapter, config)]
         table.add_row(name, *cells)
     return table
 
@@ -79,8 +84,8 @@ def _update(adapter: Adapter, config: AlignLoraConfig) -> str:
 def _options(config: AlignLoraConfig) -> str:
     names = (
         "r", "lora_alpha", "use_rslora", "use_dora", "lora_dropout", "init_lora_weights", "num_heads", "reduce",
-        "router", "routing", "routing_groups", "top_k", "router_temperature", "shared_rank", "target_blocks", "align",
-        "align_weight", "balance", "spectral",
+        "router", "routing", "routing_groups", "top_k", "router_temperature", "shared_rank", "target_r",
+        "target_blocks", "align", "align_weight", "balance", "spectral",
     )  # fmt: skip
     values = {name: getattr(config, name) for name in names}
     return ", ".join(f"{name}={value}" for name, value in values.items() if value not in (None, False, ()))

@@ -17,6 +17,8 @@ from align_ext.adapters.embedding import EmbeddingAdapter
 from align_ext.alignment.model_state import AlignState
 from align_ext.base_model.adopt_peft import BASE_UNTOUCHED, PEFT_PREFIX
 from align_ext.config import AlignLoraConfig
+from align_ext.io import peft_adalora
+from align_ext.io.peft_adalora import ADALORA
 from align_ext.io.peft_experts import flattened, is_named, peft_keys, unflattened
 from align_ext.system.bounds import is_number
 from align_ext.system.messages import line, reason_of, shown, shown_path
@@ -66,8 +68,8 @@ def is_plain(adapters: Mapping[str, Adapter], config: AlignLoraConfig) -> bool:
 
 
 def one_lora(config: AlignLoraConfig) -> bool:
-    """Whether a layer's adapter is one A and one B, without heads, tasks or an offset."""
-    plain = config.architecture in ("lora", "align_lora") and config.init_lora_weights != "pissa"
+    """Whether PEFT has a form of a layer's adapter itself: one A and one B, or P, Λ and Q of AdaLoRA."""
+    plain = config.architecture in ("lora", "align_lora", "adalora") and config.init_lora_weights != "pissa"
     return plain and not config.target_blocks
 
 
@@ -79,11 +81,13 @@ def peft_forms(
 ) -> dict[str, PeftForm]:
     """Returns the adapters in PEFT's format, by subfolder; empty if PEFT's format cannot hold them.
 
-    An adapter by task has one form per task, in tasks/<its name or number>; others have one, in the folder. Each form
-    also holds the tensors that are trained beside the adapters, by name in the plain model.
+    An adapter by task has one form per task, in tasks/<its name or number>; others have one, in the folder. That of
+    adalora is PEFT's AdaLoRA (io/peft_adalora.py), that of all others LoRA. Each form also holds the tensors that are
+    trained beside the adapters, by name in the plain model.
     """
     if not config.row.by_task:
-        return {} if unexportable_reason(adapters, config) else {"": peft_form(adapters, config, trained)}
+        form = adalora_form if config.architecture == "adalora" else peft_form
+        return {} if unexportable_reason(adapters, config) else {"": form(adapters, config, trained)}
     if config.target_blocks:
         return {}
     assert config.num_tasks is not None
@@ -128,6 +132,15 @@ def peft_form(
     r = max(ranks.values())
     one = {"r": r, "lora_alpha": r, "use_rslora": False} | more | parameters
     return PeftForm(tensors, one | {"rank_pattern": ranks, "alpha_pattern": dict(ranks)})
+
+
+def adalora_form(
+    adapters: Mapping[str, Adapter], config: AlignLoraConfig, trained: Mapping[str, Tensor] | None = None
+) -> PeftForm:
+    """Returns AdaLoRA's adapters in PEFT's form of them."""
+    tensors, options = peft_adalora.form_of(adapters, config)
+    tensors |= {base_key(name, adapters): tensor.detach() for name, tensor in (trained or {}).items()}
+    return PeftForm(tensors, options | {"r": _RANK, "trainable_token_indices": token_indices(config)})
 
 
 def token_indices(config: AlignLoraConfig) -> list[int] | dict[str, list[int]] | None:
@@ -196,12 +209,14 @@ def plain_lora_config(
     Raises:
         ValueError: it is not plain LoRA; the message names the option.
     """
-    refused = ["peft_type"] * (peft.get("peft_type") != "LORA")
+    adalora = peft.get("peft_type") == ADALORA
+    refused = ["peft_type"] * (peft.get("peft_type") != "LORA" and not adalora)
     refused += ["bias"] * (peft.get("bias", "none") not in ("none", "all", "lora_only"))
     start = peft.get("init_lora_weights")
     refused += ["init_lora_weights"] * (start not in BASE_UNTOUCHED)
     others = (*_SUPPORTED, "peft_type", "bias", "lora_bias", "trainable_token_indices", "init_lora_weights")
-    refused += [option for option, value in peft.items() if value and option not in others]
+    known = (*others, *peft_adalora.OPTIONS) if adalora else others
+    refused += [option for option, value in peft.items() if value and option not in known]
     if refused:
         raise ValueError(f"{shown_path(file)}: {line(refused[0], 80)}={shown(peft.get(refused[0]))} is not plain LoRA")
     names = (
@@ -210,13 +225,16 @@ def plain_lora_config(
     options = {"r": _RANK, "lora_alpha": _ALPHA, "lora_dropout": 0.0, "target_parameters": tuple(experts)}
     options["target_modules"] = tuple(modules) or (() if experts else ("none",))
     try:
-        return AlignLoraConfig.from_dict({"architecture": "lora"} | options | {n: peft[n] for n in names if n in peft})
+        options |= {"architecture": "lora"} | {name: peft[name] for name in names if name in peft}
+        if adalora:  # which has init_r in the place of r, and one scaling
+            options |= peft_adalora.options_of(peft) | {"use_rslora": False}
+        return AlignLoraConfig.from_dict(options)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{shown_path(file)}: {error}") from error
 
 
 def scalings(file: Path, peft: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
-    """Returns the scaling that PEFT gives each layer.
+    """Returns the scaling that PEFT gives each layer, where it is not that of our options.
 
     Args:
         file: the adapter_config.json.
@@ -227,6 +245,8 @@ def scalings(file: Path, peft: Mapping[str, Any], ranks: Mapping[str, int]) -> d
         ValueError: the options give other ranks, or are no numbers.
     """
     matcher, result = Matcher(), {}
+    if peft.get("peft_type") == ADALORA:
+        return {}  # the options'
     for name, r in ranks.items():
         expected = rank_of(matcher, peft, name)
         if expected != r:

@@ -12,14 +12,17 @@ from torch import Tensor
 from align_ext.adapters.adapted_experts import EXPERT_TENSORS
 from align_ext.base_model.adopt_peft import PEFT_PREFIX
 from align_ext.base_model.modules_to_save import HEADS, ROWS
+from align_ext.io.peft_adalora import ADALORA, restored
 from align_ext.io.peft_experts import is_named, unflattened
 from align_ext.io.peft_format import PEFT_CONFIG, WEIGHTS, is_target, rank_of
 from align_ext.system.bounds import is_whole
-from align_ext.system.messages import shown, shown_path
+from align_ext.system.messages import reason_of, shown, shown_path
 from align_ext.system.names import Matcher, check_names
 from align_ext.system.reading import exists
 from align_ext.system.tensors import read_tensors
 
+_LORA_KEY = r"(.+\.lora_[AB])\.weight|(.+)\.lora_B\.bias|(.+\.lora_embedding_[AB]|.+\.lora_magnitude_vector)"
+_ADALORA_KEY = r"(.+\.lora_[ABE])"
 _BASE_WEIGHT = r"((?!.*\.lora_).+?)(?:\.token_adapter)?(?:\.base_layer)?\.weight"
 
 
@@ -54,6 +57,7 @@ def read_peft(path: Path, peft: Mapping[str, Any]) -> PeftTensors:
     tensors, record = read_file(path / WEIGHTS)
     if not peft:
         raise ValueError(f"{shown_path(path)} is no adapter folder: {PEFT_CONFIG} is missing")
+    adalora = peft.get("peft_type") == ADALORA
     modules, bias = peft.get("modules_to_save") or [], peft.get("bias", "none") != "none"
     if isinstance(modules, list) and all(isinstance(module, str) for module in modules):
         modules = list(dict.fromkeys(modules))  # PEFT adds the names of heads again when it writes what it has read
@@ -62,9 +66,7 @@ def read_peft(path: Path, peft: Mapping[str, Any]) -> PeftTensors:
     for key, tensor in tensors.items():
         name = key.removeprefix(PEFT_PREFIX)
         owners = [module for module in modules if f"{module}." in name]
-        match = re.fullmatch(
-            r"(.+\.lora_[AB])\.weight|(.+)\.lora_B\.bias|(.+\.lora_embedding_[AB]|.+\.lora_magnitude_vector)", name
-        )
+        match = re.fullmatch(_ADALORA_KEY if adalora else _LORA_KEY, name)
         if name != key and match:
             lora[match[1] or match[3] or f"{match[2]}.lora_bias"] = tensor
         elif name != key and peft.get("trainable_token_indices") and name.endswith(f".{ROWS}"):
@@ -95,6 +97,11 @@ def read_peft(path: Path, peft: Mapping[str, Any]) -> PeftTensors:
     empty = [name for name in modules if name not in contents and (name not in HEADS or not contents)]
     if empty:
         raise ValueError(f"{file} has no tensors of modules_to_save={shown(empty[0])}")
+    if adalora:
+        try:
+            return PeftTensors(restored(lora, peft), trained, base, record)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file}: {reason_of(error)}") from error
     return PeftTensors(_by_tensor(path, peft, lora), trained, base, record)
 
 

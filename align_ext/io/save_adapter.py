@@ -15,6 +15,7 @@ save_adapter(model, folder) writes all of these files or none:
   parameters. Adapters of experts are PEFT's target_parameters (io/peft_experts.py).
 - m_lora, hydra without a router: PEFT's files hold the sum without dropout, [A; A0] and [c Σ B_i, -B0] (A and c Σ B_i
   without an offset); the heads are in the heads' file.
+- adalora: PEFT's files hold everything in PEFT's form of AdaLoRA (io/peft_adalora.py); export_peft writes a LoRA.
 - multilora, nlora: PEFT's files hold the change of the weight, the parameters are in the heads' file.
 - multi_adapter, moelora, mtlora_cvpr: the same for each task, PEFT's files in tasks/<name or number>/.
 - lora_moe, malora, hydra, r_lora, mtlora, mixlora, and adapters of whole blocks: the change of the weights depends on

@@ -106,9 +106,9 @@ def matrices(adapters: Mapping[str, Adapter]) -> dict[str, tuple[Tensor, Tensor]
 def write_lora(adapter: LoraWeights, folder: str | os.PathLike[str]) -> None:
     """Writes an adapter atomically to a folder that load_adapter and stock PEFT can read."""
     ranks = {name: len(A) for name, (A, _) in adapter.layers.items()}
-    r, options = max(ranks.values()), ("base_model_name_or_path", "task_type", "fan_in_fan_out", "peft_type", "bias")
+    r, options = max(ranks.values()), ("base_model_name_or_path", "task_type", "fan_in_fan_out", "bias")
     content = {name: adapter.config[name] for name in options if name in adapter.config} | {
-        "r": r, "lora_alpha": r, "lora_dropout": 0.0, "use_rslora": False, "inference_mode": True,
+        "peft_type": "LORA", "r": r, "lora_alpha": r, "lora_dropout": 0.0, "use_rslora": False, "inference_mode": True,
         "target_modules": list(ranks),
     }  # fmt: skip
     if len(set(ranks.values())) > 1:

@@ -18,6 +18,7 @@ _SUPPORTED = (
     "use_dora", "init_lora_weights", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform",
     "layers_pattern", "bias", "lora_bias", "trainable_token_indices",
 )  # fmt: skip
+_ADALORA = ("target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step")
 # Options of peft.LoraConfig that do not change the training, or that follow from the layers.
 _IGNORED = (
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
@@ -30,7 +31,7 @@ def resolve_config(model: Any, config: Any, options: Mapping[str, Any]) -> Align
 
     Args:
         model: the model.
-        config: an AlignLoraConfig, a mapping of its options, a peft.LoraConfig, or None.
+        config: an AlignLoraConfig, a mapping of its options, a peft.LoraConfig or AdaLoraConfig, or None.
         options: single options of AlignLoraConfig.
 
     Raises:
@@ -45,7 +46,7 @@ def resolve_config(model: Any, config: Any, options: Mapping[str, Any]) -> Align
         return config
     if config is None or isinstance(config, Mapping):
         return AlignLoraConfig.from_dict(options if config is None else config)
-    if type(config).__name__ == "LoraConfig" and is_dataclass(config):
+    if type(config).__name__ in ("LoraConfig", "AdaLoraConfig") and is_dataclass(config):
         return _from_peft(model, config)
     raise ValueError(
         f"config must be an AlignLoraConfig, a dictionary of its options or a peft.LoraConfig, got {shown(config)}"
@@ -53,16 +54,18 @@ def resolve_config(model: Any, config: Any, options: Mapping[str, Any]) -> Align
 
 
 def _from_peft(model: nn.Module, config: Any) -> AlignLoraConfig:
-    """Converts a peft.LoraConfig; refuses any other option that is set, by its name."""
+    """Converts a peft.LoraConfig or AdaLoraConfig; refuses any other option that is set, by its name."""
+    kind = type(config).__name__
+    of_ranks = _ADALORA if kind == "AdaLoraConfig" else ()
     for field in fields(config):
         default = field.default if field.default_factory is MISSING else field.default_factory()
         value = getattr(config, field.name)
-        if field.name not in (*_SUPPORTED, *_IGNORED) and value != default and (value or default):
+        if field.name not in (*_SUPPORTED, *_IGNORED, *of_ranks) and value != default and (value or default):
             raise ValueError(
-                f"peft.LoraConfig has {field.name}={shown(value)}, which these adapters have not: leave it out, or "
+                f"peft.{kind} has {field.name}={shown(value)}, which these adapters have not: leave it out, or "
                 "train with PEFT"
             )
-    options = {name: getattr(config, name) for name in _SUPPORTED}
+    options = {name: getattr(config, name) for name in (*_SUPPORTED, *of_ranks)}
     if options["target_modules"] is None:
         options["target_modules"] = _default_targets(model, config)
     options["exclude_modules"] = options["exclude_modules"] or ()
@@ -74,7 +77,9 @@ def _from_peft(model: nn.Module, config: Any) -> AlignLoraConfig:
     if options["modules_to_save"] is None:
         del options["modules_to_save"]
     init = options["init_lora_weights"]
-    if init not in (True, "gaussian", "orthogonal", "pissa"):
+    if of_ranks:
+        options |= {"architecture": "adalora"} | ({"init_lora_weights": "auto"} if init is True else {})
+    elif init not in (True, "gaussian", "orthogonal", "pissa"):
         raise ValueError(
             f"peft.LoraConfig has init_lora_weights={shown(init)}: these adapters start by True, gaussian, orthogonal "
             "or pissa"

@@ -28,6 +28,7 @@ ONE_LORA = {
     "hydra without router": {"architecture": "hydra", "router": None, "lora_dropout": 0.1},
     "multilora": {"architecture": "multilora"},
     "nlora": {"architecture": "nlora"},
+    "adalora": {"architecture": "adalora"},
 }  # what is one change of the weight, hence one LoRA
 DORA = {
     "DoRA": {"architecture": "lora", "use_dora": True},
@@ -90,6 +91,8 @@ def logits(model, task=None):
         set_task(model, task)
     inputs = batch()[0]
     inputs["labels"][:, :4] = -100  # the prompt, which a sequence router looks at
+    if getattr(model, "peft_type", None) == "ADALORA":  # PEFT's own computes no loss in inference
+        del inputs["labels"]
     training = model.training
     result = model.eval()(**inputs).logits
     model.train(training)
