@@ -13,7 +13,7 @@ from tiny import batch
 from transformers import TrainerCallback
 
 from align_ext import load_adapter, replace_linear_with_align_lora, save_adapter
-from align_ext.model.rank_allocation import allocated_ranks
+from align_ext.model.rank_allocation import TripletImportance, allocated_ranks
 from align_ext.training import allocates_ranks
 from align_ext.training.checkpoint import load_trained, save_trained
 
@@ -23,7 +23,8 @@ STEPS = {"max_steps": 6, "learning_rate": 1e-2, "lr_scheduler_type": "constant",
 
 def test_a_step_that_was_skipped_decides_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", True)
-    ran = trainer(tmp_path, adalora(), features(), **{**STEPS, "max_steps": 3})
+    ran = trainer(tmp_path, adalora(), features(), **STEPS)
+    ran.model.align_state.ranks = TripletImportance()  # of a training before this one
     ran.train()
     assert ran.model.align_state.ranks is None
 
@@ -114,11 +115,15 @@ def test_pefts_folder_is_ours_and_ours_is_pefts(tmp_path):
         theirs.base_model.update_and_allocate(step)
     wanted = logits(theirs)
     theirs.save_pretrained(tmp_path / "theirs")
-    ranks = {name: sum(mask) for name, mask in theirs.peft_config["default"].rank_pattern.items()}
+    pattern = theirs.peft_config["default"].rank_pattern
+    ranks = {name: sum(mask) for name, mask in pattern.items()}
     assert len(set(ranks.values())) > 1
     ours = load_adapter(plain(), tmp_path / "theirs")
     torch.testing.assert_close(logits(ours), wanted, rtol=1e-5, atol=1e-6)
     assert allocated_ranks(ours) == {name.removesuffix(".lora_E"): rank for name, rank in ranks.items()}
+    for name, mask in pattern.items():
+        adapter = ours.get_submodule(name.removesuffix(".lora_E")).adapter
+        assert (adapter.lora_E[:, 0] != 0).tolist() == mask, "each triplet is in its place"
     config = ours.align_state.config
     assert (config.r, config.target_r, config.total_step, config.orth_reg_weight) == (6, 2, 4, 0.5)
     save_adapter(ours, tmp_path / "ours")
