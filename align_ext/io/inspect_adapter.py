@@ -58,14 +58,11 @@ def _table(adapters: dict[str, Adapter], config: AlignLoraConfig) -> Table:
         table.add_column(title, justify="right", no_wrap=True)
     for name, adapter in adapters.items():
         params = {"lora_A": adapter.lora_A, "lora_B": adapter.lora_B, **dict(adapter.named_parameters())}
-        sizes = (adapter.in_features, adapter.out_features, adapter.r, f"{adapter.scaling:g}")
+        kept = f"{adapter.kept_rank} of {adapter.r}" if isinstance(adapter, AdaLoraAdapter) else adapter.r
+        sizes = (adapter.in_features, adapter.out_features, kept, f"{adapter.scaling:g}")
         parts = ("lora_A", "lora_B", *(["lora_router.lora_R"] if routed else []))
         norms = [f"{_norm(params[part]):.3g}" if part in params else "" for part in parts]  # a block has one router
         cells = [*map(str, sizes), f"{_numel(adapter):,}", *norms, _update(adapter, config)]
-        kept = f"{adapter.kept_rank} of {adapter.r}" if isinstance(adapter, AdaLoraAdapter) else adapter.r
-        sizes = (adapter.in_features, adapter.out_features, kept, f"{adapter.scaling:g}")
-        norms = [_norm(params[part]) for part in ("lora_A", "lora_B", *(["lora_router.lora_R"] if routed else []))]
-        cells = [*map(str, sizes), f"{_numel(adapter):,}", *(f"{x:.3g}" for x in norms), _update(adapter, config)]
         table.add_row(name, *cells)
     return table
 
