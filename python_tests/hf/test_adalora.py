@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import batch
 from transformers import TrainerCallback
 
-from align_ext import load_adapter, replace_linear_with_align_lora, save_adapter
+from align_ext import export_peft, load_adapter, replace_linear_with_align_lora, save_adapter
 from align_ext.model.rank_allocation import TripletImportance, allocated_ranks
 from align_ext.training import allocates_ranks
 from align_ext.training.checkpoint import load_trained, save_trained
@@ -132,7 +132,7 @@ def test_pefts_folder_is_ours_and_ours_is_pefts(tmp_path):
     torch.testing.assert_close(logits(again), wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_the_folder_is_pefts_own_form_alone(tmp_path):
+def test_the_folder_is_pefts_own_form_alone_and_the_export_a_lora(tmp_path):
     model = trained("adalora")
     save_adapter(model, tmp_path)
     peft = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -141,8 +141,11 @@ def test_the_folder_is_pefts_own_form_alone(tmp_path):
     assert not (tmp_path / "align_lora_heads.safetensors").exists()
     keys = {key.rpartition(".")[2] for key in load_file(tmp_path / "adapter_model.safetensors")}
     assert keys == {"lora_A", "lora_E", "lora_B"}
-    plain_peft = PeftModel.from_pretrained(plain(), tmp_path)
-    torch.testing.assert_close(logits(plain_peft), logits(model), rtol=1e-5, atol=1e-5)
+    export_peft(model, tmp_path / "exported")
+    assert json.loads((tmp_path / "exported/adapter_config.json").read_text())["peft_type"] == "LORA"
+    for folder in (tmp_path, tmp_path / "exported"):
+        theirs = PeftModel.from_pretrained(plain(), folder)
+        torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
