@@ -1,5 +1,6 @@
 """AdaLoRA (2303.10512): a triplet of vectors and a singular value for each rank, which training prunes."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -69,3 +70,16 @@ class AdaLoraAdapter(Adapter):
     def delta_factors(self) -> list[Factors]:
         """(Λ Q, P)."""
         return [(self.A, self.lora_B)]
+
+
+def ranks_above_target(adapters: Collection[Any], config: AlignLoraConfig) -> str:
+    """Says that more triplets are left than the ranks are to end with, or "": also of other architectures.
+
+    Args:
+        adapters: those of all layers.
+        config: their options.
+    """
+    if config.architecture != "adalora":
+        return ""
+    left, wanted = sum(adapter.kept_rank for adapter in adapters), config.final_rank * len(adapters)
+    return f"the ranks of adalora add up to {left}, not target_r * layers = {wanted}" if left > wanted else ""

@@ -34,6 +34,7 @@ Nothing is pickled, and load_adapter checks keys, shapes, dtypes, finiteness, an
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -42,6 +43,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from align_ext.adapters.adalora import ranks_above_target
 from align_ext.adapters.adapted_block import Adapted, adapted_layers
 from align_ext.adapters.base import Adapter
 from align_ext.adapters.linear_layer import is_transposed
@@ -116,6 +118,7 @@ class _SavedState:
         scaling = {name: layer.adapter.scaling for name, layer in layers.items()}
         adapters = build_adapters(state.config, {name: values[name] for name in weights}, scaling, state)
         extra = replace(extra, tensors={name: values[name] for name in extra.tensors})
+        _warn_of_ranks(state, adapters)
         return cls(model, state, layers, adapters, extra, BaseModel.of(model), ranks)
 
     def peft_load_problem(self) -> str | None:
@@ -207,6 +210,17 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str], task: int | No
         if path is not None:
             _write_peft(path, form, full)
             _write_card(path, folder, full, ())
+
+
+def _warn_of_ranks(state: AlignState, adapters: Mapping[str, Adapter]) -> None:
+    """Warns of adalora without an allocation, unless one is under way, as in a checkpoint."""
+    under_way = state.ranks is not None and not state.ranks.kept
+    if not under_way and (said := ranks_above_target(adapters.values(), state.config)):
+        warnings.warn(
+            f"{said}, for nothing allocates them: call update_and_allocate(model, step) after each optimizer.step(), or "
+            "train by AlignTrainer",
+            stacklevel=4,
+        )
 
 
 def _write_card(path: Path, folder: str | os.PathLike[str], full: _SavedState, tasks: Sequence[str]) -> None:

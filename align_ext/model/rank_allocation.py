@@ -71,7 +71,7 @@ class RankSchedule:
         final = total // 2 if config.tfinal is None else config.tfinal
         if begin + final >= total:
             raise ValueError(
-                f"tinit={begin} and tfinal={final} leave no step of total_step={total} in which ranks fall: choose "
+                f"tinit={begin} and tfinal={final} leave none of {total} optimizer steps for ranks to fall in: choose "
                 "smaller ones, or more steps"
             )
         return cls(begin, total - final, config.deltaT or 1, config.r * layers, config.final_rank * layers)

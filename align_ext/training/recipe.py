@@ -38,6 +38,7 @@ from align_ext.system.names import Matcher, shortest_ends
 from align_ext.system.terminal import print_line, progress_bars, show_status
 from align_ext.system.versions import versions
 from align_ext.system.writing import atomic_file, check_space
+from align_ext.training.allocates_ranks import check_ranks
 from align_ext.training.base import load_job_base
 from align_ext.training.cost import describe_adapters, memory_advice, optimizer_state
 from align_ext.training.fit import argument_fields, fit, training_arguments
@@ -130,6 +131,7 @@ def _prepare(folder: RunFolder, device: str, dtype: torch.dtype, console: Consol
         base.check(model, "give --model that one, or another --adapter-from")
     transformers.set_seed(options.seed)
     replace_linear_with_align_lora(model, config)
+    check_ranks(model, options.steps, divided=options.fsdp or options.deepspeed is not None)
     _check_idle_layers(model, ran)
     if options.adapter_from is not None:
         load_adapter(model, options.adapter_from)

@@ -74,7 +74,7 @@ def test_the_budget_by_hand():
     assert [t for t in range(1, 11) if schedule.allocates(t)] == [4]
     default = RankSchedule.of(AlignLoraConfig(architecture="adalora", r=12), 300, layers=1)
     assert (default.begin, default.end, default.first, default.last) == (50, 150, 12, 8)
-    with pytest.raises(ValueError, match="tinit=2 and tfinal=4 leave no step of total_step=6"):
+    with pytest.raises(ValueError, match="tinit=2 and tfinal=4 leave none of 6 optimizer steps"):
         RankSchedule.of(config, 6, layers=3)
 
 

@@ -1,6 +1,7 @@
 """AdaLoRA in AlignTrainer, in its checkpoints, and between PEFT's folders and ours."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tiny import batch
 from transformers import TrainerCallback
 
 from align_ext import export_peft, load_adapter, replace_linear_with_align_lora, save_adapter
-from align_ext.model.rank_allocation import TripletImportance, allocated_ranks
+from align_ext.model.rank_allocation import TripletImportance, allocated_ranks, update_and_allocate
 from align_ext.training import allocates_ranks
 from align_ext.training.checkpoint import load_trained, save_trained
 
@@ -78,6 +79,43 @@ def test_a_schedule_that_outlasts_the_training_and_sharded_gradients_are_refused
     state = type("State", (), {"max_steps": 6, "global_step": 0})
     with pytest.raises(ValueError, match="DeepSpeed and FSDP keep in parts: train with DDP"):
         allocates_ranks.AllocatesRanks(ran).on_train_begin(ran.args, state, None)
+
+
+def test_ranks_that_nothing_allocates_are_said_when_they_are_saved(tmp_path):
+    model = adalora(align=None)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    inputs, ids = batch()
+    message = r"add up to 24, not target_r \* layers = 12, for nothing allocates them: call update_and_allocate"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_adapter(model, tmp_path / "new")  # whose singular values are zero
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(**inputs, task_ids=ids).loss.backward()
+        optimizer.step()
+    with pytest.warns(UserWarning, match=message):
+        save_adapter(model, tmp_path / "never")
+    with pytest.warns(UserWarning, match=message):
+        export_peft(model, tmp_path / "exported")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(1, 6):
+            update_and_allocate(model, step, 5)
+            save_adapter(model, tmp_path / "allocated")  # on the way, and at the end
+    with torch.no_grad():
+        for layer in allocated_ranks(model):
+            model.get_submodule(layer).adapter.lora_E.fill_(1)  # a loop that calls it no more
+    with pytest.warns(UserWarning, match=message):
+        save_adapter(model, tmp_path / "again")
+
+
+def test_a_training_that_ends_before_its_ranks_are_final_says_so(tmp_path):
+    ran = trainer(tmp_path, adalora(align=None), features(), **STEPS, callbacks=[StopAt(2)])
+    with pytest.warns(UserWarning, match=r"layers = 12: the training ended, .* before step 4, from which on they are"):
+        ran.train()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the ranks of adalora")
+        trainer(tmp_path, adalora(align=None), features(), **STEPS).train()
 
 
 @pytest.mark.parametrize(("steps", "final"), [(3, False), (5, True)])

@@ -144,6 +144,8 @@ def test_accumulation_and_checkpointing_run_and_plain_lora_has_no_alignment(plac
         ({"tasks": ("nexd",)}, "did you mean 'next'"),
         ({"seq_len": 3}, "are too long .seq_len."),
         ({"target_modules": ("absent",)}, "no layer was adapted"),
+        ({"architecture": "adalora", "align": None, "tinit": 11, "tfinal": 1}, "leave none of 12 optimizer steps"),
+        ({"architecture": "adalora", "align": None, "total_step": 90}, "12 optimizer steps, .* final at step 45"),
         ({"output": "file"}, "is a file"),
         ({"output": "full"}, "not empty: use --overwrite"),
         ({"output": "file/below"}, "cannot be made"),
