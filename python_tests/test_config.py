@@ -22,6 +22,21 @@ def test_every_architecture_has_a_row():
     assert get_args(Architecture) == tuple(ARCHITECTURES)
 
 
+def test_the_help_of_an_option_says_what_its_default_is_where_few_architectures_have_it():
+    told = {
+        "top_k": [("malora", 2), ("mixlora", 2)], "shared_rank": [("malora", 16)], "deltaT": [("adalora", 1)],
+        "beta1": [("adalora", 0.85)], "beta2": [("adalora", 0.85)], "orth_reg_weight": [("adalora", 0.1)],
+        "balance": [("mtlora", "cv2"), ("mixlora", "switch")],
+    }  # fmt: skip
+    for name, values in told.items():
+        text = AlignLoraConfig.__dataclass_fields__[name].metadata["help"].partition("by default")[2]
+        for architecture, default in values:
+            assert ARCHITECTURES[architecture].defaults[name] == default
+            assert str(default) in text, name
+        others = {architecture for architecture in ARCHITECTURES if ARCHITECTURES[architecture].defaults.get(name)}
+        assert others == {architecture for architecture, _ in values}
+
+
 def test_plain_lora_has_no_alignment_unless_asked():
     assert AlignLoraConfig(architecture="lora").align is None
     assert AlignLoraConfig(architecture="lora", align="kl").align_weight == 0.1

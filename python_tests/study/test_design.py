@@ -1,6 +1,7 @@
 """The design of a study: what study.yaml may say, its cells and their options, and errors that name the cure."""
 
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -107,6 +108,18 @@ def test_a_mistake_is_named_with_its_place_and_the_nearest_word(changed, message
         return
     with pytest.raises(ValueError, match=re.escape(message)):
         study(**changed)
+
+
+def test_the_preset_methods_has_every_method_that_the_guide_names():
+    text = (Path(__file__).parents[2] / "docs/guide/architectures.md").read_text()
+    table = text.split("## By the names in the papers")[1].split("\n## ")[0]
+    named = {word for row in re.findall(r"^\| [^|]+ \| ([^|]+) \|", table, re.M) for word in re.findall("`(.+?)`", row)}
+    flags = {"--use-dora": {"use_dora": True}, "--init-lora-weights pissa": {"init_lora_weights": "pissa"}}
+    arms = [arm.options for arm in parse(yaml.safe_load(presets()["methods"])).arms]
+    assert len(named) > 12
+    for name in named:
+        wanted = flags.get(name, {"architecture": name}).items()
+        assert any(wanted <= options.items() for options in arms), name
 
 
 def test_every_preset_is_a_valid_design_that_asks_a_question(tmp_path):
