@@ -1,8 +1,10 @@
 """What the README says is so; that its commands and Python run is in hf/test_guide.py."""
 
+import contextlib
 import json
 import re
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,16 @@ def test_every_file_and_heading_that_the_documents_link_to_exists():
             file = document.parent / target if target else document
             assert file.exists(), f"{document.name} links to {target}"
             assert not anchor or anchor in headings(file), f"{document.name} links to {target}#{anchor}"
+
+
+def test_all_that_merge_whole_but_adalora_take_dora():
+    table = (ROOT / "README.md").read_text().partition("<!-- architectures -->")[2].partition("<!-- end -->")[0]
+    merging = re.findall(r"^\| `([^`]+)` .*\| yes \|", table, re.M)
+    assert {"lora", "hydra router=None", "nlora", "adalora"} <= set(merging) < set(CONFIGS)
+    for words, config in CONFIGS.items():
+        takes = words in merging and words != "adalora"
+        with contextlib.nullcontext() if takes else pytest.raises(ValueError, match="use_dora=True"):
+            replace(config, use_dora=True)
 
 
 def test_the_tables_are_as_the_code_has_them():

@@ -217,8 +217,8 @@ def _warn_of_ranks(state: AlignState, adapters: Mapping[str, Adapter]) -> None:
     under_way = state.ranks is not None and not state.ranks.kept
     if not under_way and (said := ranks_above_target(adapters.values(), state.config)):
         warnings.warn(
-            f"{said}, for nothing allocates them: call update_and_allocate(model, step) after each optimizer.step(), or "
-            "train by AlignTrainer",
+            f"{said}, for nothing allocates them: call update_and_allocate(model, step) after each optimizer.step(), "
+            "or train by AlignTrainer",
             stacklevel=4,
         )
 

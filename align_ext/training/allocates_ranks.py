@@ -68,7 +68,7 @@ class AllocatesRanks(TrainerCallback):
         if said := ranks_above_target(layers, adapters.config):
             end = rank_schedule(self.trainer.model, state.max_steps).end
             warnings.warn(
-                f"{said}: the training ended, or its best checkpoint is from, before step {end}, from which on they are "
-                "final; let it reach that, or choose a larger tfinal",
+                f"{said}: the training ended, or its best checkpoint is from, before step {end}, from which on they "
+                "are final; let it reach that, or choose a larger tfinal",
                 stacklevel=2,
             )

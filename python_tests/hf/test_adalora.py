@@ -109,6 +109,36 @@ def test_ranks_that_nothing_allocates_are_said_when_they_are_saved(tmp_path):
         save_adapter(model, tmp_path / "again")
 
 
+def test_a_loop_goes_on_by_the_importance_that_it_stored(tmp_path):
+    def loop(model, optimizer, steps):
+        for step in steps:
+            optimizer.zero_grad()
+            inputs, ids = batch(step)
+            model(**inputs, task_ids=ids).loss.backward()
+            optimizer.step()
+            update_and_allocate(model, step, 9)
+
+    def made():
+        model = adalora(dtype=torch.float32, beta1=0.99, beta2=0.99)
+        return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+
+    whole, optimizer = made()
+    loop(whole, optimizer, range(1, 5))
+    torch.save((whole.state_dict(), optimizer.state_dict(), whole.align_state.ranks), tmp_path / "loop.pt")
+    loop(whole, optimizer, range(5, 10))
+    ends = []
+    for kept in (True, False):
+        model, optimizer = made()
+        trained_values, of_optimizer, ranks = torch.load(tmp_path / "loop.pt", weights_only=False)
+        model.load_state_dict(trained_values)
+        optimizer.load_state_dict(of_optimizer)
+        model.align_state.ranks = ranks if kept else None
+        loop(model, optimizer, range(5, 10))
+        ends.append(state(model))
+    assert_same_bits(ends[0], state(whole))
+    assert any(not torch.equal(ends[1][name], value) for name, value in ends[0].items())
+
+
 def test_a_training_that_ends_before_its_ranks_are_final_says_so(tmp_path):
     ran = trainer(tmp_path, adalora(align=None), features(), **STEPS, callbacks=[StopAt(2)])
     with pytest.warns(UserWarning, match=r"layers = 12: the training ended, .* before step 4, from which on they are"):
