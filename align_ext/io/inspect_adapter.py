@@ -49,11 +49,10 @@ def norm_of_update(terms: list[Factors], scaling: float) -> float:
 
 def _table(adapters: dict[str, Adapter], config: AlignLoraConfig) -> Table:
     routed = config.router is not None
-    update = "update, equal weights" if routed else "update"
-    before = ", before DoRA rescales its rows" if config.use_dora else ""
-    table = Table(caption=f"norms are Frobenius norms; the update is that of the layer's weight{before}")
-    table.add_column("layer", overflow="fold")  # whose ends tell names apart
-    titles = ["in", "out", "r", "scaling", "parameters", "A", "B", *(["router"] if routed else []), update]
+    how = (", at equal weights" if routed else "") + (", before DoRA rescales its rows" if config.use_dora else "")
+    table = Table(caption=f"s: scaling; norms are Frobenius norms; the update is that of the layer's weight{how}")
+    table.add_column("layer", overflow="fold", min_width=8)  # whose ends tell names apart
+    titles = ["in", "out", "r", "s", "trained", "A", "B", *(["router"] if routed else []), "update"]
     for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
     for name, adapter in adapters.items():
