@@ -161,8 +161,9 @@ def read_source(given: str | NamedSource, ignore: Collection[str] = (), store: E
     elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", data) and not is_rows(data):
         _add_dataset(source, data, _from_hub(data, streaming=given.rows is not None), ignore)
     else:
-        cure = ": patterns are not expanded, so name the folder, or each file" if re.search(r"[*?\[]", data) else ""
-        raise ValueError(f"there is no data file or folder {shown(data)}{cure}")
+        cure = "patterns are not expanded, so name the folder, or each file"
+        cure = cure if re.search(r"[*?\[]", data) else "name one, or a dataset of the hub as owner/name"
+        raise ValueError(f"there is no data file or folder {shown(data)}: {cure}")
     source.check_columns()
     source.check_unused()
     return source

@@ -46,7 +46,7 @@ device: cpu
         (["train", "--steps", "many"], "--steps"),
         (["train", "--steps", -3], "steps must be a positive integer, got -3"),
         (["train", "--align", "mmmd"], "unknown align 'mmmd'; did you mean 'mmd'"),
-        (["train", "--data", "absent.jsonl"], "no data file or folder 'absent.jsonl'"),
+        (["train", "--data", "absent.jsonl"], "no data file or folder 'absent.jsonl': name one, or a dataset of"),
         (["train", "--model", "/absent"], "no model folder '/absent'"),
         (["train", "--tasks", "chain_sun"], "'chain_sum'"),
         (["train", "--config", "absent.yaml"], "cannot read absent.yaml: No such file"),
