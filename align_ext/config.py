@@ -152,24 +152,16 @@ class AlignLoraConfig:
     routing_groups: int | None = option(
         AUTO, "G, groups of outputs with routing weights of their own (mtLoRA's fine-grained routing).", integer_rule()
     )
-    top_k: int | None = option(
-        AUTO, "heads (or experts) with weight; 0: all of them; by default 2 in malora and mixlora, else all."
-    )
+    top_k: int | None = option(AUTO, "heads with weight; 0: all of them; by default 2 in malora and mixlora, else 0.")
     router_temperature: float | None = option(AUTO, "tau of the softmax.", positive)
-    shared_rank: int | None = option(
-        AUTO, "malora: d, the rows of what the experts' A_i share; by default 16.", integer_rule()
-    )
+    shared_rank: int | None = option(AUTO, "malora: d, rows of what its A_i share; by default 16.", integer_rule())
     target_r: int | None = option(None, "adalora: the mean rank at the end; None: two thirds of r.", integer_rule())
     init_r: int | None = option(None, "adalora: PEFT's name for r, whose place it takes.", integer_rule())
     tinit: int | None = option(None, "adalora: the steps before ranks fall; None: a sixth of all.", steps_rule(0))
     tfinal: int | None = option(None, "adalora: the last steps, of fixed ranks; None: half of all.", steps_rule(0))
     deltaT: int | None = option(AUTO, "adalora: the steps between allocations of ranks; by default 1.", steps_rule())
-    beta1: float | None = option(
-        AUTO, "adalora: of the moving average of a weight's sensitivity; by default 0.85.", below_one_rule
-    )
-    beta2: float | None = option(
-        AUTO, "adalora: of the moving average of its uncertainty; by default 0.85.", below_one_rule
-    )
+    beta1: float | None = option(AUTO, "adalora: of a weight's average sensitivity; by default 0.85.", below_one_rule)
+    beta2: float | None = option(AUTO, "adalora: of its average uncertainty; by default 0.85.", below_one_rule)
     orth_reg_weight: float | None = option(
         AUTO,
         "adalora: of ||PᵀP - I||² and ||QQᵀ - I||² in the loss, a mean over matrices; by default 0.1.",
