@@ -55,7 +55,7 @@ def test_training_takes_the_course_of_the_equations_in_float64(name):
 
     def literal(seed):
         lm, outputs, task = oracle.forward(seed)
-        return lm + oracle.extra(outputs, task, oracle.config.align_weight) + oracle.spectral(), lm.item()
+        return lm + oracle.extra(outputs, task, oracle.config.align_weight) + oracle.of_parameters(), lm.item()
 
     actual, expected = trained(model, ours), trained(twin, literal)
     print(f"{name}: {expected[0].tolist()} to {expected[-1].tolist()}, {(actual / expected - 1).abs().max():.1e} apart")
