@@ -277,7 +277,7 @@ def test_every_architecture_tells_its_parts_whether_or_not_it_aligns(architectur
         total = model(**inputs, task_ids=tasks).loss
         parts = align_parts(model)
         assert (parts.align > 0, parts.pairs) == ((True, TASKS * (TASKS - 1) / 2) if align else (False, None))
-        extra = 0.01 * (parts.balance or 0) + 2e-3 * (parts.spectral or 0)
+        extra = 0.01 * (parts.balance or 0) + 2e-3 * (parts.spectral or 0) + 0.1 * (parts.orthogonality or 0)
         assert total.item() == pytest.approx(parts.lm + parts.weight * parts.align + extra, rel=1e-6)
         model.eval()(**inputs, task_ids=tasks)
         assert align_parts(model) == parts, "evaluation is no training step"
