@@ -260,20 +260,20 @@ def outer(
     chunk: int = 0,
     cols_each: int = OUTER_COLS,
 ) -> Work:
-    """The gradient latentsᵀ x, or latentsᵀ dy: a block has some columns and a chunk of rows, once for each mask.
+    """The gradient latentsᵀ x, or latentsᵀ dy: a block has some columns and a chunk of rows, for all masks.
 
     chunk: the ranks that the launch computes at once, where these are others. A router's weights multiply u.
     """
     cols, size = layer.sizes[tall]
-    count, turns, computed = ceil_div(cols, cols_each), max(masks, 1), chunk or ranks
-    rows_each = outer_rows(ceil_div(ranks, turns))
+    count, computed = ceil_div(cols, cols_each), chunk or ranks
+    rows_each = outer_rows(ceil_div(ranks, max(masks, 1)))
     chunks = ceil_div(layer.tokens, rows_each)
     rows, gradient = Access(latents, layer.latent(ranks), count), Access("gradients", 4 * ranks * cols)
     sums = [Access("sums", chunks * gradient.size)] if chunks > 1 else []
-    tiles = cols_each // TILE_COLS * ceil_div(min(rows_each, layer.tokens), TILE_ROWS) * turns
-    blocks = Blocks(count * chunks, tiles, tile(gpu, "outer", computed, min(masks, 1), layer.router and latents == "u"))
-    tensor = 2 * layer.tokens * cols * padded(computed) * turns
-    return Work(f"outer {tall}", [Access(tall, size, turns), rows, gradient, *sums], tensor, blocks=[blocks])
+    tiles = cols_each // TILE_COLS * ceil_div(min(rows_each, layer.tokens), TILE_ROWS)
+    blocks = Blocks(count * chunks, tiles, tile(gpu, "outer", computed, masks, layer.router and latents == "u"))
+    tensor = 2 * layer.tokens * cols * padded(computed)
+    return Work(f"outer {tall}", [Access(tall, size), rows, gradient, *sums], tensor, blocks=[blocks])
 
 
 def sum_chunks(outers: Iterable[Work]) -> list[Work]:
@@ -323,7 +323,7 @@ def grouped_lora(layer: Layer, gpu: Gpu) -> list[Work]:
         latents_and_y(layer, gpu, partials),
         of_dy,
         small(layer, "sum of the partials", {"partials": of_dz * r, "dz": r}),
-        *backward(layer, gpu, r, [d_a], last),
+        backward(layer, gpu, r, [d_a, *last]),
         *sum_chunks([d_a, *sums]),
     ]
 
@@ -334,17 +334,16 @@ def sibling_lora(layers: Sequence[Layer], gpu: Gpu) -> list[Work]:
     stride = ceil_div(max(layer.rank for layer in layers), 8) * 8
     width = (count - 1) * stride + layers[-1].rank
     shared = replace(first, rank=width, heads=count, site="input_per_head" if first.masks else "none")
-    of_mask = stride if first.masks and padded(stride) < padded(width) else width
     x_splits = splits(first.in_dim, first.tiles, gpu, most=8)
     passes = [pass_over_dy(layer, gpu) for layer in layers]
-    d_a = outer(shared, gpu, "x", "dz", width, shared.masks, of_mask)
+    d_a = outer(shared, gpu, "x", "dz", width, shared.masks)
     partials = sum(of_dz * layer.rank for layer, (of_dz, *_) in zip(layers, passes, strict=True))
     return [
         shrink(shared, gpu, "x", width),
         *(latents_and_y(layer, gpu, Access("partials", x_splits * layer.latent(layer.rank), 2)) for layer in layers),
         *(work for _, of_dy, d_b in passes for work in (of_dy, *d_b)),
         small(first, "sum of the partials", {"partials": partials, "dz": width}),
-        *backward(shared, gpu, width, [d_a], [], separate=of_mask < width),
+        backward(shared, gpu, width, [d_a]),
         *sum_chunks([d_a, *((d_b or [of_dy])[0] for _, of_dy, d_b in passes)]),
     ]
 
@@ -360,13 +359,8 @@ def heads(layer: Layer, gpu: Gpu) -> list[Work]:
     x_splits, dy_splits = splits(layer.in_dim, layer.tiles, gpu, most=8), splits(layer.out_dim, layer.tiles, gpu)
     masks = u if layer.site == "latent" else 0
     last = max(width, du)  # the last launch computes all of its products at the ranks of the largest
-    # Where each mask of x has fewer ranks, dA and dR are a launch of their own.
-    separate = per_head and layer.masks > 1 and padded(ceil_div(r, 8) * 8) < padded(last)
-    of_mask = ceil_div(r, 8) * 8 if separate else last
-    d_a = outer(layer, gpu, "x", "dz", width, layer.masks, of_mask)
-    # With dropout on x the router's gradient stands on another x.
-    d_r = [outer(layer, gpu, "x", "dz", logits, chunk=of_mask)] if layer.router and layer.masks else []
-    of_x, d_b = [d_a, *d_r], outer(layer, gpu, "dy", "u", u, chunk=last)
+    d_a = outer(layer, gpu, "x", "dz", width, layer.masks, last)  # and dR
+    d_b = outer(layer, gpu, "dy", "u", u, chunk=last)
     combined = {"partials": dy_splits * du, "z": z, "u": u, "dz": width, "w": logits}
     return [
         shrink(layer, gpu, "x", width),
@@ -374,16 +368,13 @@ def heads(layer: Layer, gpu: Gpu) -> list[Work]:
         expand(layer, gpu, "y", du, Access("u", layer.latent(du + logits))),
         shrink(layer, gpu, "dy", du),
         small(layer, "combine heads, backward", combined, masks),
-        *backward(layer, gpu, width, of_x, [d_b], last, separate=separate),
-        *sum_chunks([*of_x, d_b]),
+        backward(layer, gpu, width, [d_a, d_b], last),
+        *sum_chunks([d_a, d_b]),
     ]
 
 
-def backward(
-    layer: Layer, gpu: Gpu, ranks: int, of_x: list[Work], of_dy: list[Work], chunk: int = 0, *, separate: bool = False
-) -> list[Work]:
-    """The last launch, or two: gradients of the adapters, and dx."""
+def backward(layer: Layer, gpu: Gpu, ranks: int, gradients: list[Work], chunk: int = 0) -> Work:
+    """The last launch: gradients of the adapters, and dx."""
     dx = expand(layer, gpu, "dx", ranks, Access("dz", layer.latent(ranks)), chunk)
-    first = Work("backward: dA" if separate else "backward: dA, dB, dx", floor=layer.sizes["x"][1])  # dA waits for dz
-    launches = [sum(of_x, first), sum([*of_dy, dx], Work("backward: dB, dx"))]
-    return launches if separate else [launches[0] + launches[1]]
+    first = Work("backward: dA, dB, dx", floor=layer.sizes["x"][1])  # dA waits for dz
+    return sum([*gradients, dx], first)

@@ -42,20 +42,21 @@ struct RankMasks {
   float scale;     // multiplies the products of ranks that see a mask
 
   __device__ bool has(int rank) const { return rank < count * ranks_each; }
+  // The masks that are drawn.
+  __device__ int drawn(const Dropout& of) const { return of.threshold > 0 ? count : 0; }
 };
 constexpr int kAllRanks = 1 << 30;
 constexpr RankMasks kNoMasks = {{0, nullptr}, 1, kAllRanks, 1};
 
-// Calls body(begin, end, mask) for the ranks of a chunk that see the same mask, and at last with mask -1 for the ranks
-// that see none. The chunk has kRank ranks from first_rank on.
-template <int kRank, typename Body>
-__device__ __forceinline__ void for_each_mask(const RankMasks& masks, const Dropout& dropout, int first_rank,
+// Calls body(begin, end, mask) for the ranks of a chunk that see the same one of `count` masks, and at last with mask
+// -1 for the ranks that see none. The chunk has so many ranks from first_rank on.
+template <typename Body>
+__device__ __forceinline__ void for_each_mask(const RankMasks& masks, int count, int first_rank, int ranks,
                                               const Body& body) {
-  const int count = dropout.threshold > 0 ? masks.count : 0;
 #pragma unroll 1
   for (int index = 0; index <= count; ++index) {
     const int begin = max(index * masks.ranks_each - first_rank, 0);
-    const int end = index < count ? min((index + 1) * masks.ranks_each - first_rank, kRank) : kRank;
+    const int end = index < count ? min((index + 1) * masks.ranks_each - first_rank, ranks) : ranks;
     if (begin < end) body(begin, end, index < count ? index : -1);
   }
 }

@@ -117,7 +117,7 @@ __device__ __forceinline__ void expand_tiles(const ExpandJob<typename Math::Elem
         __syncthreads();  // piece, bias and latent rows are complete
       }
       const T *latents = g + first_row * kLatentStride<T, kRank>, *m = piece + in_piece * kTileCols<T>;
-      for_each_mask<kRank>(job.masks, dropout, first_rank, [&](int first, int last, int mask_index) {
+      for_each_mask(job.masks, job.masks.drawn(dropout), first_rank, kRank, [&](int first, int last, int mask_index) {
         if (mask_index < 0) return Math::add(acc, latents, m, first, last);
         const auto drawn = mask.of(dropout, job.masks, mask_index, job.in.cols, col);
         Math::add(acc, latents, m, first, last, &drawn);

@@ -89,6 +89,28 @@ struct Ffma {
   };
   using DotMask = TileMask<T>;
   using AddMask = TileMask<T>;
+  static constexpr int kOuterRows = kTileRows / 2;  // of a tile, that outer takes at once
+  static constexpr int kStripSize = 0;
+  struct OuterMask {
+    StripMask<T, kWarp> rows;
+    bool drawn;
+    uint32_t bits = 0;  // bit kUnit<T> * i + c: whether column c of row lane + 32 i is kept
+
+    __device__ OuterMask(const Dropout& dropout, bool is_drawn, T* memory)
+        : rows(dropout, is_drawn, memory), drawn(is_drawn) {}
+    __device__ __forceinline__ void draw(const RowTile& tile, const RankMasks& masks, int index, int64_t cols,
+                                         int64_t col, int first) {
+#pragma unroll 1
+      for (int i = kOuterRows / kWarp - 1; i >= 0; --i) {
+        rows.draw(tile, masks, index, cols, col, first + i * kWarp);
+#pragma unroll
+        for (int w = kUnit<T> / 2 - 1; w >= 0; --w) {
+          const uint32_t word = rows.lanes[0].word[w];
+          bits = bits << 2 | uint32_t(rows.dropout.keeps_high(word)) << 1 | uint32_t(rows.dropout.keeps_low(word));
+        }
+      }
+    }
+  };
   static constexpr int kDotRows = kRows, kDotCols = kRanks, kDotLanes = 8;
 
   static __device__ __forceinline__ int lane() { return int(threadIdx.x) % kWarp; }
@@ -168,26 +190,35 @@ struct Ffma {
     }
   }
 
-  static __device__ __forceinline__ int outer_column() {
-    return (warp() * kGroups + lane() / (kRankLanes * kRowLanes)) * 4;
+  static __device__ __forceinline__ int outer_column(unsigned thread) {
+    return int(thread / (kRankLanes * kRowLanes)) * 4;
   }
-  static __device__ __forceinline__ int outer_rank() { return lane() / kRowLanes % kRankLanes * kOuterRanks; }
+  static __device__ __forceinline__ int outer_rank(unsigned thread) {
+    return int(thread / kRowLanes % kRankLanes) * kOuterRanks;
+  }
 
-  static __device__ __forceinline__ void outer(Outer& acc, const T* g, const T* x) {
-    x += outer_column();
-    g += outer_rank();
+  static __device__ __forceinline__ void outer(Outer& acc, const T* g, const T* x, unsigned first, unsigned last,
+                                               int fold, const OuterMask& mask) {
+    const unsigned thread = thread_again(), rank = outer_rank(thread) + fold, column = outer_column(thread);
+    x += column;
+    g += min(rank, unsigned(kRank - kOuterRanks));
     float sum[kOuterRanks][4] = {};
 #pragma unroll 1
-    for (int row = lane() % kRowLanes; row < kTileRows / 2; row += kRowLanes) {
+    for (int row = int(thread % kRowLanes); row < kOuterRows; row += kRowLanes) {
       float xs[4], gs[kOuterRanks];
       load4(xs, x + row * kStride);
       load4(gs, g + row * kLatentRow);
+      if (mask.drawn) {
+        const uint32_t of_row = __shfl_sync(kAllLanes, mask.bits, row % kWarp) >> row / kWarp * kUnit<T>;
+        zero_dropped(xs, of_row >> column % kUnit<T>);
+      }
 #pragma unroll
       for (int j = 0; j < kOuterRanks; ++j) {
 #pragma unroll
         for (int c = 0; c < 4; ++c) sum[j][c] += gs[j] * xs[c];
       }
     }
+    if (rank < first || rank >= last) return;
 #pragma unroll
     for (int j = 0; j < kOuterRanks; ++j) {
 #pragma unroll
@@ -226,7 +257,7 @@ struct Ffma {
         float sum = acc.v[j][c];
 #pragma unroll
         for (int offset = kRowLanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
-        if (lane() % kRowLanes == 0) out(outer_rank() + j, outer_column() + c, sum);
+        if (lane() % kRowLanes == 0) out(outer_rank(threadIdx.x) + j, outer_column(threadIdx.x) + c, sum);
       }
     }
   }

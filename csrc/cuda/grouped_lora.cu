@@ -117,7 +117,6 @@ void grouped_lora_backward(const GroupedLoraBackwardArgs<T, TA>& args, Stream st
                   .groups = args.row_groups,
                   .x = token_matrix(args.x, shape.in_dim),
                   .masks = masks,
-                  .summed_masks = 1,
                   .m = a,
                   .out = {args.dA}};
   OuterJob<T> d_b = d_b_of<T>(args, partials);

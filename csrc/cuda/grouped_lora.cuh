@@ -83,7 +83,6 @@ OuterJob<T> d_b_of(const GroupedLoraBackwardArgs<T, TA>& args, float* partials) 
           .groups = args.row_groups,
           .x = token_matrix(args.dy, args.shape.out_dim),
           .masks = scaled,
-          .summed_masks = 1,
           .m = matrix_of_b<T>(args.shape, args.B),
           .out = {args.dB},
           .partials = partials};

@@ -157,7 +157,6 @@ struct HeadsLayer {
     return {.shape = shape,
             .x = token_matrix(args.dy, shape.out_dim, params.output_groups()),
             .masks = kNoMasks,
-            .summed_masks = 1,
             .m = b,
             .out = {args.dB},
             .output_groups = params.output_groups()};
@@ -224,10 +223,10 @@ void latent_gradients(const HeadsLayer<T, TA>& layer, const HeadsBackwardArgs<T,
 
 template <typename T, typename TA>
 struct HeadsLaunch {
-  AdapterMatrix<T> a, r;  // a: A, A0 and R; r: R alone
+  AdapterMatrix<T> a;  // A, A0 and R
   HeadsLayer<T, TA> layer;
-  GroupedLoraShape a_shape;    // a as a projection of one group
-  Plan a_plan, both, of_mask;  // of_mask: the ranks of A that see one mask of x
+  GroupedLoraShape a_shape;  // a as a projection of one group
+  Plan a_plan, both;
   RankMasks on_x;
 
   HeadsLaunch(const HeadsInputs<T, TA>& in, const Router<TA>& router) {
@@ -248,7 +247,6 @@ struct HeadsLaunch {
     const int64_t a_elements = (s.A_per_head ? s.heads : 1) * s.rank * s.in_dim;
     a = stack<T>(s.in_dim, {in.A, kFloat, a_ranks, of_a, a_elements},
                  {in.A0, kFloat, more, layout_of_a(more, s.in_dim)}, R, kMaskedRanks);
-    r = stack<T>(s.in_dim, R);
     const int logits = a.adapters[2].start;
     layer = HeadsLayer<T, TA>(in, router.routing,
                               {.width = a.ranks, .first = 0, .block = router ? logits : a.ranks, .router = logits});
@@ -263,19 +261,13 @@ struct HeadsLaunch {
     } else if (dropout.p > 0) {
       on_x = {dropout, 1, router ? logits : kAllRanks, scale_of(dropout)};
     }
-    of_mask = plan_rank(std::min(on_x.ranks_each, a.ranks));
   }
 
-  // Whether dA and dR take a launch of their own: each mask of x has fewer ranks than the launch with dx would compute.
-  bool separate_masks() const { return of_mask.padded_rank < both.padded_rank && on_x.count > 1; }
   int64_t forward_floats() const { return a_plan.shrink.splits * layer.params.tokens * a.ranks + layer.du_floats(); }
-  // Whether dR takes a pass of its own over x: it sees x without the masks that dA sees.
-  bool separate_router() const { return layer.params.groups > 0 && on_x.ranks_each < kAllRanks; }
   // The sums of chunks of rows, of dA, dR and dB.
   int64_t chunk_floats() const {
-    const int64_t of_r =
-        separate_router() ? floats_of_sums(a_shape, kNoMasks, r, 0) : floats_of_sums(a_shape, on_x, a, 2);
-    return floats_of_sums(a_shape, on_x, a, 0) + of_r + floats_of_sums(layer.shape, kNoMasks, layer.b, 0);
+    return floats_of_sums(a_shape, on_x, a, 0) + floats_of_sums(a_shape, on_x, a, 2) +
+           floats_of_sums(layer.shape, kNoMasks, layer.b, 0);
   }
   // What backward needs before these sums.
   int64_t latent_floats() const { return layer.dy_partials() + layer.params.tokens * a.ranks + layer.u_floats(); }
@@ -311,18 +303,14 @@ void heads_backward(const HeadsBackwardArgs<T, TA>& args, const Router<TA>& rout
   float* u = dz + s.tokens * l.a.ranks;
   latent_gradients(l.layer, args, gradient, partials, dz, u, stream);
   const int width = l.a.ranks;
-  const bool separate_router = l.separate_router(), separate_masks = l.separate_masks();
   OuterJob<T> d_a{.shape = l.a_shape,
                   .x = token_matrix(args.inputs.x, s.in_dim),
                   .masks = l.on_x,
-                  .summed_masks = s.A_per_head ? 1 : l.on_x.count,
+                  .adds_masks = !s.A_per_head,
                   .m = l.a,
-                  .out = {args.dA, nullptr, separate_router ? nullptr : gradient.dR}};
-  OuterJob<T> d_r = d_a;
-  d_r.masks = kNoMasks, d_r.summed_masks = 1, d_r.m = l.r, d_r.out[0] = separate_router ? gradient.dR : nullptr,
-  d_r.out[2] = nullptr;
+                  .out = {args.dA, nullptr, gradient.dR}};
   OuterJob<T> d_b = l.layer.d_b(args);
-  place_sums(d_b, place_sums(d_r, place_sums(d_a, partials + l.latent_floats())));
+  place_sums(d_b, place_sums(d_a, partials + l.latent_floats()));
   const ExpandJob<T> dx{.shape = l.a_shape,
                         .in = token_matrix(args.dx_in, s.in_dim),
                         .out = args.dx,
@@ -331,24 +319,17 @@ void heads_backward(const HeadsBackwardArgs<T, TA>& args, const Router<TA>& rout
                         .masks = l.on_x,
                         .scale = 1,
                         .cut = l.both.expand_dx};
-  const LatentRows dz_rows{dz, width, width}, logit_rows{dz + params.columns.router, width, params.logits()};
-  const LatentRows u_rows = l.layer.latents(u, params.u_width(), gradient.w);
-  const auto launch_backward = [&](const Plan& plan, bool of_x, bool of_dy_and_dx) {
-    with_math<T>(plan, [&](auto math) {
-      using Job = BackwardJob<decltype(math), LatentRows>;
-      using Outer = typename Job::Outer;
-      backward(Job{.outer = {of_x ? Outer(d_a, dz_rows) : Outer(),
-                             of_x && separate_router ? Outer(d_r, logit_rows) : Outer(),
-                             of_dy_and_dx ? Outer(d_b, u_rows) : Outer()},
-                   .dx = dx,
-                   .dz = dz_rows,
-                   .row_tiles = of_dy_and_dx && args.dx ? int(row_tiles(s.tokens, 1)) : 0},
-               stream);
-    });
-  };
-  if (separate_masks) launch_backward(l.of_mask, true, false);
-  launch_backward(l.both, !separate_masks, true);
-  sum_chunks({d_a, d_r, d_b}, stream);
+  const LatentRows dz_rows{dz, width, width}, u_rows = l.layer.latents(u, params.u_width(), gradient.w);
+  with_math<T>(l.both, [&](auto math) {
+    using Job = BackwardJob<decltype(math), LatentRows>;
+    using Outer = typename Job::Outer;
+    backward(Job{.outer = {Outer(d_a, dz_rows), Outer(d_b, u_rows)},
+                 .dx = dx,
+                 .dz = dz_rows,
+                 .row_tiles = args.dx ? int(row_tiles(s.tokens, 1)) : 0},
+             stream);
+  });
+  sum_chunks({d_a, d_b}, stream);
 }
 
 }  // namespace align::cuda

@@ -4,7 +4,8 @@
 //   dot    [16 rows, rank]     += xd m^T     the rows that a warp has of a tile, masked, times ranks begin .. end of
 //                                            the adapter matrix
 //   add    [16 rows, columns]  += mask g m   the latent rows of a warp times these ranks
-//   outer  [rank, 8 columns]   += g^T x      half of the rows of a tile, the columns of a warp
+//   outer  [rank, 8 columns]   += g^T xd     these latent ranks of a tile, or of half of it, times the columns of a
+//                                            warp, masked
 // clang-format on
 //
 // begin and end are multiples of 8.
@@ -79,6 +80,11 @@ struct Mma {
   };
   using DotMask = Mask<2, 1>;
   using AddMask = Mask<1, 4>;
+  // outer takes so many rows of a tile at once: registers are scarce.
+  // outer takes so many rows of a tile at once: registers are scarce.
+  static constexpr int kOuterRows = kRank < 64 ? kTileRows : kTileRows / 2;
+  static constexpr int kStripSize = kThreads * kUnit<T>;
+  using OuterMask = StripMask<T, kOuterRows>;
 
   // What a lane has of row dot_row(i): kAddUnits units of 16 bytes from columns add_column(unit) on.
   static constexpr int kAddUnits = 2;
@@ -167,21 +173,46 @@ struct Mma {
     }
   }
 
-  // g: 64 latent rows; x: the rows of the tile that they belong to.
-  static __device__ __forceinline__ void outer(Outer& acc, const T* g, const T* x) {
+  // g, x: kOuterRows latent rows, and these rows of a tile. Latent ranks first .. last are multiplied, and rank j is
+  // summed as rank j - fold.
+  static __device__ __forceinline__ void outer(Outer& acc, const T* g, const T* x, unsigned first, unsigned last,
+                                               int fold, const OuterMask& mask) {
+    uint32_t b[kOuterRows / kWarp][4];
 #pragma unroll
-    for (int k = 0; k < kTileRows / 2; k += 32) {
-      uint32_t b[4];
-      ldmatrix_x4_trans(b, x + (k + lane()) * kStride + warp() * 8);
+    for (int i = 0; i < kOuterRows / kWarp; ++i) {
+      ldmatrix_x4_trans(b[i], x + (i * kWarp + lane()) * kStride + warp() * 8);
+    }
+    if (mask.drawn) {  // words of a row become words of a column, as those of x do
+      T* strip = mask.memory + warp() * kWarp * kUnit<T>;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+      for (int i = 0; i < kOuterRows / kWarp; ++i) {
+        const auto word = [&](int w) { return mask.dropout.mask(mask.lanes[i].word[w]); };
+        __syncwarp();  // the words before are read
+        *reinterpret_cast<uint4*>(strip + lane() * kUnit<T>) = make_uint4(word(0), word(1), word(2), word(3));
+        __syncwarp();  // all words are there
+        uint32_t kept[4];
+        ldmatrix_x4_trans(kept, strip + lane() * kUnit<T>);
 #pragma unroll
-        for (int j = 0; j < kRank; j += 16) {
-          uint32_t a[4];
-          ldmatrix_x4_trans(a,
-                            g + (k + 16 * half + lane() % 8 + lane() / 16 * 8) * kLatentRow + j + lane() / 8 % 2 * 8);
-          mma(acc.v[j / 16], a, b[2 * half], b[2 * half + 1], T{});
-        }
+        for (int w = 0; w < 4; ++w) b[i][w] &= kept[w];
+      }
+    }
+    // Bit i: whether ranks 8 i .. 8 i + 7 are summed.
+    const uint32_t eights = (1u << (last - fold + 7) / 8) - (1u << (first - fold) / 8);
+    g += (lane() % 8 + lane() / 16 * 8) * kLatentRow + fold + lane() / 8 % 2 * 8;
+#pragma unroll
+    for (int j = 0; j < kRank; j += 16) {
+      const uint32_t wanted = eights >> j / 8;
+      if (!(wanted & 3)) continue;
+      float sum[4] = {acc.v[j / 16][0], acc.v[j / 16][1], acc.v[j / 16][2], acc.v[j / 16][3]};
+#pragma unroll
+      for (int k = 0; k < kOuterRows; k += 16) {
+        uint32_t a[4];
+        ldmatrix_x4_trans(a, g + k * kLatentRow + j);
+        mma(sum, a, b[k / kWarp][k / 16 % 2 * 2], b[k / kWarp][k / 16 % 2 * 2 + 1], T{});
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (wanted & 1 << i / 2) acc.v[j / 16][i] = sum[i];
       }
     }
   }
@@ -221,7 +252,7 @@ struct Mma {
 #else
   static __device__ void dot(Dot&, const T*, const T*, int, int, const typename DotMask::Drawn* = nullptr) {}
   static __device__ void add(Add&, const T*, const T*, int, int, const typename AddMask::Drawn* = nullptr) {}
-  static __device__ void outer(Outer&, const T*, const T*) {}
+  static __device__ void outer(Outer&, const T*, const T*, unsigned, unsigned, int, const OuterMask&) {}
   template <typename Scale, typename Row>
   static __device__ void store(const Dot&, const Scale&, int64_t, const Row&) {}
   template <typename Out>

@@ -1,14 +1,16 @@
 // outer computes out[j, c] = scale * sum over the rows of a group of g[t, j] xd[t, c]. g[t, j] is
 // source(row, rank, output group). A block owns a few tiles of columns of one output group and runs through a
-// chunk of a group's rows with its sums in registers. The sums of a group of several chunks are added in order by
+// chunk of a group's rows with its sums in registers. A warp masks what it multiplies, for one mask after the other;
+// the tile in shared memory stays as it is. The sums of a group of several chunks are added in order by
 // sum_chunks; a single chunk writes the gradient itself. The backward pass computes dB from z and dy, and dA from dz
 // and x.
 //
 // With kDot a block also computes what its columns contribute to dz = scaling B^T dy, in the same pass over dy. This is
 // called the sweep.
 //
-// Bytes: x is read once for each chunk of ranks, the partials are written once; the sums of chunks of rows are written
-// and read once. Every block of columns reads the latent rows.
+// Bytes: x is read once for each chunk of ranks, however many masks there are; where those of one adapter have more
+// ranks together, they read a tile again from the second-level cache. The partials are written once; the sums of chunks
+// of rows are written and read once. Every block of columns reads the latent rows.
 #pragma once
 
 #include "cuda/adapter_matrix.cuh"
@@ -26,8 +28,8 @@ struct OuterJob {
   GroupedLoraShape shape;  // tokens, rank and groups count
   RowGroups groups = {};
   TokenMatrix<T> x;
-  RankMasks masks;            // masks.scale multiplies all sums
-  int summed_masks;           // how many masks have their outer products added up: all of them or 1
+  RankMasks masks;            // masks.scale multiplies the sums of ranks that see a mask
+  bool adds_masks = false;    // whether all masks are those of one adapter, whose gradient is the sum of theirs
   AdapterMatrix<T> m;         // the adapters whose gradients are computed
   float* out[kAdapters];      // [groups] gradients in the layout of the adapters, assigned; null: not wanted
   float* partials = nullptr;  // sweep: [blocks of columns, tokens, rank], assigned
@@ -46,10 +48,12 @@ struct OuterJob {
   int blocks() const {
     return output_groups * blocks_of_group<kDot>();
   }
-  // The ranks that see one mask, the chunks of these ranks, and the chunks of all masks that are not added up.
   __host__ __device__ int ranks_of_mask() const { return masks.ranks_each < m.ranks ? masks.ranks_each : m.ranks; }
-  __host__ __device__ int chunks_of_mask(int rank) const { return (ranks_of_mask() + rank - 1) / rank; }
-  __host__ __device__ int chunks(int rank) const { return chunks_of_mask(rank) * (masks.count / summed_masks); }
+  // The ranks that are added to earlier ones, and the chunks of the others.
+  __host__ __device__ int folded() const { return adds_masks ? (masks.count - 1) * masks.ranks_each : 0; }
+  __host__ __device__ int chunks(int rank) const { return (m.ranks - folded() + rank - 1) / rank; }
+  // How many masks that are added up fit a chunk of ranks, with the ranks that see none.
+  __device__ int masks_at_once(int rank) const { return 1 + max(rank - (m.ranks - folded()), 0) / masks.ranks_each; }
   int64_t row_chunks() const { return outer_chunks(shape.tokens, shape.groups, ranks_of_mask()); }
 };
 
@@ -73,35 +77,49 @@ float* place_sums(OuterJob<T>& job, float* floats) {
 }
 
 template <class Math, bool kDot>
-constexpr size_t kOuterShared =
-    sizeof(typename Math::Element) * (Math::kStages * kTileSize<typename Math::Element> +
-                                      2 * kTileRows * Math::kLatentRow + (kDot ? Math::kRank * Math::kPieceRow : 0));
+constexpr size_t kOuterShared = sizeof(typename Math::Element) *
+                                (Math::kStages * kTileSize<typename Math::Element> + 2 * kTileRows * Math::kLatentRow +
+                                 (kDot ? Math::kRank * Math::kPieceRow : Math::kStripSize));
 
-// The latent rows of a tile are loaded in slices, two for each tile of x that is summed meanwhile, because registers
-// are scarce. This is a slice's values that one thread carries from global to shared memory.
+// The latent rows of a tile are loaded in slices, one for each part of a tile of x that is summed meanwhile, because
+// registers are scarce. This is a slice's values that one thread carries from global to shared memory.
 template <class Math, int kSlices>
 struct LatentValues {
   using T = typename Math::Element;
-  static constexpr int kRank = Math::kRank, kRows = kTileRows / kSlices, kCount = kRows * kRank / kThreads;
+  static constexpr int kRank = Math::kRank, kRows = kTileRows / kSlices, kStep = kThreads / kRank,
+                       kCount = kRows / kStep;
   float v[kCount] = {};
 
   template <class LatentSource>
   __device__ __forceinline__ void load(const LatentSource& source, const RowTile& tile, int slice, int first_rank,
                                        int output_group) {
-    const int thread = thread_again();
+    const unsigned thread = thread_again();
+    const int j = first_rank + int(thread % kRank), first = slice * kRows + int(thread / kRank);
+    const int left = j < source.ranks ? tile.count - first : 0;
+    if (tile.rows) {  // rows in groups have no router
 #pragma unroll
-    for (int u = 0; u < kCount; ++u) {
-      const int i = thread + u * kThreads, row = slice * kRows + i / kRank;
-      v[u] = row < tile.count ? source(tile.row(row), first_rank + i % kRank, output_group) : 0.f;
+      for (int u = 0; u < kCount; ++u) {
+        const float* value = source.value(tile.row(min(first + u * kStep, tile.count - 1)), j);
+        v[u] = u * kStep < left ? *value : 0.f;
+      }
+      return;
+    }
+    const float* value = source.value(tile.begin + first, j);
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) v[u] = u * kStep < left ? value[u * kStep * int(source.width)] : 0.f;
+    if (j < source.weighted) {
+      const float* weight = source.weight(tile.begin + first, j, output_group);
+#pragma unroll
+      for (int u = 0; u < kCount; ++u) {
+        v[u] *= u * kStep < left ? weight[u * kStep * source.output_groups * source.heads] : 1.f;
+      }
     }
   }
   __device__ __forceinline__ void store(T* g, int slice) const {
-    const int thread = thread_again();
+    const unsigned thread = thread_again();
+    g += (slice * kRows + thread / kRank) * kLatentStride<T, kRank> + thread % kRank;
 #pragma unroll
-    for (int u = 0; u < kCount; ++u) {
-      const int i = thread + u * kThreads, row = slice * kRows + i / kRank;
-      g[row * kLatentStride<T, kRank> + i % kRank] = to_element<T>(v[u]);
-    }
+    for (int u = 0; u < kCount; ++u) g[u * kStep * kLatentStride<T, kRank>] = to_element<T>(v[u]);
   }
 };
 
@@ -109,22 +127,25 @@ template <class Math, bool kDot, class LatentSource>
 __device__ __forceinline__ void outer_columns(const OuterJob<typename Math::Element>& job, const LatentSource& source,
                                               int block, int row_chunk, int rank_chunk) {
   using T = typename Math::Element;
-  constexpr int kRank = Math::kRank, kStages = Math::kStages, kTiles = kSides<T, kDot>, kSlices = 2 * kTiles;
+  constexpr int kRank = Math::kRank, kStages = Math::kStages, kTiles = kSides<T, kDot>, kRows = Math::kOuterRows,
+                kParts = kTileRows / kRows, kSlices = kParts * kTiles;
   RowChunk chunk;
   if (!find_chunk(job.groups, job.shape, row_chunk, job.chunk_rows, &chunk)) return;
   const int group = chunk.group, begin = chunk.begin, end = chunk.end;
-  const int mask = rank_chunk / job.chunks_of_mask(kRank),
-            rank_in_mask = rank_chunk % job.chunks_of_mask(kRank) * kRank;
-  const int first_rank = mask * job.ranks_of_mask() + rank_in_mask;
+  const int first_rank = rank_chunk * kRank;
   const int blocks_of_group = job.template blocks_of_group<kDot>();
   const int output_group = block / blocks_of_group, end_col = (output_group + 1) * job.group_cols();
   const int first_col = output_group * job.group_cols() + block % blocks_of_group * kOuterCols<T, kDot>;
-  // Masks whose products are added up use a tile one after the other, so that it is in the second-level cache.
+  // The masks that are added up. More than fit a chunk of ranks use a tile one turn after the other.
+  const int masks = kDot || !job.adds_masks ? 1 : job.masks.count, at_once = masks > 1 ? job.masks_at_once(kRank) : 1;
   struct Turn {
     int row, mask;
   };
   const auto after = [&](const Turn& turn) {
-    return turn.mask + 1 < job.summed_masks ? Turn{turn.row, turn.mask + 1} : Turn{turn.row + kTileRows, 0};
+    return turn.mask + at_once < masks ? Turn{turn.row, turn.mask + at_once} : Turn{turn.row + kTileRows, 0};
+  };
+  const auto rank_of = [&](const Turn& turn) {
+    return first_rank + (masks > 1 ? turn.mask * job.masks.ranks_each : 0);
   };
   const auto tile_at = [&](const Turn& turn) { return tile_of(job.groups, group, turn.row, end); };
   const auto col_at = [&](int side) { return first_col + side * kTileCols<T>; };
@@ -133,13 +154,16 @@ __device__ __forceinline__ void outer_columns(const OuterJob<typename Math::Elem
   SharedArena arena;
   T* stages = arena.allocate<T>(kStages * kTileSize<T>);
   T* latent = arena.allocate<T>(2 * kTileRows * kLatentStride<T, kRank>);
+  // Fragments may reach into the padding of a latent row.
+  *reinterpret_cast<uint4*>(latent + threadIdx.x * kLatentStride<T, kRank> + kRank) = make_uint4(0, 0, 0, 0);
   T* piece = nullptr;
   if constexpr (kDot) {
     piece = arena.allocate<T>(kRank * kPieceStride<T, kRank>);
     load_piece<T, kRank, false>(piece, job.m, group, first_rank, first_col, kOuterCols<T, kDot>, end_col);
   }
+  T* strips = kDot ? nullptr : arena.allocate<T>(Math::kStripSize);
   const Dropout dropout(job.masks.dropout, job.x.cols);
-  Units<T> copied(int(threadIdx.x), kThreads, 0), masked = copied;
+  Units<T> copied(int(threadIdx.x), kThreads, 0);
   const auto copy = [&](const Turn& of, int step, int side) {
     if (of.row < end) {
       if (side == 0) copied.enter(tile_at(of));
@@ -171,25 +195,31 @@ __device__ __forceinline__ void outer_columns(const OuterJob<typename Math::Elem
     for (int side = 0; side < kTiles; ++side) {
       T* x = stages + (step + side) % kStages * kTileSize<T>;
       cp_async_wait<kStages - 2>();
-      if constexpr (!kDot) {  // dy has no masks
-        if (dropout.threshold > 0) {
-          if (side == 0) masked.enter(tile);
-          masked.template mask <
-              kRank<64 ? 4 : 2>(x, dropout, job.masks.count, mask + turn.mask, job.x.cols, col_at(side));
-        }
-      }
       if (side == 0) values.store(latent_at(step), kSlices - 1);
       __syncthreads();  // tile and latent rows are complete; all warps are done with the last tile
       constexpr int kAhead = kStages - 1;
       copy(side + kAhead < kTiles ? turn : next, step + side + kAhead, (side + kAhead) % kTiles);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int slice = 2 * side + half, first = half * kTileRows / 2;
+      for (int part = 0; part < kParts; ++part) {
+        const int slice = kParts * side + part;
         if (next.row < end) {
           if (slice > 0) values.store(latent_at(step + kTiles), slice - 1);
-          values.load(source, tile_at(next), slice, first_rank + next.mask * job.ranks_of_mask(), output_group);
+          values.load(source, tile_at(next), slice, rank_of(next), output_group);
         }
-        Math::outer(acc[side], g + first * kLatentStride<T, kRank>, x + first * kTileStride<T>);
+        const T *rows = g + part * kRows * kLatentStride<T, kRank>, *of_x = x + part * kRows * kTileStride<T>;
+        if constexpr (kDot) {
+          Math::outer(acc[side], rows, of_x, 0, kRank, 0, typename Math::OuterMask(dropout, false, strips));
+        } else {
+          const int drawn = job.masks.drawn(dropout);
+          const int ranks = turn.mask + at_once < masks ? at_once * job.masks.ranks_each - first_rank : kRank;
+          const auto sum = [&](int first, int last, int index) {
+            const int fold = masks > 1 ? ((index < 0 ? masks - 1 : index) - turn.mask) * job.masks.ranks_each : 0;
+            typename Math::OuterMask mask(dropout, index >= 0 && drawn > 0, strips);
+            if (mask.drawn) mask.draw(tile, job.masks, index, job.x.cols, col_at(side), part * kRows);
+            Math::outer(acc[side], rows, of_x, first, last, fold, mask);
+          };
+          for_each_mask(job.masks, masks > 1 ? masks : drawn, rank_of(turn), min(ranks, kRank), sum);
+        }
       }
       if constexpr (kDot) {
         Math::dot(dot, x + first_row * kTileStride<T>, piece + side * kTileCols<T>, 0, kRank);
@@ -212,13 +242,13 @@ __device__ __forceinline__ void outer_columns(const OuterJob<typename Math::Elem
 #pragma unroll
   for (int side = 0; side < kTiles; ++side) {
     Math::finish(acc[side], [&](int j, int c, float value) {
-      const int rank = first_rank + j;
+      const int folded = first_rank + j, rank = folded < job.masks.ranks_each ? folded : folded + job.folded();
       const int64_t col = first_col + side * kTileCols<T> + c;
       const Adapter& adapter = job.m.adapter_of(rank);
       float* out = outs[&adapter - job.m.adapters];
-      if (rank_in_mask + j < job.ranks_of_mask() && adapter.has(rank) && col < end_col && out != nullptr) {
+      if (adapter.has(rank) && col < end_col && out != nullptr) {
         const int64_t at = place * adapter.group_stride + adapter.layout.offset(rank - adapter.start, col);
-        out[at] = job.masks.scale * value;
+        out[at] = (job.masks.has(rank) ? job.masks.scale : 1.f) * value;
       }
     });
   }

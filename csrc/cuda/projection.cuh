@@ -30,10 +30,13 @@ struct LatentRows {
   int output_groups = 0;
   int heads = 0, rank = 0;
 
+  __device__ const float* value(int64_t row, int j) const { return latent + row * width + j; }
+  __device__ const float* weight(int64_t row, int j, int output_group) const {
+    return w + (row * output_groups + output_group) * heads + j / rank;
+  }
   __device__ float operator()(int64_t row, int j, int output_group) const {
     if (j >= ranks) return 0;
-    const float value = latent[row * width + j];
-    return j < weighted ? w[(row * output_groups + output_group) * heads + j / rank] * value : value;
+    return j < weighted ? *weight(row, j, output_group) * *value(row, j) : *value(row, j);
   }
   __device__ void save(const RowTile&, int, int, int, int) const {}
 };

@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, 2) shrink_kernel(ShrinkJob<typename 
     __syncwarp();  // the warp's rows of this tile are complete, and it is done with those of the last
     copy(stage == 0 ? kStages - 1 : stage - 1, col + (kStages - 1) * kTileCols<T>);
     const T *rows = x + first_row * kTileStride<T>, *m = piece + in_piece * kTileCols<T>;
-    for_each_mask<kRank>(job.masks, dropout, first_rank, [&](int first, int last, int mask_index) {
+    for_each_mask(job.masks, job.masks.drawn(dropout), first_rank, kRank, [&](int first, int last, int mask_index) {
       if (mask_index < 0) return Math::dot(acc, rows, m, first, last);
       const auto drawn = mask.of(dropout, job.masks, mask_index, job.x.cols, col);
       Math::dot(acc, rows, m, first, last, &drawn);

@@ -8,7 +8,7 @@
 // clang-format on
 //
 // The matrix has a block of ranks for each layer, A and A0, and then the R of all layers. With dropout on x a block is
-// what sees one mask, and dR takes a pass of its own.
+// what sees one mask.
 #pragma once
 
 #include "cuda/heads.cuh"
@@ -52,7 +52,7 @@ struct SiblingHeads {
   int first_logit;
   GroupedLoraShape of_x;  // the rank is that of the matrix
   RankMasks on_x;
-  Plan plan, of_mask;  // of all ranks, and of those that see one mask
+  Plan plan;
 
   template <typename Args>
   explicit SiblingHeads(const Args& args) : count(args.count) {
@@ -86,13 +86,10 @@ struct SiblingHeads {
     const DropoutArgs dropout = masks_of_x(first.shape, first.dropout);
     on_x = dropout.p > 0 ? RankMasks{dropout, count, block, scale_of(dropout)} : kNoMasks;
     plan = layers[0].plan_of(width, 1);
-    of_mask = layers[0].plan_of(std::min(on_x.ranks_each, width), 1);
   }
 
   int64_t width() const { return of_x.rank; }
   int64_t logits() const { return width() - first_logit; }
-  // Whether dR takes a pass of its own over x.
-  bool separate_router() const { return logits() > 0 && on_x.ranks_each < kAllRanks; }
   int64_t packed_bytes() const { return ceil_div(width() * of_x.in_dim * int64_t(sizeof(T)), 16) * 16; }
 
   // The most of what a layer needs.
@@ -111,15 +108,15 @@ struct SiblingHeads {
     return packed_bytes() + (partial_floats() + u) * int64_t(sizeof(float));
   }
   int64_t backward_bytes() const {
-    int64_t floats = dy_partials() + of_x.tokens * width() + sums_of(on_x, width()) + sums_of(kNoMasks, logits());
+    int64_t floats = dy_partials() + of_x.tokens * width() + sums_of_x();
     for (int i = 0; i < count; ++i) {
       floats += layers[i].u_floats() + floats_of_sums(layers[i].shape, kNoMasks, layers[i].b, 0);
     }
     return packed_bytes() + floats * int64_t(sizeof(float));
   }
-  // The floats of the sums of all chunks, of one too, for so many rows of the matrix.
-  int64_t sums_of(const RankMasks& masks, int64_t ranks) const {
-    return outer_chunks(of_x.tokens, 1, std::min<int64_t>(masks.ranks_each, ranks)) * ranks * of_x.in_dim;
+  // The floats of the sums of all chunks of rows, of one too, for dA and dR.
+  int64_t sums_of_x() const {
+    return outer_chunks(of_x.tokens, 1, std::min<int64_t>(on_x.ranks_each, width())) * width() * of_x.in_dim;
   }
 
   // Packs the matrix into memory; returns what lies behind it.
@@ -135,14 +132,6 @@ struct SiblingHeads {
                                   layout_of_a(ranks, of_x.in_dim), ranks * of_x.in_dim});
   }
 };
-
-// Has all sums of an outer product, those of an only chunk too, written to `floats`. Returns where they end.
-template <typename T>
-float* keep_sums(OuterJob<T>& job, int64_t elements, float* floats) {
-  job.chunk_rows = int(outer_rows(job.ranks_of_mask()));
-  job.out[0] = job.sums[0] = floats;
-  return floats + elements;
-}
 
 template <typename T, typename TA>
 void sibling_heads_forward(const SiblingLoraForwardArgs<T, TA>& args, Stream stream) {
@@ -185,16 +174,11 @@ void sibling_heads_backward(const SiblingLoraBackwardArgs<T, TA>& args, Stream s
     floats = place_sums(d_b[i], floats + l.layers[i].u_floats());
     ranks = std::max<int64_t>(ranks, l.layers[i].b.ranks);
   }
-  OuterJob<T> d_a{.shape = l.of_x,
-                  .x = token_matrix(first.inputs.x, n),
-                  .masks = l.on_x,
-                  .summed_masks = 1,
-                  .m = l.rows_from(0, width),
-                  .out = {}};
-  OuterJob<T> d_r = d_a;
-  d_r.masks = kNoMasks, d_r.m = l.rows_from(l.first_logit, l.logits());
-  keep_sums(d_r, l.sums_of(kNoMasks, l.logits()), keep_sums(d_a, l.sums_of(l.on_x, width), floats));
-  const LatentRows of_dz{dz, width, width}, of_logits{dz + l.first_logit, width, int(l.logits())};
+  OuterJob<T> d_a{
+      .shape = l.of_x, .x = token_matrix(first.inputs.x, n), .masks = l.on_x, .m = l.rows_from(0, width), .out = {}};
+  d_a.chunk_rows = int(outer_rows(d_a.ranks_of_mask()));
+  d_a.out[0] = d_a.sums[0] = floats;  // those of an only chunk too
+  const LatentRows of_dz{dz, width, width};
   const ExpandJob<T> dx{.shape = l.of_x,
                         .in = token_matrix(first.dx_in, n),
                         .out = first.dx,
@@ -209,14 +193,9 @@ void sibling_heads_backward(const SiblingLoraBackwardArgs<T, TA>& args, Stream s
     for (int i = 0; i < args.count; ++i) job.outer[i] = typename Job::Outer(d_b[i], u[i]);
     backward(job, stream);
   });
-  with_math<T>(l.of_mask, [&](auto math) {
+  with_math<T>(l.plan, [&](auto math) {
     using Job = BackwardJob<decltype(math), LatentRows>;
-    using Outer = typename Job::Outer;
-    backward(Job{.outer = {Outer(d_a, of_dz), l.separate_router() ? Outer(d_r, of_logits) : Outer()},
-                 .dx = dx,
-                 .dz = of_dz,
-                 .row_tiles = 0},
-             stream);
+    backward(Job{.outer = {typename Job::Outer(d_a, of_dz)}, .dx = dx, .dz = of_dz, .row_tiles = 0}, stream);
   });
   ChunkSums sums = {l.of_x, {}, {}};
   for (int i = 0; i < args.count; ++i) {
@@ -226,10 +205,7 @@ void sibling_heads_backward(const SiblingLoraBackwardArgs<T, TA>& args, Stream s
     sums.add(d_b[i]);
     sums.add(layer.projection.dA, d_a.sums[0] + block * n, params.z_width() * n, d_a.chunk_rows, width * n, true);
     if (params.groups == 0) continue;
-    const bool separate = l.separate_router();
-    const float* of_router = separate ? d_r.sums[0] + (logit - l.first_logit) * n : d_a.sums[0] + logit * n;
-    sums.add(layer.dR, of_router, params.logits() * n, (separate ? d_r : d_a).chunk_rows,
-             (separate ? l.logits() : width) * n, true);
+    sums.add(layer.dR, d_a.sums[0] + logit * n, params.logits() * n, d_a.chunk_rows, width * n, true);
   }
   sum_chunks(sums, stream);
 }

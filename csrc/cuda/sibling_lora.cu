@@ -6,8 +6,7 @@
 // clang-format off
 //   forward   base, shrink (partials of all z), for each layer: expand (z, y)
 //   backward  for each layer: sweep (dB, partials of dz) or shrink (partials of dz), and the sum of the partials;
-//             for each layer without a sweep: backward (dB); backward (dA, dx; in two launches where each mask has
-//             fewer ranks), sum_chunks; base
+//             for each layer without a sweep: backward (dB); backward (dA, dx), sum_chunks; base
 // clang-format on
 #include "ops/sibling_lora.h"
 
@@ -71,9 +70,9 @@ template <typename Layer>
 struct Shared {
   int count;
   Layer layers[kMaxSiblings];
-  int stride;               // ranks from one layer's first to the next one's
-  GroupedLoraShape of_x;    // the rank is that of all layers together
-  Plan plan, plan_of_mask;  // of all ranks, and of those that see one mask
+  int stride;             // ranks from one layer's first to the next one's
+  GroupedLoraShape of_x;  // the rank is that of all layers together
+  Plan plan;              // of all ranks
 
   template <typename Args>
   Shared(const Args& args, int64_t element_bytes) : count(args.count) {
@@ -86,9 +85,6 @@ struct Shared {
     stride = int(ceil_div(most, kMaskedRanks)) * kMaskedRanks;
     of_x.rank = (count - 1) * stride + layers[count - 1].shape.rank;
     plan = plan_for(of_x, element_bytes);
-    GroupedLoraShape of_mask = of_x;
-    if (drops()) of_mask.rank = std::min<int64_t>(stride, of_x.rank);
-    plan_of_mask = plan_for(of_mask, element_bytes);
   }
 
   bool drops() const { return layers[0].dropout.p > 0; }
@@ -164,12 +160,8 @@ void plain_backward(const SiblingLoraBackwardArgs<T, TA>& args, Stream stream) {
   const int width = int(x.rank);
   float* dz = static_cast<float*>(args.workspace);
   float* floats = dz + x.tokens * width;
-  OuterJob<T> d_a{.shape = x,
-                  .x = token_matrix(first.x, x.in_dim),
-                  .masks = masks,
-                  .summed_masks = 1,
-                  .m = shared.template matrix<T>(),
-                  .out = {}};
+  OuterJob<T> d_a{
+      .shape = x, .x = token_matrix(first.x, x.in_dim), .masks = masks, .m = shared.template matrix<T>(), .out = {}};
   for (int i = 0; i < args.count; ++i) d_a.out[i] = shared.layers[i].dA;
   floats = place_sums(d_a, floats);
   OuterJob<T> d_b[kMaxSiblings] = {};
@@ -200,20 +192,14 @@ void plain_backward(const SiblingLoraBackwardArgs<T, TA>& args, Stream stream) {
                         .masks = masks,
                         .scale = 1,
                         .cut = shared.plan.expand_dx};
-  const auto launch_backward = [&](const Plan& plan, bool of_d_a, bool of_dx) {
-    with_math<T>(plan, [&](auto math) {
-      using Job = BackwardJob<decltype(math), LatentRows>;
-      using Outer = typename Job::Outer;
-      backward(Job{.outer = {of_d_a ? Outer(d_a, latent_dz) : Outer()},
-                   .dx = dx,
-                   .dz = latent_dz,
-                   .row_tiles = of_dx && first.dx ? int(row_tiles(x.tokens, 1)) : 0},
-               stream);
-    });
-  };
-  const bool separate = shared.plan_of_mask.padded_rank < shared.plan.padded_rank;
-  if (separate) launch_backward(shared.plan_of_mask, true, false);
-  launch_backward(shared.plan, !separate, true);
+  with_math<T>(shared.plan, [&](auto math) {
+    using Job = BackwardJob<decltype(math), LatentRows>;
+    backward(Job{.outer = {typename Job::Outer(d_a, latent_dz)},
+                 .dx = dx,
+                 .dz = latent_dz,
+                 .row_tiles = first.dx ? int(row_tiles(x.tokens, 1)) : 0},
+             stream);
+  });
   sum_chunks({d_a, d_b[0], d_b[1], d_b[2]}, stream);
 }
 

@@ -90,39 +90,6 @@ class Units {
     }
   }
 
-  // Zeroes the elements of this thread that mask number index of `masks` masks drops, of so many units at once.
-  template <int kAtOnce>
-  __device__ __forceinline__ void mask(T* tile, const Dropout& dropout, int masks, int index, int64_t cols,
-                                       int64_t first_col) const {
-    constexpr bool kHalves = kUnit<T> < kPhiloxLanes;  // a unit of float is half of a block
-    const int skipped = kHalves && dropout.whole ? col_ % kPhiloxLanes : 0;
-#pragma unroll
-    for (int first = 0; first < kCount; first += kAtOnce) {
-      uint64_t element[kAtOnce];
-      PhiloxBlock lanes[kAtOnce];
-#pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) {
-        element[u] = rows_[first + u] * (masks * cols) + (index * cols + first_col + col_ - skipped);
-      }
-      draw(dropout, element, lanes);
-#pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) {
-        const uint32_t* word = lanes[u].word;
-        uint4* unit = reinterpret_cast<uint4*>(address(tile, first + u));
-        uint4 four = *unit;
-        if constexpr (kHalves) {
-          const uint32_t low = skipped > 0 ? word[2] : word[0], high = skipped > 0 ? word[3] : word[1];
-          four.x = dropout.keeps_low(low) ? four.x : 0, four.y = dropout.keeps_high(low) ? four.y : 0;
-          four.z = dropout.keeps_low(high) ? four.z : 0, four.w = dropout.keeps_high(high) ? four.w : 0;
-        } else {
-          four.x &= dropout.mask(word[0]), four.y &= dropout.mask(word[1]);
-          four.z &= dropout.mask(word[2]), four.w &= dropout.mask(word[3]);
-        }
-        *unit = four;
-      }
-    }
-  }
-
  private:
   template <typename P>
   __device__ __forceinline__ P* address(P* tile, int u) const {
@@ -132,6 +99,44 @@ class Units {
   int row_, step_, col_;
   int left_;          // rows of the tile from row_ on
   int rows_[kCount];  // row numbers in the matrix; beyond the tile those of its last row
+};
+
+// The mask of some rows of a warp's strip of a tile, which is 16 bytes of each row. A lane has rows lane + 32 i.
+template <typename T, int kRows>
+struct StripMask {
+  const Dropout& dropout;
+  bool drawn;  // otherwise all elements are kept
+  T* memory;   // [kStripSize], in which Mma::outer transposes the words
+  PhiloxBlock lanes[kRows / kWarp];
+
+  __device__ StripMask(const Dropout& of, bool is_drawn, T* with) : dropout(of), drawn(is_drawn), memory(with) {}
+
+  // The lanes of mask number index, for rows from `first` on of a tile that begins at column col.
+  __device__ __forceinline__ void draw(const RowTile& tile, const RankMasks& masks, int index, int64_t cols,
+                                       int64_t col, int first) {
+    const unsigned thread = thread_again();
+    const int in_tile = int(thread / kWarp) * kUnit<T>;
+    const int skipped = kUnit<T> < kPhiloxLanes && dropout.whole ? in_tile % kPhiloxLanes : 0;  // half of a block
+    const uint64_t of_row = masks.count * cols, start = index * cols + col + in_tile - skipped;
+    const int lane_row = first + int(thread % kWarp);
+    uint64_t element[kRows / kWarp];
+    if (tile.rows) {
+#pragma unroll
+      for (int i = 0; i < kRows / kWarp; ++i) {
+        element[i] = tile.rows[tile.begin + min(lane_row + i * kWarp, tile.count - 1)] * of_row + start;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kRows / kWarp; ++i) {
+        element[i] = i == 0 ? uint32_t(tile.begin + lane_row) * of_row + start : element[i - 1] + kWarp * of_row;
+      }
+    }
+    align::cuda::draw(dropout, element, lanes);
+#pragma unroll
+    for (int i = 0; i < kRows / kWarp; ++i) {
+      if (skipped > 0) lanes[i].word[0] = lanes[i].word[2], lanes[i].word[1] = lanes[i].word[3];
+    }
+  }
 };
 
 // ---- Latent rows
