@@ -89,7 +89,8 @@ struct Ffma {
   };
   using DotMask = TileMask<T>;
   using AddMask = TileMask<T>;
-  static constexpr int kOuterRows = kTileRows / 2;  // of a tile, that outer takes at once
+  // outer takes so many rows of a tile at once: registers are scarce.
+  static constexpr int kOuterRows = sizeof(T) == 2 ? kTileRows / 4 : kTileRows / 2;
   static constexpr int kStripSize = 0;
   struct OuterMask {
     StripMask<T, kWarp> rows;
@@ -199,18 +200,19 @@ struct Ffma {
 
   static __device__ __forceinline__ void outer(Outer& acc, const T* g, const T* x, unsigned first, unsigned last,
                                                int fold, const OuterMask& mask) {
-    const unsigned thread = thread_again(), rank = outer_rank(thread) + fold, column = outer_column(thread);
-    x += column;
-    g += min(rank, unsigned(kRank - kOuterRanks));
+    const unsigned thread = thread_again(), rank = outer_rank(thread) + fold;
+    x += thread % kRowLanes * kStride + outer_column(thread);
+    g += thread % kRowLanes * kLatentRow + min(rank, unsigned(kRank - kOuterRanks));
     float sum[kOuterRanks][4] = {};
 #pragma unroll 1
-    for (int row = int(thread % kRowLanes); row < kOuterRows; row += kRowLanes) {
+    for (int row = 0; row < kOuterRows; row += kRowLanes) {
       float xs[4], gs[kOuterRanks];
       load4(xs, x + row * kStride);
       load4(gs, g + row * kLatentRow);
       if (mask.drawn) {
-        const uint32_t of_row = __shfl_sync(kAllLanes, mask.bits, row % kWarp) >> row / kWarp * kUnit<T>;
-        zero_dropped(xs, of_row >> column % kUnit<T>);
+        const unsigned again = thread_again();
+        const uint32_t of_row = __shfl_sync(kAllLanes, mask.bits, row % kWarp + again % kRowLanes);
+        zero_dropped(xs, of_row >> row / kWarp * kUnit<T> >> outer_column(again) % kUnit<T>);
       }
 #pragma unroll
       for (int j = 0; j < kOuterRanks; ++j) {
