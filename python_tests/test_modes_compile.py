@@ -37,7 +37,9 @@ def train(model, call, seed, shape, marked=False):
     step.total(lm).backward()
 
 
-@pytest.mark.parametrize(("checkpointing", "marked"), [(False, False), (True, True)])
+@pytest.mark.parametrize(
+    ("checkpointing", "marked"), [(False, False), pytest.param(True, True, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_one_graph_serves_batches_of_other_sizes_and_lengths(name, checkpointing, marked):
     torch._dynamo.reset()

@@ -11,6 +11,7 @@ def test_uneven_processes_give_the_gradient_of_the_union_batch(processes, unused
     spawn(train_unevenly, processes, unused_port, processes=processes)
 
 
+@pytest.mark.slow
 def test_two_processes_give_adalora_the_ranks_of_one_on_both_batches(unused_port):
     from ranks import allocate_on_rank
 

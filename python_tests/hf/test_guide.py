@@ -84,6 +84,7 @@ print("model.layers.0.mlp.gate_proj" in latents, len(latents) == len(parts.per_l
     assert "reached True\nTrue True True" in output
 
 
+@pytest.mark.slow
 def test_a_page_stops_at_the_first_command_that_fails(hub, work):
     page = work / "page.md"
     page.write_text("```bash\nalign-lora train --tasks nobody\necho 'it went on'\n```\n")

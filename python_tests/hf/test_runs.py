@@ -60,6 +60,7 @@ def command(place, *flags):
     )
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_without_an_output_have_each_their_own(place):
     both = [command(place) for _ in range(2)]
     said = [process.communicate(timeout=300)[0] for process in both]
@@ -70,7 +71,7 @@ def test_two_runs_at_once_without_an_output_have_each_their_own(place):
 
 @pytest.mark.parametrize(
     ("number", "last"),
-    [(signal.SIGTERM, "ended by SIGTERM"), (signal.SIGINT, "interrupted")],
+    [(signal.SIGTERM, "ended by SIGTERM"), pytest.param(signal.SIGINT, "interrupted", marks=pytest.mark.slow)],
     ids=["SIGTERM", "Ctrl-C"],
 )
 def test_a_signal_writes_a_checkpoint_after_the_step_and_the_run_goes_on_to_the_bit(place, number, last):

@@ -45,6 +45,7 @@ def test_by_deepspeed_checkpoints_are_whole_or_nothing_is_lost(tmp_path, unused_
         assert_whole(tmp_path / "loaded in parts" / folder, "gpt2")
 
 
+@pytest.mark.slow
 def test_by_deepspeed_fewer_or_more_processes_go_on_as_those_that_began(tmp_path, unused_port):
     for count in (2, 1, 3):
         spawn(runs.by_fewer_or_more, unused_port, str(tmp_path), count, processes=count)

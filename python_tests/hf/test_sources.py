@@ -232,6 +232,7 @@ def test_an_encoder_decoder_has_one_id_a_sample():
         model(**batch(7, 7), task_ids=TASKS_OF[:, None].expand(6, 7))
 
 
+@pytest.mark.slow
 def test_a_compiled_encoder_decoder_trains_once_its_layers_are_known():
     torch._dynamo.reset()
     inputs, model = batch(7, 7), adapted(make("T5ForConditionalGeneration"))
