@@ -149,6 +149,7 @@ def test_eval_divides_the_rows_and_gives_the_same_ones(place):
         assert one["greedy"] == other["greedy"]
 
 
+@pytest.mark.slow
 def test_the_data_are_shown_once_for_a_run_of_all_processes(place):
     options = ("--model", "model", "--data", "rows.jsonl", "--per-device-train-batch-size", 3, "--json", "data.json")
     text = said(start(place, 2, "data", *options))
@@ -165,6 +166,7 @@ def test_what_one_process_does_says_so_to_several(run, monkeypatch, command):
     assert run(command, "out/adapter", *output) == (2, "", said)
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_line_of_one_process(place):
     text = said(train(place, 2, "mistaken", "--data", "none.jsonl"), 1)
     assert text.count("align-lora: error:") == text.count("there is no data file or folder 'none.jsonl'") == 1

@@ -140,6 +140,7 @@ def test_under_accumulation_the_alignment_gradient_is_the_mean_of_the_micro_batc
     assert entry["loss"] == pytest.approx(entry["lm_loss"] + WEIGHT * entry["align_loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_get_the_gradient_and_the_losses_of_one(tmp_path, unused_port):
     spawn(on_rank, unused_port, tmp_path, padded_and_padding_free)
     expected, losses = padded_and_padding_free(tmp_path, 1)
