@@ -2,13 +2,17 @@
 
 import gzip
 import json
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 from hf.words import rows, write_rows
 
+from align_ext.data.generated import BUILTIN_TASKS, BY_HASH_ORDER
 from align_ext.data.rows import Example
 from align_ext.data.tasks import Usage, read_tasks, row_ids, scored_examples, select
 
@@ -29,6 +33,63 @@ def load_tasks(data=None, tasks=(), train_per_task=2000, test_per_task=16, seed=
 @pytest.fixture(scope="module")
 def builtin():
     return load_tasks(train_per_task=60, test_per_task=12)
+
+
+MADE = """import hashlib, json, sys
+from reasoning_gym.factory import DATASETS
+from align_ext.data.generated import builtin_examples
+made = {}
+for name in json.loads(sys.argv[1]) or DATASETS:
+    try:
+        rows = [(x.prompt, x.answer) for x in builtin_examples(name, 8, 5)]
+        made[name] = hashlib.sha256(repr(rows).encode()).hexdigest()
+    except ValueError as error:
+        made[name] = str(error)
+print("\\n" + json.dumps(made))"""
+
+
+def made_by_processes(names, hash_seeds):
+    """What processes of their own make of generators (none named: of all), by name."""
+    made = []
+    for seed in hash_seeds:
+        command = [sys.executable, "-c", MADE, json.dumps(names)]
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        made.append(json.loads(run.stdout.splitlines()[-1]))
+    return made
+
+
+def test_processes_make_the_same_examples_of_the_tasks_that_have_them():
+    one, other = made_by_processes([*BUILTIN_TASKS, "ransom_note"], ["1", "2"])
+    assert [name for name in one if one[name] != other[name]] == ["ransom_note"]
+
+
+@pytest.mark.slow
+def test_which_generators_differ_by_process_and_which_know_no_answer():
+    one, other = made_by_processes([], ["1", "2"])
+    assert {name for name in one if one[name] != other[name]} == BY_HASH_ORDER
+    without = {name for name, text in one.items() if "knows none to learn" in text}
+    assert without == {"graph_color", "rubiks_cube", "boxnet", "rush_hour", "propositional_logic"}
+    assert [name for name, text in one.items() if "by its defaults" in text] == ["composite"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("ransom_note", "PYTHONHASHSEED=0"),
+        ("propositional_logic", "knows none to learn"),
+        ("composite", "by its defaults"),
+    ],
+)
+def test_generators_that_cannot_be_trained_on_are_refused(name, message, monkeypatch):
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    with pytest.raises(ValueError, match=f"task '{name}'.*{message}"):
+        load_tasks(tasks=("syllogism", name))
+
+
+def test_a_fixed_hash_seed_makes_them_repeatable(monkeypatch):
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    assert load_tasks(tasks=("ransom_note",), train_per_task=4, test_per_task=2).names == ("ransom_note",)
 
 
 def test_five_built_in_tasks_each_answer_in_a_form_of_their_own(builtin):
