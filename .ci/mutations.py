@@ -7,6 +7,7 @@ Usage: python .ci/mutations.py [--check] [word]; --check runs nothing and looks 
 """
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -130,17 +131,26 @@ MUTANTS = [  # the seam, from task ids to the gradient in every latent
            "for (int64_t i = 0; i < count; ++i) total += partials[i",
            "for (int64_t i = 0; i < 1; ++i) total += partials[i", "test_grouped_lora_cuda"),
 ]
-AMX = [
-    Mutant("AMX: no mask where x is copied", "csrc/cpu/amx/panels.cpp",
-           "if constexpr (kMasked) lanes &= kept_lanes(masks.at[i + k], c);", "", "test_grouped_lora"),
-    Mutant("AMX: leave out the ranks of the short tile", "csrc/cpu/amx/panels.cpp",
-           "if (j == rank) continue;", "continue;", "test_grouped_lora"),
-    Mutant("AMX: leave all terms but the last out of dx", "csrc/cpu/amx/amx.cpp",
-           "if (k > 0) v = plus(v, load_sums(further + offset));", "", "test_routed_lora"),
+UNITS = [  # bfloat16 units, by emulated instructions
+    Mutant("AMX: no mask where x is copied", "csrc/cpu/bf16/amx_panels.cpp",
+           "if constexpr (kMasked) lanes &= kept_lanes(masks.at[i + k], c);", "", "test_grouped_lora_emulated"),
+    Mutant("AMX: leave out the ranks of the short tile", "csrc/cpu/bf16/amx_panels.cpp",
+           "if (j == rank) continue;", "continue;", "test_grouped_lora_emulated"),
+    Mutant("bfloat16 units: leave all terms but the last out of dx", "csrc/cpu/bf16/rank_add.h",
+           "if (k > 0) v = plus(v, load_sums(further));", "", "test_routed_lora_emulated"),
+    Mutant("dot products: no mask where x is loaded", "csrc/cpu/bf16/dots.cpp",
+           "if constexpr (kMasked) lanes &= kept_lanes(masks.at[i], c);", "", "test_grouped_lora_emulated"),
+    Mutant("dot products: the columns of dA as they were unpacked", "csrc/cpu/bf16/dots.cpp",
+           "low, high, 0, 1, 8, 9, 2, 3, 10, 11", "low, high, 0, 1, 2, 3, 8, 9, 10, 11", "test_grouped_lora_emulated"),
+    Mutant("dot products: take a row beyond the last one into dA", "csrc/cpu/bf16/dots.cpp",
+           "t + 1 < count ? load_line<kMasked, kWhole>(x, masks, t + 1, c, lanes) : __m512i{}",
+           "load_line<kMasked, kWhole>(x, masks, t, c, lanes)", "test_grouped_lora_emulated"),
+    Mutant("dot products: the factors of the first term for all", "csrc/cpu/bf16/dots.cpp",
+           "factors += factor_tiles(term.rank);", "", "test_routed_lora_emulated"),
 ]
 # fmt: on
-if "amx_bf16" in Path("/proc/cpuinfo").read_text():  # elsewhere nothing runs that they change
-    MUTANTS += AMX
+if platform.machine() == "x86_64":  # elsewhere nothing runs that they change
+    MUTANTS += UNITS
 
 
 # What orders the threads of a kernel. ptx.cuh defines cp_async_wait, and does not use it.
@@ -179,7 +189,7 @@ def misplaced(mutant: Mutant, tree: Path) -> str | None:
     if times != 1:
         return f"{mutant.what}: its place is {times} times in {mutant.file}"
     files = [word for word in mutant.test.split() if word.endswith(".py")]
-    files = [f"cpp_tests/{mutant.test}.cpp"] if mutant.file.startswith("csrc") else files
+    files = [f"cpp_tests/{mutant.test.removesuffix('_emulated')}.cpp"] if mutant.file.startswith("csrc") else files
     missing = [file for file in files if not (tree / file).is_file()]
     return f"{mutant.what}: there is no test {', '.join(missing)}" if missing else None
 

@@ -36,6 +36,12 @@ struct Sum {
   }
 };
 
+// Whether the kernels round latent rows to T.
+template <typename T>
+bool rounds_latents() {
+  return cpu::unit_for<T>() != cpu::Bf16Unit::kNone;
+}
+
 // Rounding: each tensor's largest sum of magnitudes, in eps of the accumulator, times the depth of the sums it stands
 // on; one rounding to the storage type; and in eps of T if latent rows are rounded to T before they are multiplied. A
 // lost row, rank or column is orders of magnitude more.

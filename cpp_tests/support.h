@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "check.h"
-#include "cpu/amx/amx.h"
+#include "cpu/bf16/units.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 #include "ops/dtype.h"
@@ -68,17 +68,23 @@ void for_each_parallel_for(const Body& body) {
   cpu::set_parallel_for(nullptr);
 }
 
-// Runs body with each vector width this processor has, and with AMX if it has that.
+// Runs body with each vector width this processor has, and with each unit for bfloat16 that it has.
 template <typename Body>
 void for_each_vector_width(const Body& body) {
-  if (cpu::amx_usable()) body();
-  cpu::amx_allowed = false;
+#ifdef ALIGN_EMULATED
+  CHECK(cpu::native_bf16_unit() == cpu::Bf16Unit::kAmx);
+#endif
+  for (cpu::Bf16Unit unit : {cpu::Bf16Unit::kAmx, cpu::Bf16Unit::kDots}) {
+    cpu::bf16_unit_limit = unit;
+    if (cpu::native_bf16_unit() >= unit) body();
+  }
+  cpu::bf16_unit_limit = cpu::Bf16Unit::kNone;
   for (int bytes : {16, 32, 64}) {
     cpu::vector_bytes_limit = bytes;
     body();
   }
   cpu::vector_bytes_limit = 64;
-  cpu::amx_allowed = true;
+  cpu::bf16_unit_limit = cpu::Bf16Unit::kAmx;
 }
 
 constexpr char kCanary = 0x5A;

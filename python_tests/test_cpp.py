@@ -1,5 +1,6 @@
 """Builds and runs the C++ tests: the kernels without torch."""
 
+import platform
 import re
 import subprocess
 from pathlib import Path
@@ -8,6 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "cpp_tests").glob("test_*.cpp"))
+UNITS = ["test_dropout_sum", "test_grouped_lora", "test_routed_lora", "test_sibling_lora"]
+if platform.machine() == "x86_64":
+    NAMES += [f"{name}_emulated" for name in UNITS]  # the same tests of the kernels of bfloat16 units
 
 
 @pytest.mark.parametrize("name", NAMES)

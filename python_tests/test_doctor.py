@@ -98,13 +98,14 @@ LIMITS = {
     "AVX512_CORE_BF16": 64,
     "AVX512_CORE_AMX": 64,
 }
+BF16_LIMITS = ("AVX512_CORE_BF16", "AVX512_CORE_AMX")
 
 
 @pytest.mark.parametrize(
     "limit", [pytest.param(name, marks=() if name in (None, "AVX2") else pytest.mark.slow) for name in LIMITS]
 )
 def test_kernels_take_what_the_processor_has_and_torch_s_own_products_may(limit, tmp_path):
-    code = "from align_ext.ops._native import build_info as i; print(i.vector_bytes(), i.uses_amx())"
+    code = "from align_ext.ops._native import build_info as i; print(i.vector_bytes(), i.bfloat16_unit() or None)"
     env = {name: value for name, value in os.environ.items() if name != "ONEDNN_MAX_CPU_ISA"}
     env |= {"ONEDNN_MAX_CPU_ISA": limit} if limit else {}
     # From elsewhere: the sources in the current folder, if it has them, are not the installed package.
@@ -113,5 +114,6 @@ def test_kernels_take_what_the_processor_has_and_torch_s_own_products_may(limit,
     )
     features = set(Path("/proc/cpuinfo").read_text().split())
     widest = 64 if "avx512bw" in features else 32 if {"avx2", "fma"} <= features else 16
-    amx = "amx_bf16" in features and limit in (None, "AVX512_CORE_AMX")
-    assert run.stdout.split() == [str(min(widest, LIMITS[limit])), str(amx)]
+    unit = "AVX512_BF16" if "avx512_bf16" in features and limit in (None, *BF16_LIMITS) else None
+    unit = "AMX" if "amx_bf16" in features and limit in (None, "AVX512_CORE_AMX") else unit
+    assert run.stdout.split() == [str(min(widest, LIMITS[limit])), str(unit)]

@@ -266,7 +266,8 @@ def machine(device: str) -> str:
     """Describes the machine in one line, since absolute times depend on it."""
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}"
-    features = torch.backends.cpu.get_cpu_capability() + (" with AMX" if build_info.uses_amx() else "")
+    features = torch.backends.cpu.get_cpu_capability()
+    features += f" with {unit}" if (unit := build_info.bfloat16_unit()) else ""
     return f"{platform.machine()} {features}, {torch.get_num_threads()} threads, torch {torch.__version__}, CPU"
 
 

@@ -34,7 +34,7 @@ def backend() -> dict[str, Any]:
         ops: operator -> device -> "native" or "none" (no kernel in this build).
     """
     vectors = f"{torch.backends.cpu.get_cpu_capability()}, kernels by vectors of {build_info.vector_bytes()} bytes"
-    vectors += " and AMX" if build_info.uses_amx() else ""
+    vectors += f" and {unit}" if (unit := build_info.bfloat16_unit()) else ""
     devices = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads, {vectors}"}
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)

@@ -9,7 +9,7 @@ try:
     # Not an import statement: import-linter would take it for an import of the whole package, above all layers.
     build_info: Any = import_module(
         "align_ext._C"
-    )  # built_with_torch, compiler, cuda_archs, vector_bytes(), uses_amx()
+    )  # built_with_torch, compiler, cuda_archs, vector_bytes(), bfloat16_unit()
 except ImportError as error:
     raise ImportError(
         f"align_ext's compiled extension align_ext._C is missing or does not load ({error}). Build it: `pip install .` "

@@ -1,9 +1,10 @@
 // The Python module align_ext._C: build information only. The operators register themselves when it is loaded.
+#include <array>
 #include <pybind11/pybind11.h>
 
 #include "bindings/base_order.h"
 #include "bindings/torch_cuda.h"
-#include "cpu/amx/amx.h"
+#include "cpu/bf16/units.h"
 #include "cpu/simd.h"
 #ifdef ALIGN_SIMT
 #include "report.h"
@@ -20,7 +21,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("built_with_torch") = ALIGN_BUILT_WITH_TORCH;
   m.attr("compiler") = __VERSION__;
   m.def("vector_bytes", align::cpu::native_vector_bytes, "How wide the vectors of the CPU's kernels are.");
-  m.def("uses_amx", align::cpu::amx_usable, "Whether bfloat16 products on the CPU run on AMX.");
+  m.def(
+      "bfloat16_unit", [] { return std::array{"", "AVX512_BF16", "AMX"}[int(align::cpu::native_bf16_unit())]; },
+      "What multiplies bfloat16 on the CPU; empty: vectors of float32.");
   m.def(
       "finds_cuda_stream", [] { return align::find_in_torch_cuda(align::kCurrentStream) != nullptr; },
       "Whether the CUDA kernels would find torch's current stream.");

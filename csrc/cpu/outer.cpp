@@ -1,7 +1,7 @@
 // outer_add and dot_outer of skinny.h.
 #include <algorithm>
 
-#include "cpu/amx/amx.h"
+#include "cpu/bf16/units.h"
 #include "cpu/skinny.h"
 #include "cpu/tiles.h"
 
@@ -144,8 +144,8 @@ ALIGN_INLINE void dot_outer_tiles(const DotOuter<T>& op) {
 
 template <typename T>
 void outer_add(const OuterAdd<T>& op) {
-  if constexpr (kForAmx<T>) {
-    if (op.factors) return amx_outer_add(op);
+  if constexpr (kForUnits<T>) {
+    if (op.factors) return unit_for<T>() == Bf16Unit::kAmx ? amx_outer_add(op) : dots_outer_add(op);
   }
   dispatch<T>(op.mask.bytes,
               [&](auto width, auto masked) ALIGN_INLINE_LAMBDA { outer_add_tiles<width(), masked(), T>(op); });
@@ -153,7 +153,7 @@ void outer_add(const OuterAdd<T>& op) {
 
 template <typename T>
 void dot_outer(const DotOuter<T>& op) {
-  if constexpr (kForAmx<T>) {
+  if constexpr (kForUnits<T>) {
     if (op.tiles) return amx_dot_outer(op);
   }
   dispatch<T>([&](auto width) ALIGN_INLINE_LAMBDA { dot_outer_tiles<width(), T>(op); });

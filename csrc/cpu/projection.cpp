@@ -17,7 +17,7 @@ int64_t a_rows(const ProjectionPlan& plan) { return plan.a_row(plan.terms()); }
 // A workspace is measured for an accumulation type: that of float has room for the tiles of bfloat16.
 template <typename A>
 bool has_tiles() {
-  return std::is_same_v<A, float> && use_amx<bfloat16>();
+  return std::is_same_v<A, float> && unit_for<bfloat16>() != Bf16Unit::kNone;
 }
 
 template <typename T>
@@ -98,7 +98,7 @@ void pack_columns(const PackedProjection<T>& projection, const HeadsInputs<T, TA
     }
     const Operand<TA> b0 = transpose_of(in.B0 + g * outputs * offset_rank, outputs, offset_rank);
     add_columns<T>(b0, {bt.row(plan.columns()), bt.stride}, first, last);
-    if (!projection.b.data || projection.amx) continue;
+    if (!projection.b.data || projection.has_unit()) continue;
     const RowMajor<Acc<T>> b = projection.b_of(g);
     for (int64_t c = first; c < std::min(last, outputs); ++c) {
       for (int64_t j = 0; j < plan.combined(); ++j) b.row(c)[j] = bt.row(j)[c];
@@ -112,7 +112,8 @@ template <typename T>
 void pack_tiles(const PackedProjection<T>& projection, int64_t first, int64_t last) {
   const ProjectionPlan& plan = projection.plan;
   const auto pack = [&](const RowMajor<const float>& matrix, int64_t rank, int64_t columns, bool dot, bfloat16* tiles) {
-    (dot ? pack_dot_tiles : pack_add_tiles)(matrix, rank, first, std::min(last, columns), tiles);
+    if (dot) return pack_dot_tiles(matrix, rank, columns, first, std::min(last, columns), tiles);
+    pack_add_tiles(matrix, rank, first, std::min(last, columns), tiles);
   };
   for (int64_t k = 0; k < plan.terms(); ++k) {
     if (plan.shares_a(k)) continue;
@@ -207,8 +208,8 @@ PackedProjection<T> pack_projection(const ProjectionPlan& plan, const HeadsInput
   parallel_for(0, ceil_div(std::max(projection.a.stride, projection.bt.stride), kPackColumns), 4,
                [&](int64_t begin, int64_t end) {
                  pack_columns(projection, inputs, R, begin * kPackColumns, end * kPackColumns);
-                 if constexpr (kForAmx<T>) {
-                   if (projection.amx) pack_tiles(projection, begin * kPackColumns, end * kPackColumns);
+                 if constexpr (kForUnits<T>) {
+                   if (projection.has_unit()) pack_tiles(projection, begin * kPackColumns, end * kPackColumns);
                  }
                });
   return projection;
@@ -236,7 +237,7 @@ ProjectionBlock<T> begin_chunk(const PackedProjection<T>& projection, int64_t ch
     MaskBits mask = projection.mask_bits(masked ? s.mask_bits : nullptr);
     mask.first = k * plan.shape.in_dim;
     const RowMajor<Acc<T>> a{projection.a.row(plan.a_row(k)), projection.a.stride};
-    const bfloat16* tiles = projection.amx ? projection.a_tiles + plan.a_tile(k) : nullptr;
+    const bfloat16* tiles = projection.has_unit() ? projection.a_tiles + plan.a_tile(k) : nullptr;
     block.terms.push_back({.mask = mask,
                            .g = s.g[k],
                            .b = a,

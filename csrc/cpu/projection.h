@@ -17,7 +17,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/amx/amx.h"
+#include "cpu/bf16/units.h"
 #include "cpu/dropout.h"
 #include "cpu/parallel.h"
 #include "cpu/skinny.h"
@@ -44,7 +44,7 @@ struct ProjectionPlan {
   int64_t heads() const { return summed() ? 1 : shape.heads; }
   int64_t columns() const { return heads() * shape.rank; }            // columns of u
   int64_t combined() const { return columns() + shape.offset_rank; }  // columns of u and the offset path
-  bool many_ranks() const { return combined() > kRankAlign; }         // then dot_outer is faster
+  bool many_ranks() const { return combined() > kRankAlign; }         // then dot_outer is faster on vectors
   int64_t logits() const { return routed ? groups * shape.heads : 0; }
 
   // The terms that make z: one, or one for each mask.
@@ -89,9 +89,9 @@ struct PackedProjection {
   RowMajor<Acc<T>> a = {};   // [padded ranks of all terms, in_dim]: A, R and A0, term after term
   RowMajor<Acc<T>> bt = {};  // [groups * padded combined, outputs]: transposes of B and B0, group after group
   RowMajor<Acc<T>> b = {};   // backward with many ranks: [out_dim, padded combined], B and B0
-  // With AMX the tiles of each term of a, and of bt of each group: dot tiles and add tiles in the forward pass, add
-  // tiles and dot tiles in the backward pass.
-  bool amx = use_amx<T>();
+  // With a bfloat16 unit the tiles of each term of a, and of bt of each group: dot tiles and add tiles in the forward
+  // pass, add tiles and dot tiles in the backward pass.
+  Bf16Unit unit = unit_for<T>();
   bfloat16* a_tiles = nullptr;
   bfloat16* bt_tiles = nullptr;
   char* chunks = nullptr;  // the scratch of all chunks
@@ -101,7 +101,10 @@ struct PackedProjection {
   }
   RowMajor<Acc<T>> b_of(int64_t group) const { return {b.row(group * plan.outputs()), b.stride}; }
   MaskBits mask_bits(const uint8_t* bytes) const;  // the bits of all masks of a row
-  const bfloat16* bt_tiles_of(int64_t group) const { return amx ? bt_tiles + plan.bt_tile(group) : nullptr; }
+  bool has_unit() const { return unit != Bf16Unit::kNone; }
+  const bfloat16* bt_tiles_of(int64_t group) const { return has_unit() ? bt_tiles + plan.bt_tile(group) : nullptr; }
+  // Whether dz and dB are made in one pass over dy. Dot products need no copy of it, so that two passes are as good.
+  bool dots_and_outer() const { return has_unit() ? unit == Bf16Unit::kAmx : plan.many_ranks(); }
 };
 
 // The memory of one chunk of rows.
@@ -113,7 +116,7 @@ struct ChunkScratch {
   RowMajor<A> combined;          // [rows of a block, padded combined]: the factor of bt, or its gradient
   RowMajor<A> q;                 // backward: dy bt^T of one group, of the shape of combined
   RowMajor<A> weighted;          // backward with routing: w u of one group, of the shape of u
-  bfloat16* factors = nullptr;   // AMX: left tiles of the factors in use
+  bfloat16* factors = nullptr;   // bfloat16 units: left tiles of the factors in use
   RowMajor<A> da;                // backward: the gradient of a over the chunk, without the scale of dropout
   RowMajor<A> dbt;               // backward: the gradient of bt without scaling, [groups * columns, outputs]
 };

@@ -96,8 +96,9 @@ void ProjectionBlock<T>::expand_backward(const T* dy, int64_t group, RowMajor<co
       for (int64_t j = h * rank; j < (h + 1) * rank; ++j) factors.row(i)[j] = weight * scratch.u.row(i)[j];
     }
   }
-  if (plan.many_ranks() || projection.amx) {
-    const RowMajor<const A> b = projection.amx ? RowMajor<const A>{} : projection.b_of(group);
+  bfloat16* const tiles = projection.has_unit() ? scratch.factors : nullptr;
+  if (projection.dots_and_outer()) {
+    const RowMajor<const A> b = tiles ? RowMajor<const A>{} : projection.b_of(group);
     dot_outer(DotOuter<T>{.rows = rows,
                           .x = dy_of_group,
                           .bt = b,
@@ -108,12 +109,21 @@ void ProjectionBlock<T>::expand_backward(const T* dy, int64_t group, RowMajor<co
                           .outer = dbt,
                           .first = first_of_chunk,
                           .tiles = projection.bt_tiles_of(group),
-                          .factors = scratch.factors});
+                          .factors = tiles});
   } else {
-    rows_dot(RowsDot<T>{
-        .rows = rows, .x = dy_of_group, .a = projection.bt_of(group), .out = scratch.q, .rank = plan.combined()});
-    outer_add(OuterAdd<T>{
-        .rows = rows, .x = dy_of_group, .g = factors, .rank = plan.columns(), .outer = dbt, .first = first_of_chunk});
+    rows_dot(RowsDot<T>{.rows = rows,
+                        .x = dy_of_group,
+                        .a = projection.bt_of(group),
+                        .out = scratch.q,
+                        .rank = plan.combined(),
+                        .tiles = projection.bt_tiles_of(group)});
+    outer_add(OuterAdd<T>{.rows = rows,
+                          .x = dy_of_group,
+                          .g = factors,
+                          .rank = plan.columns(),
+                          .outer = dbt,
+                          .first = first_of_chunk,
+                          .factors = tiles});
   }
   for (int64_t i = 0; i < rows.count; ++i) {
     const A* q = scratch.q.row(i);
@@ -168,7 +178,7 @@ void ProjectionBlock<T>::shrink_backward(const T* dx_in, T* dx) const {
                           .rank = plan.trained_rank(k),
                           .outer = da,
                           .first = first_of_chunk && !plan.shares_a(k),
-                          .factors = projection.amx ? scratch.factors : nullptr});
+                          .factors = projection.has_unit() ? scratch.factors : nullptr});
   }
 }
 

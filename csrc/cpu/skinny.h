@@ -88,7 +88,7 @@ struct RowsDot {
   RowMajor<const Acc<T>> a;
   RowMajor<Acc<T>> out;             // assigned
   int64_t rank;                     // out has it rounded up to kRankAlign
-  const bfloat16* tiles = nullptr;  // the tiles of a (amx/amx.h), or null
+  const bfloat16* tiles = nullptr;  // the tiles of a (bf16/units.h), or null
 };
 template <typename T>
 void rows_dot(const RowsDot<T>& op);
@@ -101,7 +101,7 @@ struct RankTerm {
   RowMajor<A> b;
   int64_t rank;
   A scale;
-  const bfloat16* tiles = nullptr;  // the tiles of b (amx/amx.h), or null
+  const bfloat16* tiles = nullptr;  // the tiles of b (bf16/units.h), or null
 };
 
 template <typename T>
@@ -112,7 +112,7 @@ struct RankAdd {
   const RankTerm<Acc<T>>* terms;
   int64_t count;                // number of terms, at least 1
   const T* bias = nullptr;      // [columns], added to every row, or null: zero
-  bfloat16* factors = nullptr;  // scratch for AMX: factor_tiles of all terms
+  bfloat16* factors = nullptr;  // scratch for a bfloat16 unit: factor_tiles of all terms
 };
 template <typename T>
 void rank_add(const RankAdd<T>& op);
@@ -126,7 +126,7 @@ struct OuterAdd {
   int64_t rank;
   RowMajor<Acc<T>> outer;       // accumulated into
   bool first;                   // outer is assigned instead
-  bfloat16* factors = nullptr;  // scratch for AMX: factor_tiles(rank)
+  bfloat16* factors = nullptr;  // scratch for a bfloat16 unit: factor_tiles(rank)
 };
 template <typename T>
 void outer_add(const OuterAdd<T>& op);
@@ -143,8 +143,8 @@ struct DotOuter {
   int64_t outer_rank;
   RowMajor<Acc<T>> outer;           // accumulated into
   bool first;                       // outer is assigned instead
-  const bfloat16* tiles = nullptr;  // the tiles of the transpose of bt (amx/amx.h), or null
-  bfloat16* factors = nullptr;      // scratch for AMX: factor_tiles(outer_rank)
+  const bfloat16* tiles = nullptr;  // the tiles of the transpose of bt (bf16/units.h), or null
+  bfloat16* factors = nullptr;      // scratch for a bfloat16 unit: factor_tiles(outer_rank)
 };
 template <typename T>
 void dot_outer(const DotOuter<T>& op);

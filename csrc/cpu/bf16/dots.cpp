@@ -1,0 +1,192 @@
+// rows_dot, rank_add and outer_add by the dot products of AVX512_BF16. The pairs that a dot product adds up are
+// neighbouring columns in rows_dot, ranks in rank_add and rows in outer_add.
+#include "cpu/bf16/rank_add.h"
+
+#ifdef ALIGN_BF16_UNITS
+
+namespace align::cpu {
+namespace {
+
+// Loads 32 columns of row i from c on, without those that are dropped or not of `lanes`.
+template <bool kMasked, bool kWhole>
+BF16_INLINE __m512i load_line(const RowPointers<const bfloat16>& x, const RowMasks<kMasked>& masks, int64_t i,
+                              int64_t c, __mmask32 lanes) {
+  if (kWhole && !kMasked) return _mm512_loadu_si512(x.at[i] + c);
+  if constexpr (kMasked) lanes &= kept_lanes(masks.at[i], c);
+  return _mm512_maskz_loadu_epi16(lanes, x.at[i] + c);
+}
+
+// ---- rows_dot
+
+constexpr int kDotRows = 2;  // rows of a tile, which has kDotRows * kRanks vectors of sums
+
+template <bool kMasked, bool kWhole>
+BF16_INLINE void dot_line(const RowPointers<const bfloat16>& x, const RowMasks<kMasked>& masks, int64_t t, int64_t c,
+                          __mmask32 lanes, const bfloat16* a, int64_t stride,
+                          Vec<float, 64> (&sum)[kDotRows * kRanks]) {
+  __m512i xd[kDotRows];
+  for (int i = 0; i < kDotRows; ++i) {
+    prefetch(x.ahead[t + i] + c);
+    xd[i] = load_line<kMasked, kWhole>(x, masks, t + i, c, lanes);
+  }
+#pragma GCC unroll 8
+  for (int k = 0; k < kRanks; ++k) {
+    const __m512i line = _mm512_loadu_si512(a + k * stride + c);
+#pragma GCC unroll 2
+    for (int i = 0; i < kDotRows; ++i) sum[i * kRanks + k] = dot_add(sum[i * kRanks + k], xd[i], line);
+  }
+}
+
+template <bool kMasked>
+BF16_TARGET void rows_dot_lines(const RowsDot<bfloat16>& op) {
+  constexpr int64_t kPanel = 1024;  // columns of eight ranks that stay in the first-level cache for all rows
+  const RowPointers<const bfloat16> x(op.rows, op.x, kNear);
+  const RowMasks<kMasked> masks(op.rows, op.mask);
+  const int64_t ranks = round_up(op.rank, kRanks), stride = round_up(op.x.columns, kTileLine);
+  for (int64_t t = 0; t < op.rows.count; ++t) std::fill_n(op.out.row(t), ranks, 0.0f);
+  for (int64_t first = 0; first < op.x.columns; first += kPanel) {
+    const int64_t last = std::min(first + kPanel, op.x.columns);
+    for (int64_t j = 0; j < ranks; j += kRanks) {
+      for (int64_t t = 0; t < op.rows.count; t += kDotRows) {
+        Vec<float, 64> sum[kDotRows * kRanks] = {};
+        const bfloat16* a = op.tiles + j * stride;
+        int64_t c = first;
+        for (; c + kTileLine <= last; c += kTileLine) dot_line<kMasked, true>(x, masks, t, c, ~0u, a, stride, sum);
+        if (c < last) dot_line<kMasked, false>(x, masks, t, c, first_lanes(last - c), a, stride, sum);
+        const Vec<float, 64> totals = lane_sums<float, 64>(sum);
+        for (int i = 0; i < kDotRows && t + i < op.rows.count; ++i) {
+          for (int k = 0; k < kRanks; ++k) op.out.row(t + i)[j + k] += totals[i * kRanks + k];
+        }
+      }
+    }
+  }
+}
+
+// ---- rank_add
+
+constexpr int kAddRows = 4, kAddVectors = kAddColumns / kTileRows;
+
+// Computes a piece of kAddRows rows from t on and 64 columns from c on; without kWhole only those that out has.
+template <bool kMasked, bool kWhole>
+BF16_INLINE void add_piece(const Addition<kMasked>& add, int64_t t, int64_t c) {
+  const RankAdd<bfloat16>& op = add.op;
+  const int64_t columns = op.out.columns - c;
+  alignas(64) float further[kAddRows * kAddColumns];
+  const bfloat16* factors = op.factors;
+  for (int64_t k = 0; k < op.count; ++k) {
+    const RankTerm<float>& term = op.terms[k];
+    const int64_t steps = ceil_div(term.rank, kTileLine), row = steps * kTileLine, tile = steps * kTileSize;
+    const bfloat16 *left = factors + t * row, *right = term.tiles + c / kTileRows * tile;
+    __m512 sum[kAddRows][kAddVectors] = {};
+    for (int64_t j = 0; j < term.rank; j += 2, left += 2, right += kTileLine) {
+      __m512i ranks[kAddVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kAddVectors; ++v) {
+        ranks[v] = kWhole || v * kTileRows < columns ? _mm512_loadu_si512(right + v * tile) : __m512i{};
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < kAddRows; ++i) {
+        const __m512i pair = both_of(left + i * row);
+#pragma GCC unroll 4
+        for (int v = 0; v < kAddVectors; ++v) sum[i][v] = dot_add(sum[i][v], pair, ranks[v]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kAddRows; ++i) {
+#pragma GCC unroll 2
+      for (int line = 0; line < kAddVectors / 2; ++line) {
+        if (t + i >= op.rows.count || (!kWhole && line * kTileLine >= columns)) continue;
+        add_line<kMasked, kWhole>(add, k, t + i, c + line * kTileLine, first_lanes(columns - line * kTileLine),
+                                  {sum[i][2 * line], sum[i][2 * line + 1]},
+                                  further + i * kAddColumns + line * kTileLine);
+      }
+    }
+    factors += factor_tiles(term.rank);
+  }
+}
+
+template <bool kMasked>
+BF16_TARGET void rank_add_pieces(const RankAdd<bfloat16>& op, const RowMasks<kMasked>* masks) {
+  constexpr int64_t kPanel = 256;  // columns whose right tiles stay in the first-level cache, up to rank 40
+  const Addition<kMasked> add(op, masks);
+  round_all_factors(op);
+  for (int64_t first = 0; first < op.out.columns; first += kPanel) {
+    const int64_t last = std::min(first + kPanel, op.out.columns);
+    for (int64_t t = 0; t < op.rows.count; t += kAddRows) {
+      int64_t c = first;
+      for (; c + kAddColumns <= last; c += kAddColumns) add_piece<kMasked, true>(add, t, c);
+      if (c < last) add_piece<kMasked, false>(add, t, c);
+    }
+  }
+}
+
+// ---- outer_add
+
+// Adds the products of eight ranks from j on and 32 columns from c on to outer.
+template <bool kMasked, bool kWhole>
+BF16_INLINE void outer_line(const OuterAdd<bfloat16>& op, const RowPointers<const bfloat16>& x,
+                            const RowMasks<kMasked>& masks, int64_t j, int64_t c) {
+  const int64_t count = op.rows.count, columns = op.x.columns - c;
+  const __mmask32 lanes = first_lanes(columns);
+  __m512 sum[kRanks][2] = {};
+  for (int64_t t = 0; t < count; t += 2) {
+    prefetch(x.ahead[t] + c);
+    prefetch(x.ahead[t + 1] + c);
+    const __m512i even = load_line<kMasked, kWhole>(x, masks, t, c, lanes);
+    const __m512i odd = t + 1 < count ? load_line<kMasked, kWhole>(x, masks, t + 1, c, lanes) : __m512i{};
+    // Columns 0 to 3 of every eight, and columns 4 to 7.
+    const __m512i low = _mm512_unpacklo_epi16(even, odd), high = _mm512_unpackhi_epi16(even, odd);
+#pragma GCC unroll 8
+    for (int k = 0; k < kRanks; ++k) {
+      const __m512i pair = both_of(op.factors + (j + k) * kRowBlock + t);
+      sum[k][0] = dot_add(sum[k][0], pair, low);
+      sum[k][1] = dot_add(sum[k][1], pair, high);
+    }
+  }
+#pragma GCC unroll 8
+  for (int k = 0; k < kRanks; ++k) {
+    if (j + k >= op.rank) continue;
+    const auto low = (__v8df)sum[k][0], high = (__v8df)sum[k][1];
+    Pair v = {(__m512)__builtin_shufflevector(low, high, 0, 1, 8, 9, 2, 3, 10, 11),
+              (__m512)__builtin_shufflevector(low, high, 4, 5, 12, 13, 6, 7, 14, 15)};
+    float* to = op.outer.row(j + k) + c;  // whose rows are padded to 16 columns
+    const bool both = kWhole || columns > kTileRows;
+    if (!op.first) v = plus(v, {_mm512_loadu_ps(to), both ? _mm512_loadu_ps(to + kTileRows) : __m512{}});
+    _mm512_storeu_ps(to, v.low);
+    if (both) _mm512_storeu_ps(to + kTileRows, v.high);
+  }
+}
+
+template <bool kMasked>
+BF16_TARGET void outer_add_lines(const OuterAdd<bfloat16>& op) {
+  const RowPointers<const bfloat16> x(op.rows, op.x, kFar);
+  const RowMasks<kMasked> masks(op.rows, op.mask);
+  round_transpose(op.g, op.rank, op.rows.count, op.factors);
+  for (int64_t c = 0; c < op.x.columns; c += kTileLine) {
+    for (int64_t j = 0; j < op.rank; j += kRanks) {
+      if (c + kTileLine <= op.x.columns) {
+        outer_line<kMasked, true>(op, x, masks, j, c);
+      } else {
+        outer_line<kMasked, false>(op, x, masks, j, c);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void dots_rows_dot(const RowsDot<bfloat16>& op) {
+  op.mask.bytes ? rows_dot_lines<true>(op) : rows_dot_lines<false>(op);
+}
+
+void dots_rank_add(const RankAdd<bfloat16>& op) {
+  with_masks(op, [&](const auto* masks) { rank_add_pieces(op, masks); });
+}
+
+void dots_outer_add(const OuterAdd<bfloat16>& op) {
+  op.mask.bytes ? outer_add_lines<true>(op) : outer_add_lines<false>(op);
+}
+
+}  // namespace align::cpu
+
+#endif
