@@ -64,46 +64,38 @@ int64_t chunk_bytes(const ProjectionPlan& plan) {
 
 // ---- Packing
 
-template <typename T>
-Operand<T> rows_of(const T* data, int64_t rows, int64_t columns) {
-  return {data, rows, columns, columns, 1};
-}
-template <typename T>
-Operand<T> transpose_of(const T* data, int64_t rows, int64_t columns) {
-  return {data, columns, rows, 1, columns};
-}
-
-// Packs columns [first, last) of a, bt and b.
+// Packs columns [first, last) of a, and of bt or, where dot_outer takes it, as many rows of b.
 template <typename T, typename TA>
 void pack_columns(const PackedProjection<T>& projection, const HeadsInputs<T, TA>& in, const TA* R, int64_t first,
                   int64_t last) {
   const ProjectionPlan& plan = projection.plan;
   const auto& [tokens, in_dim, out_dim, rank, count, offset_rank, A_per_head, site] = plan.shape;
-  const auto add_a = [&](const Operand<TA>& operand, const TermColumn& at) {
-    add_columns<T>(operand, {projection.a.row(plan.a_row(at.term) + at.column), projection.a.stride}, first, last);
+  const auto add_a = [&](const TA* data, int64_t rows, const TermColumn& at) {
+    const RowMajor<Acc<T>> target{projection.a.row(plan.a_row(at.term) + at.column), projection.a.stride};
+    add_columns<T>(Operand<TA>{data, rows, in_dim}, target, 0, rows, first, last);
   };
   clear_columns(projection.a, a_rows(plan), first, last);
   const int64_t matrices = A_per_head ? plan.shape.heads : 1;
-  for (int64_t i = 0; i < matrices; ++i) add_a(rows_of(in.A + i * rank * in_dim, rank, in_dim), plan.latent(i));
-  if (plan.routed) add_a(rows_of(R, plan.logits(), in_dim), plan.router());
-  if (offset_rank > 0) add_a(rows_of(in.A0, offset_rank, in_dim), plan.offset());
+  for (int64_t i = 0; i < matrices; ++i) add_a(in.A + i * rank * in_dim, rank, plan.latent(i));
+  if (plan.routed) add_a(R, plan.logits(), plan.router());
+  if (offset_rank > 0) add_a(in.A0, offset_rank, plan.offset());
 
   const int64_t outputs = plan.outputs();
-  clear_columns(projection.bt, plan.groups * padded(plan.combined()), first, last);
+  const bool by_rows = plan.backward && projection.dots_and_outer() && !projection.has_unit();
+  if (!by_rows) clear_columns(projection.bt, plan.groups * padded(plan.combined()), first, last);
   for (int64_t g = 0; g < plan.groups; ++g) {
-    const RowMajor<Acc<T>> bt = projection.bt_of(g);
-    for (int64_t i = 0; i < count; ++i) {
-      const TA* b = in.B + (i * out_dim + g * outputs) * rank;
-      add_columns<T>(transpose_of(b, outputs, rank), {bt.row(plan.summed() ? 0 : i * rank), bt.stride}, first, last);
-    }
-    const Operand<TA> b0 = transpose_of(in.B0 + g * outputs * offset_rank, outputs, offset_rank);
-    add_columns<T>(b0, {bt.row(plan.columns()), bt.stride}, first, last);
-    if (!projection.b.data || projection.has_unit()) continue;
-    const RowMajor<Acc<T>> b = projection.b_of(g);
-    for (int64_t c = first; c < std::min(last, outputs); ++c) {
-      for (int64_t j = 0; j < plan.combined(); ++j) b.row(c)[j] = bt.row(j)[c];
-      std::fill(b.row(c) + plan.combined(), b.row(c + 1), Acc<T>(0));
-    }
+    const RowMajor<Acc<T>> b = by_rows ? projection.b_of(g) : RowMajor<Acc<T>>{}, bt = projection.bt_of(g);
+    if (by_rows) std::fill(b.row(std::min(first, outputs)), b.row(std::min(last, outputs)), Acc<T>(0));
+    const auto add_b = [&](const TA* data, int64_t ranks, int64_t column) {
+      const Operand<TA> operand{data + g * outputs * ranks, outputs, ranks};
+      if (by_rows) {
+        add_columns<T>(operand, {b.data + column, b.stride}, first, last, 0, ranks);
+      } else {
+        add_transpose<T>(operand, {bt.row(column), bt.stride}, first, last);
+      }
+    };
+    for (int64_t i = 0; i < count; ++i) add_b(in.B + i * out_dim * rank, rank, plan.summed() ? 0 : i * rank);
+    if (offset_rank > 0) add_b(in.B0, offset_rank, plan.columns());
   }
 }
 
@@ -299,10 +291,9 @@ void finish_gradients(const PackedProjection<T>& projection, Acc<T>* dA, Acc<T>*
         add_chunks(projection.scaling, columns, &dbt[j * columns],
                    [&](const auto& chunk) { return chunk.dbt.row(row) + first; });
       }
-      A* target = dB + (h * out_dim + group * outputs + first) * rank;
-      for (int64_t c = 0; c < columns; ++c) {
-        for (int64_t j = 0; j < rank; ++j) *target++ = dbt[j * columns + c];
-      }
+      const RowMajor<A> target{dB + (h * out_dim + group * outputs + first) * rank, rank};
+      std::fill_n(target.data, columns * rank, A(0));
+      add_transpose<A>(Operand<A>{dbt.data(), rank, columns}, target, 0, rank);
     }
   };
   const A mask_scale = plan.masks_inputs() ? projection.mask_scale : A(1);

@@ -88,7 +88,7 @@ struct PackedProjection {
   DropoutArgs dropout = {};
   RowMajor<Acc<T>> a = {};   // [padded ranks of all terms, in_dim]: A, R and A0, term after term
   RowMajor<Acc<T>> bt = {};  // [groups * padded combined, outputs]: transposes of B and B0, group after group
-  RowMajor<Acc<T>> b = {};   // backward with many ranks: [out_dim, padded combined], B and B0
+  RowMajor<Acc<T>> b = {};   // where dot_outer takes it, in place of bt: [out_dim, padded combined], B and B0
   // With a bfloat16 unit the tiles of each term of a, and of bt of each group: dot tiles and add tiles in the forward
   // pass, add tiles and dot tiles in the backward pass.
   Bf16Unit unit = unit_for<T>();
@@ -160,10 +160,11 @@ void finish_gradients(const PackedProjection<T>& projection, Acc<T>* dA, Acc<T>*
 
 // ---- Chunks
 
-// Cuts the rows into at most kMost chunks of whole blocks: enough chunks for many threads, and a power of two, so that
-// threads get equally many.
+// Cuts the rows into at most kMost chunks of whole blocks: enough chunks for many threads, few rows for a few threads,
+// and a power of two, so that threads get equally many.
 struct Chunks {
   static constexpr uint64_t kMost = 32;
+  static constexpr int64_t kFew = 4;  // so many chunks even if their sums are as large as their rows
 
   int64_t rows, count;  // rows of each chunk but the last, and the number of chunks
 
@@ -172,7 +173,8 @@ struct Chunks {
 
   // An upper bound of the number of chunks of so many rows.
   static int64_t most(int64_t all, const ProjectionPlan& plan) {
-    return std::min(kMost, std::bit_ceil(uint64_t(ceil_div(all, plan.chunk_rows()))));
+    const int64_t few = std::min(kFew, ceil_div(all, kRowBlock));
+    return std::min(kMost, std::bit_ceil(uint64_t(std::max(few, ceil_div(all, plan.chunk_rows())))));
   }
 };
 
