@@ -197,7 +197,7 @@ PackedProjection<T> pack_projection(const ProjectionPlan& plan, const HeadsInput
     projection.masks = DropoutBits(inputs.dropout.rng[0], inputs.dropout.rng[1], threshold);
     projection.mask_scale = A(dropout_scale(threshold));
   }
-  parallel_for(0, ceil_div(std::max(projection.a.stride, projection.bt.stride), kPackColumns), 4,
+  parallel_for(0, ceil_div(std::max(projection.a.stride, projection.bt.stride), kPackColumns), 2,
                [&](int64_t begin, int64_t end) {
                  pack_columns(projection, inputs, R, begin * kPackColumns, end * kPackColumns);
                  if constexpr (kForUnits<T>) {
