@@ -138,7 +138,8 @@ def page(file: dict[str, Any]) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in file["packages"].items())
     about = [", ".join(file["machine"].get("vectors", [])), packages, file["date"] or "", file.get("note", "")]
     if "suites" in file:
-        about.append(f"`align-lora bench --only {','.join(file['suites'])}`, {file['seconds']} s")
+        seconds = sum(suite["seconds"] for suite in file["suites"].values())
+        about.append(f"`align-lora bench --only {','.join(file['suites'])}`, {seconds} s")
     if "ONEDNN_MAX_CPU_ISA" in file["machine"]:
         about.append(f"`ONEDNN_MAX_CPU_ISA={file['machine']['ONEDNN_MAX_CPU_ISA']}`")
     parts = [". ".join(part.rstrip(".") for part in about if part) + "."]

@@ -16,6 +16,7 @@ from align_ext.bench.timing import Comparison
 ROOT = Path(__file__).parents[1]
 MEASURED = runpy.run_path(str(ROOT / "docs/measured.py"))
 FILES = MEASURED["measured"]()
+SUITES = {"restructured": "a table, T=8", "step": "a step"}
 FLAGS = {"flags": "fpu avx2 avx512f avx512vl avx512_bf16 amx_bf16"}
 
 
@@ -97,9 +98,10 @@ def bench(monkeypatch, tmp_path):
         def visit(_):
             yield compared(ours, [2.0] * len(ours))
 
-        suite = {"restructured": lambda _: iter([Case("a table, T=8", "16 -> 24", visit)])}
+        suite = {name: lambda _, table=table: iter([Case(table, "16 -> 24", visit)]) for name, table in SUITES.items()}
         monkeypatch.setattr(run, "SUITES", suite)
-        monkeypatch.setattr(sys, "argv", ["align-lora", "bench", "--device", "cpu", *arguments])
+        only = () if "--only" in arguments else ("--only", "restructured")
+        monkeypatch.setattr(sys, "argv", ["align-lora", "bench", "--device", "cpu", *only, *arguments])
         with pytest.raises(SystemExit) as ended:
             cli.main()
         return ended.value.code
@@ -116,12 +118,29 @@ def test_the_exit_code_tells_whether_ours_is_slower_somewhere(bench, capsys):
     assert "r_lora, 16 -> 24: 1.50 (1.50 .. 1.50)" in out
 
 
+def test_a_run_of_one_suite_keeps_the_others_of_the_same_machine_and_versions(bench, tmp_path, monkeypatch):
+    def found():
+        (path,) = tmp_path.iterdir()
+        return {
+            table: rows["16 -> 24"]["r_lora"]["ms"] for table, rows in json.loads(path.read_text())["tables"].items()
+        }
+
+    assert bench([3.0] * 8, "--save") == 0
+    assert bench([5.0] * 8, "--save", "--only", "step") == 0
+    assert found() == {"a table, T=8": 3, "a step": 5}
+    assert bench([4.0] * 8, "--save") == 0
+    assert found() == {"a table, T=8": 4, "a step": 5}
+    monkeypatch.setattr(saved, "_packages", lambda: {"torch": "another"})
+    assert bench([6.0] * 8, "--save") == 0
+    assert found() == {"a table, T=8": 6}, "figures of other versions do not compare"
+
+
 def test_the_file_of_a_run_holds_every_ratio_and_becomes_a_page(bench, tmp_path):
     assert bench([3.0] * 8, "--save") == 0
     assert bench([1.0, 3.0] * 4, "--save") == 0  # a later run replaces it
     (path,) = tmp_path.iterdir()
     file = json.loads(path.read_text())
-    assert file["suites"] == ["restructured"]
+    assert file["suites"]["restructured"]["tables"] == ["a table, T=8"]
     assert {*file["machine"]} >= {"processor", "vectors", "threads"}
     assert {"torch", "align_ext"} <= {*file["packages"]}
     rows = file["tables"]["a table, T=8"]["16 -> 24"]

@@ -150,7 +150,8 @@ def run(
     def share() -> float:
         return max(0.0, begin + how.seconds - time.monotonic()) / max(left, 1)
 
-    cases = [case for name in names for case in SUITES[name](replace(how, share=share))]
+    suites = {name: list(SUITES[name](replace(how, share=share))) for name in names}
+    cases = [case for of_suite in suites.values() for case in of_suite]
     # All comparisons stay alive, since torch.compile compiles a function at most eight times, then gives up silently.
     dynamo.recompile_limit, dynamo.fail_on_recompile_limit_hit = 64, True
     results: dict[str, Comparison] = {}
@@ -186,6 +187,8 @@ def run(
         plots.write(plot, results, machine(how.device))
     if save is not None:
         with atomic_file(save) as new:
-            new.write_text(saved.content(how.device, names, saved.tables(cases, results), time.monotonic() - begin))
+            before = save.read_text() if save.is_file() else None
+            tables = saved.tables(cases, results)
+            new.write_text(saved.content(how.device, suites, tables, time.monotonic() - begin, before))
         console.print(f"saved: {save}", highlight=False, markup=False)
     return outcome

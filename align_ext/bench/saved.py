@@ -118,13 +118,32 @@ def _packages() -> dict[str, str]:
     return found
 
 
-def content(device: str, suites: Sequence[str], found: Tables, seconds: float) -> str:
-    """Returns the file of a run."""
-    about = {
-        "what": "measurements of align-lora bench", "machine": machine(device), "packages": _packages(),
-        "date": datetime.date.today().isoformat(), "suites": list(suites), "seconds": round(seconds),
-        "tables": found,
-    }  # fmt: skip
+def content(
+    device: str, suites: Mapping[str, Sequence[Case]], found: Tables, seconds: float, before: str | None = None
+) -> str:
+    """Returns the file of a run.
+
+    Args:
+        device: where it ran.
+        suites: its suites and their comparisons.
+        found: their tables.
+        seconds: how long it took.
+        before: the machine's file so far, whose other suites stay, unless they are of another machine or of other
+            versions: those would not compare.
+    """
+    about = {"what": "measurements of align-lora bench", "machine": machine(device), "packages": _packages()}
+    old = json.loads(before) if before else {}
+    alike = all(old.get(key) == value for key, value in about.items())
+    others = {name: suite for name, suite in old["suites"].items() if name not in suites} if alike else {}
+    about["date"] = datetime.date.today().isoformat()
+    about["suites"] = others | {
+        name: {
+            "seconds": round(seconds / len(suites)),
+            "tables": [t for t in found if t in {case.table for case in cases}],
+        }
+        for name, cases in suites.items()
+    }
+    about["tables"] = {table: old["tables"][table] for suite in others.values() for table in suite["tables"]} | found
     text = json.dumps(about, indent=1, ensure_ascii=False)
     for innermost in (r"\[\n[^\[\]{}]*\]", r"\{\n[^{}]*\}"):  # a line for each variant
         text = re.sub(innermost, lambda found: re.sub(r"\s*\n\s*", " ", found[0]), text)
