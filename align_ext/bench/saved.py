@@ -28,7 +28,8 @@ MEASUREMENTS = Path("docs/measurements")  # of a checkout
 # oneDNN's names of what ONEDNN_MAX_CPU_ISA allows, each with what stands before it.
 _ISAS = (
     "SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI", "AVX512_CORE_BF16",
-    "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX512_CORE_AMX_FP16",
+    "AVX512_CORE_FP16", "AVX10_1_512", "AVX512_CORE_AMX", "AVX512_CORE_AMX_FP16", "AVX10_1_512_AMX",
+    "AVX10_1_512_AMX_FP16",
 )  # fmt: skip
 _EXTENSIONS = {  # by width: the flag of /proc/cpuinfo, oneDNN's name
     "AVX2": ("avx2", "AVX2"),

@@ -1,6 +1,7 @@
 // Allocates aligned pieces of the workspace of a kernel.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cpu/skinny.h"
@@ -25,6 +26,8 @@ class Arena {
     const int64_t stride = (lines | 1) * kAlignment / int64_t(sizeof(A));
     return {allocate<A>(rows * stride), stride};
   }
+  // Goes on after the pieces of another arena, which began at the same place, too.
+  void extend(const Arena& other) { used_ = std::max(used_, other.used_); }
   int64_t bytes() const { return used_ + kAlignment; }
 
  private:

@@ -145,7 +145,7 @@ ALIGN_INLINE void dot_outer_tiles(const DotOuter<T>& op) {
 template <typename T>
 void outer_add(const OuterAdd<T>& op) {
   if constexpr (kForUnits<T>) {
-    if (op.factors) return unit_for<T>() == Bf16Unit::kAmx ? amx_outer_add(op) : dots_outer_add(op);
+    if (op.factors) return unit_outer_add(op);
   }
   dispatch<T>(op.mask.bytes,
               [&](auto width, auto masked) ALIGN_INLINE_LAMBDA { outer_add_tiles<width(), masked(), T>(op); });

@@ -24,14 +24,17 @@ template <typename T>
 void carve_operands(Arena& arena, PackedProjection<T>& projection) {
   const ProjectionPlan& plan = projection.plan;
   projection.a = arena.allocate_rows<Acc<T>>(a_rows(plan), round_up(plan.shape.in_dim, kColumnAlign));
+  Arena of_b = arena;
   projection.bt =
       arena.allocate_rows<Acc<T>>(plan.groups * padded(plan.combined()), round_up(plan.outputs(), kColumnAlign));
+  if (plan.backward && plan.many_ranks()) {
+    projection.b = of_b.allocate_rows<Acc<T>>(plan.shape.out_dim, round_up(plan.combined(), kColumnAlign));
+    arena.extend(of_b);
+  }
   if (has_tiles<Acc<T>>()) {
     projection.a_tiles = arena.allocate<bfloat16>(plan.a_tile(plan.terms()));
     projection.bt_tiles = arena.allocate<bfloat16>(plan.bt_tile(plan.groups));
   }
-  if (!plan.backward || !plan.many_ranks()) return;
-  projection.b = arena.allocate_rows<Acc<T>>(plan.shape.out_dim, round_up(plan.combined(), kColumnAlign));
 }
 
 template <typename A>
@@ -81,7 +84,7 @@ void pack_columns(const PackedProjection<T>& projection, const HeadsInputs<T, TA
   if (offset_rank > 0) add_a(in.A0, offset_rank, plan.offset());
 
   const int64_t outputs = plan.outputs();
-  const bool by_rows = plan.backward && projection.dots_and_outer() && !projection.has_unit();
+  const bool by_rows = projection.packs_b();
   if (!by_rows) clear_columns(projection.bt, plan.groups * padded(plan.combined()), first, last);
   for (int64_t g = 0; g < plan.groups; ++g) {
     const RowMajor<Acc<T>> b = by_rows ? projection.b_of(g) : RowMajor<Acc<T>>{}, bt = projection.bt_of(g);

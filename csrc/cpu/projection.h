@@ -88,7 +88,7 @@ struct PackedProjection {
   DropoutArgs dropout = {};
   RowMajor<Acc<T>> a = {};   // [padded ranks of all terms, in_dim]: A, R and A0, term after term
   RowMajor<Acc<T>> bt = {};  // [groups * padded combined, outputs]: transposes of B and B0, group after group
-  RowMajor<Acc<T>> b = {};   // where dot_outer takes it, in place of bt: [out_dim, padded combined], B and B0
+  RowMajor<Acc<T>> b = {};   // in the memory of bt: [out_dim, padded combined], B and B0
   // With a bfloat16 unit the tiles of each term of a, and of bt of each group: dot tiles and add tiles in the forward
   // pass, add tiles and dot tiles in the backward pass.
   Bf16Unit unit = unit_for<T>();
@@ -103,8 +103,10 @@ struct PackedProjection {
   MaskBits mask_bits(const uint8_t* bytes) const;  // the bits of all masks of a row
   bool has_unit() const { return unit != Bf16Unit::kNone; }
   const bfloat16* bt_tiles_of(int64_t group) const { return has_unit() ? bt_tiles + plan.bt_tile(group) : nullptr; }
+  // Whether b is packed, and not bt.
+  bool packs_b() const { return plan.backward && plan.many_ranks() && !has_unit(); }
   // Whether dz and dB are made in one pass over dy. Dot products need no copy of it, so that two passes are as good.
-  bool dots_and_outer() const { return has_unit() ? unit == Bf16Unit::kAmx : plan.many_ranks(); }
+  bool dots_and_outer() const { return unit == Bf16Unit::kAmx || packs_b(); }
 };
 
 // The memory of one chunk of rows.
@@ -160,11 +162,11 @@ void finish_gradients(const PackedProjection<T>& projection, Acc<T>* dA, Acc<T>*
 
 // ---- Chunks
 
-// Cuts the rows into at most kMost chunks of whole blocks: enough chunks for many threads, few rows for a few threads,
-// and a power of two, so that threads get equally many.
+// Cuts the rows into at most kMost chunks of whole blocks: enough chunks for many threads, and about a power of two, so
+// that threads get equally many. Few rows make kFew chunks as long as the sums of a chunk are not much larger than it.
 struct Chunks {
   static constexpr uint64_t kMost = 32;
-  static constexpr int64_t kFew = 4;  // so many chunks even if their sums are as large as their rows
+  static constexpr int64_t kFew = 4;
 
   int64_t rows, count;  // rows of each chunk but the last, and the number of chunks
 
@@ -173,7 +175,7 @@ struct Chunks {
 
   // An upper bound of the number of chunks of so many rows.
   static int64_t most(int64_t all, const ProjectionPlan& plan) {
-    const int64_t few = std::min(kFew, ceil_div(all, kRowBlock));
+    const int64_t few = std::min(kFew, ceil_div(all, std::max(kRowBlock, 2 * plan.combined())));
     return std::min(kMost, std::bit_ceil(uint64_t(std::max(few, ceil_div(all, plan.chunk_rows())))));
   }
 };

@@ -96,9 +96,9 @@ void ProjectionBlock<T>::expand_backward(const T* dy, int64_t group, RowMajor<co
       for (int64_t j = h * rank; j < (h + 1) * rank; ++j) factors.row(i)[j] = weight * scratch.u.row(i)[j];
     }
   }
-  bfloat16* const tiles = projection.has_unit() ? scratch.factors : nullptr;
+  bfloat16* const factors_of_unit = projection.has_unit() ? scratch.factors : nullptr;
   if (projection.dots_and_outer()) {
-    const RowMajor<const A> b = tiles ? RowMajor<const A>{} : projection.b_of(group);
+    const RowMajor<const A> b = projection.packs_b() ? projection.b_of(group) : RowMajor<A>{};
     dot_outer(DotOuter<T>{.rows = rows,
                           .x = dy_of_group,
                           .bt = b,
@@ -109,7 +109,7 @@ void ProjectionBlock<T>::expand_backward(const T* dy, int64_t group, RowMajor<co
                           .outer = dbt,
                           .first = first_of_chunk,
                           .tiles = projection.bt_tiles_of(group),
-                          .factors = tiles});
+                          .factors = factors_of_unit});
   } else {
     rows_dot(RowsDot<T>{.rows = rows,
                         .x = dy_of_group,
@@ -123,7 +123,7 @@ void ProjectionBlock<T>::expand_backward(const T* dy, int64_t group, RowMajor<co
                           .rank = plan.columns(),
                           .outer = dbt,
                           .first = first_of_chunk,
-                          .factors = tiles});
+                          .factors = factors_of_unit});
   }
   for (int64_t i = 0; i < rows.count; ++i) {
     const A* q = scratch.q.row(i);

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 #include <type_traits>
 #include <utility>
 
@@ -28,6 +29,18 @@ namespace align::cpu {
 // The widest vectors run_widest may choose. Tests lower it to reach the narrower code on a wide machine.
 inline int vector_bytes_limit = 64;
 
+inline bool starts_with(const std::string& text, const char* start) { return text.rfind(start, 0) == 0; }
+// ONEDNN_MAX_CPU_ISA, which limits what torch's own products use, in upper case; empty: no limit.
+inline const std::string& isa_limit() {
+  static const std::string limit = [] {
+    const char* given = std::getenv("ONEDNN_MAX_CPU_ISA");
+    std::string text = given ? given : "";
+    for (char& letter : text) letter = letter >= 'a' && letter <= 'z' ? char(letter - 'a' + 'A') : letter;
+    return text;
+  }();
+  return limit;
+}
+
 #ifdef ALIGN_X86_LEVELS
 template <typename Body>
 __attribute__((target("arch=x86-64-v4"))) void run_v4(const Body& body) {
@@ -37,15 +50,12 @@ template <typename Body>
 __attribute__((target("arch=x86-64-v3"))) void run_v3(const Body& body) {
   body(std::integral_constant<int, 32>{});
 }
-inline bool starts_with(const char* text, const char* start) { return !std::strncmp(text, start, std::strlen(start)); }
-// The widest vectors that this processor has and ONEDNN_MAX_CPU_ISA allows, which limits torch's own products as well:
-// SSE41 (16 bytes), AVX2 (32), any other 64.
+// The widest vectors that this processor has and the limit allows: SSE41 (16 bytes), AVX2 (32), any other 64.
 inline int native_vector_bytes() {
   static const int bytes = [] {
-    const char* limit = std::getenv("ONEDNN_MAX_CPU_ISA");
-    const bool none = limit && (starts_with(limit, "SSE") || !std::strcmp(limit, "AVX"));
+    const bool none = starts_with(isa_limit(), "SSE") || isa_limit() == "AVX";
     if (none || !__builtin_cpu_supports("x86-64-v3")) return 16;
-    return (limit && starts_with(limit, "AVX2")) || !__builtin_cpu_supports("x86-64-v4") ? 32 : 64;
+    return starts_with(isa_limit(), "AVX2") || !__builtin_cpu_supports("x86-64-v4") ? 32 : 64;
   }();
   return bytes;
 }

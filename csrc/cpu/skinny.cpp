@@ -190,7 +190,7 @@ ALIGN_INLINE void add_up_columns(const A* const* partials, int64_t count, A scal
 template <typename T>
 void rows_dot(const RowsDot<T>& op) {
   if constexpr (kForUnits<T>) {
-    if (op.tiles) return unit_for<T>() == Bf16Unit::kAmx ? amx_rows_dot(op) : dots_rows_dot(op);
+    if (op.tiles) return unit_rows_dot(op);
   }
   dispatch<T>(op.mask.bytes,
               [&](auto width, auto masked) ALIGN_INLINE_LAMBDA { rows_dot_tiles<width(), masked(), T>(op); });
@@ -199,7 +199,7 @@ void rows_dot(const RowsDot<T>& op) {
 template <typename T>
 void rank_add(const RankAdd<T>& op) {
   if constexpr (kForUnits<T>) {
-    if (op.terms[0].tiles) return unit_for<T>() == Bf16Unit::kAmx ? amx_rank_add(op) : dots_rank_add(op);
+    if (op.terms[0].tiles) return unit_rank_add(op);
   }
   const bool masked_terms =
       std::any_of(op.terms, op.terms + op.count, [](const auto& term) { return term.mask.bytes != nullptr; });

@@ -130,8 +130,7 @@ BF16_INLINE void outer_line(const OuterAdd<bfloat16>& op, const RowPointers<cons
   const __mmask32 lanes = first_lanes(columns);
   __m512 sum[kRanks][2] = {};
   for (int64_t t = 0; t < count; t += 2) {
-    prefetch(x.ahead[t] + c);
-    prefetch(x.ahead[t + 1] + c);
+    for (int64_t i = t; j == 0 && i < t + 2; ++i) prefetch(x.ahead[i] + c);
     const __m512i even = load_line<kMasked, kWhole>(x, masks, t, c, lanes);
     const __m512i odd = t + 1 < count ? load_line<kMasked, kWhole>(x, masks, t + 1, c, lanes) : __m512i{};
     // Columns 0 to 3 of every eight, and columns 4 to 7.

@@ -73,4 +73,15 @@ void dots_rows_dot(const RowsDot<bfloat16>& op);
 void dots_rank_add(const RankAdd<bfloat16>& op);
 void dots_outer_add(const OuterAdd<bfloat16>& op);
 
+// On the unit in use; dot_outer has none but AMX.
+inline void unit_rows_dot(const RowsDot<bfloat16>& op) {
+  unit_for<bfloat16>() == Bf16Unit::kAmx ? amx_rows_dot(op) : dots_rows_dot(op);
+}
+inline void unit_rank_add(const RankAdd<bfloat16>& op) {
+  unit_for<bfloat16>() == Bf16Unit::kAmx ? amx_rank_add(op) : dots_rank_add(op);
+}
+inline void unit_outer_add(const OuterAdd<bfloat16>& op) {
+  unit_for<bfloat16>() == Bf16Unit::kAmx ? amx_outer_add(op) : dots_outer_add(op);
+}
+
 }  // namespace align::cpu

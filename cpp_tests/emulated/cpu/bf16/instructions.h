@@ -1,11 +1,13 @@
 // The instructions of csrc/cpu/bf16/instructions.h, and those of AVX-512 that stand around them, on any processor: the
 // tests of the bfloat16 units compile the kernels with this file in its place. Each function does what Intel's
-// documentation says of the instruction of its name.
+// documentation says of the instruction of its name, but that a tile's sums are added in another order. What a
+// processor refuses ends the process.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 #include "cpu/bf16/units.h"
@@ -179,6 +181,9 @@ struct Tile {
 };
 inline thread_local Tile tiles[8];
 inline thread_local int tile_rows[8];  // 0: not configured
+inline void require(bool allowed) {
+  if (!allowed) std::abort();
+}
 }  // namespace emulated
 
 constexpr int kShort = 5;
@@ -196,6 +201,7 @@ class Tiles {
 
 template <int tile>
 void load_tile(const void* rows, int64_t stride_bytes) {
+  emulated::require(emulated::tile_rows[tile] > 0);
   emulated::tiles[tile] = {};
   for (int i = 0; i < emulated::tile_rows[tile]; ++i) {
     std::memcpy(emulated::tiles[tile].bytes[i], static_cast<const char*>(rows) + i * stride_bytes, 64);
@@ -203,12 +209,14 @@ void load_tile(const void* rows, int64_t stride_bytes) {
 }
 template <int tile>
 void store_tile(void* rows, int64_t stride_bytes) {
+  emulated::require(emulated::tile_rows[tile] > 0);
   for (int i = 0; i < emulated::tile_rows[tile]; ++i) {
     std::memcpy(static_cast<char*>(rows) + i * stride_bytes, emulated::tiles[tile].bytes[i], 64);
   }
 }
 template <int sum>
 void begin_sum(const float* rows, int64_t stride_bytes, bool zero) {
+  emulated::require(emulated::tile_rows[sum] > 0);
   if (zero) {
     emulated::tiles[sum] = {};
   } else {
@@ -217,6 +225,8 @@ void begin_sum(const float* rows, int64_t stride_bytes, bool zero) {
 }
 template <int sum, int left, int right>
 void multiply_add() {
+  const int* rows = emulated::tile_rows;
+  emulated::require(rows[sum] == rows[left] && rows[right] == kTileRows);
   for (int i = 0; i < emulated::tile_rows[sum]; ++i) {
     const auto line = emulated::Words::of(emulated::tiles[left].bytes[i]);
     __m512 sums = _mm512_loadu_ps(emulated::tiles[sum].bytes[i]);
