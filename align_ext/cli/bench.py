@@ -25,7 +25,10 @@ def bench(
     check: Annotated[
         bool, typer.Option("--check", help="exit code 1 unless no cell of restructured is slower, and none open")
     ] = False,
-    save: Annotated[bool, typer.Option("--save", help="write the figures to a file named after the machine; other suites in it stay")] = False,
+    save: Annotated[
+        bool,
+        typer.Option("--save", help="write the figures to a file named after the machine; other suites in it stay"),
+    ] = False,
     folder: Annotated[
         Path | None, typer.Argument(help="of --save [docs/measurements of a checkout, else the current folder]")
     ] = None,

@@ -101,10 +101,10 @@ def probe_rows(study: Study, trained: TaskData) -> list[Example]:
     return [example for examples in of_task.values() for example in examples[: study.score.probe]]
 
 
-def first_options(study: Study) -> TrainOptions:
+def first_options(study: Study, **resolved: Any) -> TrainOptions:
     """Returns the options whose rows stand for all cells: of the smallest seed, and of all tasks where they vary."""
     cell = min(study.cells(), key=lambda cell: (cell.seed or 0, -cell.vary.get("tasks", 0)))
-    return study.options_of(cell)
+    return study.options_of(cell, **resolved)
 
 
 def _fits(tokenizer: Any | None, options: TrainOptions) -> Any:
@@ -133,6 +133,7 @@ def make_plan(study: Study, before: Mapping[str, Any] | None = None) -> dict[str
     num_tasks, digest = len(data.trained.names), _data_digest(data)
     budget = _budget(study, model, num_tasks)
     base: dict[str, Any] = {"key": base_cell(study, digest, dtype), "arm": BASE, "seed": None, "vary": {}}
+    base["options"] = _not_default(first_options(study, dtype=dtype, device=device))
     arms: dict[str, Any] = {}
     cells = []
     for cell in study.cells():
@@ -159,7 +160,7 @@ def make_plan(study: Study, before: Mapping[str, Any] | None = None) -> dict[str
             "unseen": {} if data.unseen is None else data.unseen.counts()["tasks"],
             "rows": {split: len(examples) for split, examples in data.scored().items()},
         },
-        "arms": arms, "cells": [base | {"options": cells[0]["options"]}, *cells],
+        "arms": arms, "cells": [base, *cells],
     }  # fmt: skip
 
 

@@ -222,6 +222,13 @@ def test_a_plan_without_a_cell_binds_to_nothing(place, tmp_path):
     assert json.loads((folder / "plan.json").read_text()) == json.loads(json.dumps(second))
 
 
+def test_the_base_is_scored_on_all_tasks_of_an_axis(place, tmp_path):
+    folder = write(tmp_path / "s", design(place, arms={"lora": ARMS["lora"]}, vary={"tasks": [1, 2]}))
+    base, *cells = make_plan(read_study(folder))["cells"]
+    assert [len(cell["options"]["tasks"]) for cell in cells] == [1, 2]
+    assert base["options"]["tasks"] == cells[1]["options"]["tasks"]
+
+
 def test_an_l2_control_of_another_loss_is_another_cell(place, tmp_path):
     arms = {align: {"architecture": "align_lora", "align": align, "control": "l2"} for align in ("kl", "mmd")}
     folder = write(tmp_path / "s", design(place, arms=arms))
