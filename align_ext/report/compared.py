@@ -1,5 +1,6 @@
 """The comparisons of a study: each arm with the baseline and with its controls, and what may be said of them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,6 +59,14 @@ class Comparison:
     def worse(self) -> bool:
         """Whether the variant is separable from the other, and worse."""
         return self.separable and not self.better
+
+
+def headline_of(found: Mapping[str, list[Comparison]]) -> str | None:
+    """Returns the measure that a study speaks of first: the likelihood of choices or of free text, of more rows."""
+    likelihoods = [measure for measure in ("choice_nll", "loss") if found.get(measure)]
+    if likelihoods:
+        return max(likelihoods, key=lambda measure: max(one.difference.rows for one in found[measure]))
+    return next((measure for measure in ("accuracy", "exact") if found.get(measure)), None)
 
 
 def with_baseline(arms: Arms, split: str, measure: str) -> list[Comparison]:

@@ -66,9 +66,9 @@ def _missing(missing: dict[str, str]) -> list[str]:
 
 
 def _rows(arms: Arms, task: str) -> int:
-    """Returns how many test rows of a task the cells have; the fewest of all cells."""
+    """Returns how many test rows of a task the cells have that were trained on it; the fewest of them."""
     cells = [cell for variant in arms.variants.values() for cell in variant.cells.values()]
-    return min((arms.scores(cell, "test").tasks.count(task) for cell in cells), default=0)
+    return min(count for cell in cells if (count := arms.scores(cell, "test").tasks.count(task)))
 
 
 def _repeats(arms: Arms) -> list[str]:

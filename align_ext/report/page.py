@@ -11,7 +11,7 @@ from typing import Any
 
 from align_ext.report import figures, run_tables, tables
 from align_ext.report.chosen import Arms
-from align_ext.report.compared import Comparison, with_baseline
+from align_ext.report.compared import Comparison, headline_of, with_baseline
 from align_ext.report.conditions import Caution, cautions, data_table, facts
 from align_ext.report.formats import Table, to_csv, to_tex
 from align_ext.report.mechanism_figures import mechanism_pictures
@@ -81,7 +81,7 @@ def make_report(arms: Arms) -> Report:
     """Returns what the report of a study says; sections without data are left out."""
     plan = arms.results.plan
     test, unseen = ({m: with_baseline(arms, split, m) for m in _MEASURES} for split in ("test", "unseen"))
-    headline = [test["choice_nll"] or test["loss"], test["accuracy"] or test["exact"]]
+    headline = [test["choice_nll"], test["loss"], test["accuracy"] or test["exact"]]
     return Report(
         plan["study"],
         plan["question"],
@@ -110,7 +110,7 @@ def _sections(arms: Arms, test: dict[str, list[Comparison]], unseen: dict[str, l
     yield _section("unseen", "Tasks that were not trained on", forest, *elsewhere, *by_task)
     yield _section("sweeps", "Sweeps", *figures.sweeps(arms))
     yield _section("forgetting", "Forgetting", run_tables.forgetting_table(arms))
-    headline = next((measure for measure in _MEASURES if test[measure]), "choice_nll")
+    headline = headline_of(test) or "choice_nll"
     yield _section("cost", "Cost", figures.pareto(arms, headline), run_tables.cost_table(arms))
     yield _section("mechanism", "Mechanism", run_tables.mechanism_table(arms), *mechanism_pictures(arms))
     yield _section("conditions", "Choices and data", tables.choice_table(arms), data_table(arms))

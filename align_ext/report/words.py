@@ -5,6 +5,7 @@ from align_ext.report.compared import (
     FEWEST_SEEDS,
     LEVEL,
     Comparison,
+    headline_of,
     is_aligned,
     is_control,
     missing_controls,
@@ -29,14 +30,14 @@ def summary(arms: Arms, test: dict[str, list[Comparison]], unseen: dict[str, lis
         test: the comparisons with the baseline on the tasks trained on, by measure.
         unseen: the same on other tasks.
     """
-    headline = next((measure for measure in ("choice_nll", "loss", "accuracy", "exact") if test.get(measure)), None)
+    headline = headline_of(test)
     if headline is None:
         if len(arms.results.arms) == 1:
             return [f"The study has one arm, {arms.results.baseline}, so that nothing is compared."]
         return [f"There is nothing to compare with {arms.results.baseline} yet."]
     found = test[headline]
     sentences = [_basis(arms, found), *_findings(arms, found, test.get("accuracy", []))]
-    for measure in ("accuracy", "exact", "loss"):
+    for measure in ("choice_nll", "accuracy", "exact", "loss"):
         if measure != headline and test.get(measure):
             sentences.append(_second(arms, test[measure]))
     if unseen.get(headline):
@@ -162,7 +163,7 @@ def _cause(arms: Arms, one: Comparison, found: list[Comparison]) -> tuple[str, l
 
 
 def _second(arms: Arms, found: list[Comparison]) -> str:
-    name = "loss of free text" if found[0].measure == "loss" else _UNITS[found[0].measure][1].removeprefix("points of ")
+    name = "loss of free text" if found[0].measure == "loss" else _UNITS[found[0].measure][1].partition(" of ")[2]
     text = f"In {name}: {_lower(_short(arms, found))}"
     same = [one.variant.label for one in found if one.equivalent is not None and one.equivalent < LEVEL]
     if 0 < len(same) <= _MOST_NAMED and found[0].measure != "loss":  # the margin is one of accuracy

@@ -201,6 +201,7 @@ def words(folder, effects, arms=("lora", "align_kl", "shuffled_ids"), **changes)
 
 
 MEASURES = ("choice_nll", "accuracy")
+TWO = {name: ARMS[name] for name in ("lora", "hydra")}
 BASIS = "# arms are compared with lora row by row, on # test rows of # tasks, over # seeds. "
 SIZE = "# nats of choice NLL [#, #, Holm p #]"
 
@@ -231,6 +232,25 @@ def test_words_of_a_worse_arm(tmp_path):
     text = words(tmp_path / "study", {"align_kl": -0.6})
     assert "align_kl is worse than lora by # nats of choice NLL [#, #, Holm p #]." in text
     assert "effect of alignment" not in text
+
+
+def test_the_likelihood_of_more_rows_comes_first(tmp_path):
+    tasks = {"qnli": 2, "gsm8k": 0, "say": 0}
+    folder = make_study(tmp_path / "s", **(SMALL | {"rows": 40}), tasks=tasks, arms=TWO)
+    made = report.make_report(Arms(read_results(folder)))
+    assert "on 80 test rows of 2 tasks" in made.findings[0]
+    titles = ["Choice NLL", "Loss of free text", "Accuracy"]
+    assert [title for title in titles if title in made.main.file] == titles
+
+
+def test_a_task_has_as_many_rows_as_in_the_cells_that_were_trained_on_it(tmp_path):
+    tasks = {"qnli": 2, "gsm8k": 0}
+    folder = make_study(tmp_path / "s", **(SMALL | {"rows": 40}), tasks=tasks, arms=TWO)
+    for file in (folder / "cells").glob("hydra*/rows.jsonl.gz"):
+        rows = [line for line in gzip.decompress(file.read_bytes()).splitlines(keepends=True) if b"gsm8k" not in line]
+        file.write_bytes(gzip.compress(b"".join(rows)))
+    found = {one.kind: one.about for one in cautions(Arms(read_results(folder)))}
+    assert found["rows"] == ["qnli: 40", "gsm8k: 40"]
 
 
 def test_without_a_control_nothing_is_called_alignment(tmp_path):
