@@ -234,15 +234,6 @@ def test_words_of_a_worse_arm(tmp_path):
     assert "effect of alignment" not in text
 
 
-def test_the_likelihood_of_more_rows_comes_first(tmp_path):
-    tasks = {"qnli": 2, "gsm8k": 0, "say": 0}
-    folder = make_study(tmp_path / "s", **(SMALL | {"rows": 40}), tasks=tasks, arms=TWO)
-    made = report.make_report(Arms(read_results(folder)))
-    assert "on 80 test rows of 2 tasks" in made.findings[0]
-    titles = ["Choice NLL", "Loss of free text", "Accuracy"]
-    assert [title for title in titles if title in made.main.file] == titles
-
-
 def test_a_task_has_as_many_rows_as_in_the_cells_that_were_trained_on_it(tmp_path):
     tasks = {"qnli": 2, "gsm8k": 0}
     folder = make_study(tmp_path / "s", **(SMALL | {"rows": 40}), tasks=tasks, arms=TWO)

@@ -7,6 +7,8 @@ import re
 import pytest
 from study.made_up import ARMS, make_study
 
+from align_ext.report.chosen import Arms
+from align_ext.report.page import make_report
 from align_ext.report.results import read_results
 
 TINY = {
@@ -107,3 +109,13 @@ def test_a_cell_that_failed_says_why(study):
     (study / "cells/lora-0/cell.json").unlink()
     missing = read_results(study).missing
     assert missing == {"lora-0": "not finished yet", "lora-1": "failed: CUDA out of memory: 3 GiB"}
+
+
+def test_the_likelihood_of_more_rows_comes_first(tmp_path):
+    tasks = {"qnli": 2, "gsm8k": 0, "say": 0}
+    arms = {name: ARMS[name] for name in ("lora", "hydra")}
+    folder = make_study(tmp_path / "s", rows=40, tasks=tasks, arms=arms, rates=(), unseen=False, missing=None)
+    made = make_report(Arms(read_results(folder)))
+    assert "on 80 test rows of 2 tasks" in made.findings[0]
+    titles = ["Choice NLL", "Loss of free text", "Accuracy"]
+    assert [title for title in titles if title in made.main.file] == titles
