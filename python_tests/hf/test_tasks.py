@@ -48,25 +48,28 @@ for name in json.loads(sys.argv[1]) or DATASETS:
 print("\\n" + json.dumps(made))"""
 
 
-def made_by_processes(names, hash_seeds):
-    """What processes of their own make of generators (none named: of all), by name."""
+def made_by_processes(names, hash_seeds, folder):
+    """What processes of their own make of generators (none named: of all), by name.
+
+    They run elsewhere: the sources in the current folder, if it has them, are not the installed package.
+    """
     made = []
     for seed in hash_seeds:
         command = [sys.executable, "-c", MADE, json.dumps(names)]
         environment = os.environ | {"PYTHONHASHSEED": seed}
-        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        run = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=True)
         made.append(json.loads(run.stdout.splitlines()[-1]))
     return made
 
 
-def test_processes_make_the_same_examples_of_the_tasks_that_have_them():
-    one, other = made_by_processes([*BUILTIN_TASKS, "ransom_note"], ["1", "2"])
+def test_processes_make_the_same_examples_of_the_tasks_that_have_them(tmp_path):
+    one, other = made_by_processes([*BUILTIN_TASKS, "ransom_note"], ["1", "2"], tmp_path)
     assert [name for name in one if one[name] != other[name]] == ["ransom_note"]
 
 
 @pytest.mark.slow
-def test_which_generators_differ_by_process_and_which_know_no_answer():
-    one, other = made_by_processes([], ["1", "2"])
+def test_which_generators_differ_by_process_and_which_know_no_answer(tmp_path):
+    one, other = made_by_processes([], ["1", "2"], tmp_path)
     assert {name for name in one if one[name] != other[name]} == BY_HASH_ORDER
     without = {name for name, text in one.items() if "knows none to learn" in text}
     assert without == {"graph_color", "rubiks_cube", "boxnet", "rush_hour", "propositional_logic"}
