@@ -135,7 +135,7 @@ def content(
     about = {"what": "measurements of align-lora bench", "machine": machine(device), "packages": _packages()}
     old = json.loads(before) if before else {}
     alike = all(old.get(key) == value for key, value in about.items())
-    others = {name: suite for name, suite in old["suites"].items() if name not in suites} if alike else {}
+    others = {name: suite for name, suite in old.get("suites", {}).items() if alike and name not in suites}
     about["date"] = datetime.date.today().isoformat()
     about["suites"] = others | {
         name: {

@@ -64,7 +64,7 @@ def builtin_examples(name: str, count: int, seed: int) -> list[Example]:
         ) from None
     choices, examples = _CHOICES.get(name, ()), []
     for entry in (dataset[i] for i in range(count)):
-        if not entry["answer"]:
+        if entry["answer"] is None:
             raise ValueError(f"task {name!r}: its generator judges answers and knows none to learn: leave it out")
         label = choices.index(entry["answer"]) if choices else -1
         scorer = functools.partial(_generated_score, dataset, entry)

@@ -68,7 +68,7 @@ def _missing(missing: dict[str, str]) -> list[str]:
 def _rows(arms: Arms, task: str) -> int:
     """Returns how many test rows of a task the cells have that were trained on it; the fewest of them."""
     cells = [cell for variant in arms.variants.values() for cell in variant.cells.values()]
-    return min(count for cell in cells if (count := arms.scores(cell, "test").tasks.count(task)))
+    return min((count for cell in cells if (count := arms.scores(cell, "test").tasks.count(task))), default=0)
 
 
 def _repeats(arms: Arms) -> list[str]:

@@ -81,14 +81,14 @@ def make_report(arms: Arms) -> Report:
     """Returns what the report of a study says; sections without data are left out."""
     plan = arms.results.plan
     test, unseen = ({m: with_baseline(arms, split, m) for m in _MEASURES} for split in ("test", "unseen"))
-    headline = [test["choice_nll"], test["loss"], test["accuracy"] or test["exact"]]
+    drawn = [test["choice_nll"], test["loss"], test["accuracy"] or test["exact"]]
     return Report(
         plan["study"],
         plan["question"],
         summary(arms, test, unseen),
         cautions(arms),
         facts(arms),
-        figures.forest(arms, headline, "differences", f"Differences to {plan['baseline']}"),
+        figures.forest(arms, drawn, "differences", f"Differences to {plan['baseline']}"),
         [one for one in _sections(arms, test, unseen) if one.parts],
         glossary(arms),
     )

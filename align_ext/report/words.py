@@ -23,7 +23,7 @@ _MOST_NAMED = 3  # variants that a sentence about a second measure names
 
 
 def summary(arms: Arms, test: dict[str, list[Comparison]], unseen: dict[str, list[Comparison]]) -> list[str]:
-    """Returns the findings: sentences about the headline measure, accuracy, and tasks that were not trained on.
+    """Returns the findings: sentences about the headline measure, others, and tasks that were not trained on.
 
     Args:
         arms: the study's arms.

@@ -136,6 +136,7 @@ struct ProjectionBlock {
   bool first_of_chunk;
 
   A* at(const TermColumn& column, int64_t i) const { return scratch.g[column.term].row(i) + column.column; }
+  bfloat16* factors_of_unit() const { return projection.has_unit() ? scratch.factors : nullptr; }
 
   // Forward: shrink computes z from x, make_u computes u from z, and expand computes y of one group, whose heads have
   // the weights weights.row(row)[head]; null means that all weights are 1.

@@ -96,7 +96,6 @@ void ProjectionBlock<T>::expand_backward(const T* dy, int64_t group, RowMajor<co
       for (int64_t j = h * rank; j < (h + 1) * rank; ++j) factors.row(i)[j] = weight * scratch.u.row(i)[j];
     }
   }
-  bfloat16* const factors_of_unit = projection.has_unit() ? scratch.factors : nullptr;
   if (projection.dots_and_outer()) {
     const RowMajor<const A> b = projection.packs_b() ? projection.b_of(group) : RowMajor<A>{};
     dot_outer(DotOuter<T>{.rows = rows,
@@ -109,7 +108,7 @@ void ProjectionBlock<T>::expand_backward(const T* dy, int64_t group, RowMajor<co
                           .outer = dbt,
                           .first = first_of_chunk,
                           .tiles = projection.bt_tiles_of(group),
-                          .factors = factors_of_unit});
+                          .factors = factors_of_unit()});
   } else {
     rows_dot(RowsDot<T>{.rows = rows,
                         .x = dy_of_group,
@@ -123,7 +122,7 @@ void ProjectionBlock<T>::expand_backward(const T* dy, int64_t group, RowMajor<co
                           .rank = plan.columns(),
                           .outer = dbt,
                           .first = first_of_chunk,
-                          .factors = factors_of_unit});
+                          .factors = factors_of_unit()});
   }
   for (int64_t i = 0; i < rows.count; ++i) {
     const A* q = scratch.q.row(i);
@@ -178,7 +177,7 @@ void ProjectionBlock<T>::shrink_backward(const T* dx_in, T* dx) const {
                           .rank = plan.trained_rank(k),
                           .outer = da,
                           .first = first_of_chunk && !plan.shares_a(k),
-                          .factors = projection.has_unit() ? scratch.factors : nullptr});
+                          .factors = factors_of_unit()});
   }
 }
 

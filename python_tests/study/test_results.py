@@ -8,6 +8,7 @@ import pytest
 from study.made_up import ARMS, make_study
 
 from align_ext.report.chosen import Arms
+from align_ext.report.conditions import cautions
 from align_ext.report.page import make_report
 from align_ext.report.results import read_results
 
@@ -119,3 +120,12 @@ def test_the_likelihood_of_more_rows_comes_first(tmp_path):
     assert "on 80 test rows of 2 tasks" in made.findings[0]
     titles = ["Choice NLL", "Loss of free text", "Accuracy"]
     assert [title for title in titles if title in made.main.file] == titles
+
+
+def test_a_task_of_cells_that_do_not_count_has_no_rows(tmp_path):
+    arms = {name: ARMS[name] for name in ("lora", "hydra")}
+    folder = make_study(tmp_path / "s", **TINY | {"arms": arms, "seeds": (0,), "not_finite": ("hydra",)})
+    (file,) = (folder / "cells").glob("hydra*/rows.jsonl.gz")
+    file.write_bytes(gzip.compress(gzip.decompress(file.read_bytes()).replace(b'"qnli"', b'"piqa"')))
+    found = {one.kind: one.about for one in cautions(Arms(read_results(folder)))}
+    assert "piqa: 0" in found["rows"]

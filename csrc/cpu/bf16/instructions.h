@@ -25,13 +25,11 @@ namespace align::cpu {
 
 inline Bf16Unit find_bf16_unit() {
   const std::string& limit = isa_limit();
-  const bool no_dots = starts_with(limit, "SSE") || limit == "AVX" || starts_with(limit, "AVX2") ||
-                       limit == "AVX512_CORE" || limit == "AVX512_CORE_VNNI";
+  const bool no_dots = native_vector_bytes() < 64 || limit == "AVX512_CORE" || limit == "AVX512_CORE_VNNI";
   const bool no_amx = starts_with(limit, "AVX") && limit.find("AMX") == std::string::npos;
   unsigned a, b, c, d;
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTiles = 1u << 24, kAvx512Bf16 = 1u << 5;
-  if (no_dots || !__builtin_cpu_supports("x86-64-v4")) return Bf16Unit::kNone;
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & kAvx512Bf16)) return Bf16Unit::kNone;
+  if (no_dots || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & kAvx512Bf16)) return Bf16Unit::kNone;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   const bool amx = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAmxBf16) && (d & kAmxTiles);
   if (!amx || no_amx || syscall(SYS_arch_prctl, kRequestPermission, kTileData) != 0) return Bf16Unit::kDots;
