@@ -1,5 +1,6 @@
 """Python processes that tests start: the same package and the tests' own modules, from wherever they are started."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -20,9 +21,13 @@ def python(*arguments, cwd, env=(), **options):
     return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=cwd, env=environment, **options)
 
 
+# What takes seconds to import is imported once, by the process that the others are forked from.
+multiprocessing.set_forkserver_preload(["datasets", "peft", "transformers.trainer", "trl", "align_ext.training"])
+
+
 def spawn(run, *arguments, processes=2):
     """Runs run(rank, *arguments) in several processes, and raises what one of them raises."""
-    torch.multiprocessing.spawn(_on_rank, (run, arguments), nprocs=processes)
+    torch.multiprocessing.start_processes(_on_rank, (run, arguments), processes, start_method="forkserver")
 
 
 def _on_rank(rank, run, arguments):
