@@ -93,7 +93,8 @@ class Loop:
 
     def __init__(self, kernel: cuda_static.Kernel, head: int) -> None:
         """head: where the loop begins."""
-        self.code, self.arch, self.flow, self.head = kernel.code, kernel.arch, kernel.flow, head
+        self.kernel, self.head = kernel, head
+        self.code, self.arch, self.flow = kernel.code, kernel.arch, kernel.flow
         self.body = self.flow.loops[head]
         match = re.match(r"(\w+)_kernel<Mma<(\w+), (\d+)>", kernel.name)
         assert match
@@ -143,10 +144,6 @@ class Loop:
         """What loads them."""
         return {i for loop in self.inner if self.is_piece(loop) for i in loop}
 
-    def part(self, by: int) -> frozenset[int]:
-        """What an instruction dominates of the loop."""
-        return self.flow.dominated(by) & self.body
-
     @cached_property
     def shifts(self) -> set[int]:
         """Further Philox blocks, for units that do not begin with one."""
@@ -156,12 +153,13 @@ class Loop:
     def masking(self) -> set[int]:
         """What is only run for a mask: the widest dominated parts with Philox or lanes, and without other work."""
         found: set[int] = set()
+        before_work = {by for i in self.body if is_work(self.code[i]) for by in self.flow.dominators(i)}
         for draw in sorted(self.body):
             lanes = LANES in self.code[draw].operands
             if (lanes or self.draws([draw])) and draw not in found:
                 chain = self.flow.dominators(draw)  # each dominates what the next one does, and more
-                first = bisect(chain, False, key=lambda by: not self.count(self.part(by), is_work))
-                found |= self.part(chain[first]) if first < len(chain) else {draw}
+                first = bisect(chain, False, key=lambda by: by not in before_work)
+                found |= self.flow.dominated(chain[first]) & self.body if first < len(chain) else {draw}
         return found
 
     def executed(self, *, mask: bool = False, piece: bool = False, router: bool = False) -> Counter[int]:
@@ -198,6 +196,7 @@ class Loop:
             total = total.plus(once, turns / self.tiles)
         return total
 
+    @cached_property
     def parts(self) -> dict[str, TileWork]:
         """A tile without masks; what a mask, its share of a piece and a router's weights on latent rows add."""
         plain = self.work(self.executed())
@@ -213,7 +212,9 @@ class Loop:
 
 
 def tile_loops(kernel: cuda_static.Kernel) -> Iterator[Loop]:
-    """The loops of a kernel over tiles: the innermost with products and with copies or stores."""
+    """The loops of a kernel in 16 bits over tiles: the innermost with products and with copies or stores."""
+    if "Mma<" not in kernel.name:
+        return
 
     def has(loop: frozenset[int], *opcodes: str) -> bool:
         return any(kernel.code[i].matches(opcode) for i in loop for opcode in opcodes)
@@ -228,14 +229,12 @@ def tile_loops(kernel: cuda_static.Kernel) -> Iterator[Loop]:
 Table = dict[tuple[int, str, str, int, str], TileWork]  # by architecture, dtype, loop, rank and part
 
 
-def table(kernels: Iterable[cuda_static.Kernel]) -> Table:
-    """Of the loops in 16 bits, without those that add partials when they fill the latent rows."""
+def table(loops: Iterable[Loop]) -> Table:
+    """Of these loops, without those that add partials when they fill the latent rows."""
     rows: Table = {}
-    for kernel in kernels:
-        if "Mma<" in kernel.name and "SumOfPartials" not in kernel.name and not kernel.empty:
-            for loop in tile_loops(kernel):
-                for part, work in loop.parts().items():
-                    rows[kernel.arch, loop.dtype, loop.name, loop.rank, part] = TileWork(*map(round, work))
+    for loop in loops:
+        for part, work in loop.parts.items() if "SumOfPartials" not in loop.kernel.name else ():
+            rows[loop.arch, loop.dtype, loop.name, loop.rank, part] = TileWork(*map(round, work))
     return dict(sorted(rows.items()))
 
 
@@ -263,7 +262,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     folder = cuda_static.ROOT / "csrc/cuda"
-    rows = table(k for name in SOURCES for arch in ARCHS for k in cuda_static.compile_file(folder / name, arch))
+    kernels = (k for name in SOURCES for arch in ARCHS for k in cuda_static.compile_file(folder / name, arch))
+    rows = table(loop for kernel in kernels for loop in tile_loops(kernel))
     if options.write:
         with TABLE.open("w") as file:
             write(rows, file)

@@ -153,16 +153,15 @@ BUDGET = 1.05  # of what tile_work.csv says
 
 @pytest.fixture(scope="session")
 def tile_loops(kernels):
-    """The loops of all 16-bit kernels over tiles, with what each takes."""
-    mma = [k for k in kernels if "Mma<" in k.name and not k.empty]
-    return [(k, loop, loop.parts()) for k in mma for loop in tile_work.tile_loops(k)]
+    """The loops of all 16-bit kernels over tiles."""
+    return [loop for kernel in kernels for loop in tile_work.tile_loops(kernel)]
 
 
 def test_every_16_bit_kernel_has_its_loops_over_tiles(tile_loops):
-    found = {(k.name, loop.name) for k, loop, _ in tile_loops}
+    found = {(loop.kernel.name, loop.name) for loop in tile_loops}
     names = {"shrink_kernel": ["shrink"], "sweep_kernel": ["sweep"], "expand_kernel": ["y"]}
     names["backward_kernel"] = ["dx", "outer"]
-    wanted = {(k.name, loop) for k, _, _ in tile_loops for loop in names[k.name.split("<")[0]]}
+    wanted = {(name, loop) for name, _ in found for loop in names[name.split("<")[0]]}
     assert found == wanted
     assert len(found) == len(tile_loops) == 2 * (3 + 1 + 2 * 3 + 2 * 3)  # types, kernels
 
@@ -170,27 +169,27 @@ def test_every_16_bit_kernel_has_its_loops_over_tiles(tile_loops):
 def test_no_loop_takes_more_instructions_for_a_tile_than_its_budget(tile_loops):
     _, table = tile_work.read()
 
-    def wrong(kernel, loop, parts):
+    def wrong(loop):
         over = []
-        for part, work in parts.items():
+        for part, work in loop.parts.items():
             budget = BUDGET * table[loop.arch, loop.dtype, loop.name, loop.rank, part].issue
             if work.issue > budget:
                 over.append(f"{loop.name}, {part}: {work.issue:.0f} instructions for {budget:.0f}")
         return "; ".join(over)
 
-    assert_none((k, wrong(k, loop, parts)) for k, loop, parts in tile_loops)
+    assert_none((loop.kernel, wrong(loop)) for loop in tile_loops)
 
 
 def test_what_a_tile_needs_is_executed_as_often_as_it_needs_it(tile_loops):
-    for kernel, loop, parts in tile_loops:
-        of = {"without": loop.executed(), "masked": loop.executed(mask=True) if "mask" in parts else {}}
+    for loop in tile_loops:
+        of = {"without": loop.executed(), "masked": loop.executed(mask=True) if "mask" in loop.parts else {}}
         for case, times in of.items():
             count = Counter()
             for i, turns in times.items():
                 count["draw" if loop.draws([i]) else loop.code[i].base] += turns / loop.tiles
             if times:
                 sums = 2 if loop.name == "sweep" else 1
-                what = kernel.name, loop.name, case
+                what = loop.kernel.name, loop.name, case
                 writes = loop.name in {"y", "dx"}
                 assert (count["LDGSTS"], count["HMMA"]) == (0 if writes else 4, loop.rank / 2 * sums), what
                 # Four Philox blocks of 20 products, of which the first ones of the offset are the same for all four.
@@ -198,12 +197,12 @@ def test_what_a_tile_needs_is_executed_as_often_as_it_needs_it(tile_loops):
                 assert count["STG"] >= (4 if writes else 0), what
 
 
-def test_the_table_of_tiles_is_of_these_kernels(kernels, arch):
+def test_the_table_of_tiles_is_of_these_kernels(tile_loops, arch):
     version, written = tile_work.read()
     if version != cuda_static.nvcc_version():
         pytest.skip(f"the table is nvcc {version}'s")
     written = {key: work for key, work in written.items() if key[0] == arch}
-    assert written == tile_work.table(kernels), "python benchmarks/tile_work.py --write"
+    assert written == tile_work.table(tile_loops), "python benchmarks/tile_work.py --write"
 
 
 # ---- The analysis itself

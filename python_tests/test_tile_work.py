@@ -132,7 +132,7 @@ TILE = 4 + 1 + 1 + 8 + 1
 def parts_of(listing, name="shrink_kernel<Mma<bfloat16, 16>>"):
     kernel = cuda_static.Kernel("op", name, 80, 32, 0, 0, 0, 256, sass.parse(listing))
     (loop,) = tile_work.tile_loops(kernel)
-    return loop.parts()
+    return loop.parts
 
 
 def test_a_mask_is_what_is_drawn_and_compared():

@@ -81,7 +81,6 @@ struct Mma {
   using DotMask = Mask<2, 1>;
   using AddMask = Mask<1, 4>;
   // outer takes so many rows of a tile at once: registers are scarce.
-  // outer takes so many rows of a tile at once: registers are scarce.
   static constexpr int kOuterRows = kRank < 64 ? kTileRows : kTileRows / 2;
   static constexpr int kStripSize = kThreads * kUnit<T>;
   using OuterMask = StripMask<T, kOuterRows>;

@@ -84,7 +84,7 @@ class Units {
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {
       T* to = address(tile, u);
-      const T* from = column + int64_t(rows_[u]) * m.cols;
+      const T* from = column + opaque(uint32_t(rows_[u])) * m.cols;  // no product stays in registers for it
 #pragma unroll 1
       for (int e = 0; e < kUnit<T>; ++e) to[e] = u * step_ < left_ && col + e < end ? from[e] : T{};
     }
