@@ -103,6 +103,8 @@ MUTANTS = [  # the seam, from task ids to the gradient in every latent
            "test_row_chunks_cuda"),
     Mutant("let a chunk of rows run into the next group on CUDA", "csrc/cuda/row_tile.cuh",
            "end - begin < chunk_rows ? end : begin + chunk_rows", "begin + chunk_rows", "test_row_chunks_cuda"),
+    Mutant("copy the first row of a thread for all where rows are not aligned on CUDA", "csrc/cuda/tile.cuh",
+           "opaque(uint32_t(rows_[u])) * m.cols", "opaque(uint32_t(rows_[0])) * m.cols", "test_grouped_lora_cuda"),
     Mutant("give siblings the first layer's mask on a CPU", "csrc/cpu/sibling_lora.cpp",
            "= dropout_of(args, i);", "= dropout_of(args, 0);", "test_sibling_lora"),
     Mutant("leave the first sibling's dx out on a CPU", "csrc/cpu/sibling_lora.cpp",

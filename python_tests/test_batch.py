@@ -79,9 +79,16 @@ FLOWS = {
 }
 
 
-@pytest.mark.parametrize("way", [by_context, by_keyword])
-@pytest.mark.parametrize("mode", CHECKPOINTING)
-@pytest.mark.parametrize("compiled", [False, True])
+def compiled_or_slow(mode, way):
+    """Whether to compile a case: with recomputation that takes long, and one such case sees most of the same."""
+    slow = mode is not None and (mode, way) != ("non-reentrant", by_keyword)
+    return [(False, mode, way), pytest.param(True, mode, way, marks=[pytest.mark.slow] * slow)]
+
+
+@pytest.mark.parametrize(
+    ("compiled", "mode", "way"),
+    [case for mode in CHECKPOINTING for way in (by_context, by_keyword) for case in compiled_or_slow(mode, way)],
+)
 def test_the_gradient_is_exact_in_every_mode(compiled, mode, way):
     torch._dynamo.reset()
     model = checkpointed(adapted(), mode)

@@ -115,7 +115,9 @@ print(simt_extension.launches())
 """
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ("m_lora", "hydra"))) for n in TRAINED]
+)
 def test_training_on_the_cuda_kernels_is_training_on_the_cpu_kernels(simt_python, tmp_path, name):
     kernels = int(simt_python("-c", TRAINING, tmp_path / "results.pt", name))
     actual, expected = torch.load(tmp_path / "results.pt", weights_only=True), train(*TRAINED[name])

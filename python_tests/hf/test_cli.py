@@ -260,7 +260,7 @@ def lost(arguments, kind, cwd):
     return process.returncode, err
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--print-config"]])
+@pytest.mark.parametrize("arguments", [pytest.param(["--help"], marks=pytest.mark.slow), ["train", "--print-config"]])
 def test_a_command_whose_output_is_lost_ends_without_a_traceback(arguments, tmp_path):
     assert lost(arguments, "pipe", tmp_path) == (128 + signal.SIGPIPE, "")
     code, err = lost(arguments, "full", tmp_path)

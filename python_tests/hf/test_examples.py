@@ -23,6 +23,7 @@ PROCESSES = {"accelerate_two_processes": 2, "fsdp2": 2}
 STEPS = {"sft_packing": 12}  # of more tokens each
 SCRIPTS = sorted(file.stem for file in EXAMPLES.glob("*.py"))
 OF_TEXT = [script for script in SCRIPTS if script != "vision"]  # it draws its data itself
+FIRST = ("plain_loop", "trainer")  # the others, of packages or several processes that take long to start, with --slow
 VALUE = re.compile(r"(?:alignment |'align_loss': ')([\d.e+-]+)")
 
 
@@ -79,10 +80,7 @@ def values(alone, model, tmp_path):
     return values
 
 
-@pytest.mark.parametrize(
-    "script",  # those of two processes, each of four starts, run with --slow
-    [pytest.param(s, marks=[pytest.mark.slow] * (s in ("fsdp2", "accelerate_two_processes"))) for s in OF_TEXT],
-)
+@pytest.mark.parametrize("script", [pytest.param(s, marks=() if s in FIRST else pytest.mark.slow) for s in OF_TEXT])
 def test_the_alignment_falls_faster_with_a_weight_than_without_and_the_adapter_is_saved(values, script, tmp_path):
     without, with_it = values(script, 0), values(script, 0.1)
     assert len(without) == len(with_it) == STEPS.get(script, 30)  # of several processes one speaks

@@ -81,7 +81,11 @@ def is_one_line(code, err, words):
 
 @pytest.mark.parametrize(
     ("model", "end"),
-    [(gpt2_cross, "crossattention.c_attn"), (trocr, "encoder_attn.k_proj"), (bert_generation, "crossattention")],
+    [
+        (gpt2_cross, "crossattention.c_attn"),
+        pytest.param(trocr, "encoder_attn.k_proj", marks=pytest.mark.slow),
+        pytest.param(bert_generation, "crossattention", marks=pytest.mark.slow),
+    ],
 )
 def test_cross_attention_without_an_encoder_is_left_alone_or_refused_by_name(model, end, run, tmp_path):
     model_folder(tmp_path / "m", model=model)

@@ -51,7 +51,7 @@ def peak_of_peft(use_dora):
 
 
 NAMES = [name for name in ON_LAYERS if name not in COMPARED + FROM_WEIGHT and "by sequence" not in name]
-FIRST = ("lora", "r_lora", "hydra")  # the others run with --slow
+FIRST = ("lora", "hydra")  # the others run with --slow
 
 
 @pytest.mark.parametrize("name", [pytest.param(x, marks=() if x in FIRST else pytest.mark.slow) for x in NAMES])

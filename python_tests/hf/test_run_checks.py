@@ -32,10 +32,14 @@ def place(tmp_path_factory):
 @pytest.mark.parametrize(
     ("stored", "trained", "adapters"),
     [
-        ("float32", "float32", "float32"), ("float32", "bfloat16", "float32"), ("float32", "float16", "float32"),
-        ("bfloat16", "float32", "float32"), ("bfloat16", "bfloat16", "base"), ("float16", "bfloat16", "float32"),
+        ("float32", "float32", "float32"),
+        ("float32", "bfloat16", "float32"),
+        ("bfloat16", "bfloat16", "base"),
+        pytest.param("float32", "float16", "float32", marks=pytest.mark.slow),
+        pytest.param("bfloat16", "float32", "float32", marks=pytest.mark.slow),
+        pytest.param("float16", "bfloat16", "float32", marks=pytest.mark.slow),
     ],
-)  # fmt: skip
+)
 def test_the_checks_are_content_with_what_was_trained_and_fall_with_one_tensor_a_little_off(
     place, tmp_path, monkeypatch, stored, trained, adapters
 ):

@@ -93,6 +93,7 @@ def test_a_signal_writes_a_checkpoint_after_the_step_and_the_run_goes_on_to_the_
     assert sorted(os.listdir("out")) == ["adapter", "results.json", "rows.jsonl.gz"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "delay"), [(signal.SIGINT, 0.3)])
 def test_a_signal_at_any_time_leaves_what_goes_on_to_the_bit_or_nothing(place, number, delay):
     train(place, output="whole")

@@ -43,7 +43,7 @@ def test_the_standard_error_of_a_mean_is_that_of_a_sample():
     assert mean_and_error([3.0]) == (3.0, None)
 
 
-@pytest.mark.parametrize("architecture", ["align_lora", "hydra", "multi_adapter"])
+@pytest.mark.parametrize("architecture", ["align_lora", pytest.param("hydra", marks=pytest.mark.slow), "multi_adapter"])
 def test_the_scores_are_those_of_the_run_that_trained_the_adapter(run, place, architecture):
     results = trained(run, place, "--architecture", architecture)
     base, _ = scored(run, place)

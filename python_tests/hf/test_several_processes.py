@@ -69,6 +69,7 @@ def assert_equal_runs(first, second):
         assert one[when]["align"] == pytest.approx(other[when]["align"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_three_processes_give_the_results_of_one_and_one_of_them_reports(place):
     alone, text = train(place, 1, "alone", "--steps", 5), said(train(place, 3, "three", "--steps", 5))
     said(alone)

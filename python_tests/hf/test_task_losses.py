@@ -49,6 +49,7 @@ LABELS = {
     "BartForConditionalGeneration": of_target,
     "bfloat16": of_target,
 }
+ACCUMULATED = "LlamaForCausalLM", "BertForSequenceClassification", "T5ForConditionalGeneration"  # the others: --slow
 NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
 LLAMA = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
 
@@ -95,8 +96,11 @@ def by_the_model(model, data):
     return result
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("kind", LABELS)
+@pytest.mark.parametrize(
+    ("kind", "accumulation"),
+    [(kind, 1) for kind in LABELS]
+    + [pytest.param(kind, 2, marks=[pytest.mark.slow] * (kind not in ACCUMULATED)) for kind in LABELS],
+)
 def test_each_tasks_loss_is_the_models_own_of_its_samples(tmp_path, kind, accumulation):
     data, rel = rows(kind), 2e-2 if kind == "bfloat16" else 1e-5
     exact = by_the_model(model_of(kind), data)
