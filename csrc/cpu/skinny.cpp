@@ -78,7 +78,6 @@ ALIGN_INLINE void chain_products(const RankTerm<A>& term, int64_t first, int64_t
   for (int i = 0; i < kRows; ++i) {
     for (int v = 0; v < kVecs; ++v) sum[i][v] = Vec<A, W>{};
   }
-#pragma GCC unroll 4
   for (int64_t j = first; j < std::min(first + kChain, term.rank); ++j, ++g, b += term.b.stride) {
     Vec<A, W> columns[kVecs];
     for (int v = 0; v < kVecs; ++v) columns[v] = load<W>(b + v * kLanes<A, W>);
