@@ -57,6 +57,10 @@ class EvalRequest(ModelRequest):
             raise ValueError("--base goes with --adapter, and without --merge: it is what the adapter stands beside")
         super().__post_init__()
 
+    def load_base(self) -> tuple[Any, Any]:
+        """Loads the base model, and the tokenizer; those of a run as it trained on them."""
+        return super().load_base() if self.run is None else load_run_base(self, self.run[1])
+
 
 def request_of(given: Mapping[str, Any]) -> EvalRequest:
     """Returns the request of the options that are given, and of a run if one is among them.
@@ -88,7 +92,7 @@ def score(request: EvalRequest, file: str | None, console: Console) -> dict[str,
     stored = None if request.adapter is None else AdapterFolder.read(request.adapter)
     ids = None if stored is None else _task_ids(stored, tuple(pools.tasks), request)
     with show_status(console, "loading the model"):
-        model, tokenizer = load_run_base(request, run[1]) if run else request.load_base()
+        model, tokenizer = request.load_base()
     check_conversations(tokenizer, pools.examples())
     fit = functools.partial(fits, tokenizer, max_tokens=request.seq_len)
     if run:
