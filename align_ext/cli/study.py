@@ -98,7 +98,7 @@ def run(
         print_line(console, f"{one.key} failed: {one.detail}")
     if any(one.state == "done" for one in found):
         report(folder)
-    if failed or any(one.state in ("missing", "interrupted") for one in found):
+    if failed or any(one.state in ("missing", "interrupted", "damaged") for one in found):
         raise typer.Exit(1)
 
 
@@ -107,9 +107,13 @@ def status(folder: Folder) -> None:
     """Shows which cells are done, running, failed or missing."""
     with on_models("a study"):
         from align_ext.study import show
+        from align_ext.study.plan import stale
         from align_ext.study.run import statuses
 
-        plain_console().print(show.status_table(statuses(folder)))
+        console, found = plain_console(), statuses(folder)
+        if line := stale(folder):
+            print_line(console, line)
+        console.print(show.status_table(found))
 
 
 @study_app.command("published")
@@ -126,5 +130,8 @@ def report(folder: Folder) -> None:
     """Writes report/: report.html, report.md, tables and figures, from the cells that are done."""
     with on_models("a report"):
         from align_ext.report.page import write_report
+        from align_ext.study.plan import stale
 
+        if line := stale(folder):
+            print_line(plain_console(), line)
         typer.echo(f"wrote {write_report(folder)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import math
 import re
@@ -14,6 +15,7 @@ from typing import Any
 from align_ext.system.messages import shown
 from align_ext.system.writing import atomic_file
 
+ROWS = "rows.jsonl.gz"  # beside the main file of a run or a cell
 _COPY = re.compile(r"#\d+$")  # what row_ids puts behind the id of a row that repeats another
 _MOST_NAMED = 8
 
@@ -156,6 +158,25 @@ def repeats_line(tasks: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns one line on the scored rows that repeat others, or ""."""
     found = repeats(tasks)
     return f"repeated rows count once ({', '.join(found)})" if found else ""
+
+
+def rows_digest(folder: Path) -> dict[str, str]:
+    """Returns what the main file of a folder holds of its file of rows: the file's name, and its SHA-256."""
+    return {ROWS: hashlib.sha256((folder / ROWS).read_bytes()).hexdigest()}
+
+
+def check_rows(folder: Path, content: Mapping[str, Any]) -> None:
+    """Checks that the file of rows is the one that was written with a folder's main file, if that holds its digest.
+
+    Raises:
+        ValueError: it is not.
+    """
+    try:
+        changed = "sha256" in content and content["sha256"] != rows_digest(folder)
+    except OSError as error:
+        raise ValueError(f"{ROWS} cannot be read: {error.strerror}") from error
+    if changed:
+        raise ValueError(f"{ROWS} is not the file that was written with these results")
 
 
 def write_rows(file: Path, rows: Mapping[str, Sequence[RowScore]], key: str) -> None:

@@ -10,7 +10,6 @@ from align_ext.report.chosen import Arms, Array, Variant
 from align_ext.report.statistics import Difference
 
 LEVEL = 0.05  # what Holm's p must be below for a difference to be called one
-FEWEST_SEEDS = 3  # with fewer, an interval speaks of the runs alone
 LOWER_IS_BETTER = frozenset({"choice_nll", "choice_nll_sum", "loss"})
 POINT = 0.01  # of accuracy
 FEW_RESAMPLES = 20  # where only the closed form is read
@@ -105,6 +104,19 @@ def missing_controls(arms: Arms, variant: Variant) -> list[str]:
     return [name for name in _controls(arms, variant) if arms.counterpart(variant, name) is None]
 
 
+def without_alignment(arms: Arms, variant: Variant) -> list[Variant]:
+    """Returns the variants of an aligned one's architecture and rank that nothing aligns, but for the baseline."""
+    about = arms.results.arms[variant.arm]
+    kin = [
+        name
+        for name, arm in arms.results.arms.items()
+        if name != arms.results.baseline and not arm["align"] and not arm["control"]
+        and (arm["architecture"], arm["rank"]) == (about["architecture"], about["rank"])
+    ]  # fmt: skip
+    found = [arms.counterpart(variant, name) for name in kin]
+    return [one for one in found if one is not None]
+
+
 def _controls(arms: Arms, variant: Variant) -> list[str]:
     about = arms.results.arms[variant.arm]
     kin = {
@@ -155,7 +167,7 @@ def _comparison(
         holm,
         statistics.equivalence(difference, arms.results.plan["margin"]) if points else None,
         statistics.detectable(difference) if difference.error > 0 else None,
-        statistics.rows_needed(difference, POINT) if points else None,
+        statistics.rows_needed(difference, POINT) if points and difference.error > 0 else None,
         _mcnemar(arms, variant, other, split) if measure == "accuracy" else (),
     )
 

@@ -10,7 +10,8 @@ import numpy as np
 from align_ext.evaluation.rows import distinct, repeats
 from align_ext.report import statistics
 from align_ext.report.chosen import Arms, Variant, shown_value
-from align_ext.report.compared import FEWEST_SEEDS, at_chance
+from align_ext.report.compared import at_chance
+from align_ext.report.crossed import FEWEST_SEEDS
 from align_ext.report.formats import Column, Table, number
 
 FEWEST_ROWS = 300  # of a task; fewer separate little
@@ -50,7 +51,9 @@ def cautions(arms: Arms) -> list[Caution]:
         _one("one_answer", "An arm gives one answer to more than 90 % of a task's rows.", _one_answer(arms)),
         _one("chance", "Accuracy is at chance: it says nothing of these arms, the choice NLL may.", _at_chance(arms)),
         _one("edge", "The best value is at the edge of what was tried: a better one may lie beyond.", _edges(arms)),
-        _one("hosts", "Times of different machines are not compared.", _hosts(arms)),
+        _one("mechanism", "mechanism.json of these cells cannot be read: delete it, and `study run` looks again.",
+             [cell.key for cell in results.cells.values() if cell.content["mechanism"] == {}]),
+        _one("hosts", "Times of different machines or numbers of threads are not compared.", _hosts(arms)),
     ]  # fmt: skip
     return [one for one in found if one is not None]
 
@@ -119,10 +122,9 @@ def _edges(arms: Arms) -> list[str]:
 
 
 def _hosts(arms: Arms) -> list[str]:
-    hosts = {
-        cell.cost["host"] for one in arms.trained for cell in one.cells.values() if cell.cost and "host" in cell.cost
-    }
-    return sorted(map(str, hosts)) if len(hosts) > 1 else []
+    cells = [cell for one in arms.trained for cell in one.cells.values()]
+    places = {cell.place for cell in cells if cell.place is not None}
+    return sorted(f"{host}, threads: {threads}" for host, threads in places) if len(places) > 1 else []
 
 
 def point(values: dict[str, Any] | Iterable[tuple[str, Any]]) -> str:

@@ -42,12 +42,13 @@ from numpy.typing import NDArray
 from scipy import optimize, special
 
 Floats = NDArray[np.float64]
+FEWEST_SEEDS = 3  # with fewer, an interval speaks of the runs alone
 _SMALLEST_LOG = -300.0  # of a p: its t quantile, squared, is still a double with one degree of freedom
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The variances of the module's formulas; with one seed both is rows, and noise and seeds are 0."""
+    """The variances of the module's formulas; with fewer than 3 seeds both is rows, and noise and seeds are 0."""
 
     rows: float
     seeds: float
@@ -107,7 +108,7 @@ def parts_of(blocks: list[Floats]) -> Parts:
     degrees = np.array([block.shape[1] - 1 for block in blocks])
     both = float(by_block.sum())
     degrees_rows = float(both**2 / np.sum(by_block**2 / degrees) if both else degrees.sum())
-    if seeds == 1:
+    if seeds < FEWEST_SEEDS:  # of two nothing is known of their spread: these runs alone are spoken of
         return Parts(both, 0.0, 0.0, both, degrees_rows, 0)
     noise = sum(
         weight**2 * float(np.sum(_residuals(block) ** 2)) / ((seeds - 1) * df * block.size)

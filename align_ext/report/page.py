@@ -102,7 +102,7 @@ def _sections(arms: Arms, test: dict[str, list[Comparison]], unseen: dict[str, l
         tables.difference_table(arms, test[measure], f"differences_{measure}", "test") for measure in _MEASURES
     ]
     by_task = [tables.task_differences(arms, measure, "test") for measure in _MEASURES[:2]]
-    yield _section("differences", f"Differences to {baseline}", *differences, *by_task)
+    yield _section("differences", f"Differences to {baseline}", *differences, tables.control_table(arms), *by_task)
     others = [unseen["choice_nll"], unseen["accuracy"]]
     forest = figures.forest(arms, others, "unseen", f"Differences to {baseline} on tasks that were not trained on")
     elsewhere = [tables.difference_table(arms, unseen[measure], f"unseen_{measure}", "unseen") for measure in _MEASURES]

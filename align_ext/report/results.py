@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from align_ext.evaluation.rows import ROWS, check_rows
 from align_ext.system.messages import line, reason_of, shown, shown_path
 from align_ext.system.reading import exists, parse_json, read_json, read_lines, read_text
 
 BASE = "base"  # the arm and the key of the model without adapters
 SPLITS = ("test", "dev", "unseen")
+_ROUNDING = -1e-3  # of a likelihood of 1
 _Number = (int, float)
 _OPTIONAL_TEXT = (str, type(None))
 _OPTIONAL_NUMBER = (int, float, type(None))
@@ -59,6 +61,12 @@ class Cell:
     def finite(self) -> bool:
         """Whether every loss of training and every score is a finite number."""
         return self.content["finite"] and all(None not in row["nll"] for row in self.rows)
+
+    @property
+    def place(self) -> tuple[str, int] | None:
+        """On what it ran, if that was noted: the machine, and the number of threads."""
+        cost = self.cost or {}
+        return (str(cost["host"]), int(cost.get("threads") or 0)) if "host" in cost else None
 
 
 @dataclass(frozen=True)
@@ -138,20 +146,30 @@ def _read_cell(folder: Path, planned: dict[str, Any]) -> Cell:
         if content[name] != planned[name]:
             of_plan = f"{name}={shown(content[name])}, the plan {name}={shown(planned[name])}"
             raise ValueError(f"{shown_path(folder / 'cell.json')} has {of_plan}: run the cell again")
-    deeper = folder / "mechanism.json"
-    content["mechanism"] = read_json(deeper) if exists(deeper) else None
+    check_rows(folder, content)
+    content["mechanism"] = _mechanism(folder / "mechanism.json")
     cost = read_json(folder / "cost.json") if exists(folder / "cost.json") else None
     rows = []
-    for number, text in read_lines(folder / "rows.jsonl.gz"):
+    for number, text in read_lines(folder / ROWS):
         try:
             row = parse_json(text)
             _check_row(row)
         except ValueError as error:
-            raise ValueError(f"rows.jsonl.gz, line {number}: {reason_of(error)}") from error
+            raise ValueError(f"{ROWS}, line {number}: {reason_of(error)}") from error
         rows.append(row)
     if len({row["id"] for row in rows}) < len(rows):
-        raise ValueError("rows.jsonl.gz holds an id twice")
+        raise ValueError(f"{ROWS} holds an id twice")
     return Cell(planned["key"], planned["arm"], planned["seed"], planned["vary"], content, cost, rows)
+
+
+def _mechanism(path: Path) -> dict[str, Any] | None:
+    """Returns what a deeper look has found; nothing at all where its file cannot be read, and None without one."""
+    if not exists(path):
+        return None
+    try:
+        return read_json(path)
+    except ValueError:
+        return {}
 
 
 def _check_row(row: Any) -> None:
@@ -163,6 +181,8 @@ def _check_row(row: Any) -> None:
         raise ValueError(f"split={shown(row['split'])} must be one of {', '.join(SPLITS)}")
     if not -1 <= row["label"] < choices or len(row["tokens"]) != len(row["nll"]) or not row["nll"]:
         raise ValueError(f"label={row['label']}, {len(row['nll'])} nll and {len(row['tokens'])} tokens do not agree")
+    if min(row["tokens"]) < 1 or any(nll is not None and nll < _ROUNDING for nll in row["nll"]):
+        raise ValueError(f"tokens={row['tokens']} must be positive, and nll={row['nll']} not negative")
 
 
 def _failure(folder: Path) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from align_ext.evaluation.rows import distinct
+from align_ext.evaluation.rows import ROWS, distinct
 from align_ext.report import metrics, statistics
 from align_ext.report.crossed import Floats
 from align_ext.report.statistics import Difference
@@ -110,7 +110,7 @@ def read_run(folder: Path) -> Run:
         for name, kind in (("options", dict), ("losses", list), ("data", dict), ("adapters", dict), ("model", dict)):
             if not isinstance(results[name], kind):
                 raise ValueError(f"{name} is no {kind.__name__}")
-        rows = _rows(folder / "rows.jsonl.gz") if "after" in results else {"before": [], "after": []}
+        rows = _rows(folder / ROWS) if "after" in results else {"before": [], "after": []}
         changes = [_change(task, results, rows) for task in results.get("after", {}).get("tasks", {})]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"the run in {shown_path(folder)} is damaged: {reason_of(error)}") from error

@@ -64,13 +64,13 @@ def _by_seed(variant: Variant, other: Variant, read: Callable[[Cell], Any]) -> l
 def step_ratio(variant: Variant, other: Variant) -> tuple[float, float, float] | None:
     """Returns the time of a step as a ratio to another arm's median: lower quartile, median, upper quartile.
 
-    Only cells of one seed and one machine are compared; of several such pairs the median is taken.
+    Only cells of one seed, one machine and as many threads are compared; of several such pairs the median is taken.
     """
     ratios = []
     for seed, cell in variant.cells.items():
         base = other.cells.get(seed)
         one, two = cell.cost or {}, (base.cost if base else None) or {}
-        if "step_seconds" in one and "step_seconds" in two and one.get("host") == two.get("host"):
+        if base and "step_seconds" in one and "step_seconds" in two and cell.place == base.place:
             ratios.append([value / two["step_seconds"][1] for value in one["step_seconds"]])
     if not ratios:
         return None

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, stats
 
-from align_ext.report.crossed import Floats, Parts, bootstrap, parts_of
+from align_ext.report.crossed import FEWEST_SEEDS, Floats, Parts, bootstrap, parts_of
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,9 @@ class Difference:
         low: the lower end of the bootstrap's interval.
         high: its upper end.
         error: the standard error, sqrt(error_rows^2 + error_seeds^2), and not less than with the same seeds again.
-        error_rows: the part of the rows; with one seed it holds the noise too, and is the error of this training run.
-        error_seeds: the part of the seeds, noise of single rows included; None with one seed.
+        error_rows: the part of the rows; with fewer than 3 seeds it holds the noise too, and is the error of these
+            training runs.
+        error_seeds: the part of the seeds, noise of single rows included; None with fewer than 3 seeds.
         p: two-sided, of a difference of 0, from the closed form; None with fewer than 3 seeds, or for a plain mean.
         closed_low: the lower end of the closed form's interval.
         closed_high: its upper end.
@@ -94,8 +95,8 @@ def compare(
         high=estimate + high,
         error=sqrt(parts.variance),
         error_rows=sqrt(parts.rows),
-        error_seeds=sqrt(parts.seeds) if seeds > 1 else None,
-        p=min(1.0, 2 * parts.tail(abs(estimate))) if seeds > 2 else None,
+        error_seeds=sqrt(parts.seeds) if seeds >= FEWEST_SEEDS else None,
+        p=min(1.0, 2 * parts.tail(abs(estimate))) if seeds >= FEWEST_SEEDS else None,
         closed_low=estimate - reach,
         closed_high=estimate + reach,
         seeds=seeds,
@@ -136,7 +137,7 @@ def equivalence(difference: Difference, margin: float) -> float | None:
     """
     if not margin > 0:
         raise ValueError(f"margin={margin} must be positive: give the largest difference that does not matter")
-    if difference.seeds < 3 or difference.error == 0:
+    if difference.seeds < FEWEST_SEEDS or difference.error == 0:
         return None
     return _parts_behind(difference).tail(margin - abs(difference.estimate))
 
@@ -196,7 +197,8 @@ def _parts_behind(difference: Difference, *, plan: bool = False) -> Parts:
     # Where noise exceeded both, rows is 0 and both is what the error says.
     both = min(rows + noise, difference.error**2)
     seeds = max(seeds, noise) if plan else seeds
-    return Parts(rows, seeds, noise, both, difference.degrees_rows, difference.seeds - 1)
+    degrees = difference.seeds - 1 if difference.error_seeds is not None else 0
+    return Parts(rows, seeds, noise, both, difference.degrees_rows, degrees)
 
 
 def mcnemar(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:

@@ -6,7 +6,15 @@ import numpy as np
 
 from align_ext.report import statistics
 from align_ext.report.chosen import Arms, Variant
-from align_ext.report.compared import FEW_RESAMPLES, LOWER_IS_BETTER, Comparison, is_control
+from align_ext.report.compared import (
+    FEW_RESAMPLES,
+    LOWER_IS_BETTER,
+    Comparison,
+    controls,
+    is_aligned,
+    is_control,
+    without_alignment,
+)
 from align_ext.report.conditions import chance_tasks, commonest, point
 from align_ext.report.formats import Column, Table, number
 
@@ -22,7 +30,7 @@ MEASURES = {
 }  # fmt: skip
 _COMPARED = ("choice_nll", "accuracy", "exact", "loss")  # of which the best is bold
 _FOLDED = ("balanced", "tie", "choice_nll_sum", "accuracy_sum")
-_BOLD = " Bold: the best, and everything whose 95% interval of the difference to it holds 0."
+_BOLD = " Bold: the best, and everything whose 95% interval of the difference to it holds 0; means, of the same tasks."
 
 
 def score_tables(arms: Arms) -> list[Table]:
@@ -49,8 +57,10 @@ def _scores(arms: Arms, measure: str) -> Table | None:
                 row |= {key: found.estimate, f"{key} error": found.error}
         rows.append(row)
     if measure in _COMPARED:
-        for task in (*tasks, None):
+        for task in tasks:
             _mark_best(arms, rows, measure, task)
+        for alike in {tuple(task in row for task in tasks): None for row in rows}:  # means of the same tasks
+            _mark_best(arms, [row for row in rows if tuple(task in row for task in tasks) == alike], measure, None)
         caption += _BOLD
     wide = [Column(key, key, kind, error=f"{key} error") for key in (*tasks, "mean of tasks")]
     about = _ABOUT if measure in ("choice_nll", "accuracy") else []
@@ -172,13 +182,15 @@ def difference_table(arms: Arms, found: list[Comparison], name: str, split: str)
 
 _HOW = (
     "The interval is a bootstrap over rows and over seeds, the closed form stands beside it; \u201ccould see\u201d is "
-    "the smallest difference that this study finds with a power of 80%."
+    "the smallest difference that this study finds with a power of 80%. No interval: every row came out the same."
 )
 
 
 def _difference(arms: Arms, one: Comparison) -> dict[str, Any]:
     of, head = one.difference, arm_columns(arms, one.variant)
     chance = one.measure == "accuracy" and _all_at_chance(arms, one.variant.label, None)
+    if of.error == 0:  # every row came out the same, which tells nothing of other rows
+        return {**head, "difference": of.estimate, "seeds": of.seeds, "rows": of.rows}
     return {
         "arm": head["arm"], "role": head["role"], "difference": of.estimate, "low": of.low, "high": of.high,
         "closed_low": of.closed_low, "closed_high": of.closed_high, "error_rows": of.error_rows,
@@ -210,6 +222,34 @@ def task_differences(arms: Arms, measure: str, split: str) -> Table | None:
     caption = f"Arm minus {arms.results.baseline} on each task [95%]. Exploratory: not adjusted for their number."
     name = f"differences_by_task_{measure}" + ("_unseen" if split == "unseen" else "")
     return Table(name, f"{title}, task by task", caption, [Column("arm", "arm"), *columns], rows, folded=True)
+
+
+def control_table(arms: Arms) -> Table | None:
+    """Returns each aligned arm minus each of its controls, and minus the same architecture without alignment."""
+    measures, rows = ("choice_nll", "loss", "accuracy"), []
+    for variant in arms.trained:
+        others = [*controls(arms, variant), *without_alignment(arms, variant)] if is_aligned(arms, variant) else []
+        for other in others:
+            row: dict[str, Any] = {"arm": variant.label, "minus": other.label, "seeds": None}
+            for measure in measures:
+                d, groups = arms.differences(variant, other, "test", measure)
+                if d.size and d.shape[1] > 1:
+                    found = statistics.compare(d, groups)
+                    row |= {measure: found.estimate, f"{measure} low": found.low, f"{measure} high": found.high}
+                    row["seeds"] = found.seeds
+            rows.append(row)
+    there = [measure for measure in measures if any(measure in row for row in rows)]
+    if not there:
+        return None
+    compared = [
+        Column(one, MEASURES[one][0], MEASURES[one][1], True, between=(f"{one} low", f"{one} high")) for one in there
+    ]
+    caption = (
+        "Aligned arm minus a control of it, or minus the same architecture without alignment, paired by row [95%]; not "
+        "adjusted for their number. What the two share is no effect of alignment, whether it helps or costs."
+    )
+    columns = [Column("arm", "arm"), Column("minus", "minus"), *compared, Column("seeds", "seeds", "count")]
+    return Table("controls", "Alignment beside its controls", caption, columns, rows)
 
 
 def choice_table(arms: Arms) -> Table | None:

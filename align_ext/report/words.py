@@ -2,7 +2,6 @@
 
 from align_ext.report.chosen import Arms
 from align_ext.report.compared import (
-    FEWEST_SEEDS,
     LEVEL,
     Comparison,
     headline_of,
@@ -12,6 +11,7 @@ from align_ext.report.compared import (
     with_controls,
 )
 from align_ext.report.conditions import point
+from align_ext.report.crossed import FEWEST_SEEDS
 from align_ext.report.formats import number
 
 _UNITS = {
@@ -206,7 +206,7 @@ def _could_see(found: list[Comparison]) -> str:
     kind, unit = _UNITS[found[0].measure]
     seen = [one.detectable for one in found if one.detectable is not None]
     if not seen:
-        return "unknown"
+        return "nothing, for every row came out the same"
     if kind == "points" and max(seen) >= 1:
         return "no difference at all"
     low, high = (number(value, kind) for value in (min(seen), max(seen)))
@@ -232,7 +232,10 @@ def _count(number_of: int, name: str) -> str:
 _WORDS = {
     "choice NLL": "The negative logarithm of the share of the right choice in the likelihoods of all choices, in nats. "
     "Where accuracy counts a row as right or wrong, it says by how much, so that it shows smaller differences.",
-    "interval": "Where the difference would lie with other rows and other seeds, 19 times of 20.",
+    "interval": "It is made so that in 19 of 20 such studies it holds the difference that all possible rows and seeds "
+    "would give.",
+    "row error": "What other rows would change, without the noise of single rows in single seeds, which the seed error "
+    "holds; 0.000: that noise explains all that was seen.",
     "Holm p": "How likely chance makes so large a difference, adjusted for the number of arms; below 0.05 it is one.",
     "could see": "A true difference of that size would have been found 4 times of 5; smaller ones may be there.",
     "as good": "Two one-sided tests: a small p says that the accuracies differ by less than the margin.",

@@ -23,7 +23,7 @@ from align_ext.alignment.model_state import require_state
 from align_ext.config import DEFAULT_WEIGHT, Align
 from align_ext.data.rows import Example
 from align_ext.evaluation.evaluate import alignment, alignment_pull, score_together
-from align_ext.evaluation.rows import RowScore, write_rows
+from align_ext.evaluation.rows import ROWS, RowScore, check_rows, rows_digest, write_rows
 from align_ext.io.save_adapter import save_adapter
 from align_ext.model.merge import merge_and_unload
 from align_ext.study.design import BASE, Arm, Cell, Study
@@ -31,6 +31,8 @@ from align_ext.study.plain_text import text_loss
 from align_ext.study.plan import StudyData, probe_rows, read_data, read_unseen
 from align_ext.system import processes
 from align_ext.system.locks import claimed
+from align_ext.system.messages import reason_of
+from align_ext.system.reading import read_json
 from align_ext.system.terminal import progress_bars
 from align_ext.system.writing import atomic_folder
 from align_ext.training import recipe
@@ -108,8 +110,17 @@ def claimed_by_first(work: Path) -> Iterator[None]:
 
 
 def is_done(target: Path) -> bool:
-    """Whether a cell's folder is whole."""
-    return (target / "cell.json").is_file()
+    """Whether a cell's folder is there and whole."""
+    return (target / "cell.json").is_file() and not damage(target)
+
+
+def damage(target: Path) -> str:
+    """Returns why a cell's folder is not what was written, or ""."""
+    try:
+        check_rows(target, read_json(target / "cell.json"))
+    except ValueError as error:
+        return reason_of(error).replace(f"{target}/", "")
+    return ""
 
 
 def work_folder(target: Path) -> Path:
@@ -238,9 +249,9 @@ def _decode_times(job: Job, tokens: int) -> dict[str, float | None]:
 def _write(
     new: Path, content: dict[str, Any], cost: dict[str, Any], rows: dict[str, list[RowScore]], losses: list[Any]
 ) -> None:
-    for name, values in (("cell.json", content), ("cost.json", cost)):
+    write_rows(new / ROWS, rows, "split")
+    for name, values in (("cell.json", content | {"sha256": rows_digest(new)}), ("cost.json", cost)):
         (new / name).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    write_rows(new / "rows.jsonl.gz", rows, "split")
     columns = ("step", *(name for name in _LOSSES if any(name in entry for entry in losses)))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -21,7 +21,7 @@ from align_ext.data.encode import fits
 from align_ext.data.rows import Example
 from align_ext.data.tasks import Pools, TaskData, read_tasks, row_ids, scored_examples
 from align_ext.model.cost import adapter_flops, match_rank, planned_adapters, trained_parameters
-from align_ext.study.design import BASE, Cell, Score, Study
+from align_ext.study.design import BASE, Cell, Score, Study, read_study
 from align_ext.system.bounds import unknown_name
 from align_ext.system.messages import reason_of, shown
 from align_ext.system.reading import read_json
@@ -185,6 +185,18 @@ def store_plan(folder: Path, study: Study) -> dict[str, Any]:
     with atomic_file(file) as new:
         new.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
     return plan
+
+
+def stale(folder: Path) -> str:
+    """Returns a line if the design in a study's folder is not that of its plan any more, or ""."""
+    if not (folder / "study.yaml").is_file() or not (folder / PLAN).is_file():
+        return ""
+    try:
+        same = design_digest(read_study(folder)) == read_json(folder / PLAN).get("design")
+    except ValueError as error:
+        return f"{reason_of(error)}; what is shown is the plan that was made before"
+    change = f"study.yaml has changed since the plan that is shown: `align-lora study plan {folder}` makes a new one"
+    return "" if same else change
 
 
 def _begun(folder: Path) -> bool:

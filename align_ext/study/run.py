@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +18,14 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
-from align_ext.study.cell import claimed_by_first, is_done, run_base, run_cell, work_folder
+from align_ext.study.cell import claimed_by_first, damage, is_done, run_base, run_cell, work_folder
 from align_ext.study.deeper import MECHANISM, look_deeper, wants_look
 from align_ext.study.design import BASE, Cell, Study
 from align_ext.study.plan import CELLS, PLAN, check_data, store_plan
 from align_ext.system import processes
 from align_ext.system.bounds import unknown_name
 from align_ext.system.locks import InUse, claimed
-from align_ext.system.messages import reason_of, shown
+from align_ext.system.messages import line, reason_of, shown
 from align_ext.system.reading import read_json
 from align_ext.system.terminal import print_line
 from align_ext.system.writing import atomic_file, remove_leftovers
@@ -39,14 +39,15 @@ class CellStatus:
 
     Attributes:
         key: the cell's name.
-        state: "done", "running", "failed", "interrupted" (it has a checkpoint) or "missing".
+        state: "done", "running", "failed", "interrupted" (it has a checkpoint), "damaged" (its files are not what was
+            written; it runs again) or "missing".
         step: the step of its last checkpoint; steps in all.
-        detail: the first line of its error, or the host that works on it.
+        detail: the first line of its error, the host that works on it, or what is damaged.
         seconds_left: an estimate from its last checkpoint.
     """
 
     key: str
-    state: Literal["done", "running", "failed", "interrupted", "missing"]
+    state: Literal["done", "running", "failed", "interrupted", "damaged", "missing"]
     step: int = 0
     detail: str = ""
     seconds_left: float | None = None
@@ -78,6 +79,8 @@ def run(
     for arm in arms:
         if arm not in plan["arms"]:
             raise ValueError(unknown_name("arm", arm, plan["arms"]))
+    if others := outside(folder, plan):
+        print_line(console, others)
     cells = [entry for entry in _cells(folder, plan) if not arms or entry[1].arm in (BASE, *arms)]
     cells = cells[shard[0] - 1 :: shard[1]]
 
@@ -168,7 +171,23 @@ def status(path: Path) -> CellStatus:
             return CellStatus(path.name, "running", step, *_worker(work, step))
     if error.is_file():
         return CellStatus(path.name, "failed", step, error.read_text(encoding="utf-8").partition("\n")[0])
-    return CellStatus(path.name, "interrupted" if step else "missing", step)
+    broken = damage(path) if (path / "cell.json").is_file() else ""
+    return CellStatus(path.name, "interrupted" if step else "damaged" if broken else "missing", step, broken)
+
+
+def outside(folder: Path, plan: Mapping[str, Any]) -> str:
+    """Returns a line that names the finished cells of other designs, which are no part of a plan, or ""."""
+    planned = {cell["key"] for cell in plan["cells"]}
+    names = [path.parent.name for path in sorted((folder / CELLS).glob("*/cell.json"))]
+    names = [name for name in names if name not in planned]
+    return (
+        (
+            f"{len(names)} finished cells are of another design, and no part of this study as it is: "
+            f"{line(', '.join(names), 200)}; they count again when study.yaml is put back"
+        )
+        if names
+        else ""
+    )
 
 
 def _worker(work: Path, step: int) -> tuple[str, float | None]:

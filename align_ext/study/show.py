@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from align_ext.study.plan import CELLS
-from align_ext.study.run import CellStatus
+from align_ext.study.run import CellStatus, outside
 from align_ext.system.reading import read_json
 
 _OFF = 0.02  # a larger difference of parameters is pointed out
@@ -53,7 +53,8 @@ def remarks(folder: Path, plan: Mapping[str, Any], found: Sequence[CellStatus]) 
     states = ", ".join(f"{count} {state}" for state, count in counts.items())
     sizes = f"{len(plan['arms'])} arms, {len(plan['seeds'])} seeds, {plan['dtype']} on {plan['device']}"
     yield f"{len(found)} cells ({states}): {sizes}"
-    done = [read_json(file) for file in sorted((folder / CELLS).glob("*/cost.json"))]
+    files = [folder / CELLS / one.key / "cost.json" for one in found if one.state == "done"]
+    done = [read_json(file) for file in files if file.is_file()]
     seconds = sorted(sum(cost["seconds"].values()) for cost in done if "train" in cost["seconds"])
     left = len(found) - counts.get("done", 0)
     if seconds:
@@ -62,6 +63,8 @@ def remarks(folder: Path, plan: Mapping[str, Any], found: Sequence[CellStatus]) 
         yield f"about {hours} hours of one process are left: a finished cell took {middle / 60:.1f} minutes"
     elif left:
         yield "how long a cell takes is known when one is done: `align-lora study run` can be stopped at any time"
+    if others := outside(folder, plan):
+        yield others
     if len(plan["seeds"]) < _FEW_SEEDS:
         yield f"{len(plan['seeds'])} seeds: no interval over training runs with fewer than {_FEW_SEEDS}"
     for task, splits in plan["data"]["tasks"].items():

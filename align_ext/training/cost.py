@@ -5,7 +5,9 @@ import resource
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -92,8 +94,7 @@ class StepClock(transformers.TrainerCallback):
 
     def __init__(self, device: str) -> None:
         self.device, self.seconds, self._start = device, list[float](), 0.0
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        _forget_peak(device)
 
     def _now(self) -> float:
         if self.device == "cuda":
@@ -119,7 +120,8 @@ class StepClock(transformers.TrainerCallback):
 
         Args:
             losses: the logged losses.
-            tokens: the trained tokens of a step. The peak is the process's on a CPU, the device's on a GPU.
+            tokens: the trained tokens of a step. The peak since the clock was made is the process's on a CPU, the
+                device's on a GPU.
         """
         times = [entry["step_seconds"] for entry in losses if "step_seconds" in entry]
         quartiles = statistics.quantiles(times if len(times) > 1 else times * 2, n=4, method="inclusive")
@@ -128,6 +130,15 @@ class StepClock(transformers.TrainerCallback):
             "tokens_per_second": round(tokens / quartiles[1], 1),
             "peak_memory_mib": round(peak_memory(self.device) / 2**20, 1),
         }
+
+
+def _forget_peak(device: str) -> None:
+    """Makes the peak of peak_memory what is in use, so that a process can measure one training after another."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with suppress(OSError):  # Linux alone: elsewhere the peak is that of the process since its start
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(device: str) -> int:

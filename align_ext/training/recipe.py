@@ -25,7 +25,7 @@ from align_ext.config import AUTO, AlignLoraConfig
 from align_ext.data.encode import check_conversations, token_rows
 from align_ext.data.packing import check_packing
 from align_ext.evaluation.evaluate import alignment, score_together
-from align_ext.evaluation.rows import RowScore, TaskScore, task_scores, write_rows
+from align_ext.evaluation.rows import ROWS, RowScore, TaskScore, task_scores, write_rows
 from align_ext.io.adapter_folder import AdapterFolder, checked_task_names
 from align_ext.io.save_adapter import save_adapter
 from align_ext.model.load_adapter import load_adapter
@@ -270,7 +270,7 @@ def train(job: Job, console: Console) -> dict[str, Any]:
                 checks = processes.by_first(lambda: verify(job, folder.path / "adapter"))
             results["checks"] = {name: asdict(check) for name, check in checks.items()}
             if processes.number() == 0:
-                write_rows(folder.path / "rows.jsonl.gz", {"before": before.rows, "after": after.rows}, "when")
+                write_rows(folder.path / ROWS, {"before": before.rows, "after": after.rows}, "when")
                 write_card(folder.path / "adapter", results)
         finally:
             if processes.number() == 0:

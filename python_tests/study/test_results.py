@@ -7,6 +7,7 @@ import re
 import pytest
 from study.made_up import ARMS, make_study
 
+from align_ext.evaluation.rows import rows_digest
 from align_ext.report.chosen import Arms
 from align_ext.report.conditions import cautions
 from align_ext.report.page import make_report
@@ -89,6 +90,8 @@ def test_a_damaged_cell_is_listed_and_the_others_are_read(study, name, change, r
     [
         ({"label": 2}, "label=2, 2 nll and 2 tokens do not agree"),
         ({"tokens": [1]}, "label=.*, 2 nll and 1 tokens do not agree"),
+        ({"tokens": [0, 1]}, r"tokens=\[0, 1\] must be positive"),
+        ({"nll": [-3.0, 1.0]}, r"nll=\[-3\.0, 1\.0\] not negative"),
         ({"split": "train"}, "split='train' must be one of test, dev, unseen"),
         ({"nll": None}, "nll is missing"),
         ({"id": "qnli/test00000001"}, "holds an id twice"),
@@ -102,6 +105,26 @@ def test_a_damaged_row_is_named_by_its_line(study, row, reason):
     reported = read_results(study).missing["lora-0"]
     assert re.search(reason, reported)
     assert "line 3" in reported or "twice" in reason
+
+
+def test_rows_that_were_not_written_with_their_cell_are_not_believed(study):
+    cell = study / "cells/lora-0"
+    edit(cell / "cell.json", lambda content: content.update(sha256=rows_digest(cell)))
+    assert not read_results(study).missing
+    lines = gzip.decompress((cell / "rows.jsonl.gz").read_bytes()).decode().splitlines()
+    (cell / "rows.jsonl.gz").write_bytes(gzip.compress("\n".join(lines[:-1]).encode()))
+    message = "rows.jsonl.gz is not the file that was written with these results"
+    assert read_results(study).missing == {"lora-0": message}
+    (cell / "rows.jsonl.gz").unlink()
+    assert "rows.jsonl.gz cannot be read: No such file" in read_results(study).missing["lora-0"]
+
+
+def test_a_broken_deeper_look_costs_no_scores(study):
+    (study / "cells/lora-0/mechanism.json").write_text("{")
+    results = read_results(study)
+    assert not results.missing
+    assert {one.kind: one.about for one in cautions(Arms(results))}["mechanism"] == ["lora-0"]
+    make_report(Arms(results))
 
 
 def test_a_cell_that_failed_says_why(study):
