@@ -142,7 +142,7 @@ def _run(study: Study, cell: Cell, folder: RunFolder, target: Path, console: Con
     _apply_control(study, study.arm(cell.arm), job, probe)
     seconds, start = {}, time.perf_counter()
     with progress_bars(console) as bars:
-        fitted = fit(job, bars, console)
+        fitted = fit(job, bars, console, measure=False)
         seconds["train"] = round(time.perf_counter() - start, 1)
         rows = _score(study, job.model, job.tokenizer, data, job.data.ids(), bars)
     seconds["score"] = round(time.perf_counter() - start - seconds["train"], 1)

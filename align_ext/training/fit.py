@@ -136,8 +136,15 @@ def _check_names(options: TrainOptions, device: str) -> None:
         raise ValueError(f"--use-liger-kernel cannot be used here: {reason}")
 
 
-def fit(job: Job, bars: Bars, console: Console) -> dict[str, Any]:
-    """Trains the adapters; returns the logged losses, measures, held-out losses (eval_steps), and the cost."""
+def fit(job: Job, bars: Bars, console: Console, *, measure: bool = True) -> dict[str, Any]:
+    """Trains the adapters; returns the logged losses, measures, held-out losses (eval_steps), and the cost.
+
+    Args:
+        job: the run.
+        bars: get its progress.
+        console: gets lines about it.
+        measure: whether the adapters are measured in between, too (MeasureAdapters).
+    """
     options, checkpoint = job.options, job.folder.checkpoint
     clock, tokens = StepClock(job.device), trained_tokens(job) / options.steps
     trainer = AlignTrainer(
@@ -152,7 +159,8 @@ def fit(job: Job, bars: Bars, console: Console) -> dict[str, Any]:
         align_warmup=options.align_warmup,
         callbacks=[clock, ShowProgress(bars, console, options.steps, job.device, tokens)],
     )
-    trainer.add_callback(MeasureAdapters(job, console, trainer.callback_handler))
+    if measure:
+        trainer.add_callback(MeasureAdapters(job, console, trainer.callback_handler))
     trainer.remove_callback(transformers.PrinterCallback)
     if options.early_stopping_patience:
         trainer.add_callback(transformers.EarlyStoppingCallback(options.early_stopping_patience))
