@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -28,37 +28,24 @@ from align_ext.training.options import TrainOptions, known_options
 DESIGN = "study.yaml"
 BASE = "base"  # the cell of the model without adapters
 Control = Literal["shuffled_ids", "random_partition", "weight_zero", "l2"]
+# Options that make the batches of all arms.
 _SHARED = (
-    "model",
-    "data",
-    "columns",
-    "ignore_columns",
-    "tasks",
-    "steps",
-    "batch_size",
-    "accumulation",
-    "seq_len",
-    "trained_turns",
-    "mixing",
-    "mixing_temperature",
-    "per_task",
-    "mixing_weights",
-    "packing",
-    "train_examples",
-)  # fmt: skip  options that make the batches of all arms
+    "model", "data", "columns", "ignore_columns", "tasks", "steps", "batch_size", "accumulation", "seq_len",
+    "trained_turns", "mixing", "mixing_temperature", "per_task", "mixing_weights", "packing", "train_examples",
+)  # fmt: skip
+# Options of `train` that a study sets itself.
 _OWN = (
-    "output",
-    "overwrite",
-    "resume",
-    "seed",
-    "data_seed",
-    "log_steps",
-    "save_steps",
-    "eval_steps",
-    "eval_examples",
-    "dtype",
-    "device",
-)  # fmt: skip  options of `train` that a study sets itself
+    "output", "overwrite", "resume", "seed", "data_seed", "log_steps", "save_steps", "eval_steps", "eval_examples",
+    "dtype", "device",
+)  # fmt: skip
+_PATHS = {  # of the fields of Study, where study.yaml has other names
+    "parameters": "equal.parameters", "scaling": "equal.scaling", "margin": "compare.margin"
+}  # fmt: skip
+_EXAMPLES = {  # of what stands under a key
+    "train": "{steps: 100}", "arms": "{lora: {architecture: lora}}", "vary": "{lr: [1.0e-4, 3.0e-4]}",
+    "equal": "{scaling: 2.0}", "score": "{test: 500}", "score.unseen": "{examples: 100}", "compare": "{with: lora}",
+    "equal.parameters": "{architecture: lora, r: 8}", "seeds": "[0, 1, 2]",
+}  # fmt: skip
 
 
 _OF_CONTROL: Mapping[str, Mapping[str, Any]] = {"weight_zero": {"align_weight": 0.0}, "l2": {"align": "l2"}}
@@ -130,16 +117,16 @@ class Study:
     margin: float = option(0.02, 'the difference in accuracy below which arms are "as good as" each other', positive)
 
     def __post_init__(self) -> None:
-        check_options(self, quoted=False)
+        check_options(self, quoted=False, paths=_PATHS)
         if not self.arms:
-            raise ValueError("arms is empty: name at least one, as   arms: {lora: {architecture: lora}}")
+            raise ValueError(f"arms is empty: name at least one, as   arms: {_EXAMPLES['arms']}")
         names = [arm.name for arm in self.arms]
         if self.baseline and self.baseline not in names:
-            raise ValueError(unknown_name("baseline arm", self.baseline, names))
+            raise ValueError(f"compare.with: {unknown_name('baseline arm', self.baseline, names)}")
         object.__setattr__(self, "baseline", self.baseline or names[0])
         for axis in self.choose:
             if axis not in self.vary:
-                raise ValueError(unknown_name("axis to choose", axis, self.vary))
+                raise ValueError(f"choose: {unknown_name('axis to choose', axis, self.vary)}")
         if self.choose and not self.score.dev:
             raise ValueError(f"choose={shown(list(self.choose))} needs rows to choose on: set score.dev, as dev: 200")
         for arm in self.arms:
@@ -151,6 +138,7 @@ class Study:
             same = seen.setdefault(repr([cell.arm, self.options_of(cell)]), cell)  # raises
             if same is not cell:
                 raise ValueError(f"vary holds the same value twice: the cells {same.label} and {cell.label} are one")
+        self.budget_options()  # raises
 
     def arm(self, name: str) -> Arm:
         """Returns an arm by its name."""
@@ -177,16 +165,30 @@ class Study:
         chosen: dict[str, Any] = {name: None if value == "none" else value for name, value in named.items()}
         return AlignLoraConfig(**chosen, num_tasks=2).align
 
+    def budget_options(self) -> TrainOptions | None:
+        """Returns the options whose number of trained parameters all arms are matched to, or None.
+
+        Raises:
+            ValueError: as in TrainOptions; the message begins with the path in study.yaml.
+        """
+        if not isinstance(self.parameters, Mapping):
+            return None
+        try:
+            return TrainOptions.from_mapping(self.train, self.parameters)
+        except ValueError as error:
+            places = {**dict.fromkeys(self.train, "train"), **dict.fromkeys(self.parameters, "equal.parameters")}
+            raise ValueError(_at(str(error), places, "equal.parameters")) from error
+
     def options_of(self, cell: Cell, **changed: Any) -> TrainOptions:
         """Returns the training options of a cell, with equal scaling but without matched ranks.
 
         Raises:
-            ValueError: as in TrainOptions; the message names the arm.
+            ValueError: as in TrainOptions; the message begins with the path in study.yaml, or names the arm.
         """
         arm = self.arm(cell.arm)
         of_control = _OF_CONTROL.get(arm.control or "", {})
         options: dict[str, Any] = {**self.train, **arm.options, **cell.vary, **of_control, **changed}
-        tasks, named = options.get("tasks"), _words(self.train.get("tasks"))
+        tasks, named = options.get("tasks"), _words(self.train.get("tasks"), "train.tasks")
         if isinstance(tasks, int):  # an axis of nested sets of tasks: the first so many
             if not is_whole(tasks, 1, len(named)):
                 raise ValueError(
@@ -194,7 +196,7 @@ class Study:
                 )
             options["tasks"] = named[:tasks]
         if self.steps_per_task is not None:
-            options["steps"] = self.steps_per_task * len(_words(options.get("tasks")))
+            options["steps"] = self.steps_per_task * len(_words(options.get("tasks"), "train.tasks"))
             if not options["steps"]:
                 raise ValueError("steps_per_task needs the names of the tasks: set train.tasks")
         own = {"seed": cell.seed, "data_seed": cell.seed, "eval_examples": self.score.test, "log_steps": 1}
@@ -207,8 +209,24 @@ class Study:
             if arm.control and result.adapter_config(num_tasks=2).align is None:
                 raise ValueError(f"control={arm.control}: the arm aligns nothing to control for; add align: kl")
         except ValueError as error:
-            raise ValueError(f"arm {shown(cell.arm)}: {error}") from error
+            given = {"train": self.train, f"arms.{cell.arm}": arm.options, "vary": cell.vary}
+            places = {name: place for place, options in given.items() for name in options}
+            raise ValueError(_at(str(error), places, f"arm {shown(cell.arm)}")) from error
         return result
+
+
+def _at(message: str, places: Mapping[str, str], else_at: str) -> str:
+    """Returns the message of an error in options with the path in study.yaml in front.
+
+    Args:
+        message: begins with the name of the option, or with "unknown" and its name, where it is about one option.
+        places: the place in study.yaml of each option that is given.
+        else_at: the place of other messages.
+    """
+    unknown, name = re.fullmatch(r"(unknown )?(\w*).*", message, re.DOTALL).groups()  # type: ignore[union-attr]
+    if name not in places:
+        return f"{else_at}: {message}"
+    return f"{places[name]}.{name}: {message}" if unknown else f"{places[name]}.{message}"
 
 
 @dataclass(frozen=True)
@@ -237,8 +255,9 @@ def read_study(folder: Path) -> Study:
     if not file.is_file():
         raise ValueError(f"{shown(str(folder))} holds no {DESIGN}: `align-lora study new {folder} --like five-tasks` "
                          "writes one")  # fmt: skip
+    content = read_yaml(file)
     try:
-        return parse(read_yaml(file))
+        return parse(content)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 
@@ -264,43 +283,48 @@ def parse(content: Mapping[str, Any]) -> Study:
     score = _mapping(content.get("score"), "score", [f.name for f in fields(Score)])
     if (unseen := score.get("unseen")) is not None:
         unseen = _mapping(unseen, "score.unseen", [f.name for f in fields(Unseen)])
-        unseen = _checked(Unseen, unseen | {"tasks": _words(unseen.get("tasks"))})
-    score |= {"unseen": unseen, "generate": _words(score.get("generate"))}
+        unseen |= {"tasks": _words(unseen.get("tasks"), "score.unseen.tasks")}
+        unseen = _checked(Unseen, unseen, "score.unseen")
+    score |= {"unseen": unseen, "generate": _words(score.get("generate"), "score.generate")}
     for name, given in _mapping(content.get("arms"), "arms", None).items():
         for option_name in given if isinstance(given, Mapping) else ():
             if str(option_name).replace("-", "_") in _SHARED:
                 raise ValueError(f"arm {shown(name)}: {option_name} makes the batches, which all arms share: put it "
                                  "under train, or under vary for all arms")  # fmt: skip
-    arms = [
-        Arm(_arm_name(name), _train(given, f"arm {shown(name)}", ("control",)), _control(given, name))
-        for name, given in _mapping(content.get("arms"), "arms", None).items()
-    ]
+    options = sorted(known_options().items(), key=lambda entry: not entry[1].of_adapter)
+    of_arms = ["control", *(name for name, _ in options if name not in {*_SHARED, *_OWN})]
+    arms = []
+    for name, given in _mapping(content.get("arms"), "arms", None).items():
+        own = _train(given, f"arm {shown(name)}", of_arms)
+        own.pop("control", None)
+        arms.append(Arm(_arm_name(name), own, _control(given, name)))
     vary = {axis: tuple(_list(values, f"vary.{axis}")) for axis, values in _train(content.get("vary"), "vary").items()}
     seeds = tuple(_list(content.get("seeds", [0, 1, 2]), "seeds"))
-    if not all(is_whole(seed, 0, 2**32 - 1) for seed in seeds) or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds must be different integers in 0 .. 2**32-1, got {shown(list(seeds))}")
+    for number, seed in enumerate(seeds):
+        if not is_whole(seed, 0, 2**32 - 1) or seed in seeds[:number]:
+            found = f"{shown(seed)} twice" if seed in seeds[:number] else shown(seed)
+            raise ValueError(f"seeds must be different integers in 0 .. 2**32-1, got {found} in {shown(list(seeds))}")
     parameters = equal.get("parameters")
     if isinstance(parameters, Mapping):
         parameters = _train(parameters, "equal.parameters")
     elif parameters is not None and not is_whole(parameters, 1, 2**62):
         raise ValueError(
-            f"equal.parameters must be a number of parameters or options of an architecture, got {shown(parameters)}"
+            "equal.parameters must be a number of parameters or options of an architecture, "
+            f"{_example('equal.parameters')}, got {shown(parameters)}"
         )
     margin = compare.get("margin", 0.02)
-    if not is_number(margin):
-        raise ValueError(f"compare.margin must be a fraction of the rows, as 0.02, got {shown(margin)}")
     return Study(
         name=str(content.get("study") or "study"), question=str(content.get("question") or ""),
         train=_train(content.get("train"), "train"), steps_per_task=content.get("steps_per_task"), arms=tuple(arms),
-        seeds=seeds, vary=vary, choose=_words(content.get("choose")), parameters=parameters,
-        scaling=equal.get("scaling"), score=_checked(Score, score), baseline=str(compare.get("with") or ""),
-        margin=float(margin),
+        seeds=seeds, vary=vary, choose=_words(content.get("choose"), "choose"), parameters=parameters,
+        scaling=equal.get("scaling"), score=_checked(Score, score, "score"), baseline=str(compare.get("with") or ""),
+        margin=float(margin) if is_number(margin) else margin,
     )  # fmt: skip
 
 
-def _checked(kind: Any, values: Mapping[str, Any]) -> Any:
+def _checked(kind: Any, values: Mapping[str, Any], path: str) -> Any:
     made = kind(**values)
-    check_options(made, quoted=False)
+    check_options(made, quoted=False, paths={entry.name: f"{path}.{entry.name}" for entry in fields(kind)})
     return made
 
 
@@ -308,7 +332,7 @@ def _mapping(value: Any, what: str, known: Any) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise ValueError(f"{what} must be a mapping of names to values, got {shown(value)}")
+        raise ValueError(f"{what} must be a mapping of names to values, {_example(what)}, got {shown(value)}")
     for name in value:
         if known is not None and name not in known:
             raise ValueError(unknown_name(f"option of {what}", str(name), known))
@@ -317,26 +341,33 @@ def _mapping(value: Any, what: str, known: Any) -> dict[str, Any]:
 
 def _list(value: Any, what: str) -> list[Any]:
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{what} must be a list of values, got {shown(value)}")
+        raise ValueError(f"{what} must be a list of values, {_example(what)}, got {shown(value)}")
     return value
 
 
-def _words(value: Any) -> tuple[str, ...]:
+def _example(what: str) -> str:
+    other = "{architecture: lora}" if what.startswith("arm ") else "[4, 8]"
+    return f"as {_EXAMPLES.get(what, other)}"
+
+
+def _words(value: Any, what: str) -> tuple[str, ...]:
     if isinstance(value, str):
         return tuple(word.strip() for word in value.split(",") if word.strip())
+    if not isinstance(value, (list, tuple, type(None))):
+        raise ValueError(f"{what} must be a list of names, got {shown(value)}")
     return tuple(str(word) for word in value or ())
 
 
-def _train(value: Any, what: str, besides: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Returns options of `train`, with underscores."""
+def _train(value: Any, what: str, known: Sequence[str] = ()) -> dict[str, Any]:
+    """Returns options of `train`, with underscores; known: those that may be given, if not all."""
     given = {str(name).replace("-", "_"): x for name, x in _mapping(value, what, None).items()}
-    known = [name for name in known_options() if name not in _OWN]
+    known = known or [name for name in known_options() if name not in _OWN]
     for name in given:
         if name in _OWN:
             raise ValueError(f"{what}: {name} is the study's own, the same for all cells: leave it out (seeds, score)")
-        if name not in known and name not in besides:
-            raise ValueError(f"{what}: {unknown_name('option', name, [*known, *besides])}")
-    return {name: x for name, x in given.items() if name not in besides}
+        if name not in known:
+            raise ValueError(f"{what}: {unknown_name('option', name, known)}")
+    return given
 
 
 def _arm_name(name: Any) -> str:

@@ -229,10 +229,8 @@ def _data_digest(data: StudyData) -> str:
 
 def _budget(study: Study, model: torch.nn.Module, num_tasks: int) -> int | None:
     """Returns the number of trained parameters that all arms are matched to, or None."""
-    if not isinstance(study.parameters, Mapping):
-        return study.parameters
-    options = TrainOptions.from_mapping(study.train, study.parameters)
-    return trained_parameters(_config(options, model, num_tasks), model)
+    options = study.budget_options()
+    return study.parameters if options is None else trained_parameters(_config(options, model, num_tasks), model)
 
 
 def nearest_rank(config: AlignLoraConfig, model: torch.nn.Module, budget: int) -> int:

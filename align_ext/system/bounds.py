@@ -10,6 +10,11 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from align_ext.system.messages import shown
 
 MAX_SIZE = 65_536  # the largest integer that an option may give as a size
+# What users call an option, and its name here.
+_SYNONYMS = {
+    "rank": "r", "lora_r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "learning_rate": "lr",
+    "heads": "num_heads", "weight": "align_weight",
+}  # fmt: skip
 _LARGEST = 1e30  # the largest number of an option: float32 can hold it and its product with a weight
 
 _Options = TypeVar("_Options")
@@ -17,10 +22,12 @@ Rule = Callable[[Any], str | None]  # a value -> None if it is valid, else a tex
 
 
 def unknown_name(kind: str, name: Any, allowed: Iterable[str | None]) -> str:
-    """Returns the message for a name that is not allowed; it suggests the most similar allowed name."""
+    """Returns the message for a name that is not allowed; it suggests what is meant or most similar."""
     allowed = list(allowed)
     folded = {str(word).casefold(): word for word in reversed(allowed)}
-    nearest = difflib.get_close_matches(shown(name).strip("'").casefold(), folded, n=1)
+    word = shown(name).strip("'").casefold()
+    meant = _SYNONYMS.get(word.replace("-", "_"))
+    nearest = [meant] if meant in folded else difflib.get_close_matches(word, folded, n=1)
     hint = f"; did you mean {folded[nearest[0]]!r}?" if nearest else ""
     known = ", ".join(map(str, allowed))
     known = known if len(known) < 300 else f"{known[:300].rpartition(',')[0]}, ..."
@@ -111,17 +118,18 @@ def documented(kind: type[_Options]) -> type[_Options]:
     return kind
 
 
-def check_options(options: Any, *, quoted: bool = True) -> None:
+def check_options(options: Any, *, quoted: bool = True, paths: Mapping[str, str] | None = None) -> None:
     """Raises ValueError for the first field that breaks its rule; None is valid where the type allows it.
 
     Args:
         options: a dataclass of options.
         quoted: whether the message quotes words as in Python, or names them as on a command line.
+        paths: what messages call a field, where it is not its name.
     """
     for name, (rule, optional) in _rules(type(options), quoted).items():  # type: ignore[arg-type]
         value = getattr(options, name)
         if not (optional and value is None) and (allowed := rule(value)):
-            raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
+            raise ValueError(f"{(paths or {}).get(name, name)} must be {allowed}, got {shown(value)}")
 
 
 @functools.cache
