@@ -24,7 +24,7 @@ from align_ext.system import processes
 from align_ext.system.bounds import unknown_name
 from align_ext.system.memory import enough_memory
 from align_ext.system.messages import shown
-from align_ext.system.terminal import print_line, progress_bars, show_status
+from align_ext.system.terminal import print_line, print_table, progress_bars, show_status
 from align_ext.system.versions import versions
 from align_ext.system.writing import atomic_file, check_file, user_path
 from align_ext.training.options import TrainOptions
@@ -121,10 +121,10 @@ def score(request: EvalRequest, file: str | None, console: Console) -> dict[str,
             with disable_adapter(model):
                 alone = scored()
     scores = task_scores(rows)
-    console.print(_table(scores, data))
+    print_table(console, _table(scores, data))
     changes = _changes(alone, rows)
     if changes:
-        console.print(_changes_table(changes))
+        print_table(console, _changes_table(changes))
     if line := repeats_line({name: vars(result) for name, result in scores.items()}):
         print_line(console, line)
     if path is not None and processes.number() == 0:

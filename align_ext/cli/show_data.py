@@ -16,7 +16,7 @@ from align_ext.data.rows import Example
 from align_ext.data.tasks import TaskData
 from align_ext.system import processes
 from align_ext.system.messages import shown
-from align_ext.system.terminal import print_line, show_status
+from align_ext.system.terminal import print_line, print_table, show_status
 from align_ext.system.writing import atomic_file, check_file, user_path
 from align_ext.training.options import TrainOptions
 from align_ext.training.rows import choose, encoded_rows, mixing_note, read_pools, sampler_of, train_rows
@@ -56,7 +56,7 @@ def _show_data(options: TrainOptions, file: str | None, console: Console) -> dic
     with show_status(console, "counting tokens"):
         data = choose(options, pools, tokenizer, too_long=lambda x: too_long.append(_tokens(tokenizer, x)))
         content = _content(options, data, tokenizer, too_long)
-    console.print(_table(content))
+    print_table(console, _table(content))
     for line in _remarks(options, content):
         print_line(console, line)
     for task, parts in content["examples"].items():

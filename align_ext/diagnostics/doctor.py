@@ -18,7 +18,7 @@ from align_ext.config import AlignLoraConfig
 from align_ext.diagnostics.cuda_versions import installed_versions
 from align_ext.ops._backend import OPS, backend, has_kernel
 from align_ext.ops._native import build_info
-from align_ext.system.terminal import plain_console
+from align_ext.system.terminal import plain_console, print_table
 
 Test = Callable[[torch.device, torch.dtype], float]
 
@@ -51,7 +51,7 @@ def run(console: Console | None = None) -> bool:
             )
             healthy = healthy and verdict is None
             table.add_row(op, device, "native", _format_verdict(verdict))
-    console.print(table)
+    print_table(console, table)
     for device in devices:
         if not all(has_kernel(op, device.split(":")[0]) for op in OPS):
             continue

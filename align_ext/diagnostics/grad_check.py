@@ -26,6 +26,7 @@ from align_ext.adapters.adapted_block import adapted_layers
 from align_ext.adapters.capture import adapters_of
 from align_ext.alignment.model_state import AlignState, find_state
 from align_ext.diagnostics.observe import Observer, cause_of_zero, is_ours
+from align_ext.system.terminal import print_table
 
 Loop = Callable[[nn.Module, Any], Any]
 # By dtype: the step of finite differences relative to a parameter's norm, and the allowed relative gradient error.
@@ -146,7 +147,7 @@ def print_reports(reports: Mapping[str, GradReport], console: Console) -> None:
             reached = sum(layer.reached for layer in layers)
             verdict = Text("ok", "green") if reached == len(layers) else Text("not reached", "red")
             table.add_row(name, loss, f"{reached}/{len(layers)}", f"{max(errors):.0e}" if errors else "-", verdict)
-    console.print(table)
+    print_table(console, table)
     for name, report in reports.items():
         if not report.ok:
             console.print(Text.assemble((name, "red"), f": {report}"))

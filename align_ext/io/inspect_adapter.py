@@ -14,6 +14,7 @@ from align_ext.base_model.modules_to_save import describe
 from align_ext.config import AlignLoraConfig
 from align_ext.io.adapter_folder import AdapterFolder
 from align_ext.io.peft_format import PEFT_CONFIG, selected_task, unexportable_reason
+from align_ext.system.terminal import print_table
 
 
 def inspect_adapter(folder: str | os.PathLike[str], console: Console) -> None:
@@ -36,7 +37,7 @@ def inspect_adapter(folder: str | os.PathLike[str], console: Console) -> None:
     }
     for title, text in lines.items():
         console.print(Text.assemble((title, "bold"), "  ", text), soft_wrap=True)
-    console.print(_table(adapters, config))
+    print_table(console, _table(adapters, config))
 
 
 @torch.no_grad()

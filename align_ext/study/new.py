@@ -1,12 +1,13 @@
-"""Writes the design of a new study from one of the presets, one YAML file each."""
+"""Writes the design of a new study: a copy of one of the presets, one YAML file each, or of another study's."""
 
 from importlib import resources
 from pathlib import Path
 
 from align_ext.study.design import DESIGN
 from align_ext.system.bounds import unknown_name
-from align_ext.system.messages import shown
-from align_ext.system.writing import atomic_file
+from align_ext.system.messages import shown, shown_path
+from align_ext.system.reading import read_text
+from align_ext.system.writing import atomic_file, check_writable
 
 
 def presets() -> dict[str, str]:
@@ -18,18 +19,29 @@ def presets() -> dict[str, str]:
 
 
 def new_study(folder: Path, like: str) -> Path:
-    """Writes a preset as the design of a study and returns the file.
+    """Writes the design of a new study and returns the file.
+
+    Args:
+        folder: the folder of the new study.
+        like: the name of a preset, or the folder of a study.
 
     Raises:
-        ValueError: there is no such preset, or the folder holds a study.
+        ValueError: there is no such preset or study, the folder holds a study, or it cannot be written to.
     """
-    known = presets()
-    if like not in known:
-        raise ValueError(unknown_name("preset", like, known))
+    text = presets().get(like) or _design_of(Path(like))
     file = folder / DESIGN
     if file.exists():
         raise ValueError(f"{shown(str(file))} exists: edit it, or name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder, "name another one")
     with atomic_file(file) as new:
-        new.write_text(known[like], encoding="utf-8")
+        new.write_text(text, encoding="utf-8")
     return file
+
+
+def _design_of(study: Path) -> str:
+    """Returns the text of a study's design."""
+    if not study.is_dir():
+        raise ValueError(f"{unknown_name('preset', str(study), presets())}, and there is no such folder of a study")
+    if not (study / DESIGN).is_file():
+        raise ValueError(f"{shown_path(study)} holds no {DESIGN}: name a preset, or the folder of a study")
+    return read_text(study / DESIGN)

@@ -21,7 +21,7 @@ from torch import nn
 from align_ext.config import AUTO, AlignLoraConfig
 from align_ext.model.cost import count_parameters, flops_per_token, trained_parameters
 from align_ext.model.replace import replace_linear_with_align_lora
-from align_ext.system.terminal import print_line
+from align_ext.system.terminal import print_line, print_table
 
 Unit = Literal["%", "M", "x"]
 
@@ -147,7 +147,7 @@ def show(console: Console) -> None:
                 same = "yes" if row.agrees else "no"
                 printed = f"{row.printed} {row.unit}"
                 table.add_row(row.table, row.method, row.model, row.settings, printed, row.rounded, same, row.note)
-        console.print(table)
+        print_table(console, table)
     print_line(console, "%: of all parameters, the adapters' included; M: millions of trained parameters;")
     print_line(console, "x: the FLOPs of a token over those with LoRA of that rank.")
     print_line(console, f"{sum(row.agrees for row in rows)} of {len(rows)} agree to the digits printed.")

@@ -23,12 +23,13 @@ from align_ext.study.deeper import MECHANISM, look_deeper, wants_look
 from align_ext.study.design import BASE, Cell, Study
 from align_ext.study.plan import CELLS, PLAN, check_data, store_plan
 from align_ext.system import processes
-from align_ext.system.bounds import unknown_name
+from align_ext.system.bounds import integer_text, is_whole, unknown_name
+from align_ext.system.ending import end_with_parent
 from align_ext.system.locks import InUse, claimed
 from align_ext.system.messages import line, reason_of, shown
 from align_ext.system.reading import read_json
 from align_ext.system.terminal import print_line
-from align_ext.system.writing import atomic_file, remove_leftovers
+from align_ext.system.writing import atomic_file, check_writable, remove_leftovers
 from align_ext.training.options import TrainOptions
 from align_ext.training.whole_checkpoints import checkpoints
 
@@ -73,8 +74,12 @@ def run(
         The status of every cell of the shard.
 
     Raises:
-        ValueError: as in store_plan.
+        ValueError: jobs or nproc is no positive integer, the folder cannot be written to, or as in store_plan.
     """
+    for name, count in (("jobs", jobs), ("nproc", nproc)):
+        if not is_whole(count):
+            raise ValueError(f"{name} must be {integer_text(count)}, got {count}")
+    processes.by_first(lambda: check_writable(folder, "make it writable, or copy the study to another folder"))
     plan = processes.by_first(lambda: store_plan(folder, study))
     for arm in arms:
         if arm not in plan["arms"]:
@@ -90,7 +95,8 @@ def run(
 
     processes.by_first(check)
     if jobs > 1 or nproc > processes.count():
-        flags = ["--shard", f"{shard[0]}/{shard[1]}", "--arms", ",".join(arms), *(["--retry"] if retry else [])]
+        flags = ["--no-report", "--shard", f"{shard[0]}/{shard[1]}", "--arms", ",".join(arms)]
+        flags += ["--retry"] if retry else []
         for code in _in_processes([str(folder), *flags], jobs, nproc):
             if code not in (0, 1):  # 1: a cell failed, and says why
                 print_line(console, f"a process ended with exit code {code}; what it worked on is not finished")
@@ -119,6 +125,9 @@ def run(
             continue
         except processes.FailedElsewhere:  # where it is said
             continue
+        except KeyboardInterrupt:
+            print_line(console, "  interrupted: the same command goes on with this cell")
+            raise
         except Exception as problem:  # any bug or lack of memory ends this cell alone
             with atomic_file(error) as new:
                 new.write_text(f"{reason_of(problem)}\n\n{traceback.format_exc()}", encoding="utf-8")
@@ -217,7 +226,10 @@ def _in_processes(arguments: list[str], jobs: int, nproc: int) -> list[int]:
     if nproc > 1:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)]
         command = [*torchrun, "--no-python", "--", *command]
-    workers = [subprocess.Popen(command, env=environment) for environment in _environments(jobs, nproc)]
+    workers = [
+        subprocess.Popen(command, env=environment, preexec_fn=end_with_parent)
+        for environment in _environments(jobs, nproc)
+    ]
     try:
         return [worker.wait() for worker in workers]
     except BaseException:

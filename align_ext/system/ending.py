@@ -1,7 +1,9 @@
 """Signals that end a command: SIGTERM and SIGHUP interrupt it like Ctrl-C; in training all wait for a step's end."""
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +13,7 @@ from align_ext.system import starting
 
 _SAME = 1.0  # seconds in which a second signal is the first one again: torchrun passes on what a terminal sends to all
 _WAITING = b"\nalign-lora: writing a checkpoint after this step; Ctrl-C again ends at once\n"
+_LIBC, _PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
 _received: list[tuple[signal.Signals, float]] = []  # and when
 _deferring: list[bool] = []
 
@@ -23,6 +26,12 @@ def listen() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _handle_signal)
+
+
+def end_with_parent() -> None:
+    """Lets SIGTERM end this process, and what it becomes by exec, when its parent ends, also by SIGKILL; Linux only."""
+    if sys.platform == "linux":
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def received() -> signal.Signals | None:

@@ -15,9 +15,12 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.status import Status
+from rich.table import Table
 from rich.text import Text
 
 from align_ext.system.messages import reason_of
+
+_WIDEST = 10_000  # columns of a table that goes to no terminal
 
 PrintLine = Callable[[str], None]  # takes one line of progress
 
@@ -98,6 +101,21 @@ def plain_console(*, quiet: bool = False) -> Console:
 def print_line(console: Console, line: str) -> None:
     """Prints a line without interpreting it."""
     console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Prints a table of which nothing is cut.
+
+    On a terminal, what is too wide goes on in the next line of its cell; elsewhere the table is as wide as it must be.
+    """
+    for column in table.columns:
+        column.overflow = "fold"
+    width = console.width
+    if not console.is_terminal:
+        needed = console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum
+        console.width = max(width, needed)
+    console.print(table)
+    console.width = width
 
 
 def show_status(console: Console, what: str) -> Status:

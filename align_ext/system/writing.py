@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from align_ext.system.locks import LOCK, InUse, _remove_empty, claimed, make_folder
-from align_ext.system.messages import reason_of, shown
+from align_ext.system.messages import reason_of, shown, shown_path
 from align_ext.system.reading import check_folder, exists
 
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -207,9 +207,28 @@ def _replace_files(new: Path, target: Path, ours: str, old: Path) -> None:
         _remove_empty(sorted({(target / name).parent for name in known} - {target}))
 
 
+def check_writable(folder: Path, cure: str) -> None:
+    """Makes a folder, and checks that files can be written into it; cure: what else the user can do.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    try:
+        make_folder(folder)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"cannot write to the folder {shown_path(folder)} ({reason_of(error)}): {cure}") from error
+    except ValueError as error:
+        raise ValueError(f"{error}: {cure}") from error
+
+
 @contextmanager
 def atomic_file(file: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields the path of a new file that replaces the target if the block succeeds, and is removed otherwise."""
+    """Yields the path of a new file that replaces the target if the block succeeds, and is removed otherwise.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
     target = Path(os.path.realpath(file))
     if target.exists() and not target.is_file():  # a device or a pipe
         yield target
@@ -219,8 +238,13 @@ def atomic_file(file: str | os.PathLike[str]) -> Iterator[Path]:
         yield new
         sync(new)
         os.replace(new, target)
+    except OSError as error:
+        if error.filename not in (None, str(new)):  # the block failed at another file
+            raise
+        raise ValueError(f"cannot write {shown_path(target)}: {reason_of(error)}") from error
     finally:
-        new.unlink(missing_ok=True)
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
 
 
 def check_file(option: str, file: str | os.PathLike[str], mark: str) -> None:
@@ -247,7 +271,8 @@ def check_file(option: str, file: str | os.PathLike[str], mark: str) -> None:
             new.touch(exist_ok=False)
             raise InterruptedError
     except (OSError, ValueError) as error:
-        raise ValueError(f"{option}={shown(os.fspath(file))} cannot be written: {reason_of(error)}") from error
+        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error  # of atomic_file's error
+        raise ValueError(f"{option}={shown(os.fspath(file))} cannot be written: {reason_of(cause)}") from error
 
 
 def _is_result(file: Path, mark: str) -> bool:

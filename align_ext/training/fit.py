@@ -166,18 +166,13 @@ def fit(job: Job, bars: Bars, console: Console, *, measure: bool = True) -> dict
         trainer.add_callback(transformers.EarlyStoppingCallback(options.early_stopping_patience))
     if checkpoint is not None:
         print_line(console, f"going on from {checkpoint}")
-    try:
-        with deferred() as signal:
-            trainer.add_callback(_EndAfterStep(signal))
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        # What is scored before and after the training is computed alike: without the training's autocast or compiler.
-        trainer.accelerator.unwrap_model(job.model, keep_fp32_wrapper=False, keep_torch_compile=False)
-        if processes.any_of_all(signal()):
-            raise KeyboardInterrupt
-    except BaseException:  # any exception, also a bug of ours
-        if last := job.folder.last_checkpoint():
-            print_line(console, f"{last} is kept: --resume goes on from it")
-        raise
+    with deferred() as signal:
+        trainer.add_callback(_EndAfterStep(signal))
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    # What is scored before and after the training is computed alike: without the training's autocast or compiler.
+    trainer.accelerator.unwrap_model(job.model, keep_fp32_wrapper=False, keep_torch_compile=False)
+    if processes.any_of_all(signal()):
+        raise KeyboardInterrupt
     log = trainer.state.log_history
     losses = [entry for entry in log if "loss" in entry]
     begun = 0 if checkpoint is None else step_of(checkpoint)

@@ -256,7 +256,7 @@ def train(job: Job, console: Console) -> dict[str, Any]:
     with progress_bars(console) as bars:
         with _timed(seconds, "score before"):
             before = score(job, bars)
-        with _timed(seconds, "train"):
+        with _timed(seconds, "train"), _saying_what_is_kept(folder, console):
             results |= fit(job, bars, console)
         if processes.number() == 0 or shard_ranks(job.model.parameters()):
             save_adapter(job.model, folder.path / "adapter", task_names=job.data.names)
@@ -286,6 +286,17 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[name] = round(time.perf_counter() - start, 1)
+
+
+@contextmanager
+def _saying_what_is_kept(folder: RunFolder, console: Console) -> Iterator[None]:
+    """After a failure of the block, says which checkpoint is kept and how to go on."""
+    try:
+        yield
+    except BaseException:  # any exception, also a bug of ours
+        if last := folder.last_checkpoint():
+            print_line(console, f"{last} is kept: --resume goes on from it")
+        raise
 
 
 def score(job: Job, bars: Progress | None = None) -> Scores:

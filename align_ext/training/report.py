@@ -13,7 +13,7 @@ from rich.table import Table
 from align_ext.evaluation.rows import repeats_line
 from align_ext.evaluation.same_logits import verdict
 from align_ext.system.memory import shown_bytes
-from align_ext.system.terminal import Bars, print_line
+from align_ext.system.terminal import Bars, print_line, print_table
 from align_ext.training.cost import peak_memory
 from align_ext.training.in_words import shown_steps, shown_times
 
@@ -108,7 +108,7 @@ def summarise(results: dict[str, Any], target: Path, console: Console) -> None:
             f"{old['loss']:.3f} -> {new['loss']:.3f}",
             "-" if old["score"] is None else f"{old['score']:.2f} -> {new['score']:.2f}",
         )
-    console.print(table)
+    print_table(console, table)
     if line := repeats_line(after["tasks"]):
         print_line(console, line)
     if before["align"] is not None:
