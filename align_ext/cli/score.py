@@ -98,7 +98,7 @@ def score(request: EvalRequest, file: str | None, console: Console) -> dict[str,
     if run:
         data = held_out(*run, pools, tokenizer)
     else:
-        data = scored_examples(pools, request.examples, fit, undivided=pools.files)
+        data = scored_examples(pools, request.examples, fit, undivided=pools.files, seq_len=request.seq_len)
     check_base(model, tokenizer, token_rows(tokenizer, data.test))
     with show_status(console, "loading the adapter"):
         model = request.put_adapter(model)

@@ -7,7 +7,9 @@ import typer
 
 from align_ext.cli.app import UserError, app, on_models
 from align_ext.system import processes
-from align_ext.system.terminal import continue_without_output, plain_console, print_line
+from align_ext.system.messages import shown_path
+from align_ext.system.reading import exists
+from align_ext.system.terminal import continue_without_output, plain_console, print_line, print_table
 
 study_app = typer.Typer(
     name="study",
@@ -17,14 +19,28 @@ study_app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(study_app)
-Folder = Annotated[Path, typer.Argument(help="folder of the study, which holds study.yaml")]
+
+
+def _existing(folder: Path) -> Path:
+    with on_models("a study"):
+        if not exists(folder):
+            raise UserError(f"there is no folder {shown_path(folder)}: `align-lora study new {folder}` begins a study")
+        if not folder.is_dir():
+            raise UserError(f"{shown_path(folder)} is a file: name the folder of a study")
+    return folder
+
+
+Folder = Annotated[Path, typer.Argument(help="folder of the study, which holds study.yaml", callback=_existing)]
 
 
 @study_app.command("new")
 def new(
-    folder: Folder, like: Annotated[str, typer.Option(help="preset; `study presets` lists them")] = "quick"
+    folder: Annotated[Path, typer.Argument(help="folder of the new study")],
+    like: Annotated[
+        str, typer.Option(help="preset, as `study presets` lists them, or the folder of a study to copy")
+    ] = "quick",
 ) -> None:
-    """Writes study.yaml from a preset, to be edited."""
+    """Writes study.yaml, a preset or that of another study, to be edited."""
     with on_models("a study"):
         from align_ext.study.new import new_study
 
@@ -57,8 +73,8 @@ def plan(folder: Folder) -> None:
         made = store_plan(folder, study)
         found = statuses(folder)
         console = plain_console()
-        console.print(show.arms_table(made))
-        console.print(show.rows_table(made))
+        print_table(console, show.arms_table(made))
+        print_table(console, show.rows_table(made))
         for text in show.remarks(folder, made, found):
             print_line(console, text)
 
@@ -66,15 +82,19 @@ def plan(folder: Folder) -> None:
 @study_app.command("run")
 def run(
     folder: Folder,
-    jobs: Annotated[int, typer.Option(min=1, help="cells at a time, each with GPUs of its own or cores")] = 1,
-    nproc: Annotated[int, typer.Option(min=1, help="processes that train and score a cell together")] = 1,
+    jobs: Annotated[int, typer.Option(help="cells at a time, each with GPUs of its own or cores")] = 1,
+    nproc: Annotated[int, typer.Option(help="processes that train and score a cell together")] = 1,
     shard: Annotated[str, typer.Option(help="i/n: every n-th cell from the i-th on, for a job array")] = "1/1",
     arms: Annotated[str, typer.Option(help="only these arms, separated by commas")] = "",
     retry: Annotated[bool, typer.Option("--retry", help="run failed cells again")] = False,
+    write: Annotated[
+        bool, typer.Option("--report/--no-report", help="list the failed cells and write the report at the end")
+    ] = True,
 ) -> None:
     """Runs every cell that is missing, then writes the report; interrupted at any moment, it goes on where it was.
 
-    Any number of processes and machines that share the folder may run it at once. Exit code 1: not all is done.
+    Any number of processes and machines that share the folder may run it at once. Exit code 1: a cell of those that
+    this command was to run (--shard, --arms) failed, or is not done though no other process works on it.
     """
     continue_without_output()
     part, _, parts = shard.partition("/")
@@ -94,10 +114,11 @@ def run(
     if not first:
         return
     failed = [one for one in found if one.state == "failed"]
-    for one in failed:
-        print_line(console, f"{one.key} failed: {one.detail}")
-    if any(one.state == "done" for one in found):
-        report(folder)
+    if write:
+        for one in failed:
+            print_line(console, f"{one.key} failed: {one.detail}")
+        if any(one.state == "done" for one in found):
+            report(folder)
     if failed or any(one.state in ("missing", "interrupted", "damaged") for one in found):
         raise typer.Exit(1)
 
@@ -113,7 +134,7 @@ def status(folder: Folder) -> None:
         console, found = plain_console(), statuses(folder)
         if line := stale(folder):
             print_line(console, line)
-        console.print(show.status_table(found))
+        print_table(console, show.status_table(found))
 
 
 @study_app.command("published")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from align_ext.data.named_source import COLUMNS
-from align_ext.system.messages import reason_of, shown
+from align_ext.system.messages import reason_of, shown, shown_path
 from align_ext.system.reading import MAX_ROW_BYTES, MEBIBYTE, open_file, parse_json, read_lines
 
 _MAX_ARRAY_BYTES = 256 * MEBIBYTE  # the largest file with one JSON list, which is read at once
@@ -43,7 +43,8 @@ def rows_of(file: Path) -> Iterator[tuple[str, Any]]:
     rows = readers.get(kind, _json)(file)
     first = next(rows, None)
     if first is None:
-        raise ValueError(f"{shown(file.name)} holds no rows")
+        where = f"the folder {shown_path(file.parent)}"
+        raise ValueError(f"{shown(file.name)} holds no rows: write some into it, or take it out of {where}")
     yield from itertools.chain([first], rows)
 
 

@@ -1,5 +1,6 @@
 """Reads the tasks, built-in ones or those of files and hub datasets, and selects examples to train and to score on."""
 
+import functools
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -195,6 +196,7 @@ def _of(number: int | PerTask, task: str) -> float:
 def select(
     pools: Pools, train_per_task: int | PerTask, test_per_task: int,
     fits: Callable[[Example], bool] = lambda _: True, *, dev_per_task: int = 0, seed: int = 0,
+    seq_len: int | None = None,
 ) -> TaskData:  # fmt: skip
     """Selects fitting examples of each task; prompts of test and dev examples are never trained on.
 
@@ -207,16 +209,18 @@ def select(
         fits: whether an example can be used.
         dev_per_task: the most examples of each task that are held out of the training split, to choose options on.
         seed: the seed of the choice and the order of the training examples.
+        seq_len: the most tokens of an example that fits, for messages.
 
     Raises:
         ValueError: a task has nothing to train or to score on.
     """
+    chosen = functools.partial(_select, fits=fits, seq_len=seq_len)
     result = TaskData(tuple(pools.tasks), notes=pools.notes)
     train_parts: list[Examples] = []
     few: list[str] = []
     for name, splits in pools.tasks.items():
         split, pool = _test_split(splits) or ("test", splits.get("", _NONE))
-        tested, scored = _select(pool, test_per_task, fits, f"{shown(name)} has no examples to score", "eval_examples")
+        tested, scored = chosen(pool, test_per_task, f"{shown(name)} has no examples to score", "eval_examples")
         train = splits.get("train")
         if train is None and split in splits:
             raise ValueError(
@@ -231,14 +235,13 @@ def select(
         prompts = {_asked_id(example) for example in (tested if train is None else pool)}
         if dev_per_task:
             task = f"{shown(name)} has no examples to choose on"
-            dev, result.usage.setdefault(name, {})["dev"] = _select(
-                splits.get(DEV) or train or pool, dev_per_task, fits, task, "dev", prompts
+            dev, result.usage.setdefault(name, {})["dev"] = chosen(
+                splits.get(DEV) or train or pool, dev_per_task, task, "dev", prompts
             )
             prompts |= {_asked_id(example) for example in dev}
             result.dev.extend(dev)
         order, most = (train or pool).ordered(seed), int(_of(train_per_task, name))
-        trained, learnt = _select(order, most, fits, f"{shown(name)} has no examples to train",
-                                  "train_examples", prompts)  # fmt: skip
+        trained, learnt = chosen(order, most, f"{shown(name)} has no examples to train", "train_examples", prompts)
         result.usage.setdefault(name, {}).update({"train": learnt, split: scored})
         _add_unused(result.usage[name], splits)
         if train is None and len(trained) < len(tested):
@@ -268,7 +271,9 @@ def row_ids(examples: Sequence[Example]) -> list[str]:
     return ids
 
 
-def scored_examples(pools: Pools, most: int, fits: Callable[[Example], bool], *, undivided: bool) -> TaskData:
+def scored_examples(
+    pools: Pools, most: int, fits: Callable[[Example], bool], *, undivided: bool, seq_len: int | None = None
+) -> TaskData:
     """Selects the first fitting examples of each task's test split, or else of its validation split.
 
     Args:
@@ -276,6 +281,7 @@ def scored_examples(pools: Pools, most: int, fits: Callable[[Example], bool], *,
         most: the most examples of each task.
         fits: whether an example can be used.
         undivided: whether examples without a split are scored too.
+        seq_len: as in select.
 
     Raises:
         ValueError: a task has nothing to score on.
@@ -287,7 +293,8 @@ def scored_examples(pools: Pools, most: int, fits: Callable[[Example], bool], *,
             raise ValueError(
                 f"the task {shown(name)} has no test split: name a file of examples to score on with --data"
             )
-        tested, used = _select(pool, most, fits, f"{shown(name)} has no examples to score", "examples")
+        task = f"{shown(name)} has no examples to score"
+        tested, used = _select(pool, most, task, "examples", fits=fits, seq_len=seq_len)
         result.usage[name] = {split: used}
         _add_unused(result.usage[name], splits)
         result.test.extend(tested)
@@ -308,8 +315,8 @@ def _add_unused(usage: dict[str, Usage], splits: Mapping[str, Examples]) -> None
 
 
 def _select(
-    pool: Examples, most: int, fits: Callable[[Example], bool], task: str, option: str,
-    tested: Collection[bytes] = (),
+    pool: Examples, most: int, task: str, option: str, tested: Collection[bytes] = (), *,
+    fits: Callable[[Example], bool], seq_len: int | None,
 ) -> tuple[Examples, Usage]:  # fmt: skip
     """Selects the first fitting examples of a pool without tested prompts (the ids of their texts).
 
@@ -328,7 +335,8 @@ def _select(
         else:
             too_long += 1
     if not selected:
-        why = f": all {too_long} are too long (seq_len)" if too_long else ": all have held-out prompts" * bool(pool)
+        why = f": all {too_long} are too long" if too_long else ": all have held-out prompts" * bool(pool)
+        why += f" for seq_len={seq_len}: give a larger one" if too_long and seq_len is not None else ""
         raise ValueError(f"the task {task} on{why}")
     counts = {
         f"beyond {option}": rest - len(selected) - too_long,

@@ -31,6 +31,8 @@ from align_ext.training.options import TrainOptions, known_options
 from align_ext.training.rows import choose, read_pools
 
 PLAN, CELLS = "plan.json", "cells"
+_NAMED = 6  # so many changes are named in a message
+_DECIDING = "score.test, score.dev, score.unseen, train.data, train.tasks, train.train_examples, train.seq_len"
 _FIXED = ("data", "dtype", "device", "base_parameters")  # what may not change while a study grows
 
 
@@ -92,7 +94,8 @@ def read_unseen(
     rest = {name: splits for name, splits in others.tasks.items() if name not in trained}
     if not rest:
         raise ValueError("score.unseen: all of its tasks are trained on: name others in score.unseen.tasks")
-    return scored_examples(Pools(rest, others.notes), unseen.examples, _fits(tokenizer, options), undivided=True)
+    fit, pools = _fits(tokenizer, options), Pools(rest, others.notes)
+    return scored_examples(pools, unseen.examples, fit, undivided=True, seq_len=options.seq_len)
 
 
 def probe_rows(study: Study, trained: TaskData) -> list[Example]:
@@ -130,9 +133,9 @@ def make_plan(study: Study, before: Mapping[str, Any] | None = None) -> dict[str
     if first.dtype != AUTO:
         dtype = first.dtype
     data = read_data(study, first, tokenizer)
-    num_tasks, digest = len(data.trained.names), _data_digest(data)
+    num_tasks, entry = len(data.trained.names), _data_entry(data)
     budget = _budget(study, model, num_tasks)
-    base: dict[str, Any] = {"key": base_cell(study, digest, dtype), "arm": BASE, "seed": None, "vary": {}}
+    base: dict[str, Any] = {"key": base_cell(study, entry["digest"], dtype), "arm": BASE, "seed": None, "vary": {}}
     base["options"] = _not_default(first_options(study, dtype=dtype, device=device))
     arms: dict[str, Any] = {}
     cells = []
@@ -155,11 +158,7 @@ def make_plan(study: Study, before: Mapping[str, Any] | None = None) -> dict[str
         "vary": {axis: list(values) for axis, values in study.vary.items()}, "choose": list(study.choose),
         "dtype": dtype, "device": device, "versions": versions(),
         "base_parameters": sum(p.numel() for p in model.parameters()),
-        "data": data.trained.counts() | {
-            "digest": digest,
-            "unseen": {} if data.unseen is None else data.unseen.counts()["tasks"],
-            "rows": {split: len(examples) for split, examples in data.scored().items()},
-        },
+        "data": entry,
         "arms": arms, "cells": [base, *cells],
     }  # fmt: skip
 
@@ -180,8 +179,8 @@ def store_plan(folder: Path, study: Study) -> dict[str, Any]:
         return before
     plan = make_plan(study, before if same or begun else None)  # the same dtype for workers that start together
     for name in _FIXED if before is not None and begun else ():
-        if json.loads(json.dumps(plan[name])) != before[name]:  # type: ignore[index]
-            raise _changed(name, folder)
+        if (new := json.loads(json.dumps(plan[name]))) != before[name]:  # type: ignore[index]
+            raise _changed(name, folder, before[name], new)  # type: ignore[index]
     with atomic_file(file) as new:
         new.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
     return plan
@@ -211,15 +210,41 @@ def check_data(folder: Path, study: Study, plan: Mapping[str, Any]) -> None:
     """
     first = first_options(study)
     _, tokenizer = empty_model(first.model)
-    if _data_digest(read_data(study, first, tokenizer)) != plan["data"]["digest"]:
-        raise _changed("data", folder)
+    found = _data_entry(read_data(study, first, tokenizer))
+    if found["digest"] != plan["data"]["digest"]:
+        raise _changed("data", folder, plan["data"], found)
 
 
-def _changed(name: str, folder: Path) -> ValueError:
+def _changed(name: str, folder: Path, before: Any, new: Any) -> ValueError:
+    change = _row_changes(before, new) if name == "data" else f"{shown(before)} -> {shown(new)}"
     return ValueError(
-        f"{name} of the study in {shown(str(folder))} has changed since its first cell, so that its cells "
-        "would not compare: put it back, or start another study (`align-lora study new`)"
+        f"{name} of the study in {shown(str(folder))} has changed since its first cell ({change}), so that its cells "
+        f"would not compare: put it back, or start another study, as `align-lora study new {folder}-2 --like {folder}`"
     )
+
+
+def _row_changes(before: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Returns what differs between two entries of a plan for its rows, and the options that it comes from."""
+    if before["digest"] == new["digest"]:
+        return "the same rows are used, of files with other rows beside them"
+    old_used, used = ({
+        f"{task} {split}": usage["used"]
+        for task, splits in (*entry["tasks"].items(), *entry["unseen"].items()) for split, usage in splits.items()
+    } for entry in (before, new))  # fmt: skip
+    names = [name for name in {**old_used, **used} if old_used.get(name) != used.get(name)]
+    changes = [f"{name} {old_used.get(name, 0):,} -> {used.get(name, 0):,}" for name in names[:_NAMED]]
+    changes += [f"{len(names) - _NAMED} more"] * (len(names) > _NAMED)
+    what = f"rows that are used: {', '.join(changes)}" if names else "as many rows, but other ones"
+    return f"{what}; {_DECIDING} and the smallest of seeds decide on them"
+
+
+def _data_entry(data: StudyData) -> dict[str, Any]:
+    """Returns what a plan says of the rows."""
+    return data.trained.counts() | {
+        "digest": _data_digest(data),
+        "unseen": {} if data.unseen is None else data.unseen.counts()["tasks"],
+        "rows": {split: len(examples) for split, examples in data.scored().items()},
+    }
 
 
 def _data_digest(data: StudyData) -> str:

@@ -60,7 +60,10 @@ def choose(
             too_long(example)
         return fitting
 
-    data = select(pools, options.train_counts, options.eval_examples, fit, dev_per_task=dev, seed=options.order_seed)
+    data = select(
+        pools, options.train_counts, options.eval_examples, fit, dev_per_task=dev, seed=options.order_seed,
+        seq_len=options.seq_len,
+    )  # fmt: skip
     if tokenizer is None or not options.packing:
         return data
 

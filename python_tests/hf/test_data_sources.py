@@ -42,7 +42,7 @@ def prompts(source):
         (b"[]", "holds no rows"),
         (b"7\n", "line 1: 7 is no JSON object"),
         (b"\n\r\n", "holds no rows"),
-        (b"", "holds no rows"),
+        (b"", "holds no rows: write some into it, or take it out of the folder "),
         (b'{"a": NaN}', "line 1: cannot be read (NaN is no JSON number"),
         (b'{"a": 1e400}', "line 1: cannot be read (the number '1e400' is out of range"),
         (b'{"a": ' + b"9" * 5000 + b"}", "is out of range"),

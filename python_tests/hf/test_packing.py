@@ -139,7 +139,7 @@ def test_alignment_counts_the_same_tokens(place):
 def test_long_texts_are_left_out_or_with_packing_cut_and_counted(place):
     texts = [{"task": "t", "text": f"{i} " + "word " * 12} for i in range(6)]
     write_rows(place / "rows.jsonl", [*texts, *({"task": "q", "prompt": f"p{i}", "answer": "a"} for i in range(6))])
-    with pytest.raises(ValueError, match=r"'t' has no examples to score on: all 6 are too long \(seq_len\)"):
+    with pytest.raises(ValueError, match=r"'t' has no examples to score on: all 6 are too long for seq_len=30: give"):
         prepare(place, seq_len=30, eval_examples=2)
     job = prepare(place, seq_len=30, eval_examples=2, packing=True, output="cut")
     assert job.data.notes[-2:] == (

@@ -141,7 +141,7 @@ def test_accumulation_and_checkpointing_run_and_plain_lora_has_no_alignment(plac
         ({"model": "/absent"}, "no model folder '/absent'"),
         ({"tasks": ("next",)}, "alignment needs two tasks"),
         ({"tasks": ("nexd",)}, "did you mean 'next'"),
-        ({"seq_len": 3}, "are too long .seq_len."),
+        ({"seq_len": 3}, "are too long for seq_len=3: give a larger one"),
         ({"target_modules": ("absent",)}, "no layer was adapted"),
         ({"architecture": "adalora", "align": None, "tinit": 11, "tfinal": 1}, "leave none of 12 optimizer steps"),
         ({"architecture": "adalora", "align": None, "total_step": 90}, "12 optimizer steps, .* final at step 45"),

@@ -180,7 +180,7 @@ def test_a_run_says_which_rows_it_held_out_and_how_it_read_them(run, place):
         (["--json", "absent/x.json"], "--json='absent/x.json' cannot be written: No such file"),
         (["--examples", 0], "examples must be a positive integer, got 0"),
         (["--dtype", "int8"], "dtype='int8' is not one of"),
-        (["--seq-len", 3], "are too long (seq_len)"),
+        (["--seq-len", 3], "are too long for seq_len=3: give a larger one"),
         (["--batch-size", "many"], "--batch-size"),
     ],
 )
