@@ -220,6 +220,17 @@ def test_a_file_is_whole_or_as_it_was_and_a_device_is_written_to(tmp_path):
         new.write_text("nothing")
 
 
+def test_a_file_that_cannot_be_written_is_one_line_without_the_hidden_name(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(ValueError, match=r"^cannot write .*file/x: Not a directory$"),
+        atomic_file(tmp_path / "file/x") as new,
+    ):
+        new.write_text("one")
+    with pytest.raises(OSError, match="absent"), atomic_file(tmp_path / "y") as new:
+        new.write_text((tmp_path / "absent").read_text())
+
+
 @pytest.mark.parametrize("name", [".", "none/x", "/proc/x", "n" * 300, "file/x", "a\0b"])
 def test_a_file_that_cannot_be_written_is_known_before(tmp_path, name, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -269,10 +269,10 @@ def test_a_cell_that_fails_says_why_and_the_others_go_on(place, tmp_path, monkey
     folder = write(tmp_path / "s", design(place, arms={name: ARMS[name] for name in ("lora", "align")}))
     fit = cell_module.fit
 
-    def failing(job, *args):
+    def failing(job, *args, **options):
         if job.options.adapter["architecture"] == "lora":
             raise RuntimeError("the disk is on fire")
-        return fit(job, *args)
+        return fit(job, *args, **options)
 
     monkeypatch.setattr(cell_module, "fit", failing)
     found, said = start(folder)
