@@ -346,7 +346,7 @@ def _list(value: Any, what: str) -> list[Any]:
 
 
 def _example(what: str) -> str:
-    other = "{architecture: lora}" if what.startswith("arm ") else "[4, 8]"
+    other = "{architecture: lora}" if what.startswith("arm ") else "[VALUE, VALUE]"
     return f"as {_EXAMPLES.get(what, other)}"
 
 

@@ -26,11 +26,12 @@ from align_ext.system.bounds import unknown_name
 from align_ext.system.messages import reason_of, shown
 from align_ext.system.reading import read_json
 from align_ext.system.versions import versions
-from align_ext.system.writing import atomic_file
+from align_ext.system.writing import atomic_file, check_writable
 from align_ext.training.options import TrainOptions, known_options
 from align_ext.training.rows import choose, read_pools
 
 PLAN, CELLS = "plan.json", "cells"
+READ_ONLY = "make it writable, or copy the study to another folder"  # the cure for a folder that is not
 _NAMED = 6  # so many changes are named in a message
 _DECIDING = "score.test, score.dev, score.unseen, train.data, train.tasks, train.train_examples, train.seq_len"
 _FIXED = ("data", "dtype", "device", "base_parameters")  # what may not change while a study grows
@@ -170,13 +171,15 @@ def store_plan(folder: Path, study: Study) -> dict[str, Any]:
     a plan binds to nothing.
 
     Raises:
-        ValueError: as in make_plan; or the data, the model or the dtype are not those of the cells that are there.
+        ValueError: as in make_plan; or the folder cannot be written to; or the data, the model or the dtype are not
+            those of the cells that are there.
     """
     file = folder / PLAN
     before = read_json(file) if file.is_file() else None
     same, begun = before is not None and before.get("design") == design_digest(study), _begun(folder)
     if before is not None and same and begun:
         return before
+    check_writable(folder, READ_ONLY)
     plan = make_plan(study, before if same or begun else None)  # the same dtype for workers that start together
     for name in _FIXED if before is not None and begun else ():
         if (new := json.loads(json.dumps(plan[name]))) != before[name]:  # type: ignore[index]

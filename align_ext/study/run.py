@@ -21,7 +21,7 @@ from rich.console import Console
 from align_ext.study.cell import claimed_by_first, damage, is_done, run_base, run_cell, work_folder
 from align_ext.study.deeper import MECHANISM, look_deeper, wants_look
 from align_ext.study.design import BASE, Cell, Study
-from align_ext.study.plan import CELLS, PLAN, check_data, store_plan
+from align_ext.study.plan import CELLS, PLAN, READ_ONLY, check_data, store_plan
 from align_ext.system import processes
 from align_ext.system.bounds import integer_text, is_whole, unknown_name
 from align_ext.system.ending import end_with_parent
@@ -79,7 +79,7 @@ def run(
     for name, count in (("jobs", jobs), ("nproc", nproc)):
         if not is_whole(count):
             raise ValueError(f"{name} must be {integer_text(count)}, got {count}")
-    processes.by_first(lambda: check_writable(folder, "make it writable, or copy the study to another folder"))
+    processes.by_first(lambda: check_writable(folder, READ_ONLY))
     plan = processes.by_first(lambda: store_plan(folder, study))
     for arm in arms:
         if arm not in plan["arms"]:

@@ -102,8 +102,9 @@ def test_a_folder_that_cannot_be_written_to_is_known_before_the_first_cell(place
 
     monkeypatch.setattr(writing.tempfile, "TemporaryFile", refuse)
     folder, why = new_study(place, tmp_path / "s"), r"\(Read-only file system\): "
-    with pytest.raises(UserError, match=rf"^cannot write to the folder .*/s {why}make it writable, or copy the study"):
-        command("run", folder)
+    for name in ("plan", "run"):
+        with pytest.raises(UserError, match=rf"^cannot write to the folder .*/s {why}make it writable, or copy the"):
+            command(name, folder)
     with pytest.raises(UserError, match=rf"^cannot write to the folder .*/t {why}name another one$"):
         command("new", tmp_path / "t")
 
