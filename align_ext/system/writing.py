@@ -247,6 +247,10 @@ def atomic_file(file: str | os.PathLike[str]) -> Iterator[Path]:
             new.unlink(missing_ok=True)
 
 
+class _Tried(Exception):
+    """Ends an attempt to write before anything is replaced."""
+
+
 def check_file(option: str, file: str | os.PathLike[str], mark: str) -> None:
     """Checks that a result can be written to a file: a new one, an empty one, a device, or an earlier result.
 
@@ -265,11 +269,11 @@ def check_file(option: str, file: str | os.PathLike[str], mark: str) -> None:
             os.close(os.open(file, os.O_WRONLY | os.O_NONBLOCK))
         if Path(file).is_file() and not _is_result(Path(file), mark):
             raise FileExistsError(errno.EEXIST, "the file there is no such result, and would be lost: name another")
-        with suppress(InterruptedError), atomic_file(file) as new:
+        with suppress(_Tried), atomic_file(file) as new:
             if new.name == Path(os.path.realpath(file)).name:
                 return
             new.touch(exist_ok=False)
-            raise InterruptedError
+            raise _Tried
     except (OSError, ValueError) as error:
         cause = error.__cause__ if isinstance(error.__cause__, OSError) else error  # of atomic_file's error
         raise ValueError(f"{option}={shown(os.fspath(file))} cannot be written: {reason_of(cause)}") from error
