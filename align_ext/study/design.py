@@ -138,7 +138,7 @@ class Study:
             same = seen.setdefault(repr([cell.arm, self.options_of(cell)]), cell)  # raises
             if same is not cell:
                 raise ValueError(f"vary holds the same value twice: the cells {same.label} and {cell.label} are one")
-        self.budget_options()  # raises
+        self.budget()  # raises
 
     def arm(self, name: str) -> Arm:
         """Returns an arm by its name."""
@@ -165,14 +165,14 @@ class Study:
         chosen: dict[str, Any] = {name: None if value == "none" else value for name, value in named.items()}
         return AlignLoraConfig(**chosen, num_tasks=2).align
 
-    def budget_options(self) -> TrainOptions | None:
-        """Returns the options whose number of trained parameters all arms are matched to, or None.
+    def budget(self) -> TrainOptions | int | None:
+        """Returns the number of trained parameters that all arms are matched to, or the options that have it, or None.
 
         Raises:
             ValueError: as in TrainOptions; the message begins with the path in study.yaml.
         """
         if not isinstance(self.parameters, Mapping):
-            return None
+            return self.parameters
         try:
             return TrainOptions.from_mapping(self.train, self.parameters)
         except ValueError as error:

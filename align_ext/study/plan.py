@@ -257,8 +257,10 @@ def _data_digest(data: StudyData) -> str:
 
 def _budget(study: Study, model: torch.nn.Module, num_tasks: int) -> int | None:
     """Returns the number of trained parameters that all arms are matched to, or None."""
-    options = study.budget_options()
-    return study.parameters if options is None else trained_parameters(_config(options, model, num_tasks), model)
+    budget = study.budget()
+    if not isinstance(budget, TrainOptions):
+        return budget
+    return trained_parameters(_config(budget, model, num_tasks), model)
 
 
 def nearest_rank(config: AlignLoraConfig, model: torch.nn.Module, budget: int) -> int:
