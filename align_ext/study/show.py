@@ -82,7 +82,7 @@ def remarks(folder: Path, plan: Mapping[str, Any], found: Sequence[CellStatus]) 
 
 def status_table(found: Sequence[CellStatus]) -> Table:
     """Returns the state of every cell."""
-    table = Table("cell", "state", "step", "left", "error or host")
+    table = Table("cell", "state", "step", "left", "detail")
     for one in found:
         left = "" if one.seconds_left is None else f"{one.seconds_left / 60:.0f} min"
         table.add_row(one.key, one.state, str(one.step or ""), left, one.detail)
