@@ -88,7 +88,9 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a name may hold characters that the terminal cannot show
-    sys.exit(run_guarded(_run))
+    code = run_guarded(_run)
+    ending.stop_listening()
+    sys.exit(code)
 
 
 def _run() -> int:

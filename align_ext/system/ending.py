@@ -28,6 +28,13 @@ def listen() -> None:
             signal.signal(number, _handle_signal)
 
 
+def stop_listening() -> None:
+    """Lets both signals end the process at once again: the command is over, and only Python itself is to end."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is _handle_signal:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def end_with_parent() -> None:
     """Lets SIGTERM end this process, and what it becomes by exec, when its parent ends, also by SIGKILL; Linux only."""
     if sys.platform == "linux":

@@ -214,6 +214,15 @@ def test_a_worker_ends_with_a_parent_that_is_killed():
     assert not is_running(worker)
 
 
+def test_a_signal_after_the_command_is_no_traceback():
+    program = (
+        "import atexit, os, signal, sys; from align_ext.cli import main\n"
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM)); sys.argv[1:] = ['--version']; main()"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr.count("Traceback")) == (-signal.SIGTERM, 0)
+
+
 def is_running(pid):
     try:
         os.kill(pid, 0)
