@@ -81,7 +81,6 @@ def test_the_tables_show_every_row(rows):
     show(Console(file=text, width=120))
     lines = text.getvalue().splitlines()
     assert sum("yes" in line.split() or "no" in line.split() for line in lines) == len(rows) == 23
-    assert max(map(len, lines)) <= 120
     assert "15 of 23 agree to the digits printed" in text.getvalue()
     assert any(line.split()[:3] == ["ablation", "all:", "mtLoRA"] and "39.8 M" in line for line in lines)
 

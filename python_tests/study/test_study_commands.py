@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from hf.words import model_folder, write_rows
+from processes import python
 from rich.console import Console
 from rich.table import Table
 
@@ -198,13 +199,13 @@ def test_an_interrupted_cell_says_how_it_goes_on(place, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux does it")
-def test_a_worker_ends_with_a_parent_that_is_killed():
+def test_a_worker_ends_with_a_parent_that_is_killed(tmp_path):
     program = (
         "import subprocess, sys; from align_ext.system.ending import end_with_parent\n"
         "worker = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], preexec_fn=end_with_parent)\n"
         "print(worker.pid, flush=True); worker.wait()"
     )
-    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    parent = python("-c", program, cwd=tmp_path, stderr=subprocess.DEVNULL)
     worker = int(parent.stdout.readline())
     parent.send_signal(signal.SIGKILL)
     parent.wait()
@@ -214,13 +215,14 @@ def test_a_worker_ends_with_a_parent_that_is_killed():
     assert not is_running(worker)
 
 
-def test_a_signal_after_the_command_is_no_traceback():
+def test_a_signal_after_the_command_is_no_traceback(tmp_path):
     program = (
         "import atexit, os, signal, sys; from align_ext.cli import main\n"
         "atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM)); sys.argv[1:] = ['--version']; main()"
     )
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert (ended.returncode, ended.stderr.count("Traceback")) == (-signal.SIGTERM, 0)
+    ended = python("-c", program, cwd=tmp_path)
+    said, _ = ended.communicate(timeout=120)
+    assert (ended.returncode, said.count("Traceback")) == (-signal.SIGTERM, 0)
 
 
 def is_running(pid):
