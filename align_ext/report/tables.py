@@ -208,20 +208,35 @@ def task_differences(arms: Arms, measure: str, split: str) -> Table | None:
     for variant in arms.trained:
         other, row = arms.baseline(variant), arm_columns(arms, variant)
         for task in tasks if other else ():
-            d, groups = arms.differences(variant, other, split, measure, task)  # type: ignore[arg-type]
-            if d.size and d.shape[1] > 1:
-                found = statistics.compare(d, groups)
-                row |= {task: found.estimate, f"{task} low": found.low, f"{task} high": found.high}
+            if found := _compared(arms, variant, other, split, measure, task):  # type: ignore[arg-type]
+                row |= _between(task, found)
                 seen.add(task)
         if other:
             rows.append(row)
     if not seen:
         return None
     title, kind, _ = MEASURES[measure]
-    columns = [Column(t, t, kind, True, between=(f"{t} low", f"{t} high")) for t in tasks if t in seen]
+    columns = [_between_column(task, task, kind) for task in tasks if task in seen]
     caption = f"Arm minus {arms.results.baseline} on each task [95%]. Exploratory: not adjusted for their number."
     name = f"differences_by_task_{measure}" + ("_unseen" if split == "unseen" else "")
     return Table(name, f"{title}, task by task", caption, [Column("arm", "arm"), *columns], rows, folded=True)
+
+
+def _compared(
+    arms: Arms, variant: Variant, other: Variant, split: str, measure: str, task: str | None = None
+) -> statistics.Difference | None:
+    """Returns one variant minus another where rows tell of their spread."""
+    d, groups = arms.differences(variant, other, split, measure, task)
+    return statistics.compare(d, groups) if d.size and d.shape[1] > 1 else None
+
+
+def _between(key: str, found: statistics.Difference) -> dict[str, Any]:
+    """Returns what a column of _between_column shows of a difference."""
+    return {key: found.estimate, f"{key} low": found.low, f"{key} high": found.high}
+
+
+def _between_column(key: str, title: str, kind: str) -> Column:
+    return Column(key, title, kind, True, between=(f"{key} low", f"{key} high"))
 
 
 def control_table(arms: Arms) -> Table | None:
@@ -232,18 +247,13 @@ def control_table(arms: Arms) -> Table | None:
         for other in others:
             row: dict[str, Any] = {"arm": variant.label, "minus": other.label, "seeds": None}
             for measure in measures:
-                d, groups = arms.differences(variant, other, "test", measure)
-                if d.size and d.shape[1] > 1:
-                    found = statistics.compare(d, groups)
-                    row |= {measure: found.estimate, f"{measure} low": found.low, f"{measure} high": found.high}
-                    row["seeds"] = found.seeds
+                if found := _compared(arms, variant, other, "test", measure):
+                    row |= _between(measure, found) | {"seeds": found.seeds}
             rows.append(row)
     there = [measure for measure in measures if any(measure in row for row in rows)]
     if not there:
         return None
-    compared = [
-        Column(one, MEASURES[one][0], MEASURES[one][1], True, between=(f"{one} low", f"{one} high")) for one in there
-    ]
+    compared = [_between_column(one, *MEASURES[one][:2]) for one in there]
     caption = (
         "Aligned arm minus a control of it, or minus the same architecture without alignment, paired by row [95%]; not "
         "adjusted for their number. What the two share is no effect of alignment, whether it helps or costs."

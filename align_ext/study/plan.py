@@ -21,7 +21,7 @@ from align_ext.data.encode import fits
 from align_ext.data.rows import Example
 from align_ext.data.tasks import Pools, TaskData, read_tasks, row_ids, scored_examples
 from align_ext.model.cost import adapter_flops, match_rank, planned_adapters, trained_parameters
-from align_ext.study.design import BASE, Cell, Score, Study, read_study
+from align_ext.study.design import BASE, DESIGN, Cell, Score, Study, read_study
 from align_ext.system.bounds import unknown_name
 from align_ext.system.messages import reason_of, shown
 from align_ext.system.reading import read_json
@@ -191,7 +191,7 @@ def store_plan(folder: Path, study: Study) -> dict[str, Any]:
 
 def stale(folder: Path) -> str:
     """Returns a line if the design in a study's folder is not that of its plan any more, or ""."""
-    if not (folder / "study.yaml").is_file() or not (folder / PLAN).is_file():
+    if not (folder / DESIGN).is_file() or not (folder / PLAN).is_file():
         return ""
     try:
         same = design_digest(read_study(folder)) == read_json(folder / PLAN).get("design")

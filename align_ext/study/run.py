@@ -189,13 +189,11 @@ def outside(folder: Path, plan: Mapping[str, Any]) -> str:
     planned = {cell["key"] for cell in plan["cells"]}
     names = [path.parent.name for path in sorted((folder / CELLS).glob("*/cell.json"))]
     names = [name for name in names if name not in planned]
+    if not names:
+        return ""
     return (
-        (
-            f"{len(names)} finished cells are of another design, and no part of this study as it is: "
-            f"{line(', '.join(names), 200)}; they count again when study.yaml is put back"
-        )
-        if names
-        else ""
+        f"{len(names)} finished cells are of another design, and no part of this study as it is: "
+        f"{line(', '.join(names), 200)}; they count again when study.yaml is put back"
     )
 
 
