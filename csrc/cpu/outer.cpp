@@ -10,24 +10,24 @@ namespace {
 
 // ---- outer_add
 
-// Computes ranks j .. j+7 of kVecs vectors of columns from c on. Without kWhole only `lanes` columns of the last vector
-// exist. load_x(t, column) returns a vector of row t, or its first lanes.
-template <int W, int kVecs, bool kWhole, typename T, typename LoadX>
+// Computes ranks j .. j+kTileRanks-1 of kVecs vectors of columns from c on. Without kWhole only `lanes` columns of the
+// last vector exist. load_x(t, column) returns a vector of row t, or its first lanes.
+template <int W, int kTileRanks, int kVecs, bool kWhole, typename T, typename LoadX>
 ALIGN_INLINE void outer_tile(const OuterAdd<T>& op, const LoadX& load_x, int64_t j, int64_t c, int64_t lanes) {
   using A = Acc<T>;
   constexpr int kLane = kLanes<A, W>;
-  Vec<A, W> sum[kRanks][kVecs] = {};
+  Vec<A, W> sum[kTileRanks][kVecs] = {};
 #pragma GCC unroll 4
   for (int64_t t = 0; t < op.rows.count; ++t) {
     const A* factor = op.g.row(t) + j;
     Vec<A, W> xd[kVecs];
     for (int v = 0; v < kVecs; ++v) xd[v] = load_x(t, c + v * kLane, std::bool_constant<kWhole>{}, lanes);
-    for (int k = 0; k < kRanks; ++k) {
+    for (int k = 0; k < kTileRanks; ++k) {
       for (int v = 0; v < kVecs; ++v) sum[k][v] += xd[v] * factor[k];
     }
   }
 #pragma GCC unroll 16
-  for (int k = 0; k < kRanks; ++k) {
+  for (int k = 0; k < kTileRanks; ++k) {
     if (j + k >= op.rank) continue;  // padding; a loop with a break would keep the sums in memory
 #pragma GCC unroll 16
     for (int v = 0; v < kVecs; ++v) {
@@ -41,16 +41,18 @@ ALIGN_INLINE void outer_tile(const OuterAdd<T>& op, const LoadX& load_x, int64_t
   }
 }
 
-template <int W, typename T, typename LoadX>
+template <int W, int kTileRanks, typename T, typename LoadX>
 ALIGN_INLINE void outer_tiles(const OuterAdd<T>& op, const LoadX& load_x) {
-  constexpr int64_t kVecs = kTile<W> / kRanks, kLane = kLanes<Acc<T>, W>, kTileColumns = kVecs * kLane;
+  constexpr int64_t kVecs = tile_vecs<W>(kTileRanks), kLane = kLanes<Acc<T>, W>, kTileColumns = kVecs * kLane;
   constexpr int64_t kPanel = 512;  // columns of all rows that stay in the second-level cache for all ranks
   for (int64_t first = 0; first < op.x.columns; first += kPanel) {
     const int64_t last = std::min(first + kPanel, op.x.columns);
-    for (int64_t j = 0; j < op.rank; j += kRanks) {
+    for (int64_t j = 0; j < op.rank; j += kTileRanks) {
       int64_t c = first;
-      for (; c + kTileColumns <= last; c += kTileColumns) outer_tile<W, kVecs, true, T>(op, load_x, j, c, kLane);
-      for (; c < last; c += kLane) outer_tile<W, 1, false, T>(op, load_x, j, c, std::min(kLane, last - c));
+      for (; c + kTileColumns <= last; c += kTileColumns) {
+        outer_tile<W, kTileRanks, kVecs, true, T>(op, load_x, j, c, kLane);
+      }
+      for (; c < last; c += kLane) outer_tile<W, kTileRanks, 1, false, T>(op, load_x, j, c, std::min(kLane, last - c));
     }
   }
 }
@@ -59,7 +61,7 @@ template <int W, bool kMasked, typename T>
 ALIGN_INLINE void outer_add_tiles(const OuterAdd<T>& op) {
   const RowPointers<const T> x(op.rows, op.x, kFar);
   const RowMasks<kMasked> masks(op.rows, op.mask);
-  outer_tiles<W, T>(op, [&](int64_t t, int64_t column, auto whole, int64_t lanes) ALIGN_INLINE_LAMBDA {
+  outer_tiles<W, kRanks, T>(op, [&](int64_t t, int64_t column, auto whole, int64_t lanes) ALIGN_INLINE_LAMBDA {
     const T* p = x.at[t] + column;
     prefetch(x.ahead[t] + column);
     return masks.template apply<W, Acc<T>>(whole() ? load<W>(p) : load_first<W>(p, lanes), t, column);
@@ -68,8 +70,11 @@ ALIGN_INLINE void outer_add_tiles(const OuterAdd<T>& op) {
 
 // ---- dot_outer
 
-// So many columns of a block of x fit into the first-level cache together with as many rows of bt, up to rank 48.
-constexpr int64_t kPanelColumns = 64, kLineColumns = 16;
+// So many columns of a block of x fit into the first-level cache together with as many rows of bt, up to rank 48 of 64
+// columns. A multiple of the columns of the tiles of the outer product.
+template <int W>
+constexpr int64_t kPanelColumns = W == 32 ? 48 : 64;
+constexpr int64_t kLineColumns = 16;
 
 // Adds kRows rows of the panel times bt, which has a row for each of its columns, to kVecs vectors of ranks of out;
 // asks for as many columns of the rows at ahead, if that is not null.
@@ -85,7 +90,7 @@ ALIGN_INLINE void ranks_tile(const Acc<T>* panel, int64_t width, const Acc<T>* b
       Vec<A, W> ranks[kVecs];
       for (int v = 0; v < kVecs; ++v) ranks[v] = load<W>(bt + c * bt_stride + v * kLane);
       for (int i = 0; i < kRows; ++i) {
-        for (int v = 0; v < kVecs; ++v) sum[i][v] += ranks[v] * panel[i * kPanelColumns + c];
+        for (int v = 0; v < kVecs; ++v) sum[i][v] += ranks[v] * panel[i * kPanelColumns<W> + c];
       }
     }
   }
@@ -100,27 +105,28 @@ ALIGN_INLINE void ranks_tile(const Acc<T>* panel, int64_t width, const Acc<T>* b
 template <int W, typename T>
 ALIGN_INLINE void dot_outer_tiles(const DotOuter<T>& op) {
   using A = Acc<T>;
-  constexpr int64_t kLane = kLanes<A, W>;
+  constexpr int64_t kLane = kLanes<A, W>, kPanel = kPanelColumns<W>;
+  constexpr int kTileRanks = W == 32 ? 4 : kRanks;  // of the outer product
   const RowPointers<const T> x(op.rows, op.x, kFar);
-  const int64_t ranks = round_up(op.rank, kColumnAlign), vecs = ranks / kLane;
-  for (int64_t t = 0; t < kRowBlock; ++t) std::fill_n(op.out.row(t), ranks, A(0));
-  alignas(64) A panel[kRowBlock * kPanelColumns];
-  for (int64_t first = 0; first < op.x.columns; first += kPanelColumns) {
-    const int64_t width = std::min(kPanelColumns, op.x.columns - first);
+  const int64_t vecs = ceil_div(op.rank, kLane);
+  for (int64_t t = 0; t < kRowBlock; ++t) std::fill_n(op.out.row(t), round_up(op.rank, kColumnAlign), A(0));
+  alignas(64) A panel[kRowBlock * kPanel];
+  for (int64_t first = 0; first < op.x.columns; first += kPanel) {
+    const int64_t width = std::min(kPanel, op.x.columns - first);
     for (int64_t i = 0; i < kRowBlock; ++i) {
       const T* row = x.at[i] + first;
-      A* target = panel + i * kPanelColumns;
+      A* target = panel + i * kPanel;
       int64_t c = 0;
       for (; c + kLane <= width; c += kLane) store<W>(target + c, load<W>(row + c));
       if (c < width) store<W>(target + c, load_first<W>(row + c, width - c));
     }
-    const bool last = first + kPanelColumns >= op.x.columns;
+    const bool last = first + kPanel >= op.x.columns;
     const T* const* next = last ? x.ahead : x.at;
-    const int64_t next_first = last ? 0 : first + kPanelColumns;
+    const int64_t next_first = last ? 0 : first + kPanel;
     const auto tiles = [&](auto count, int64_t v) ALIGN_INLINE_LAMBDA {
-      constexpr int kVecs = count(), kRows = kTile<W> / (kVecs == 3 ? 4 : kVecs);
+      constexpr int kVecs = count(), kRows = kVecs == 3 ? 4 : kTile<W> / kVecs;
       for (int64_t t = 0; t < op.rows.count; t += kRows) {
-        ranks_tile<W, kRows, kVecs, T>(panel + t * kPanelColumns, width, op.bt.row(first) + v * kLane, op.bt.stride,
+        ranks_tile<W, kRows, kVecs, T>(panel + t * kPanel, width, op.bt.row(first) + v * kLane, op.bt.stride,
                                        op.out.row(t) + v * kLane, op.out.stride, v == 0 ? next + t : nullptr,
                                        next_first);
       }
@@ -130,13 +136,13 @@ ALIGN_INLINE void dot_outer_tiles(const DotOuter<T>& op) {
     if (v + 2 == vecs) tiles(std::integral_constant<int, 2>{}, v);
     if (v + 1 == vecs) tiles(std::integral_constant<int, 1>{}, v);
     const OuterAdd<A> outer{.rows = all_rows(op.rows.count),
-                            .x = {panel, width, kPanelColumns},
+                            .x = {panel, width, kPanel},
                             .g = op.g,
                             .rank = op.outer_rank,
                             .outer = {op.outer.data + first, op.outer.stride},
                             .first = op.first};
-    outer_tiles<W, A>(outer, [&](int64_t t, int64_t column, auto, int64_t)
-                                 ALIGN_INLINE_LAMBDA { return load<W>(panel + t * kPanelColumns + column); });
+    outer_tiles<W, kTileRanks, A>(outer, [&](int64_t t, int64_t column, auto, int64_t)
+                                             ALIGN_INLINE_LAMBDA { return load<W>(panel + t * kPanel + column); });
   }
 }
 

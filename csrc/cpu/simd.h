@@ -132,14 +132,18 @@ ALIGN_INLINE void store(T* target, const Vec<Acc<T>, W>& v) {
 // Loads the first count elements; the other lanes are zero.
 template <int W, typename T>
 ALIGN_INLINE Vec<Acc<T>, W> load_first(const T* source, int64_t count) {
-  T padded[kLanes<Acc<T>, W>] = {};
+  constexpr int kAll = kLanes<Acc<T>, W>;
+  if (count == kAll) return load<W>(source);
+  T padded[kAll] = {};
   std::memcpy(padded, source, count * sizeof(T));
   return load<W>(padded);
 }
 
 template <int W, typename T>
 ALIGN_INLINE void store_first(T* target, const Vec<Acc<T>, W>& v, int64_t count) {
-  T all[kLanes<Acc<T>, W>];
+  constexpr int kAll = kLanes<Acc<T>, W>;
+  if (count == kAll) return store<W>(target, v);
+  T all[kAll];
   store<W>(all, v);
   std::memcpy(target, all, count * sizeof(T));
 }

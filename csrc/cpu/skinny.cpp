@@ -78,7 +78,8 @@ ALIGN_INLINE void chain_products(const RankTerm<A>& term, int64_t first, int64_t
   for (int i = 0; i < kRows; ++i) {
     for (int v = 0; v < kVecs; ++v) sum[i][v] = Vec<A, W>{};
   }
-  for (int64_t j = first; j < std::min(first + kChain, term.rank); ++j, ++g, b += term.b.stride) {
+  const int64_t last = std::min(first + kChain, term.rank);
+  for (int64_t j = first; j < last; ++j, ++g, b += term.b.stride) {
     Vec<A, W> columns[kVecs];
     for (int v = 0; v < kVecs; ++v) columns[v] = load<W>(b + v * kLanes<A, W>);
     for (int i = 0; i < kRows; ++i) {
@@ -145,9 +146,11 @@ ALIGN_INLINE void add_tile(const RankAdd<T>& op, const RowPointers<T>& out, cons
 
 template <int W, bool kMasked, bool kMany, typename T>
 ALIGN_INLINE void rank_add_tiles(const RankAdd<T>& op, const RowMasks<kMasked>* masks) {
-  constexpr int kRows = 4, kVecs = kTile<W> / kRows;
+  constexpr int kRows = 4;
+  constexpr int kVecs = sizeof(T) == 2 ? kTile<W> / kRows : tile_vecs<W>(kRows);  // converting takes registers
   constexpr int64_t kLane = kLanes<Acc<T>, W>, kTileColumns = kVecs * kLane;
-  constexpr int64_t kPanel = 256;  // rank rows of a panel of b stay in the first-level cache, up to rank 32
+  // Rank rows of a panel of b stay in the first-level cache, up to rank 48.
+  constexpr int64_t kPanel = 128 / kTileColumns * kTileColumns;
   const RowPointers<T> out(op.rows, op.out, kNear);
   const RowPointers<const T> in(
       op.rows, TokenMatrix<const T>{op.in ? op.in : op.out.data, op.out.columns, op.out.stride}, kNear);

@@ -1,5 +1,4 @@
-// The tiles of the products of skinny.h: vector accumulators that stay in registers. A tile reads every operand once
-// and does eight or more multiply-adds for each vector of x.
+// The tiles of the products of skinny.h: vector accumulators that stay in registers. A tile reads every operand once.
 #pragma once
 
 #include <algorithm>
@@ -10,14 +9,22 @@
 
 namespace align::cpu {
 
-// The accumulators of a tile take half of the registers: 32 with AVX-512 and NEON, 16 with AVX2 and SSE.
+// The vector registers: 32 with AVX-512 and NEON, 16 with AVX2 and SSE.
 #if defined(__x86_64__)
 template <int W>
-constexpr int kTile = W == 64 ? 16 : 8;
+constexpr int kRegisters = W == 64 ? 32 : 16;
 #else
 template <int W>
-constexpr int kTile = 16;
+constexpr int kRegisters = 32;
 #endif
+template <int W>
+constexpr int kTile = kRegisters<W> / 2;  // accumulators of most tiles
+// The vectors of a tile that are multiplied by so many factors each. Four factors take more of AVX2's registers: 12
+// sums, 3 vectors and a factor; SSE, which has no multiply-add, needs one for the product.
+template <int W>
+constexpr int tile_vecs(int factors) {
+  return W == 32 && factors == 4 ? 3 : kTile<W> / factors;
+}
 constexpr int kRanks = kRankAlign;  // ranks of a tile of rows_dot and outer_add
 
 // How many rows ahead is prefetched: a few if rows are read one after the other, the next block if this one is in
