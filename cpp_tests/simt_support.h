@@ -11,7 +11,7 @@ namespace align::test {
 
 // Runs body once for each of several orders of blocks and threads, with and without preemption.
 template <typename Body>
-void for_each_order(const Body& body, int orders = 6) {
+void for_each_order(const Body& body, int orders = 4) {
   for (int seed = 1; seed <= orders; ++seed) {
     simt::options() = {};
     simt::options().seed = uint64_t(seed);
