@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -212,6 +213,15 @@ def test_a_process_says_why_it_ended():
         step.Process(step.work(TINY, "nothing", "float32")),
     ):
         pass
+
+
+def test_the_steps_for_which_a_run_has_no_time_are_named(monkeypatch, capsys):
+    monkeypatch.setattr(models, "variants", lambda _: [models.FROZEN, "lora", "r_lora", "hydra"])
+    monkeypatch.setattr(step, "TOGETHER", 1)
+    monkeypatch.setattr(step, "LEAST_ROUNDS", 1)
+    run.run(["step"], replace(TINY, step_rounds=1, visits=1, seconds=1e-3))
+    lines = " ".join(capsys.readouterr().out.split())
+    assert "more time): whole step, tiny model, 5 x 6 tokens, r=3, N=4: bfloat16: r_lora, hydra" in lines
 
 
 @pytest.fixture

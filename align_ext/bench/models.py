@@ -85,8 +85,9 @@ def variants(which: str) -> list[str]:
         return [FROZEN, *(name + FLOAT32 for name in (PEFT, "lora", *USUAL))]
     rivals = [PEFT, "LoRA, restructured", "R-LoRA, loop", "R-LoRA, restructured"]
     siblings = [name + how for name in ("align_lora", "r_lora", "hydra", "m_lora") for how in (SIBLINGS, ALONE)]
-    if which == "usual":
-        return [FROZEN, *rivals, *USUAL, *siblings[:4]]
+    if which == "usual":  # the first ones on a machine that has no time for all
+        first = ["align_lora", PEFT, "r_lora", "R-LoRA, restructured"]
+        return [FROZEN, *first, *siblings[:4], *(name for name in (*rivals, *USUAL) if name not in first)]
     rivals += ["HydraLoRA, loop", "HydraLoRA, restructured"]
     forms = [f"{name}, compiled" for name in rivals if not name.startswith("PEFT")]
     return [FROZEN, *rivals, *forms, PEFT + FLOAT32, *ARCHITECTURES, "align_lora" + FLOAT32, *siblings]

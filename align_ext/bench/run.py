@@ -180,7 +180,9 @@ def run(
         for title, comparison in results.items():
             report(title, comparison, console)
         outcome = Outcome(results, [case.title for case in cases if case.title not in results])
-        late = [f"Left out, as this machine is slow (--only and --full leave more time): {t}" for t in outcome.left_out]
+        variants = [f"{title}: {', '.join(c.left_out)}" for title, c in results.items() if c.left_out]
+        late = [f"Left out, as this machine is slow (--only and --full leave more time): {what}"
+                for what in (*outcome.left_out, *variants)]  # fmt: skip
         for line in (*late, "", *restructured.summary(*outcome.restructured)):
             console.print(line, highlight=False, markup=False)
     if plot is not None:

@@ -187,7 +187,8 @@ def _whole_steps(setting: Setting, dtype: str, print_line: PrintLine) -> Iterato
             times |= result.times_ms
             baselines |= result.baselines
         peak[first] = frozen.finish()
-    result = Comparison(times, tokens=tokens, baselines=baselines, peak_mib=peak)
+    left_out = [variant for variant in others if variant not in times]
+    result = Comparison(times, tokens=tokens, baselines=baselines, peak_mib=peak, left_out=left_out)
     if {"R-LoRA, loop", "LoRA, restructured", "r_lora"} <= set(times):
         # 1.5 times as fast as the loop, and within 5% of LoRA with one head.
         limit = min(result.ratios("R-LoRA, loop")[1] / 1.5, 1.05 * result.ratios("LoRA, restructured")[1])

@@ -20,7 +20,7 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -65,6 +65,7 @@ class Comparison:
         goals: the goals of some variants.
         restructured: the variants that a variant of the same round restructures: ours -> the other.
         point: the varied quantity and its value, such as ("heads", 4), for plots.
+        left_out: the variants for which the run had no time.
     """
 
     times_ms: dict[str, list[float]]
@@ -75,6 +76,7 @@ class Comparison:
     goals: dict[str, Goal] = field(default_factory=dict)
     restructured: dict[str, str] = field(default_factory=dict)
     point: tuple[str, int] | None = None
+    left_out: Sequence[str] = ()
 
     def ratios(self, name: str) -> tuple[float, float, float]:
         """Returns lower quartile, median and upper quartile of a variant's ratios to the first one."""
