@@ -9,16 +9,14 @@
 
 namespace align::cpu {
 
-// The vector registers: 32 with AVX-512 and NEON, 16 with AVX2 and SSE.
+// The accumulators of most tiles take half of the registers: 32 with AVX-512 and NEON, 16 with AVX2 and SSE.
 #if defined(__x86_64__)
 template <int W>
-constexpr int kRegisters = W == 64 ? 32 : 16;
+constexpr int kTile = W == 64 ? 16 : 8;
 #else
 template <int W>
-constexpr int kRegisters = 32;
+constexpr int kTile = 16;
 #endif
-template <int W>
-constexpr int kTile = kRegisters<W> / 2;  // accumulators of most tiles
 // The vectors of a tile that are multiplied by so many factors each. Four factors take more of AVX2's registers: 12
 // sums, 3 vectors and a factor; SSE, which has no multiply-add, needs one for the product.
 template <int W>
