@@ -127,9 +127,26 @@ __global__ void bytes_kernel(const float* x, float* out) {
   __syncthreads();
   unsigned value = 0;
   if (lane < 2) value = word;
+  if (lane < 3) value += __shfl_sync(0x07u, 0u, 0);  // lane 2 comes last; a shuffle orders no memory
   if (lane == 2) value = bytes[0];
   if (lane < 2 || lane == 4) __syncwarp(0x13u);
   if (lane == 4) bytes[kFault ? 0 : 1] = 7;
+  out[threadIdx.x] = float(value);
+}
+
+// What was done to a word was done to each of its bytes.
+template <bool kFault>
+__global__ void byte_of_word_kernel(const float* x, float* out) {
+  __shared__ unsigned word;
+  if (threadIdx.x == 7) word = unsigned(x[0]);
+  __syncthreads();
+  unsigned value = 0;
+  if (threadIdx.x < 32) {
+    if (threadIdx.x < 2) value = word;
+    value += __shfl_sync(~0u, 0u, 0);
+    if (!kFault) __syncwarp();
+    if (threadIdx.x == 1) reinterpret_cast<uint8_t*>(&word)[3] = 7;
+  }
   out[threadIdx.x] = float(value);
 }
 
@@ -220,6 +237,7 @@ TEST(a_missing_warp_barrier_is_caught) {
   check_fault(half_warps_kernel<true>, half_warps_kernel<false>, ErrorKind::kSharedRace, ErrorKind::kUninitialised);
   check_fault(write_after_lanes_read_kernel<true>, write_after_lanes_read_kernel<false>, ErrorKind::kSharedRace);
   check_fault(bytes_kernel<true>, bytes_kernel<false>, ErrorKind::kSharedRace);
+  check_fault(byte_of_word_kernel<true>, byte_of_word_kernel<false>, ErrorKind::kSharedRace);
   check_fault(chain_kernel<true>, chain_kernel<false>, ErrorKind::kSharedRace, ErrorKind::kUninitialised);
 }
 

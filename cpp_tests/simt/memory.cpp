@@ -1,9 +1,11 @@
 // Where an address lies, and what is wrong with an access to it.
+#include <bit>
 #include <cstdlib>
 #include <link.h>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <span>
 
 #include "engine.h"
 #include "shadow.h"
@@ -13,26 +15,52 @@ namespace {
 
 constexpr size_t kRedZone = 256;
 constexpr size_t kSharedAlignment = 128;
+constexpr int kLargestGrain = 4;          // the widest access has 16 bytes
 constexpr unsigned char kGarbage = 0xff;  // NaN in every floating-point type
 
 struct Free {
   void operator()(void* memory) const { std::free(memory); }
 };
 
-// Memory that threads share, with a cell a byte.
+// Memory that threads share, with a cell for each 2^grain bytes: no access has begun or ended inside of these.
 struct Region {
   uintptr_t begin = 0;
   size_t bytes = 0;
   Space space = Space::kGlobal;
   int buffer = 0;            // number of its name
   bool initialised = false;  // before the first launch
+  int grain = kLargestGrain;
   std::unique_ptr<Cell[], Free> cells;
 
   bool holds(uintptr_t address) const { return address - begin < bytes; }
-  Cell* cell(uintptr_t address) {
-    // calloc: pages of cells that nothing touches cost nothing.
-    if (cells == nullptr) cells.reset(static_cast<Cell*>(std::calloc(bytes, sizeof(Cell))));
-    return &cells[address - begin];
+  void forget() {
+    cells.reset();
+    grain = kLargestGrain;
+  }
+  // The cells of an access.
+  std::span<Cell> cells_of(uintptr_t address, size_t access_bytes, Phases& phases) {
+    const size_t offset = address - begin;
+    const int fits = std::countr_zero(offset | access_bytes | size_t(1) << grain);
+    if (cells == nullptr) cells = new_cells(grain = fits);
+    if (fits < grain) divide(fits, phases);
+    return {&cells[offset >> grain], access_bytes >> grain};
+  }
+
+ private:
+  // calloc: pages of cells that nothing touches cost nothing.
+  std::unique_ptr<Cell[], Free> new_cells(int of_grain) const {
+    return std::unique_ptr<Cell[], Free>(static_cast<Cell*>(std::calloc((bytes >> of_grain) + 1, sizeof(Cell))));
+  }
+  void divide(int into, Phases& phases) {
+    auto parts = new_cells(into);
+    for (size_t i = 0; i << into < bytes; ++i) {
+      const Cell& whole = cells[i >> (grain - into)];
+      if (whole.reads.phase > 0 || whole.writes.phase > 0) {
+        parts[i] = {phases.copy(whole.reads), phases.copy(whole.writes)};
+      }
+    }
+    cells = std::move(parts);
+    grain = into;
   }
 };
 
@@ -73,7 +101,6 @@ void find_static_shared() {
       if (header.p_type != PT_TLS || module->dlpi_tls_data == nullptr) continue;
       const auto begin = reinterpret_cast<uintptr_t>(module->dlpi_tls_data);
       if (reinterpret_cast<uintptr_t>(&in_kernel) - begin >= header.p_memsz) continue;
-      if (memory.static_shared.bytes != header.p_memsz) memory.static_shared.cells.reset();
       memory.static_shared.begin = begin;
       memory.static_shared.bytes = header.p_memsz;
       return 1;
@@ -82,6 +109,7 @@ void find_static_shared() {
   };
   dl_iterate_phdr(visit, nullptr);
   memory.static_shared.space = Space::kShared;
+  memory.static_shared.forget();
 }
 
 std::string place(const Region& region, uintptr_t address) {
@@ -103,8 +131,8 @@ void add_conflict(Conflict conflict, const Marks& other, const char* other_op, c
             pc);
 }
 
-// Checks one byte of an access; returns true if there is an error.
-bool check_byte(const Cell& cell, const Thread& me, Region& region, uintptr_t address, Op op, const void* pc) {
+// Checks a cell of an access; returns true if there is an error.
+bool check_cell(const Cell& cell, const Thread& me, Region& region, uintptr_t address, Op op, const void* pc) {
   const uint32_t first = memory.phases.first(region.space);
   const bool written = cell.writes.phase >= (region.space == Space::kShared ? first : 1);
   if (cell.writes.phase >= first && (cell.writes.flags & Marks::kInFlight)) {
@@ -135,27 +163,28 @@ bool check_byte(const Cell& cell, const Thread& me, Region& region, uintptr_t ad
 
 bool same(const Cell& a, const Cell& b) { return std::memcmp(&a, &b, sizeof(Cell)) == 0; }
 
-// Reports the first wrong byte, and remembers all. An atomic is remembered as a write: both sorts conflict with all
-// but another atomic, which check_byte tells by the flag. Bytes with the same past have the same verdict and the same
-// future, unless they need lane_clocks of their own: most accesses cost one byte.
+// Reports the first wrong cell, and remembers all. An atomic is remembered as a write: both sorts conflict with all
+// but another atomic, which check_cell tells by the flag. Cells with the same past have the same verdict and the same
+// future, unless they need lane_clocks of their own: most accesses cost one cell.
 void check_bytes(const Thread& me, Region& region, uintptr_t address, size_t bytes, Op op, uint16_t flags,
                  const void* pc) {
-  Cell* const cells = region.cell(address);
+  const std::span<Cell> cells = region.cells_of(address, bytes, memory.phases);
   const uint32_t first = memory.phases.first(region.space);
   Cell past{}, future{};
   bool wrong = false;
-  for (size_t i = 0; i < bytes; ++i) {
+  for (size_t i = 0; i < cells.size(); ++i) {
     Cell& cell = cells[i];
     if (i > 0 && future.reads.lanes == 0 && future.writes.lanes == 0 && same(cell, past)) {
       cell = future;
       continue;
     }
-    past = cell;
-    wrong = wrong || check_byte(cell, me, region, address + i, op, pc);
+    const bool has_next = i + 1 < cells.size();  // a copy just after its parts were written takes long
+    if (has_next) past = cell;
+    wrong = wrong || check_cell(cell, me, region, address + (i << region.grain), op, pc);
     Marks& marks = op == Op::kLoad ? cell.reads : cell.writes;
     memory.phases.record(marks, me, first);
     marks.flags |= flags;
-    future = cell;
+    if (has_next) future = cell;
   }
 }
 
@@ -198,7 +227,7 @@ void add_region(uintptr_t begin, size_t bytes, const std::string& name, bool ini
   const std::lock_guard<std::mutex> lock(engine_mutex);
   const auto [number, is_new] = memory.numbers.try_emplace(name, int(memory.names.size()));
   if (is_new) memory.names.push_back(name);
-  memory.global[begin] = Region{begin, bytes, Space::kGlobal, number->second, initialised, nullptr};
+  memory.global[begin] = Region{begin, bytes, Space::kGlobal, number->second, initialised, kLargestGrain, nullptr};
   memory.last = nullptr;
 }
 
@@ -225,7 +254,7 @@ void start_launch_memory(size_t dynamic_shared_bytes) {
   memory.dynamic_shared.begin = (begin + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment;
   memory.dynamic_shared.bytes = dynamic_shared_bytes;
   memory.dynamic_shared.space = Space::kShared;
-  memory.dynamic_shared.cells.reset();
+  memory.dynamic_shared.forget();
 }
 
 void start_block_memory() {
@@ -248,8 +277,10 @@ void start_copy_write(const Thread& thread, uintptr_t address, size_t bytes, con
 }
 
 void finish_copy_write(const Thread& thread, uintptr_t address, size_t bytes) {
-  Cell* cell = find(address)->cell(address);
-  for (size_t i = 0; i < bytes; ++i) memory.phases.record(cell[i].writes, thread, memory.phases.block);
+  Region& region = *find(address);
+  for (Cell& cell : region.cells_of(address, bytes, memory.phases)) {
+    memory.phases.record(cell.writes, thread, memory.phases.block);
+  }
 }
 
 void access(uintptr_t address, size_t bytes, Op op, const void* pc, bool aligned) {

@@ -46,4 +46,13 @@ void Phases::record(Marks& marks, const Thread& me, uint32_t first_phase) {
   marks.thread = uint16_t(me.linear);
 }
 
+Marks Phases::copy(Marks marks) {
+  if (marks.phase == now && marks.lanes > 0) {
+    const auto clocks = lane_clocks[marks.lanes - 1];
+    lane_clocks.push_back(clocks);
+    marks.lanes = uint32_t(lane_clocks.size());
+  }
+  return marks;
+}
+
 }  // namespace simt

@@ -1,4 +1,4 @@
-// The state of each byte of shared and device memory, and the rule when two accesses to it are in conflict.
+// The state of every byte of shared and device memory, and the rule when two accesses to it are in conflict.
 //
 // Time is a phase, which advances at every block barrier and every start of a block, so that it also tells blocks and
 // launches apart; within a phase, accesses of one warp are ordered by the vector clocks that __syncwarp joins
@@ -15,7 +15,7 @@ namespace simt {
 
 enum class Conflict { kNone, kInBlock, kAcrossBlocks };
 
-// The accesses of one sort (reads, or writes and atomics) to one byte that can still matter: the last one, and what
+// The accesses of one sort (reads, or writes and atomics) to one cell that can still matter: the last one, and what
 // became of those that it does not follow.
 struct Marks {
   enum Flag : uint16_t {
@@ -32,6 +32,7 @@ struct Marks {
   uint16_t flags;   // no padding: cells are compared as bytes
 };
 
+// Of bytes that every access so far touched together.
 struct Cell {
   Marks reads, writes;
 };
@@ -40,7 +41,7 @@ struct Phases {
   uint32_t now = 0;
   uint32_t block = 0;   // the block's first
   uint32_t launch = 0;  // the launch's first
-  // Clocks of a warp's lanes (0: none) that touched a byte in this phase.
+  // Clocks of a warp's lanes (0: none) that touched a cell in this phase.
   std::vector<std::array<uint32_t, kWarp>> lane_clocks;
 
   void start_launch() { launch = now + 1; }
@@ -57,6 +58,7 @@ struct Phases {
 
   Conflict conflict(const Marks& marks, const Thread& me, uint32_t first_phase) const;
   void record(Marks& marks, const Thread& me, uint32_t first_phase);
+  Marks copy(Marks marks);  // for another cell
 };
 
 }  // namespace simt
