@@ -1,5 +1,6 @@
 """Python processes that tests start: the same package and the tests' own modules, from wherever they are started."""
 
+import gc
 import multiprocessing
 import os
 import subprocess
@@ -31,6 +32,7 @@ def spawn(run, *arguments, processes=2):
 
 
 def _on_rank(rank, run, arguments):
+    gc.freeze()  # see pytest_collection_finish
     run(rank, *arguments)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
