@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, TextIO
 
 import torch
@@ -25,6 +24,7 @@ from align_ext.bench import models
 from align_ext.bench.baselines import Sizes
 from align_ext.bench.setting import TASKS, Case, Setting, name_of
 from align_ext.bench.timing import Baselines, Call, Comparison, Goal, measure
+from align_ext.system.memory import peak_resident
 from align_ext.system.terminal import PrintLine
 
 TOGETHER = 4  # processes at a time; each holds its model and its allocator's memory between steps
@@ -77,9 +77,7 @@ def peak_mib(device: str) -> float:
     """Returns the largest memory of this process so far: on the GPU, or resident."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    # Not getrusage's maximum, which includes that of the parent process.
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) / 2**10
+    return peak_resident() / 2**20
 
 
 def serve(work: Work, commands: TextIO, answers: TextIO) -> None:

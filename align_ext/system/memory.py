@@ -1,6 +1,7 @@
 """How much memory there is; out-of-memory errors of any library become one line that says how to need less."""
 
 import os
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,6 +31,17 @@ def enough_memory(cure: str) -> Iterator[None]:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that there is too little memory."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(marker in str(error) for marker in _MARKERS)
+
+
+def peak_resident() -> int:
+    """Returns the most bytes of main memory that this process had at once, since Linux was last told to forget it.
+
+    Elsewhere than on Linux it is getrusage's maximum, which may be that of the process that started this one.
+    """
+    with suppress(OSError):
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return 2**10 * int(status["VmHWM"].split()[0])
+    return 2**10 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def available_memory(device: str) -> int | None:

@@ -1,7 +1,6 @@
 """What a run costs: parameters and operations of the adapters, memory before and while it runs, times of the steps."""
 
 import os
-import resource
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from align_ext.alignment.model_state import require_state
 from align_ext.model.cost import count_parameters, flops_per_token
 from align_ext.model.memory import training_memory
 from align_ext.system import processes
-from align_ext.system.memory import available_memory, shown_bytes
+from align_ext.system.memory import available_memory, peak_resident, shown_bytes
 from align_ext.training.trial import stepped_optimizer
 
 _USABLE = 0.9  # of the memory that is there; the rest is for what an estimate leaves out
@@ -145,4 +144,4 @@ def peak_memory(device: str) -> int:
     """Returns the most memory in bytes that was in use at once: of the process on a CPU, of its tensors on a GPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return 2**10 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak_resident()
