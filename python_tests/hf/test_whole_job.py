@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from align_ext.cli.answer import AnswerRequest
 
-STEPS = 40
+STEPS = 20
 
 
 def turns(number):
