@@ -24,7 +24,7 @@ from align_ext.bench import models
 from align_ext.bench.baselines import Sizes
 from align_ext.bench.setting import TASKS, Case, Setting, name_of
 from align_ext.bench.timing import Baselines, Call, Comparison, Goal, measure
-from align_ext.system.memory import peak_resident
+from align_ext.system.memory import peak_memory
 from align_ext.system.terminal import PrintLine
 
 TOGETHER = 4  # processes at a time; each holds its model and its allocator's memory between steps
@@ -73,13 +73,6 @@ def make_step(work: Work) -> Callable[[], None]:
     return step
 
 
-def peak_mib(device: str) -> float:
-    """Returns the largest memory of this process so far: on the GPU, or resident."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return peak_resident() / 2**20
-
-
 def serve(work: Work, commands: TextIO, answers: TextIO) -> None:
     """Runs a step for each line of commands."""
     torch.set_num_threads(work.threads)
@@ -90,7 +83,7 @@ def serve(work: Work, commands: TextIO, answers: TextIO) -> None:
         if work.device == "cuda":
             torch.cuda.synchronize()
         print("taken", file=answers, flush=True)
-    print(peak_mib(work.device), file=answers, flush=True)
+    print(peak_memory(work.device) / 2**20, file=answers, flush=True)
 
 
 class Process:

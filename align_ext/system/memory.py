@@ -33,15 +33,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(marker in str(error) for marker in _MARKERS)
 
 
-def peak_resident() -> int:
-    """Returns the most bytes of main memory that this process had at once, since Linux was last told to forget it.
-
-    Elsewhere than on Linux it is getrusage's maximum, which may be that of the process that started this one.
-    """
-    with suppress(OSError):
+def peak_memory(device: str) -> int:
+    """Returns the most memory in bytes that was in use at once: of the process on a CPU, of its tensors on a GPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    with suppress(OSError):  # not getrusage's maximum, which may be that of the process that started this one
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return 2**10 * int(status["VmHWM"].split()[0])
-    return 2**10 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 2**10 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # elsewhere than on Linux
 
 
 def available_memory(device: str) -> int | None:

@@ -17,7 +17,7 @@ from align_ext.alignment.model_state import require_state
 from align_ext.model.cost import count_parameters, flops_per_token
 from align_ext.model.memory import training_memory
 from align_ext.system import processes
-from align_ext.system.memory import available_memory, peak_resident, shown_bytes
+from align_ext.system.memory import available_memory, peak_memory, shown_bytes
 from align_ext.training.trial import stepped_optimizer
 
 _USABLE = 0.9  # of the memory that is there; the rest is for what an estimate leaves out
@@ -138,10 +138,3 @@ def _forget_peak(device: str) -> None:
     else:
         with suppress(OSError):  # Linux alone: elsewhere the peak is that of the process since its start
             Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory(device: str) -> int:
-    """Returns the most memory in bytes that was in use at once: of the process on a CPU, of its tensors on a GPU."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return peak_resident()

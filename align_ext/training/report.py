@@ -12,9 +12,8 @@ from rich.table import Table
 
 from align_ext.evaluation.rows import repeats_line
 from align_ext.evaluation.same_logits import verdict
-from align_ext.system.memory import shown_bytes
+from align_ext.system.memory import peak_memory, shown_bytes
 from align_ext.system.terminal import Bars, print_line, print_table
-from align_ext.training.cost import peak_memory
 from align_ext.training.in_words import shown_steps, shown_times
 
 _MOST_TASKS = 6  # whose losses stand in a line
