@@ -100,7 +100,14 @@ def join(rank, port, count=2):
     if count == 1:  # no launcher has started it
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             del os.environ[name]
+
+
+def join_by_deepspeed(rank, port, count=2):
+    join(rank, port, count)
     os.environ["DS_ACCELERATOR"] = "cpu"
+    from deepspeed import ops
+
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a minute to compile; gloo does what it would
 
 
 def by_fsdp(rank, port, folder):
@@ -119,7 +126,7 @@ def by_fsdp(rank, port, folder):
 
 def by_deepspeed(rank, port, folder):
     """ZeRO-2 and ZeRO-3."""
-    join(rank, port)
+    join_by_deepspeed(rank, port)
     for name, case in DEEPSPEED.items():
         run(rank, Path(folder, name), case)
     not_gathered(rank, Path(folder, "not gathered"))
@@ -138,7 +145,7 @@ REPARTITIONED = {
 
 def by_fewer_or_more(rank, port, folder, count):
     """Two processes train from the start; others go on from their first checkpoint with the same batches."""
-    join(rank, port, count)
+    join_by_deepspeed(rank, port, count)
     for name, case in REPARTITIONED.items():
         ran, kept = build(Path(folder, f"{name}, {count}"), case, size=6 // count)
         ran.train(resume_from_checkpoint=None if count == 2 else str(Path(folder, f"{name}, 2", "checkpoint-1")))
