@@ -1,7 +1,6 @@
 """`align-lora inspect`: shows what an adapter's folder holds."""
 
 from align_ext.cli.app import Folder, UserError, app
-from align_ext.io.inspect_adapter import inspect_adapter
 from align_ext.system.terminal import plain_console
 
 
@@ -13,6 +12,8 @@ def inspect_folder(adapter: Folder) -> None:
 
     Example: align-lora inspect run/adapter
     """
+    from align_ext.io.inspect_adapter import inspect_adapter
+
     try:
         inspect_adapter(adapter, plain_console())
     except ValueError as error:
