@@ -54,7 +54,7 @@ CHOICE_TASKS = [task for task, choices in TASKS.items() if choices]
 
 
 def test_doubled_rows_change_no_difference_and_are_pointed_out(tmp_path):
-    folder = make_study(tmp_path / "made_up", effects=EFFECTS)
+    folder = make_study(tmp_path / "made_up", effects=EFFECTS, **SMALL)
     once = [one.difference for one in with_baseline(Arms(read_results(folder)), "test", "accuracy")]
     for file in folder.glob("cells/*/rows.jsonl.gz"):
         lines = gzip.decompress(file.read_bytes()).decode().splitlines()
@@ -135,7 +135,7 @@ def test_the_same_files_give_the_same_bytes(study, tmp_path):
 
 
 def test_what_a_report_no_longer_has_goes_and_files_of_others_stay(tmp_path):
-    other = make_study(tmp_path / "other", **SMALL)
+    other = make_study(tmp_path / "other", arms=TWO, **SMALL)
     report.write_report(other)
     (other / "report/notes.txt").write_text("mine")
     (other / "report/figures/sweep_rank.svg").write_text("<svg/>")
