@@ -37,6 +37,8 @@ BF16_INLINE void dot_line(const RowPointers<const bfloat16>& x, const RowMasks<k
   }
 }
 
+BF16_INLINE void add_ranks(const Vec<float, 32>& dots, float* out) { store<32>(out, load<32>(out) + dots); }
+
 template <bool kMasked>
 BF16_TARGET void rows_dot_lines(const RowsDot<bfloat16>& op) {
   constexpr int64_t kPanel = 1024;  // columns of eight ranks that stay in the first-level cache for all rows
@@ -54,9 +56,9 @@ BF16_TARGET void rows_dot_lines(const RowsDot<bfloat16>& op) {
         for (; c + kTileLine <= last; c += kTileLine) dot_line<kMasked, true>(x, masks, t, c, ~0u, a, stride, sum);
         if (c < last) dot_line<kMasked, false>(x, masks, t, c, first_lanes(last - c), a, stride, sum);
         const Vec<float, 64> totals = lane_sums<float, 64>(sum);
-        for (int i = 0; i < kDotRows && t + i < op.rows.count; ++i) {
-          for (int k = 0; k < kRanks; ++k) op.out.row(t + i)[j + k] += totals[i * kRanks + k];
-        }
+        add_ranks(__builtin_shufflevector(totals, totals, 0, 1, 2, 3, 4, 5, 6, 7), op.out.row(t) + j);
+        if (t + 1 == op.rows.count) continue;
+        add_ranks(__builtin_shufflevector(totals, totals, 8, 9, 10, 11, 12, 13, 14, 15), op.out.row(t + 1) + j);
       }
     }
   }
@@ -67,13 +69,15 @@ BF16_TARGET void rows_dot_lines(const RowsDot<bfloat16>& op) {
 constexpr int kAddRows = 4, kAddVectors = kAddColumns / kTileRows;
 
 // Computes a piece of kAddRows rows from t on and 64 columns from c on; without kWhole only those that out has.
-template <bool kMasked, bool kWhole>
+// Without kMany there is one term.
+template <bool kMasked, bool kWhole, bool kMany>
 BF16_INLINE void add_piece(const Addition<kMasked>& add, int64_t t, int64_t c) {
   const RankAdd<bfloat16>& op = add.op;
-  const int64_t columns = op.out.columns - c;
+  const int64_t columns = op.out.columns - c, count = kMany ? op.count : 1;
   alignas(64) float further[kAddRows * kAddColumns];
+  const int64_t start = kMany ? opaque(0) : 0;  // if it were known, all of further would be kept in registers
   const bfloat16* factors = op.factors;
-  for (int64_t k = 0; k < op.count; ++k) {
+  for (int64_t k = 0; k < count; ++k) {
     const RankTerm<float>& term = op.terms[k];
     const int64_t steps = ceil_div(term.rank, kTileLine), row = steps * kTileLine, tile = steps * kTileSize;
     const bfloat16 *left = factors + t * row, *right = term.tiles + c / kTileRows * tile;
@@ -95,29 +99,36 @@ BF16_INLINE void add_piece(const Addition<kMasked>& add, int64_t t, int64_t c) {
     for (int i = 0; i < kAddRows; ++i) {
 #pragma GCC unroll 2
       for (int line = 0; line < kAddVectors / 2; ++line) {
-        if (t + i >= op.rows.count || (!kWhole && line * kTileLine >= columns)) continue;
-        add_line<kMasked, kWhole>(add, k, t + i, c + line * kTileLine, first_lanes(columns - line * kTileLine),
-                                  {sum[i][2 * line], sum[i][2 * line + 1]},
-                                  further + i * kAddColumns + line * kTileLine);
+        if (!kWhole && (t + i >= op.rows.count || line * kTileLine >= columns)) continue;
+        add_line<kMasked, kWhole, kMany>(add, k, t + i, c + line * kTileLine, first_lanes(columns - line * kTileLine),
+                                         {sum[i][2 * line], sum[i][2 * line + 1]},
+                                         further + start + i * kAddColumns + line * kTileLine);
       }
     }
     factors += factor_tiles(term.rank);
   }
 }
 
-template <bool kMasked>
-BF16_TARGET void rank_add_pieces(const RankAdd<bfloat16>& op, const RowMasks<kMasked>* masks) {
+template <bool kMasked, bool kMany>
+BF16_INLINE void add_pieces(const Addition<kMasked>& add) {
   constexpr int64_t kPanel = 256;  // columns whose right tiles stay in the first-level cache, up to rank 40
-  const Addition<kMasked> add(op, masks);
-  round_all_factors(op);
-  for (int64_t first = 0; first < op.out.columns; first += kPanel) {
-    const int64_t last = std::min(first + kPanel, op.out.columns);
-    for (int64_t t = 0; t < op.rows.count; t += kAddRows) {
+  const int64_t rows = add.op.rows.count, columns = add.op.out.columns;
+  for (int64_t first = 0; first < columns; first += kPanel) {
+    const int64_t last = std::min(first + kPanel, columns);
+    for (int64_t t = 0; t < rows; t += kAddRows) {
+      const int64_t whole = t + kAddRows <= rows ? last - kAddColumns : -1;  // the last begin of a whole piece
       int64_t c = first;
-      for (; c + kAddColumns <= last; c += kAddColumns) add_piece<kMasked, true>(add, t, c);
-      if (c < last) add_piece<kMasked, false>(add, t, c);
+      for (; c <= whole; c += kAddColumns) add_piece<kMasked, true, kMany>(add, t, c);
+      for (; c < last; c += kAddColumns) add_piece<kMasked, false, kMany>(add, t, c);
     }
   }
+}
+
+template <bool kMasked>
+BF16_TARGET void rank_add_pieces(const RankAdd<bfloat16>& op, const RowMasks<kMasked>* masks) {
+  const Addition<kMasked> add(op, masks);
+  round_all_factors(op);
+  op.count > 1 ? add_pieces<kMasked, true>(add) : add_pieces<kMasked, false>(add);
 }
 
 // ---- outer_add

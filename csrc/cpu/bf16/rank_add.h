@@ -60,8 +60,8 @@ struct Addition {
 };
 
 // Adds the products v of term k, in 32 columns of a row from c on, to those of the terms before it, in further. The
-// last term also adds in and bias, and writes out. Without kWhole only `lanes` exist.
-template <bool kMasked, bool kWhole>
+// last term also adds in and bias, and writes out. Without kMany there is one term; without kWhole only `lanes` exist.
+template <bool kMasked, bool kWhole, bool kMany = true>
 BF16_INLINE void add_line(const Addition<kMasked>& add, int64_t k, int64_t row, int64_t c, __mmask32 lanes, Pair v,
                           float* further) {
   const RankAdd<bfloat16>& op = add.op;
@@ -69,8 +69,8 @@ BF16_INLINE void add_line(const Addition<kMasked>& add, int64_t k, int64_t row, 
     const __mmask32 kept = kept_lanes(add.masks[k].at[row], c);
     v = {_mm512_maskz_mov_ps(__mmask16(kept), v.low), _mm512_maskz_mov_ps(__mmask16(kept >> 16), v.high)};
   }
-  if (k > 0) v = plus(v, load_sums(further));
-  if (k + 1 < op.count) {
+  if (kMany && k > 0) v = plus(v, load_sums(further));
+  if (kMany && k + 1 < op.count) {
     _mm512_store_ps(further, v.low);
     _mm512_store_ps(further + kTileRows, v.high);
     return;
