@@ -51,10 +51,9 @@ def peak_of_peft(use_dora):
 
 
 NAMES = [name for name in ON_LAYERS if name not in COMPARED + FROM_WEIGHT and "by sequence" not in name]
-FIRST = ("lora", "hydra")  # the others run with --slow
 
 
-@pytest.mark.parametrize("name", [pytest.param(x, marks=() if x in FIRST else pytest.mark.slow) for x in NAMES])
+@pytest.mark.parametrize("name", [pytest.param(x, marks=() if x == "lora" else pytest.mark.slow) for x in NAMES])
 def test_a_step_takes_no_more_than_pefts(name):
     config = config_of(name, target_modules=TARGETS, r=R, lora_dropout=DROPOUT)
     model = replace_linear_with_align_lora(base(), config).train()
