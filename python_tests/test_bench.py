@@ -148,7 +148,7 @@ def test_visits_to_one_comparison_lie_between_those_to_others_and_whole_steps_ar
     assert order == []
 
 
-def test_a_comparison_whose_round_would_take_too_long_is_left_out(monkeypatch):
+def test_a_comparison_whose_round_would_take_too_long_is_left_out(monkeypatch, capsys):
     shape, dtype = (16, 24), torch.float32
     monkeypatch.setattr(layers, "frozen_seconds", lambda *_: 1e-3)
     assert [layers.takes_too_long(Setting(seconds=30), 4, tokens, shape, dtype) for tokens in (250, 251)] == [
@@ -158,6 +158,8 @@ def test_a_comparison_whose_round_would_take_too_long_is_left_out(monkeypatch):
     outcome = run.run(["restructured"], Setting(shapes=(shape,), dtypes=(dtype,), batches=(8, 2000), visits=1))
     assert [title.partition(": ")[2] for title in outcome.results] == ["T=8, 16 -> 24, float32"]
     assert [title.partition(": ")[2] for title in outcome.left_out] == ["T=2000, 16 -> 24, float32"]
+    lines = " ".join(capsys.readouterr().out.split())
+    assert "one round takes more than 15 s here (--full: 110 s): restructured" in lines
 
 
 def test_the_time_of_a_run_is_shared_among_the_visits_that_are_left(monkeypatch):

@@ -155,6 +155,7 @@ def run(
     # All comparisons stay alive, since torch.compile compiles a function at most eight times, then gives up silently.
     dynamo.recompile_limit, dynamo.fail_on_recompile_limit_hit = 64, True
     results: dict[str, Comparison] = {}
+    too_long: set[str] = set()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     try:
         with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as progress:
@@ -168,9 +169,12 @@ def run(
             for _ in range(how.visits):
                 for title, visits in measured.items():
                     print_line(title)
-                    if time.monotonic() < begin + how.seconds and (result := next(visits, None)):
-                        results[title] = result  # whole steps are one visit
-                        result.goals = result.goals if how.goals else {}
+                    if time.monotonic() < begin + how.seconds:
+                        if result := next(visits, None):
+                            results[title] = result  # whole steps are one visit
+                            result.goals = result.goals if how.goals else {}
+                        elif title not in results:
+                            too_long.add(title)
                     left -= 1
                     progress.advance(bar)
                     if json is not None:
@@ -181,8 +185,11 @@ def run(
             report(title, comparison, console)
         outcome = Outcome(results, [case.title for case in cases if case.title not in results])
         variants = [f"{title}: {', '.join(c.left_out)}" for title, c in results.items() if c.left_out]
-        late = [f"Left out, as this machine is slow (--only and --full leave more time): {what}"
-                for what in (*outcome.left_out, *variants)]  # fmt: skip
+        why = {
+            True: f"one round takes more than {how.longest_round:.0f} s here (--full: {_FULL.longest_round:.0f} s)",
+            False: "this machine is slow (--only and --full leave more time)",
+        }
+        late = [f"Left out, as {why[what in too_long]}: {what}" for what in (*outcome.left_out, *variants)]
         for line in (*late, "", *restructured.summary(*outcome.restructured)):
             console.print(line, highlight=False, markup=False)
     if plot is not None:
