@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdio>
+#include <cstdlib>
 #include <vector>
 
 #include "check.h"
@@ -9,9 +10,11 @@
 
 namespace align::test {
 
-// Runs body once for each of several orders of blocks and threads, with and without preemption.
+// Runs body once for each of several orders of blocks and threads, with and without preemption. How many can be set in
+// the environment, by ALIGN_SIMT_ORDERS.
 template <typename Body>
-void for_each_order(const Body& body, int orders = 4) {
+void for_each_order(const Body& body, int orders = 3) {
+  if (const char* asked = std::getenv("ALIGN_SIMT_ORDERS")) orders = std::atoi(asked);
   for (int seed = 1; seed <= orders; ++seed) {
     simt::options() = {};
     simt::options().seed = uint64_t(seed);
