@@ -77,6 +77,7 @@ void check_problem(const Problem& problem, int major = 9) {
   const Expected want = expect(problem, data);
   simt::options() = {};
   simt::options().major = major;
+  simt::options().traffic = false;
   simt::reports().clear();
   run_cuda<T, TA>(problem, data);
   check_results(problem, data, want);

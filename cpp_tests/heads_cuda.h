@@ -81,6 +81,7 @@ void check_cuda(const HeadsProblem& problem, int major = 9) {
   const HeadsExpected want = HeadsOracle<T>(problem, data).want;
   simt::options() = {};
   simt::options().major = major;
+  simt::options().traffic = false;
   simt::reports().clear();
   run_cuda<Op, T, TA>(problem, data);
   check_results(problem, data, want);
@@ -99,6 +100,7 @@ void check_every_order(const HeadsProblem& problem) {
   const HeadsExpected want = HeadsOracle<T>(problem, data).want;
   std::vector<HeadsData<T>> all;
   for_each_order([&] {
+    simt::options().traffic = false;
     run_cuda<Op, T>(problem, data);
     check_results(problem, data, want);
     all.push_back(data);

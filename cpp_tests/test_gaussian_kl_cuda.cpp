@@ -142,6 +142,7 @@ void check_problem(const Problem& problem, int orders = 3) {
   Results first;
   test::for_each_order(
       [&] {
+        simt::options().traffic = false;
         const Results got = run_cuda(problem, data);
         CHECK(test::clean());
         CHECK_CLOSE(got.moments, want.moments, close * largest(want.moments));

@@ -114,6 +114,7 @@ void check_every_order(const Problem& problem) {
   const Expected want = expect(problem, data);
   std::vector<Data<T>> all;
   for_each_order([&] {
+    simt::options().traffic = false;
     run_cuda(problem, data);
     check_results(problem, data, want);
     all.push_back(data);

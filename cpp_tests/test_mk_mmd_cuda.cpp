@@ -42,6 +42,7 @@ void check_problem(const MmdProblem& problem, int orders = 3) {
   MmdResults first;
   test::for_each_order(
       [&] {
+        simt::options().traffic = false;
         const MmdResults got = run_cuda(problem, data);
         CHECK(test::clean());
         CHECK(got.slot == want.slot);

@@ -59,6 +59,7 @@ Data<T> run_on(int multiprocessors, const Problem& problem) {
   Data<T> data = make_data<T>(problem);
   simt::options() = {};
   simt::options().multiprocessors = multiprocessors;
+  simt::options().traffic = false;
   simt::reports().clear();
   run_cuda(problem, data);
   CHECK(clean());

@@ -97,6 +97,7 @@ void check_problem(const SiblingProblem& problem, int major = 9) {
   SiblingData<T> data = make_data<T>(problem);
   simt::options() = {};
   simt::options().major = major;
+  simt::options().traffic = false;
   simt::reports().clear();
   run<T, TA>(problem, data);
   CHECK(clean());
@@ -163,6 +164,7 @@ TEST(no_order_of_threads_makes_an_error_or_changes_a_bit) {
     SiblingData<bfloat16> data = make_data<bfloat16>(problem);
     std::vector<SiblingData<bfloat16>> all;
     for_each_order([&] {
+      simt::options().traffic = false;
       run(problem, data);
       CHECK(clean());
       all.push_back(data);

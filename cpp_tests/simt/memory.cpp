@@ -288,12 +288,12 @@ void access(uintptr_t address, size_t bytes, Op op, const void* pc, bool aligned
   if (engine.stacks.owner(address) == me.linear) return;  // registers and local memory
   Region& region = prepare_access(address, bytes, op, pc, aligned);
   check_bytes(me, region, address, bytes, op, op == Op::kAtomic ? Marks::kAtomic : 0, pc);
-  count(me, address, bytes, region.space, op, pc, region.buffer);
+  if (engine.options.traffic) count(me, address, bytes, region.space, op, pc, region.buffer);
 }
 
 void count_access(uintptr_t address, size_t bytes, Op op, const void* pc) {
   Region& region = prepare_access(address, bytes, op, pc, true);
-  count(*engine.current, address, bytes, region.space, op, pc, region.buffer);
+  if (engine.options.traffic) count(*engine.current, address, bytes, region.space, op, pc, region.buffer);
 }
 
 void atomic_access(const void* address, unsigned bytes, const void* pc) {

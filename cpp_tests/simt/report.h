@@ -84,6 +84,7 @@ struct Options {
   int multiprocessors = 2;                  // of the device that launchers plan for
   int major = 9;                            // of its compute capability
   int shared_bytes = 227 << 10;             // of shared memory that a block may have
+  bool traffic = true;                      // whether it is counted
 };
 
 Options& options();

@@ -23,6 +23,7 @@ class CudaDevice {
   explicit CudaDevice(const torch::stable::Tensor&) : first_report_(simt::reports().size()) {
     ALIGN_CHECK(current_ == nullptr, "a binding with a CudaDevice calls another one: the engine knows one at a time");
     current_ = this;
+    simt::options().traffic = false;  // reports are kept as long as the process lives
   }
   CudaDevice(const CudaDevice&) = delete;
   CudaDevice& operator=(const CudaDevice&) = delete;
@@ -33,9 +34,7 @@ class CudaDevice {
     for (const auto& [begin, region] : regions_) simt::device_unregister(reinterpret_cast<void*>(begin));
     std::string errors;
     for (size_t i = first_report_; i < simt::reports().size(); ++i) {
-      simt::Report& report = simt::reports()[i];
-      errors += simt::describe(report);
-      report.sites = {};  // launches are counted as long as the process lives, their traffic would pile up
+      errors += simt::describe(simt::reports()[i]);
     }
     if (std::uncaught_exceptions() == 0) ALIGN_CHECK(errors.empty(), "SIMT engine: ", errors);
   }
