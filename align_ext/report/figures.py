@@ -36,7 +36,7 @@ def forest(arms: Arms, groups: Sequence[list[Comparison]], name: str, title: str
             unit = "points" if points else "nats"
             panel.set_title(MEASURES[found[0].measure][0])
             panel.set_xlabel(f"minus {arms.results.baseline}, {unit}  ({better})")
-            panel.locator_params(axis="x", nbins=5)
+            panel.locator_params(axis="x", nbins=min(5, 7 - len(groups)))
             panel.grid(axis="x", color=INK, alpha=0.12, linewidth=0.6)
         panels[0].set_yticks(range(len(labels)), labels)
         panels[0].set_ylim(len(labels) - 0.4, -0.6)

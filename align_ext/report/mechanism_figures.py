@@ -12,7 +12,7 @@ from align_ext.report.run_tables import by_category, mechanism
 from align_ext.report.svg import INK, LINES, Picture, colour, legend_below, marker, picture, sheet, style
 
 _MOST_PANELS = 9  # of one figure
-_TEXT_IN_CELLS = 8  # more rows than these have no numbers in a heat map
+_TEXT_IN_CELLS = 8  # more rows or columns than these have no numbers in a heat map
 
 
 def mechanism_pictures(arms: Arms) -> list[Picture]:
@@ -206,12 +206,13 @@ def heat_maps(
             panel.set_title(_short(label), fontsize=8.5)
             first = panel in axes[:: _columns(len(panels))]
             panel.set_yticks(np.arange(len(rows)) + 0.5, rows if first else [""] * len(rows))
-            columns = rows if square else [str(number + 1) for number in range(values.shape[1])]
-            panel.set_xticks(
-                np.arange(len(columns)) + 0.5, columns, rotation=45 if square else 0, ha="right" if square else "center"
-            )
+            if square:
+                panel.set_xticks(np.arange(len(rows)) + 0.5, rows, rotation=45, ha="right")
+            else:
+                numbers = np.arange(0, values.shape[1], 1 + values.shape[1] // 12)
+                panel.set_xticks(numbers + 0.5, [str(number + 1) for number in numbers])
             panel.invert_yaxis()
-            if len(rows) <= _TEXT_IN_CELLS:
+            if max(values.shape) <= _TEXT_IN_CELLS:
                 for (y, x), value in np.ndenumerate(values):
                     red, green, blue, _ = colours((value - low) / (high - low or 1.0))
                     ink = "#000000" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.4 else "#ffffff"

@@ -55,10 +55,11 @@ def _in_this_process(arguments: list[str], main) -> int:
 
 
 def run(page: Path) -> None:
-    """Runs all blocks of a page, each Python block by itself."""
+    """Runs all blocks of a page; a Python block has the names of those above it."""
+    names = {"__name__": "__main__"}
     for language, text in blocks(page):
         if language == "python":
-            exec(compile(text, str(page), "exec"), {"__name__": "__main__"})
+            exec(compile(text, str(page), "exec"), names)
             continue
         for command in commands(text):
             print("$", command, flush=True)
