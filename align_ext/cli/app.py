@@ -104,12 +104,16 @@ def _run() -> int:
         code = 2
     except Exception as error:
         # typer's errors (unknown flags, missing values) have no common public class in all its versions.
-        if not isinstance(error, UserError) and not hasattr(error, "format_message"):
+        foreseen = isinstance(error, UserError) or hasattr(error, "format_message")
+        if not foreseen and ending.received() and processes.count() > 1:
+            code = _INTERRUPTED  # another process was sooner at its end, by the same signal, and cannot be reached
+        elif not foreseen:
             raise
-        text = error.format_message() if hasattr(error, "format_message") else str(error)
-        # A process that has joined others may be the only one with its error.
-        _report("error: " + line(text, 800), alone=processes.count() > 1)
-        code = 2
+        else:
+            text = error.format_message() if hasattr(error, "format_message") else str(error)
+            # A process that has joined others may be the only one with its error.
+            _report("error: " + line(text, 800), alone=processes.count() > 1)
+            code = 2
     ended = ending.received()
     if code == _INTERRUPTED and ended is not None and ended != signal.SIGINT:
         _report(f"ended by {ended.name}")

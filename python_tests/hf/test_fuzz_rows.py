@@ -105,8 +105,8 @@ def check_whole(row, found, unused):
     for column, value in row.items():
         if column in unused:
             parts = [found.answer, *text_asked(found.prompt).split("\n\n")]
-            again = not isinstance(value, str) or all(part.strip() in value for part in parts)  # in one text, or a number
-            assert column not in COLUMNS or (column == "text" and again)
+            again = not isinstance(value, str) or all(part.strip() in value for part in parts)
+            assert column not in COLUMNS or (column == "text" and again)  # all of it in one text, or a number
             continue
         roles = ("messages", "conversations", "prompt", "completion", "output", "response")
         turns = value if isinstance(value, list) and column in roles else []

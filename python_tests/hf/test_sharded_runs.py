@@ -1,10 +1,10 @@
 """`align-lora train` with parameters in parts, by ZeRO and FSDP2, on several processes: the results of one process."""
 
 import json
-import os
 import shutil
 
 import pytest
+from hf import sharded_runs as runs
 from hf.test_several_processes import STEPS as MANY_STEPS
 from hf.test_several_processes import assert_equal_runs, said, train, train_until_ended
 from hf.words import model_folder, write_rows
@@ -49,43 +49,6 @@ def test_by_zero_a_run_of_two_that_is_ended_goes_on_in_one_and_in_three_as_the_u
         assert_equal_runs(unbroken, place / f"ended-{stage}-{count}")
 
 
-def by_fsdp2(rank, port, place):
-    """The command in one of two processes; accelerate shards on GPUs alone, if it is not told that these are some."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": str(port)}
-    os.environ["MASTER_ADDR"] = "127.0.0.1"
-    os.chdir(place)
-    from accelerate import PartialState
-    from accelerate.utils import DistributedType
-
-    from align_ext import cli
-    from align_ext.base_model.sharded import shard_ranks
-    from align_ext.training import recipe
-
-    made, seen = recipe.training_arguments, []
-
-    def as_on_gpus(folder, fields):
-        result = made(folder, fields | {"fsdp": "full_shard"})
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-        return result
-
-    score = recipe.score
-
-    def scored(job, *arguments):
-        seen.append(bool(shard_ranks(job.model.parameters())))
-        return score(job, *arguments)
-
-    recipe.training_arguments, recipe.score = as_on_gpus, scored
-    options = ["--device", "cpu", "--dtype", "float32", "--lora-dropout", "0", "--batch-size", "12", "--eval-examples",
-               "4", "--log-steps", "1", "--lr", "1e-3", "--steps", "4"]  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["align-lora", "train", "--model", "model", "--data", "rows.jsonl", *options,
-                                   "--output", "fsdp2"])  # fmt: skip
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-    assert ended.value.code == 0
-    assert seen == [False, True]
-
-
 def test_by_fsdp2_a_run_is_that_of_one_process(place, unused_port):
-    spawn(by_fsdp2, unused_port, str(place))
+    spawn(runs.by_fsdp2, unused_port, str(place))
     assert_equal_runs(place / "alone", place / "fsdp2")
