@@ -105,7 +105,7 @@ def _run() -> int:
     except Exception as error:
         # typer's errors (unknown flags, missing values) have no common public class in all its versions.
         foreseen = isinstance(error, UserError) or hasattr(error, "format_message")
-        if not foreseen and ending.received() and processes.count() > 1:
+        if not foreseen and ending.received() and processes.started() > 1:
             code = _INTERRUPTED  # another process was sooner at its end, by the same signal, and cannot be reached
         elif not foreseen:
             raise

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from align_ext import __version__, cli
 from align_ext.diagnostics import doctor
-from align_ext.system import ending
+from align_ext.system import ending, processes
 from align_ext.training.options import ADAPTERS, GROUPS, TrainOptions, known_options
 
 RUN = """
@@ -228,6 +228,30 @@ def test_an_error_of_our_own_keeps_its_traceback(run, tmp_path, monkeypatch):
 def test_the_doctors_verdict_is_the_exit_code(run, healthy, monkeypatch):
     monkeypatch.setattr(doctor, "run", lambda: healthy)
     assert run("doctor")[0] == (0 if healthy else 1)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_signal_that_another_process_followed_sooner_is_what_ends_this_one(monkeypatch, capsys, count):
+    def lose_the_other(**_):
+        with ending.deferred():
+            signal.raise_signal(signal.SIGTERM)
+        raise RuntimeError("Connection closed by peer")
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    app = sys.modules["align_ext.cli.app"]  # the package's name app is what is in it
+    monkeypatch.setattr(app, "app", lose_the_other)
+    monkeypatch.setattr(processes, "started", lambda: count)
+    try:
+        if count == 1:  # there is no other
+            with pytest.raises(RuntimeError, match="Connection closed"):
+                app._run()
+        else:
+            assert app._run() == 128 + signal.SIGTERM
+            assert capsys.readouterr().err == "align-lora: ended by SIGTERM\n"
+    finally:
+        ending._received.clear()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def test_help_needs_no_transformers(tmp_path):

@@ -75,10 +75,11 @@ def test_two_runs_at_once_without_an_output_have_each_their_own(place):
     ids=["SIGTERM", "Ctrl-C"],
 )
 def test_a_signal_writes_a_checkpoint_after_the_step_and_the_run_goes_on_to_the_bit(place, number, last):
-    train(place, output="whole", save_steps=0)
-    process = command(place, "--output", "out", "--save-steps", 0, "--steps", 3, "--log-steps", 1)
+    more = {"save_steps": 0, "steps": 30}  # so that the signal is not too late
+    train(place, output="whole", **more)
+    process = command(place, "--output", "out", "--save-steps", 0, "--steps", 30, "--log-steps", 1)
     for line in process.stdout:
-        if line.startswith("step 1/3"):
+        if line.startswith("step 1/30"):
             process.send_signal(number)
             process.send_signal(number)  # as torchrun passes it on
             break
@@ -88,7 +89,7 @@ def test_a_signal_writes_a_checkpoint_after_the_step_and_the_run_goes_on_to_the_
     assert "is kept: --resume goes on from it" in said
     assert last_checkpoint(Path("out/checkpoints")) is not None
     assert not Path("out/adapter").exists()
-    train(place, resume=True, save_steps=0)
+    train(place, resume=True, **more)
     assert adapter_of(Path("out")) == adapter_of(Path("whole"))
     assert sorted(os.listdir("out")) == ["adapter", "results.json", "rows.jsonl.gz"]
 
