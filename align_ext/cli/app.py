@@ -112,7 +112,7 @@ def _run() -> int:
         else:
             text = error.format_message() if hasattr(error, "format_message") else str(error)
             # A process that has joined others may be the only one with its error.
-            _report("error: " + line(text, 800), alone=processes.count() > 1)
+            _report("error: " + line(text, 800), alone=processes.have_joined())
             code = 2
     ended = ending.received()
     if code == _INTERRUPTED and ended is not None and ended != signal.SIGINT:

@@ -17,6 +17,7 @@ from align_ext.system.messages import reason_of
 
 _LONGEST = timedelta(days=7)  # what one process does alone, while the others wait, may take long
 _groups: list[Any] = []  # the group of messages, which go through the CPU
+_joined: list[bool] = []  # at any time
 
 _T = TypeVar("_T")
 
@@ -39,6 +40,11 @@ def number() -> int:
 def count() -> int:
     """Returns how many processes have joined."""
     return dist.get_world_size() if _groups else 1
+
+
+def have_joined() -> bool:
+    """Whether this process has joined others at any time, so that an error may be its own alone."""
+    return bool(_joined)
 
 
 @contextmanager
@@ -65,6 +71,7 @@ def joined(device: str) -> Iterator[None]:
         if ours:
             dist.init_process_group(backend)
         _groups.append(dist.new_group(backend="gloo", timeout=_LONGEST))
+        _joined.append(True)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"the {started()} processes do not find one another: {reason_of(error)}") from error
     try:

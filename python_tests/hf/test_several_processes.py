@@ -5,8 +5,9 @@ import signal
 import socket
 
 import pytest
+from hf.failing_process import fail
 from hf.words import model_folder, write_rows
-from processes import python
+from processes import python, spawn
 from safetensors.torch import load_file
 
 from align_ext.system.processes import joined
@@ -133,6 +134,14 @@ def test_a_run_of_two_processes_that_is_ended_goes_on_in_one_and_is_the_unbroken
     assert "going on from" in said(train(place, 1, "ended", *STEPS, "--resume"))
     said(train(place, 1, "unbroken", *STEPS))
     assert_equal_runs(place / "unbroken", place / "ended")
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_the_process_that_alone_fails_says_why(tmp_path, unused_port, failing):
+    spawn(fail, unused_port, str(tmp_path), failing)
+    said = [(tmp_path / str(rank)).read_text() for rank in range(2)]
+    assert said[failing] == f"2 align-lora: error: only process {failing} sees it\n"
+    assert said[1 - failing] == "2 "
 
 
 def test_eval_divides_the_rows_and_gives_the_same_ones(place):
