@@ -145,7 +145,7 @@ UNITS = [  # bfloat16 units, by emulated instructions
            "_mm512_storeu_si512(row, rounded_pairs(even, odd));",
            "if (j < rank) _mm512_storeu_si512(row, rounded_pairs(even, odd));", "test_grouped_lora_emulated"),
     Mutant("bfloat16 units: leave all terms but the last out of dx", "csrc/cpu/bf16/rank_add.h",
-           "if (k > 0) v = plus(v, load_sums(further));", "", "test_routed_lora_emulated"),
+           "if (kMany && k > 0) v = plus(v, load_sums(further));", "", "test_routed_lora_emulated"),
     Mutant("dot products: no mask where x is loaded", "csrc/cpu/bf16/dots.cpp",
            "if constexpr (kMasked) lanes &= kept_lanes(masks.at[i], c);", "", "test_grouped_lora_emulated"),
     Mutant("dot products: the columns of dA as they were unpacked", "csrc/cpu/bf16/dots.cpp",
