@@ -17,7 +17,6 @@ from align_ext.system.messages import reason_of
 
 _LONGEST = timedelta(days=7)  # what one process does alone, while the others wait, may take long
 _groups: list[Any] = []  # the group of messages, which go through the CPU
-_joined: list[bool] = []  # at any time
 
 _T = TypeVar("_T")
 
@@ -43,8 +42,8 @@ def count() -> int:
 
 
 def have_joined() -> bool:
-    """Whether this process has joined others at any time, so that an error may be its own alone."""
-    return bool(_joined)
+    """Whether this process has joined others, also in a block that has failed: an error may be its own alone."""
+    return dist.is_available() and dist.is_initialized()
 
 
 @contextmanager
@@ -71,7 +70,6 @@ def joined(device: str) -> Iterator[None]:
         if ours:
             dist.init_process_group(backend)
         _groups.append(dist.new_group(backend="gloo", timeout=_LONGEST))
-        _joined.append(True)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"the {started()} processes do not find one another: {reason_of(error)}") from error
     try:

@@ -1,10 +1,11 @@
 """A command of two processes of which one fails."""
 
 import io
-import os
 import sys
 from contextlib import redirect_stderr
 from pathlib import Path
+
+from hf import shards
 
 import align_ext.cli  # noqa: F401  whose app is replaced
 from align_ext.system import processes
@@ -12,7 +13,7 @@ from align_ext.system import processes
 
 def fail(rank, port, folder, failing):
     """The command's main in one of two processes, whose work fails in the process `failing` alone."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shards.join(rank, port)
     app = sys.modules["align_ext.cli.app"]
 
     def work(**_):
