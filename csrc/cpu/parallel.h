@@ -9,7 +9,8 @@ namespace align::cpu {
 
 using RangeBody = std::function<void(int64_t begin, int64_t end)>;
 
-// Runs body over disjoint ranges that cover [begin, end), each of at least grain elements (but for the last).
+// Runs body over disjoint ranges, none of them empty, that cover [begin, end), each of at least grain elements (but for
+// the last).
 using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, const RangeBody& body);
 
 void set_parallel_for(ParallelFor implementation);

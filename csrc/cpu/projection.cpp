@@ -12,7 +12,7 @@ int64_t padded(int64_t rank) { return round_up(rank, kRankAlign); }
 
 int64_t a_rows(const ProjectionPlan& plan) { return plan.a_row(plan.terms()); }
 
-// ---- Workspace: the packed adapters, then the scratch of each chunk
+// ---- Workspace: the packed adapters, then as many pieces of scratch as there are chunks
 
 // A workspace is measured for an accumulation type: that of float has room for the tiles of bfloat16.
 template <typename A>
@@ -121,8 +121,8 @@ void pack_tiles(const PackedProjection<T>& projection, int64_t first, int64_t la
 }
 
 template <typename T>
-ChunkScratch<Acc<T>> scratch_of(const PackedProjection<T>& projection, int64_t chunk) {
-  Arena arena(projection.chunks + chunk * chunk_bytes<Acc<T>>(projection.plan));
+ChunkScratch<Acc<T>> scratch_of(const PackedProjection<T>& projection, int64_t number) {
+  Arena arena(projection.chunks + number * chunk_bytes<Acc<T>>(projection.plan));
   return carve_chunk<Acc<T>>(arena, projection.plan);
 }
 
@@ -223,9 +223,9 @@ MaskBits PackedProjection<T>::mask_bits(const uint8_t* bytes) const {
 }
 
 template <typename T>
-ProjectionBlock<T> begin_chunk(const PackedProjection<T>& projection, int64_t chunk) {
+ProjectionBlock<T> begin_blocks(const PackedProjection<T>& projection, int64_t scratch) {
   const ProjectionPlan& plan = projection.plan;
-  ProjectionBlock<T> block{projection, plan, scratch_of(projection, chunk), {}, projection.rows, false};
+  ProjectionBlock<T> block{projection, plan, scratch_of(projection, scratch), {}, projection.rows, false};
   const ChunkScratch<Acc<T>>& s = block.scratch;
   for (int64_t k = 0; k < plan.terms(); ++k) {
     const bool masked = plan.masks_inputs() && plan.makes_z(k);
@@ -241,6 +241,13 @@ ProjectionBlock<T> begin_chunk(const PackedProjection<T>& projection, int64_t ch
                            .tiles = tiles});
   }
   return block;
+}
+
+template <typename T>
+void begin_chunk(ProjectionBlock<T>& block, int64_t chunk) {
+  const ChunkScratch<Acc<T>> of_chunk = scratch_of(block.projection, chunk);
+  block.scratch.da = of_chunk.da;
+  block.scratch.dbt = of_chunk.dbt;
 }
 
 template <typename T>
@@ -264,7 +271,7 @@ void begin_block(ProjectionBlock<T>& block, int64_t first, int64_t count, bool f
 template <typename T>
 void finish_gradients(const PackedProjection<T>& projection, Acc<T>* dA, Acc<T>* dB, Acc<T>* dR) {
   using A = Acc<T>;
-  constexpr int64_t kColumns = 4 * kColumnAlign;
+  constexpr int64_t kColumns = 8 * kColumnAlign;
   const ProjectionPlan& plan = projection.plan;
   const int64_t rank = plan.shape.rank, in_dim = plan.shape.in_dim, out_dim = plan.shape.out_dim;
   const int64_t outputs = plan.outputs();
@@ -301,7 +308,7 @@ void finish_gradients(const PackedProjection<T>& projection, Acc<T>* dA, Acc<T>*
   };
   const A mask_scale = plan.masks_inputs() ? projection.mask_scale : A(1);
   const int64_t a_blocks = ceil_div(in_dim, kColumns), b_blocks = ceil_div(outputs, kColumns);
-  parallel_for(0, a_blocks + plan.groups * b_blocks, 4, [&](int64_t begin, int64_t end) {
+  parallel_for(0, a_blocks + plan.groups * b_blocks, 2, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       if (block >= a_blocks) {
         add_b((block - a_blocks) / b_blocks, (block - a_blocks) % b_blocks * kColumns);
@@ -315,10 +322,11 @@ void finish_gradients(const PackedProjection<T>& projection, Acc<T>* dA, Acc<T>*
   });
 }
 
-#define ALIGN_INSTANTIATE(T)                                                    \
-  template MaskBits PackedProjection<T>::mask_bits(const uint8_t*) const;       \
-  template ProjectionBlock<T> begin_chunk(const PackedProjection<T>&, int64_t); \
-  template void begin_block(ProjectionBlock<T>&, int64_t, int64_t, bool);       \
+#define ALIGN_INSTANTIATE(T)                                                     \
+  template MaskBits PackedProjection<T>::mask_bits(const uint8_t*) const;        \
+  template ProjectionBlock<T> begin_blocks(const PackedProjection<T>&, int64_t); \
+  template void begin_chunk(ProjectionBlock<T>&, int64_t);                       \
+  template void begin_block(ProjectionBlock<T>&, int64_t, int64_t, bool);        \
   template void finish_gradients(const PackedProjection<T>&, Acc<T>*, Acc<T>*, Acc<T>*);
 ALIGN_FOR_CPU_TYPES(ALIGN_INSTANTIATE)
 #undef ALIGN_INSTANTIATE

@@ -2,9 +2,9 @@
 // is a projection with one head for the rows of each group.
 //
 // Rows are processed in blocks. All steps of a block run one after the other while it is in cache, so that x, y and dy
-// are read from memory once. Blocks belong to chunks of rows, which depend on the shapes alone. Each chunk has its own
-// scratch and, in the backward pass, its own sums for dA, dB and dR. These sums are added in the order of the chunks at
-// the end, so that no result depends on how threads share the chunks.
+// are read from memory once. Blocks belong to chunks of rows, which depend on the shapes alone. In the backward pass
+// each chunk has its own sums for dA, dB and dR, which are added in the order of the chunks at the end, so that no
+// result depends on how threads share the chunks.
 //
 // u holds the u_i of all heads side by side, so that all heads are one product. With routing each group of outputs has
 // a weight w[t,i] for each head. Without routing there is one group, all weights are 1, and if all u_i are the same z
@@ -13,6 +13,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cstdint>
 #include <vector>
@@ -94,7 +95,7 @@ struct PackedProjection {
   Bf16Unit unit = unit_for<T>();
   bfloat16* a_tiles = nullptr;
   bfloat16* bt_tiles = nullptr;
-  char* chunks = nullptr;  // the scratch of all chunks
+  char* chunks = nullptr;  // the scratch
 
   RowMajor<Acc<T>> bt_of(int64_t group) const {
     return {bt.row(group * round_up(plan.combined(), kRankAlign)), bt.stride};
@@ -109,7 +110,7 @@ struct PackedProjection {
   bool dots_and_outer() const { return unit == Bf16Unit::kAmx || packs_b(); }
 };
 
-// The memory of one chunk of rows.
+// The sums of a chunk of rows, and what the blocks of all chunks of a thread use one after the other.
 template <typename A>
 struct ChunkScratch {
   uint8_t* mask_bits = nullptr;  // the dropout bits of a block
@@ -119,8 +120,8 @@ struct ChunkScratch {
   RowMajor<A> q;                 // backward: dy bt^T of one group, of the shape of combined
   RowMajor<A> weighted;          // backward with routing: w u of one group, of the shape of u
   bfloat16* factors = nullptr;   // bfloat16 units: left tiles of the factors in use
-  RowMajor<A> da;                // backward: the gradient of a over the chunk, without the scale of dropout
-  RowMajor<A> dbt;               // backward: the gradient of bt without scaling, [groups * columns, outputs]
+  RowMajor<A> da = {};           // backward: the gradient of a over the chunk, without the scale of dropout
+  RowMajor<A> dbt = {};          // backward: the gradient of bt without scaling, [groups * columns, outputs]
 };
 
 // A block of rows, and the steps that process it.
@@ -182,17 +183,22 @@ struct Chunks {
 };
 
 template <typename T>
-ProjectionBlock<T> begin_chunk(const PackedProjection<T>& projection, int64_t chunk);
+ProjectionBlock<T> begin_blocks(const PackedProjection<T>& projection, int64_t scratch);  // in the scratch of a number
+template <typename T>
+void begin_chunk(ProjectionBlock<T>& block, int64_t chunk);  // takes its sums
 template <typename T>
 void begin_block(ProjectionBlock<T>& block, int64_t first, int64_t count, bool first_of_chunk);  // draws its masks
 
-// Calls body(block) for all blocks of rows, on all threads.
+// Calls body(block) for all blocks of rows, on all threads. Each takes the next chunk that none has taken, since
+// threads that share their processor with others are not equally fast.
 template <typename T, typename Body>
 void for_blocks(const PackedProjection<T>& projection, const Body& body) {
   const Chunks chunks(projection.rows.count, projection.plan);
-  parallel_for(0, chunks.count, 1, [&](int64_t first_chunk, int64_t last_chunk) {
-    for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
-      ProjectionBlock<T> block = begin_chunk(projection, chunk);
+  std::atomic<int64_t> scratch = 0, next = 0;
+  parallel_for(0, chunks.count, 1, [&](int64_t, int64_t) {
+    ProjectionBlock<T> block = begin_blocks(projection, scratch++);
+    for (int64_t chunk = next++; chunk < chunks.count; chunk = next++) {
+      begin_chunk(block, chunk);
       const int64_t begin = chunk * chunks.rows, end = std::min(begin + chunks.rows, projection.rows.count);
       for (int64_t row = begin; row < end; row += kRowBlock) {
         begin_block(block, row, std::min(kRowBlock, end - row), row == begin);

@@ -23,7 +23,8 @@
 
 namespace align::cpu {
 
-constexpr int64_t kRankAlign = 8;     // the ranks of a, out and g are padded with zeros to a multiple of this
+constexpr int64_t kRankAlign =
+    8;  // the ranks of a and out are padded with zeros to a multiple of this, those of g at will
 constexpr int64_t kColumnAlign = 16;  // the columns of a and b are padded with zeros to a multiple of this
 constexpr int64_t kRowBlock = 64;     // the most rows of a block
 
