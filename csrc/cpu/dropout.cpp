@@ -41,15 +41,6 @@ ALIGN_INLINE Vec<uint64_t, W> exclusive_or(const Vec<uint64_t, W>& a, const Vec<
   return a ^ b ^ key;
 }
 
-template <int W, typename A>
-ALIGN_INLINE void drop_columns(A* row, int64_t columns, const MaskRow& kept, A scale) {
-  constexpr int64_t kLane = kLanes<A, W>;
-  int64_t c = 0;
-  for (; c + kLane <= columns; c += kLane) store<W>(row + c, zero_dropped<W, A>(scale * load<W>(row + c), kept, c));
-  if (c == columns) return;
-  store_first<W>(row + c, zero_dropped<W, A>(scale * load_first<W>(row + c, columns - c), kept, c), columns - c);
-}
-
 }  // namespace
 
 DropoutBits::DropoutBits(uint64_t seed, uint64_t offset, uint32_t threshold) : offset_(offset), threshold_(threshold) {
@@ -111,12 +102,5 @@ void DropoutBits::draw(int64_t first, int64_t count, uint8_t* bytes) const {
   run_widest([&](auto width)
                  ALIGN_INLINE_LAMBDA { draw_units<width()>(uint64_t(first) / kPhiloxLanes, units, bytes); });
 }
-
-template <typename A>
-void drop_row(A* data, int64_t columns, const MaskRow& row, A scale) {
-  run_widest([&](auto width) ALIGN_INLINE_LAMBDA { drop_columns<width()>(data, columns, row, scale); });
-}
-template void drop_row(float*, int64_t, const MaskRow&, float);
-template void drop_row(double*, int64_t, const MaskRow&, double);
 
 }  // namespace align::cpu

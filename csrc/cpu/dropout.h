@@ -49,8 +49,4 @@ ALIGN_INLINE Vec<A, W> zero_dropped(const Vec<A, W>& v, const MaskRow& row, int6
   return select_lanes<W, A>(v, window >> (kWholeBytes ? row.shift : row.shift + uint32_t(c % 8)));
 }
 
-// Multiplies the kept elements of a row by scale and sets the others to zero.
-template <typename A>
-void drop_row(A* data, int64_t columns, const MaskRow& row, A scale);
-
 }  // namespace align::cpu

@@ -1,20 +1,76 @@
 // The steps of a block of rows (cpu/projection.h).
 #include <algorithm>
+#include <cstring>
 
 #include "cpu/projection.h"
+#include "cpu/tiles.h"
 
 namespace align::cpu {
 namespace {
 
+// Calls body(rank), compiled for the widest vectors, with a constant if the rank is a usual one: its short loops then
+// become vectors. body must be an ALIGN_INLINE_LAMBDA.
+template <typename Body>
+void with_rank(int64_t rank, const Body& body) {
+  run_widest([&](auto) ALIGN_INLINE_LAMBDA {
+    switch (rank) {
+      case 8:
+        return body(std::integral_constant<int64_t, 8>{});
+      case 16:
+        return body(std::integral_constant<int64_t, 16>{});
+      default:
+        return body(rank);
+    }
+  });
+}
+
+// std::copy_n, which GCC 12 makes a call of, however few the elements.
+template <typename A>
+ALIGN_INLINE void copy(const A* from, int64_t count, A* to) {
+  if (count > 0) std::memcpy(to, from, count * sizeof(A));
+}
+
 // Applies the masks of the latents, if there are any, to a matrix that has the columns of all heads.
 template <typename T>
 void mask_latents(const ProjectionBlock<T>& block, const RowMajor<Acc<T>>& of_heads) {
+  using A = Acc<T>;
   if (!block.plan.masks_latents()) return;
   const MaskBits mask = block.projection.mask_bits(block.scratch.mask_bits);
-  for (int64_t i = 0; i < block.rows.count; ++i) {
-    drop_row(of_heads.row(i), mask.row_elements, mask_row(mask.bytes, mask.begin(block.rows, i)),
-             block.projection.mask_scale);
-  }
+  dispatch<A>([&](auto width) ALIGN_INLINE_LAMBDA {
+    constexpr int W = std::min(width(), 32);  // eight ranks, so that most rows have only whole vectors
+    constexpr int64_t kLane = kLanes<A, W>;
+    const A scale = block.projection.mask_scale;
+    const int64_t columns = mask.row_elements, whole = columns / kLane * kLane;
+    for (int64_t i = 0; i < block.rows.count; ++i) {
+      const MaskRow kept = mask_row(mask.bytes, mask.begin(block.rows, i));
+      A* row = of_heads.row(i);
+      for (int64_t c = 0; c < whole; c += kLane) {
+        store<W>(row + c, zero_dropped<W, A>(scale * load<W>(row + c), kept, c));
+      }
+      if (whole == columns) continue;
+      const Vec<A, W> rest = scale * load_first<W>(row + whole, columns - whole);
+      store_first<W>(row + whole, zero_dropped<W, A>(rest, kept, whole), columns - whole);
+    }
+  });
+}
+
+// to = scale w u, or with kAdds to += scale w u, for the rows of the block and the columns of all heads; without
+// weights w is 1.
+template <bool kAdds = false, typename T, typename A>
+void weigh_heads(const ProjectionBlock<T>& block, const RowMajor<const A>& weights, A scale, const RowMajor<A>& u,
+                 const RowMajor<A>& to) {
+  const int64_t heads = block.plan.heads();
+  with_rank(block.plan.shape.rank, [&](auto rank) ALIGN_INLINE_LAMBDA {
+    for (int64_t i = 0; i < block.rows.count; ++i) {
+      const A* w = weights.data ? weights.row(block.rows.row(i)) : nullptr;
+      const A* __restrict from = u.row(i);
+      A* __restrict row = to.row(i);
+      for (int64_t h = 0; h < heads; ++h, from += rank, row += rank) {
+        const A factor = scale * (w ? w[h] : 1);
+        for (int64_t j = 0; j < rank; ++j) row[j] = kAdds ? row[j] + factor * from[j] : factor * from[j];
+      }
+    }
+  });
 }
 
 }  // namespace
@@ -36,36 +92,37 @@ void ProjectionBlock<T>::shrink(A* z) const {
       for (int64_t j = 0; j < term.rank; ++j) term.g.row(i)[j] *= term.scale;
     }
   }
-  for (int64_t i = 0; i < rows.count; ++i) {
-    A* row = z + rows.row(i) * shape.latents() * shape.rank;
-    for (int64_t l = 0; l < shape.latents(); ++l) std::copy_n(at(plan.latent(l), i), shape.rank, row + l * shape.rank);
-  }
+  with_rank(shape.rank, [&](auto rank) ALIGN_INLINE_LAMBDA {
+    for (int64_t i = 0; i < rows.count; ++i) {
+      A* row = z + rows.row(i) * shape.latents() * rank;
+      for (int64_t l = 0; l < shape.latents(); ++l) copy(at(plan.latent(l), i), rank, row + l * rank);
+    }
+  });
 }
 
 template <typename T>
 void ProjectionBlock<T>::make_u(const A* z) const {
-  const int64_t rank = plan.shape.rank, latents = plan.shape.latents();
-  for (int64_t i = 0; i < rows.count; ++i) {
-    A* u = scratch.u.row(i);
-    const A* row = z + rows.row(i) * latents * rank;
-    for (int64_t h = 0; h < plan.heads(); ++h) std::copy_n(row + (latents > 1 ? h * rank : 0), rank, u + h * rank);
-    std::fill(u + plan.columns(), scratch.u.row(i + 1), A(0));
-  }
+  const int64_t latents = plan.shape.latents(), heads = plan.heads();
+  with_rank(plan.shape.rank, [&](auto rank) ALIGN_INLINE_LAMBDA {
+    for (int64_t i = 0; i < rows.count; ++i) {
+      A* u = scratch.u.row(i);
+      const A* row = z + rows.row(i) * latents * rank;
+      const int64_t step = latents > 1 ? rank : 0;
+      for (int64_t h = 0; h < heads; ++h) copy(row + h * step, rank, u + h * rank);
+    }
+  });
   mask_latents(*this, scratch.u);
 }
 
 template <typename T>
 void ProjectionBlock<T>::expand(int64_t group, RowMajor<const A> weights, const T* y_in, const T* bias, T* y) const {
-  const int64_t rank = plan.shape.rank, offset_rank = plan.shape.offset_rank;
-  for (int64_t i = 0; i < rows.count; ++i) {
-    A* combined = scratch.combined.row(i);
-    const A* u = scratch.u.row(i);
-    for (int64_t h = 0; h < plan.heads(); ++h) {
-      const A factor = projection.scaling * (weights.data ? weights.row(rows.row(i))[h] : 1);
-      for (int64_t j = h * rank; j < (h + 1) * rank; ++j) combined[j] = factor * u[j];
+  const int64_t columns = plan.columns(), offset_rank = plan.shape.offset_rank;
+  weigh_heads(*this, weights, projection.scaling, scratch.u, scratch.combined);
+  for (int64_t i = 0; offset_rank > 0 && i < rows.count; ++i) {
+    const A* offset = at(plan.offset(), i);
+    for (int64_t j = 0; j < offset_rank; ++j) {
+      scratch.combined.row(i)[columns + j] = projection.offset_scaling * offset[j];
     }
-    const A* offset = offset_rank > 0 ? at(plan.offset(), i) : nullptr;
-    for (int64_t j = 0; j < offset_rank; ++j) combined[plan.columns() + j] = projection.offset_scaling * offset[j];
   }
   const int64_t outputs = plan.outputs(), first = group * outputs;
   const RankTerm<A> low_rank{.g = scratch.combined,
@@ -86,16 +143,11 @@ void ProjectionBlock<T>::expand(int64_t group, RowMajor<const A> weights, const 
 
 template <typename T>
 void ProjectionBlock<T>::expand_backward(const T* dy, int64_t group, RowMajor<const A> weights) const {
-  const int64_t rank = plan.shape.rank, outputs = plan.outputs();
+  const int64_t outputs = plan.outputs();
   const TokenMatrix<const T> dy_of_group{dy + group * outputs, outputs, plan.shape.out_dim};
   const RowMajor<A> dbt{scratch.dbt.row(group * plan.columns()), scratch.dbt.stride};
   const RowMajor<A> factors = weights.data ? scratch.weighted : scratch.u;
-  for (int64_t i = 0; weights.data && i < rows.count; ++i) {
-    for (int64_t h = 0; h < plan.heads(); ++h) {
-      const A weight = weights.row(rows.row(i))[h];
-      for (int64_t j = h * rank; j < (h + 1) * rank; ++j) factors.row(i)[j] = weight * scratch.u.row(i)[j];
-    }
-  }
+  if (weights.data) weigh_heads(*this, weights, A(1), scratch.u, factors);
   if (projection.dots_and_outer()) {
     const RowMajor<const A> b = projection.packs_b() ? projection.b_of(group) : RowMajor<A>{};
     dot_outer(DotOuter<T>{.rows = rows,
@@ -124,37 +176,43 @@ void ProjectionBlock<T>::expand_backward(const T* dy, int64_t group, RowMajor<co
                           .first = first_of_chunk,
                           .factors = factors_of_unit()});
   }
-  for (int64_t i = 0; i < rows.count; ++i) {
-    const A* q = scratch.q.row(i);
+  if (group == 0) {
+    weigh_heads(*this, weights, projection.scaling, scratch.q, scratch.combined);
+  } else {
+    weigh_heads</*kAdds=*/true>(*this, weights, projection.scaling, scratch.q, scratch.combined);
+  }
+  for (int64_t i = 0; plan.shape.offset_rank > 0 && i < rows.count; ++i) {
     A* d_combined = scratch.combined.row(i);
-    if (group == 0) std::fill_n(d_combined, scratch.combined.stride, A(0));
-    for (int64_t h = 0; h < plan.heads(); ++h) {
-      const A factor = projection.scaling * (weights.data ? weights.row(rows.row(i))[h] : 1);
-      for (int64_t j = h * rank; j < (h + 1) * rank; ++j) d_combined[j] += factor * q[j];
+    for (int64_t j = plan.columns(); j < plan.combined(); ++j) {
+      d_combined[j] = (group == 0 ? 0 : d_combined[j]) + projection.offset_scaling * scratch.q.row(i)[j];
     }
-    for (int64_t j = plan.columns(); j < plan.combined(); ++j) d_combined[j] += projection.offset_scaling * q[j];
   }
 }
 
 template <typename T>
 void ProjectionBlock<T>::make_u_backward(const A* dz_in) const {
-  const int64_t rank = plan.shape.rank, latents = plan.shape.latents();
+  const int64_t latents = plan.shape.latents(), heads = plan.heads();
   mask_latents(*this, scratch.combined);
-  for (int64_t i = 0; i < rows.count; ++i) {
-    for (int64_t l = 0; l < latents; ++l) {
-      A* dz = at(plan.latent(l), i);
-      std::fill_n(dz, rank, A(0));
-      if (dz_in) std::copy_n(dz_in + (rows.row(i) * latents + l) * rank, rank, dz);
+  with_rank(plan.shape.rank, [&](auto rank) ALIGN_INLINE_LAMBDA {
+    for (int64_t i = 0; i < rows.count; ++i) {
+      const A* d_combined = scratch.combined.row(i);
+      for (int64_t l = 0; l < latents; ++l) {
+        A* dz = at(plan.latent(l), i);
+        if (dz_in) {
+          copy(dz_in + (rows.row(i) * latents + l) * rank, rank, dz);
+        } else {
+          std::fill_n(dz, int64_t(rank), A(0));
+        }
+      }
+      for (int64_t h = 0; h < heads; ++h) {
+        A* dz = at(plan.latent(latents > 1 ? h : 0), i);
+        for (int64_t j = 0; j < rank; ++j) dz[j] += d_combined[h * rank + j];
+      }
+      if (plan.shape.offset_rank > 0) {
+        std::copy_n(d_combined + plan.columns(), plan.shape.offset_rank, at(plan.offset(), i));
+      }
     }
-    const A* d_combined = scratch.combined.row(i);
-    for (int64_t h = 0; h < plan.heads(); ++h) {
-      A* dz = at(plan.latent(latents > 1 ? h : 0), i);
-      for (int64_t j = 0; j < rank; ++j) dz[j] += d_combined[h * rank + j];
-    }
-    if (plan.shape.offset_rank > 0) {
-      std::copy_n(d_combined + plan.columns(), plan.shape.offset_rank, at(plan.offset(), i));
-    }
-  }
+  });
 }
 
 template <typename T>

@@ -18,9 +18,15 @@ ProjectionPlan plan_of(const HeadsShape& shape, const Routing& routing, bool dro
 // w = softmax(logits / tau) over the top_k largest, 0 elsewhere.
 template <typename A>
 void softmax(const A* logits, int64_t heads, int64_t top_k, double tau, A* w) {
+  A largest = 0, sum = 0;
+  if (top_k == heads) {
+    largest = *std::max_element(logits, logits + heads);
+    for (int64_t i = 0; i < heads; ++i) sum += w[i] = std::exp((logits[i] - largest) / A(tau));
+    for (int64_t i = 0; i < heads; ++i) w[i] /= sum;
+    return;
+  }
   constexpr A kNotChosen = -1;
   std::fill_n(w, heads, kNotChosen);
-  A largest = 0, sum = 0;
   for (int64_t chosen = 0; chosen < top_k; ++chosen) {
     int64_t best = -1;
     for (int64_t i = 0; i < heads; ++i) {
