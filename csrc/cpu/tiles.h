@@ -36,7 +36,9 @@ ALIGN_INLINE int64_t opaque(int64_t value) {
   return value;
 }
 
+// Into the second-level cache, or the first-level one.
 ALIGN_INLINE void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
+ALIGN_INLINE void prefetch_near(const void* address) { __builtin_prefetch(address, 0, 3); }
 
 // Runs body(width) with a compile-time constant. double, for gradient checks only, always has 16-byte vectors.
 template <typename T, typename Body>

@@ -77,14 +77,21 @@ BF16_INLINE void add_piece(const Addition<kMasked>& add, const Piece& piece, con
     for (int64_t line = 0; line < columns; line += kTileLine) {
       const int64_t offset = i * kAddColumns + line;
       const __mmask32 lanes = kWhole ? ~0u : first_lanes(columns - line);
-      add_line<kMasked, kWhole>(add, k, t + i, first + line, lanes, load_sums(sums + offset), further + offset);
+      Pair v = kept_products(add, k, t + i, first + line, load_sums(sums + offset));
+      if (k > 0) v = plus(v, load_sums(further + offset));
+      if (k + 1 < add.op.count) {
+        store_sums(v, further + offset);
+        continue;
+      }
+      if (add.op.in) prefetch(add.in.ahead[t + i] + first + line);
+      write_line<kMasked, kWhole>(add, t + i, first + line, lanes, v);
     }
   }
 }
 
 template <bool kMasked>
 BF16_TARGET void rank_add_pieces(const RankAdd<bfloat16>& op, const RowMasks<kMasked>* masks) {
-  const Addition<kMasked> add(op, masks);
+  const Addition<kMasked> add(op, masks, kTileRows);
   round_all_factors(op);
   const Tiles tiles;
   alignas(64) float sums[kTileRows * kAddColumns], further[kTileRows * kAddColumns];

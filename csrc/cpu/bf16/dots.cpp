@@ -22,11 +22,11 @@ constexpr int kDotRows = 2;  // rows of a tile, which has kDotRows * kRanks vect
 
 template <bool kMasked, bool kWhole>
 BF16_INLINE void dot_line(const RowPointers<const bfloat16>& x, const RowMasks<kMasked>& masks, int64_t t, int64_t c,
-                          __mmask32 lanes, const bfloat16* a, int64_t stride,
+                          __mmask32 lanes, const bfloat16* a, int64_t stride, bool first,
                           Vec<float, 64> (&sum)[kDotRows * kRanks]) {
   __m512i xd[kDotRows];
   for (int i = 0; i < kDotRows; ++i) {
-    prefetch(x.ahead[t + i] + c);
+    if (first) prefetch_near(x.ahead[t + i] + c);
     xd[i] = load_line<kMasked, kWhole>(x, masks, t + i, c, lanes);
   }
 #pragma GCC unroll 8
@@ -37,28 +37,35 @@ BF16_INLINE void dot_line(const RowPointers<const bfloat16>& x, const RowMasks<k
   }
 }
 
-BF16_INLINE void add_ranks(const Vec<float, 32>& dots, float* out) { store<32>(out, load<32>(out) + dots); }
+// Assigns the sums of eight ranks, or adds them to those of the columns before.
+BF16_INLINE void put_ranks(const Vec<float, 32>& dots, bool first, float* out) {
+  store<32>(out, first ? dots : load<32>(out) + dots);
+}
 
 template <bool kMasked>
 BF16_TARGET void rows_dot_lines(const RowsDot<bfloat16>& op) {
-  constexpr int64_t kPanel = 1024;  // columns of eight ranks that stay in the first-level cache for all rows
-  const RowPointers<const bfloat16> x(op.rows, op.x, kNear);
+  constexpr int64_t kMost = 1024;  // columns of eight ranks that stay in the first-level cache for all rows
+  const int64_t panels = std::max(ceil_div(op.x.columns, kMost), int64_t(1));
+  const int64_t panel = round_up(ceil_div(op.x.columns, panels), kTileLine);
+  const RowPointers<const bfloat16> x(op.rows, op.x, kNear / 2);
   const RowMasks<kMasked> masks(op.rows, op.mask);
   const int64_t ranks = round_up(op.rank, kRanks), stride = round_up(op.x.columns, kTileLine);
-  for (int64_t t = 0; t < op.rows.count; ++t) std::fill_n(op.out.row(t), ranks, 0.0f);
-  for (int64_t first = 0; first < op.x.columns; first += kPanel) {
-    const int64_t last = std::min(first + kPanel, op.x.columns);
+  for (int64_t t = 0; op.x.columns == 0 && t < op.rows.count; ++t) std::fill_n(op.out.row(t), ranks, 0.0f);
+  for (int64_t first = 0; first < op.x.columns; first += panel) {
+    const int64_t last = std::min(first + panel, op.x.columns);
     for (int64_t j = 0; j < ranks; j += kRanks) {
       for (int64_t t = 0; t < op.rows.count; t += kDotRows) {
         Vec<float, 64> sum[kDotRows * kRanks] = {};
         const bfloat16* a = op.tiles + j * stride;
         int64_t c = first;
-        for (; c + kTileLine <= last; c += kTileLine) dot_line<kMasked, true>(x, masks, t, c, ~0u, a, stride, sum);
-        if (c < last) dot_line<kMasked, false>(x, masks, t, c, first_lanes(last - c), a, stride, sum);
+        for (; c + kTileLine <= last; c += kTileLine)
+          dot_line<kMasked, true>(x, masks, t, c, ~0u, a, stride, j == 0, sum);
+        if (c < last) dot_line<kMasked, false>(x, masks, t, c, first_lanes(last - c), a, stride, j == 0, sum);
         const Vec<float, 64> totals = lane_sums<float, 64>(sum);
-        add_ranks(__builtin_shufflevector(totals, totals, 0, 1, 2, 3, 4, 5, 6, 7), op.out.row(t) + j);
+        put_ranks(__builtin_shufflevector(totals, totals, 0, 1, 2, 3, 4, 5, 6, 7), first == 0, op.out.row(t) + j);
         if (t + 1 == op.rows.count) continue;
-        add_ranks(__builtin_shufflevector(totals, totals, 8, 9, 10, 11, 12, 13, 14, 15), op.out.row(t + 1) + j);
+        put_ranks(__builtin_shufflevector(totals, totals, 8, 9, 10, 11, 12, 13, 14, 15), first == 0,
+                  op.out.row(t + 1) + j);
       }
     }
   }
@@ -68,20 +75,40 @@ BF16_TARGET void rows_dot_lines(const RowsDot<bfloat16>& op) {
 
 constexpr int kAddRows = 4, kAddVectors = kAddColumns / kTileRows;
 
+// Calls body(row, line), with constants, for the lines of a piece.
+template <typename Body>
+BF16_INLINE void for_lines(const Body& body) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kAddRows; ++i) {
+#pragma GCC unroll 2
+    for (int line = 0; line < kAddVectors / 2; ++line) body(i, line);
+  }
+}
+
 // Computes a piece of kAddRows rows from t on and 64 columns from c on; without kWhole only those that out has.
-// Without kMany there is one term.
+// Products of a term without a mask are added to the sums of the terms before it, in registers. Without kMany there is
+// one term.
 template <bool kMasked, bool kWhole, bool kMany>
 BF16_INLINE void add_piece(const Addition<kMasked>& add, int64_t t, int64_t c) {
   const RankAdd<bfloat16>& op = add.op;
   const int64_t columns = op.out.columns - c, count = kMany ? op.count : 1;
-  alignas(64) float further[kAddRows * kAddColumns];
-  const int64_t start = kMany ? opaque(0) : 0;  // if it were known, all of further would be kept in registers
+  alignas(64) float before[kAddRows][kAddColumns];  // the sums of the terms before a mask
+  bool has_before = false;
+  __m512 sum[kAddRows][kAddVectors] = {};
+  const auto at = [&](int i, int line) BF16_LAMBDA { return Pair{sum[i][2 * line], sum[i][2 * line + 1]}; };
   const bfloat16* factors = op.factors;
   for (int64_t k = 0; k < count; ++k) {
     const RankTerm<float>& term = op.terms[k];
+    if (kMasked && kMany && k > 0 && term.mask.bytes) {
+      for_lines([&](int i, int line) BF16_LAMBDA {
+        float* to = before[i] + line * kTileLine;
+        store_sums(has_before ? plus(at(i, line), load_sums(to)) : at(i, line), to);
+        sum[i][2 * line] = sum[i][2 * line + 1] = __m512{};
+      });
+      has_before = true;
+    }
     const int64_t steps = ceil_div(term.rank, kTileLine), row = steps * kTileLine, tile = steps * kTileSize;
     const bfloat16 *left = factors + t * row, *right = term.tiles + c / kTileRows * tile;
-    __m512 sum[kAddRows][kAddVectors] = {};
     for (int64_t j = 0; j < term.rank; j += 2, left += 2, right += kTileLine) {
       __m512i ranks[kAddVectors];
 #pragma GCC unroll 4
@@ -95,26 +122,35 @@ BF16_INLINE void add_piece(const Addition<kMasked>& add, int64_t t, int64_t c) {
         for (int v = 0; v < kAddVectors; ++v) sum[i][v] = dot_add(sum[i][v], pair, ranks[v]);
       }
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < kAddRows; ++i) {
-#pragma GCC unroll 2
-      for (int line = 0; line < kAddVectors / 2; ++line) {
-        if (!kWhole && (t + i >= op.rows.count || line * kTileLine >= columns)) continue;
-        add_line<kMasked, kWhole, kMany>(add, k, t + i, c + line * kTileLine, first_lanes(columns - line * kTileLine),
-                                         {sum[i][2 * line], sum[i][2 * line + 1]},
-                                         further + start + i * kAddColumns + line * kTileLine);
-      }
+    if (kMasked && term.mask.bytes) {
+      for_lines([&](int i, int line) BF16_LAMBDA {
+        if (!kWhole && line * kTileLine >= columns) return;  // the masks may end before
+        const Pair kept = kept_products(add, k, t + i, c + line * kTileLine, at(i, line));
+        sum[i][2 * line] = kept.low;
+        sum[i][2 * line + 1] = kept.high;
+      });
     }
     factors += factor_tiles(term.rank);
   }
+  for_lines([&](int i, int line) BF16_LAMBDA {
+    const int64_t first = line * kTileLine;
+    if (!kWhole && (t + i >= op.rows.count || first >= columns)) return;
+    if (op.in) prefetch_near(add.in.ahead[t + i] + c + first);
+    const Pair v = kMasked && kMany && has_before ? plus(at(i, line), load_sums(before[i] + first)) : at(i, line);
+    write_line<kMasked, kWhole>(add, t + i, c + first, first_lanes(columns - first), v);
+  });
 }
 
 template <bool kMasked, bool kMany>
 BF16_INLINE void add_pieces(const Addition<kMasked>& add) {
-  constexpr int64_t kPanel = 256;  // columns whose right tiles stay in the first-level cache, up to rank 40
-  const int64_t rows = add.op.rows.count, columns = add.op.out.columns;
-  for (int64_t first = 0; first < columns; first += kPanel) {
-    const int64_t last = std::min(first + kPanel, columns);
+  constexpr int64_t kMost = 10240;  // elements of right tiles that stay in the first-level cache for all rows
+  const RankAdd<bfloat16>& op = add.op;
+  const int64_t rows = op.rows.count, columns = op.out.columns;
+  int64_t ranks = 0;
+  for (int64_t k = 0; k < op.count; ++k) ranks += op.terms[k].rank;
+  const int64_t panel = std::max(kAddColumns, kMost / std::max(ranks, int64_t(1)) / kAddColumns * kAddColumns);
+  for (int64_t first = 0; first < columns; first += panel) {
+    const int64_t last = std::min(first + panel, columns);
     for (int64_t t = 0; t < rows; t += kAddRows) {
       const int64_t whole = t + kAddRows <= rows ? last - kAddColumns : -1;  // the last begin of a whole piece
       int64_t c = first;
@@ -126,7 +162,7 @@ BF16_INLINE void add_pieces(const Addition<kMasked>& add) {
 
 template <bool kMasked>
 BF16_TARGET void rank_add_pieces(const RankAdd<bfloat16>& op, const RowMasks<kMasked>* masks) {
-  const Addition<kMasked> add(op, masks);
+  const Addition<kMasked> add(op, masks, kNear);
   round_all_factors(op);
   op.count > 1 ? add_pieces<kMasked, true>(add) : add_pieces<kMasked, false>(add);
 }
@@ -139,9 +175,17 @@ BF16_INLINE void outer_line(const OuterAdd<bfloat16>& op, const RowPointers<cons
                             const RowMasks<kMasked>& masks, int64_t j, int64_t c) {
   const int64_t count = op.rows.count, columns = op.x.columns - c;
   const __mmask32 lanes = first_lanes(columns);
+  // What is prefetched lies two lines ahead in the same rows, or after their end in those of the next block.
+  const bool in_rows = columns > 2 * kTileLine;
+  const bfloat16* const* soon = in_rows ? x.at : x.ahead;
+  const int64_t later = in_rows ? c + 2 * kTileLine : 2 * kTileLine - columns;
+  for (int64_t k = j; k < std::min(j + kRanks, op.rank); ++k) {
+    prefetch_near(op.outer.row(k) + c);
+    prefetch_near(op.outer.row(k) + c + kTileRows);
+  }
   __m512 sum[kRanks][2] = {};
   for (int64_t t = 0; t < count; t += 2) {
-    for (int64_t i = t; j == 0 && i < t + 2; ++i) prefetch(x.ahead[i] + c);
+    for (int64_t i = t; j == 0 && i < t + 2; ++i) prefetch_near(soon[i] + later);
     const __m512i even = load_line<kMasked, kWhole>(x, masks, t, c, lanes);
     const __m512i odd = t + 1 < count ? load_line<kMasked, kWhole>(x, masks, t + 1, c, lanes) : __m512i{};
     // Columns 0 to 3 of every eight, and columns 4 to 7.

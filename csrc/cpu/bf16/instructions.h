@@ -18,6 +18,7 @@
 #define BF16_LEVEL "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,bmi2,fma"
 #define BF16_TARGET __attribute__((target(BF16_LEVEL)))
 #define BF16_INLINE inline __attribute__((always_inline, target(BF16_LEVEL)))
+#define BF16_LAMBDA __attribute__((always_inline, target(BF16_LEVEL)))
 
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // inside GCC 12's own intrinsics
 

@@ -1,4 +1,5 @@
-// What rank_add does before and after the products of a bfloat16 unit: it rounds the factors, and adds up the terms.
+// What rank_add does before and after the products of a bfloat16 unit: it rounds the factors, leaves out what is
+// dropped, adds what is given, and writes.
 #pragma once
 
 #include "cpu/bf16/vectors.h"
@@ -33,6 +34,10 @@ struct Pair {  // 32 columns
   __m512 low, high;
 };
 BF16_INLINE Pair load_sums(const float* sums) { return {_mm512_load_ps(sums), _mm512_load_ps(sums + kTileRows)}; }
+BF16_INLINE void store_sums(const Pair& v, float* sums) {
+  _mm512_store_ps(sums, v.low);
+  _mm512_store_ps(sums + kTileRows, v.high);
+}
 BF16_INLINE Pair plus(const Pair& a, const Pair& b) { return {a.low + b.low, a.high + b.high}; }
 
 // Loads 32 columns; without kWhole only those of `lanes`, and zeros elsewhere.
@@ -52,33 +57,28 @@ struct Addition {
   RowPointers<const bfloat16> in;
   const RowMasks<kMasked>* masks;  // one for each term
 
-  Addition(const RankAdd<bfloat16>& given, const RowMasks<kMasked>* of_terms)
+  Addition(const RankAdd<bfloat16>& given, const RowMasks<kMasked>* of_terms, int64_t rows_ahead)
       : op(given),
-        out(op.rows, op.out, kTileRows),
-        in(op.rows, TokenMatrix<const bfloat16>{op.in ? op.in : op.out.data, op.out.columns, op.out.stride}, kTileRows),
+        out(op.rows, op.out, rows_ahead),
+        in(op.rows, TokenMatrix<const bfloat16>{op.in ? op.in : op.out.data, op.out.columns, op.out.stride},
+           rows_ahead),
         masks(of_terms) {}
 };
 
-// Adds the products v of term k, in 32 columns of a row from c on, to those of the terms before it, in further. The
-// last term also adds in and bias, and writes out. Without kMany there is one term; without kWhole only `lanes` exist.
-template <bool kMasked, bool kWhole, bool kMany = true>
-BF16_INLINE void add_line(const Addition<kMasked>& add, int64_t k, int64_t row, int64_t c, __mmask32 lanes, Pair v,
-                          float* further) {
+// The products v of term k in 32 columns of a row from c on, without those that are dropped.
+template <bool kMasked>
+BF16_INLINE Pair kept_products(const Addition<kMasked>& add, int64_t k, int64_t row, int64_t c, const Pair& v) {
+  if (!kMasked || !add.op.terms[k].mask.bytes) return v;
+  const __mmask32 kept = kept_lanes(add.masks[k].at[row], c);
+  return {_mm512_maskz_mov_ps(__mmask16(kept), v.low), _mm512_maskz_mov_ps(__mmask16(kept >> 16), v.high)};
+}
+
+// Adds in and bias to the sum v of all terms in 32 columns of a row from c on, and writes out. Without kWhole only
+// `lanes` exist.
+template <bool kMasked, bool kWhole>
+BF16_INLINE void write_line(const Addition<kMasked>& add, int64_t row, int64_t c, __mmask32 lanes, Pair v) {
   const RankAdd<bfloat16>& op = add.op;
-  if (kMasked && op.terms[k].mask.bytes) {
-    const __mmask32 kept = kept_lanes(add.masks[k].at[row], c);
-    v = {_mm512_maskz_mov_ps(__mmask16(kept), v.low), _mm512_maskz_mov_ps(__mmask16(kept >> 16), v.high)};
-  }
-  if (kMany && k > 0) v = plus(v, load_sums(further));
-  if (kMany && k + 1 < op.count) {
-    _mm512_store_ps(further, v.low);
-    _mm512_store_ps(further + kTileRows, v.high);
-    return;
-  }
-  if (op.in) {
-    prefetch(add.in.ahead[row] + c);
-    v = plus(v, load_pair<kWhole>(add.in.at[row] + c, lanes));
-  }
+  if (op.in) v = plus(v, load_pair<kWhole>(add.in.at[row] + c, lanes));
   if (op.bias) v = plus(v, load_pair<kWhole>(op.bias + c, lanes));
   const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(v.high, v.low);
   if (kWhole) {

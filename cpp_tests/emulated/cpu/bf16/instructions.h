@@ -15,6 +15,9 @@
 
 #define BF16_TARGET
 #define BF16_INLINE inline __attribute__((always_inline))
+#define BF16_LAMBDA __attribute__((always_inline))
+
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // as in the file in whose place this one is
 
 typedef float __m512 __attribute__((vector_size(64), may_alias));
 typedef double __v8df __attribute__((vector_size(64)));
