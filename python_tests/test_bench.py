@@ -392,7 +392,7 @@ print(faults())
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="elsewhere the block does nothing: only glibc has mallopt")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="elsewhere the block does nothing: no mallopt")
 def test_the_memory_of_one_variant_is_there_for_the_next():
     out = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True).stdout
     before, within, after = map(int, out.split())
