@@ -1,8 +1,6 @@
 """align-lora bench: its baselines compute what they say, its ratios are right, and every suite runs."""
 
 import json
-import platform
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -372,28 +370,3 @@ def test_one_head_is_plain_lora():
         layer = LORA[name](base, SMALL, torch.float32)
         expected = base(x) + ALPHA / SMALL.rank * x @ layer.lora_A.T @ layer.lora_B[0].T
         torch.testing.assert_close(layer(x), expected)
-
-
-FAULTS = """
-import resource, torch
-from align_ext.system.memory import freed_memory_kept
-
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(16 << 20)  # 64 MiB: 16,384 pages
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-faults()
-print(faults())
-with freed_memory_kept():
-    faults()
-    print(faults())
-print(faults())
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="elsewhere the block does nothing: no mallopt")
-def test_the_memory_of_one_variant_is_there_for_the_next():
-    out = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True).stdout
-    before, within, after = map(int, out.split())
-    assert within < 1000 < 8000 < min(before, after)

@@ -18,7 +18,6 @@ from align_ext.bench.baselines import Sizes
 from align_ext.bench.setting import Case, Setting
 from align_ext.bench.timing import Comparison, as_json, machine, report
 from align_ext.system.bounds import unknown_name
-from align_ext.system.memory import freed_memory_kept
 from align_ext.system.writing import atomic_file
 
 
@@ -158,9 +157,8 @@ def run(
     results: dict[str, Comparison] = {}
     too_long: set[str] = set()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    bars = Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False)
     try:
-        with freed_memory_kept(), bars as progress:
+        with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as progress:
 
             def print_line(title: str, what: str = "") -> None:
                 progress.update(bar, description=f"{title}: {what}" if what else title)

@@ -1,6 +1,5 @@
 """How much memory there is; out-of-memory errors of any library become one line that says how to need less."""
 
-import ctypes
 import os
 import resource
 from collections.abc import Iterator
@@ -32,28 +31,6 @@ def enough_memory(cure: str) -> Iterator[None]:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that there is too little memory."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(marker in str(error) for marker in _MARKERS)
-
-
-@contextmanager
-def freed_memory_kept() -> Iterator[None]:
-    """Lets the C library keep freed memory within a block, if it is glibc, which gives it back at the block's end.
-
-    Otherwise a large tensor is new pages, which the system clears as they are first touched, or kept ones, depending on
-    what was freed before: of two functions that take turns, one pays for pages that the other gave back.
-    """
-    library = ctypes.CDLL(None)
-    if not hasattr(library, "mallopt"):
-        yield
-        return
-    trim_threshold, mmap_max = -1, -4  # options of malloc.h
-    library.mallopt(mmap_max, 0)
-    library.mallopt(trim_threshold, 2**31 - 1)
-    try:
-        yield
-    finally:
-        library.mallopt(mmap_max, 2**16)  # the defaults
-        library.mallopt(trim_threshold, 2**17)
-        library.malloc_trim(0)
 
 
 def peak_memory(device: str) -> int:
