@@ -160,7 +160,7 @@ void outer_add(const OuterAdd<T>& op) {
 template <typename T>
 void dot_outer(const DotOuter<T>& op) {
   if constexpr (kForUnits<T>) {
-    if (op.tiles) return amx_dot_outer(op);
+    if (op.tiles) return unit_dot_outer(op);
   }
   dispatch<T>([&](auto width) ALIGN_INLINE_LAMBDA { dot_outer_tiles<width(), T>(op); });
 }

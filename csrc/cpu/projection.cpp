@@ -278,29 +278,27 @@ void finish_gradients(const PackedProjection<T>& projection, Acc<T>* dA, Acc<T>*
   std::vector<ChunkScratch<A>> chunks;
   for (int64_t k = 0; k < Chunks(projection.rows.count, plan).count; ++k) chunks.push_back(scratch_of(projection, k));
 
-  // target = scale times the sum over all chunks of the row at source(chunk).
-  const auto add_chunks = [&](A scale, int64_t columns, A* target, const auto& source) {
-    const A* partials[Chunks::kMost];
-    for (size_t k = 0; k < chunks.size(); ++k) partials[k] = source(chunks[k]);
-    if (chunks.empty()) return std::fill_n(target, columns, A(0)), void();
-    add_up<A>(partials, int64_t(chunks.size()), scale, columns, target);
+  // target = scale times the sum over all chunks of some rows of one of their matrices, from a row and column on.
+  const auto add_chunks = [&](A scale, auto matrix, int64_t row, int64_t first, int64_t rows, int64_t columns,
+                              const RowMajor<A>& target) {
+    RowMajor<const A> partials[Chunks::kMost];
+    for (size_t k = 0; k < chunks.size(); ++k) {
+      const RowMajor<A>& of_chunk = chunks[k].*matrix;
+      partials[k] = {of_chunk.row(row) + first, of_chunk.stride};
+    }
+    for (int64_t j = 0; chunks.empty() && j < rows; ++j) std::fill_n(target.row(j), columns, A(0));
+    if (!chunks.empty()) add_up<A>(partials, int64_t(chunks.size()), scale, rows, columns, target);
   };
   const auto add_a = [&](const TermColumn& at, int64_t rows, A scale, A* target, int64_t first) {
-    for (int64_t j = 0; j < rows; ++j) {
-      const int64_t row = plan.a_row(at.term) + at.column + j;
-      add_chunks(scale, std::min(kColumns, in_dim - first), target + j * in_dim + first,
-                 [&](const auto& chunk) { return chunk.da.row(row) + first; });
-    }
+    add_chunks(scale, &ChunkScratch<A>::da, plan.a_row(at.term) + at.column, first, rows,
+               std::min(kColumns, in_dim - first), {target + first, in_dim});
   };
   const auto add_b = [&](int64_t group, int64_t first) {
     const int64_t columns = std::min(kColumns, outputs - first);
     std::vector<A> dbt(rank * columns);
     for (int64_t h = 0; h < plan.shape.heads; ++h) {
-      for (int64_t j = 0; j < rank; ++j) {
-        const int64_t row = group * plan.columns() + (plan.summed() ? 0 : h * rank) + j;
-        add_chunks(projection.scaling, columns, &dbt[j * columns],
-                   [&](const auto& chunk) { return chunk.dbt.row(row) + first; });
-      }
+      add_chunks(projection.scaling, &ChunkScratch<A>::dbt, group * plan.columns() + (plan.summed() ? 0 : h * rank),
+                 first, rank, columns, {dbt.data(), columns});
       const RowMajor<A> target{dB + (h * out_dim + group * outputs + first) * rank, rank};
       std::fill_n(target.data, columns * rank, A(0));
       add_transpose<A>(Operand<A>{dbt.data(), rank, columns}, target, 0, rank);

@@ -106,8 +106,8 @@ struct PackedProjection {
   const bfloat16* bt_tiles_of(int64_t group) const { return has_unit() ? bt_tiles + plan.bt_tile(group) : nullptr; }
   // Whether b is packed, and not bt.
   bool packs_b() const { return plan.backward && plan.many_ranks() && !has_unit(); }
-  // Whether dz and dB are made in one pass over dy. Dot products need no copy of it, so that two passes are as good.
-  bool dots_and_outer() const { return unit == Bf16Unit::kAmx || packs_b(); }
+  // Whether dz and dB are made in one pass over dy.
+  bool dots_and_outer() const { return has_unit() || packs_b(); }
 };
 
 // The sums of a chunk of rows, and what the blocks of all chunks of a thread use one after the other.

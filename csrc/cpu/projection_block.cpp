@@ -37,19 +37,22 @@ void mask_latents(const ProjectionBlock<T>& block, const RowMajor<Acc<T>>& of_he
   if (!block.plan.masks_latents()) return;
   const MaskBits mask = block.projection.mask_bits(block.scratch.mask_bits);
   dispatch<A>([&](auto width) ALIGN_INLINE_LAMBDA {
-    constexpr int W = std::min(width(), 32);  // eight ranks, so that most rows have only whole vectors
-    constexpr int64_t kLane = kLanes<A, W>;
+    constexpr int W = width(), kHalf = std::max(W / 2, 16);  // often eight ranks are left of whole vectors
+    constexpr int64_t kLane = kLanes<A, W>, kHalfLane = kLanes<A, kHalf>;
     const A scale = block.projection.mask_scale;
-    const int64_t columns = mask.row_elements, whole = columns / kLane * kLane;
+    const int64_t columns = mask.row_elements;
     for (int64_t i = 0; i < block.rows.count; ++i) {
       const MaskRow kept = mask_row(mask.bytes, mask.begin(block.rows, i));
       A* row = of_heads.row(i);
-      for (int64_t c = 0; c < whole; c += kLane) {
+      int64_t c = 0;
+      for (; c + kLane <= columns; c += kLane) {
         store<W>(row + c, zero_dropped<W, A>(scale * load<W>(row + c), kept, c));
       }
-      if (whole == columns) continue;
-      const Vec<A, W> rest = scale * load_first<W>(row + whole, columns - whole);
-      store_first<W>(row + whole, zero_dropped<W, A>(rest, kept, whole), columns - whole);
+      for (; c < columns; c += kHalfLane) {
+        const int64_t count = std::min(kHalfLane, columns - c);
+        const Vec<A, kHalf> rest = scale * load_first<kHalf>(row + c, count);
+        store_first<kHalf>(row + c, zero_dropped<kHalf, A>(rest, kept, c), count);
+      }
     }
   });
 }
@@ -162,19 +165,10 @@ void ProjectionBlock<T>::expand_backward(const T* dy, int64_t group, RowMajor<co
                           .tiles = projection.bt_tiles_of(group),
                           .factors = factors_of_unit()});
   } else {
-    rows_dot(RowsDot<T>{.rows = rows,
-                        .x = dy_of_group,
-                        .a = projection.bt_of(group),
-                        .out = scratch.q,
-                        .rank = plan.combined(),
-                        .tiles = projection.bt_tiles_of(group)});
-    outer_add(OuterAdd<T>{.rows = rows,
-                          .x = dy_of_group,
-                          .g = factors,
-                          .rank = plan.columns(),
-                          .outer = dbt,
-                          .first = first_of_chunk,
-                          .factors = factors_of_unit()});
+    rows_dot(RowsDot<T>{
+        .rows = rows, .x = dy_of_group, .a = projection.bt_of(group), .out = scratch.q, .rank = plan.combined()});
+    outer_add(OuterAdd<T>{
+        .rows = rows, .x = dy_of_group, .g = factors, .rank = plan.columns(), .outer = dbt, .first = first_of_chunk});
   }
   if (group == 0) {
     weigh_heads(*this, weights, projection.scaling, scratch.q, scratch.combined);

@@ -174,15 +174,18 @@ ALIGN_INLINE void rank_add_tiles(const RankAdd<T>& op, const RowMasks<kMasked>* 
 // ---- add_up
 
 template <int W, typename A>
-ALIGN_INLINE void add_up_columns(const A* const* partials, int64_t count, A scale, int64_t columns, A* sums) {
+ALIGN_INLINE void add_up_rows(const RowMajor<const A>* partials, int64_t count, A scale, int64_t rows, int64_t columns,
+                              RowMajor<A> sums) {
   constexpr int64_t kLane = kLanes<A, W>;
-  for (int64_t c = 0; c < columns; c += kLane) {
-    auto sum = load<W>(partials[0] + c);
-    for (int64_t k = 1; k < count; ++k) sum += load<W>(partials[k] + c);
-    if (c + kLane <= columns) {
-      store<W>(sums + c, scale * sum);
-    } else {
-      store_first<W>(sums + c, scale * sum, columns - c);
+  for (int64_t j = 0; j < rows; ++j) {
+    for (int64_t c = 0; c < columns; c += kLane) {
+      Vec<A, W> sum = {};
+      for (int64_t k = 0; k < count; ++k) {
+        const A* row = partials[k].row(j) + c;
+        if (j + 1 < rows) prefetch_near(row + partials[k].stride);
+        sum = k == 0 ? load<W>(row) : sum + load<W>(row);
+      }
+      store_first<W>(sums.row(j) + c, scale * sum, std::min(kLane, columns - c));
     }
   }
 }
@@ -218,11 +221,13 @@ void rank_add(const RankAdd<T>& op) {
 }
 
 template <typename A>
-void add_up(const A* const* partials, int64_t count, A scale, int64_t columns, A* sums) {
-  run_widest([&](auto width) ALIGN_INLINE_LAMBDA { add_up_columns<width()>(partials, count, scale, columns, sums); });
+void add_up(const RowMajor<const A>* partials, int64_t count, A scale, int64_t rows, int64_t columns,
+            RowMajor<A> sums) {
+  run_widest([&](auto width)
+                 ALIGN_INLINE_LAMBDA { add_up_rows<width()>(partials, count, scale, rows, columns, sums); });
 }
-template void add_up(const float* const*, int64_t, float, int64_t, float*);
-template void add_up(const double* const*, int64_t, double, int64_t, double*);
+template void add_up(const RowMajor<const float>*, int64_t, float, int64_t, int64_t, RowMajor<float>);
+template void add_up(const RowMajor<const double>*, int64_t, double, int64_t, int64_t, RowMajor<double>);
 
 #define ALIGN_INSTANTIATE(T)                 \
   template void rows_dot(const RowsDot<T>&); \

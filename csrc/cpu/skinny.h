@@ -7,13 +7,13 @@
 //   outer_add  outer[j,c] += sum_i g[i,j] xd[i,c]                                dA and dB
 //   dot_outer  out[i,j]    = sum_c x[i,c] bt[c,j], and
 //              outer[j,c] += sum_i g[i,j] x[i,c]                                 dz and dB of many ranks in one pass
-//   add_up     sums[c]     = scale sum_k partials[k][c]                          adds the results of several outer_adds
+//   add_up     sums[j,c]   = scale sum_k partials[k][j,c]                        adds the results of several outer_adds
 // clang-format on
 //
 // xd is x with dropped elements set to zero, and m is 0 or 1; the factor 1/(1-p) of dropout is part of the scales.
 // Token matrices have type T, all other matrices Acc<T>. The products run on the calling thread with the widest vectors
-// of the processor, and the order of every sum depends on the shapes alone. They prefetch later rows while they
-// compute: rows are far apart in memory, and the processor does not predict these accesses well.
+// of the processor, and the order of every sum depends on the processor and the shapes alone. They prefetch later rows
+// while they compute: rows are far apart in memory, and the processor does not predict these accesses well.
 #pragma once
 
 #include <algorithm>
@@ -152,6 +152,6 @@ void dot_outer(const DotOuter<T>& op);
 
 // count is at least 1. The partials may be read up to a multiple of kColumnAlign columns.
 template <typename A>
-void add_up(const A* const* partials, int64_t count, A scale, int64_t columns, A* sums);
+void add_up(const RowMajor<const A>* partials, int64_t count, A scale, int64_t rows, int64_t columns, RowMajor<A> sums);
 
 }  // namespace align::cpu

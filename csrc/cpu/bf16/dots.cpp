@@ -1,11 +1,25 @@
-// rows_dot, rank_add and outer_add by the dot products of AVX512_BF16. The pairs that a dot product adds up are
-// neighbouring columns in rows_dot, ranks in rank_add and rows in outer_add.
+// The products of skinny.h by the dot products of AVX512_BF16. The pairs that a dot product adds up are neighbouring
+// columns in rows_dot, ranks in rank_add and rows in outer_add.
 #include "cpu/bf16/rank_add.h"
 
 #ifdef ALIGN_BF16_UNITS
 
+#include <unistd.h>
+
 namespace align::cpu {
 namespace {
+
+// The bfloat16 elements that fill the first-level cache.
+int64_t first_level_elements() {
+  static const int64_t elements = [] {
+    int64_t bytes = 0;
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+    bytes = sysconf(_SC_LEVEL1_DCACHE_SIZE);  // 0 where the system does not tell
+#endif
+    return std::max(bytes, int64_t(32) << 10) / int64_t(sizeof(bfloat16));
+  }();
+  return elements;
+}
 
 // Loads 32 columns of row i from c on, without those that are dropped or not of `lanes`.
 template <bool kMasked, bool kWhole>
@@ -42,33 +56,46 @@ BF16_INLINE void put_ranks(const Vec<float, 32>& dots, bool first, float* out) {
   store<32>(out, first ? dots : load<32>(out) + dots);
 }
 
+// Adds the products of columns [first, last) to out; assigns those of the first columns.
 template <bool kMasked>
-BF16_TARGET void rows_dot_lines(const RowsDot<bfloat16>& op) {
-  constexpr int64_t kMost = 1024;  // columns of eight ranks that stay in the first-level cache for all rows
-  const int64_t panels = std::max(ceil_div(op.x.columns, kMost), int64_t(1));
-  const int64_t panel = round_up(ceil_div(op.x.columns, panels), kTileLine);
-  const RowPointers<const bfloat16> x(op.rows, op.x, kNear / 2);
-  const RowMasks<kMasked> masks(op.rows, op.mask);
+BF16_INLINE void dot_panel(const RowsDot<bfloat16>& op, const RowPointers<const bfloat16>& x,
+                           const RowMasks<kMasked>& masks, int64_t first, int64_t last) {
   const int64_t ranks = round_up(op.rank, kRanks), stride = round_up(op.x.columns, kTileLine);
-  for (int64_t t = 0; op.x.columns == 0 && t < op.rows.count; ++t) std::fill_n(op.out.row(t), ranks, 0.0f);
-  for (int64_t first = 0; first < op.x.columns; first += panel) {
-    const int64_t last = std::min(first + panel, op.x.columns);
-    for (int64_t j = 0; j < ranks; j += kRanks) {
-      for (int64_t t = 0; t < op.rows.count; t += kDotRows) {
-        Vec<float, 64> sum[kDotRows * kRanks] = {};
-        const bfloat16* a = op.tiles + j * stride;
-        int64_t c = first;
-        for (; c + kTileLine <= last; c += kTileLine)
-          dot_line<kMasked, true>(x, masks, t, c, ~0u, a, stride, j == 0, sum);
-        if (c < last) dot_line<kMasked, false>(x, masks, t, c, first_lanes(last - c), a, stride, j == 0, sum);
-        const Vec<float, 64> totals = lane_sums<float, 64>(sum);
-        put_ranks(__builtin_shufflevector(totals, totals, 0, 1, 2, 3, 4, 5, 6, 7), first == 0, op.out.row(t) + j);
-        if (t + 1 == op.rows.count) continue;
-        put_ranks(__builtin_shufflevector(totals, totals, 8, 9, 10, 11, 12, 13, 14, 15), first == 0,
-                  op.out.row(t + 1) + j);
-      }
+  for (int64_t j = 0; j < ranks; j += kRanks) {
+    for (int64_t t = 0; t < op.rows.count; t += kDotRows) {
+      Vec<float, 64> sum[kDotRows * kRanks] = {};
+      const bfloat16* a = op.tiles + j * stride;
+      int64_t c = first;
+      for (; c + kTileLine <= last; c += kTileLine)
+        dot_line<kMasked, true>(x, masks, t, c, ~0u, a, stride, j == 0, sum);
+      if (c < last) dot_line<kMasked, false>(x, masks, t, c, first_lanes(last - c), a, stride, j == 0, sum);
+      const Vec<float, 64> totals = lane_sums<float, 64>(sum);
+      put_ranks(__builtin_shufflevector(totals, totals, 0, 1, 2, 3, 4, 5, 6, 7), first == 0, op.out.row(t) + j);
+      if (t + 1 == op.rows.count) continue;
+      put_ranks(__builtin_shufflevector(totals, totals, 8, 9, 10, 11, 12, 13, 14, 15), first == 0,
+                op.out.row(t + 1) + j);
     }
   }
+}
+
+// Calls body(first, last) for equal panels of columns, eight ranks of which stay in the first-level cache for all rows.
+// There is one without columns too.
+template <typename Body>
+BF16_INLINE void for_panels(int64_t columns, const Body& body) {
+  const int64_t panels = std::max(ceil_div(columns, first_level_elements() / 2 / kRanks), int64_t(1));
+  const int64_t panel = round_up(ceil_div(columns, panels), kTileLine);
+  int64_t first = 0;
+  do {
+    body(first, std::min(first + panel, columns));
+    first += panel;
+  } while (first < columns);
+}
+
+template <bool kMasked>
+BF16_TARGET void rows_dot_panels(const RowsDot<bfloat16>& op) {
+  const RowPointers<const bfloat16> x(op.rows, op.x, kNear / 2);
+  const RowMasks<kMasked> masks(op.rows, op.mask);
+  for_panels(op.x.columns, [&](int64_t first, int64_t last) BF16_LAMBDA { dot_panel(op, x, masks, first, last); });
 }
 
 // ---- rank_add
@@ -143,12 +170,12 @@ BF16_INLINE void add_piece(const Addition<kMasked>& add, int64_t t, int64_t c) {
 
 template <bool kMasked, bool kMany>
 BF16_INLINE void add_pieces(const Addition<kMasked>& add) {
-  constexpr int64_t kMost = 10240;  // elements of right tiles that stay in the first-level cache for all rows
   const RankAdd<bfloat16>& op = add.op;
   const int64_t rows = op.rows.count, columns = op.out.columns;
   int64_t ranks = 0;
   for (int64_t k = 0; k < op.count; ++k) ranks += op.terms[k].rank;
-  const int64_t panel = std::max(kAddColumns, kMost / std::max(ranks, int64_t(1)) / kAddColumns * kAddColumns);
+  const int64_t most = first_level_elements() * 5 / 8;  // of right tiles, that stay there for all rows
+  const int64_t panel = std::max(kAddColumns, most / std::max(ranks, int64_t(1)) / kAddColumns * kAddColumns);
   for (int64_t first = 0; first < columns; first += panel) {
     const int64_t last = std::min(first + panel, columns);
     for (int64_t t = 0; t < rows; t += kAddRows) {
@@ -212,11 +239,9 @@ BF16_INLINE void outer_line(const OuterAdd<bfloat16>& op, const RowPointers<cons
 }
 
 template <bool kMasked>
-BF16_TARGET void outer_add_lines(const OuterAdd<bfloat16>& op) {
-  const RowPointers<const bfloat16> x(op.rows, op.x, kFar);
-  const RowMasks<kMasked> masks(op.rows, op.mask);
-  round_transpose(op.g, op.rank, op.rows.count, op.factors);
-  for (int64_t c = 0; c < op.x.columns; c += kTileLine) {
+BF16_INLINE void outer_lines(const OuterAdd<bfloat16>& op, const RowPointers<const bfloat16>& x,
+                             const RowMasks<kMasked>& masks, int64_t first, int64_t last) {
+  for (int64_t c = first; c < last; c += kTileLine) {
     for (int64_t j = 0; j < op.rank; j += kRanks) {
       if (c + kTileLine <= op.x.columns) {
         outer_line<kMasked, true>(op, x, masks, j, c);
@@ -227,10 +252,38 @@ BF16_TARGET void outer_add_lines(const OuterAdd<bfloat16>& op) {
   }
 }
 
+template <bool kMasked>
+BF16_TARGET void outer_add_lines(const OuterAdd<bfloat16>& op) {
+  const RowPointers<const bfloat16> x(op.rows, op.x, kFar);
+  round_transpose(op.g, op.rank, op.rows.count, op.factors);
+  outer_lines(op, x, RowMasks<kMasked>(op.rows, op.mask), 0, op.x.columns);
+}
+
+// ---- dot_outer
+
+// A panel of x, and the sums of its columns, stay in the second-level cache, which a block of long rows would leave.
+BF16_TARGET void dot_outer_panels(const DotOuter<bfloat16>& op) {
+  const RowsDot<bfloat16> dot{.rows = op.rows, .x = op.x, .a = {}, .out = op.out, .rank = op.rank, .tiles = op.tiles};
+  const OuterAdd<bfloat16> outer{.rows = op.rows,
+                                 .x = op.x,
+                                 .g = op.g,
+                                 .rank = op.outer_rank,
+                                 .outer = op.outer,
+                                 .first = op.first,
+                                 .factors = op.factors};
+  const RowPointers<const bfloat16> x_of_dot(op.rows, op.x, kNear / 2), x(op.rows, op.x, kFar);
+  const RowMasks<false> masks(op.rows, {});
+  round_transpose(op.g, op.outer_rank, op.rows.count, op.factors);
+  for_panels(op.x.columns, [&](int64_t first, int64_t last) BF16_LAMBDA {
+    dot_panel(dot, x_of_dot, masks, first, last);
+    outer_lines(outer, x, masks, first, last);
+  });
+}
+
 }  // namespace
 
 void dots_rows_dot(const RowsDot<bfloat16>& op) {
-  op.mask.bytes ? rows_dot_lines<true>(op) : rows_dot_lines<false>(op);
+  op.mask.bytes ? rows_dot_panels<true>(op) : rows_dot_panels<false>(op);
 }
 
 void dots_rank_add(const RankAdd<bfloat16>& op) {
@@ -240,6 +293,8 @@ void dots_rank_add(const RankAdd<bfloat16>& op) {
 void dots_outer_add(const OuterAdd<bfloat16>& op) {
   op.mask.bytes ? outer_add_lines<true>(op) : outer_add_lines<false>(op);
 }
+
+void dots_dot_outer(const DotOuter<bfloat16>& op) { dot_outer_panels(op); }
 
 }  // namespace align::cpu
 

@@ -72,8 +72,9 @@ void amx_dot_outer(const DotOuter<bfloat16>& op);
 void dots_rows_dot(const RowsDot<bfloat16>& op);
 void dots_rank_add(const RankAdd<bfloat16>& op);
 void dots_outer_add(const OuterAdd<bfloat16>& op);
+void dots_dot_outer(const DotOuter<bfloat16>& op);
 
-// On the unit in use; dot_outer has none but AMX.
+// On the unit in use.
 inline void unit_rows_dot(const RowsDot<bfloat16>& op) {
   unit_for<bfloat16>() == Bf16Unit::kAmx ? amx_rows_dot(op) : dots_rows_dot(op);
 }
@@ -82,6 +83,9 @@ inline void unit_rank_add(const RankAdd<bfloat16>& op) {
 }
 inline void unit_outer_add(const OuterAdd<bfloat16>& op) {
   unit_for<bfloat16>() == Bf16Unit::kAmx ? amx_outer_add(op) : dots_outer_add(op);
+}
+inline void unit_dot_outer(const DotOuter<bfloat16>& op) {
+  unit_for<bfloat16>() == Bf16Unit::kAmx ? amx_dot_outer(op) : dots_dot_outer(op);
 }
 
 }  // namespace align::cpu
