@@ -15,6 +15,8 @@ from align_ext.ops._projection import Weight
 
 def _casts(x: Tensor) -> bool:
     """Whether autocast would compute a product of x in another dtype."""
+    if not torch._C._is_any_autocast_enabled():
+        return False
     kind = x.device.type
     has_autocast = torch.amp.is_autocast_available(kind)
     return has_autocast and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype
@@ -212,15 +214,17 @@ class AdaptedLinear(AdaptedWeight):
         """Computes base(x) + low rank for x [..., in_features]; base(x) alone while merged or disabled."""
         if self.merged or self.disabled:
             return self.base_layer(x)
-        if self.adapter.lora_magnitude_vector is None:
+        adapter = self.adapter
+        magnitude = adapter.lora_magnitude_vector
+        if magnitude is None:
             return self._with_low_rank(x)
-        scale = scale_of(self.adapter.lora_magnitude_vector, self.row_norms())
-        if not (self.training and self.adapter.drops_whole_input and self.adapter.dropout_p):
+        scale = scale_of(magnitude, self.row_norms())
+        if not (self.training and adapter.drops_whole_input and adapter.dropout_p):
             y = self._with_low_rank(x)
             return rescaled(y, scale, self.bias).to(y.dtype)
-        dropped = nn.functional.dropout(x, self.adapter.dropout_p)
+        dropped = nn.functional.dropout(x, adapter.dropout_p)
         base_out = self._base_out(dropped)
-        y = self.adapter(dropped.to(base_out.dtype), base_out=base_out)
+        y = adapter(dropped.to(base_out.dtype), base_out=base_out)
         return (self._base_out(x) + (rescaled(y, scale, self.bias) - base_out)).to(y.dtype)
 
     def _with_low_rank(self, x: Tensor) -> Tensor:

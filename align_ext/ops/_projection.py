@@ -28,9 +28,9 @@ def checked_rng(
     """Checks the arguments that every projection has, and draws the mask's seed and offset if dropout needs them."""
     if (weight is None) == (base_out is None):
         raise ValueError("give exactly one of weight (a frozen linear) and base_out (what the base returned)")
-    frozen = (part for part in (weight, bias) if isinstance(part, Tensor))
-    if base_out is None and any(part.requires_grad for part in frozen):
-        raise ValueError("weight and bias must be frozen (requires_grad=False); for a trained base, give base_out")
+    for part in (weight, bias) if base_out is None else ():
+        if isinstance(part, Tensor) and part.requires_grad:
+            raise ValueError("weight and bias must be frozen (requires_grad=False); for a trained base, give base_out")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     return dropout_rng(x.device) if dropout_p > 0 and rng is None else rng
@@ -97,18 +97,13 @@ def output_gradient(name: str, dy: Tensor | None, x: Tensor, B: Tensor) -> Tenso
     return x.new_zeros((*x.shape[:-1], B.shape[-2])) if dy is None else dy
 
 
-def gradients(
-    ctx: Any, grads: tuple[Tensor, ...], adapters: tuple[Tensor, ...], d_base_out: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    """Returns the gradients of the arguments: dx, the adapters' gradients in their dtypes, and that of base_out.
+def gradients(ctx: Any, grads: tuple[Tensor, ...], d_base_out: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Returns the gradients of the arguments: dx, the adapters' gradients, and that of base_out.
 
     Args:
         ctx: the autograd context.
-        grads: dx, then one gradient for each adapter.
-        adapters: the arguments that follow x.
+        grads: dx, then one gradient for each adapter, which autograd converts to the adapter's dtype.
         d_base_out: the gradient of y, or None if there is no base_out.
     """
     dx, *d_adapters = grads
-    pairs = zip(d_adapters, adapters, strict=True)
-    cast = [d if d.dtype == adapter.dtype else d.to(adapter.dtype) for d, adapter in pairs]
-    return dx if ctx.needs_input_grad[0] else None, *cast, d_base_out
+    return dx if ctx.needs_input_grad[0] else None, *d_adapters, d_base_out

@@ -92,7 +92,7 @@ def _backward(ctx: Any, dy: Tensor | None, dz: Tensor | None) -> tuple[Tensor | 
     grads = _gradients(
         dy, dz, x, z, A, B, scaling, offset_scaling, A0, B0, site, p, rng, weight, ctx.needs_input_grad[0]
     )
-    return projection.gradients(ctx, grads, (A, B), dy if weight is None else None)
+    return projection.gradients(ctx, grads, dy if weight is None else None)
 
 
 _gradients = torch.ops.align_ext.dropout_sum_backward.default

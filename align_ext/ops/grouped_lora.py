@@ -118,7 +118,7 @@ def _backward(ctx: Any, dy: Tensor | None, dz: Tensor | None) -> tuple[Tensor | 
     weight = projection.weight_again(ctx, saved)
     dy = projection.output_gradient("grouped_lora", dy, x, B)
     grads = _gradients(dy, dz, x, z, A, B, ctx.scaling, offsets, order, ctx.p, rng, weight, ctx.needs_input_grad[0])
-    return projection.gradients(ctx, grads, (A, B), dy if weight is None else None)
+    return projection.gradients(ctx, grads, dy if weight is None else None)
 
 
 _gradients = torch.ops.align_ext.grouped_lora_backward.default

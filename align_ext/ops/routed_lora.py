@@ -95,7 +95,7 @@ def _backward(ctx: Any, dy: Tensor | None, dz: Tensor | None, dw: Tensor | None)
         dy, dz, dw, x, z, w, A, B, R, scaling, offset_scaling, A0, B0, tau, site, p, rng, weight,
         ctx.needs_input_grad[0],
     )  # fmt: skip
-    return projection.gradients(ctx, grads, (A, B, R), dy if weight is None else None)
+    return projection.gradients(ctx, grads, dy if weight is None else None)
 
 
 _gradients = torch.ops.align_ext.routed_lora_backward.default

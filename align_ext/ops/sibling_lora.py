@@ -144,8 +144,8 @@ def _backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         given, _or_empty(dz, x), _or_empty(dw, x), x, z, w, A, B, R, scaling, offset_scaling, A0, B0, tau, site, p, rng,
         weight, ctx.needs_input_grad[0],
     )  # fmt: skip
-    pairs = zip((d for of_layers in gradients for d in of_layers), [*A, *B, *R], (2 + routed) * used, strict=True)
-    return dx if ctx.needs_input_grad[0] else None, *(d.to(a.dtype) if use else None for d, a, use in pairs)
+    pairs = zip((d for of_layers in gradients for d in of_layers), (2 + routed) * used, strict=True)
+    return dx if ctx.needs_input_grad[0] else None, *(d if use else None for d, use in pairs)
 
 
 _gradients = torch.ops.align_ext.sibling_lora_backward.default
