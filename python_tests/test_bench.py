@@ -127,6 +127,23 @@ def test_a_visit_has_one_round_at_least_and_adds_to_those_before():
     assert [len(next(twice).times_ms["b"]) for _ in range(2)] == [2, 4]
 
 
+def test_an_interrupted_round_leaves_ratios_that_can_be_computed():
+    calls = 0
+
+    def call():
+        nonlocal calls
+        calls += 1
+        if calls == 10:  # three to warm up, four of the first visit, then a, b and c
+            raise KeyboardInterrupt
+
+    taken = visits(dict.fromkeys("abc", call), 1, "cpu")
+    found = next(taken)
+    with pytest.raises(KeyboardInterrupt):
+        next(taken)
+    assert all(low > 0 for low, _, _ in map(found.ratios, "abc"))
+    assert len(found.times_ms["b"]) == len(found.times_ms["c"]) == 1
+
+
 def test_visits_to_one_comparison_lie_between_those_to_others_and_whole_steps_are_one(monkeypatch):
     order = []
 

@@ -78,11 +78,12 @@ def test_the_vectors_are_those_that_the_limit_allows(limit, widest):
 
 def test_a_file_is_named_after_the_machine(monkeypatch, tmp_path):
     name = "AMD EPYC(TM) 9654 96-Core Processor" + 20 * " "
-    monkeypatch.setattr(saved, "_cpuinfo", lambda: {"model name": name, **FLAGS})
+    numbers = {"cpu family": "25", "model": "17"}
+    monkeypatch.setattr(saved, "_cpuinfo", lambda: {"model name": name, **numbers, **FLAGS})
     monkeypatch.setattr(saved.torch, "get_num_threads", lambda: 2)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
     monkeypatch.chdir(tmp_path)
-    named = "amd-epyc-9654-96-core-avx512-bf16-2-threads.json"
+    named = "amd-epyc-9654-96-core-family-25-model-17-avx512-bf16-2-threads.json"
     assert saved.file_in(None, "cpu") == Path(named)
     (tmp_path / "docs/measurements").mkdir(parents=True)
     assert saved.file_in(None, "cpu") == Path("docs/measurements") / named

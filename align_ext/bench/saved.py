@@ -51,9 +51,11 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def processor(cpuinfo: Mapping[str, str]) -> str:
-    """Returns the processor's name without marks and clock."""
+    """Returns the processor's name without marks and clock, and its family and model: clouds leave out of names."""
     name = cpuinfo.get("model name") or platform.processor() or platform.machine()
-    return " ".join(re.sub(r"\((R|TM)\)|\bCPU\b|@.*|Processor", " ", name, flags=re.IGNORECASE).split())
+    name = re.sub(r"\((R|TM)\)|\bCPU\b|@.*|Processor", " ", name, flags=re.IGNORECASE)
+    numbers = (f"{key} {cpuinfo[of]}" for key, of in (("family", "cpu family"), ("model", "model")) if of in cpuinfo)
+    return " ".join([*name.split(), *numbers])
 
 
 def vectors(cpuinfo: Mapping[str, str], limit: str | None) -> list[str]:

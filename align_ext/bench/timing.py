@@ -193,23 +193,22 @@ def visits(
     groups = [others[begin : begin + AT_A_TIME] for begin in range(0, max(len(others), 1), AT_A_TIME)]
     baselines: Baselines = {name: [] for name in others}
 
-    def measure_once(name: str) -> float:
-        times[name].append(clock(repeated[name]) / row[name])
-        return times[name][-1]
+    def time_of(name: str) -> float:
+        return clock(repeated[name]) / row[name]
 
     while True:
         end = time.monotonic() + seconds()
-        before = measure_once(first)
+        times[first].append(time_of(first))
         for done in range(max(rounds, least)):
             if done >= least and time.monotonic() > end:
                 break
-            for group in groups:
-                for name in group:
-                    measure_once(name)
-                after = measure_once(first)
-                for name in group:
-                    baselines[name].append((before, after))
-                before = after
+            for group in groups:  # all of it is kept, or nothing: a run may be interrupted
+                measured = {name: time_of(name) for name in group}
+                between = times[first][-1], time_of(first)
+                times[first].append(between[1])
+                for name, ms in measured.items():
+                    times[name].append(ms)
+                    baselines[name].append(between)
         yield Comparison(times, baselines=baselines)
 
 
