@@ -93,6 +93,8 @@ def training_call(layer: nn.Module, x: Tensor, dy: Tensor) -> Call:
     """Returns a call of forward and backward in training, with alignment if the layer has it."""
     x = x.detach().requires_grad_()
     trained = [x, *(p for p in layer.train().parameters() if p.requires_grad)]
+    # A row of one layer is called as the layer itself, as the frozen one and the others are.
+    forward = layer[0] if isinstance(layer, nn.Sequential) and len(layer) == 1 else layer
     for weight in trained[1:]:  # heads that are zero would make gradients zero
         nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
     state: Any = getattr(layer, "align_state", None)
@@ -100,10 +102,10 @@ def training_call(layer: nn.Module, x: Tensor, dy: Tensor) -> Call:
 
     def run() -> None:
         if state is None or not state.config.needs_step:
-            layer(x).backward(dy)
+            forward(x).backward(dy)
         else:
             with align_step(layer, ids) as step:
-                y = layer(x)
+                y = forward(x)
             step.total(GivenGradient.apply(y, dy)).backward()
         for leaf in trained:
             leaf.grad = None
