@@ -36,5 +36,6 @@ if os.path.basename(sys.argv[0]) == "align-lora" or sys.orig_argv[1:3] == ["-m",
     for _number in SIGNALS:
         if signal.getsignal(_number) is not signal.SIG_IGN:
             signal.signal(_number, end)
-    if sys.argv[1:2] == ["bench"] and "CS_GNU_LIBC_VERSION" in os.confstr_names:
+    _own = "bench" in sys.orig_argv  # a spawned child has the arguments of its parent in sys.argv
+    if sys.argv[1:2] == ["bench"] and _own and "CS_GNU_LIBC_VERSION" in os.confstr_names:
         keep_freed_memory()
