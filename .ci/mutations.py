@@ -158,6 +158,11 @@ UNITS = [  # bfloat16 units, by emulated instructions
     Mutant("dot products: take a row beyond the last one into dA", "csrc/cpu/bf16/dots.cpp",
            "t + 1 < count ? load_line<kMasked, kWhole>(x, masks, t + 1, c, lanes) : __m512i{}",
            "load_line<kMasked, kWhole>(x, masks, t, c, lanes)", "test_grouped_lora_emulated"),
+    Mutant("dot products: the first panels again in each panel of dB", "csrc/cpu/bf16/dots.cpp",
+           "outer_lines(outer, x, masks, first, last);", "outer_lines(outer, x, masks, 0, last);",
+           "test_grouped_lora_emulated"),
+    Mutant("dot products: the last panel alone in dz", "csrc/cpu/bf16/dots.cpp",
+           "first ? dots : load<32>(out) + dots", "dots", "test_grouped_lora_emulated"),
     Mutant("dot products: the factors of the first term for all", "csrc/cpu/bf16/dots.cpp",
            "factors += factor_tiles(term.rank);", "", "test_routed_lora_emulated"),
 ]

@@ -96,8 +96,9 @@ TEST(kernels_agree_with_naive_loops_for_every_tail) {
 }
 
 TEST(kernels_agree_with_naive_loops_on_ordinary_shapes) {
-  check_all_types({{150, 1100, 300, 8, 1}, 0.1});
+  check_all_types({{150, 1700, 300, 8, 1}, 0.1});
   check_all_types({{150, 320, 1088, 16, 4}, 0});
+  check_all_types({{600, 40, 3100, 16, 1}, 0});  // several panels of columns, in several blocks of a chunk
 }
 
 TEST(groups_may_be_empty_interleaved_or_sorted) {
